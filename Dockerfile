@@ -1,0 +1,24 @@
+# Two targets: `docker build --target cpu .` and `docker build --target cuda .`
+FROM python:3.12-slim AS base
+ENV PYTHONUNBUFFERED=1 PIP_NO_CACHE_DIR=1
+RUN apt-get update && apt-get install -y --no-install-recommends gcc g++ libnuma1 && rm -rf /var/lib/apt/lists/* \
+    && pip install uv && useradd --create-home cocktail
+WORKDIR /app
+COPY pyproject.toml README.md LICENSE ./
+COPY requirements requirements
+COPY cocktail_serve cocktail_serve
+COPY plugins plugins
+COPY configs configs
+EXPOSE 8000
+
+FROM base AS cpu
+RUN uv pip install --system --torch-backend cpu --no-deps -r requirements/cpu.txt && uv pip install --system --no-deps .
+USER cocktail
+ENTRYPOINT ["cocktail-serve"]
+CMD ["serve", "/config/cocktail.yaml", "--host", "0.0.0.0"]
+
+FROM base AS cuda
+RUN uv pip install --system ".[vllm]"
+USER cocktail
+ENTRYPOINT ["cocktail-serve"]
+CMD ["serve", "/config/cocktail.yaml", "--host", "0.0.0.0"]

