@@ -1,0 +1,1 @@
+"""Model folders: read, compared, fingerprinted, mixed one tensor at a time, written."""

@@ -1,0 +1,273 @@
+"""A mixture as a folder that any tool loads: parameters in safetensors, and the base's other files."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from torch import Tensor
+
+from cocktail_serve.checkpoints.layout import CONFIG, model_folder, read_config, read_modules
+from cocktail_serve.checkpoints.mixture import iter_mixture
+from cocktail_serve.checkpoints.reader import SAFETENSORS_DTYPES, CheckpointReader, TensorInfo
+from cocktail_serve.errors import ConflictError, StorageError
+from cocktail_serve.pool import Pool
+from cocktail_serve.recipe import Recipe
+
+RECIPE_FILE = "recipe.json"
+
+_COPIED_SUFFIXES = (".json", ".jinja", ".txt", ".model", ".tiktoken", ".bpe")
+_COPIED_NAMES = ("LICENSE", "LICENCE", "NOTICE", "COPYING")
+_NEVER_COPIED = frozenset({CONFIG, RECIPE_FILE, "trainer_state.json", "all_results.json", "train_results.json"})
+
+_DTYPE_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
+
+
+@dataclass(frozen=True, slots=True)
+class _Shard:
+    """A safetensors file to be written.
+
+    Attributes:
+        prefix: what its tensors' names start with in the pool and not in the file (`2_Dense/`).
+        tensors: what it will hold, by full name, in the order they come.
+    """
+
+    path: Path
+    prefix: str
+    tensors: dict[str, TensorInfo]
+
+
+def save_mixture(
+    recipe: Recipe,
+    pool: Pool,
+    out: Path,
+    *,
+    extra_files: Mapping[str, str] | None = None,
+    max_shard_bytes: int = 5 * 1000**3,
+    progress: Callable[[int, int], None] | None = None,
+) -> None:
+    """Mixes a recipe into a folder that transformers, sentence-transformers and vLLM load.
+
+    It holds the mixed parameters, the base's configuration with the mixture's dtype, tokenizer, chat template,
+    generation settings and pooling modules, and `recipe.json`. Code and training state of the base are left out. The
+    folder appears whole or not at all; memory stays at one tensor.
+
+    Args:
+        out: must not exist, or be an empty folder.
+        extra_files: further text files by name, such as a report.
+        max_shard_bytes: larger mixtures are cut into shards with an index.
+        progress: called with bytes written and bytes in all.
+
+    Raises:
+        ConflictError: `out` exists and is not an empty folder.
+        StorageError: the disk is full or refuses; nothing is left behind.
+        CheckpointError, IncompatibleModelsError, InvalidMixError: as `iter_mixture`.
+    """
+    out = Path(out).absolute()
+    check_free(out)
+    tensors = iter_mixture(recipe, {member.fingerprint: member.path for member in pool})
+    try:
+        with _temporary_beside(out) as folder:
+            shards = _plan(pool.base.path, folder, recipe, max_shard_bytes)
+            total = sum(info.num_bytes for shard in shards for info in shard.tensors.values())
+            _check_room(folder, total)
+            _write_shards(shards, tensors, total, progress)
+            _write_indexes(shards)
+            _copy_files(pool.base.path, folder)
+            _write_config(pool.base.path, folder, recipe)
+            _write_json(folder / RECIPE_FILE, describe(recipe, pool))
+            for name, text in (extra_files or {}).items():
+                (folder / name).write_text(text)
+            _sync_tree(folder)
+            folder.rename(out)
+            _sync(out.parent)
+    except OSError as error:
+        raise StorageError(f"cannot write {out}: {error.strerror or error}; nothing was left there") from error
+
+
+def describe(recipe: Recipe, pool: Pool) -> dict[str, Any]:
+    """What `recipe.json` holds: the recipe, its digest, and the names its models have in the pool."""
+    names: dict[str, str] = {}
+    for member in pool:
+        names.setdefault(member.fingerprint, member.name)  # of two names of the same parameters, the first
+    return {
+        "digest": recipe.digest,
+        "recipe": recipe.to_json(),
+        "pool": pool.id,
+        "merging_weights": {names[fingerprint]: coefficient for fingerprint, coefficient in recipe.coefficients},
+        "fingerprints": {names[fingerprint]: fingerprint for fingerprint, _ in recipe.coefficients},
+    }
+
+
+def check_free(out: Path) -> None:
+    """Raises ConflictError unless a mixture can be written there: what is long in the making asks first."""
+    try:
+        is_taken = out.is_symlink() or (out.exists() and (not out.is_dir() or any(out.iterdir())))
+    except OSError as error:
+        raise StorageError(f"cannot look at {out}: {error.strerror}") from error
+    if is_taken:
+        raise ConflictError(f"{out} exists; name a folder that does not, nothing is overwritten")
+
+
+@contextlib.contextmanager
+def _temporary_beside(out: Path) -> Iterator[Path]:
+    """A folder on the same file system, for the rename to be atomic. A failure takes it and made parents away."""
+    made = [folder for folder in out.parents if not folder.exists()]
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        folder = out.parent / f".{out.name}.{secrets.token_hex(4)}.partial"
+        folder.mkdir()
+        try:
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+    except BaseException:
+        for parent in made:
+            with contextlib.suppress(OSError):  # somebody else uses it by now
+                parent.rmdir()
+        raise
+
+
+def _check_room(folder: Path, num_bytes: int) -> None:
+    free = shutil.disk_usage(folder).free
+    if free < num_bytes:
+        raise StorageError(f"the mixture needs {num_bytes:,} bytes, {folder.parent} has {free:,} free; make room")
+
+
+def _plan(base: Path, folder: Path, recipe: Recipe, max_shard_bytes: int) -> list[_Shard]:
+    dtype: torch.dtype = getattr(torch, recipe.dtype)
+    with CheckpointReader(base) as reader:
+        infos = {
+            name: TensorInfo(dtype if info.is_floating else info.dtype, info.shape)
+            for name, info in reader.tensors.items()
+        }
+        root = model_folder(base).relative_to(base)
+        prefixes = sorted({reader.prefix_of(name) for name in infos})
+    shards = []
+    for prefix in prefixes:
+        place = folder / (prefix or root)
+        groups: list[dict[str, TensorInfo]] = [{}]
+        size = 0
+        for name, info in ((name, info) for name, info in infos.items() if reader.prefix_of(name) == prefix):
+            if groups[-1] and size + info.num_bytes > max_shard_bytes:
+                groups.append({})
+                size = 0
+            groups[-1][name] = info
+            size += info.num_bytes
+        for number, group in enumerate(groups, start=1):
+            file = "model.safetensors" if len(groups) == 1 else f"model-{number:05}-of-{len(groups):05}.safetensors"
+            shards.append(_Shard(place / file, prefix, group))
+    return shards
+
+
+def _write_shards(
+    shards: list[_Shard],
+    tensors: Iterator[tuple[str, Tensor]],
+    total: int,
+    progress: Callable[[int, int], None] | None,
+) -> None:
+    """Writes each tensor where its header says it goes, as it comes, so that no shard is held in memory."""
+    shard_of = {name: shard for shard in shards for name in shard.tensors}
+    done = 0
+    with contextlib.ExitStack() as stack:
+        files: dict[Path, tuple[BinaryIO, dict[str, int]]] = {}
+        for name, tensor in tensors:
+            shard = shard_of[name]
+            if shard.path not in files:
+                shard.path.parent.mkdir(parents=True, exist_ok=True)
+                opened = stack.enter_context(shard.path.open("wb"))
+                files[shard.path] = (opened, _write_header(opened, shard))
+            file, offsets = files[shard.path]
+            file.seek(offsets[name])
+            file.write(tensor.reshape(-1).view(torch.uint8).numpy().data)
+            done += tensor.nbytes
+            if progress:
+                progress(done, total)
+
+
+def _write_header(file: BinaryIO, shard: _Shard) -> dict[str, int]:
+    """Writes a safetensors header; returns where in the file each tensor begins."""
+    # larger elements first keeps every tensor aligned to its element, as the format wants
+    ordered = sorted(shard.tensors.items(), key=lambda item: -item[1].dtype.itemsize)
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    begins, begin = {}, 0
+    for name, info in ordered:
+        end = begin + info.num_bytes
+        header[name.removeprefix(shard.prefix)] = {
+            "dtype": _DTYPE_NAMES[info.dtype],
+            "shape": list(info.shape),
+            "data_offsets": [begin, end],
+        }
+        begins[name], begin = begin, end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    file.write(len(text).to_bytes(8, "little") + text)
+    return {name: 8 + len(text) + offset for name, offset in begins.items()}
+
+
+def _write_indexes(shards: list[_Shard]) -> None:
+    for folder in {shard.path.parent for shard in shards}:
+        inside = [shard for shard in shards if shard.path.parent == folder]
+        if len(inside) > 1:
+            size = sum(info.num_bytes for shard in inside for info in shard.tensors.values())
+            weight_map = {
+                name.removeprefix(shard.prefix): shard.path.name for shard in inside for name in shard.tensors
+            }
+            _write_json(
+                folder / "model.safetensors.index.json",
+                {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))},
+            )
+
+
+def _copy_files(base: Path, folder: Path) -> None:
+    places = {base, model_folder(base), *(base / module.path for module in read_modules(base))}
+    for place in places | {base / "additional_chat_templates"}:
+        if not place.is_dir():
+            continue
+        target = folder / place.relative_to(base)
+        target.mkdir(parents=True, exist_ok=True)
+        for file in place.iterdir():
+            if file.is_file() and _is_copied(file.name, at_root=place == model_folder(base)):
+                shutil.copyfile(file, target / file.name)
+
+
+def _is_copied(name: str, *, at_root: bool) -> bool:
+    if name.endswith(".index.json") or (name in _NEVER_COPIED and (at_root or name != CONFIG)):
+        return False
+    return name.endswith(_COPIED_SUFFIXES) or name.startswith(_COPIED_NAMES)
+
+
+def _write_config(base: Path, folder: Path, recipe: Recipe) -> None:
+    config = read_config(base)
+    # remote code is not copied, so nothing may point to it
+    config.pop("auto_map", None)
+    # releases of transformers from 4.56 on say dtype, those before torch_dtype; each reads both
+    key = "torch_dtype" if "torch_dtype" in config else "dtype"
+    config[key] = recipe.dtype
+    _write_json(folder / model_folder(base).relative_to(base) / CONFIG, config)
+
+
+def _write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def _sync_tree(folder: Path) -> None:
+    for path in folder.rglob("*"):
+        _sync(path)
+    _sync(folder)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,258 @@
+"""Parameters of a model folder by name, mapped from disk, so that opening a checkpoint costs no memory."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType, TracebackType
+from typing import Any, Self
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from cocktail_serve.checkpoints.layout import WeightFile, check_folder, read_config, weight_files
+from cocktail_serve.errors import CheckpointError
+
+FLOATING = frozenset({torch.float32, torch.float16, torch.bfloat16, torch.float64})
+_WHOLE = frozenset({torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool})
+
+SAFETENSORS_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+
+_INPUT_EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "embed_in.weight", "word_embeddings.weight")
+_OUTPUT_EMBEDDINGS = ("lm_head.weight", "embed_out.weight", "cls.predictions.decoder.weight")
+
+_RECOMPUTED = ("rotary_emb.inv_freq",)
+"""Floating buffers that old checkpoints carry and every engine computes from the configuration."""
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """What a header says of a tensor."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    @property
+    def is_floating(self) -> bool:
+        return self.dtype in FLOATING
+
+    def __str__(self) -> str:
+        return f"{str(self.dtype).removeprefix('torch.')}{list(self.shape)}"
+
+
+class CheckpointReader:
+    """Reads a model folder: safetensors, or `.bin` files that hold tensors and nothing else.
+
+    Opening it reads and checks all headers and no parameters. Use it as a context manager; tensors got from it stay
+    valid after it is closed, since they hold their mapping.
+
+    Args:
+        folder: a full checkpoint with its `config.json`, in one file or in shards with an index.
+
+    Attributes:
+        tensors: what is stored, by name, in the order of the files. Without what is not a parameter of its own: the
+            output embeddings where `tie_word_embeddings` makes them the input embeddings (see `tied`), and rotary
+            frequencies.
+        tied: names left out of `tensors` because they repeat another tensor, with that tensor's name.
+
+    Raises:
+        CheckpointError: the folder cannot be read as a checkpoint: names the file and what to do.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = Path(folder)
+        check_folder(self.folder)
+        self._stack = ExitStack()
+        self._get: dict[str, tuple[Any, str]] = {}
+        self._prefixes: dict[str, str] = {}
+        tensors: dict[str, TensorInfo] = {}
+        try:
+            for file in weight_files(self.folder):
+                infos = self._open(file)
+                for twice in infos.keys() & tensors.keys():
+                    raise CheckpointError(f"{file.path}: tensor {twice!r} is already in another shard")
+                tensors |= infos
+            self.tied = MappingProxyType(_tied(self.folder, tensors))
+        except BaseException:
+            self._stack.close()
+            raise
+        self.tensors: Mapping[str, TensorInfo] = MappingProxyType(
+            {name: info for name, info in tensors.items() if name not in self.tied and not name.endswith(_RECOMPUTED)}
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Lets go of the files."""
+        self._get.clear()
+        self._stack.close()
+
+    def get(self, name: str) -> Tensor:
+        """The tensor of that name, a view of the mapped file: treat it as read-only.
+
+        Raises:
+            CheckpointError: the checkpoint has no such tensor, or its file went away.
+        """
+        try:
+            source, key = self._get[name]
+        except KeyError:
+            raise CheckpointError(f"{self.folder} holds no tensor {name!r}") from None
+        try:
+            tensor: Tensor = source.get_tensor(key)
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{self.folder}: cannot read tensor {name!r}: {error}") from error
+        return tensor
+
+    def prefix_of(self, name: str) -> str:
+        """Where a tensor lies: empty for the model itself, `2_Dense/` for a module with parameters of its own."""
+        return self._prefixes[name]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The floating dtype that most bytes of the parameters have."""
+        sizes: dict[torch.dtype, int] = {}
+        for info in self.tensors.values():
+            if info.is_floating:
+                sizes[info.dtype] = sizes.get(info.dtype, 0) + info.num_bytes
+        if not sizes:
+            raise CheckpointError(f"{self.folder} holds no floating tensor")
+        return max(sizes, key=lambda dtype: sizes[dtype])
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of the parameters as stored."""
+        return sum(info.num_bytes for info in self.tensors.values())
+
+    def _open(self, file: WeightFile) -> dict[str, TensorInfo]:
+        if file.path.suffix == ".safetensors":
+            source, infos = self._open_safetensors(file.path)
+        else:
+            source, infos = _open_bin(file.path)
+        if file.names is not None and file.names != infos.keys():
+            odd = sorted(file.names ^ infos.keys())[0]
+            place = "is not in it" if odd in file.names else "is in it and not in the index"
+            raise CheckpointError(f"{file.path}: the index and the shard disagree: tensor {odd!r} {place}")
+        for name, info in infos.items():
+            if info.dtype not in FLOATING | _WHOLE:
+                raise CheckpointError(
+                    f"{file.path}: tensor {name!r} is {info.dtype}, a quantised or complex dtype, which cannot be "
+                    "averaged; use the float32, float16 or bfloat16 checkpoint"
+                )
+            self._get[file.prefix + name] = (source, name)
+            self._prefixes[file.prefix + name] = file.prefix
+        return {file.prefix + name: info for name, info in infos.items()}
+
+    def _open_safetensors(self, path: Path) -> tuple[Any, dict[str, TensorInfo]]:
+        try:
+            # checks lengths, offsets (no overlap, no hole) and that the file is as long as the header says
+            source = self._stack.enter_context(safe_open(path, framework="pt", device="cpu"))
+        except (SafetensorError, OSError, ValueError) as error:
+            raise CheckpointError(
+                f"{path} is not a whole safetensors file ({error}): it is truncated or corrupt, fetch it again"
+            ) from error
+        return source, _read_header(path)
+
+
+class _StateDict:
+    """A state dict behind the one method of a safetensors file that is used here."""
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        self._tensors = tensors
+
+    def get_tensor(self, name: str) -> Tensor:
+        return self._tensors[name].detach()
+
+
+def _read_header(path: Path) -> dict[str, TensorInfo]:
+    """Names, dtypes and shapes in the order of the bytes; the file has passed safetensors' own checks."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        names = [name for name, _ in pairs]
+        if len(set(names)) < len(names):
+            twice = sorted({name for name in names if names.count(name) > 1})
+            raise CheckpointError(f"{path}: the header names {twice[0]!r} twice; the file is corrupt")
+        return dict(pairs)
+
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length), object_pairs_hook=unique)
+    header.pop("__metadata__", None)
+    infos = {}
+    for name, entry in sorted(header.items(), key=lambda item: (item[1]["data_offsets"], item[0])):
+        dtype = SAFETENSORS_DTYPES.get(entry["dtype"])
+        if dtype is None:
+            raise CheckpointError(
+                f"{path}: tensor {name!r} is {entry['dtype']}, a quantised or complex dtype, which cannot be averaged; "
+                "use the float32, float16 or bfloat16 checkpoint"
+            )
+        # the bytes bound all sizes but those of an empty tensor
+        if math.prod(size for size in entry["shape"] if size) >= 2**63:
+            raise CheckpointError(f"{path}: tensor {name!r} has the impossible shape {entry['shape']}; it is corrupt")
+        infos[name] = TensorInfo(dtype, tuple(entry["shape"]))
+    return infos
+
+
+def _open_bin(path: Path) -> tuple[_StateDict, dict[str, TensorInfo]]:
+    try:
+        # weights_only is what keeps a pickle from running code; mmap what keeps it from being read whole
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # a corrupt pickle can raise anything
+        reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+        raise CheckpointError(
+            f"{path} cannot be read as tensors alone ({reason}): it is "
+            "corrupt, of an old format, or a pickle that would run code, which is never done; convert it to safetensors"
+        ) from error
+    if not isinstance(state, Mapping):
+        raise CheckpointError(f"{path} holds a {type(state).__name__}, not a state dict; convert it to safetensors")
+    for name, value in state.items():
+        if not isinstance(name, str) or not isinstance(value, Tensor) or value.layout != torch.strided:
+            raise CheckpointError(
+                f"{path}: {name!r} is a {type(value).__name__}; a state dict maps names to dense tensors"
+            )
+    return _StateDict(state), {name: TensorInfo(value.dtype, tuple(value.shape)) for name, value in state.items()}
+
+
+def _tied(folder: Path, tensors: Mapping[str, TensorInfo]) -> dict[str, str]:
+    """Output embeddings that are stored though the configuration ties them to the input embeddings."""
+    outputs = [name for name in tensors if name in _OUTPUT_EMBEDDINGS]
+    if not outputs or not _ties_embeddings(folder):
+        return {}
+    inputs = [name for name in tensors if name.endswith(_INPUT_EMBEDDINGS)]
+    return {
+        output: source for output in outputs for source in inputs[:1] if tensors[source].shape == tensors[output].shape
+    }
+
+
+def _ties_embeddings(folder: Path) -> bool:
+    config = read_config(folder)
+    text = config.get("text_config")
+    for section in (config, text if isinstance(text, dict) else {}):
+        if "tie_word_embeddings" in section:
+            return bool(section["tie_word_embeddings"])
+    from cocktail_serve.checkpoints.model_config import load_model_config
+
+    return bool(load_model_config(folder).get("tie_word_embeddings", True))

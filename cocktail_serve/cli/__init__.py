@@ -1,0 +1,51 @@
+"""`cocktail-serve`: one module per command, loaded when it runs."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+import typer
+
+import cocktail_serve
+from cocktail_serve.cli.demo import demo as demo_command
+from cocktail_serve.cli.doctor import doctor as doctor_command
+from cocktail_serve.cli.inspect import inspect as inspect_command
+from cocktail_serve.cli.mix import mix as mix_command
+from cocktail_serve.cli.serve import serve as serve_command
+from cocktail_serve.cli.terminal import print_error
+from cocktail_serve.cli.weigh import weigh as weigh_command
+from cocktail_serve.errors import ClientError, CocktailError
+
+app = typer.Typer(
+    name="cocktail-serve",
+    help="Task models mixed from fine-tuned models you own, served behind the OpenAI API.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,  # a fault of ours shows Python's own traceback; the user's are told in one line
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command("serve")(serve_command)
+app.command("weigh")(weigh_command)
+app.command("mix")(mix_command)
+app.command("inspect")(inspect_command)
+app.command("doctor")(doctor_command)
+app.command("demo")(demo_command)
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Runs a command and exits: 0 done, 2 usage or bad input, 1 failure; 130 when interrupted."""
+    try:
+        app(None if args is None else list(args))
+    except CocktailError as error:
+        print_error(error.message)
+        sys.exit(2 if isinstance(error, ClientError) else 1)
+    except KeyboardInterrupt:
+        print_error("interrupted")
+        sys.exit(130)
+
+
+@app.callback(invoke_without_command=True)
+def _root(version: bool = typer.Option(False, "--version", help="Print the version and exit.")) -> None:
+    if version:
+        typer.echo(cocktail_serve.__version__)
+        raise typer.Exit

@@ -1,0 +1,169 @@
+"""`inspect`: what a model folder holds, and whether two can be mixed."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.table import Table
+
+from cocktail_serve.cli.options import AsJSON
+from cocktail_serve.cli.terminal import OnProgress, bar, print_json, progress, stdout
+from cocktail_serve.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from cocktail_serve.checkpoints.compatibility import CompatibilityReport
+    from cocktail_serve.checkpoints.reader import CheckpointReader
+
+ModelFolder = Annotated[Path, typer.Argument(metavar="DIR", help="A model folder.", show_default=False)]
+OtherFolder = Annotated[
+    Path | None, typer.Argument(metavar="[DIR]", help="A second one, fine-tuned from the first.", show_default=False)
+]
+
+
+def inspect(folder: ModelFolder, expert: OtherFolder = None, *, as_json: AsJSON = False) -> None:
+    """Tell what a model folder holds and whether it can be served; with two, whether they can be mixed and how far
+    apart they are. Exits 2 where they cannot."""
+    models = [folder] if expert is None else [folder, expert]
+    with progress() as report:
+        described = [_describe(model, report) for model in models]
+        compatibility = changes = None
+        if expert is not None:
+            from cocktail_serve.checkpoints.compatibility import compare
+
+            compatibility = compare(folder, expert)
+            changes = list(_changes(folder, expert, report)) if compatibility.is_compatible else []
+    if as_json:
+        result: dict[str, Any] = {"object": "inspection", "models": described}
+        if compatibility is not None:
+            result["compatible"] = compatibility.is_compatible
+            result["problems"] = [_problem(finding) for finding in compatibility.problems]
+            result["changes"] = changes
+        print_json(result)
+    else:
+        _show(described, compatibility, changes)
+    if compatibility is not None and not compatibility.is_compatible:
+        raise typer.Exit(2)
+
+
+def _describe(folder: Path, report: OnProgress) -> dict[str, Any]:
+    """What a folder holds.
+
+    Raises:
+        CheckpointError: it cannot be read as a checkpoint, and so not be served: says why.
+    """
+    from cocktail_serve.checkpoints.fingerprint import fingerprint_parameters
+    from cocktail_serve.checkpoints.layout import read_config, read_modules
+    from cocktail_serve.checkpoints.reader import CheckpointReader
+    from cocktail_serve.checkpoints.text_files import read_tokenization
+
+    with CheckpointReader(folder) as reader:
+        fingerprint = fingerprint_parameters(
+            reader, progress=lambda done, total: report(f"reading {folder}", done, total)
+        )
+        tokenization = read_tokenization(folder)
+        return {
+            "folder": str(folder),
+            "architectures": read_config(folder).get("architectures") or [],
+            "num_parameters": _num_parameters(reader),
+            "dtype": str(reader.dtype).removeprefix("torch."),
+            "num_bytes": reader.num_bytes,
+            "num_tensors": len(reader.tensors),
+            "tied": dict(reader.tied),
+            "fingerprint": fingerprint,
+            "modules": [module.type for module in read_modules(folder)],
+            "vocabulary": None if tokenization is None else len(tokenization.vocab),
+            "blockers": list(_blockers(folder, has_tokenizer=tokenization is not None)),
+        }
+
+
+def _num_parameters(reader: CheckpointReader) -> int:
+    return sum(info.num_bytes // info.dtype.itemsize for info in reader.tensors.values() if info.is_floating)
+
+
+def _blockers(folder: Path, *, has_tokenizer: bool) -> Iterator[str]:
+    """What stands in the way of serving the folder as a pool's base; what makes it no checkpoint at all raises."""
+    from cocktail_serve.checkpoints.model_config import load_model_config
+
+    try:
+        load_model_config(folder)
+    except CheckpointError as error:
+        yield error.message
+    if not has_tokenizer:
+        yield "no tokenizer.json: it can be an expert, which uses the base's, and no base"
+
+
+def _changes(base: Path, expert: Path, report: OnProgress) -> Iterator[dict[str, Any]]:
+    """How far the expert moved, group of layers by group: the norm of the difference over the norm of the base."""
+    from cocktail_serve.checkpoints.reader import CheckpointReader
+
+    squares: dict[str, list[float]] = {}
+    counts: dict[str, int] = {}
+    with CheckpointReader(base) as mine, CheckpointReader(expert) as theirs:
+        names = [name for name, info in mine.tensors.items() if info.is_floating and name in theirs.tensors]
+        for done, name in enumerate(names, start=1):
+            before, after = mine.get(name).double(), theirs.get(name).double()
+            sums = squares.setdefault(_group(name), [0.0, 0.0])
+            sums[0] += (after - before).square().sum().item()
+            sums[1] += before.square().sum().item()
+            counts[_group(name)] = counts.get(_group(name), 0) + 1
+            report(f"comparing {expert}", done, len(names))
+    for group, (difference, norm) in squares.items():
+        yield {
+            "group": group,
+            "num_tensors": counts[group],
+            "relative_change": (difference / norm) ** 0.5 if norm else None,
+        }
+
+
+def _group(name: str) -> str:
+    """A tensor's layer, or for those outside of layers the name of their module."""
+    match = re.search(r"(?:^|\.)((?:layers?|h|blocks?)\.\d+)\.", name)
+    if match:
+        return match.group(1)
+    return name.rpartition(".")[0].removeprefix("model.") or name
+
+
+def _problem(finding: Any) -> dict[str, str]:
+    return {"subject": finding.subject, "base": finding.base, "expert": finding.expert, "fix": finding.fix}
+
+
+def _show(
+    described: list[dict[str, Any]], compatibility: CompatibilityReport | None, changes: list[dict[str, Any]] | None
+) -> None:
+    console = stdout()
+    for model in described:
+        table = Table(title=model["folder"], title_justify="left", show_header=False, box=None, pad_edge=False)
+        table.add_row("architecture", ", ".join(model["architectures"]) or "not said")
+        table.add_row("parameters", f"{model['num_parameters']:,} in {model['num_tensors']} tensors")
+        table.add_row("stored as", f"{model['dtype']}, {model['num_bytes'] / 1e6:,.1f} MB")
+        table.add_row("fingerprint", model["fingerprint"])
+        if model["tied"]:
+            table.add_row("tied", ", ".join(f"{name} is {source}" for name, source in model["tied"].items()))
+        table.add_row("tokenizer", f"{model['vocabulary']:,} entries" if model["vocabulary"] else "none")
+        if model["modules"]:
+            table.add_row("modules", " > ".join(model["modules"]))
+        table.add_row("can be served", "yes" if not model["blockers"] else "no: " + "; ".join(model["blockers"]))
+        console.print(table, markup=False)
+        console.print()
+    if compatibility is None:
+        return
+    if not compatibility.is_compatible:
+        console.print("they cannot be mixed:", style="red")
+        for finding in compatibility.problems:
+            console.print(f"  - {finding}", markup=False)
+        return
+    console.print("they can be mixed", style="green")
+    table = Table(box=None, pad_edge=False)
+    table.add_column("layers")
+    table.add_column("relative change", justify="right")
+    table.add_column("")
+    rows = changes or []
+    largest = max((row["relative_change"] or 0.0 for row in rows), default=0.0) or 1.0
+    for row in rows:
+        change = row["relative_change"]
+        table.add_row(row["group"], "base is 0" if change is None else f"{change:.4f}", bar((change or 0.0) / largest))
+    console.print(table)

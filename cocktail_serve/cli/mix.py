@@ -1,0 +1,97 @@
+"""`mix`: a cocktail as a model folder that any tool loads."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cocktail_serve.cli.options import (
+    Alpha,
+    AsJSON,
+    ConfigFile,
+    Experts,
+    OptionalExamplesFile,
+    PoolId,
+    Seed,
+    Target,
+    Temperature,
+    WeightingOption,
+    given,
+    parse_weights,
+    read_examples,
+)
+from cocktail_serve.cli.terminal import print_json, progress, stdout, weighing_table
+from cocktail_serve.cli.weigh import summary, weighing_json
+from cocktail_serve.config import load_settings
+
+REPORT_FILE = "weighing.json"
+
+
+def mix(
+    config: ConfigFile,
+    *,
+    pool: PoolId,
+    out: Annotated[Path, typer.Option("--out", help="Folder to write; must not exist, or be empty.")],
+    examples: OptionalExamplesFile = None,
+    weights: Annotated[
+        str | None, typer.Option("--weights", help="Merging weights by hand instead, as base=0.5,ag-news=0.5.")
+    ] = None,
+    target: Target = None,
+    alpha: Alpha = None,
+    temperature: Temperature = None,
+    weighting: WeightingOption = None,
+    expert: Experts = None,
+    seed: Seed = None,
+    as_json: AsJSON = False,
+) -> None:
+    """Mix a cocktail into a folder, offline: parameters, configuration, tokenizer and recipe.json."""
+    if examples is None and weights is None and target is None:
+        raise typer.BadParameter("give --examples, --weights or --target: there is nothing to mix")
+    body = given(
+        examples=None if examples is None else read_examples(examples),
+        merging_weights=None if weights is None else parse_weights(weights),
+        target=target,
+        alpha=alpha,
+        temperature=temperature,
+        weighting=weighting,
+        experts=expert or None,
+        seed=seed,
+    )
+    settings = load_settings(config)
+
+    from cocktail_serve.checkpoints.folder import check_free, save_mixture
+    from cocktail_serve.cli.offline import weigh_offline
+    from cocktail_serve.recipe import make_recipe
+
+    check_free(out)
+    started_at = time.monotonic()
+    with progress() as report:
+        weighed = weigh_offline(settings, pool, body, report)
+        recipe = make_recipe(weighed.pool, weighed.weighing.merging_weights, dtype=weighed.dtype)
+        save_mixture(
+            recipe,
+            weighed.pool,
+            out,
+            extra_files={REPORT_FILE: json.dumps(weighing_json(weighed), indent=2) + "\n"},
+            progress=lambda done, total: report(f"writing {out}", done, total),
+        )
+    seconds = time.monotonic() - started_at
+    if as_json:
+        print_json(
+            {
+                **weighing_json(weighed),
+                "object": "cocktail.mixture",
+                "out": str(out),
+                "recipe": {"digest": recipe.digest, **recipe.to_json()},
+                "seconds": round(seconds, 3),
+            }
+        )
+        return
+    console = stdout()
+    console.print(weighing_table(weighed.weighing.losses, weighed.weighing.merging_weights))
+    console.print(", ".join(filter(None, (summary(weighed), f"recipe {recipe.digest[:12]}", f"{seconds:.1f} s"))))
+    console.print(f"written to {out}", markup=False)

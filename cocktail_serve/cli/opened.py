@@ -1,0 +1,17 @@
+"""Opens a pool and shows how far it is: large ones are read whole the first time."""
+
+from __future__ import annotations
+
+from cocktail_serve.checkpoints.opening import open_pool
+from cocktail_serve.cli.terminal import OnProgress
+from cocktail_serve.config import PoolConfig, Settings
+from cocktail_serve.pool import Pool
+
+
+def open_with_progress(settings: Settings, config: PoolConfig, report: OnProgress) -> Pool:
+    """As `open_pool`, which see for errors."""
+
+    def read(name: str, done: int, total: int) -> None:
+        report(f"{config.id}: reading {name}", done, total)
+
+    return open_pool(config, cache_dir=settings.store.cache_dir, progress=read)

@@ -1,0 +1,78 @@
+"""Options that several commands share."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from cocktail_serve.errors import InvalidExamplesError
+from cocktail_serve.examples import read_jsonl
+
+ConfigFile = Annotated[
+    Path, typer.Argument(metavar="CONFIG", help="The configuration file (YAML).", show_default=False)
+]
+PoolId = Annotated[str, typer.Option("--pool", help="Id of the pool in the configuration.", show_default=False)]
+ExamplesFile = Annotated[
+    Path,
+    typer.Option(
+        "--examples", help="The task's examples, one JSON object per line.", exists=True, dir_okay=False, readable=True
+    ),
+]
+OptionalExamplesFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--examples", help="The task's examples, one JSON object per line.", exists=True, dir_okay=False, readable=True
+    ),
+]
+Target = Annotated[str | None, typer.Option(help="Expert fine-tuned for this task already (Eq. 1).")]
+Alpha = Annotated[float | None, typer.Option(help="Share of the target, 0 to 1.")]
+Temperature = Annotated[
+    float | None, typer.Option(help="tau of softmax(-loss / tau); lower is more selective, the paper's is 5.")
+]
+WeightingOption = Annotated[str | None, typer.Option("--weighting", help="softmax, paper or uniform.")]
+Experts = Annotated[
+    list[str] | None, typer.Option("--expert", help="Weigh only this expert beside the base; may be repeated.")
+]
+Seed = Annotated[int | None, typer.Option(help="Seed of the sampling when there are too many examples.")]
+AsJSON = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+
+
+def read_examples(path: Path) -> list[Any]:
+    """The rows of a JSONL file, unchecked.
+
+    Raises:
+        InvalidExamplesError: not UTF-8, or a line is not JSON.
+    """
+    try:
+        return read_jsonl(path.read_text(encoding="utf-8"))
+    except UnicodeDecodeError as error:
+        raise InvalidExamplesError(f"{path} is not UTF-8 text: {error}") from error
+
+
+def parse_weights(text: str) -> dict[str, float]:
+    """`base=0.5,ag-news=0.5` as weights by model name.
+
+    Raises:
+        typer.BadParameter: not of that form; names the part.
+    """
+    weights: dict[str, float] = {}
+    for part in text.split(","):
+        name, separator, number = (piece.strip() for piece in part.partition("="))
+        try:
+            weight = float(number)
+        except ValueError:
+            weight = math.nan
+        if not (name and separator and math.isfinite(weight)):
+            raise typer.BadParameter(f"{part!r} is not NAME=NUMBER, as in base=0.5,ag-news=0.5", param_hint="--weights")
+        if name in weights:
+            raise typer.BadParameter(f"{name!r} is there twice", param_hint="--weights")
+        weights[name] = weight
+    return weights
+
+
+def given(**options: Any) -> dict[str, Any]:
+    """The options that were given: what was left out means the configuration's default."""
+    return {name: value for name, value in options.items() if value is not None}

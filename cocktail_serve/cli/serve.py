@@ -1,0 +1,48 @@
+"""`serve`: the server of a configuration."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Annotated
+
+import typer
+
+from cocktail_serve.cli.options import AsJSON, ConfigFile
+from cocktail_serve.cli.terminal import print_json, progress, stderr
+from cocktail_serve.config import load_settings
+from vllm_cocktail.lifetime import die_with_owner
+
+
+def serve(
+    config: ConfigFile,
+    *,
+    host: Annotated[str | None, typer.Option(help="Overrides server.host.")] = None,
+    port: Annotated[int | None, typer.Option(min=0, max=65535, help="Overrides server.port; 0: a free one.")] = None,
+    as_json: AsJSON = False,
+) -> None:
+    """Serve the pools of a configuration until interrupted."""
+    die_with_owner()
+    settings = load_settings(config)
+    changed = {name: value for name, value in (("host", host), ("port", port)) if value is not None}
+    settings = settings.model_copy(update={"server": settings.server.model_copy(update=changed)})
+
+    from cocktail_serve.engines.openmp import import_torch_waiting_passively
+
+    import_torch_waiting_passively()  # before anything else imports torch
+
+    from cocktail_serve.cli.opened import open_with_progress
+    from cocktail_serve.gateway.server import bind
+    from cocktail_serve.gateway.server import serve as serve_forever
+
+    bind(settings.server).close()  # a port in use is told before gigabytes are read
+    with progress() as report:
+        pools = {pool.id: open_with_progress(settings, pool, report) for pool in settings.pools}
+
+    def announce(url: str) -> None:
+        if as_json:
+            print_json({"object": "server", "url": url, "pools": list(pools)})
+        else:
+            stderr().print(f"listening on {url}; engines are starting, {url}/ready tells when", markup=False)
+
+    with contextlib.suppress(KeyboardInterrupt):  # the way to end it; uvicorn raises it again when all has ended
+        serve_forever(settings, pools=pools, on_listening=announce)

@@ -1,0 +1,98 @@
+"""What all commands show and how: results on stdout, everything else on stderr."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+BAR_WIDTH = 24
+
+OnProgress = Callable[[str, int, int], None]
+"""What is worked on, how much of it is done, and how much there is."""
+
+
+def stdout() -> Console:
+    """Where results go; made when used, since tests and callers replace `sys.stdout`."""
+    return Console(file=sys.stdout, highlight=False, soft_wrap=not sys.stdout.isatty())
+
+
+def stderr() -> Console:
+    """Where progress and errors go."""
+    return Console(file=sys.stderr, highlight=False, soft_wrap=not sys.stderr.isatty())
+
+
+def print_json(value: Any) -> None:
+    """The one JSON object of a command under `--json`."""
+    sys.stdout.write(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    sys.stdout.flush()  # a program that starts a server reads this while it runs
+
+
+def print_error(message: str) -> None:
+    stderr().print(f"error: {message}", style="red", markup=False)
+
+
+@contextlib.contextmanager
+def progress() -> Iterator[OnProgress]:
+    """Shows work as bars on a terminal, and elsewhere as one line when a thing begins and one when it is done."""
+    console = stderr()
+    if console.is_terminal:
+        with _bars(console) as report:
+            yield report
+    else:
+        yield _plain_lines(console)
+
+
+@contextlib.contextmanager
+def _bars(console: Console) -> Iterator[OnProgress]:
+    columns = (TextColumn("{task.description}"), BarColumn(BAR_WIDTH), TaskProgressColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console) as shown:
+        tasks: dict[str, Any] = {}
+
+        def report(what: str, done: int, total: int) -> None:
+            if what not in tasks:
+                tasks[what] = shown.add_task(what, total=total)
+            shown.update(tasks[what], completed=done, total=total)
+
+        yield report
+
+
+def _plain_lines(console: Console) -> OnProgress:
+    begun: set[str] = set()
+    ended: set[str] = set()
+
+    def report(what: str, done: int, total: int) -> None:
+        if what not in begun:
+            begun.add(what)
+            console.print(f"{what} ...", markup=False)
+        if done >= total and what not in ended:
+            ended.add(what)
+            console.print(f"{what}: done", markup=False)
+
+    return report
+
+
+def bar(share: float, *, width: int = BAR_WIDTH) -> str:
+    """A share from 0 to 1 as a bar of block characters."""
+    eighths = round(max(0.0, min(1.0, share)) * width * 8)
+    full, rest = divmod(eighths, 8)
+    return "█" * full + ("▏▎▍▌▋▊▉"[rest - 1] if rest else "")
+
+
+def weighing_table(losses: Mapping[str, float], merging_weights: Mapping[str, float], *, title: str = "") -> Table:
+    """Losses and merging weights by model, with bars."""
+    table = Table(title=title or None, title_justify="left", box=None, pad_edge=False)
+    table.add_column("model", style="bold")
+    table.add_column("loss (nats)", justify="right")
+    table.add_column("merging weight", justify="right")
+    table.add_column("")
+    for name in dict.fromkeys([*losses, *merging_weights]):
+        loss, weight = losses.get(name), merging_weights.get(name, 0.0)
+        table.add_row(name, "" if loss is None else f"{loss:.3f}", f"{weight:.3f}", bar(weight))
+    return table

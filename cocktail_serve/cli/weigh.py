@@ -1,0 +1,93 @@
+"""`weigh`: the losses and merging weights a cocktail would have, and nothing else."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+from cocktail_serve.cli.options import (
+    Alpha,
+    AsJSON,
+    ConfigFile,
+    ExamplesFile,
+    Experts,
+    PoolId,
+    Seed,
+    Target,
+    Temperature,
+    WeightingOption,
+    given,
+    read_examples,
+)
+from cocktail_serve.cli.terminal import print_json, progress, stdout, weighing_table
+from cocktail_serve.config import load_settings
+
+if TYPE_CHECKING:
+    from cocktail_serve.cli.offline import OfflineWeighing
+
+
+def weigh(
+    config: ConfigFile,
+    *,
+    pool: PoolId,
+    examples: ExamplesFile,
+    target: Target = None,
+    alpha: Alpha = None,
+    temperature: Temperature = None,
+    weighting: WeightingOption = None,
+    expert: Experts = None,
+    seed: Seed = None,
+    as_json: AsJSON = False,
+) -> None:
+    """Measure each model's loss on the examples and show the merging weights that follow. Nothing is mixed."""
+    from cocktail_serve.cli.offline import weigh_offline
+
+    settings = load_settings(config)
+    body = given(
+        examples=read_examples(examples),
+        target=target,
+        alpha=alpha,
+        temperature=temperature,
+        weighting=weighting,
+        experts=expert or None,
+        seed=seed,
+    )
+    with progress() as report:
+        weighed = weigh_offline(settings, pool, body, report)
+    if as_json:
+        print_json(weighing_json(weighed))
+        return
+    console = stdout()
+    console.print(weighing_table(weighed.weighing.losses, weighed.weighing.merging_weights))
+    console.print(summary(weighed))
+
+
+def weighing_json(weighed: OfflineWeighing) -> dict[str, Any]:
+    """A weighing as `--json` shows it, in the API's words."""
+    options = weighed.request.options
+    return {
+        "object": "cocktail.weighing",
+        "pool": weighed.pool.id,
+        "kind": weighed.pool.kind,
+        "losses": dict(weighed.weighing.losses),
+        "merging_weights": dict(weighed.weighing.merging_weights),
+        "entropy": weighed.weighing.entropy,
+        "weighting": options.weighting,
+        "temperature": options.temperature,
+        "target": options.target,
+        "alpha": options.alpha,
+        "num_examples": options.num_examples,
+        "dtype": weighed.dtype,
+    }
+
+
+def summary(weighed: OfflineWeighing) -> str:
+    """What the table does not show, in one line."""
+    options, entropy = weighed.request.options, weighed.weighing.entropy
+    parts = [f"{options.num_examples} examples"] if options.num_examples else []
+    parts += [f"{options.weighting}"] if options.weighting else []
+    parts += [f"temperature {options.temperature:g}"] if options.temperature is not None else []
+    parts += [f"target {options.target}, alpha {options.alpha:g}"] if options.target is not None else []
+    if entropy is not None:
+        parts.append(f"entropy {entropy:.2f} nats (as {math.exp(entropy):.1f} equally weighed models)")
+    return ", ".join(parts)

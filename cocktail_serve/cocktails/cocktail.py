@@ -1,0 +1,151 @@
+"""The cocktail: one immutable version of a name, as it stands at one moment."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Literal, Self
+
+from cocktail_serve import errors
+from cocktail_serve.cocktails.request import CocktailOptions
+from cocktail_serve.errors import CocktailError
+from cocktail_serve.pool import Kind, Pool
+from cocktail_serve.recipe import Recipe
+
+Status = Literal["queued", "scoring", "mixing", "ready", "failed", "cancelled"]
+
+FINAL: frozenset[Status] = frozenset({"ready", "failed", "cancelled"})
+"""States that a job never leaves by itself."""
+
+DIGEST8 = 8
+"""Characters of the request digest that stand for a version in its id."""
+
+
+def version_id(name: str, digest: str) -> str:
+    """`name@digest8`."""
+    return f"{name}@{digest[:DIGEST8]}"
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """Why a job failed, kept so that it reads the same after a restart.
+
+    Attributes:
+        type: name of the class in `errors`.
+    """
+
+    type: str
+    code: str
+    message: str
+    param: str | None = None
+
+    @classmethod
+    def of(cls, error: CocktailError) -> Self:
+        return cls(type=type(error).__name__, code=error.code, message=error.message, param=error.param)
+
+    def to_json(self) -> dict[str, str | None]:
+        return asdict(self)
+
+    def exception(self) -> CocktailError:
+        """The error itself, to raise where the failure meets a caller that waited for it."""
+        known = getattr(errors, self.type, CocktailError)
+        if issubclass(known, errors.InvalidExamplesError):
+            return known(self.message, param=self.param)
+        error: CocktailError = known(self.message, param=self.param, code=self.code)
+        return error
+
+
+@dataclass(frozen=True, slots=True)
+class Cocktail:
+    """A snapshot of one version of a name, or of an inline cocktail.
+
+    Attributes:
+        uid: key of its rows, never shown: an id that comes again after a deletion is another cocktail.
+        sequence: order in which versions were last asked for; the newest ready one is current.
+        digest: of the request, 64 hex characters, known at once.
+        progress: 0 to 1.
+        created_at: seconds since the epoch, as `ready_at`.
+        current: whether the bare name means this version.
+        request: the options, with what omissions meant filled in.
+        losses: loss (nats) by model name, `base` first, as far as measured.
+        merging_weights: coefficients by model name over base, experts and target; None until weighed.
+        entropy: of the merging weights (nats); None where a weight is negative.
+        mixed_loss: loss of the mixture on the same examples; None without examples.
+        recipe: None until weighed.
+    """
+
+    uid: str
+    tenant: str
+    name: str
+    pool_id: str
+    kind: Kind
+    digest: str
+    request: CocktailOptions
+    created_at: float
+    sequence: int
+    status: Status = "queued"
+    progress: float = 0.0
+    ready_at: float | None = None
+    used_at: float = 0.0
+    current: bool = False
+    losses: Mapping[str, float] = field(default_factory=dict)
+    merging_weights: Mapping[str, float] | None = None
+    entropy: float | None = None
+    mixed_loss: float | None = None
+    recipe: Recipe | None = None
+    error: Failure | None = None
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def id(self) -> str:
+        return version_id(self.name, self.digest)
+
+    @property
+    def inline(self) -> bool:
+        return self.request.inline
+
+    @property
+    def metadata(self) -> Mapping[str, str]:
+        return self.request.metadata
+
+    @property
+    def is_final(self) -> bool:
+        return self.status in FINAL
+
+
+@dataclass(frozen=True, slots=True)
+class Served:
+    """What a model id means now: the parameters a request is answered by.
+
+    Attributes:
+        model_id: the canonical id, `name@digest8` for a cocktail's name.
+    """
+
+    model_id: str
+    pool: Pool
+    recipe: Recipe
+
+
+@dataclass(frozen=True, slots=True)
+class ModelEntry:
+    """A line of the model list."""
+
+    id: str
+    created: int
+    kind: Kind
+    pool: str
+
+
+@dataclass(frozen=True, slots=True)
+class Weighing:
+    """Losses and what follows from them.
+
+    Attributes:
+        losses: loss (nats) by model name; empty where nothing was measured.
+        merging_weights: over base, experts and target, sum 1.
+        entropy: of the merging weights (nats); None where a weight is negative.
+    """
+
+    losses: Mapping[str, float]
+    merging_weights: Mapping[str, float]
+    entropy: float | None

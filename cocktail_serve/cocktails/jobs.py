@@ -1,0 +1,237 @@
+"""The job behind a cocktail: queued, scoring, mixing, ready. Each step is on disk before anybody hears of it."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import defaultdict
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from cocktail_serve.cocktails.cocktail import Cocktail, Failure
+from cocktail_serve.cocktails.registry import Registry
+from cocktail_serve.cocktails.scores import Keeping, Scores
+from cocktail_serve.cocktails.weighing import weigh
+from cocktail_serve.engines.base import Engine
+from cocktail_serve.errors import (
+    CapacityError,
+    CocktailError,
+    ConflictError,
+    InvalidRequestError,
+    ServerError,
+    StorageError,
+)
+from cocktail_serve.examples import ExampleSet
+from cocktail_serve.pool import Pool
+from cocktail_serve.recipe import Recipe, make_recipe
+
+logger = logging.getLogger(__name__)
+
+SCORED = 0.8
+MIXED = 0.9
+"""Progress once all models are scored, and once the mixture is in the engine; the rest is its own loss."""
+
+MAX_RUNNING = 32
+"""Jobs of one pool at work at once; further ones stay queued. Enough for an engine to join their visits to an expert,
+and apart by pool, so that an engine that is down holds up nobody else's jobs."""
+
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True, slots=True)
+class Patience:
+    """How long a job bears with an engine that is down, busy or failing. Nobody's socket waits for it.
+
+    Attributes:
+        for_capacity_s: how long it waits for an engine that is starting, restarting or busy; seconds.
+        engine_failures: calls that may fail before the job does: an example may be what kills the engine.
+        first_delay_s: pause after the first failure, doubled after each up to `max_delay_s`.
+    """
+
+    for_capacity_s: float = 900.0
+    engine_failures: int = 3
+    first_delay_s: float = 0.2
+    max_delay_s: float = 10.0
+
+    async def __call__(self, call: Callable[[], Awaitable[_T]]) -> _T:
+        """The result of a call, tried again while its error is retryable and patience lasts."""
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + self.for_capacity_s
+        failures = 0
+        delay = self.first_delay_s
+        while True:
+            try:
+                return await call()
+            except CapacityError:
+                if loop.time() + delay > deadline:
+                    raise
+            except CocktailError as error:
+                failures += 1
+                if not error.retryable or failures >= self.engine_failures:
+                    raise
+                logger.warning("an engine call of a job failed (%d of %d)", failures, self.engine_failures)
+            await asyncio.sleep(delay)
+            delay = min(2 * delay, self.max_delay_s)
+
+
+class _DeletedError(Exception):
+    """The cocktail went while its job ran: there is nothing left to tell anybody."""
+
+
+class Jobs:
+    """The running jobs, one task each. They end with the process and go on in the next one."""
+
+    def __init__(
+        self,
+        registry: Registry,
+        scores: Scores,
+        pools: Mapping[str, Pool],
+        engines: Mapping[str, Engine],
+        *,
+        patience: Patience,
+    ) -> None:
+        self._registry = registry
+        self._scores = scores
+        self._pools = pools
+        self._engines = engines
+        self._patience = patience
+        self._slots: defaultdict[str, asyncio.Semaphore] = defaultdict(lambda: asyncio.Semaphore(MAX_RUNNING))
+        self._tasks: dict[str, asyncio.Task[None]] = {}
+
+    def submit(self, cocktail: Cocktail, examples: ExampleSet | None) -> None:
+        """Starts the job of a cocktail that is not final."""
+        previous = self._tasks.get(cocktail.uid)
+        task = asyncio.get_running_loop().create_task(
+            self._after(previous, cocktail, examples), name=f"cocktail {cocktail.id}"
+        )
+        self._tasks[cocktail.uid] = task
+        task.add_done_callback(lambda ended: self._ended(cocktail.uid, ended))
+
+    async def resume(self, cocktail: Cocktail, load_examples: Callable[[], Awaitable[ExampleSet | None]]) -> None:
+        """Goes on with a job that the last process left; one whose examples no longer read ends as failed."""
+        try:
+            examples = await load_examples()
+        except InvalidRequestError as error:
+            await self._fail(cocktail, error)
+        else:
+            self.submit(cocktail, examples)
+
+    def cancel(self, uid: str) -> None:
+        """Ends a job, if there is one; its cocktail is deleted or cancelled already."""
+        task = self._tasks.get(uid)
+        if task is not None:
+            task.cancel()
+
+    async def stop(self) -> None:
+        """Ends all jobs where they are: their cocktails stay unfinished on disk."""
+        tasks = list(self._tasks.values())
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _after(
+        self, previous: asyncio.Task[None] | None, cocktail: Cocktail, examples: ExampleSet | None
+    ) -> None:
+        """A cancelled job may still be leaving its engine when the cocktail is asked for again."""
+        if previous is not None:
+            await asyncio.wait([previous])
+        async with self._slots[cocktail.pool_id]:
+            await self._run(cocktail, examples)
+
+    async def _run(self, cocktail: Cocktail, examples: ExampleSet | None) -> None:
+        try:
+            await self._mix(cocktail, examples)
+        except _DeletedError:
+            return
+        except CocktailError as error:
+            logger.warning("cocktail %s failed: %s", cocktail.id, error.code)
+            await self._fail(cocktail, error)
+        except Exception:
+            # a fault of ours in one job must neither end the server nor leave callers waiting
+            logger.exception("cocktail %s failed by a fault of the server", cocktail.id)
+            await self._fail(cocktail, ServerError("the job failed by a fault of the server; its log says more"))
+
+    async def _mix(self, cocktail: Cocktail, examples: ExampleSet | None) -> None:
+        options = cocktail.request
+        pool = self._pools.get(cocktail.pool_id)
+        if pool is None or pool.fingerprint != options.pool_fingerprint:
+            raise ConflictError(
+                f"pool {cocktail.pool_id!r} changed before the cocktail was ready; make it again", code="pool_changed"
+            )
+        engine = self._engines[pool.id]
+        keeping = Keeping(tenant=cocktail.tenant, uid=cocktail.uid)
+        losses: Mapping[str, float] = {}
+        if examples is not None:
+            await self._update(cocktail, status="scoring", progress=0.0)
+            await self._patience(lambda: engine.check_examples(examples))
+
+            async def on_loss(so_far: Mapping[str, float]) -> None:
+                await self._update(cocktail, losses=so_far, progress=SCORED * (len(so_far) / len(options.scored)))
+
+            losses = await self._scores.of_models(
+                engine, options.scored, examples, keeping, attempts=self._patience, on_loss=on_loss
+            )
+        weighing = weigh(options, losses)
+        recipe = make_recipe(
+            pool,
+            weighing.merging_weights,
+            dtype=engine.dtype,
+            method=options.method,
+            method_params=options.method_params,
+        )
+        await self._update(
+            cocktail,
+            status="mixing",
+            progress=SCORED,
+            losses=weighing.losses,
+            merging_weights=weighing.merging_weights,
+            entropy=weighing.entropy,
+            recipe=recipe,
+        )
+        await self._patience(lambda: engine.materialise(recipe))
+        await self._update(cocktail, progress=MIXED)
+        mixed_loss = await self._mixed_loss(engine, recipe, examples, keeping)
+        await self._update(
+            cocktail,
+            status="ready",
+            progress=1.0,
+            ready_at=self._registry.now(),
+            mixed_loss=mixed_loss,
+            warnings=(*cocktail.warnings, *_warnings(weighing.losses, mixed_loss)),
+        )
+
+    async def _mixed_loss(
+        self, engine: Engine, recipe: Recipe, examples: ExampleSet | None, keeping: Keeping
+    ) -> float | None:
+        if examples is None:
+            return None
+        return await self._patience(lambda: self._scores.of_mixture(engine, recipe, examples, keeping))
+
+    async def _update(self, cocktail: Cocktail, **changes: Any) -> None:
+        if await self._registry.update(cocktail.uid, **changes) is None:
+            raise _DeletedError
+
+    async def _fail(self, cocktail: Cocktail, error: CocktailError) -> None:
+        failure = Failure.of(error)
+        try:
+            await self._registry.update(cocktail.uid, status="failed", error=failure)
+        except StorageError:
+            logger.exception("the failure of cocktail %s could not be kept", cocktail.id)
+            self._registry.fail_in_memory(cocktail.uid, failure)
+
+    def _ended(self, uid: str, task: asyncio.Task[None]) -> None:
+        if self._tasks.get(uid) is task:
+            del self._tasks[uid]
+
+
+def _warnings(losses: Mapping[str, float], mixed_loss: float | None) -> list[str]:
+    if mixed_loss is None or not losses:
+        return []
+    best = min(losses, key=losses.__getitem__)
+    if mixed_loss <= losses[best]:
+        return []
+    return [
+        f"the mixture's loss {mixed_loss:.4g} is above that of {best!r} alone, {losses[best]:.4g}: "
+        "try a lower temperature, or that model itself"
+    ]

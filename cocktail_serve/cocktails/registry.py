@@ -1,0 +1,501 @@
+"""Which cocktails exist, whose, and what each model id means: found in memory, changed on disk first."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+import uuid
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+from cocktail_serve.cocktails.cocktail import (
+    DIGEST8,
+    Cocktail,
+    Failure,
+    ModelEntry,
+    Served,
+    Status,
+    version_id,
+)
+from cocktail_serve.cocktails.request import CocktailRequest
+from cocktail_serve.cocktails.store import Store
+from cocktail_serve.errors import (
+    CocktailError,
+    ConflictError,
+    ModelNotReadyError,
+    NotFoundError,
+    PermissionDeniedError,
+)
+from cocktail_serve.pool import BASE, Pool
+from cocktail_serve.recipe import DType, one_hot
+
+Admission = Literal["new", "again", "existing"]
+"""A version that was not there; one that failed or was cancelled and is queued again; one that is there."""
+
+
+@dataclass(slots=True)
+class _Entry:
+    """One version in memory. `cocktail.current` is left False here and filled in when a snapshot is taken."""
+
+    cocktail: Cocktail
+    served: Served | None = None
+    final: asyncio.Event = field(default_factory=asyncio.Event)
+
+
+@dataclass(slots=True)
+class _Name:
+    """The versions of a tenant's name, by digest8."""
+
+    versions: dict[str, _Entry] = field(default_factory=dict)
+    pinned: _Entry | None = None
+    current: _Entry | None = None
+
+    def settle_current(self) -> None:
+        """The pinned version, else the newest ready one; a queued or failed version never moves it."""
+        ready = [
+            entry for entry in self.versions.values() if entry.cocktail.status == "ready" and not entry.cocktail.inline
+        ]
+        self.current = self.pinned or max(ready, key=lambda entry: entry.cocktail.sequence, default=None)
+
+
+class Registry:
+    """All cocktails of all tenants. Reading is synchronous and from memory; changing is durable before it shows.
+
+    Args:
+        pools: by id, as the operator defines them now.
+        dtypes: dtype of each pool's engine, which recipes round to.
+        max_inline: inline cocktails kept over all tenants; the least recently used go first.
+        clock: seconds since the epoch.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        pools: Mapping[str, Pool],
+        dtypes: Mapping[str, DType],
+        *,
+        max_inline: int,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self._store = store
+        self._pools = pools
+        self._dtypes = dtypes
+        self._max_inline = max_inline
+        self._clock = clock
+        self._started_at = int(clock())
+        self._changing = asyncio.Lock()
+        self._by_uid: dict[str, _Entry] = {}
+        self._names: dict[tuple[str, str], _Name] = {}
+        self._inline: OrderedDict[str, _Entry] = OrderedDict()
+        self._used: dict[str, float] = {}
+        self._sequence = 0
+        self._pool_models = {
+            served.model_id: served for pool in pools.values() for served in _pool_models(pool, dtypes[pool.id])
+        }
+
+    async def load(self) -> list[Cocktail]:
+        """Reads the store into memory; returns the cocktails whose jobs have not ended."""
+        cocktails, pins = await self._store.load()
+        for cocktail in cocktails:
+            adopted = self._adopt(cocktail)
+            if adopted != cocktail:
+                await self._store.update(adopted)
+            self._insert(adopted)
+        for (tenant, name), uid in pins.items():
+            self._names[tenant, name].pinned = self._by_uid.get(uid)
+        for versions in self._names.values():
+            versions.settle_current()
+        for uid, _ in sorted(self._inline.items(), key=lambda item: item[1].cocktail.used_at):
+            self._inline.move_to_end(uid)
+        return [entry.cocktail for entry in self._by_uid.values() if not entry.cocktail.is_final]
+
+    async def flush(self) -> None:
+        """Writes when inline cocktails were last used: what the hot path only noted."""
+        if self._used:
+            noted, self._used = self._used, {}
+            await self._store.touch(noted)
+
+    def resolve(self, tenant: str, model_id: str) -> Served:
+        """The parameters a model id means now: the hot path, without a single await.
+
+        Raises:
+            NotFoundError: unknown, another tenant's, failed, or made of models its pool no longer has.
+            ModelNotReadyError: its job has not ended.
+        """
+        served = self._pool_models.get(model_id)
+        if served is not None:
+            return served
+        entry = self._find(tenant, model_id)
+        if entry is None:
+            raise _no_model(model_id)
+        if entry.served is None:
+            raise self.why_not_served(entry.cocktail)
+        if entry.cocktail.inline:
+            self._note_use(entry)
+        return entry.served
+
+    def get(self, tenant: str, ref: str) -> Cocktail:
+        """A snapshot by id; by name, of the current version, or of the newest where none is ready yet.
+
+        Raises:
+            NotFoundError: unknown or another tenant's.
+        """
+        return self._snapshot(self._entry(tenant, ref))
+
+    def of_tenant(self, tenant: str, name: str | None = None) -> list[Cocktail]:
+        """The tenant's cocktails, inline ones left out, the newest first; of one name if given."""
+        found = [
+            self._snapshot(entry)
+            for (owner, of_name), versions in self._names.items()
+            if owner == tenant and name in (None, of_name)
+            for entry in versions.versions.values()
+            if not entry.cocktail.inline
+        ]
+        return sorted(found, key=lambda cocktail: (-cocktail.created_at, -cocktail.sequence))
+
+    def models(self, tenant: str) -> list[ModelEntry]:
+        """Pools, experts, the tenant's names that have a current version, and its ready versions, sorted by id."""
+        entries = [
+            ModelEntry(id=model_id, created=self._started_at, kind=served.pool.kind, pool=served.pool.id)
+            for model_id, served in self._pool_models.items()
+        ]
+        for (owner, name), versions in self._names.items():
+            if owner != tenant:
+                continue
+            ready = [entry for entry in versions.versions.values() if entry.served and not entry.cocktail.inline]
+            entries.extend(_model_entry(entry.cocktail.id, entry.cocktail) for entry in ready)
+            if versions.current is not None and versions.current.served and name not in self._pools:
+                entries.append(_model_entry(name, versions.current.cocktail))
+        return sorted(entries, key=lambda entry: entry.id)
+
+    async def admit(
+        self, tenant: str, request: CocktailRequest, *, items: tuple[str, ...], warnings: tuple[str, ...]
+    ) -> tuple[Cocktail, Admission, list[Cocktail]]:
+        """Finds the version that a request names, or adds it as queued.
+
+        A version asked for again is the newest again, so it becomes current once ready; a pin stands.
+
+        Args:
+            items: keys that its scores will be kept under.
+
+        Returns:
+            A snapshot, how it was found, and the inline cocktails that had to go for it.
+
+        Raises:
+            ConflictError: another request of the same name has the same first eight digits of its digest.
+        """
+        digest = request.digest
+        async with self._changing:
+            entry = self._version(tenant, request)
+            if entry is not None:
+                again = entry.cocktail.status in ("failed", "cancelled")
+                await self._ask_again(entry, warnings if again else None)
+                return self._snapshot(entry), "again" if again else "existing", []
+            now = self._clock()
+            pool = self._pools[request.options.pool]
+            cocktail = Cocktail(
+                uid=uuid.uuid4().hex,
+                tenant=tenant,
+                name=request.options.name,
+                pool_id=pool.id,
+                kind=pool.kind,
+                digest=digest,
+                request=request.options,
+                created_at=now,
+                used_at=now,
+                sequence=self._next_sequence(),
+                warnings=warnings,
+            )
+            gone = await self._make_room() if cocktail.inline else []
+            await self._store.add(cocktail, request.examples, items)
+            return self._snapshot(self._insert(cocktail)), "new", gone
+
+    async def update(self, uid: str, **changes: Any) -> Cocktail | None:
+        """Changes a version, on disk first. Returns the snapshot, or None where it has been deleted or is final."""
+        async with self._changing:
+            entry = self._by_uid.get(uid)
+            if entry is None or entry.cocktail.is_final:
+                return None
+            await self._apply(entry, **changes)
+            return self._snapshot(entry)
+
+    def fail_in_memory(self, uid: str, failure: Failure) -> None:
+        """Ends a version whose end the store refused to take; after a restart its job goes on."""
+        entry = self._by_uid.get(uid)
+        if entry is not None and not entry.cocktail.is_final:
+            self._show(entry, replace(entry.cocktail, status="failed", error=failure))
+
+    async def pin(self, tenant: str, name: str, ref: str | None) -> Cocktail:
+        """Makes a ready version current whatever becomes ready later; None removes the pin.
+
+        Raises:
+            NotFoundError: no such name, or no such version of it.
+            ConflictError: the version is not ready.
+        """
+        async with self._changing:
+            versions = self._names.get((tenant, name))
+            if versions is None or "@" in name or name in self._pools:
+                raise _no_cocktail(name)
+            entry = None
+            if ref is not None:
+                entry = versions.versions.get(ref.removeprefix(f"{name}@"))
+                if entry is None or entry.cocktail.id != ref:
+                    raise NotFoundError(
+                        f"{name!r} has no version {ref!r}; give an id of the form {name}@digest8, or null",
+                        param="current",
+                        code="cocktail_not_found",
+                    )
+                if entry.cocktail.status != "ready":
+                    raise ConflictError(
+                        f"{ref!r} is {entry.cocktail.status}; only a ready version can be current", param="current"
+                    )
+            await self._store.pin(tenant, name, None if entry is None else entry.cocktail.uid)
+            versions.pinned = entry
+            versions.settle_current()
+            return self._snapshot(self._entry(tenant, name))
+
+    async def remove(self, tenant: str, ref: str) -> list[Cocktail]:
+        """Deletes a version, or all versions of a name. From then on they are unknown.
+
+        Returns:
+            The last snapshots; those unfinished as cancelled.
+
+        Raises:
+            NotFoundError: unknown or another tenant's.
+            PermissionDeniedError: a pool or an expert.
+        """
+        if ref in self._pool_models:
+            raise PermissionDeniedError(f"{ref!r} is the operator's; it can only be taken out of the configuration")
+        async with self._changing:
+            if "@" in ref:
+                entries = [self._entry(tenant, ref)]
+            else:
+                versions = self._names.get((tenant, ref))
+                entries = [] if versions is None else list(versions.versions.values())
+            if not entries:
+                raise _no_cocktail(ref)
+            return await self._remove(tenant, entries)
+
+    def uses(self, pool_id: str, recipe_digest: str) -> bool:
+        """Whether a model of a pool, or a cocktail of any tenant, is this recipe."""
+        return any(
+            served.recipe.digest == recipe_digest and served.pool.id == pool_id for served in self._pool_models.values()
+        ) or any(
+            entry.cocktail.pool_id == pool_id
+            and entry.cocktail.recipe is not None
+            and entry.cocktail.recipe.digest == recipe_digest
+            for entry in self._by_uid.values()
+        )
+
+    async def until_final(self, uid: str, timeout_s: float) -> None:
+        """Returns the moment a version is ready, failed, cancelled or deleted, or after `timeout_s`."""
+        entry = self._by_uid.get(uid)
+        if entry is None or entry.final.is_set():
+            return
+        try:
+            async with asyncio.timeout(timeout_s):
+                await entry.final.wait()
+        except TimeoutError:
+            return
+
+    def version(self, tenant: str, request: CocktailRequest) -> Cocktail | None:
+        """The version that a request names, or None.
+
+        Raises:
+            ConflictError: as `admit`.
+        """
+        entry = self._version(tenant, request)
+        return None if entry is None else self._snapshot(entry)
+
+    def statuses(self) -> Counter[Status]:
+        """How many cocktails of all tenants, inline ones included, are in each state."""
+        return Counter(entry.cocktail.status for entry in self._by_uid.values())
+
+    def now(self) -> float:
+        """Seconds since the epoch, as all of its moments are."""
+        return self._clock()
+
+    def by_uid(self, uid: str) -> Cocktail | None:
+        """A snapshot by uid, or None where it has been deleted."""
+        entry = self._by_uid.get(uid)
+        return None if entry is None else self._snapshot(entry)
+
+    def _entry(self, tenant: str, ref: str) -> _Entry:
+        entry = self._find(tenant, ref)
+        if entry is None:
+            raise _no_cocktail(ref)
+        return entry
+
+    def _find(self, tenant: str, ref: str) -> _Entry | None:
+        name, at, digest8 = ref.partition("@")
+        versions = self._names.get((tenant, name))
+        if versions is None:
+            return None
+        if at:
+            return versions.versions.get(digest8)
+        if name in self._pools:
+            return None
+        if versions.current is not None:
+            return versions.current
+        named = [entry for entry in versions.versions.values() if not entry.cocktail.inline]
+        return max(named, key=lambda entry: entry.cocktail.sequence, default=None)
+
+    def _version(self, tenant: str, request: CocktailRequest) -> _Entry | None:
+        versions = self._names.get((tenant, request.options.name))
+        digest = request.digest
+        entry = None if versions is None else versions.versions.get(digest[:DIGEST8])
+        if entry is not None and entry.cocktail.digest != digest:
+            raise ConflictError(
+                f"another version has the id {version_id(request.options.name, digest)!r}: two digests begin alike; "
+                "change 'seed' to get another id",
+                param="seed",
+            )
+        return entry
+
+    def _insert(self, cocktail: Cocktail) -> _Entry:
+        entry = _Entry(cocktail)
+        self._by_uid[cocktail.uid] = entry
+        self._names.setdefault((cocktail.tenant, cocktail.name), _Name()).versions[cocktail.digest[:DIGEST8]] = entry
+        self._sequence = max(self._sequence, cocktail.sequence)
+        if cocktail.inline:
+            self._inline[cocktail.uid] = entry
+        self._show(entry, cocktail)
+        return entry
+
+    async def _apply(self, entry: _Entry, **changes: Any) -> None:
+        cocktail = replace(entry.cocktail, **changes)
+        await self._store.update(cocktail)
+        self._show(entry, cocktail)
+
+    def _show(self, entry: _Entry, cocktail: Cocktail) -> None:
+        entry.cocktail = cocktail
+        entry.served = self.serve(cocktail)
+        if cocktail.is_final:
+            entry.final.set()
+        else:
+            entry.final.clear()
+        self._names[cocktail.tenant, cocktail.name].settle_current()
+
+    async def _ask_again(self, entry: _Entry, warnings: tuple[str, ...] | None) -> None:
+        """Makes a version the newest of its name; with warnings, queues it anew."""
+        if entry.cocktail.inline:
+            self._note_use(entry)
+        changes: dict[str, Any] = {}
+        of_name = self._names[entry.cocktail.tenant, entry.cocktail.name].versions.values()
+        if entry.cocktail.sequence < max(other.cocktail.sequence for other in of_name):
+            changes = {"sequence": self._next_sequence()}
+        if warnings is not None:
+            changes |= {"status": "queued", "progress": 0.0, "error": None, "losses": {}, "warnings": warnings}
+            changes |= {"merging_weights": None, "entropy": None, "recipe": None, "mixed_loss": None}
+        if changes:
+            await self._apply(entry, **changes)
+
+    async def _remove(self, tenant: str, entries: list[_Entry]) -> list[Cocktail]:
+        await self._store.delete(tenant, [entry.cocktail.uid for entry in entries])
+        removed = []
+        for entry in entries:
+            cocktail = self._snapshot(entry)
+            removed.append(cocktail if cocktail.is_final else replace(cocktail, status="cancelled"))
+            key = (tenant, cocktail.name)
+            versions = self._names[key]
+            del self._by_uid[cocktail.uid]
+            del versions.versions[cocktail.digest[:DIGEST8]]
+            self._inline.pop(cocktail.uid, None)
+            self._used.pop(cocktail.uid, None)
+            if versions.pinned is entry:
+                versions.pinned = None
+            versions.settle_current()
+            if not versions.versions:
+                del self._names[key]
+            entry.final.set()
+        return removed
+
+    async def _make_room(self) -> list[Cocktail]:
+        """Inline cocktails go, least recently used first; one whose job runs has a caller waiting and stays."""
+        surplus = len(self._inline) + 1 - self._max_inline
+        going = [entry for entry in self._inline.values() if entry.cocktail.is_final][: max(surplus, 0)]
+        gone: list[Cocktail] = []
+        for entry in going:
+            gone += await self._remove(entry.cocktail.tenant, [entry])
+        return gone
+
+    def _note_use(self, entry: _Entry) -> None:
+        uid = entry.cocktail.uid
+        self._inline.move_to_end(uid)
+        self._used[uid] = self._clock()
+
+    def _next_sequence(self) -> int:
+        self._sequence += 1
+        return self._sequence
+
+    def _snapshot(self, entry: _Entry) -> Cocktail:
+        versions = self._names.get((entry.cocktail.tenant, entry.cocktail.name))
+        is_current = versions is not None and versions.current is entry
+        return replace(entry.cocktail, current=True) if is_current else entry.cocktail
+
+    def serve(self, cocktail: Cocktail) -> Served | None:
+        """What a snapshot is answered by; None unless it is ready and its pool still has its models."""
+        pool = self._pools.get(cocktail.pool_id)
+        if cocktail.status != "ready" or cocktail.recipe is None or pool is None:
+            return None
+        there = {member.fingerprint for member in pool}
+        needed = {fingerprint for fingerprint, _ in cocktail.recipe.coefficients}
+        if cocktail.recipe.base != pool.base.fingerprint or not needed <= there:
+            return None
+        return Served(model_id=cocktail.id, pool=pool, recipe=cocktail.recipe)
+
+    def _adopt(self, cocktail: Cocktail) -> Cocktail:
+        """A cocktail as this configuration serves it: the operator may have changed the engine's dtype."""
+        dtype = self._dtypes.get(cocktail.pool_id)
+        if dtype is None or cocktail.recipe is None or cocktail.recipe.dtype == dtype:
+            return cocktail
+        warning = f"made for {cocktail.recipe.dtype}; the engine runs {dtype} now, so the mixture rounds differently"
+        return replace(cocktail, recipe=replace(cocktail.recipe, dtype=dtype), warnings=(*cocktail.warnings, warning))
+
+    def why_not_served(self, cocktail: Cocktail) -> CocktailError:
+        """The error for a cocktail that `serve` has nothing for."""
+        if not cocktail.is_final:
+            return ModelNotReadyError(
+                f"{cocktail.id!r} is {cocktail.status}; follow it at /v1/cocktails/{cocktail.id}", param="model"
+            )
+        if cocktail.status == "ready":
+            return NotFoundError(
+                f"{cocktail.id!r} is made of models that pool {cocktail.pool_id!r} no longer has; make it again",
+                param="model",
+                code="model_not_found",
+            )
+        why = "" if cocktail.error is None else f": {cocktail.error.message}"
+        return NotFoundError(
+            f"{cocktail.id!r} {'failed' if cocktail.status == 'failed' else 'was cancelled'}{why}; make it again",
+            param="model",
+            code="model_not_found",
+        )
+
+
+def _pool_models(pool: Pool, dtype: DType) -> Iterator[Served]:
+    for member in pool:
+        model_id = pool.id if member.name == BASE else f"{pool.id}/{member.name}"
+        yield Served(model_id, pool, one_hot(pool, member.name, dtype=dtype))
+
+
+def _model_entry(model_id: str, cocktail: Cocktail) -> ModelEntry:
+    return ModelEntry(id=model_id, created=int(cocktail.created_at), kind=cocktail.kind, pool=cocktail.pool_id)
+
+
+def _no_model(model_id: str) -> NotFoundError:
+    return NotFoundError(
+        f"the model {model_id!r} does not exist; GET /v1/models lists those that do",
+        param="model",
+        code="model_not_found",
+    )
+
+
+def _no_cocktail(ref: str) -> NotFoundError:
+    return NotFoundError(
+        f"there is no cocktail {ref!r}; GET /v1/cocktails lists those there are", code="cocktail_not_found"
+    )
+
+
+__all__ = ["Admission", "Cocktail", "ModelEntry", "Registry", "Served"]

@@ -1,0 +1,353 @@
+"""What a tenant asks for: the body of `POST /v1/cocktails` checked, its defaults filled in, and named by digest."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal, Self, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from cocktail_serve.config import CocktailDefaults, Settings
+from cocktail_serve.digest import digest_of
+from cocktail_serve.errors import ConflictError, InvalidMixError, InvalidRequestError, NotFoundError
+from cocktail_serve.examples import ExampleSet, parse_examples
+from cocktail_serve.pool import BASE, NAME_PATTERN, Pool
+from cocktail_serve.recipe import make_recipe
+
+Weighting = Literal["softmax", "paper", "uniform"]
+
+REQUEST_VERSION = 1
+"""Part of every digest: raised when the same options come to mean another mixture."""
+
+PAPER_TEMPERATURE = 5.0
+PAPER_ALPHA = 0.5
+"""LM-Cocktail's own settings (arXiv 2311.13534, section 4), what `weighting: "paper"` stands for."""
+
+MAX_METADATA_PAIRS = 16
+MAX_METADATA_KEY = 64
+MAX_METADATA_VALUE = 512
+"""As OpenAI's API bounds `metadata`."""
+
+
+class InlineBody(BaseModel):
+    """The `cocktail` object of a generation or embedding request; null means the same as left out."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    examples: Any = Field(None, description="Few-shot examples of the task; five are enough.")
+    target: str | None = Field(None, description="Expert fine-tuned for this task already (Eq. 1).")
+    alpha: float | None = Field(None, description="Share of the target, 0 to 1.")
+    temperature: float | None = Field(None, description="tau of softmax(-loss / tau); lower is more selective.")
+    weighting: Weighting | None = Field(None, description="How losses become weights; paper: tau 5, alpha 0.5.")
+    method: Literal["linear"] | None = Field(None, description="How parameters are merged.")
+    method_params: dict[str, Any] | None = Field(None, description="Parameters of the method; linear takes none.")
+    experts: list[str] | None = Field(None, description="Experts to weigh beside the base; null: all of the pool.")
+    seed: int | None = Field(None, ge=-(2**63), lt=2**63, description="Seed of the sampling of examples.")
+    merging_weights: dict[str, float] | None = Field(None, description="Weights given by hand; they sum to 1.")
+    metadata: dict[str, str] | None = Field(None, description="Up to 16 pairs of strings, kept with the cocktail.")
+
+
+class CocktailBody(InlineBody):
+    """The body of `POST /v1/cocktails`."""
+
+    name: str = Field(description=f"Name of the cocktail, {NAME_PATTERN}; the same name again makes a new version.")
+    pool: str = Field(description="Id of the pool to mix from.")
+
+
+_Body = TypeVar("_Body", bound=InlineBody)
+
+
+@dataclass(frozen=True, slots=True)
+class CocktailOptions:
+    """All that decides a mixture except the text of its examples; what omissions mean is filled in and so recorded.
+
+    Attributes:
+        name: the cocktail's name; for an inline cocktail the pool's id.
+        peers: what Eq. 2 weighs: the base and the experts taken, without the target. Empty without examples.
+        alpha: share of the target; None where there is no target.
+        weighting: as asked for; None where nothing is weighed.
+        temperature: tau; None where no softmax is taken.
+        experts: the limit that was asked for, sorted; None: all.
+        merging_weights: weights given by hand, or None.
+        examples_digest: digest of the examples after sampling, or None without examples.
+        num_examples: examples after sampling.
+        num_examples_given: examples in the request.
+    """
+
+    name: str
+    pool: str
+    pool_fingerprint: str
+    target: str | None = None
+    alpha: float | None = None
+    temperature: float | None = None
+    weighting: Weighting | None = None
+    method: str = "linear"
+    method_params: Mapping[str, Any] = field(default_factory=dict)
+    experts: tuple[str, ...] | None = None
+    peers: tuple[str, ...] = ()
+    seed: int = 0
+    merging_weights: Mapping[str, float] | None = None
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    examples_digest: str | None = None
+    num_examples: int = 0
+    num_examples_given: int = 0
+    inline: bool = False
+
+    @property
+    def scored(self) -> tuple[str, ...]:
+        """Models whose loss is measured: the peers, and the target, whose loss decides nothing but is reported."""
+        return self.peers if not self.peers or self.target is None else (*self.peers, self.target)
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 over the pool's content, the examples and the options that decide the mixture; not name or metadata.
+
+        `paper` is `softmax` by another name, `experts` naming all is null: equal requests have equal digests.
+        """
+        return digest_of(
+            {
+                "version": REQUEST_VERSION,
+                "pool": self.pool,
+                "pool_fingerprint": self.pool_fingerprint,
+                "examples": self.examples_digest,
+                "peers": list(self.peers),
+                "target": self.target,
+                "alpha": self.alpha,
+                "weighting": "softmax" if self.weighting == "paper" else self.weighting,
+                "temperature": self.temperature,
+                "method": self.method,
+                "method_params": dict(self.method_params),
+                "merging_weights": None if self.merging_weights is None else dict(self.merging_weights),
+                "seed": self.seed,
+            }
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON value that `from_json` reads back to equal options."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Self:
+        """Reads what `to_json` wrote."""
+        experts = value["experts"]
+        return cls(**{**value, "peers": tuple(value["peers"]), "experts": None if experts is None else tuple(experts)})
+
+
+@dataclass(frozen=True, slots=True)
+class CocktailRequest:
+    """A request for a cocktail, fit for its pool."""
+
+    options: CocktailOptions
+    examples: ExampleSet | None
+
+    @property
+    def digest(self) -> str:
+        """Digest of the options, the examples included: known before anything is scored."""
+        return self.options.digest
+
+
+def parse_request(body: Mapping[str, Any], *, settings: Settings, pools: Mapping[str, Pool]) -> CocktailRequest:
+    """Checks the body of `POST /v1/cocktails`. Pure and bound by the CPU: megabytes of examples belong off the loop.
+
+    Raises:
+        InvalidRequestError: an unknown or malformed field; `param` names it.
+        InvalidExamplesError: examples that do not fit the pool.
+        InvalidMixError: options that break their rule or exclude each other.
+        NotFoundError: an unknown pool or expert.
+        ConflictError: the name is a pool's.
+    """
+    parsed = _validated(CocktailBody, body)
+    if not re.fullmatch(NAME_PATTERN, parsed.name):
+        raise InvalidRequestError(
+            f"{parsed.name!r} is not a name of a cocktail: lower-case letters, digits, '.', '_' and '-', at most 64, "
+            "beginning with a letter or digit",
+            param="name",
+        )
+    if parsed.name == BASE:
+        raise InvalidRequestError(f"the name {BASE!r} is reserved for the pools' base models", param="name")
+    if parsed.name in pools:
+        raise ConflictError(f"the name {parsed.name!r} is taken by a pool; choose another", param="name")
+    pool = pools.get(parsed.pool)
+    if pool is None:
+        known = ", ".join(sorted(pools))
+        raise NotFoundError(
+            f"there is no pool {parsed.pool!r}; there are: {known}", param="pool", code="pool_not_found"
+        )
+    return _resolve(parsed, parsed.name, pool, settings, inline=False)
+
+
+def parse_inline(cocktail: Any, *, pool: Pool, settings: Settings) -> CocktailRequest:
+    """Checks the `cocktail` object of a request whose `model` is the pool.
+
+    Raises:
+        As `parse_request`; `param` begins with `cocktail.`.
+    """
+    try:
+        return _resolve(_validated(InlineBody, cocktail), pool.id, pool, settings, inline=True)
+    except (InvalidRequestError, NotFoundError) as error:
+        error.param = "cocktail" if error.param is None else f"cocktail.{error.param}"
+        raise
+
+
+def _validated(model: type[_Body], body: Any) -> _Body:
+    if not isinstance(body, Mapping):
+        raise InvalidRequestError(f"expected a JSON object, got {type(body).__name__}")
+    try:
+        return model.model_validate(dict(body))
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = ".".join(str(part) for part in first["loc"] if part != "[key]")
+        if first["type"] == "extra_forbidden":
+            known = ", ".join(model.model_fields)
+            raise InvalidRequestError(f"unknown field {where!r}; a cocktail takes: {known}", param=where) from error
+        if first["type"] == "missing":
+            raise InvalidRequestError(f"{where!r} is required", param=where) from error
+        raise InvalidRequestError(f"{where!r}: {first['msg']}", param=where) from error
+
+
+def _resolve(body: InlineBody, name: str, pool: Pool, settings: Settings, *, inline: bool) -> CocktailRequest:
+    seed = body.seed or 0
+    if body.method_params:
+        raise InvalidMixError(
+            f"method 'linear' takes no parameters, got {sorted(body.method_params)}", param="method_params"
+        )
+    common: dict[str, Any] = {
+        "name": name,
+        "pool": pool.id,
+        "pool_fingerprint": pool.fingerprint,
+        "seed": seed,
+        "metadata": _metadata(body.metadata or {}),
+        "inline": inline,
+    }
+    _check_bounds(body)
+    if body.merging_weights is not None:
+        weights = _by_hand(body, pool)
+        return CocktailRequest(CocktailOptions(**common, merging_weights=weights), examples=None)
+    experts = _experts(body, pool)
+    if body.target is not None:
+        _check_target(body.target, experts, pool)
+    examples = None
+    if body.examples is not None:
+        examples = parse_examples(body.examples, pool.kind, max_examples=settings.pool(pool.id).max_examples, seed=seed)
+    elif body.target is None:
+        raise InvalidMixError("give examples, merging_weights or a target: there is nothing to mix", param="examples")
+    elif experts is not None:
+        raise InvalidMixError(
+            "experts are weighed by examples and there are none; give examples, or leave experts out to mix the target "
+            "with the base",
+            param="experts",
+        )
+    weighting, temperature, alpha = _weighting(body, settings.defaults)
+    options = CocktailOptions(
+        **common,
+        target=body.target,
+        alpha=None if body.target is None else alpha,
+        weighting=None if examples is None else weighting,
+        temperature=None if examples is None or weighting == "uniform" else temperature,
+        experts=experts,
+        peers=() if examples is None else _peers(pool, experts, body.target),
+        examples_digest=None if examples is None else examples.digest,
+        num_examples=0 if examples is None else len(examples),
+        num_examples_given=0 if examples is None else examples.num_given,
+    )
+    return CocktailRequest(options, examples)
+
+
+def _by_hand(body: InlineBody, pool: Pool) -> dict[str, float]:
+    excluded = ("examples", "target", "alpha", "experts", "temperature", "weighting")
+    for other in excluded:
+        if getattr(body, other) is not None:
+            raise InvalidMixError(
+                f"merging_weights cover the whole mixture and exclude {other!r}; give one of the two", param=other
+            )
+    assert body.merging_weights is not None
+    # the rule of sums and finite values has one home; dtype is the engine's matter and decides nothing here
+    make_recipe(pool, body.merging_weights, dtype="float32")
+    order = {name: position for position, name in enumerate(pool.members)}
+    return {name: float(body.merging_weights[name]) for name in sorted(body.merging_weights, key=order.__getitem__)}
+
+
+def _experts(body: InlineBody, pool: Pool) -> tuple[str, ...] | None:
+    if body.experts is None:
+        return None
+    for index, name in enumerate(body.experts):
+        if name == BASE:
+            raise InvalidMixError("the base always takes part; 'experts' names the others", param=f"experts.{index}")
+        pool.member(name, param=f"experts.{index}")
+    if len(set(body.experts)) < len(body.experts):
+        raise InvalidMixError("an expert is named twice", param="experts")
+    return tuple(sorted(body.experts))
+
+
+def _check_target(target: str, experts: tuple[str, ...] | None, pool: Pool) -> None:
+    if target == BASE:
+        raise InvalidMixError(
+            "the target is an expert fine-tuned for the task; the base takes part in every mixture anyway",
+            param="target",
+        )
+    pool.member(target, param="target")
+    if experts is not None and target in experts:
+        raise InvalidMixError(
+            f"target {target!r} is among the experts it is mixed with (Eq. 1 sums over the others); name it once",
+            param="target",
+        )
+
+
+def _peers(pool: Pool, experts: tuple[str, ...] | None, target: str | None) -> tuple[str, ...]:
+    taken = tuple(pool.experts) if experts is None else experts
+    return (BASE, *(name for name in taken if name != target))
+
+
+def _check_bounds(body: InlineBody) -> None:
+    if body.alpha is not None and not 0.0 <= body.alpha <= 1.0:
+        raise InvalidMixError(f"alpha must lie between 0 and 1, got {body.alpha!r}", param="alpha")
+    if body.temperature is not None and not (math.isfinite(body.temperature) and body.temperature > 0.0):
+        raise InvalidMixError(f"temperature must be above 0, got {body.temperature!r}", param="temperature")
+
+
+def _weighting(body: InlineBody, defaults: CocktailDefaults) -> tuple[Weighting, float, float]:
+    """Weighting, temperature and alpha: the request's, else those its weighting stands for, else the server's."""
+    weighting: Weighting = body.weighting or defaults.weighting
+    fallback = (defaults.temperature, defaults.alpha)
+    if weighting == "paper":
+        fallback = (PAPER_TEMPERATURE, PAPER_ALPHA)
+        given = {"temperature": body.temperature, "alpha": body.alpha}
+        for (option, value), fixed in zip(given.items(), fallback, strict=True):
+            if value is not None and value != fixed:
+                if body.weighting == "paper":
+                    raise InvalidMixError(
+                        f"weighting 'paper' means {option} {fixed:g}, got {value:g}; 'softmax' lets you choose",
+                        param=option,
+                    )
+                weighting = "softmax"  # the server's default gives way to what the request says
+    temperature = fallback[0] if body.temperature is None else float(body.temperature)
+    alpha = fallback[1] if body.alpha is None else float(body.alpha)
+    return weighting, temperature, alpha
+
+
+def _metadata(pairs: Mapping[str, str]) -> dict[str, str]:
+    if len(pairs) > MAX_METADATA_PAIRS:
+        raise InvalidRequestError(
+            f"metadata holds {len(pairs)} pairs; at most {MAX_METADATA_PAIRS} are kept", param="metadata"
+        )
+    for key, value in pairs.items():
+        if len(key) > MAX_METADATA_KEY or len(value) > MAX_METADATA_VALUE:
+            raise InvalidRequestError(
+                f"metadata keys have at most {MAX_METADATA_KEY} characters and values {MAX_METADATA_VALUE}; "
+                f"{key[:MAX_METADATA_KEY]!r} does not",
+                param="metadata",
+            )
+        if not _is_encodable(key + value):
+            raise InvalidRequestError("metadata holds a lone surrogate, which is no text", param="metadata")
+    return dict(pairs)
+
+
+def _is_encodable(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

@@ -1,0 +1,204 @@
+"""Losses of models on examples: measured by the engine once, kept, and measured again only for what is new."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import math
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Executor
+from dataclasses import dataclass
+from typing import Protocol, TypeVar, cast
+
+from cocktail_serve.cocktails.store import ScoreKey, Store
+from cocktail_serve.digest import digest_of
+from cocktail_serve.engines.base import EmbeddingEngine, Engine, GenerationEngine
+from cocktail_serve.errors import InvalidMixError, WrongModelKindError
+from cocktail_serve.examples import Example, ExampleSet, example_digest
+from cocktail_serve.pool import Kind
+from cocktail_serve.recipe import Recipe, one_hot
+from cocktail_serve.scoring import contrastive, text
+
+TEXTS_PER_CALL = 256
+"""Texts of one call to an embedding engine: short enough to give way to traffic in between."""
+
+_T = TypeVar("_T")
+
+
+class Attempts(Protocol):
+    """How often a call to an engine is tried."""
+
+    async def __call__(self, call: Callable[[], Awaitable[_T]]) -> _T: ...
+
+
+async def once(call: Callable[[], Awaitable[_T]]) -> _T:
+    """Tries a call once: for callers that wait and can try again themselves."""
+    return await call()
+
+
+def score_items(examples: ExampleSet | None, kind: Kind) -> tuple[str, ...]:
+    """The keys that scores of these examples are kept under: example digests, or text digests for an encoder."""
+    if examples is None:
+        return ()
+    if kind == "decoder":
+        return tuple(dict.fromkeys(example_digest(example) for example in examples))
+    return tuple(text_digest(item) for item in contrastive.texts_of(examples))
+
+
+def text_digest(item: str) -> str:
+    """SHA-256 of a text, 64 hex characters: the key its embedding is kept under."""
+    return hashlib.sha256(item.encode()).hexdigest()
+
+
+@dataclass(frozen=True, slots=True)
+class Keeping:
+    """Whose scores are used, and for which cocktail new ones are kept.
+
+    Attributes:
+        uid: the cocktail that new scores are kept for, until it is deleted. None: none is kept (a dry run, whose
+            examples nobody could delete later).
+    """
+
+    tenant: str
+    uid: str | None
+
+
+class Scores:
+    """Losses by model, on whatever the engine is.
+
+    A decoder's loss of an example depends on nothing else, so losses are kept. An encoder's depends on the other
+    examples' passages, so embeddings are kept and the losses computed from them. Both are kept per tenant.
+
+    Args:
+        executor: where losses are computed from embeddings, away from the event loop.
+        truncate: by pool id, whether encoder inputs that are too long are cut.
+    """
+
+    def __init__(self, store: Store, executor: Executor, *, truncate: Mapping[str, bool]) -> None:
+        self._store = store
+        self._executor = executor
+        self._truncate = truncate
+
+    async def of_models(
+        self,
+        engine: Engine,
+        names: Iterable[str],
+        examples: ExampleSet,
+        keeping: Keeping,
+        *,
+        attempts: Attempts = once,
+        on_loss: Callable[[Mapping[str, float]], Awaitable[None]] | None = None,
+    ) -> dict[str, float]:
+        """Mean loss (nats) of models of the pool, by name in the order given.
+
+        All are asked for at once, so that the engine can order its visits; models of equal parameters are one.
+
+        Args:
+            attempts: how often each model's engine calls are tried.
+            on_loss: awaited with the losses so far after each model.
+
+        Raises:
+            InvalidMixError: a model's loss is not finite.
+            CocktailError: what the engine raised last, for the first model that failed; the others are dropped.
+        """
+        names = list(names)
+        names_of: dict[str, list[str]] = {}
+        for name in names:
+            names_of.setdefault(engine.pool.member(name).fingerprint, []).append(name)
+        losses: dict[str, float] = {}
+
+        async def measure(fingerprint: str, same: list[str]) -> None:
+            recipe = one_hot(engine.pool, same[0], dtype=engine.dtype)
+            loss = await attempts(
+                lambda: self._mean(engine, recipe, examples, keeping, model=fingerprint, label=repr(same[0]))
+            )
+            losses.update(dict.fromkeys(same, loss))
+            if on_loss is not None:
+                await on_loss({name: losses[name] for name in names if name in losses})
+
+        try:
+            async with asyncio.TaskGroup() as group:
+                for fingerprint, same in names_of.items():
+                    group.create_task(measure(fingerprint, same))
+        except ExceptionGroup as failed:
+            raise failed.exceptions[0] from None
+        return {name: losses[name] for name in names}
+
+    async def of_mixture(self, engine: Engine, recipe: Recipe, examples: ExampleSet, keeping: Keeping) -> float:
+        """Mean loss (nats) of a recipe. Nothing is kept for a true mixture: another will hardly be this one.
+
+        Raises:
+            As `of_models`.
+        """
+        return await self._mean(engine, recipe, examples, keeping, model=recipe.one_hot, label="the mixture")
+
+    async def _mean(
+        self, engine: Engine, recipe: Recipe, examples: ExampleSet, keeping: Keeping, *, model: str | None, label: str
+    ) -> float:
+        if engine.pool.kind == "decoder":
+            losses = await self._decoder(cast(GenerationEngine, engine), recipe, examples, keeping, model)
+        elif engine.pool.kind == "encoder":
+            losses = await self._encoder(cast(EmbeddingEngine, engine), recipe, examples, keeping, model)
+        else:
+            raise WrongModelKindError(
+                f"pool {engine.pool.id!r} is a {engine.pool.kind}, not scored on examples; give merging_weights",
+                param="examples",
+            )
+        mean = sum(losses) / len(losses)
+        if not math.isfinite(mean):
+            raise InvalidMixError(
+                f"the loss of {label} on the examples is {mean}: its parameters overflow in {recipe.dtype}, or "
+                "are broken; leave the model out with 'experts', or have engine.dtype set to float32",
+                param="examples",
+            )
+        return mean
+
+    async def _decoder(
+        self, engine: GenerationEngine, recipe: Recipe, examples: ExampleSet, keeping: Keeping, model: str | None
+    ) -> Sequence[float]:
+        variant = digest_of({"loss": text.LOSS_VERSION, "text": engine.pool.text_digest, "dtype": recipe.dtype})
+        unique = {example_digest(example): example for example in examples}
+        kept = {} if model is None else await self._store.losses(keeping.tenant, ScoreKey(model, variant), list(unique))
+        missing = {digest: example for digest, example in unique.items() if digest not in kept}
+        if missing:
+            measured = await engine.score(recipe, _subset(tuple(missing.values())))
+            new = dict(zip(missing, measured, strict=True))
+            if model is not None and keeping.uid is not None and all(map(math.isfinite, measured)):
+                await self._store.keep_losses(keeping.uid, ScoreKey(model, variant), new)
+            kept |= new
+        return [kept[example_digest(example)] for example in examples]
+
+    async def _encoder(
+        self, engine: EmbeddingEngine, recipe: Recipe, examples: ExampleSet, keeping: Keeping, model: str | None
+    ) -> Sequence[float]:
+        truncate_to = engine.max_length if self._truncate.get(engine.pool.id, False) else None
+        variant = digest_of(
+            {"text": engine.pool.text_digest, "dtype": recipe.dtype, "prompt": "", "truncate_to": truncate_to}
+        )
+        by_digest = {text_digest(item): item for item in contrastive.texts_of(examples)}
+        kept = (
+            {}
+            if model is None
+            else await self._store.embeddings(keeping.tenant, ScoreKey(model, variant), list(by_digest))
+        )
+        missing = [digest for digest in by_digest if digest not in kept]
+        for start in range(0, len(missing), TEXTS_PER_CALL):
+            some = missing[start : start + TEXTS_PER_CALL]
+            # no prompt: what requests get unless they name one
+            embedded = await engine.embed(
+                recipe, [by_digest[digest] for digest in some], truncate_to=truncate_to, background=True
+            )
+            new = dict(zip(some, embedded.vectors, strict=True))
+            if model is not None and keeping.uid is not None:
+                await self._store.keep_embeddings(keeping.uid, ScoreKey(model, variant), new)
+            kept |= new
+        embeddings = {item: kept[digest] for digest, item in by_digest.items()}
+        loop = asyncio.get_running_loop()
+        losses: Sequence[float] = await loop.run_in_executor(
+            self._executor, contrastive.contrastive_losses, examples, embeddings
+        )
+        return losses
+
+
+def _subset(examples: tuple[Example, ...]) -> ExampleSet:
+    return ExampleSet(examples=examples, num_given=len(examples))

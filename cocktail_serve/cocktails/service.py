@@ -1,0 +1,271 @@
+"""The one door to cocktails: made, followed, found, pinned and deleted, each tenant its own."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+from cocktail_serve.cocktails.cocktail import Cocktail, ModelEntry, Served, Status, Weighing
+from cocktail_serve.cocktails.jobs import Jobs, Patience
+from cocktail_serve.cocktails.registry import Registry
+from cocktail_serve.cocktails.request import CocktailRequest
+from cocktail_serve.cocktails.scores import Keeping, Scores, score_items
+from cocktail_serve.cocktails.store import Store
+from cocktail_serve.cocktails.unbroken import Unbroken
+from cocktail_serve.cocktails.weighing import weigh
+from cocktail_serve.config import Settings
+from cocktail_serve.engines.base import Engine
+from cocktail_serve.errors import CapacityError
+from cocktail_serve.examples import ExampleSet, parse_examples
+from cocktail_serve.pool import Pool
+
+CHECK_TIMEOUT_S = 5.0
+"""How long a creation waits to hear that its examples fit the model's context; after that its job hears it."""
+
+INLINE_TIMEOUT_S = 60.0
+"""How long a request with an inline cocktail waits for it before it is told to come again."""
+
+
+class CocktailService:
+    """Cocktails of all tenants over the operator's pools.
+
+    Args:
+        pools: opened pools by id.
+        engines: the engine of each pool, by the same ids; the service neither starts nor stops them.
+        patience: how long jobs bear with failing engines.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        pools: Mapping[str, Pool],
+        engines: Mapping[str, Engine],
+        *,
+        patience: Patience | None = None,
+    ) -> None:
+        self._settings = settings
+        self._pools = pools
+        self._engines = engines
+        self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="cocktail-scores")
+        self._store = Store(settings.store.database_url)
+        self._registry = Registry(
+            self._store,
+            pools,
+            {pool_id: engine.dtype for pool_id, engine in engines.items()},
+            max_inline=settings.max_inline_cocktails,
+        )
+        self._scores = Scores(self._store, self._executor, truncate={pool.id: pool.truncate for pool in settings.pools})
+        self._jobs = Jobs(self._registry, self._scores, pools, engines, patience=patience or Patience())
+        self._unbroken = Unbroken()
+
+    async def start(self) -> None:
+        """Opens the registry and goes on with the jobs that the last process left.
+
+        Raises:
+            StorageError: the registry cannot be opened.
+        """
+        await self._store.open()
+        for cocktail in await self._registry.load():
+            await self._jobs.resume(cocktail, partial(self._stored_examples, cocktail))
+
+    async def stop(self) -> None:
+        """Ends jobs where they are and closes the registry; engines are not touched. May be called twice."""
+        await self._unbroken.drain()
+        await self._jobs.stop()
+        await self._registry.flush()
+        await self._store.close()
+        self._executor.shutdown()
+
+    async def create(self, tenant: str, request: CocktailRequest) -> tuple[Cocktail, bool]:
+        """Makes a cocktail, or finds the one that the same request made.
+
+        The version found becomes current (if no pin stands). One that failed or was cancelled is tried again, and
+        counts as new.
+
+        Returns:
+            A snapshot, and whether the version existed. It is durable; follow it with `wait`.
+
+        Raises:
+            ContextLengthError: an example is longer than the model's context; nothing is kept.
+            ConflictError: another request has the same id.
+            StorageError: nothing was kept.
+        """
+        known = self._registry.version(tenant, request)
+        if known is None or known.status in ("failed", "cancelled"):
+            await self._check_examples(request)
+        return await self._unbroken.run(self._admit(tenant, request))
+
+    async def wait(self, tenant: str, ref: str, timeout_s: float) -> Cocktail:
+        """The snapshot at the moment it becomes ready, failed or cancelled, or the one after `timeout_s`.
+
+        Raises:
+            NotFoundError: unknown, or another tenant's.
+        """
+        cocktail = self._registry.get(tenant, ref)
+        await self._registry.until_final(cocktail.uid, timeout_s)
+        return self._registry.by_uid(cocktail.uid) or replace(cocktail, status="cancelled", current=False)
+
+    async def dry_run(self, tenant: str, request: CocktailRequest) -> Weighing:
+        """Losses and weights only. Kept scores are used, but nothing is kept: no deletion could ever purge it.
+
+        Raises:
+            CapacityError, EngineError: from the engine, at once.
+        """
+        await self._check_examples(request)
+        losses: Mapping[str, float] = {}
+        if request.examples is not None:
+            losses = await self._scores.of_models(
+                self._engines[request.options.pool],
+                request.options.scored,
+                request.examples,
+                Keeping(tenant=tenant, uid=None),
+            )
+        return weigh(request.options, losses)
+
+    async def inline(self, tenant: str, request: CocktailRequest, *, timeout_s: float = INLINE_TIMEOUT_S) -> Served:
+        """What a request with a `cocktail` of its own is answered by: mixed now, or found by digest.
+
+        Raises:
+            ModelNotReadyError: not ready within `timeout_s`; its job goes on, a retry finds it.
+            CocktailError: why its job failed.
+        """
+        known = self._registry.version(tenant, request)
+        if known is not None and known.status == "ready":
+            return self._registry.resolve(tenant, known.id)
+        created, _ = await self.create(tenant, request)
+        made = await self.wait(tenant, created.id, timeout_s)
+        if made.status == "failed" and made.error is not None:
+            raise made.error.exception()
+        # from the snapshot: under load the least recently used may be gone again by now
+        served = self._registry.serve(made)
+        if served is None:
+            raise self._registry.why_not_served(made)
+        return served
+
+    def resolve(self, tenant: str, model_id: str) -> Served:
+        """What a model id means now. Synchronous: the hot path of every request.
+
+        Raises:
+            NotFoundError: `model_not_found`: unknown, another tenant's, failed or deleted.
+            ModelNotReadyError: its job has not ended.
+        """
+        return self._registry.resolve(tenant, model_id)
+
+    def get(self, tenant: str, ref: str) -> Cocktail:
+        """A snapshot by `name@digest8`, or by name: the current version, else the newest.
+
+        Raises:
+            NotFoundError: unknown, or another tenant's.
+        """
+        return self._registry.get(tenant, ref)
+
+    def list(self, tenant: str, name: str | None = None) -> Sequence[Cocktail]:
+        """The tenant's cocktails, newest first, inline ones left out; of one name if given."""
+        return self._registry.of_tenant(tenant, name)
+
+    def models(self, tenant: str) -> Sequence[ModelEntry]:
+        """The model list of a tenant, sorted by id."""
+        return self._registry.models(tenant)
+
+    def statuses(self) -> Counter[Status]:
+        """How many cocktails of all tenants, inline ones included, are in each state."""
+        return self._registry.statuses()
+
+    async def examples(self, tenant: str, ref: str) -> Sequence[Mapping[str, Any]]:
+        """The examples a cocktail was made from, as JSON rows; empty where it was made without."""
+        return await self._store.examples(self._registry.get(tenant, ref).uid)
+
+    async def set_current(self, tenant: str, name: str, ref: str | None) -> Cocktail:
+        """Pins a name to a ready version; None removes the pin. Returns what the name means then.
+
+        Raises:
+            NotFoundError: no such name, or no such version of it.
+            ConflictError: the version is not ready.
+        """
+        return await self._unbroken.run(self._registry.pin(tenant, name, ref))
+
+    async def cancel(self, tenant: str, ref: str) -> Cocktail:
+        """Ends an unfinished job and keeps the cocktail as cancelled; leaves a finished one as it is."""
+        return await self._unbroken.run(self._cancel(self._registry.get(tenant, ref)))
+
+    async def delete(self, tenant: str, ref: str) -> Sequence[Cocktail]:
+        """Deletes a version, or all versions of a name, with their examples and scores.
+
+        New calls find nothing from here on, those in flight finish, an unfinished job is cancelled.
+
+        Returns:
+            The last snapshots.
+
+        Raises:
+            NotFoundError: unknown, or another tenant's.
+            PermissionDeniedError: a pool or an expert.
+        """
+        return await self._unbroken.run(self._delete(tenant, ref))
+
+    async def _admit(self, tenant: str, request: CocktailRequest) -> tuple[Cocktail, bool]:
+        pool = self._pools[request.options.pool]
+        cocktail, admission, gone = await self._registry.admit(
+            tenant, request, items=score_items(request.examples, pool.kind), warnings=_warnings(request, pool)
+        )
+        self._release(gone)
+        if admission != "existing":
+            self._jobs.submit(cocktail, request.examples)
+        return cocktail, admission == "existing"
+
+    async def _cancel(self, cocktail: Cocktail) -> Cocktail:
+        cancelled = await self._registry.update(cocktail.uid, status="cancelled")
+        self._jobs.cancel(cocktail.uid)
+        return cancelled or self._registry.by_uid(cocktail.uid) or cocktail
+
+    async def _delete(self, tenant: str, ref: str) -> Sequence[Cocktail]:
+        removed = await self._registry.remove(tenant, ref)
+        self._release(removed)
+        return removed
+
+    def _release(self, removed: Iterable[Cocktail]) -> None:
+        for cocktail in removed:
+            self._jobs.cancel(cocktail.uid)
+            engine = self._engines.get(cocktail.pool_id)
+            if engine is None or cocktail.recipe is None:
+                continue
+            if not self._registry.uses(cocktail.pool_id, cocktail.recipe.digest):
+                engine.forget(cocktail.recipe.digest)
+
+    async def _check_examples(self, request: CocktailRequest) -> None:
+        if request.examples is None:
+            return
+        try:
+            async with asyncio.timeout(CHECK_TIMEOUT_S):
+                await self._engines[request.options.pool].check_examples(request.examples)
+        except (CapacityError, TimeoutError):
+            return  # an engine that is still starting says it later, to the job
+
+    async def _stored_examples(self, cocktail: Cocktail) -> ExampleSet | None:
+        if cocktail.request.examples_digest is None:
+            return None
+        rows = await self._store.examples(cocktail.uid)
+        return parse_examples(rows, cocktail.kind, max_examples=len(rows))
+
+
+def _warnings(request: CocktailRequest, pool: Pool) -> tuple[str, ...]:
+    options = request.options
+    warnings = []
+    if options.num_examples < options.num_examples_given:
+        warnings.append(
+            f"{options.num_examples} of {options.num_examples_given} examples were sampled with seed {options.seed}; "
+            "more do not fit the pool's max_examples"
+        )
+    names_of: dict[str, list[str]] = {}
+    for name in options.scored:
+        names_of.setdefault(pool.member(name).fingerprint, []).append(name)
+    warnings.extend(
+        f"{' and '.join(map(repr, same))} have the same parameters, which therefore count {len(same)} times"
+        for same in names_of.values()
+        if len(same) > 1
+    )
+    return tuple(warnings)

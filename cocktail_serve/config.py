@@ -1,0 +1,332 @@
+"""The configuration file: one YAML, read once at start, unknown keys refused, `COCKTAIL_*` variables on top."""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ByteSize,
+    ConfigDict,
+    Field,
+    SecretStr,
+    ValidationError,
+    model_validator,
+)
+
+from cocktail_serve.errors import ConfigError
+from cocktail_serve.pool import BASE, NAME_PATTERN, Kind
+from cocktail_serve.recipe import DType
+
+ENV_PREFIX = "COCKTAIL_"
+
+
+def _check_name(name: str) -> str:
+    if not re.fullmatch(NAME_PATTERN, name):
+        raise ValueError(f"{name!r} is not a name: use {NAME_PATTERN}")
+    if name == BASE:
+        raise ValueError(f"{BASE!r} is reserved for the pool's base model")
+    return name
+
+
+Name = Annotated[str, AfterValidator(_check_name)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+
+class Source(_Section):
+    """Where a model comes from: a local folder, or a hub id with an optional revision."""
+
+    path: str = Field(
+        description="Local folder (relative to the config file), or hub id: used only where there is no such folder."
+    )
+    revision: str | None = Field(None, description="Branch, tag or commit on the hub; pin a commit in production.")
+
+
+def _source(value: Any) -> Any:
+    return {"path": value} if isinstance(value, str) else value
+
+
+SourceField = Annotated[Source, BeforeValidator(_source)]
+
+
+class _EngineBase(_Section):
+    dtype: Literal["auto", "float32", "float16", "bfloat16"] = Field(
+        "auto", description="dtype of the parameters in the engine; auto: as the base is stored."
+    )
+
+
+class VLLMEngineConfig(_EngineBase):
+    """A vLLM server of its own, started and supervised by the gateway."""
+
+    type: Literal["vllm"] = Field("vllm", description="vLLM, for decoders.")
+    max_model_len: int | None = Field(None, ge=8, description="Context length in tokens; omitted: the model's own.")
+    slice_s: float = Field(
+        2.0, ge=0, description="How long the resident recipe is served while requests for others wait, seconds."
+    )
+    drain_s: float = Field(
+        30.0, ge=0, description="How long a swap lets running streams finish before it ends them, seconds."
+    )
+    queue_timeout_s: float = Field(
+        60.0, gt=0, le=600, description="How long a request waits for its recipe's turn, seconds."
+    )
+    cache_bytes: ByteSize = Field(
+        ByteSize(2 * 1024**3),
+        description="Merged parameters kept in memory by the worker, least recently used go first.",
+    )
+    start_timeout_s: float = Field(600.0, gt=0, description="How long the server may take to start, seconds.")
+    swap_timeout_s: float = Field(
+        300.0, gt=0, description="How long one mix may take before the engine counts as hung, seconds."
+    )
+    allow_chat_template: bool = Field(False, description="Let requests bring a chat template of their own.")
+    args: dict[str, Any] = Field(
+        default_factory=dict,
+        description="Further vLLM engine arguments by command-line name without the dashes; true is a bare flag.",
+    )
+    env: dict[str, str] = Field(default_factory=dict, description="Environment variables of the server process.")
+
+
+class FakeEngineConfig(VLLMEngineConfig):
+    """A server that speaks vLLM's surface without a model: for tests and for measuring the gateway alone."""
+
+    type: Literal["fake"] = Field("fake", description="No model at all.")  # type: ignore[assignment]
+
+
+class SentenceTransformersEngineConfig(_EngineBase):
+    """sentence-transformers inside the gateway process, on a thread of its own."""
+
+    type: Literal["sentence_transformers"] = Field(
+        "sentence_transformers", description="sentence-transformers, for encoders."
+    )
+    token_inputs: bool = Field(False, description="Accept arrays of token ids as embedding inputs.")
+    device: str = Field("auto", description="auto: cuda where there is one, else cpu.")
+    max_batch_tokens: int | None = Field(
+        None,
+        ge=64,
+        description="Tokens, padding included, of one forward pass; omitted: 1024 on a CPU, 32768 on a GPU.",
+    )
+    max_input_tokens: int = Field(300_000, ge=1, description="Tokens of one request; more is refused with 400.")
+    cache_bytes: ByteSize = Field(
+        ByteSize(1024**3), description="Mixed state dicts kept in memory, least recently used go first."
+    )
+    queue_timeout_s: float = Field(60.0, gt=0, le=600, description="How long a request waits for a batch, seconds.")
+
+
+EngineConfig = Annotated[
+    VLLMEngineConfig | FakeEngineConfig | SentenceTransformersEngineConfig, Field(discriminator="type")
+]
+
+
+class PoolConfig(_Section):
+    """One base model and its experts."""
+
+    id: Name = Field(description="Name of the pool, and model id of its base.")
+    kind: Kind = Field(description="What its models are; decides which routes they answer.")
+    base: SourceField = Field(description="The model that all experts were fine-tuned from.")
+    experts: dict[Name, SourceField] = Field(default_factory=dict, description="Fine-tuned models, by name.")
+    engine: EngineConfig = Field(description="What runs the pool.")
+    max_examples: int = Field(100, ge=1, le=10_000, description="More examples than this are sampled, with a warning.")
+    prompts: dict[str, str] = Field(
+        default_factory=dict, description="Text put before an embedding input, by prompt_name."
+    )
+    matryoshka_dimensions: list[int] = Field(
+        default_factory=list, description="Values of `dimensions` the model was trained for."
+    )
+    truncate: bool = Field(False, description="Cut inputs that are too long instead of refusing them.")
+
+    @property
+    def token_inputs(self) -> bool:
+        """Whether embedding inputs may be arrays of token ids."""
+        return isinstance(self.engine, SentenceTransformersEngineConfig) and self.engine.token_inputs
+
+    @model_validator(mode="after")
+    def _engine_fits_kind(self) -> PoolConfig:
+        wanted = ("vllm", "fake") if self.kind == "decoder" else ("sentence_transformers",)
+        if self.engine.type not in wanted:
+            raise ValueError(f"a {self.kind} pool needs engine.type {' or '.join(wanted)}, not {self.engine.type!r}")
+        return self
+
+
+class ServerConfig(_Section):
+    """Where the gateway listens, and for whom."""
+
+    host: str = Field("127.0.0.1", description="Address to listen on.")
+    port: int = Field(8000, ge=0, le=65535, description="Port to listen on; 0 picks a free one.")
+    auth: Literal["auto", "required", "off"] = Field("auto", description="auto: off on loopback, required elsewhere.")
+    max_request_bytes: ByteSize = Field(ByteSize(32 * 1024**2), description="Larger bodies are refused with 413.")
+    ready_deadline_s: float = Field(5.0, gt=0, description="How long /ready waits for each engine, seconds.")
+
+    @property
+    def requires_key(self) -> bool:
+        if self.auth == "auto":
+            return not _is_loopback(self.host)
+        return self.auth == "required"
+
+
+class StoreConfig(_Section):
+    """What outlives the process."""
+
+    url: str | None = Field(None, description="SQLAlchemy URL of the registry; omitted: SQLite in cache_dir.")
+    cache_dir: Path = Field(
+        Path("~/.cache/cocktail-serve"), description="Folder for the registry and for what can be made again."
+    )
+    cache_bytes: ByteSize = Field(
+        ByteSize(50 * 1000**3),
+        description="Disk space for what can be made again; `doctor` checks for it. No merged copy is written.",
+    )
+
+    @property
+    def database_url(self) -> str:
+        return self.url or f"sqlite:///{self.cache_dir / 'registry.sqlite'}"
+
+
+class CocktailDefaults(_Section):
+    """What a request means when it leaves an option out; recorded in the cocktail."""
+
+    weighting: Literal["softmax", "paper", "uniform"] = Field("softmax", description="How losses become weights.")
+    temperature: float = Field(
+        5.0, gt=0, allow_inf_nan=False, description="tau of softmax(-loss / tau); lower is more selective."
+    )
+    alpha: float = Field(0.5, ge=0, le=1, description="Share of the target, where a request names one.")
+
+
+class Settings(_Section):
+    """The whole configuration. Build it with `load_settings`."""
+
+    server: ServerConfig = Field(ServerConfig(), description="Where the gateway listens, and for whom.")
+    store: StoreConfig = Field(StoreConfig(), description="What outlives the process.")
+    defaults: CocktailDefaults = Field(CocktailDefaults(), description="What requests mean by what they leave out.")
+    pools: list[PoolConfig] = Field(min_length=1, description="The models to mix and serve.")
+    max_inline_cocktails: int = Field(1000, ge=1, description="Inline cocktails kept; least recently used go first.")
+    admin_key: SecretStr | None = Field(None, description="The first admin key; from COCKTAIL_ADMIN_KEY only.")
+
+    @model_validator(mode="after")
+    def _pool_ids_are_unique(self) -> Settings:
+        ids = [pool.id for pool in self.pools]
+        twice = sorted({pool_id for pool_id in ids if ids.count(pool_id) > 1})
+        if twice:
+            raise ValueError(f"pool ids must be unique, twice there: {twice}")
+        return self
+
+    def pool(self, pool_id: str) -> PoolConfig:
+        for pool in self.pools:
+            if pool.id == pool_id:
+                return pool
+        known = ", ".join(pool.id for pool in self.pools)
+        raise ConfigError(f"the configuration has no pool {pool_id!r}; it has: {known}", param="pool")
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """Refuses a key that is there twice, of which YAML would keep the last: a lost expert is hard to notice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode) and key.value != "<<"]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} is there twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+def load_settings(path: Path | str, *, environ: Mapping[str, str] = os.environ) -> Settings:
+    """Reads a configuration file and lays the environment over it.
+
+    `COCKTAIL_SERVER__PORT=9000` sets `server.port`; two underscores step into a section. Relative paths are relative
+    to the file.
+
+    Raises:
+        ConfigError: no such file, no YAML, an unknown key, a value out of bounds; names the key.
+    """
+    path = Path(path)
+    try:
+        data = yaml.load(path.read_text(), Loader=_UniqueKeyLoader)
+    except FileNotFoundError:
+        raise ConfigError(f"there is no configuration file {path}") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"cannot read {path} as YAML: {error}") from error
+    if not isinstance(data, dict):
+        raise ConfigError(f"{path} must hold a mapping with the keys server, store, pools; got {type(data).__name__}")
+    if "admin_key" in data:
+        raise ConfigError(f"{path}: admin_key is a secret and never read from a file; set {ENV_PREFIX}ADMIN_KEY")
+    _overlay(data, environ)
+    try:
+        settings = Settings.model_validate(data)
+    except ValidationError as error:
+        lines = [f"  {'.'.join(map(str, e['loc'])) or '(top)'}: {e['msg']}" for e in error.errors(include_url=False)]
+        raise ConfigError(f"{path} is not a valid configuration:\n" + "\n".join(lines)) from error
+    return _resolve_paths(settings, path.resolve().parent)
+
+
+def _overlay(data: dict[str, Any], environ: Mapping[str, str]) -> None:
+    for variable in sorted(environ):
+        if not variable.startswith(ENV_PREFIX):
+            continue
+        *sections, leaf = variable.removeprefix(ENV_PREFIX).lower().split("__")
+        if not sections and leaf not in Settings.model_fields:
+            continue  # COCKTAIL_API_KEY and the like are somebody else's
+        here = data
+        for section in sections:
+            here = here.setdefault(section, {})
+            if not isinstance(here, dict):
+                raise ConfigError(f"{variable} steps into {section!r}, which is not a section")
+        raw = environ[variable]
+        try:
+            here[leaf] = raw if leaf == "admin_key" else yaml.safe_load(raw)
+        except yaml.YAMLError as error:
+            raise ConfigError(f"cannot read the value of {variable} as YAML: {error}") from error
+
+
+def _resolve_paths(settings: Settings, folder: Path) -> Settings:
+    def resolve(source: Source) -> Source:
+        local = folder / Path(source.path).expanduser()
+        return source.model_copy(update={"path": str(local)}) if local.exists() else source
+
+    pools = [
+        pool.model_copy(
+            update={"base": resolve(pool.base), "experts": {name: resolve(s) for name, s in pool.experts.items()}}
+        )
+        for pool in settings.pools
+    ]
+    store = settings.store.model_copy(update={"cache_dir": folder / settings.store.cache_dir.expanduser()})
+    if (
+        store.url
+        and store.url.startswith("sqlite:///")
+        and not store.url.startswith("sqlite:////")
+        and store.url != "sqlite:///:memory:"
+    ):
+        store = store.model_copy(update={"url": f"sqlite:///{folder / store.url.removeprefix('sqlite:///')}"})
+    return settings.model_copy(update={"pools": pools, "store": store})
+
+
+def _is_loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+__all__ = [
+    "CocktailDefaults",
+    "DType",
+    "EngineConfig",
+    "FakeEngineConfig",
+    "PoolConfig",
+    "SentenceTransformersEngineConfig",
+    "ServerConfig",
+    "Settings",
+    "Source",
+    "StoreConfig",
+    "VLLMEngineConfig",
+    "load_settings",
+]

@@ -1,0 +1,29 @@
+"""What computes: engines behind the seam of `base`, each built only when a pool asks for it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from cocktail_serve.config import PoolConfig
+    from cocktail_serve.engines.base import Engine
+    from cocktail_serve.pool import Pool
+
+
+def build_engine(pool: Pool, config: PoolConfig, *, run_dir: Path) -> Engine:
+    """The engine that a pool's configuration asks for; nothing is started.
+
+    Args:
+        run_dir: folder for what the engine writes while it runs: logs, the manifest.
+
+    Raises:
+        ConfigError: `engine.args` or `engine.env` set what cocktail-serve sets itself.
+    """
+    if config.engine.type == "sentence_transformers":
+        from cocktail_serve.engines.sentence_transformers import SentenceTransformersEngine
+
+        return SentenceTransformersEngine(pool, config)
+    from cocktail_serve.engines.vllm import VLLMEngine
+
+    return VLLMEngine(pool, config.engine, run_dir=run_dir)

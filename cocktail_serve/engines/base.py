@@ -1,0 +1,146 @@
+"""The seam between what mixes exist (cocktails, gateway) and what computes them (vLLM, sentence-transformers, fake)."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol, runtime_checkable
+
+import numpy as np
+
+from cocktail_serve.examples import ExampleSet
+from cocktail_serve.pool import Pool
+from cocktail_serve.recipe import DType, Recipe
+
+EngineState = Literal["starting", "ready", "restarting", "failed", "stopped"]
+
+
+@dataclass(frozen=True, slots=True)
+class EngineHealth:
+    """What `/ready` shows of an engine.
+
+    Attributes:
+        resident: digest of the recipe whose parameters are in the engine now, where it holds one at a time.
+        detail: why it is not ready, or which mixing path it took; never a prompt or an example.
+    """
+
+    state: EngineState
+    resident: str | None = None
+    queued: int = 0
+    detail: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Engine(Protocol):
+    """What every engine does for the pool it owns. All methods run on the event loop and never block it."""
+
+    pool: Pool
+    dtype: DType
+    """dtype of its parameters: what recipes for this engine round to."""
+
+    async def start(self) -> None:
+        """Begins to start in the background and returns; `health` tells when it is ready."""
+        ...
+
+    async def stop(self) -> None:
+        """Ends every request and every process it started. May be called twice."""
+        ...
+
+    async def health(self, *, deadline_s: float) -> EngineHealth:
+        """Asks the engine itself, not a flag; a missed deadline is not ready. Never raises."""
+        ...
+
+    async def check_examples(self, examples: ExampleSet) -> None:
+        """Raises what would fail later: a row longer than the context (ContextLengthError with its number)."""
+        ...
+
+    async def materialise(self, recipe: Recipe) -> None:
+        """Mixes the recipe, so that the first request finds it (resident or in the cache of merged parameters)."""
+        ...
+
+    def forget(self, recipe_digest: str) -> None:
+        """Frees cached parameters of a recipe once nothing in flight uses them."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Forwarded:
+    """An answer of a generation engine on its way back.
+
+    Attributes:
+        status: HTTP status of the engine's answer.
+        body: the whole body of a plain answer, or None while it streams.
+        events: server-sent events as raw `data:` payloads, without the prefix and `[DONE]`; empty for plain answers.
+    """
+
+    status: int
+    body: bytes | None
+    events: AsyncIterator[bytes] | None
+
+
+@runtime_checkable
+class GenerationEngine(Engine, Protocol):
+    """A decoder behind an OpenAI server of its own, one resident recipe at a time."""
+
+    async def score(self, recipe: Recipe, examples: ExampleSet) -> list[float]:
+        """Mean token cross-entropy (nats) of each example's output given its input; a low-priority turn of `recipe`."""
+        ...
+
+    def forward(
+        self, recipe: Recipe, path: str, body: Mapping[str, Any], *, tenant: str
+    ) -> AbstractAsyncContextManager[Forwarded]:
+        """Sends an OpenAI body (already under the field policy) when it is `recipe`'s turn.
+
+        The turn is held until the context exits. Admission is decided before the context is entered.
+
+        Raises:
+            QueueTimeoutError: its turn did not come within `queue_timeout_s`.
+            ModelNotReadyError: the engine is starting or restarting and was not ready in that time.
+            EngineError: the engine died while it held the request; inside `events` too.
+            DrainedError: the request outlived `drain_s` while others waited; inside `events` too.
+        """
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Embedded:
+    """Embeddings of one request.
+
+    Attributes:
+        vectors: `[N, D]` float32, in the order of the inputs, pooled and normalised by the model's own modules.
+        num_tokens: tokens the model read, special tokens included, truncated ones not.
+    """
+
+    vectors: np.ndarray
+    num_tokens: int
+
+
+@runtime_checkable
+class EmbeddingEngine(Engine, Protocol):
+    """An encoder in this process; recipes share one module and differ in parameters only."""
+
+    dimension: int
+    max_length: int
+
+    async def embed(
+        self,
+        recipe: Recipe,
+        inputs: Sequence[str] | Sequence[Sequence[int]],
+        *,
+        prompt: str = "",
+        truncate_to: int | None = None,
+        dimensions: int | None = None,
+        background: bool = False,
+    ) -> Embedded:
+        """Embeds texts (or token ids, special tokens included) under `recipe`.
+
+        Args:
+            prompt: text put before each input.
+            truncate_to: inputs longer than this many tokens are cut there; None: too long is an error.
+            dimensions: leading dimensions to keep, renormalised if the model normalises; None: all.
+            background: give way to requests that are not.
+
+        Raises:
+            ContextLengthError: an input is too long; carries `input.{index}`.
+        """
+        ...

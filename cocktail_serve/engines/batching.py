@@ -1,0 +1,277 @@
+"""Which inputs share the next forward pass: joined across callers, cut by length, fair between recipes and callers.
+
+Knows neither torch nor asyncio: jobs go in from any thread, batches come out on the thread that owns the model.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import OrderedDict, deque
+from collections.abc import Callable, Hashable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Any, Generic, TypeVar
+
+import numpy as np
+
+MAX_WINDOW = 256
+"""Inputs looked at when a batch is formed: enough to find company of like length, few enough to sort in no time."""
+
+BACKGROUND_EVERY = 16
+"""At least one batch in this many is background work, where any waits: traffic delays it, but never starves it."""
+
+
+@dataclass(frozen=True, slots=True)
+class PassLimits:
+    """How large a forward pass may grow.
+
+    Attributes:
+        max_tokens: inputs times longest input, padding included. A single longer input still gets a pass of its own.
+        pass_tokens: what starting one more pass costs, in tokens computed meanwhile: padding up to this much is
+            cheaper than a second pass.
+    """
+
+    max_tokens: int
+    pass_tokens: int
+
+
+@dataclass(eq=False, slots=True)
+class Job:
+    """One request's inputs on their way through the model.
+
+    Attributes:
+        background: gives way to jobs that are not.
+        key: jobs of equal key may share a pass: same parameters, same features beside the tokens.
+        token_ids: the inputs, in the caller's order; set with `set_inputs` before the job is queued.
+        started_at: `time.monotonic()` of the first pass.
+        abandoned: the caller has gone; what has not started is dropped.
+        error: why it failed; the rest of it is dropped.
+        vectors: `[N, D]` float32, filled batch by batch, in the caller's order.
+    """
+
+    background: bool = False
+    key: Hashable = field(default=None, init=False)
+    token_ids: Sequence[Sequence[int]] = field(default=(), init=False)
+    pending: list[int] = field(default_factory=list, init=False)
+    num_missing: int = field(default=0, init=False)
+    started_at: float | None = field(default=None, init=False)
+    abandoned: bool = field(default=False, init=False)
+    error: Exception | None = field(default=None, init=False)
+    vectors: np.ndarray | None = field(default=None, init=False)
+
+    def set_inputs(self, key: Hashable, token_ids: Sequence[Sequence[int]]) -> None:
+        self.key = key
+        self.token_ids = token_ids
+        self.pending = sorted(range(len(token_ids)), key=lambda index: -len(token_ids[index]))
+        self.num_missing = len(token_ids)
+
+    @property
+    def is_over(self) -> bool:
+        return self.abandoned or self.error is not None or not self.pending
+
+    def store(self, indices: Sequence[int], rows: np.ndarray) -> bool:
+        """Keeps the vectors of some inputs; True when they were the last ones missing."""
+        if self.vectors is None:
+            self.vectors = np.empty((len(self.token_ids), rows.shape[1]), dtype=np.float32)
+        self.vectors[indices] = rows
+        self.num_missing -= len(indices)
+        return self.num_missing == 0
+
+
+J = TypeVar("J", bound=Job)
+
+
+@dataclass(frozen=True, slots=True)
+class Batch(Generic[J]):
+    """Inputs of one forward pass.
+
+    Attributes:
+        entries: jobs with the indices of their inputs, in the order of the rows.
+    """
+
+    key: Hashable
+    entries: list[tuple[J, list[int]]]
+
+    @property
+    def token_ids(self) -> list[Sequence[int]]:
+        return [job.token_ids[index] for job, indices in self.entries for index in indices]
+
+    def store(self, vectors: np.ndarray) -> list[J]:
+        """Hands `[rows, D]` float32 to the jobs; returns those that are now complete."""
+        complete, row = [], 0
+        for job, indices in self.entries:
+            if job.store(indices, vectors[row : row + len(indices)]):
+                complete.append(job)
+            row += len(indices)
+        return complete
+
+    @property
+    def jobs(self) -> list[J]:
+        return [job for job, _ in self.entries]
+
+
+class Call:
+    """Something to do between two passes on the thread that owns the model."""
+
+    def __init__(self, function: Callable[[], Any]) -> None:
+        self._function = function
+        self.future: Future[Any] = Future()
+
+    def run(self) -> None:
+        if not self.future.set_running_or_notify_cancel():
+            return
+        try:
+            result = self._function()
+        except Exception as error:  # noqa: BLE001  # whoever asked for it decides what it means
+            self.future.set_exception(error)
+        else:
+            self.future.set_result(result)
+
+
+def cut_by_length(lengths: Sequence[int], limits: PassLimits) -> list[int]:
+    """Cuts inputs, longest first, into passes.
+
+    A pass ends when it is full, or when the padding of one more input would bring its padding to what a pass of its
+    own costs.
+
+    Args:
+        lengths: tokens per input, descending.
+
+    Returns:
+        The end (exclusive) of each pass; the last is `len(lengths)`.
+    """
+    ends: list[int] = []
+    start = padding = 0
+    for position, length in enumerate(lengths):
+        longest = lengths[start]
+        padding += longest - length
+        if position > start and ((position - start + 1) * longest > limits.max_tokens or padding > limits.pass_tokens):
+            ends.append(position)
+            start, padding = position, 0
+    if lengths:
+        ends.append(len(lengths))
+    return ends
+
+
+class _Lane(Generic[J]):
+    """Jobs of one priority: keys take turns, and within a key callers do."""
+
+    def __init__(self, limits: PassLimits) -> None:
+        self._limits = limits
+        self._turns: OrderedDict[Hashable, deque[J]] = OrderedDict()
+
+    def add(self, job: J) -> None:
+        self._turns.setdefault(job.key, deque()).append(job)
+
+    def drain(self) -> list[J]:
+        jobs = [job for queue in self._turns.values() for job in queue]
+        self._turns.clear()
+        return jobs
+
+    def next_batch(self) -> Batch[J] | None:
+        while self._turns:
+            key, jobs = next(iter(self._turns.items()))
+            while jobs and jobs[0].is_over:
+                jobs.popleft()
+            if not jobs:
+                del self._turns[key]
+                continue
+            batch = self._form(key, jobs)
+            jobs.rotate(-1)
+            self._turns.move_to_end(key)
+            return batch
+        return None
+
+    def _form(self, key: Hashable, jobs: deque[J]) -> Batch[J]:
+        """The pass that holds the longest input of the job whose turn it is, filled up with inputs of like length."""
+        anchor = jobs[0]
+        window: list[tuple[int, J, int]] = []
+        for job in jobs:
+            if not job.is_over:
+                room = MAX_WINDOW - len(window)
+                window += [(len(job.token_ids[index]), job, index) for index in job.pending[:room]]
+            if len(window) == MAX_WINDOW:
+                break
+        window.sort(key=lambda entry: -entry[0])
+        position = next(
+            place for place, (_, job, index) in enumerate(window) if job is anchor and index == anchor.pending[0]
+        )
+        start = 0
+        for end in cut_by_length([length for length, _, _ in window], self._limits):
+            if position < end:
+                break
+            start = end
+        now = time.monotonic()
+        chosen: dict[J, list[int]] = {}
+        for _, job, index in window[start:end]:
+            chosen.setdefault(job, []).append(index)
+        for job, indices in chosen.items():
+            job.started_at = job.started_at or now
+            taken = set(indices)
+            # A pass takes from the window only, so only the head of a long list has to be gone through.
+            job.pending[:MAX_WINDOW] = [index for index in job.pending[:MAX_WINDOW] if index not in taken]
+        return Batch(key, list(chosen.items()))
+
+
+class BatchQueue(Generic[J]):
+    """Jobs in from any thread, batches out to one."""
+
+    def __init__(self, limits: PassLimits) -> None:
+        self._traffic: _Lane[J] = _Lane(limits)
+        self._background: _Lane[J] = _Lane(limits)
+        self._calls: deque[Call] = deque()
+        self._condition = threading.Condition()
+        self._traffic_in_a_row = 0
+        self._is_closed = False
+
+    def put(self, job: J) -> bool:
+        """False where the queue is closed."""
+        with self._condition:
+            if self._is_closed:
+                return False
+            (self._background if job.background else self._traffic).add(job)
+            self._condition.notify()
+        return True
+
+    def call(self, function: Callable[[], Any]) -> Future[Any]:
+        """Runs a function before the next batch, on the thread that takes; cancelled where the queue is closed."""
+        call = Call(function)
+        with self._condition:
+            if self._is_closed:
+                call.future.cancel()
+            else:
+                self._calls.append(call)
+                self._condition.notify()
+        return call.future
+
+    def take(self) -> Batch[J] | Call | None:
+        """Waits for work; None once the queue is closed."""
+        with self._condition:
+            while not self._is_closed:
+                if self._calls:
+                    return self._calls.popleft()
+                batch = self._next_batch()
+                if batch is not None:
+                    return batch
+                self._condition.wait()
+        return None
+
+    def close(self) -> list[J]:
+        """Ends `take` after the pass that runs; returns the jobs left behind."""
+        with self._condition:
+            self._is_closed = True
+            for call in self._calls:
+                call.future.cancel()
+            self._calls.clear()
+            self._condition.notify_all()
+            return self._traffic.drain() + self._background.drain()
+
+    def _next_batch(self) -> Batch[J] | None:
+        if self._traffic_in_a_row < BACKGROUND_EVERY - 1:
+            batch = self._traffic.next_batch()
+            if batch is not None:
+                self._traffic_in_a_row += 1
+                return batch
+        self._traffic_in_a_row = 0
+        return self._background.next_batch() or self._traffic.next_batch()

@@ -1,0 +1,114 @@
+"""From the inputs of an embedding request to token ids, with the model's own fast tokenizer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from tokenizers import Tokenizer
+
+from cocktail_serve.errors import ConfigError, ContextLengthError, InvalidRequestError
+
+
+class InputTokenizer:
+    """Turns texts into token ids, special tokens included. Not thread-safe: one thread owns it.
+
+    Args:
+        tokenizer: a transformers tokenizer with a Rust backend, which is copied: truncation is a setting of it.
+        max_length: tokens that the model takes.
+        vocab_size: ids that the model knows.
+
+    Raises:
+        ConfigError: the tokenizer has no fast backend, or gives token types that the engine would drop.
+    """
+
+    def __init__(self, tokenizer: Any, *, max_length: int, vocab_size: int) -> None:
+        backend = getattr(tokenizer, "backend_tokenizer", None)
+        if not isinstance(backend, Tokenizer):
+            raise ConfigError(
+                f"{type(tokenizer).__name__} has no fast tokenizer (tokenizer.json); save it with transformers' "
+                "AutoTokenizer(..., use_fast=True)"
+            )
+        self._tokenizer = Tokenizer.from_str(backend.to_str())
+        self._tokenizer.no_padding()
+        self._tokenizer.no_truncation()
+        self._truncate_to: int | None = None
+        self._truncation_side: str = tokenizer.truncation_side
+        self._special_ids = frozenset(tokenizer.all_special_ids)
+        self._num_special = self._tokenizer.num_special_tokens_to_add(is_pair=False)
+        self._vocab_size = vocab_size
+        self.max_length = max_length
+        if "token_type_ids" in tokenizer.model_input_names and any(self._tokenizer.encode("a text").type_ids):
+            raise ConfigError(f"{type(tokenizer).__name__} gives token types other than 0, which is not supported")
+
+    def encode(self, texts: Sequence[str], *, truncate_to: int | None = None) -> list[list[int]]:
+        """Token ids of each text; cut to `truncate_to` tokens where that is given, else of any length.
+
+        Raises:
+            InvalidRequestError: a text no tokenizer takes; carries `input.{index}`.
+        """
+        if truncate_to != self._truncate_to:
+            if truncate_to is None:
+                self._tokenizer.no_truncation()
+            else:
+                self._tokenizer.enable_truncation(truncate_to, direction=self._truncation_side)
+            self._truncate_to = truncate_to
+        try:
+            encodings = self._tokenizer.encode_batch_fast(list(texts))
+        except (TypeError, UnicodeEncodeError):
+            check_encodable(texts)
+            raise
+        return [encoding.ids for encoding in encodings]
+
+    def check_truncation(self, truncate_to: int) -> None:
+        """Raises InvalidRequestError where nothing but special tokens would be left.
+
+        Below their number the tokenizer silently does not truncate at all.
+        """
+        least = self._num_special + 1
+        if truncate_to < least:
+            raise InvalidRequestError(
+                f"truncate_prompt_tokens must be at least {least} (special tokens and one of the text), "
+                f"got {truncate_to}",
+                param="truncate_prompt_tokens",
+            )
+
+    def prompt_length(self, prompt: str) -> int:
+        """Tokens at the start of an input that are the prompt's, as sentence-transformers counts them.
+
+        A special token at the end is not the prompt's.
+        """
+        ids = self.encode([prompt])[0]
+        return len(ids) - 1 if ids and ids[-1] in self._special_ids else len(ids)
+
+    def check_length(self, token_ids: Sequence[Sequence[int]]) -> None:
+        """Raises ContextLengthError for the first input over `max_length`."""
+        for index, ids in enumerate(token_ids):
+            if len(ids) > self.max_length:
+                raise ContextLengthError(
+                    f"input {index} has {len(ids)} tokens, but the model takes at most {self.max_length}; shorten it, "
+                    "or send truncate_prompt_tokens to have it cut",
+                    param=f"input.{index}",
+                )
+
+    def check_token_ids(self, token_ids: Sequence[Sequence[int]]) -> None:
+        """Raises InvalidRequestError for an empty input or an id outside the vocabulary; carries `input.{index}`."""
+        for index, ids in enumerate(token_ids):
+            if not ids:
+                raise InvalidRequestError(f"input {index} is an empty list of tokens", param=f"input.{index}")
+            if min(ids) < 0 or max(ids) >= self._vocab_size:
+                raise InvalidRequestError(
+                    f"input {index} holds a token id outside 0 to {self._vocab_size - 1}", param=f"input.{index}"
+                )
+
+
+def check_encodable(texts: Sequence[str]) -> None:
+    """Raises InvalidRequestError for a lone surrogate, which JSON can carry and UTF-8 cannot."""
+    for index, text in enumerate(texts):
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise InvalidRequestError(
+                f"input {index} holds a lone surrogate at character {error.start}, which is no text",
+                param=f"input.{index}",
+            ) from error

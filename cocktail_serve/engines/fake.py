@@ -1,0 +1,410 @@
+"""A server that speaks vLLM's surface without a model: for tests, and for measuring the gateway alone.
+
+    python -m cocktail_serve.engines.fake --uds /tmp/x/engine.sock --served-model-name flan
+
+It has the routes of the plugin under `/v1/cocktail/` and stands behind the plugin's own fence, so whoever gets on with
+it gets the order of mixes and requests right. Answers are pure functions of the resident recipe and the request. It
+starts in about a second.
+
+Faults come from files: with `--faults FOLDER`, a file of a fault's name in that folder happens once, to the next
+request that it concerns, and is removed.
+"""
+
+from __future__ import annotations
+
+import abc
+import argparse
+import asyncio
+import contextlib
+import hashlib
+import itertools
+import os
+import secrets
+import signal
+import sys
+import time
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import orjson
+from starlette.applications import Starlette
+from starlette.middleware import Middleware
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.routing import Route
+
+from cocktail_serve.errors import CocktailError, InvalidMixError
+from cocktail_serve.recipe import Recipe
+from vllm_cocktail.fence import ASGIApp, Fence, FenceMiddleware, Receive, Scope, Send
+from vllm_cocktail.lifetime import die_with_owner
+from vllm_cocktail.manifest import Manifest
+
+Fault = Literal[
+    "die",  # the process ends by SIGKILL at the next completion
+    "hang",  # the next status is never answered
+    "mix_busy",  # the next mix is refused as busy, nothing changed
+    "mix_failed",  # the next mix fails half-way and poisons the engine
+    "mix_hang",  # the next mix never ends
+    "mix_invalid",  # the next recipe is refused, nothing changed
+    "stream_cut",  # the next stream ends in the middle
+    "stream_error",  # the next stream ends with an error event and [DONE], as vLLM's when its core dies
+]
+
+WORDS = (
+    "amber basil clove dill elder fennel ginger hyssop iris juniper kaffir lemon mint nutmeg orange pepper "
+    "quince rose saffron thyme umami vanilla walnut ximenia yuzu zest"
+).split()
+
+DEFAULT_MAX_TOKENS = 16
+
+
+def fake_tokens(recipe_digest: str, prompt: str, *, choice: int = 0) -> Iterator[str]:
+    """The endless answer of a recipe to a prompt, one word with a leading space at a time."""
+    state = hashlib.sha256(f"{recipe_digest}\0{choice}\0{prompt}".encode()).digest()
+    while True:
+        for byte in state:
+            yield f" {WORDS[byte % len(WORDS)]}"
+        state = hashlib.sha256(state).digest()
+
+
+def fake_text(recipe_digest: str, prompt: str, *, num_tokens: int, choice: int = 0) -> str:
+    """The first words of `fake_tokens`."""
+    return "".join(itertools.islice(fake_tokens(recipe_digest, prompt, choice=choice), num_tokens))
+
+
+def fake_loss(recipe_digest: str, token_ids: Sequence[int], output_start: int) -> float:
+    """A loss between 0 and 4 nats that depends on all it is given."""
+    content = orjson.dumps([recipe_digest, list(token_ids), output_start])
+    return int.from_bytes(hashlib.sha256(content).digest()[:4], "big") / 2**30
+
+
+def fake_args(*, uds: Path, served_model_name: str, max_model_len: int | None, extra: Mapping[str, Any]) -> list[str]:
+    """Command line of this server; `extra` as in `engine.args`."""
+    args = [sys.executable, "-m", "cocktail_serve.engines.fake", "--uds", str(uds)]
+    args += ["--served-model-name", served_model_name]
+    if max_model_len is not None:
+        args += ["--max-model-len", str(max_model_len)]
+    for name, value in extra.items():
+        args += [f"--{name.replace('_', '-')}", str(value)]
+    return args
+
+
+class FakeServer:
+    """The state behind the routes.
+
+    Args:
+        manifest: what the plugin is given: which recipes can be mixed, and which is resident at the start.
+        token_delay_s: time between two words.
+        mix_s: time that one mix takes.
+        faults: folder of fault files.
+    """
+
+    def __init__(
+        self,
+        manifest: Manifest,
+        *,
+        served_model_name: str,
+        max_model_len: int,
+        token_delay_s: float = 0.0,
+        score_s: float = 0.0,
+        mix_s: float = 0.0,
+        faults: Path | None = None,
+    ) -> None:
+        self._manifest = manifest
+        self._name = served_model_name
+        self._max_model_len = max_model_len
+        self._token_delay_s = token_delay_s
+        self._score_s = score_s
+        self._mix_s = mix_s
+        self._faults = faults
+        self._mix_lock = asyncio.Lock()
+        self._cached: list[str] = []
+        self.fence = Fence(managed=manifest.managed)
+        self.fence.open(manifest.resident)
+
+    def app(self, *, api_key: str | None) -> Starlette:
+        routes = [
+            Route("/health", self._health),
+            Route("/v1/models", self._models),
+            Route("/v1/chat/completions", self._chat, methods=["POST"]),
+            Route("/v1/completions", self._completions, methods=["POST"]),
+            Route("/v1/cocktail/status", self._status),
+            Route("/v1/cocktail/mix", self._mix, methods=["POST"]),
+            Route("/v1/cocktail/score", self._score, methods=["POST"]),
+            Route("/v1/cocktail/forget", self._forget, methods=["POST"]),
+        ]
+        # the key first: a stranger learns nothing from the fence
+        middleware = [Middleware(_KeyMiddleware, key=api_key), Middleware(FenceMiddleware, fence=self.fence)]
+        return Starlette(routes=routes, middleware=middleware)
+
+    async def _health(self, request: Request) -> Response:
+        return Response()
+
+    async def _models(self, request: Request) -> Response:
+        model = {"id": self._name, "object": "model", "created": 0, "owned_by": "fake"}
+        return _json({"object": "list", "data": [{**model, "max_model_len": self._max_model_len}]})
+
+    async def _status(self, request: Request) -> Response:
+        if self._strikes("hang"):
+            await asyncio.Event().wait()
+        return _json(
+            {
+                "resident": self.fence.resident,
+                "state": self.fence.state,
+                "in_flight": self.fence.in_flight,
+                "mixing_path": "fake",
+                "cached": self._cached,
+                "cache_bytes": 0,
+                "weight_version": self.fence.resident,
+                "model_dtype": self._manifest.dtype,
+            }
+        )
+
+    async def _mix(self, request: Request) -> Response:
+        body = orjson.loads(await request.body())
+        try:
+            recipe = Recipe.from_json(body["recipe"])
+            self._check(recipe)
+        except CocktailError as error:
+            return _error(400, "invalid_recipe", error.message)
+        async with self._mix_lock:
+            started = time.perf_counter()
+            if recipe.digest == self.fence.resident and self.fence.state == "open":
+                return _json({"resident": recipe.digest, "seconds": 0.0, "source": "resident"})
+            if self.fence.state == "poisoned":
+                return _error(500, "mix_failed", "the engine is poisoned")
+            before = self.fence.resident or ""
+            self.fence.close()
+            if self._strikes("mix_busy") or not await self.fence.drained(body.get("drain_s", 30.0)):
+                self.fence.open(before)
+                return _error(409, "busy", f"{self.fence.in_flight} requests are in flight")
+            await asyncio.sleep(self._mix_s)
+            if self._strikes("mix_hang"):
+                await asyncio.Event().wait()
+            if self._strikes("mix_failed"):
+                self.fence.poison("a fault was asked for")
+                return _error(500, "mix_failed", "the mix failed half-way")
+            source = "cache" if recipe.digest in self._cached else "files"
+            if source == "files":
+                self._cached.append(recipe.digest)
+            self.fence.open(recipe.digest)
+            return _json(
+                {"resident": recipe.digest, "seconds": time.perf_counter() - started, "source": source},
+            )
+
+    async def _score(self, request: Request) -> Response:
+        examples = orjson.loads(await request.body())["examples"]
+        await asyncio.sleep(self._score_s)
+        digest = self.fence.resident or ""
+        return _json({"losses": [fake_loss(digest, e["token_ids"], e["output_start"]) for e in examples]})
+
+    async def _forget(self, request: Request) -> Response:
+        digest = orjson.loads(await request.body())["digest"]
+        with contextlib.suppress(ValueError):
+            self._cached.remove(digest)
+        return _json({})
+
+    async def _chat(self, request: Request) -> Response:
+        body = orjson.loads(await request.body())
+        messages = body.get("messages")
+        if not isinstance(messages, list) or not messages:
+            return _error(400, "invalid_request", "messages: a list with at least one message is needed")
+        prompt = "\n".join(f"{message.get('role')}: {_text_of(message.get('content'))}" for message in messages)
+        return await self._answer(_ChatShape(self._name), prompt, body)
+
+    async def _completions(self, request: Request) -> Response:
+        body = orjson.loads(await request.body())
+        if not isinstance(body.get("prompt"), str):
+            return _error(400, "invalid_request", "prompt: a string is needed")
+        return await self._answer(_CompletionShape(self._name), body["prompt"], body)
+
+    async def _answer(self, shape: _Shape, prompt: str, body: Mapping[str, Any]) -> Response:
+        if self._strikes("die"):
+            os.kill(os.getpid(), signal.SIGKILL)
+        digest = self.fence.resident or ""
+        num_tokens = body.get("max_completion_tokens") or body.get("max_tokens") or DEFAULT_MAX_TOKENS
+        num_prompt_tokens = len(prompt.split())
+        if num_prompt_tokens + num_tokens > self._max_model_len:
+            return _error(400, "context_length_exceeded", f"at most {self._max_model_len} tokens")
+        num_choices = body.get("n") or 1
+        usage = {
+            "prompt_tokens": num_prompt_tokens,
+            "completion_tokens": num_tokens * num_choices,
+            "total_tokens": num_prompt_tokens + num_tokens * num_choices,
+        }
+        answers = [fake_tokens(digest, prompt, choice=index) for index in range(num_choices)]
+        if body.get("stream"):
+            include_usage = (body.get("stream_options") or {}).get("include_usage")
+            events = self._events(shape, answers, num_tokens, usage if include_usage else None)
+            return StreamingResponse(events, media_type="text/event-stream")
+        if self._token_delay_s:
+            await asyncio.sleep(self._token_delay_s * num_tokens)
+        texts = ["".join(itertools.islice(answer, num_tokens)) for answer in answers]
+        return _json(shape.whole(texts, usage))
+
+    async def _events(
+        self, shape: _Shape, answers: Sequence[Iterator[str]], num_tokens: int, usage: Mapping[str, int] | None
+    ) -> AsyncIterator[bytes]:
+        fails, is_cut = self._strikes("stream_error"), self._strikes("stream_cut")
+        for position in range(num_tokens):
+            if position == num_tokens // 2:
+                if fails:
+                    yield _event({"error": {"message": "EngineCore died", "type": "InternalServerError", "code": 500}})
+                    yield b"data: [DONE]\n\n"
+                if fails or is_cut:
+                    return
+            if self._token_delay_s:
+                await asyncio.sleep(self._token_delay_s)
+            last = position == num_tokens - 1
+            for index, answer in enumerate(answers):
+                yield _event(shape.chunk(index, next(answer), is_first=position == 0, is_last=last))
+        if usage is not None:
+            yield _event(shape.usage_chunk(usage))
+        yield b"data: [DONE]\n\n"
+
+    def _check(self, recipe: Recipe) -> None:
+        if self._strikes("mix_invalid"):
+            raise InvalidMixError("a fault was asked for")
+        for fingerprint, _ in recipe.coefficients:
+            if fingerprint not in self._manifest.members:
+                raise InvalidMixError(f"model {fingerprint} is not in the manifest")
+        if recipe.dtype != self._manifest.dtype:
+            raise InvalidMixError(f"the engine's dtype is {self._manifest.dtype}, the recipe's {recipe.dtype}")
+
+    def _strikes(self, fault: Fault) -> bool:
+        if self._faults is None:
+            return False
+        try:
+            (self._faults / fault).unlink()
+        except FileNotFoundError:
+            return False
+        return True
+
+
+class _Shape(abc.ABC):
+    """How an answer is dressed."""
+
+    prefix: ClassVar[str]
+    object: ClassVar[str]
+    chunk_object: ClassVar[str]
+
+    def __init__(self, model: str) -> None:
+        self._head = {"id": f"{self.prefix}-{secrets.token_hex(8)}", "created": int(time.time()), "model": model}
+
+    def whole(self, texts: Sequence[str], usage: Mapping[str, int]) -> dict[str, Any]:
+        choices = [self.choice(index, text) for index, text in enumerate(texts)]
+        return {**self._head, "object": self.object, "choices": choices, "usage": usage}
+
+    def chunk(self, index: int, token: str, *, is_first: bool, is_last: bool) -> dict[str, Any]:
+        choice = self.delta(index, token, is_first=is_first)
+        choice["finish_reason"] = "length" if is_last else None
+        return {**self._head, "object": self.chunk_object, "choices": [choice]}
+
+    def usage_chunk(self, usage: Mapping[str, int]) -> dict[str, Any]:
+        return {**self._head, "object": self.chunk_object, "choices": [], "usage": usage}
+
+    @abc.abstractmethod
+    def choice(self, index: int, text: str) -> dict[str, Any]:
+        """A finished choice."""
+
+    @abc.abstractmethod
+    def delta(self, index: int, token: str, *, is_first: bool) -> dict[str, Any]:
+        """One word of a choice."""
+
+
+class _ChatShape(_Shape):
+    prefix = "chatcmpl"
+    object = "chat.completion"
+    chunk_object = "chat.completion.chunk"
+
+    def choice(self, index: int, text: str) -> dict[str, Any]:
+        message = {"role": "assistant", "content": text}
+        return {"index": index, "message": message, "logprobs": None, "finish_reason": "length"}
+
+    def delta(self, index: int, token: str, *, is_first: bool) -> dict[str, Any]:
+        return {"index": index, "delta": {**({"role": "assistant"} if is_first else {}), "content": token}}
+
+
+class _CompletionShape(_Shape):
+    prefix = "cmpl"
+    object = "text_completion"
+    chunk_object = "text_completion"
+
+    def choice(self, index: int, text: str) -> dict[str, Any]:
+        return {"index": index, "text": text, "logprobs": None, "finish_reason": "length"}
+
+    def delta(self, index: int, token: str, *, is_first: bool) -> dict[str, Any]:
+        return {"index": index, "text": token, "logprobs": None}
+
+
+class _KeyMiddleware:
+    """vLLM's rule: what is under /v1 needs the key."""
+
+    def __init__(self, app: ASGIApp, key: str | None) -> None:
+        self._app = app
+        self._expected = None if key is None else f"Bearer {key}".encode()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if self._expected is not None and scope["type"] == "http" and scope["path"].startswith("/v1"):
+            given = dict(scope["headers"]).get(b"authorization", b"")
+            if not secrets.compare_digest(given, self._expected):
+                await JSONResponse({"error": "Unauthorized"}, 401)(scope, receive, send)
+                return
+        await self._app(scope, receive, send)
+
+
+def _text_of(content: Any) -> str:
+    if isinstance(content, list):
+        return "".join(part.get("text", "") for part in content)
+    return content or ""
+
+
+def _json(value: Any, status: int = 200) -> Response:
+    return Response(orjson.dumps(value), status, media_type="application/json")
+
+
+def _event(value: Any) -> bytes:
+    return b"data: " + orjson.dumps(value) + b"\n\n"
+
+
+def _error(status: int, code: str, message: str) -> Response:
+    return _json({"error": {"message": message, "type": "error", "param": None, "code": code}}, status)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs the server until it is told to stop, or its owner dies."""
+    import uvicorn
+
+    parser = argparse.ArgumentParser(prog="python -m cocktail_serve.engines.fake", description=__doc__)
+    parser.add_argument("--uds", type=Path, required=True, help="Unix socket to listen on")
+    parser.add_argument("--served-model-name", default="fake")
+    parser.add_argument("--max-model-len", type=int, default=2048)
+    parser.add_argument("--token-delay-ms", type=float, default=0.0, help="time between two words")
+    parser.add_argument("--score-ms", type=float, default=0.0, help="time that one scoring request takes")
+    parser.add_argument("--mix-ms", type=float, default=0.0, help="time that one mix takes")
+    parser.add_argument("--faults", type=Path, help="folder of fault files")
+    arguments = parser.parse_args(argv)
+    die_with_owner()
+    server = FakeServer(
+        Manifest.from_environ(),
+        served_model_name=arguments.served_model_name,
+        max_model_len=arguments.max_model_len,
+        token_delay_s=arguments.token_delay_ms / 1000,
+        score_s=arguments.score_ms / 1000,
+        mix_s=arguments.mix_ms / 1000,
+        faults=arguments.faults,
+    )
+    app = server.app(api_key=os.environ.get("VLLM_API_KEY"))
+    uvicorn.run(
+        app,
+        uds=str(arguments.uds),
+        log_level="warning",
+        access_log=False,
+        lifespan="off",
+        timeout_graceful_shutdown=1,
+    )
+
+
+if __name__ == "__main__":
+    main()

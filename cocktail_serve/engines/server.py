@@ -1,0 +1,217 @@
+"""A server process group of our own and the HTTP connections to it, over a Unix socket that only we can open."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import secrets
+import shutil
+import tempfile
+from collections.abc import AsyncIterator, Callable, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import aiohttp
+import orjson
+
+from cocktail_serve.engines.process import ProcessGroup
+from cocktail_serve.errors import EngineError, EngineTimeoutError
+
+logger = logging.getLogger(__name__)
+
+STATUS_PATH = "/v1/cocktail/status"
+_POLL_S = 0.1
+_POLL_TIMEOUT_S = 10.0
+_STOP_GRACE_S = 5.0
+
+Launch = Callable[[Path, str], tuple[list[str], dict[str, str]]]
+"""Command line and whole environment of a server that listens on this Unix socket and is guarded by this key."""
+
+
+class EngineServer:
+    """One life of an engine's server. Enter it to start it, leave it to end every process it started.
+
+    Each life has a socket path of its own (a server does not unlink the one it left behind), in a folder that only this
+    user can enter, and a key of its own.
+
+    Args:
+        launch: how to start the server.
+        log: file for the server's output, kept over lives, bounded in size.
+        start_timeout_s: how long the server may take until it answers through its engine.
+    """
+
+    def __init__(self, launch: Launch, *, log: Path, start_timeout_s: float) -> None:
+        self._launch = launch
+        self._log = log
+        self._start_timeout_s = start_timeout_s
+        self._folder: Path | None = None
+        self._group: ProcessGroup | None = None
+        self._session: aiohttp.ClientSession | None = None
+
+    async def __aenter__(self) -> Self:
+        """Starts the server and waits until it answers through its engine.
+
+        Raises:
+            EngineError: it cannot be run, exited, or came up without the plugin; carries the end of its log.
+            EngineTimeoutError: it was not ready in time.
+        """
+        key = secrets.token_hex(32)
+        try:
+            # a short path: a socket's is limited to 107 bytes
+            self._folder = Path(tempfile.mkdtemp(prefix="cocktail-"))
+            socket = self._folder / "engine.sock"
+            command, env = self._launch(socket, key)
+            self._group = await ProcessGroup.start(command, env=env, log=self._log)
+            self._session = aiohttp.ClientSession(
+                "http://engine",
+                # connections are dropped before the server's 5 s are over: a request on one that it is just closing
+                # would fail, and completions are not sent twice
+                connector=aiohttp.UnixConnector(str(socket), limit=0, keepalive_timeout=2.0),
+                headers={"Authorization": f"Bearer {key}"},
+                # an answer may take as long as it takes: queueing and health have deadlines of their own
+                timeout=aiohttp.ClientTimeout(total=None),
+                # the answer goes on as it is
+                auto_decompress=False,
+                read_bufsize=2**18,
+            )
+            async with asyncio.timeout(self._start_timeout_s):
+                await self._until_ready(self._group)
+            await self._group.remember()
+        except TimeoutError as error:
+            await self._end()
+            raise EngineTimeoutError(
+                f"the engine was not ready within start_timeout_s={self._start_timeout_s:g} s; "
+                f"the end of {self._log}:\n{self._tail()}"
+            ) from error
+        except OSError as error:
+            await self._end()
+            raise EngineError(f"cannot start the engine: {error}") from error
+        except BaseException:
+            await self._end()
+            raise
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        await self._end()
+
+    @property
+    def pid(self) -> int:
+        """The leader's process id."""
+        return self._running_group.pid
+
+    async def exited(self) -> str:
+        """Waits until the server is gone, for whatever reason, and says how: any exit is a failure."""
+        returncode = await self._running_group.wait()
+        how = f"signal {-returncode}" if returncode < 0 else f"code {returncode}"
+        return f"the engine's server exited with {how}; the end of {self._log}:\n{self._tail()}"
+
+    @contextlib.asynccontextmanager
+    async def post(
+        self, path: str, content: bytes, *, headers: Mapping[str, str]
+    ) -> AsyncIterator[aiohttp.ClientResponse]:
+        """Sends a JSON body and yields the answer once its headers are there; leaving closes what was not read.
+
+        Raises:
+            EngineError: the connection failed.
+        """
+        try:
+            response = await self._running_session.post(
+                path, data=content, headers={"Content-Type": "application/json", **headers}
+            )
+        except (aiohttp.ClientError, OSError) as error:
+            raise EngineError(f"the engine did not answer: {error!r}") from error
+        try:
+            yield response
+        finally:
+            # closes the connection unless the answer was read to its end, which tells the server to abort the request
+            response.close()
+
+    async def call(
+        self,
+        method: str,
+        path: str,
+        body: Mapping[str, Any] | None = None,
+        *,
+        timeout_s: float | None,
+        headers: Mapping[str, str] | None = None,
+    ) -> tuple[int, Any]:
+        """A control request: status and parsed JSON.
+
+        Raises:
+            EngineError: the connection failed, or the answer is no JSON.
+            EngineTimeoutError: no answer in time.
+        """
+        try:
+            async with (
+                asyncio.timeout(timeout_s),
+                self._running_session.request(
+                    method,
+                    path,
+                    data=None if body is None else orjson.dumps(body),
+                    headers={"Content-Type": "application/json", **(headers or {})},
+                ) as response,
+            ):
+                return response.status, orjson.loads(await response.read())
+        except TimeoutError as error:
+            raise EngineTimeoutError(f"the engine did not answer {method} {path} within {timeout_s:g} s") from error
+        except (aiohttp.ClientError, OSError) as error:
+            raise EngineError(f"the engine did not answer {method} {path}: {error!r}") from error
+        except orjson.JSONDecodeError as error:
+            raise EngineError(f"the engine answered {method} {path} with something that is not JSON") from error
+
+    async def _until_ready(self, group: ProcessGroup) -> None:
+        exited = asyncio.ensure_future(group.wait())
+        try:
+            while True:
+                await asyncio.wait({exited}, timeout=_POLL_S)
+                if exited.done():
+                    raise EngineError(await self.exited())
+                if await self._is_ready():
+                    return
+        finally:
+            exited.cancel()
+
+    async def _is_ready(self) -> bool:
+        try:
+            status, body = await self.call("GET", STATUS_PATH, timeout_s=_POLL_TIMEOUT_S)
+        except (EngineError, EngineTimeoutError):
+            return False  # not listening yet, or still loading; an exit is seen by the caller
+        if status == 200:
+            return True
+        if status == 404:
+            why = "came up without the cocktail plugin: is cocktail-serve installed in the environment that runs it?"
+        else:
+            why = f"answered {STATUS_PATH} with {status}: {body}"
+        raise EngineError(f"the engine's server {why}; the end of {self._log}:\n{self._tail()}")
+
+    async def _end(self) -> None:
+        # shielded: whoever cancels us wants the processes gone, not the killing stopped half-way
+        await asyncio.shield(asyncio.ensure_future(self._end_all()))
+
+    async def _end_all(self) -> None:
+        session, self._session = self._session, None
+        if session is not None:
+            await session.close()
+        if self._group is not None:
+            await self._group.kill(grace_s=_STOP_GRACE_S)
+        if self._folder is not None:
+            shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _tail(self) -> str:
+        return self._group.log_tail() if self._group is not None else "(it never started)"
+
+    @property
+    def _running_session(self) -> aiohttp.ClientSession:
+        if self._session is None:
+            raise EngineError("the engine's server is not running")
+        return self._session
+
+    @property
+    def _running_group(self) -> ProcessGroup:
+        if self._group is None:
+            raise EngineError("the engine's server is not running")
+        return self._group

@@ -1,0 +1,56 @@
+"""What an engine counts, in plain numbers: the gateway turns them into metrics, the engines know no metrics library."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from dataclasses import dataclass, field
+
+WAIT_BOUNDS_S = (0.001, 0.005, 0.025, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
+SWAP_BOUNDS_S = (0.005, 0.025, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
+
+
+@dataclass(slots=True)
+class Histogram:
+    """Observations counted per bucket.
+
+    Attributes:
+        bounds: upper bounds of the buckets, inclusive, ascending.
+        counts: observations per bucket, one more than `bounds` for what lies above the last.
+        total: sum of all observations.
+    """
+
+    bounds: tuple[float, ...]
+    counts: list[int] = field(default_factory=list)
+    total: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.counts = [0] * (len(self.bounds) + 1)
+
+    def observe(self, value: float) -> None:
+        self.counts[bisect_left(self.bounds, value)] += 1
+        self.total += value
+
+    @property
+    def count(self) -> int:
+        return sum(self.counts)
+
+
+@dataclass(slots=True)
+class EngineStats:
+    """Counters since the gateway started; they only grow, restarts of the engine included.
+
+    Attributes:
+        wait: seconds between a request's arrival and its admission.
+        swap: seconds of each mix that made another recipe resident.
+        num_swaps_by_source: where the parameters came from: `cache` or `files`.
+        num_drained: streams ended because they outlived `drain_s`.
+        num_queue_timeouts: requests that were never admitted.
+        num_restarts: times the engine was lost and started again.
+    """
+
+    wait: Histogram = field(default_factory=lambda: Histogram(WAIT_BOUNDS_S))
+    swap: Histogram = field(default_factory=lambda: Histogram(SWAP_BOUNDS_S))
+    num_swaps_by_source: dict[str, int] = field(default_factory=dict)
+    num_drained: int = 0
+    num_queue_timeouts: int = 0
+    num_restarts: int = 0

@@ -1,0 +1,227 @@
+"""The few-shot examples of a task: parsed and checked row by row, digested, sampled with a seed."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from cocktail_serve.digest import digest_of
+from cocktail_serve.errors import InvalidExamplesError
+from cocktail_serve.pool import Kind
+
+
+@dataclass(frozen=True, slots=True)
+class TextExample:
+    """`{"input", "output"}` (or `{"prompt", "completion"}`): the loss is that of the output given the input."""
+
+    input: str
+    output: str
+
+    def to_json(self) -> dict[str, Any]:
+        return {"input": self.input, "output": self.output}
+
+
+@dataclass(frozen=True, slots=True)
+class ChatExample:
+    """`{"messages": [...]}`: the last assistant turn is the output, all before it, chat-templated, the input."""
+
+    messages: tuple[tuple[str, str], ...]
+    """`(role, content)` pairs; the last role is `assistant`."""
+
+    def to_json(self) -> dict[str, Any]:
+        return {"messages": [{"role": role, "content": content} for role, content in self.messages]}
+
+
+@dataclass(frozen=True, slots=True)
+class RetrievalExample:
+    """`{"query", "pos", "neg"}`: texts that answer the query and texts that do not."""
+
+    query: str
+    pos: tuple[str, ...]
+    neg: tuple[str, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        return {"query": self.query, "pos": list(self.pos), "neg": list(self.neg)}
+
+
+Example = TextExample | ChatExample | RetrievalExample
+
+
+def example_digest(example: Example) -> str:
+    """SHA-256 of one example, 64 hex characters: the key its loss is kept under."""
+    return digest_of(example.to_json())
+
+
+@dataclass(frozen=True)
+class ExampleSet:
+    """The examples of one task, in the order given.
+
+    Attributes:
+        examples: of one kind: text and chat for a decoder, retrieval for encoders and rerankers.
+        num_given: how many there were before sampling.
+    """
+
+    examples: tuple[Example, ...]
+    num_given: int
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def __iter__(self) -> Iterator[Example]:
+        return iter(self.examples)
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 over all examples in order."""
+        return digest_of([example.to_json() for example in self.examples])
+
+    def to_json(self) -> list[dict[str, Any]]:
+        return [example.to_json() for example in self.examples]
+
+
+def read_jsonl(text: str) -> list[Any]:
+    """The rows of a JSONL text, blank lines skipped. A row's number is that of its line only if no line is blank.
+
+    Raises:
+        InvalidExamplesError: a line is not JSON; carries the line number.
+    """
+    rows = []
+    # only a line feed ends a line: JSON strings may hold the other characters that str.splitlines cuts at
+    for number, line in enumerate(text.removeprefix("\ufeff").split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            rows.append(json.loads(line))
+        except (ValueError, RecursionError) as error:
+            raise InvalidExamplesError(f"not a JSON object: {error}", row=number) from error
+    return rows
+
+
+def parse_examples(rows: Iterable[Any], kind: Kind, *, max_examples: int = 100, seed: int = 0) -> ExampleSet:
+    """Checks rows against the pool's kind and makes an `ExampleSet` of them.
+
+    Args:
+        rows: JSON objects in a form of DESIGN section 4. Keys beyond the form's own are an error, save `score`,
+            `choices`, `references`, `weight` and `id`, which data sets carry beside the text and which are left aside.
+        max_examples: more rows than this are sampled without replacement, in their order, by `seed`.
+
+    Raises:
+        InvalidExamplesError: no rows, or one that is malformed or of another kind; carries its number, from 1.
+    """
+    if isinstance(rows, str | bytes | Mapping) or not isinstance(rows, Iterable):
+        raise InvalidExamplesError(f"examples must be a list of objects, got {type(rows).__name__}")
+    parsed = [_parse_row(row, kind, number) for number, row in enumerate(rows, start=1)]
+    if not parsed:
+        raise InvalidExamplesError("there are no examples; give at least one, five are enough")
+    num_given = len(parsed)
+    if num_given > max_examples:
+        chosen = sorted(random.Random(seed).sample(range(num_given), max_examples))
+        parsed = [parsed[index] for index in chosen]
+    _check_has_contrast(parsed)
+    return ExampleSet(examples=tuple(parsed), num_given=num_given)
+
+
+_LEFT_ASIDE = frozenset({"score", "choices", "references", "weight", "id"})
+
+_FORMS: dict[frozenset[str], str] = {
+    frozenset({"input", "output"}): "text",
+    frozenset({"prompt", "completion"}): "text",
+    frozenset({"messages"}): "chat",
+    frozenset({"query", "pos"}): "retrieval",
+    frozenset({"query", "pos", "neg"}): "retrieval",
+}
+
+_EXPECTED: dict[str, str] = {
+    "decoder": '{"input", "output"}, {"prompt", "completion"} or {"messages": [...]}',
+    "encoder": '{"query", "pos": [...], "neg": [...]}',
+    "reranker": '{"query", "pos": [...], "neg": [...]}',
+}
+
+
+def _parse_row(row: Any, kind: Kind, number: int) -> Example:
+    if not isinstance(row, Mapping):
+        raise InvalidExamplesError(f"expected an object {_EXPECTED[kind]}, got {type(row).__name__}", row=number)
+    keys = frozenset(row) - _LEFT_ASIDE
+    form = _FORMS.get(keys)
+    if form is None or (form == "retrieval") != (kind != "decoder"):
+        raise InvalidExamplesError(
+            f"a {kind} pool takes {_EXPECTED[kind]}; this row has the keys {sorted(map(str, keys))}", row=number
+        )
+    if form == "chat":
+        return ChatExample(messages=_messages(row["messages"], number))
+    if form == "retrieval":
+        return _retrieval(row, kind, number)
+    source, output = ("input", "output") if "input" in keys else ("prompt", "completion")
+    return TextExample(input=_text(row[source], source, number), output=_text(row[output], output, number))
+
+
+def _retrieval(row: Mapping[str, Any], kind: Kind, number: int) -> RetrievalExample:
+    neg = [] if row.get("neg") is None else row["neg"]
+    example = RetrievalExample(
+        query=_text(row["query"], "query", number),
+        pos=_texts(row["pos"], "pos", number, at_least_one=True),
+        neg=_texts(neg, "neg", number, at_least_one=False),
+    )
+    if kind == "reranker" and not example.neg:
+        raise InvalidExamplesError("a reranker needs negatives in 'neg': its loss compares them with 'pos'", row=number)
+    return example
+
+
+def _text(value: Any, key: str, number: int) -> str:
+    if not isinstance(value, str):
+        raise InvalidExamplesError(f"{key!r} must be a string, got {type(value).__name__}", row=number)
+    if not value.strip():
+        raise InvalidExamplesError(f"{key!r} is empty", row=number)
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise InvalidExamplesError(
+            f"{key!r} holds a lone surrogate, which no tokenizer takes: {error}", row=number
+        ) from error
+    return value
+
+
+def _texts(value: Any, key: str, number: int, *, at_least_one: bool) -> tuple[str, ...]:
+    if not isinstance(value, Sequence) or isinstance(value, str | bytes):
+        raise InvalidExamplesError(f"{key!r} must be a list of strings, got {type(value).__name__}", row=number)
+    if at_least_one and not value:
+        raise InvalidExamplesError(f"{key!r} is empty", row=number)
+    return tuple(_text(item, f"{key}[{index}]", number) for index, item in enumerate(value))
+
+
+_ROLES = ("system", "developer", "user", "assistant")
+
+
+def _messages(value: Any, number: int) -> tuple[tuple[str, str], ...]:
+    if not isinstance(value, Sequence) or isinstance(value, str | bytes) or not value:
+        raise InvalidExamplesError("'messages' must be a non-empty list of {role, content}", row=number)
+    messages: list[tuple[str, str]] = []
+    for index, message in enumerate(value):
+        where = f"messages[{index}]"
+        if not isinstance(message, Mapping) or message.get("role") not in _ROLES:
+            raise InvalidExamplesError(f"{where} needs a role out of {', '.join(_ROLES)} and text content", row=number)
+        content = message.get("content")
+        if isinstance(content, Sequence) and not isinstance(content, str):
+            if not all(isinstance(part, Mapping) and part.get("type") == "text" for part in content):
+                raise InvalidExamplesError(f"{where}: only text content can be scored", row=number)
+            content = "".join(_text(part.get("text"), f"{where}.content", number) for part in content)
+        messages.append((message["role"], _text(content, f"{where}.content", number)))
+    if messages[-1][0] != "assistant":
+        raise InvalidExamplesError(
+            "the last message must be the assistant's: it is the output that is scored", row=number
+        )
+    if len(messages) < 2:
+        raise InvalidExamplesError("there is no message before the assistant's", row=number)
+    return tuple(messages)
+
+
+def _check_has_contrast(examples: Sequence[Example]) -> None:
+    """Without anything to tell the positive from, the loss is 0 for every model and says nothing."""
+    if len(examples) == 1 and isinstance(examples[0], RetrievalExample) and not examples[0].neg:
+        raise InvalidExamplesError(
+            "one retrieval example without negatives has loss 0 for every model; add 'neg', or a second example"
+        )

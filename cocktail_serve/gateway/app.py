@@ -1,0 +1,127 @@
+"""Puts the app together: pools and engines opened, the service started, routes, errors and middlewares in place."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
+
+from fastapi import FastAPI
+from filelock import FileLock, Timeout
+
+import cocktail_serve
+from cocktail_serve.checkpoints.opening import open_pool
+from cocktail_serve.cocktails.request import CocktailBody
+from cocktail_serve.cocktails.service import CocktailService
+from cocktail_serve.config import Settings
+from cocktail_serve.engines import build_engine
+from cocktail_serve.engines.base import Engine
+from cocktail_serve.errors import ConfigError
+from cocktail_serve.gateway.error_handlers import add_error_handlers
+from cocktail_serve.gateway.metrics import GatewayMetrics
+from cocktail_serve.gateway.middleware import BodyLimit, RequestBoundary
+from cocktail_serve.gateway.openapi import add_openapi
+from cocktail_serve.gateway.routes import cocktails, embeddings, generation, models, operations
+from cocktail_serve.gateway.routes import pools as pools_routes
+from cocktail_serve.gateway.schemas.cocktails import CurrentVersion
+from cocktail_serve.gateway.schemas.embeddings import EmbeddingRequest
+from cocktail_serve.gateway.schemas.generation import ChatCompletionRequest, CompletionRequest
+from cocktail_serve.gateway.state import Gateway
+from cocktail_serve.pool import Pool
+
+Lifespan = Callable[[FastAPI], AbstractAsyncContextManager[None]]
+
+
+def create_app(
+    settings: Settings, *, pools: Mapping[str, Pool] | None = None, engines: Mapping[str, Engine] | None = None
+) -> FastAPI:
+    """The gateway as an ASGI app. Engines start and stop with its lifespan.
+
+    Args:
+        pools: opened already; None: opened when the app starts, from the configuration.
+        engines: one for each pool, not started yet; None: built from the configuration.
+
+    Raises:
+        ConfigError: a key is required and none is set.
+    """
+    if settings.server.requires_key and settings.admin_key is None:
+        raise ConfigError(
+            f"with server.auth {settings.server.auth!r} and server.host {settings.server.host!r} requests need a key, "
+            "and none is set: set COCKTAIL_ADMIN_KEY, or listen on 127.0.0.1",
+            param="server.auth",
+        )
+    metrics = GatewayMetrics()
+    app = FastAPI(
+        title="cocktail-serve",
+        version=cocktail_serve.__version__,
+        summary="Task models mixed from fine-tuned models you own, behind the OpenAI API.",
+        lifespan=_lifespan(settings, pools, engines, metrics),
+        redoc_url=None,
+    )
+    for family in (generation, embeddings, models, cocktails, pools_routes, operations):
+        app.include_router(family.router)
+    add_error_handlers(app)
+    add_openapi(app, bodies=(ChatCompletionRequest, CompletionRequest, EmbeddingRequest, CocktailBody, CurrentVersion))
+    # the last added is the outermost
+    app.add_middleware(BodyLimit, max_bytes=settings.server.max_request_bytes)
+    app.add_middleware(RequestBoundary, metrics=metrics)
+    return app
+
+
+def open_pools(settings: Settings) -> dict[str, Pool]:
+    """Opens all pools of a configuration: resolves sources, checks that their models can be mixed. Blocking.
+
+    Raises:
+        ClientError: a model is missing, unreadable or does not fit its base; names it.
+    """
+    return {config.id: open_pool(config, cache_dir=settings.store.cache_dir) for config in settings.pools}
+
+
+def _lifespan(
+    settings: Settings,
+    opened: Mapping[str, Pool] | None,
+    built: Mapping[str, Engine] | None,
+    metrics: GatewayMetrics,
+) -> Lifespan:
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        async with AsyncExitStack() as stack:
+            pools = await asyncio.to_thread(open_pools, settings) if opened is None else opened
+            engines = _build_engines(settings, pools, stack) if built is None else built
+            stack.push_async_callback(_stop_all, engines.values())
+            for pool_id, engine in engines.items():
+                await engine.start()
+                metrics.watch_engine(pool_id, engine)
+            service = CocktailService(settings, pools, engines)
+            stack.push_async_callback(service.stop)
+            await service.start()
+            gateway = Gateway(settings=settings, pools=pools, engines=engines, service=service, metrics=metrics)
+            stack.callback(gateway.parsing.shutdown)
+            app.state.gateway = gateway
+            yield
+
+    return lifespan
+
+
+async def _stop_all(engines: Iterable[Engine]) -> None:
+    await asyncio.gather(*(engine.stop() for engine in engines))
+
+
+def _build_engines(settings: Settings, pools: Mapping[str, Pool], stack: AsyncExitStack) -> dict[str, Engine]:
+    """Engines over a folder that outlives them: their logs tell why they ended.
+
+    Raises:
+        ConfigError: another server uses the folder.
+    """
+    run_dir = settings.store.cache_dir / "engines"
+    run_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+    lock = FileLock(run_dir / "lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise ConfigError(
+            f"another server keeps its engines' files in {run_dir}; give each server a cache_dir of its own",
+            param="store.cache_dir",
+        ) from None
+    stack.callback(lock.release)
+    return {config.id: build_engine(pools[config.id], config, run_dir=run_dir) for config in settings.pools}

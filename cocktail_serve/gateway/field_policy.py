@@ -1,0 +1,136 @@
+"""Which fields of a generation request the gateway decides, refuses, and passes on. This table is the policy.
+
+Requests go to vLLM's own OpenAI server, so that chat templates, tools, logprobs, structured output and sampling are
+vLLM's. What could break the promise that no request is answered by other parameters, or from another tenant's cache,
+than its own is decided here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from cocktail_serve.errors import InvalidRequestError
+
+
+@dataclass(frozen=True, slots=True)
+class FieldRule:
+    """What happens to one field of the request.
+
+    Attributes:
+        field: its name in the body, dotted where it lies inside another.
+        action: `override`: the gateway sets it, whatever was sent. `refuse`: 400 if it is given and not null.
+        allowed_by: engine setting that turns a refusal into passing on.
+        why: for the one who meets the rule.
+    """
+
+    field: str
+    action: Literal["override", "refuse"]
+    why: str
+    allowed_by: str | None = None
+
+
+FIELD_POLICY: tuple[FieldRule, ...] = (
+    FieldRule("model", "override", "the engine knows its resident parameters, not names; answers name the version"),
+    FieldRule("cache_salt", "override", "prefix caches are kept apart by tenant, recipe and the salt that was sent"),
+    FieldRule(
+        "stream_options.include_usage",
+        "override",
+        "always asked of the engine to count tokens; hidden from the answer unless the request asked for it",
+    ),
+    FieldRule("priority", "refuse", "the order of requests is the server's to decide"),
+    FieldRule("request_id", "refuse", "ids inside the engine are the server's; send the header x-request-id instead"),
+    FieldRule("kv_transfer_params", "refuse", "KV blocks never leave the engine that computed them"),
+    FieldRule("ec_transfer_params", "refuse", "encoder caches never leave the engine that computed them"),
+    FieldRule("vllm_xargs", "refuse", "it reaches extensions of the engine that know nothing of tenants"),
+    FieldRule(
+        "chat_template",
+        "refuse",
+        "a template is a program that runs in the engine; the pool's own is used",
+        allowed_by="allow_chat_template",
+    ),
+    FieldRule(
+        "chat_template_kwargs.chat_template",
+        "refuse",
+        "a template is a program that runs in the engine; the pool's own is used",
+        allowed_by="allow_chat_template",
+    ),
+)
+"""All fields that are not in this table are passed on as they are."""
+
+_REFUSED = tuple((rule, tuple(rule.field.split("."))) for rule in FIELD_POLICY if rule.action == "refuse")
+
+
+_REFUSED_NAMES = frozenset(path[0] for _, path in _REFUSED)
+
+
+@dataclass(frozen=True, slots=True)
+class Outgoing:
+    """A request as the engine gets it.
+
+    Attributes:
+        body: without `model` and `cocktail`. `model` and `cache_salt` are set by the engine: they depend on the
+            process and on the recipe in turn.
+        stream: whether the answer is a stream of events.
+        shows_usage: whether the client asked for usage in its stream.
+    """
+
+    body: dict[str, Any]
+    stream: bool
+    shows_usage: bool
+
+
+def apply_field_policy(body: Mapping[str, Any], *, allow_chat_template: bool) -> Outgoing:
+    """Lays `FIELD_POLICY` over a request. `body` is left unchanged.
+
+    Args:
+        allow_chat_template: the engine setting of that name.
+
+    Raises:
+        InvalidRequestError: a refused field, or one of ours of the wrong type; `param` names it.
+    """
+    for rule, path in _REFUSED:
+        if _lookup(body, path) is not None and not (rule.allowed_by and allow_chat_template):
+            unless = f" (the operator can allow it with engine.{rule.allowed_by})" if rule.allowed_by else ""
+            raise InvalidRequestError(
+                f"the field {rule.field!r} is not accepted: {rule.why}{unless}",
+                param=rule.field,
+                code="field_not_accepted",
+            )
+    # a refused field that is null is as good as absent; vLLM takes null for some of them and not for others
+    outgoing = {
+        key: value
+        for key, value in body.items()
+        if key not in ("model", "cocktail") and not (value is None and key in _REFUSED_NAMES)
+    }
+    salt = outgoing.get("cache_salt")
+    if salt is not None and (not isinstance(salt, str) or not salt):
+        raise InvalidRequestError("cache_salt must be a non-empty string", param="cache_salt")
+    # vLLM reads "true" and 1 as true; then it would stream to a gateway that waits for a whole answer
+    stream = _boolean(body, "stream")
+    if not stream:
+        return Outgoing(outgoing, stream=False, shows_usage=False)
+    options = body.get("stream_options") or {}
+    if not isinstance(options, Mapping):
+        raise InvalidRequestError("stream_options must be an object", param="stream_options")
+    shows_usage = _boolean(options, "include_usage", "stream_options.include_usage")
+    # vLLM's usage in every chunk counts only beside include_usage: unasked for, it must not come alive by ours
+    outgoing["stream_options"] = {**options, "include_usage": True} if shows_usage else {"include_usage": True}
+    return Outgoing(outgoing, stream=True, shows_usage=shows_usage)
+
+
+def _lookup(body: Mapping[str, Any], path: tuple[str, ...]) -> Any:
+    value: Any = body
+    for key in path:
+        if not isinstance(value, Mapping):
+            return None
+        value = value.get(key)
+    return value
+
+
+def _boolean(body: Mapping[str, Any], key: str, param: str | None = None) -> bool:
+    value = body.get(key)
+    if value is None or isinstance(value, bool):
+        return bool(value)
+    raise InvalidRequestError(f"{param or key} must be true or false, got {value!r}", param=param or key)

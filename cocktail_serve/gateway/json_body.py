@@ -1,0 +1,80 @@
+"""Reads a JSON object from a request: orjson for speed, and only what JSON is."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, TypeVar
+
+import orjson
+from fastapi import Depends, Request
+from pydantic import BaseModel, ValidationError
+
+from cocktail_serve.errors import InvalidRequestError
+
+MAX_DEPTH = 100
+"""Nesting of objects and arrays: far above what requests need, below what parsers and engines recurse into."""
+
+
+async def json_object(request: Request) -> dict[str, Any]:
+    """The body of a request as a JSON object.
+
+    Raises:
+        InvalidRequestError: not declared as JSON, not JSON (NaN and Infinity are not), no object, or nested too deeply.
+        PayloadTooLargeError: from `BodyLimit`, while reading.
+    """
+    media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if media_type != "application/json" and not media_type.endswith("+json"):
+        raise InvalidRequestError(
+            f"the body must be JSON with the header 'Content-Type: application/json', not {media_type or 'none'!r}",
+            code="unsupported_content_type",
+        )
+    raw = await request.body()
+    try:
+        body = orjson.loads(raw)
+    except orjson.JSONDecodeError as error:
+        raise InvalidRequestError(f"the body is not valid JSON: {error}", code="invalid_json") from error
+    if not isinstance(body, dict):
+        raise InvalidRequestError(f"the body must be a JSON object, got {type(body).__name__}", code="invalid_json")
+    # counting brackets is far cheaper than walking, and no body with fewer of them can be deeper
+    if raw.count(b"[") + raw.count(b"{") > MAX_DEPTH and _is_deeper_than(body, MAX_DEPTH):
+        raise InvalidRequestError(f"the body is nested more than {MAX_DEPTH} levels deep", code="invalid_json")
+    return body
+
+
+Schema = TypeVar("Schema", bound=BaseModel)
+
+JSONObject = Annotated[dict[str, Any], Depends(json_object)]
+
+
+def parse_as(schema: type[Schema], value: Any, *, param: str | None = None) -> Schema:
+    """Checks a JSON value against a schema of ours.
+
+    Args:
+        param: name of the field that `value` stands in, put before the names of its own fields.
+
+    Raises:
+        InvalidRequestError: names the field, in dotted form, and what is wrong with it.
+    """
+    try:
+        return schema.model_validate(value)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        path = [param] if param else []
+        where = ".".join([*path, *map(str, first["loc"])])
+        message = first["msg"]
+        if first["type"] == "extra_forbidden":
+            message = f"unknown field; known are {', '.join(sorted(schema.model_fields))}"
+        raise InvalidRequestError(f"{where or 'body'}: {message}", param=where or None) from error
+
+
+def _is_deeper_than(value: Any, limit: int) -> bool:
+    level = [value]
+    for _ in range(limit):
+        level = [
+            child
+            for node in level
+            for child in (node.values() if isinstance(node, dict) else node)
+            if isinstance(child, dict | list)
+        ]
+        if not level:
+            return False
+    return True

@@ -1,0 +1,141 @@
+"""What `/metrics` shows. Labels are bounded: routes by template, pools by configuration, never a model or a tenant."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Protocol, runtime_checkable
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from cocktail_serve.cocktails.cocktail import Status
+from cocktail_serve.engines.base import Engine, EngineHealth
+from cocktail_serve.engines.stats import EngineStats
+from cocktail_serve.engines.stats import Histogram as PlainHistogram
+
+_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
+
+
+@runtime_checkable
+class _Counting(Protocol):
+    """An engine that counts; which ones do is the engine's matter."""
+
+    stats: EngineStats
+
+
+class GatewayMetrics:
+    """The counters of one app, in a registry of its own so that several apps live in one process."""
+
+    def __init__(self) -> None:
+        self._registry = CollectorRegistry()
+        self._snapshot = _Snapshot()
+        self._registry.register(self._snapshot)
+        self._requests = Counter(
+            "cocktail_requests",
+            "Answers by route, status and pool; status 499: the client left first.",
+            ["route", "status", "pool"],
+            registry=self._registry,
+        )
+        self._tokens = Counter(
+            "cocktail_tokens", "Tokens read (in) and generated (out).", ["pool", "direction"], registry=self._registry
+        )
+        self._first_token = Histogram(
+            "cocktail_time_to_first_token_seconds",
+            "From the request's arrival to the first bytes of its answer; of embeddings, to the whole answer.",
+            ["pool"],
+            buckets=_SECONDS,
+            registry=self._registry,
+        )
+
+    def count_request(self, *, route: str, status: int, pool: str) -> None:
+        self._requests.labels(route, str(status), pool).inc()
+
+    def count_tokens(self, pool: str, *, num_in: int, num_out: int = 0) -> None:
+        self._tokens.labels(pool, "in").inc(num_in)
+        self._tokens.labels(pool, "out").inc(num_out)
+
+    def observe_first_token(self, pool: str, seconds: float) -> None:
+        self._first_token.labels(pool).observe(seconds)
+
+    def watch_engine(self, pool: str, engine: Engine) -> None:
+        """Shows what the engine counts, where it does."""
+        if isinstance(engine, _Counting):
+            self._snapshot.stats[pool] = engine.stats
+
+    def render(self, health: Mapping[str, EngineHealth], jobs: Mapping[Status, int]) -> bytes:
+        """The text exposition format.
+
+        Args:
+            health: of each engine now, by pool.
+            jobs: number of cocktails in each state.
+        """
+        self._snapshot.health = health
+        self._snapshot.jobs = jobs
+        return generate_latest(self._registry)
+
+
+class _Snapshot(Collector):
+    """What is read when it is asked for, instead of counted here."""
+
+    def __init__(self) -> None:
+        self.stats: dict[str, EngineStats] = {}
+        self.health: Mapping[str, EngineHealth] = {}
+        self.jobs: Mapping[Status, int] = {}
+
+    def collect(self) -> Iterable[Metric]:
+        yield from self._engines()
+        yield from self._health()
+        jobs = GaugeMetricFamily("cocktail_jobs", "Cocktails by state, inline ones left out.", labels=["status"])
+        for status, number in self.jobs.items():
+            jobs.add_metric([status], number)
+        yield jobs
+
+    def _engines(self) -> Iterator[Metric]:
+        wait = HistogramMetricFamily(
+            "cocktail_queue_wait_seconds", "From a request's arrival to its recipe's turn.", labels=["pool"]
+        )
+        swap = HistogramMetricFamily(
+            "cocktail_swap_seconds", "Each mix that made another recipe resident.", labels=["pool"]
+        )
+        swaps = CounterMetricFamily(
+            "cocktail_swaps", "Mixes, by where parameters came from.", labels=["pool", "source"]
+        )
+        drained = CounterMetricFamily("cocktail_drained", "Streams that outlived drain_s.", labels=["pool"])
+        timeouts = CounterMetricFamily(
+            "cocktail_queue_timeouts", "Requests whose recipe's turn did not come in time.", labels=["pool"]
+        )
+        restarts = CounterMetricFamily("cocktail_engine_restarts", "Engines lost and started again.", labels=["pool"])
+        for pool, stats in self.stats.items():
+            wait.add_metric([pool], _buckets(stats.wait), sum_value=stats.wait.total)
+            swap.add_metric([pool], _buckets(stats.swap), sum_value=stats.swap.total)
+            for source, number in stats.num_swaps_by_source.items():
+                swaps.add_metric([pool, source], number)
+            drained.add_metric([pool], stats.num_drained)
+            timeouts.add_metric([pool], stats.num_queue_timeouts)
+            restarts.add_metric([pool], stats.num_restarts)
+        yield from (wait, swap, swaps, drained, timeouts, restarts)
+
+    def _health(self) -> Iterator[Metric]:
+        is_ready = GaugeMetricFamily("cocktail_engine_ready", "1 where the engine answers.", labels=["pool"])
+        queued = GaugeMetricFamily("cocktail_queued_requests", "Requests that wait for their turn.", labels=["pool"])
+        cached = GaugeMetricFamily("cocktail_cached_recipes", "Mixtures kept in memory.", labels=["pool"])
+        cached_bytes = GaugeMetricFamily("cocktail_cache_bytes", "Size of the mixtures in memory.", labels=["pool"])
+        for pool, health in self.health.items():
+            is_ready.add_metric([pool], health.state == "ready")
+            queued.add_metric([pool], health.queued)
+            if "cached" in health.detail:
+                cached.add_metric([pool], len(health.detail["cached"]))
+            if "cached_bytes" in health.detail:
+                cached_bytes.add_metric([pool], health.detail["cached_bytes"])
+        yield from (is_ready, queued, cached, cached_bytes)
+
+
+def _buckets(histogram: PlainHistogram) -> list[tuple[str, float]]:
+    """Prometheus counts in each bucket what lies in the lower ones too."""
+    buckets: list[tuple[str, float]] = []
+    total = 0
+    for bound, count in zip([*histogram.bounds, float("inf")], histogram.counts, strict=True):
+        total += count
+        buckets.append(("+Inf" if bound == float("inf") else str(bound), total))
+    return buckets

@@ -1,0 +1,104 @@
+"""What every request passes through, as plain ASGI: its id, its limit on bytes, its counters, its last resort."""
+
+from __future__ import annotations
+
+import logging
+import re
+import time
+import uuid
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.requests import ClientDisconnect
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from cocktail_serve.errors import PayloadTooLargeError
+from cocktail_serve.gateway.error_handlers import internal_error_response
+from cocktail_serve.gateway.metrics import GatewayMetrics
+
+logger = logging.getLogger(__name__)
+
+CLIENT_GONE = 499
+"""Status that metrics show for a request whose client left before an answer; never sent (nginx's convention)."""
+
+_REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
+
+
+class RequestBoundary:
+    """Names each request, counts it, and turns what nobody caught into a 500.
+
+    Outermost, so that every answer carries `x-request-id`: the client's own where it sent a printable one.
+    Puts into `scope["state"]`: `request_id`, and `started_at` (seconds, `time.perf_counter`). Reads `pool` from there
+    for the counters; routes set it once they know it.
+    """
+
+    def __init__(self, app: ASGIApp, *, metrics: GatewayMetrics) -> None:
+        self._app = app
+        self._metrics = metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        state = scope.setdefault("state", {})
+        given = Headers(scope=scope).get("x-request-id", "")
+        request_id = given if _REQUEST_ID.fullmatch(given) else f"req_{uuid.uuid4().hex}"
+        state["request_id"] = request_id
+        state["started_at"] = time.perf_counter()
+        status = CLIENT_GONE
+
+        async def send_named(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                MutableHeaders(scope=message)["x-request-id"] = request_id
+            await send(message)
+
+        try:
+            await self._app(scope, receive, send_named)
+        except ClientDisconnect:
+            logger.debug("request %s: the client left before its answer was complete", request_id)
+        except Exception:
+            logger.exception("request %s: %s %s failed", request_id, scope["method"], scope["path"])
+            if status == CLIENT_GONE:  # nothing was sent yet
+                await internal_error_response()(scope, receive, send_named)
+        finally:
+            self._metrics.count_request(
+                route=getattr(scope.get("route"), "path", "unknown"),
+                status=status,
+                pool=state.get("pool", ""),
+            )
+
+
+class BodyLimit:
+    """Refuses a body over `max_bytes`: by its declared length before reading, and by what arrives while reading.
+
+    The error comes out of `receive`, so it is raised where the body is read and mapped like any other.
+    """
+
+    def __init__(self, app: ASGIApp, *, max_bytes: int) -> None:
+        self._app = app
+        self._max_bytes = max_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        declared = Headers(scope=scope).get("content-length", "")
+        num_bytes = 0
+
+        async def receive_limited() -> Message:
+            nonlocal num_bytes
+            if declared.isdecimal() and int(declared) > self._max_bytes:
+                raise self._too_large()
+            message = await receive()
+            num_bytes += len(message.get("body", b""))
+            if num_bytes > self._max_bytes:
+                raise self._too_large()
+            return message
+
+        await self._app(scope, receive_limited, send)
+
+    def _too_large(self) -> PayloadTooLargeError:
+        return PayloadTooLargeError(
+            f"the body is larger than {self._max_bytes} bytes; send less, or raise server.max_request_bytes"
+        )

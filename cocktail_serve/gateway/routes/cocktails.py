@@ -1,0 +1,131 @@
+"""`/v1/cocktails`: make, watch, choose and delete the tenant's own models."""
+
+from __future__ import annotations
+
+from typing import Annotated
+from urllib.parse import quote
+
+from fastapi import APIRouter, Query, Request, Response
+
+from cocktail_serve.cocktails.cocktail import Cocktail
+from cocktail_serve.cocktails.request import CocktailBody
+from cocktail_serve.errors import ModelNotReadyError, NotFoundError
+from cocktail_serve.gateway.disconnect import ended_with_client
+from cocktail_serve.gateway.json_body import JSONObject, parse_as
+from cocktail_serve.gateway.openapi import engine_errors, error_responses, json_request
+from cocktail_serve.gateway.reports import report_of
+from cocktail_serve.gateway.schemas.cocktails import (
+    CocktailDeleted,
+    CocktailList,
+    CocktailReport,
+    CocktailView,
+    CurrentVersion,
+    ExampleList,
+    RecipeView,
+    WeighingView,
+)
+from cocktail_serve.gateway.state import GatewayDep, TenantDep
+
+router = APIRouter(tags=["cocktails"])
+
+MAX_WAIT_S = 60.0
+
+_LOCATION = {"Location": {"description": "Where to follow it.", "schema": {"type": "string"}}}
+
+
+@router.post(
+    "/v1/cocktails",
+    status_code=201,
+    responses={
+        **engine_errors(),
+        200: {"model": CocktailView | WeighingView, "description": "The same request existed; or a dry run."},
+        201: {"model": CocktailView, "description": "New and ready.", "headers": _LOCATION},
+        202: {"model": CocktailView, "description": "In the making.", "headers": _LOCATION},
+    },
+    openapi_extra=json_request(CocktailBody),
+)
+async def create_cocktail(
+    *,
+    gateway: GatewayDep,
+    tenant: TenantDep,
+    body: JSONObject,
+    request: Request,
+    response: Response,
+    wait: Annotated[
+        float, Query(ge=0, le=MAX_WAIT_S, allow_inf_nan=False, description="Seconds to wait for it to be ready.")
+    ] = 0,
+    dry_run: Annotated[bool, Query(description="Losses and weights only; nothing is kept.")] = False,
+) -> CocktailView | WeighingView:
+    """Makes a cocktail from examples or weights, or finds the one that the same request made."""
+    wanted = await gateway.parse_cocktail(body)
+    if dry_run:
+        response.status_code = 200
+        async with ended_with_client(request.receive):
+            return WeighingView.of(await gateway.service.dry_run(tenant, wanted))
+    cocktail, existed = await gateway.service.create(tenant, wanted)
+    if wait and not cocktail.is_final:
+        # the job goes on when the client leaves: only the waiting ends
+        async with ended_with_client(request.receive):
+            cocktail = await gateway.service.wait(tenant, cocktail.id, wait)
+    if cocktail.status == "failed" and cocktail.error is not None:
+        raise cocktail.error.exception()
+    response.status_code = _status_of(cocktail, existed=existed)
+    response.headers["location"] = f"/v1/cocktails/{quote(cocktail.id, safe='@')}"
+    return CocktailView.of(cocktail)
+
+
+def _status_of(cocktail: Cocktail, *, existed: bool) -> int:
+    if existed:
+        return 200
+    return 201 if cocktail.status == "ready" else 202
+
+
+@router.get("/v1/cocktails", responses=error_responses())
+async def list_cocktails(gateway: GatewayDep, tenant: TenantDep, name: str | None = None) -> CocktailList:
+    """All versions, the newest first; of one name if given."""
+    return CocktailList.of(gateway.service.list(tenant, name))
+
+
+@router.get("/v1/cocktails/{ref}", responses=error_responses(404))
+async def retrieve_cocktail(gateway: GatewayDep, tenant: TenantDep, ref: str) -> CocktailView:
+    """One version; by name, the current one."""
+    return CocktailView.of(gateway.service.get(tenant, ref))
+
+
+@router.get("/v1/cocktails/{ref}/recipe", responses=error_responses(404, 503))
+async def retrieve_recipe(gateway: GatewayDep, tenant: TenantDep, ref: str) -> RecipeView:
+    """What reproduces the mixture bit for bit."""
+    cocktail = gateway.service.get(tenant, ref)
+    if cocktail.recipe is not None:
+        return RecipeView.of(cocktail.recipe)
+    if cocktail.is_final:
+        raise NotFoundError(f"{cocktail.id!r} {cocktail.status} before it had a recipe", code="recipe_not_found")
+    raise ModelNotReadyError(f"{cocktail.id!r} has no recipe yet: it is {cocktail.status}")
+
+
+@router.get("/v1/cocktails/{ref}/examples", responses=error_responses(404))
+async def retrieve_examples(gateway: GatewayDep, tenant: TenantDep, ref: str) -> ExampleList:
+    """The examples it was made from, after sampling."""
+    return ExampleList(data=[dict(row) for row in await gateway.service.examples(tenant, ref)])
+
+
+@router.get("/v1/cocktails/{ref}/report", responses=error_responses(404))
+async def retrieve_report(gateway: GatewayDep, tenant: TenantDep, ref: str) -> CocktailReport:
+    """Losses beside merging weights, and what the mixture bought."""
+    return report_of(gateway.service.get(tenant, ref))
+
+
+@router.patch(
+    "/v1/cocktails/{name}", responses=error_responses(404, 409, 413), openapi_extra=json_request(CurrentVersion)
+)
+async def update_cocktail(gateway: GatewayDep, tenant: TenantDep, name: str, body: JSONObject) -> CocktailView:
+    """Says which version the name means: a ready one, or null for the newest."""
+    wanted = parse_as(CurrentVersion, body)
+    return CocktailView.of(await gateway.service.set_current(tenant, name, wanted.current))
+
+
+@router.delete("/v1/cocktails/{ref}", responses=error_responses(403, 404))
+async def delete_cocktail(gateway: GatewayDep, tenant: TenantDep, ref: str) -> CocktailDeleted:
+    """Deletes a version, or all versions of a name, with examples and losses."""
+    await gateway.service.delete(tenant, ref)
+    return CocktailDeleted(id=ref)

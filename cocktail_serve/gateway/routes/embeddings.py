@@ -1,0 +1,68 @@
+"""`/v1/embeddings`, as OpenAI's."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from functools import partial
+
+from fastapi import APIRouter, Request, Response
+
+from cocktail_serve.gateway.disconnect import ended_with_client
+from cocktail_serve.gateway.embedding import (
+    MAX_INLINE_NUMBERS,
+    check_inputs,
+    dimensions_to_keep,
+    encode_answer,
+    prompt_of,
+    truncation,
+)
+from cocktail_serve.gateway.json_body import json_object, parse_as
+from cocktail_serve.gateway.openapi import engine_errors, json_request
+from cocktail_serve.gateway.schemas.embeddings import EmbeddingList, EmbeddingRequest
+from cocktail_serve.gateway.state import gateway_of, tenant_of
+from cocktail_serve.gateway.targets import requested_pool, served_model
+
+router = APIRouter(tags=["embeddings"])
+
+
+@router.post(
+    "/v1/embeddings",
+    response_model=EmbeddingList,
+    responses=engine_errors(),
+    openapi_extra=json_request(EmbeddingRequest),
+)
+async def create_embeddings(request: Request) -> Response:
+    """Embeddings of up to 2048 texts, as OpenAI's."""
+    # called, not injected: on the hot path FastAPI's injection takes longer than the three of them
+    gateway = await gateway_of(request)
+    tenant = await tenant_of(request)
+    body = await json_object(request)
+    wanted = parse_as(EmbeddingRequest, body)
+    pool = requested_pool(gateway, tenant, body, kind="encoder")
+    request.state.pool = pool.id
+    config = gateway.pool_configs[pool.id]
+    engine = gateway.embedding_engine(pool.id)
+    inputs = check_inputs(wanted.input, token_inputs=config.token_inputs)
+    prompt = prompt_of(wanted.prompt_name, config, inputs)
+    truncate_to = truncation(wanted.truncate_prompt_tokens, max_length=engine.max_length, truncate=config.truncate)
+    dimensions = dimensions_to_keep(wanted.dimensions, full=engine.dimension, pool=config)
+    served = await served_model(gateway, tenant, body)
+    async with ended_with_client(request.receive):
+        embedded = await engine.embed(
+            served.recipe, inputs, prompt=prompt, truncate_to=truncate_to, dimensions=dimensions
+        )
+    gateway.metrics.count_tokens(pool.id, num_in=embedded.num_tokens)
+    gateway.metrics.observe_first_token(pool.id, time.perf_counter() - request.state.started_at)
+    encode = partial(
+        encode_answer,
+        embedded.vectors,
+        model_id=served.model_id,
+        num_tokens=embedded.num_tokens,
+        encoding_format=wanted.encoding_format or "float",
+    )
+    if embedded.vectors.size <= MAX_INLINE_NUMBERS:
+        answer = encode()
+    else:
+        answer = await asyncio.get_running_loop().run_in_executor(gateway.parsing, encode)
+    return Response(answer, media_type="application/json")

@@ -1,0 +1,63 @@
+"""`/v1/chat/completions` and `/v1/completions`: the engine's, under the field policy."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import APIRouter, Request, Response
+
+from cocktail_serve.config import VLLMEngineConfig
+from cocktail_serve.gateway.field_policy import apply_field_policy
+from cocktail_serve.gateway.generation import GenerationResponse
+from cocktail_serve.gateway.json_body import json_object
+from cocktail_serve.gateway.openapi import engine_errors, json_request
+from cocktail_serve.gateway.schemas.generation import (
+    ChatCompletion,
+    ChatCompletionRequest,
+    Completion,
+    CompletionRequest,
+)
+from cocktail_serve.gateway.state import gateway_of, tenant_of
+from cocktail_serve.gateway.targets import requested_pool, served_model
+
+router = APIRouter(tags=["generation"])
+
+_EVENTS: dict[str, Any] = {"content": {"text/event-stream": {"schema": {"type": "string"}}}}
+
+
+@router.post(
+    "/v1/chat/completions",
+    response_model=ChatCompletion,
+    responses={**engine_errors(), 200: _EVENTS},
+    openapi_extra=json_request(ChatCompletionRequest),
+)
+async def create_chat_completion(request: Request) -> Response:
+    """A chat completion, as OpenAI's and vLLM's, whole or as a stream."""
+    return await _generate(request, "/v1/chat/completions")
+
+
+@router.post(
+    "/v1/completions",
+    response_model=Completion,
+    responses={**engine_errors(), 200: _EVENTS},
+    openapi_extra=json_request(CompletionRequest),
+)
+async def create_completion(request: Request) -> Response:
+    """A text completion, as OpenAI's and vLLM's, whole or as a stream."""
+    return await _generate(request, "/v1/completions")
+
+
+async def _generate(request: Request, path: str) -> Response:
+    # called, not injected: on the hot path FastAPI's injection takes longer than the three of them
+    gateway = await gateway_of(request)
+    tenant = await tenant_of(request)
+    body = await json_object(request)
+    pool = requested_pool(gateway, tenant, body, kind="decoder")
+    request.state.pool = pool.id
+    engine_config = gateway.pool_configs[pool.id].engine
+    assert isinstance(engine_config, VLLMEngineConfig)  # the configuration lets no decoder have another
+    outgoing = apply_field_policy(body, allow_chat_template=engine_config.allow_chat_template)
+    served = await served_model(gateway, tenant, body)
+    return GenerationResponse(
+        gateway.generation_engine(pool.id), served, path, outgoing, tenant=tenant, metrics=gateway.metrics
+    )

@@ -1,0 +1,58 @@
+"""`/health`, `/ready` and `/metrics`: for probes and scrapers, which carry no key."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+
+from fastapi import APIRouter, Response
+
+import cocktail_serve
+from cocktail_serve.engines.base import EngineHealth
+from cocktail_serve.gateway.schemas.operations import EngineReadiness, Health, Readiness
+from cocktail_serve.gateway.state import DEFAULT_TENANT, Gateway, GatewayDep
+
+router = APIRouter(tags=["operations"])
+
+_METRICS_MEDIA_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+
+
+@router.get("/health")
+async def health() -> Health:
+    """The process answers; says nothing about engines."""
+    return Health(version=cocktail_serve.__version__)
+
+
+@router.get(
+    "/ready",
+    responses={503: {"model": Readiness, "description": "An engine is not ready; the body says which and why."}},
+)
+async def ready(gateway: GatewayDep, response: Response) -> Readiness:
+    """Asks each engine itself, all at once, each within `server.ready_deadline_s`."""
+    answers = await _ask_engines(gateway, deadline_s=gateway.settings.server.ready_deadline_s)
+    is_ready = all(answer.state == "ready" for answer in answers.values())
+    if not is_ready:
+        response.status_code = 503
+        response.headers["retry-after"] = "5"
+    return Readiness(
+        status="ready" if is_ready else "not_ready",
+        pools={pool_id: EngineReadiness.of(answer) for pool_id, answer in answers.items()},
+    )
+
+
+@router.get(
+    "/metrics",
+    response_class=Response,
+    responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}, "description": "Prometheus text."}},
+)
+async def metrics(gateway: GatewayDep) -> Response:
+    """Counters in Prometheus' text format."""
+    # a scrape comes every few seconds: it does not wait long for an engine that hangs
+    health = await _ask_engines(gateway, deadline_s=min(1.0, gateway.settings.server.ready_deadline_s))
+    jobs = Counter(cocktail.status for cocktail in gateway.service.list(DEFAULT_TENANT))
+    return Response(gateway.metrics.render(health, jobs), media_type=_METRICS_MEDIA_TYPE)
+
+
+async def _ask_engines(gateway: Gateway, *, deadline_s: float) -> dict[str, EngineHealth]:
+    answers = await asyncio.gather(*(engine.health(deadline_s=deadline_s) for engine in gateway.engines.values()))
+    return dict(zip(gateway.engines, answers, strict=True))

@@ -1,0 +1,171 @@
+"""Cocktails as the API shows them. The request bodies are those of `cocktails.request`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, StrictStr
+
+from cocktail_serve.cocktails.cocktail import Cocktail, Status, Weighing
+from cocktail_serve.gateway.error_handlers import error_body
+from cocktail_serve.gateway.schemas.errors import ErrorDetail
+from cocktail_serve.pool import Kind
+from cocktail_serve.recipe import Recipe
+
+
+class RecipeView(BaseModel):
+    """What reproduces the mixture bit for bit."""
+
+    object: Literal["recipe"] = "recipe"
+    digest: str = Field(description="SHA-256 of all below.")
+    version: int
+    base: str = Field(description="Fingerprint of the pool's base.")
+    coefficients: list[tuple[str, float]] = Field(description="Fingerprint and coefficient, in order of accumulation.")
+    method: str
+    method_params: dict[str, Any]
+    dtype: str
+
+    @classmethod
+    def of(cls, recipe: Recipe) -> Self:
+        return cls.model_validate({"digest": recipe.digest, **recipe.to_json()})
+
+
+class CocktailView(BaseModel):
+    """One version of a name."""
+
+    object: Literal["cocktail"] = "cocktail"
+    id: str = Field(description="`name@digest8`; the digest is of the request, so known at once.")
+    name: str
+    pool: str
+    kind: Kind
+    current: bool = Field(description="Whether the bare name means this version.")
+    status: Status
+    progress: float = Field(ge=0, le=1)
+    target: str | None
+    alpha: float | None
+    weighting: str | None
+    temperature: float | None
+    method: str
+    method_params: dict[str, Any]
+    experts: list[str] | None
+    seed: int
+    num_examples: int = Field(description="Examples used, after sampling.")
+    losses: dict[str, float] = Field(description="Loss (nats) by model, as far as measured; the base is `base`.")
+    merging_weights: dict[str, float] | None = Field(description="Coefficients by model; null until weighed.")
+    entropy: float | None = Field(description="Entropy (nats) of the merging weights.")
+    mixed_loss: float | None = Field(description="Loss of the mixture on the same examples.")
+    recipe: RecipeView | None
+    created_at: int = Field(description="Unix time, seconds.")
+    ready_at: int | None
+    error: ErrorDetail | None = Field(description="Why it failed.")
+    warnings: list[str]
+    metadata: dict[str, str]
+
+    @classmethod
+    def of(cls, cocktail: Cocktail) -> Self:
+        options = cocktail.request
+        return cls(
+            id=cocktail.id,
+            name=cocktail.name,
+            pool=cocktail.pool_id,
+            kind=cocktail.kind,
+            current=cocktail.current,
+            status=cocktail.status,
+            progress=cocktail.progress,
+            target=options.target,
+            alpha=options.alpha,
+            weighting=options.weighting,
+            temperature=options.temperature,
+            method=options.method,
+            method_params=dict(options.method_params),
+            experts=None if options.experts is None else list(options.experts),
+            seed=options.seed,
+            num_examples=options.num_examples,
+            losses=dict(cocktail.losses),
+            merging_weights=None if cocktail.merging_weights is None else dict(cocktail.merging_weights),
+            entropy=cocktail.entropy,
+            mixed_loss=cocktail.mixed_loss,
+            recipe=None if cocktail.recipe is None else RecipeView.of(cocktail.recipe),
+            created_at=int(cocktail.created_at),
+            ready_at=None if cocktail.ready_at is None else int(cocktail.ready_at),
+            error=None if cocktail.error is None else _error_detail(cocktail),
+            warnings=list(cocktail.warnings),
+            metadata=dict(cocktail.metadata),
+        )
+
+
+class CocktailList(BaseModel):
+    object: Literal["list"] = "list"
+    data: list[CocktailView]
+
+    @classmethod
+    def of(cls, cocktails: Sequence[Cocktail]) -> Self:
+        return cls(data=[CocktailView.of(cocktail) for cocktail in cocktails])
+
+
+class WeighingView(BaseModel):
+    """What `dry_run` answers: nothing of it is kept."""
+
+    object: Literal["cocktail.weighing"] = "cocktail.weighing"
+    losses: dict[str, float]
+    merging_weights: dict[str, float]
+    entropy: float | None
+
+    @classmethod
+    def of(cls, weighing: Weighing) -> Self:
+        return cls(
+            losses=dict(weighing.losses), merging_weights=dict(weighing.merging_weights), entropy=weighing.entropy
+        )
+
+
+class ExampleList(BaseModel):
+    """The examples of a cocktail, after sampling."""
+
+    object: Literal["list"] = "list"
+    data: list[dict[str, Any]]
+
+
+class ModelReport(BaseModel):
+    """One model's part in a cocktail."""
+
+    model: str
+    loss: float | None = Field(description="Loss (nats) on the examples.")
+    merging_weight: float | None
+
+
+class CocktailReport(BaseModel):
+    """What a cocktail is made of and what that bought, for reading."""
+
+    object: Literal["cocktail.report"] = "cocktail.report"
+    id: str
+    status: Status
+    models: list[ModelReport] = Field(description="By merging weight, the largest first.")
+    entropy: float | None
+    effective_models: float | None = Field(
+        description="exp(entropy): how many equally weighed models would be as spread out."
+    )
+    mixed_loss: float | None
+    base_loss: float | None
+    best_single_loss: float | None = Field(description="Loss of the best of the models that were mixed.")
+    seconds: float | None = Field(description="From the request to ready.")
+    warnings: list[str]
+
+
+class CurrentVersion(BaseModel):
+    """The body of `PATCH /v1/cocktails/{name}`."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    current: StrictStr | None = Field(description="The version that the name shall mean; null: the newest ready one.")
+
+
+class CocktailDeleted(BaseModel):
+    id: str
+    object: Literal["cocktail"] = "cocktail"
+    deleted: Literal[True] = True
+
+
+def _error_detail(cocktail: Cocktail) -> ErrorDetail:
+    assert cocktail.error is not None
+    return ErrorDetail.model_validate(error_body(cocktail.error.exception())["error"])

@@ -1,0 +1,55 @@
+"""Pools as the API shows them: what they are made of, never where that lies on the server's disk."""
+
+from __future__ import annotations
+
+from typing import Literal, Self
+
+from pydantic import BaseModel, Field
+
+from cocktail_serve.config import PoolConfig
+from cocktail_serve.pool import Kind, Member, Pool
+
+
+class MemberView(BaseModel):
+    id: str = Field(description="What requests name as `model`.")
+    fingerprint: str = Field(description="SHA-256 over the parameters.")
+    dtype: str
+    num_bytes: int
+
+    @classmethod
+    def of(cls, member: Member, model_id: str) -> Self:
+        return cls(id=model_id, fingerprint=member.fingerprint, dtype=member.dtype, num_bytes=member.num_bytes)
+
+
+class PoolView(BaseModel):
+    object: Literal["pool"] = "pool"
+    id: str
+    kind: Kind
+    fingerprint: str = Field(description="Digest of kind, text processing, base and experts.")
+    base: MemberView
+    experts: dict[str, MemberView]
+    engine: str = Field(description="Type of the engine.")
+    dtype: str = Field(description="dtype that mixtures round to.")
+    max_examples: int
+    prompts: list[str] = Field(description="What `prompt_name` can be.")
+    matryoshka_dimensions: list[int]
+
+    @classmethod
+    def of(cls, pool: Pool, config: PoolConfig, *, dtype: str) -> Self:
+        return cls(
+            id=pool.id,
+            kind=pool.kind,
+            fingerprint=pool.fingerprint,
+            base=MemberView.of(pool.base, pool.id),
+            experts={name: MemberView.of(member, f"{pool.id}/{name}") for name, member in pool.experts.items()},
+            engine=config.engine.type,
+            dtype=dtype,
+            max_examples=config.max_examples,
+            prompts=sorted(config.prompts),
+            matryoshka_dimensions=config.matryoshka_dimensions,
+        )
+
+
+class PoolList(BaseModel):
+    object: Literal["list"] = "list"
+    data: list[PoolView]

@@ -1,0 +1,119 @@
+"""Runs the app on a socket: bound before anything is loaded, closed after everything has ended."""
+
+from __future__ import annotations
+
+import errno
+import gc
+import socket
+from collections.abc import Callable, Mapping
+
+import uvicorn
+
+from cocktail_serve.config import ServerConfig, Settings
+from cocktail_serve.errors import ConfigError, ServerError
+from cocktail_serve.gateway.app import create_app, open_pools
+from cocktail_serve.pool import Pool
+
+OnListening = Callable[[str], None]
+"""Called once with the base URL, when the server answers; engines may still be starting, which `/ready` tells."""
+
+SHUTDOWN_GRACE_S = 30
+"""How long open answers may go on after a signal to stop."""
+
+KEEP_ALIVE_S = 65
+"""How long an idle connection is kept. Longer than clients keep theirs (httpx 5 s, most balancers 60 s), so that it is
+the client that closes, never the server while a request is on its way."""
+
+
+def bind(config: ServerConfig) -> socket.socket:
+    """A listening socket on the configured address.
+
+    Raises:
+        ConfigError: the port is in use or not allowed, or the host is none of this machine's.
+    """
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            config.host, config.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+    except socket.gaierror as error:
+        raise ConfigError(
+            f"cannot resolve server.host {config.host!r}: {error.strerror}", param="server.host"
+        ) from error
+    listener = socket.socket(family, kind, protocol)
+    try:
+        # lets a restart take the port over from connections of the last process that the kernel still remembers
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+        listener.listen(2048)
+    except OSError as error:
+        listener.close()
+        raise ConfigError(
+            f"cannot listen on {config.host}:{config.port}: {_why(error)}", param="server.port"
+        ) from error
+    return listener
+
+
+def serve(
+    settings: Settings, *, pools: Mapping[str, Pool] | None = None, on_listening: OnListening | None = None
+) -> None:
+    """Serves until a signal ends it; then open streams may finish, and engines and their processes end.
+
+    Args:
+        pools: opened already; None: opened here.
+
+    Raises:
+        ConfigError: a port in use, a key missing; before any model is read.
+        ClientError: a pool that cannot be opened.
+        ServerError: the app did not start; the log says why.
+    """
+    with bind(settings.server) as listener:
+        app = create_app(settings, pools=pools or open_pools(settings))
+        config = uvicorn.Config(
+            app,
+            log_level="info",
+            access_log=False,
+            server_header=False,
+            # nothing here asks where a request came from
+            proxy_headers=False,
+            lifespan="on",
+            timeout_keep_alive=KEEP_ALIVE_S,
+            timeout_graceful_shutdown=SHUTDOWN_GRACE_S,
+        )
+        server = _Server(config, lambda: on_listening and on_listening(_url(settings.server.host, listener)))
+        server.run(sockets=[listener])
+        if not server.started:
+            raise ServerError("the server did not start; the log above says why")
+
+
+class _Server(uvicorn.Server):
+    """A uvicorn server that says when it answers."""
+
+    def __init__(self, config: uvicorn.Config, on_started: Callable[[], object]) -> None:
+        super().__init__(config)
+        self._on_started = on_started
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        if self.started:
+            # what was imported and built so far lives as long as we do: a full collection that walked it would hold up
+            # every request for a tenth of a second
+            gc.collect()
+            gc.freeze()
+            self._on_started()
+
+
+def _url(host: str, listener: socket.socket) -> str:
+    port = listener.getsockname()[1]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def _why(error: OSError) -> str:
+    if error.errno == errno.EADDRINUSE:
+        return (
+            "the port is in use; stop what listens there, or choose another with --port or server.port (0: a free one)"
+        )
+    if error.errno == errno.EACCES:
+        return "not allowed; ports below 1024 need privileges, choose a higher one"
+    if error.errno == errno.EADDRNOTAVAIL:
+        return "the address is none of this machine's"
+    return str(error.strerror or error)

@@ -1,0 +1,63 @@
+"""From the `model` (and inline `cocktail`) of a request to the parameters that answer it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from cocktail_serve.cocktails.cocktail import Served
+from cocktail_serve.errors import InvalidRequestError, NotFoundError, WrongModelKindError
+from cocktail_serve.gateway.state import Gateway
+from cocktail_serve.pool import Kind, Pool
+
+_ROUTES: dict[Kind, str] = {
+    "decoder": "/v1/chat/completions and /v1/completions",
+    "encoder": "/v1/embeddings",
+    "reranker": "/v1/rerank",
+}
+
+
+def requested_pool(gateway: Gateway, tenant: str, body: Mapping[str, Any], *, kind: Kind) -> Pool:
+    """The pool of the model that a request names. Cheap: what is wrong with the rest is found before anything is mixed.
+
+    Raises:
+        InvalidRequestError: no model named.
+        NotFoundError: unknown, or another tenant's.
+        WrongModelKindError: the pool is not of the kind that the route needs.
+        ModelNotReadyError: it is still being made.
+    """
+    model = body.get("model")
+    if not isinstance(model, str) or not model:
+        raise InvalidRequestError("model is required: name one of GET /v1/models", param="model")
+    if body.get("cocktail") is None:
+        pool = gateway.service.resolve(tenant, model).pool
+    elif model in gateway.pools:
+        pool = gateway.pools[model]
+    else:
+        known = ", ".join(sorted(gateway.pools))
+        raise NotFoundError(
+            f"with an inline cocktail, model names the pool to mix from, and there is no pool {model!r}; "
+            f"there are: {known}",
+            param="model",
+            code="model_not_found",
+        )
+    if pool.kind != kind:
+        article = "an" if pool.kind == "encoder" else "a"
+        raise WrongModelKindError(
+            f"model {model!r} is {article} {pool.kind}; it answers {_ROUTES[pool.kind]}", param="model"
+        )
+    return pool
+
+
+async def served_model(gateway: Gateway, tenant: str, body: Mapping[str, Any]) -> Served:
+    """The model of a request that passed `requested_pool`; an inline cocktail is mixed on first use.
+
+    Raises:
+        ModelNotReadyError: it is still being made.
+        CocktailError: what is wrong with the inline cocktail.
+    """
+    cocktail = body.get("cocktail")
+    if cocktail is None:
+        return gateway.service.resolve(tenant, body["model"])
+    request = await gateway.parse_inline(cocktail, gateway.pools[body["model"]])
+    return await gateway.service.inline(tenant, request)

@@ -1,0 +1,186 @@
+"""The recipe: what a mixture is made of, by content. A few hundred bytes that reproduce it bit for bit."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, Literal
+
+from cocktail_serve.digest import digest_of
+from cocktail_serve.errors import InvalidMixError
+from cocktail_serve.pool import BASE, Pool
+
+DType = Literal["float32", "float16", "bfloat16"]
+
+RECIPE_VERSION = 1
+"""Part of every digest: raised when the same fields come to mean other bits."""
+
+SUM_TOLERANCE = 1e-6
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Base, coefficients and method of a mixture.
+
+    Attributes:
+        base: fingerprint of the pool's base, which integer tensors are taken from and task vectors are relative to.
+        coefficients: `(fingerprint, coefficient)` of the models that take part, zeros left out; the base first if it
+            takes part, then by fingerprint. Their order is the order of accumulation, so it is part of the digest.
+        method: `linear`, the weighted sum of parameters (LM-Cocktail, arXiv 2311.13534).
+        method_params: further parameters of the method.
+        dtype: dtype of the mixed parameters, reached by one rounding from the float32 sum.
+    """
+
+    base: str
+    coefficients: tuple[tuple[str, float], ...]
+    dtype: DType
+    method: str = "linear"
+    method_params: Mapping[str, Any] = field(default_factory=dict, hash=False)
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of all that decides the bits of the mixture, 64 hex characters."""
+        return digest_of(self.to_json())
+
+    @property
+    def one_hot(self) -> str | None:
+        """The fingerprint of the only model, where the recipe is that model itself."""
+        if self.method == "linear" and len(self.coefficients) == 1 and self.coefficients[0][1] == 1.0:
+            return self.coefficients[0][0]
+        return None
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON value that `from_json` reads back to an equal recipe."""
+        return {
+            "version": RECIPE_VERSION,
+            "base": self.base,
+            "coefficients": [[fingerprint, coefficient] for fingerprint, coefficient in self.coefficients],
+            "method": self.method,
+            "method_params": dict(self.method_params),
+            "dtype": self.dtype,
+        }
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Recipe:
+        """Reads what `to_json` wrote.
+
+        Raises:
+            InvalidMixError: another version, a field missing or of another type, or coefficients off their rule.
+        """
+        try:
+            if value["version"] != RECIPE_VERSION:
+                raise InvalidMixError(
+                    f"recipe version {value['version']!r} is not supported; this release reads version {RECIPE_VERSION}"
+                )
+            if value["dtype"] not in ("float32", "float16", "bfloat16"):
+                raise InvalidMixError(f"recipe dtype {value['dtype']!r} is not float32, float16 or bfloat16")
+            _check_method(value["method"], value["method_params"])
+            coefficients = tuple((str(f), _finite(f, c)) for f, c in value["coefficients"])
+            if len(dict(coefficients)) < len(coefficients):
+                raise InvalidMixError("not a recipe: a model has two coefficients", param="recipe.coefficients")
+            _check_sum(c for _, c in coefficients)
+            return cls(base=str(value["base"]), coefficients=coefficients, dtype=value["dtype"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise InvalidMixError(f"not a recipe: {error!r}") from error
+
+
+def make_recipe(
+    pool: Pool,
+    merging_weights: Mapping[str, float],
+    *,
+    dtype: DType,
+    method: str = "linear",
+    method_params: Mapping[str, Any] | None = None,
+) -> Recipe:
+    """The recipe of a pool's models with the given weights, by name.
+
+    Args:
+        merging_weights: coefficient by model name (`base` or an expert); names left out weigh 0.
+
+    Raises:
+        NotFoundError: a name is not in the pool.
+        InvalidMixError: no weight, one that is not finite, or a sum that is not 1 within 1e-6.
+    """
+    _check_method(method, method_params or {})
+    by_fingerprint: dict[str, float] = {}
+    for name, weight in merging_weights.items():
+        member = pool.member(name, param=f"merging_weights.{name}")
+        value = _finite(name, weight)
+        # two names of the same parameters are one ingredient
+        by_fingerprint[member.fingerprint] = by_fingerprint.get(member.fingerprint, 0.0) + value
+    _check_sum(by_fingerprint.values())
+    taking_part = {f: w for f, w in by_fingerprint.items() if w != 0.0}
+    order = sorted(taking_part, key=lambda f: (f != pool.base.fingerprint, f))
+    return Recipe(base=pool.base.fingerprint, coefficients=tuple((f, taking_part[f]) for f in order), dtype=dtype)
+
+
+def one_hot(pool: Pool, name: str, *, dtype: DType) -> Recipe:
+    """The recipe that is one model of the pool itself."""
+    return make_recipe(pool, {name: 1.0}, dtype=dtype)
+
+
+def with_target(weights: Mapping[str, float] | None, *, target: str | None, alpha: float = 0.5) -> dict[str, float]:
+    """Joins a fine-tuned target with the mixture of the others.
+
+    Eq. 1 of LM-Cocktail (arXiv 2311.13534): `alpha * M_t + (1 - alpha) * sum_i w_i M_i`, the sum over base and peers.
+    Eq. 3, the mono-specialist, is the same with no examples: the base alone stands for the sum. With no target,
+    `alpha` is 0 and the sum is the mixture.
+
+    Args:
+        weights: merging weights over base and peers, sum 1, or None where there are no examples.
+        target: name of the target, which must not be among `weights`.
+        alpha: share of the target, 0 to 1.
+
+    Returns:
+        Merging weights over base, peers and target.
+
+    Raises:
+        InvalidMixError: neither target nor weights, alpha outside 0 to 1, or the target among the peers.
+    """
+    if target is None:
+        if weights is None:
+            raise InvalidMixError(
+                "give examples, merging_weights or a target: there is nothing to mix", param="examples"
+            )
+        return dict(weights)
+    if isinstance(alpha, bool) or not (isinstance(alpha, int | float) and 0.0 <= alpha <= 1.0):
+        raise InvalidMixError(f"alpha must lie between 0 and 1, got {alpha!r}", param="alpha")
+    peers = {BASE: 1.0} if weights is None else weights
+    if target in peers and not (target == BASE and weights is None):
+        raise InvalidMixError(f"target {target!r} is among the peers it is mixed with", param="target")
+    mixed = {name: (1.0 - alpha) * weight for name, weight in peers.items()}
+    mixed[target] = mixed.get(target, 0.0) + alpha
+    return mixed
+
+
+def _check_method(method: Any, method_params: Mapping[str, Any]) -> None:
+    if method != "linear":
+        raise InvalidMixError(f"method {method!r} is not known; use 'linear'", param="method")
+    if method_params:
+        raise InvalidMixError(
+            f"method 'linear' takes no parameters, got {sorted(method_params)}", param="method_params"
+        )
+
+
+def _check_sum(coefficients: Iterable[float]) -> None:
+    total = math.fsum(coefficients)
+    if abs(total - 1.0) > SUM_TOLERANCE:
+        raise InvalidMixError(
+            f"merging weights of method 'linear' must sum to 1 within {SUM_TOLERANCE:g}, these sum to {total:.9g}; "
+            "scale them, or leave them out and give examples",
+            param="merging_weights",
+        )
+
+
+def _finite(name: str, weight: Any) -> float:
+    try:
+        value = float(weight) if isinstance(weight, int | float) and not isinstance(weight, bool) else math.nan
+    except OverflowError:  # an integer of JSON can be larger than any float
+        value = math.inf
+    if not math.isfinite(value):
+        raise InvalidMixError(
+            f"the weight of {name!r} must be a finite number, got {weight!r:.40}", param=f"merging_weights.{name}"
+        )
+    return value

@@ -1,0 +1,74 @@
+"""Merging weights from losses: Eq. 2 of LM-Cocktail (arXiv 2311.13534)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+
+from cocktail_serve.errors import InvalidMixError
+
+
+def softmax_weights(losses: Mapping[str, float], *, temperature: float) -> dict[str, float]:
+    """`w = softmax(-L(M_i, E_t) / tau)`: the better a model predicts the examples, the more of it.
+
+    Args:
+        losses: mean loss on the examples by model name, in nats; any finite size.
+        temperature: tau > 0. Above the spread of the losses the weights are nearly uniform, far below it the best
+            model takes all. The reference uses 5.
+
+    Returns:
+        Weights by name in the order of `losses`, none negative, sum 1 within float64 rounding.
+
+    Raises:
+        InvalidMixError: no losses, one that is not finite (names the model), or a temperature that is not positive
+            and finite.
+    """
+    check_temperature(temperature)
+    if not losses:
+        raise InvalidMixError("there are no losses to weigh: the pool has no model to mix", param="examples")
+    for name, loss in losses.items():
+        if not math.isfinite(loss):
+            raise InvalidMixError(
+                f"the loss of {name!r} on the examples is {loss}: its parameters, or this engine's dtype, cannot "
+                "express them; leave the model out with 'experts', or use float32",
+                param="examples",
+            )
+    least = min(losses.values())
+    # halved before the difference, which may itself be larger than the largest float64
+    scores = {name: math.exp(max(-2.0 * ((loss / 2 - least / 2) / temperature), -1e4)) for name, loss in losses.items()}
+    total = math.fsum(scores.values())
+    return {name: score / total for name, score in scores.items()}
+
+
+def check_temperature(temperature: float) -> None:
+    """Raises InvalidMixError unless `temperature` is a finite number above 0."""
+    is_number = isinstance(temperature, int | float) and not isinstance(temperature, bool)
+    if not (is_number and 0.0 < temperature < math.inf):
+        raise InvalidMixError(f"temperature must be a finite number above 0, got {temperature!r}", param="temperature")
+
+
+def uniform_weights(names: Iterable[str]) -> dict[str, float]:
+    """The same weight for every name, sum 1.
+
+    Raises:
+        InvalidMixError: there are no names.
+    """
+    names = list(dict.fromkeys(names))
+    if not names:
+        raise InvalidMixError("there is no model to mix")
+    return {name: 1.0 / len(names) for name in names}
+
+
+def entropy(merging_weights: Mapping[str, float]) -> float:
+    """Shannon entropy in nats, `-sum w ln w`: 0 where one model takes all, `ln N` where N models weigh the same.
+
+    Args:
+        merging_weights: weights that sum to 1, none negative; a mixture with a negative weight has no entropy.
+
+    Raises:
+        InvalidMixError: a weight is negative or not finite.
+    """
+    for name, weight in merging_weights.items():
+        if not (math.isfinite(weight) and weight >= 0.0):
+            raise InvalidMixError(f"entropy needs weights of 0 and above, {name!r} has {weight}")
+    return max(0.0, -math.fsum(weight * math.log(weight) for weight in merging_weights.values() if weight > 0.0))
