@@ -1,0 +1,22 @@
+"""What runs inside vLLM: mixes recipes into the live parameters and fences the requests from them.
+
+- `register`: entry point of `vllm.general_plugins`, run in every process of the server.
+- `worker.CocktailWorkerExtension`: mixes, in the worker.
+- `routes.CocktailEndpointPlugin`: entry point of `vllm.endpoint_plugins`; control routes and fence, in the API server.
+- `manifest`, `launch`, `fence`: no vLLM needed; the owner of the server uses them too.
+"""
+
+
+def register() -> None:
+    """Prepares a process of the server. Entry point of `vllm.general_plugins`; cheap, and may run many times.
+
+    Without an owner (plain vLLM) it only asks for AMX, so any process may load it.
+    """
+    import torch
+
+    from vllm_cocktail.lifetime import die_with_owner
+
+    if hasattr(torch.cpu, "_init_amx"):
+        # the kernels of vLLM use AMX tiles, which Linux grants per process and only when asked (else SIGILL)
+        torch.cpu._init_amx()
+    die_with_owner()

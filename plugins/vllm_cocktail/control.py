@@ -1,0 +1,197 @@
+"""What the control routes do to the engine: mix behind the fence, report, forget."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from cocktail_serve.errors import CapacityError, ConfigError, EngineError, InvalidMixError
+from cocktail_serve.recipe import Recipe
+from vllm_cocktail.fence import Fence
+from vllm_cocktail.manifest import Manifest
+
+if TYPE_CHECKING:
+    from vllm.engine.protocol import EngineClient
+
+MIXING_PATH = "stream"
+"""How parameters reach the engine: in checkpoint format, one tensor at a time, through vLLM's own reload."""
+
+
+@dataclass(frozen=True, slots=True)
+class Mixed:
+    """Outcome of a mix.
+
+    Attributes:
+        resident: digest of the recipe that the engine holds now.
+        seconds: from the request's turn to the fence's opening.
+        source: `resident` (nothing to do), `cache` or `files`.
+    """
+
+    resident: str
+    seconds: float
+    source: str
+
+
+class EngineControl:
+    """The one door to the engine's parameters.
+
+    Args:
+        engine: vLLM's engine client.
+        fence: the fence in front of it.
+        manifest: what may be mixed.
+    """
+
+    def __init__(self, engine: EngineClient, fence: Fence, manifest: Manifest) -> None:
+        self.engine = engine
+        self.fence = fence
+        self.manifest = manifest
+        self._mixing = asyncio.Lock()
+        self._num_swaps = 0
+        self._tasks: set[asyncio.Task[Mixed]] = set()
+
+    async def start(self) -> None:
+        """Probes the workers and opens the fence on what the engine started with.
+
+        Raises:
+            ConfigError: the worker extension is missing or refuses this engine; says what to start differently.
+        """
+        try:
+            probed = await self._on_all_ranks("cocktail_probe")
+        except EngineError as error:
+            raise ConfigError(f"vllm_cocktail: {error.message}") from error
+        if probed["digest"] != self.manifest.resident:
+            raise ConfigError(f"the workers hold {probed['digest']}, the manifest says {self.manifest.resident}")
+        await self.engine.update_weight_version(self.manifest.resident)
+        self.fence.open(self.manifest.resident)
+
+    async def mix(self, recipe: Recipe, *, drain_s: float) -> Mixed:
+        """Makes a recipe resident. One mix at a time; others wait for it.
+
+        A caller that is cancelled leaves no half mix behind: the mix goes on without it.
+
+        Args:
+            drain_s: how long requests in flight may take to finish, seconds.
+
+        Raises:
+            InvalidMixError: code `invalid_recipe`; nothing was touched.
+            CapacityError: code `busy`: requests in flight did not finish in time; nothing was touched.
+            EngineError: code `mix_failed`: the engine is lost and its process must end.
+        """
+        task = asyncio.create_task(self._mix(recipe, drain_s))
+        self._tasks.add(task)
+        task.add_done_callback(self._settled)
+        return await asyncio.shield(task)
+
+    async def forget(self, recipe_digest: str) -> None:
+        """Frees the merged parameters of a recipe in every worker.
+
+        Raises:
+            EngineError: a worker could not.
+        """
+        await self._on_all_ranks("cocktail_forget", recipe_digest)
+
+    async def status(self) -> dict[str, Any]:
+        """What the fence and the workers hold. Asks the workers through the engine: a hung engine gives no answer.
+
+        Workers that do not hold what the fence lets requests in for poison it.
+
+        Raises:
+            EngineError: the workers could not answer, or disagree.
+        """
+        before = (self.fence.state, self.fence.resident, self._num_swaps)
+        probed = await self._on_all_ranks("cocktail_probe")
+        weight_version = await self.engine.get_weight_version()
+        after = (self.fence.state, self.fence.resident, self._num_swaps)
+        settled = before == after and self.fence.state == "open"
+        if settled and not (probed["digest"] == weight_version == self.fence.resident):
+            self.fence.poison(
+                f"the workers hold {probed['digest']}, weight version {weight_version}, "
+                f"while requests for {self.fence.resident} were let in"
+            )
+        return {
+            "resident": self.fence.resident,
+            "state": self.fence.state,
+            "in_flight": self.fence.in_flight,
+            "mixing_path": MIXING_PATH,
+            "cached": probed["cached"],
+            "cached_bytes": probed["cached_bytes"],
+            "cache_bytes": self.manifest.cache_bytes,
+            "weight_version": weight_version,
+            "model_dtype": probed["model_dtype"],
+            "managed": self.fence.managed,
+        }
+
+    async def _mix(self, recipe: Recipe, drain_s: float) -> Mixed:
+        async with self._mixing:
+            started = time.perf_counter()
+            previous = self.fence.resident
+            if previous is None:
+                raise EngineError(
+                    "the engine lost its parameters in an earlier mix; end its process", code="mix_failed"
+                )
+            if recipe.digest == previous:
+                return Mixed(previous, time.perf_counter() - started, "resident")
+            recipe_json = json.dumps(recipe.to_json())
+            try:
+                await self._on_all_ranks("cocktail_check", recipe_json)
+            except EngineError as error:
+                raise InvalidMixError(error.message, param="recipe", code="invalid_recipe") from error
+            self.fence.close()
+            if not await self.fence.drained(drain_s):
+                in_flight = self.fence.in_flight
+                self.fence.open(previous)
+                raise CapacityError(f"{in_flight} requests were still in flight after {drain_s:g} s", code="busy")
+            try:
+                source = await self._swap(recipe, recipe_json)
+            except BaseException as error:
+                self.fence.poison(f"mixing {recipe.digest} failed: {error}")
+                raise EngineError(f"mixing {recipe.digest} failed: {error}", code="mix_failed") from error
+            self.fence.open(recipe.digest)
+            return Mixed(recipe.digest, time.perf_counter() - started, source)
+
+    async def _swap(self, recipe: Recipe, recipe_json: str) -> str:
+        """Replaces the parameters of an engine that no request can reach.
+
+        What vLLM still holds belongs to clients that have gone: it cancels a request's handler without waiting until
+        the abort is sent. A request still queued in a pause that waits would run after the resume, on the new
+        parameters, and leave KV blocks under the old recipe's salt. So the pause does not rely on the aborts: it ends
+        every request itself and returns when the engine is idle. An abort that arrives later finds nothing.
+        """
+        self._num_swaps += 1
+        # with salts, blocks of every recipe stay valid; without, they would be read by the next one
+        await self.engine.pause_generation(mode="abort", clear_cache=not self.fence.managed)
+        mixed = await self._on_all_ranks("cocktail_mix", recipe_json)
+        if mixed["digest"] != recipe.digest:
+            raise EngineError(f"the workers mixed {mixed['digest']} instead of {recipe.digest}")
+        await self.engine.update_weight_version(recipe.digest)
+        if self.engine.model_config.is_multimodal_model:
+            # what the encoder made of an image carries no salt
+            await self.engine.reset_mm_cache()
+            await self.engine.reset_encoder_cache()
+        await self.engine.resume_generation()
+        return str(mixed["source"])
+
+    async def _on_all_ranks(self, method: str, *args: str) -> dict[str, Any]:
+        """Calls a method of the worker extension everywhere; the one answer that all ranks gave.
+
+        No timeout is set: replies that come after one would be taken for those of the next call.
+
+        Raises:
+            EngineError: a rank failed, or the ranks disagree.
+        """
+        replies: list[dict[str, Any]] = await self.engine.collective_rpc(method, args=args)
+        for rank, reply in enumerate(replies):
+            if not reply["ok"]:
+                raise EngineError(reply["error"] if len(replies) == 1 else f"rank {rank}: {reply['error']}")
+        if any(reply != replies[0] for reply in replies):
+            raise EngineError(f"the ranks disagree after {method}: {replies}")
+        return replies[0]
+
+    def _settled(self, task: asyncio.Task[Mixed]) -> None:
+        """Lets a finished mix go, its outcome marked as seen even if its caller has gone."""
+        self._tasks.discard(task)
+        if not task.cancelled():
+            task.exception()

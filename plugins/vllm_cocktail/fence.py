@@ -1,0 +1,191 @@
+"""The fence: no request reaches the engine under other parameters than those it names.
+
+A pause of vLLM is no fence: requests that were queued inside it run after the resume, on the new parameters. So the
+requests are counted here, before the engine, and a mix starts only when none is left. Pure ASGI without vLLM.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Awaitable, Callable, MutableMapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+Scope = MutableMapping[str, Any]
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+ASGIApp = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+RECIPE_HEADER = "x-cocktail-recipe"
+"""On a request: digest of the recipe that must answer it. On an answer: digest of the recipe that did."""
+
+FenceState = Literal["open", "mixing", "poisoned"]
+
+UNFENCED_PATHS = frozenset(
+    {
+        "/detokenize",
+        "/docs",
+        "/docs/oauth2-redirect",
+        "/health",
+        "/load",
+        "/metrics",
+        "/openapi.json",
+        "/ping",
+        "/redoc",
+        "/tokenize",
+        "/v1/cocktail/forget",
+        "/v1/cocktail/mix",
+        "/v1/cocktail/status",
+        "/v1/models",
+        "/version",
+    }
+)
+"""Exact paths that never compute with the parameters. Everything else is fenced, also what vLLM adds one day."""
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """Why a request may not enter.
+
+    Attributes:
+        status: 409 where the right recipe can become resident, 503 where the engine is lost.
+    """
+
+    status: int
+    code: str
+    message: str
+
+
+class Fence:
+    """Who may use the parameters now. Lives on one event loop; every method but `drained` returns at once.
+
+    Args:
+        managed: whether every request must name its recipe.
+
+    The fence starts closed; `open` follows when the server is ready.
+    """
+
+    def __init__(self, *, managed: bool = True) -> None:
+        self.managed = managed
+        self.state: FenceState = "mixing"
+        self.resident: str | None = None
+        self.in_flight = 0
+        self._poison = ""
+        self._empty = asyncio.Event()
+        self._empty.set()
+
+    def refusal(self, recipe_digest: str | None) -> Refusal | None:
+        """Why a request that names `recipe_digest` may not enter now, or None if it may."""
+        if self.state == "poisoned":
+            return Refusal(
+                503, "engine_poisoned", f"the engine lost its parameters and must be restarted: {self._poison}"
+            )
+        if self.state == "mixing":
+            return Refusal(409, "recipe_not_resident", "another recipe is being mixed into the engine; try again")
+        if recipe_digest is None and self.managed:
+            return Refusal(
+                409, "recipe_not_resident", f"header {RECIPE_HEADER} is missing: it names the recipe to answer"
+            )
+        if recipe_digest is not None and recipe_digest != self.resident:
+            return Refusal(409, "recipe_not_resident", f"recipe {recipe_digest} is not resident")
+        return None
+
+    def enter(self) -> None:
+        """Counts a request in. Call it in the same step as `refusal`, with no await between."""
+        self.in_flight += 1
+        self._empty.clear()
+
+    def leave(self) -> None:
+        """Counts a request out, once nothing of it can reach the engine any more."""
+        self.in_flight -= 1
+        if self.in_flight == 0:
+            self._empty.set()
+
+    def close(self) -> None:
+        """Lets nobody in until `open`; those inside stay."""
+        if self.state != "poisoned":
+            self.state = "mixing"
+
+    async def drained(self, timeout_s: float) -> bool:
+        """Waits until nobody is inside; False if somebody still is after `timeout_s` seconds."""
+        try:
+            await asyncio.wait_for(self._empty.wait(), timeout_s)
+        except TimeoutError:
+            return self.in_flight == 0
+        return True
+
+    def open(self, resident: str) -> None:
+        """Lets requests for `resident` in. A poisoned fence stays shut."""
+        if self.state != "poisoned":
+            self.resident = resident
+            self.state = "open"
+
+    def poison(self, reason: str) -> None:
+        """Shuts the fence for good: nobody knows which parameters the engine holds."""
+        if self.state != "poisoned":
+            self.state = "poisoned"
+            self.resident = None
+            self._poison = reason
+
+
+class FenceMiddleware:
+    """Puts every request that can reach the engine behind a fence. ASGI middleware, streams and websockets included.
+
+    A request counts as in flight until the app has finished with it, whatever the client does meanwhile.
+    """
+
+    def __init__(self, app: ASGIApp, fence: Fence) -> None:
+        self.app = app
+        self.fence = fence
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] not in ("http", "websocket"):
+            return await self.app(scope, receive, send)
+        if scope["path"].removeprefix(scope.get("root_path", "")) in UNFENCED_PATHS:
+            return await self.app(scope, receive, send)
+        refusal = self.fence.refusal(_header(scope, RECIPE_HEADER))
+        if refusal is not None:
+            return await _refuse(scope, receive, send, refusal, resident=self.fence.resident)
+        self.fence.enter()
+        try:
+            await self.app(scope, receive, _stamp(send, self.fence.resident))
+        finally:
+            self.fence.leave()
+
+
+def _header(scope: Scope, name: str) -> str | None:
+    """A header's value; several of one name are one wrong value, never a choice."""
+    values = [value for key, value in scope["headers"] if key == name.encode()]
+    return b",".join(values).decode("latin-1") if values else None
+
+
+def _stamp(send: Send, resident: str | None) -> Send:
+    """Says on the answer which recipe gave it."""
+
+    async def stamped(message: Message) -> None:
+        if message["type"] == "http.response.start" and resident is not None:
+            headers = [*message.get("headers", ()), (RECIPE_HEADER.encode(), resident.encode())]
+            message = {**message, "headers": headers}
+        await send(message)
+
+    return stamped
+
+
+async def _refuse(scope: Scope, receive: Receive, send: Send, refusal: Refusal, *, resident: str | None) -> None:
+    prefix = "http.response"
+    if scope["type"] == "websocket":
+        await receive()  # websocket.connect
+        if "websocket.http.response" not in scope.get("extensions", {}):
+            await send({"type": "websocket.close", "code": 1013, "reason": refusal.code})
+            return
+        prefix = "websocket.http.response"
+    kind = "conflict_error" if refusal.status == 409 else "server_error"
+    error = {"message": refusal.message, "type": kind, "param": None, "code": refusal.code}
+    body = json.dumps({"error": error, "resident": resident}).encode()
+    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+    if refusal.status == 409:
+        headers.append((b"retry-after", b"1"))
+    await send({"type": f"{prefix}.start", "status": refusal.status, "headers": headers})
+    await send({"type": f"{prefix}.body", "body": body})

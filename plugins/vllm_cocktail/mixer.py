@@ -1,0 +1,90 @@
+"""Which tensors a recipe puts into the engine, and where they come from: files, or memory. Knows no vLLM."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Literal
+
+from cocktail_serve.checkpoints.mixture import iter_mixture
+from cocktail_serve.checkpoints.reader import CheckpointReader
+from cocktail_serve.errors import InvalidMixError
+from cocktail_serve.recipe import DType, Recipe
+from vllm_cocktail.cache import MergedParams
+from vllm_cocktail.manifest import Manifest
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Source = Literal["cache", "files"]
+
+_ITEM_BYTES: dict[DType, int] = {"float32": 4, "float16": 2, "bfloat16": 2}
+
+
+class Mixer:
+    """Mixes what the manifest allows, and keeps merged parameters within its byte budget.
+
+    Args:
+        manifest: the models, the engine's dtype.
+        cache_bytes: this rank's share of `manifest.cache_bytes`.
+    """
+
+    def __init__(self, manifest: Manifest, *, cache_bytes: int) -> None:
+        self.manifest = manifest
+        self.cache = MergedParams(cache_bytes)
+
+    def check(self, recipe: Recipe) -> None:
+        """Finds what is wrong with a recipe from headers alone.
+
+        Raises:
+            InvalidMixError: another base or dtype than the engine's, a model that the manifest lacks, another method.
+            CheckpointError: a file that cannot be read.
+            IncompatibleModelsError: tensors that differ in name or shape; names the tensor and both shapes.
+        """
+        manifest = self.manifest
+        if recipe.base != manifest.base:
+            raise InvalidMixError(f"the recipe's base is {recipe.base}, the engine was started on {manifest.base}")
+        if recipe.dtype != manifest.dtype:
+            raise InvalidMixError(
+                f"the recipe rounds to {recipe.dtype}, the engine holds {manifest.dtype}: it would round twice"
+            )
+        if not recipe.coefficients:
+            raise InvalidMixError("the recipe has no coefficients: there is nothing to mix")
+        iter_mixture(recipe, manifest.members)  # checks all it can before the first tensor, which is not asked for
+
+    def params(self, recipe: Recipe) -> tuple[Iterator[tuple[str, Tensor]], Source]:
+        """The recipe's parameters in checkpoint format, one at a time in the base's file order.
+
+        What is computed is kept in memory for the next time once the iterator is exhausted; a model of the pool
+        itself is not, since its file is as near.
+
+        Raises:
+            what `check` raises, before the first tensor.
+        """
+        self.check(recipe)
+        kept = self.cache.get(recipe.digest)
+        if kept is not None:
+            return iter(kept), "cache"
+        fresh = iter_mixture(recipe, self.manifest.members)
+        if recipe.one_hot is None and self.cache.make_room(self._num_bytes(recipe)):
+            fresh = self._keeping(recipe.digest, fresh)
+        return fresh, "files"
+
+    @property
+    def tensor_names(self) -> frozenset[str]:
+        """Names of all tensors of the base, and so of every mixture."""
+        with CheckpointReader(self.manifest.members[self.manifest.base]) as reader:
+            return frozenset(reader.tensors)
+
+    def _keeping(self, digest: str, params: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+        kept = []
+        for name, tensor in params:
+            kept.append((name, tensor))
+            yield name, tensor
+        self.cache.put(digest, kept)
+
+    def _num_bytes(self, recipe: Recipe) -> int:
+        # integer tensors, the few there are, count as floating ones: an estimate that errs on little
+        with CheckpointReader(self.manifest.members[recipe.base]) as reader:
+            num_elements = sum(math.prod(info.shape) for info in reader.tensors.values())
+        return num_elements * _ITEM_BYTES[recipe.dtype]

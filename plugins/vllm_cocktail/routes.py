@@ -1,0 +1,186 @@
+"""Control routes and fence inside vLLM's API server. Entry point of `vllm.endpoint_plugins`.
+
+All routes lie under `/v1`, the prefix that vLLM's key guards. The fence is the innermost middleware, so a request
+without the key is turned away before it learns anything.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from argparse import Namespace
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from fastapi import APIRouter, FastAPI, Request
+from fastapi.responses import JSONResponse
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from starlette.datastructures import State
+
+from cocktail_serve.errors import CapacityError, ClientError, CocktailError, ConfigError
+from cocktail_serve.recipe import Recipe
+from vllm_cocktail.control import EngineControl
+from vllm_cocktail.fence import Fence, FenceMiddleware
+from vllm_cocktail.launch import WORKER_EXTENSION
+from vllm_cocktail.manifest import Manifest
+from vllm_cocktail.scoring import mean_losses
+
+if TYPE_CHECKING:
+    from vllm.engine.protocol import EngineClient
+
+# a child of vLLM's logger, whose handlers and level it so shares
+logger = logging.getLogger("vllm.cocktail.routes")
+
+
+class _Body(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class MixRequest(_Body):
+    """Body of `POST /v1/cocktail/mix`: a recipe, or merging weights by the manifest's names."""
+
+    recipe: dict[str, Any] | None = None
+    merging_weights: dict[str, float] | None = None
+    drain_s: float = Field(30.0, ge=0, allow_inf_nan=False)
+
+    @model_validator(mode="after")
+    def _one_of_two(self) -> MixRequest:
+        if (self.recipe is None) == (self.merging_weights is None):
+            raise ValueError("give either recipe or merging_weights")
+        return self
+
+
+class ForgetRequest(_Body):
+    """Body of `POST /v1/cocktail/forget`."""
+
+    digest: str
+
+
+class TokenizedExample(_Body):
+    """An example as the engine reads it."""
+
+    token_ids: list[int]
+    output_start: int
+
+
+class ScoreRequest(_Body):
+    """Body of `POST /v1/cocktail/score`."""
+
+    examples: list[TokenizedExample] = Field(min_length=1)
+
+
+router = APIRouter(prefix="/v1/cocktail", tags=["cocktail"])
+
+
+@router.get("/status")
+async def status(request: Request) -> dict[str, Any]:
+    """What the engine holds, asked of the engine itself."""
+    return await _control(request).status()
+
+
+@router.post("/mix")
+async def mix(body: MixRequest, request: Request) -> dict[str, Any]:
+    """Makes a recipe resident."""
+    control = _control(request)
+    if body.recipe is not None:
+        recipe = Recipe.from_json(body.recipe)
+    else:
+        recipe = control.manifest.recipe(body.merging_weights or {})
+    return asdict(await control.mix(recipe, drain_s=body.drain_s))
+
+
+@router.post("/forget")
+async def forget(body: ForgetRequest, request: Request) -> dict[str, Any]:
+    """Frees the merged parameters of a recipe."""
+    await _control(request).forget(body.digest)
+    return {}
+
+
+@router.post("/score")
+async def score(body: ScoreRequest, request: Request) -> dict[str, Any]:
+    """Mean token cross-entropy of each example under the resident recipe. Behind the fence."""
+    return {"losses": await mean_losses(_control(request).engine, body.examples)}
+
+
+class CocktailEndpointPlugin:
+    """What vLLM loads when `VLLM_PLUGINS` names `cocktail`."""
+
+    name = "cocktail"
+    required_tasks = ("generate",)
+
+    def attach_router(self, app: FastAPI) -> None:
+        """Adds the routes and the fence, which stays closed until `init_state` is through."""
+        fence = Fence()
+        app.state.cocktail_fence = fence
+        app.include_router(router)
+        app.add_exception_handler(CocktailError, _answer_error)
+        # the first one added is the innermost: vLLM adds its own, authentication among them, afterwards
+        app.add_middleware(FenceMiddleware, fence=fence)
+
+    async def init_state(self, engine_client: EngineClient | None, state: State, args: Namespace) -> None:
+        """Checks that the fence can hold, probes the workers, warms scoring up, opens the fence.
+
+        Raises:
+            ConfigError: what to start differently. vLLM then ends the server.
+        """
+        if engine_client is None:
+            raise ConfigError("vllm_cocktail needs an engine; leave `cocktail` out of VLLM_PLUGINS for a render server")
+        manifest = Manifest.from_environ()
+        _require_fenceable(engine_client.vllm_config, args)
+        fence: Fence = state.cocktail_fence
+        fence.managed = manifest.managed
+        state.cocktail_control = EngineControl(engine_client, fence, manifest)
+        started = time.perf_counter()
+        # the first log-probabilities of a prompt compile a kernel; nobody's first scores should wait for that
+        await mean_losses(engine_client, [TokenizedExample(token_ids=[0, 1, 2, 3], output_start=1)])
+        logger.info("cocktail: scoring warmed up in %.1f s", time.perf_counter() - started)
+        await state.cocktail_control.start()
+        logger.info("cocktail: %d models to mix, resident %s", len(manifest.members), manifest.resident)
+
+
+def _control(request: Request) -> EngineControl:
+    control: EngineControl = request.app.state.cocktail_control
+    return control
+
+
+def _require_fenceable(vllm_config: Any, args: Namespace) -> None:
+    """Refuses servers in which a request can reach the engine past the fence, or find other parameters behind it.
+
+    Raises:
+        ConfigError: names the flag or variable, and why.
+    """
+    from vllm import envs
+
+    parallel = vllm_config.parallel_config
+    refusals = {
+        f"--worker-extension-cls {WORKER_EXTENSION} is missing": parallel.worker_extension_cls != WORKER_EXTENSION,
+        "--data-parallel-size must be 1: engines would hold different recipes": parallel.data_parallel_size > 1,
+        "--api-server-count must be 1: each server would count only its own requests": (
+            (getattr(args, "api_server_count", None) or 1) > 1 or parallel._api_process_count > 1
+        ),
+        "VLLM_SERVER_DEV_MODE must be off: its routes change parameters behind the fence": envs.VLLM_SERVER_DEV_MODE,
+        "VLLM_ENABLE_RESPONSES_API_STORE must be off: background responses outlive the request that the fence counts": (
+            envs.VLLM_ENABLE_RESPONSES_API_STORE
+        ),
+        "--logprobs-mode must be raw_logprobs or processed_logprobs: losses need log-probabilities": (
+            vllm_config.model_config.logprobs_mode.endswith("logits")
+        ),
+        "--kv-transfer-config is not supported: blocks kept outside vLLM are not dropped at a mix": (
+            vllm_config.kv_transfer_config is not None
+        ),
+        "--kv-sharing-fast-prefill is not supported: it falsifies the log-probabilities of prompts": (
+            vllm_config.cache_config.kv_sharing_fast_prefill
+        ),
+    }
+    if reasons := [reason for reason, refused in refusals.items() if refused]:
+        raise ConfigError("vllm_cocktail cannot work with this server: " + "; ".join(reasons))
+
+
+async def _answer_error(request: Request, error: Exception) -> JSONResponse:
+    """Our errors in OpenAI's shape; vLLM's own handlers do not know them."""
+    assert isinstance(error, CocktailError)
+    fence: Fence = request.app.state.cocktail_fence
+    status_code = 400 if isinstance(error, ClientError) else 409 if isinstance(error, CapacityError) else 500
+    kind = {400: "invalid_request_error", 409: "conflict_error", 500: "server_error"}[status_code]
+    body = {"message": error.message, "type": kind, "param": error.param, "code": error.code}
+    return JSONResponse({"error": body, "resident": fence.resident}, status_code=status_code)

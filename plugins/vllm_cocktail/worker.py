@@ -1,0 +1,177 @@
+"""The worker extension: mixes a recipe into the live parameters, straight from the models' files.
+
+vLLM adds the class to its Worker's bases, so every name begins with `cocktail_`. Its methods are called by
+`collective_rpc` on every rank: arguments and results are plain JSON values (no insecure serialisation), and nothing
+is ever raised, since with several ranks an exception leaves replies queued that the next call would read as its own.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import logging
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cocktail_serve.errors import CocktailError, ConfigError, IncompatibleModelsError
+from cocktail_serve.recipe import Recipe
+from vllm_cocktail.manifest import Manifest
+from vllm_cocktail.mixer import Mixer
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+# a child of vLLM's logger, whose handlers and level it so shares
+logger = logging.getLogger("vllm.cocktail.worker")
+
+Reply = dict[str, Any]
+
+
+def _reply(method: Callable[..., Reply]) -> Callable[..., Reply]:
+    """Turns a method's value into `{ok: True, error: None, ...}` and whatever it raises into `{ok: False, error}`."""
+
+    @functools.wraps(method)
+    def never_raises(*args: Any) -> Reply:
+        try:
+            return {"ok": True, "error": None, **method(*args)}
+        except CocktailError as error:
+            return {"ok": False, "error": error.message}
+        except Exception as error:
+            logger.exception("%s failed", method.__name__)
+            return {"ok": False, "error": f"{type(error).__name__}: {error}"}
+
+    return never_raises
+
+
+class CocktailWorkerExtension:
+    """What vLLM's Worker gains by `--worker-extension-cls vllm_cocktail.worker.CocktailWorkerExtension`."""
+
+    # what the Worker brings
+    vllm_config: Any
+    model_runner: Any
+    reload_weights: Callable[..., None]
+
+    # the Worker's __init__ is vLLM's, so `cocktail_probe` sets these
+    cocktail_mixer: Mixer | None = None
+    cocktail_resident: str | None = None
+
+    @_reply
+    def cocktail_probe(self) -> Reply:
+        """Gets this worker ready to mix at the first call; says what it holds at every one.
+
+        Returns:
+            `digest` of the resident recipe (null after a failed mix), `cached` digests, `cached_bytes`,
+            `cache_bytes`, `model_dtype`.
+        """
+        if self.cocktail_mixer is None:
+            manifest = Manifest.from_environ()
+            _require_mixable(self.vllm_config, manifest)
+            world_size = self.vllm_config.parallel_config.world_size
+            # every rank keeps whole tensors, the bound is for the server
+            self.cocktail_mixer = Mixer(manifest, cache_bytes=manifest.cache_bytes // world_size)
+            self.cocktail_resident = manifest.resident
+        cache = self.cocktail_mixer.cache
+        return {
+            "digest": self.cocktail_resident,
+            "cached": cache.digests,
+            "cached_bytes": cache.num_bytes,
+            "cache_bytes": cache.max_bytes,
+            "model_dtype": self.cocktail_mixer.manifest.dtype,
+        }
+
+    @_reply
+    def cocktail_check(self, recipe_json: str) -> Reply:
+        """Finds what is wrong with a recipe, from headers alone. Touches nothing.
+
+        Returns:
+            `digest` of the recipe.
+        """
+        recipe = Recipe.from_json(json.loads(recipe_json))
+        _ready(self.cocktail_mixer).check(recipe)
+        return {"digest": recipe.digest}
+
+    @_reply
+    def cocktail_mix(self, recipe_json: str) -> Reply:
+        """Mixes a recipe into the live parameters. `ok: False` means that the engine is lost.
+
+        A reload of vLLM that fails leaves half-loaded layers behind, and a second one over them gives garbage without
+        an exception: the process must end.
+
+        Returns:
+            `digest` of the recipe, now resident; `source` of its parameters, `files` or `cache`.
+        """
+        mixer = _ready(self.cocktail_mixer)
+        recipe = Recipe.from_json(json.loads(recipe_json))
+        self.cocktail_resident = None
+        params, source = mixer.params(recipe)
+        loaded: list[str] = []
+        self.reload_weights(weights_iterator=_noted(params, loaded), weights_path=None, is_checkpoint_format=True)
+        _require_all_loaded(loaded, mixer.tensor_names)
+        _repack_tied_heads(self.model_runner.get_model())
+        self.cocktail_resident = recipe.digest
+        return {"digest": recipe.digest, "source": source}
+
+    @_reply
+    def cocktail_forget(self, recipe_digest: str) -> Reply:
+        """Frees the merged parameters of a recipe, where they are kept. What is resident stays.
+
+        Returns:
+            `digest` of the recipe.
+        """
+        _ready(self.cocktail_mixer).cache.forget(recipe_digest)
+        return {"digest": recipe_digest}
+
+
+def _ready(mixer: Mixer | None) -> Mixer:
+    if mixer is None:
+        raise ConfigError("the worker was not probed: the endpoint plugin `cocktail` is missing from VLLM_PLUGINS")
+    return mixer
+
+
+def _require_mixable(vllm_config: Any, manifest: Manifest) -> None:
+    """Refuses an engine whose live parameters a mixture cannot replace one for one."""
+    model = vllm_config.model_config
+    base = manifest.members[manifest.base]
+    if Path(model.model).resolve() != base.resolve():
+        raise ConfigError(
+            f"the server was started on {model.model}, the manifest's base is {base}: start it on the base"
+        )
+    dtype = str(model.dtype).removeprefix("torch.")
+    if dtype != manifest.dtype:
+        raise ConfigError(f"the engine's dtype is {dtype}, the manifest's {manifest.dtype}: start it with --dtype")
+    if model.quantization is not None:
+        raise ConfigError(f"quantisation {model.quantization!r} cannot be mixed in place; serve unquantised models")
+    if vllm_config.lora_config is not None:
+        raise ConfigError("--enable-lora cannot be combined with mixing full parameters; start the server without it")
+
+
+def _noted(params: Iterable[tuple[str, Tensor]], names: list[str]) -> Iterator[tuple[str, Tensor]]:
+    """The same parameters; the name of each is noted when the next is asked for, which is when it has been taken."""
+    for name, tensor in params:
+        yield name, tensor
+        names.append(name)
+
+
+def _require_all_loaded(loaded: list[str], expected: frozenset[str]) -> None:
+    """vLLM only logs a tensor that did not come; here it is an error."""
+    if sorted(loaded) != sorted(expected):
+        raise IncompatibleModelsError(
+            f"the reload took {len(loaded)} of {len(expected)} tensors; "
+            f"missing: {sorted(expected - set(loaded))[:5]}; unknown: {sorted(set(loaded) - expected)[:5]}"
+        )
+
+
+def _repack_tied_heads(model: nn.Module) -> None:
+    """Renews what an output head derived from an embedding it shares its parameter with.
+
+    On CPUs vLLM packs linear layers into opaque oneDNN handles. The layer-wise reload processes a layer whose
+    parameters arrive; a tied head receives none of its own, so it would go on with the handle of the old embedding.
+    """
+    from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
+
+    embeddings = [m for m in model.modules() if isinstance(m, VocabParallelEmbedding)]
+    sources = {m.weight.data_ptr() for m in embeddings if not isinstance(m, ParallelLMHead)}
+    for head in embeddings:
+        if isinstance(head, ParallelLMHead) and head.weight.data_ptr() in sources:
+            head.quant_method.process_weights_after_loading(head)
