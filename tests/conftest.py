@@ -1,0 +1,56 @@
+"""The whole product, started once for all end-to-end tests that only ask it something."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from bench import invariant
+from bench.server import RunningServer, running_server
+from tests.models import make_encoder_pool
+
+
+@dataclass(frozen=True)
+class Stack:
+    """A gateway with two decoder pools in real vLLM and an encoder pool in real sentence-transformers.
+
+    Attributes:
+        decoders: folders by pool id (`tied`, `untied`) and model name (`base`, `north`, `east`, `south`).
+        encoders: folders of the pool `mini` by model name (`base`, `faq`, `code`).
+        model_ids: of the ready cocktails and plain models, by (decoder pool, mixture).
+    """
+
+    server: RunningServer
+    decoders: Mapping[str, Mapping[str, Path]]
+    encoders: Mapping[str, Path]
+    model_ids: Mapping[tuple[str, str], str]
+
+    @property
+    def base_url(self) -> str:
+        return f"{self.server.url}/v1"
+
+
+@pytest.fixture(scope="session")
+def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
+    folder = tmp_path_factory.mktemp("stack")
+    decoders = invariant.make_pools(folder)
+    encoders = make_encoder_pool(folder / "mini", ("faq", "code"))
+    mini = {
+        "id": "mini",
+        "kind": "encoder",
+        "base": str(encoders["base"]),
+        "experts": {name: str(path) for name, path in encoders.items() if name != "base"},
+        "engine": {"type": "sentence_transformers", "dtype": "float32"},
+    }
+    config = invariant.write_config(folder, decoders, slice_s=0.3, more_pools=[mini])
+    with running_server(config, log=folder / "server.log") as server:
+        model_ids = invariant.create_cocktails(server, decoders)
+        yield Stack(server, decoders, encoders, model_ids)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Whoever needs the stack comes last: two idle engines beside the other tests would take their memory and cores."""
+    items.sort(key=lambda item: "stack" in getattr(item, "fixturenames", ()))

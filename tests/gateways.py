@@ -1,0 +1,139 @@
+"""A gateway over real sockets, in this process: the fake engine for a decoder pool, a pico encoder for another."""
+
+from __future__ import annotations
+
+import socket
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import uvicorn
+from fastapi import FastAPI
+
+from cocktail_serve.checkpoints.opening import open_pool
+from cocktail_serve.config import Settings
+from cocktail_serve.engines.base import Engine
+from cocktail_serve.gateway.app import create_app
+from cocktail_serve.pool import Pool
+from tests.fakes import make_fake_pool
+from tests.models import make_encoder_pool
+
+DEADLINE_S = 60.0
+
+EXAMPLES = [{"input": f"is {word} a fruit?", "output": "yes"} for word in ("apple", "pear", "fig")]
+"""Fit for the decoder pool."""
+
+PAIRS = [
+    {"query": "what is the capital of france", "pos": ["paris"], "neg": ["berlin"]},
+    {"query": "my card was stolen", "pos": ["lost card"], "neg": ["open account"]},
+]
+"""Fit for the encoder pool."""
+
+
+@dataclass(frozen=True)
+class LiveGateway:
+    """A gateway that listens.
+
+    Attributes:
+        faults: folder in which a file makes the fake engine fail once.
+    """
+
+    url: str
+    app: FastAPI
+    settings: Settings
+    faults: Path
+
+    @property
+    def base_url(self) -> str:
+        """What OpenAI's clients call it."""
+        return f"{self.url}/v1"
+
+
+def make_settings(folder: Path, **sections: Any) -> Settings:
+    """Settings of the pools `flan` (fake engine) and `bge` (sentence-transformers); `sections` go on top."""
+    engine = {
+        "type": "fake",
+        "max_model_len": 256,
+        "slice_s": 0.05,
+        "queue_timeout_s": 20,
+        "args": {"faults": str(folder / "faults")},
+    }
+    encoders = folder / "encoders"
+    return Settings.model_validate(
+        {
+            "store": {"cache_dir": str(folder / "cache")},
+            "pools": [
+                {
+                    "id": "flan",
+                    "kind": "decoder",
+                    "base": str(folder / "decoder"),
+                    "experts": {name: str(folder / "decoder") for name in ("ag-news", "nq")},
+                    "engine": engine | sections.pop("engine", {}),
+                },
+                {
+                    "id": "bge",
+                    "kind": "encoder",
+                    "base": str(encoders / "base"),
+                    "experts": {name: str(encoders / name) for name in ("hotpotqa", "quora")},
+                    "engine": {"type": "sentence_transformers", "dtype": "float32"},
+                    "prompts": {"query": "find : "},
+                    "matryoshka_dimensions": [8, 16],
+                }
+                | sections.pop("encoder", {}),
+            ],
+            **sections,
+        }
+    )
+
+
+def make_pools(folder: Path, settings: Settings) -> dict[str, Pool]:
+    """The pools of `make_settings`, on disk and opened."""
+    (folder / "faults").mkdir(exist_ok=True)
+    if not (folder / "encoders").exists():
+        make_encoder_pool(folder / "encoders")
+    return {
+        "flan": make_fake_pool(folder / "decoder"),
+        "bge": open_pool(settings.pool("bge"), cache_dir=folder / "cache"),
+    }
+
+
+@contextmanager
+def live_gateway(
+    folder: Path, *, engines: Mapping[str, Engine] | None = None, **sections: Any
+) -> Iterator[LiveGateway]:
+    """Runs a gateway on a free port of the loopback until the block ends; its engines are ready."""
+    settings = make_settings(folder, **sections)
+    app = create_app(settings, pools=make_pools(folder, settings), engines=engines)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        config = uvicorn.Config(app, log_level="warning", lifespan="on", timeout_graceful_shutdown=2)
+        server = uvicorn.Server(config)
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, name="gateway", daemon=True)
+        thread.start()
+        try:
+            until_ready(url, thread)
+            yield LiveGateway(url, app, settings, folder / "faults")
+        finally:
+            server.should_exit = True
+            thread.join(DEADLINE_S)
+            assert not thread.is_alive(), "the gateway did not stop"
+
+
+def until_ready(url: str, thread: threading.Thread) -> None:
+    """Waits until all engines are."""
+    deadline = time.monotonic() + DEADLINE_S
+    with httpx.Client() as client:
+        while True:
+            assert thread.is_alive(), "the gateway ended while it started"
+            assert time.monotonic() < deadline, "the engines were not ready in time"
+            try:
+                if client.get(f"{url}/ready").status_code == 200:
+                    return
+            except httpx.TransportError:
+                pass
+            time.sleep(0.05)

@@ -1,0 +1,963 @@
+"""Cocktails end to end below the gateway: a real SQLite file, engines that compute known losses."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import math
+import random
+import shutil
+import sqlite3
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from sqlalchemy import event
+
+from cocktail_serve.cocktails.cocktail import Cocktail
+from cocktail_serve.cocktails.jobs import Patience
+from cocktail_serve.cocktails.request import CocktailRequest, parse_inline, parse_request
+from cocktail_serve.cocktails.service import CocktailService
+from cocktail_serve.cocktails.store import ScoreKey
+from cocktail_serve.config import Settings
+from cocktail_serve.engines.base import Embedded, EngineHealth, Forwarded
+from cocktail_serve.errors import (
+    CocktailError,
+    ConflictError,
+    ContextLengthError,
+    EngineError,
+    InvalidMixError,
+    ModelNotReadyError,
+    NotFoundError,
+    PermissionDeniedError,
+    StorageError,
+)
+from cocktail_serve.examples import ExampleSet, TextExample, example_digest
+from cocktail_serve.pool import Member, Pool
+from cocktail_serve.recipe import DType, Recipe, one_hot
+
+A = {"input": "the film was a joy", "output": "positive"}
+B = {"input": "the film was a bore", "output": "negative"}
+C = {"input": "the film was a film", "output": "neutral"}
+QUERY = {"query": "capital of france", "pos": ["paris"], "neg": ["berlin", "madrid"]}
+OTHER_QUERY = {"query": "capital of spain", "pos": ["madrid"], "neg": ["rome"]}
+
+QUICK = Patience(for_capacity_s=5.0, engine_failures=3, first_delay_s=0.001, max_delay_s=0.01)
+
+
+def make_pool(pool_id: str, kind: Any, experts: Sequence[str], *, text_digest: str = "text") -> Pool:
+    def member(name: str) -> Member:
+        return Member(name, Path("/models") / name, fingerprint=f"fp-{pool_id}-{name}", dtype="float32", num_bytes=8)
+
+    return Pool(pool_id, kind, member("base"), {name: member(name) for name in experts}, text_digest)
+
+
+class DoubleEngine:
+    """What both doubles share: materialised and forgotten recipes, errors to raise, a gate to hold jobs at."""
+
+    def __init__(self, pool: Pool, dtype: DType = "float32") -> None:
+        self.pool = pool
+        self.dtype: DType = dtype
+        self.materialised: list[str] = []
+        self.forgotten: list[str] = []
+        self.errors: list[CocktailError] = []
+        self.num_dropped = 0
+        self.max_length = 40
+        self.gate = asyncio.Event()
+        self.gate.set()
+
+    async def start(self) -> None: ...
+
+    async def stop(self) -> None: ...
+
+    async def health(self, *, deadline_s: float) -> EngineHealth:
+        return EngineHealth(state="ready")
+
+    async def check_examples(self, examples: ExampleSet) -> None:
+        for row, example in enumerate(examples, start=1):
+            if isinstance(example, TextExample) and len(example.input) > self.max_length:
+                raise ContextLengthError(f"row {row}: too long", param="examples")
+
+    async def materialise(self, recipe: Recipe) -> None:
+        await self._answer()
+        self.materialised.append(recipe.digest)
+
+    def forget(self, recipe_digest: str) -> None:
+        self.forgotten.append(recipe_digest)
+
+    async def _answer(self) -> None:
+        if self.errors:
+            raise self.errors.pop(0)
+        try:
+            await self.gate.wait()
+        except asyncio.CancelledError:
+            self.num_dropped += 1
+            raise
+
+
+class ScoringEngine(DoubleEngine):
+    """A decoder's double: a model's loss of an example is a fixed number, a mixture's the weighted mean of them."""
+
+    def __init__(self, pool: Pool, losses: Mapping[str, float], dtype: DType = "float32") -> None:
+        super().__init__(pool, dtype)
+        self.loss_of = {pool.member(name).fingerprint: loss for name, loss in losses.items()}
+        self.visits: list[tuple[str, tuple[str, ...]]] = []
+
+    async def score(self, recipe: Recipe, examples: ExampleSet) -> list[float]:
+        await self._answer()
+        self.visits.append((recipe.one_hot or "mixture", tuple(example_digest(example) for example in examples)))
+        loss = sum(weight * self.loss_of[fingerprint] for fingerprint, weight in recipe.coefficients)
+        return [loss + len(example.output) / 100 for example in examples if isinstance(example, TextExample)]
+
+    @asynccontextmanager
+    async def forward(
+        self, recipe: Recipe, path: str, body: Mapping[str, Any], *, tenant: str
+    ) -> AsyncIterator[Forwarded]:
+        yield Forwarded(status=200, body=b"{}", events=None)
+
+    def visits_to(self, name: str) -> list[tuple[str, ...]]:
+        fingerprint = self.pool.member(name).fingerprint if name != "mixture" else name
+        return [examples for model, examples in self.visits if model == fingerprint]
+
+
+class EmbedEngine(DoubleEngine):
+    """An encoder's double: `good` puts texts of one topic together, `base` puts all texts apart by their bytes."""
+
+    dimension = 16
+
+    def __init__(self, pool: Pool) -> None:
+        super().__init__(pool)
+        self.embedded: list[tuple[str, tuple[str, ...]]] = []
+
+    async def embed(
+        self,
+        recipe: Recipe,
+        inputs: Sequence[str] | Sequence[Sequence[int]],
+        *,
+        prompt: str = "",
+        truncate_to: int | None = None,
+        dimensions: int | None = None,
+        background: bool = False,
+    ) -> Embedded:
+        await self._answer()
+        assert background
+        assert prompt == ""
+        texts = [text for text in inputs if isinstance(text, str)]
+        self.embedded.append((recipe.one_hot or "mixture", tuple(texts)))
+        vectors = np.stack([self._vector(recipe, text) for text in texts])
+        return Embedded(vectors=vectors.astype(np.float32), num_tokens=len(texts))
+
+    def _vector(self, recipe: Recipe, text: str) -> np.ndarray:
+        good = dict(recipe.coefficients).get("fp-mini-good", 0.0)
+        noise = np.random.default_rng(list(text.encode())).normal(size=self.dimension)
+        topic = np.zeros(self.dimension)
+        topic[0 if "france" in text or text == "paris" else 1 if "spain" in text or text == "madrid" else 2] = 1.0
+        vector = good * topic + (1 - good) * noise / np.linalg.norm(noise)
+        result: np.ndarray = vector / np.linalg.norm(vector)
+        return result
+
+
+class World:
+    """Pools, doubles and a registry file; services on it come and go."""
+
+    def __init__(self, folder: Path, **settings: Any) -> None:
+        self.path = folder / "registry.sqlite"
+        self.pools = {
+            "flan": make_pool("flan", "decoder", ["ag-news", "nq"]),
+            "mini": make_pool("mini", "encoder", ["good", "poor"]),
+        }
+        self.scoring = ScoringEngine(self.pools["flan"], {"base": 2.0, "ag-news": 1.0, "nq": 3.0})
+        self.embedding = EmbedEngine(self.pools["mini"])
+        self.settings = Settings.model_validate(
+            {
+                "store": {"url": f"sqlite:///{self.path}"},
+                "pools": [
+                    {"id": "flan", "kind": "decoder", "base": "b", "engine": {"type": "fake"}, "max_examples": 4},
+                    {"id": "mini", "kind": "encoder", "base": "b", "engine": {"type": "sentence_transformers"}},
+                ],
+                **settings,
+            }
+        )
+
+    @asynccontextmanager
+    async def service(self) -> AsyncIterator[CocktailService]:
+        engines = {"flan": self.scoring, "mini": self.embedding}
+        service = CocktailService(self.settings, self.pools, engines, patience=QUICK)
+        await service.start()
+        try:
+            yield service
+        finally:
+            await service.stop()
+
+    def request(self, name: str = "films", pool: str = "flan", **options: Any) -> CocktailRequest:
+        if not options.keys() & {"examples", "merging_weights"}:
+            options["examples"] = [A, B] if pool == "flan" else [QUERY, OTHER_QUERY]
+        return parse_request({"name": name, "pool": pool, **options}, settings=self.settings, pools=self.pools)
+
+    def inline(self, **options: Any) -> CocktailRequest:
+        return parse_inline(
+            {"examples": [A, B], **options} if "merging_weights" not in options else options,
+            pool=self.pools["flan"],
+            settings=self.settings,
+        )
+
+    def copied_as_a_crash_leaves_it(self) -> Path:
+        """The files of a registry in use, its log not yet merged, in a folder of their own."""
+        folder = self.path.parent / "crashed"
+        folder.mkdir()
+        for file in self.path.parent.glob(f"{self.path.name}*"):
+            shutil.copy(file, folder)
+        return folder
+
+    def rows(self, table: str) -> list[tuple[Any, ...]]:
+        with sqlite3.connect(self.path) as connection:
+            return connection.execute(f"select * from {table}").fetchall()
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> World:
+    return World(tmp_path)
+
+
+@pytest.fixture
+async def service(world: World) -> AsyncIterator[CocktailService]:
+    async with world.service() as service:
+        yield service
+
+
+async def made(service: CocktailService, request: CocktailRequest, tenant: str = "acme") -> Cocktail:
+    cocktail, _ = await service.create(tenant, request)
+    return await service.wait(tenant, cocktail.id, 10.0)
+
+
+async def until(condition: Callable[[], bool], *, deadline_s: float = 10.0) -> None:
+    async with asyncio.timeout(deadline_s):
+        while not condition():  # noqa: ASYNC110  # what is watched for has no event of its own
+            await asyncio.sleep(0.002)
+
+
+async def test_a_decoder_cocktail_is_scored_weighed_and_served(world: World, service: CocktailService) -> None:
+    request = world.request(temperature=0.5, metadata={"owner": "films"})
+    queued, existed = await service.create("acme", request)
+    assert not existed
+    assert (queued.status, queued.id) == ("queued", f"films@{request.digest[:8]}")
+
+    ready = await service.wait("acme", queued.id, 10.0)
+    assert (ready.status, ready.progress, ready.current) == ("ready", 1.0, True)
+    length = (len("positive") + len("negative")) / 2 / 100
+    assert ready.losses == pytest.approx({"base": 2 + length, "ag-news": 1 + length, "nq": 3 + length})
+    share = {name: math.exp(-loss / 0.5) for name, loss in (("base", 2), ("ag-news", 1), ("nq", 3))}
+    expected = {name: value / sum(share.values()) for name, value in share.items()}
+    assert ready.merging_weights == pytest.approx(expected)
+    assert list(ready.merging_weights) == ["base", "ag-news", "nq"]
+    assert ready.entropy == pytest.approx(-sum(w * math.log(w) for w in expected.values()))
+    assert ready.mixed_loss == pytest.approx(
+        sum(expected[name] * loss for name, loss in (("base", 2), ("ag-news", 1), ("nq", 3))) + length
+    )
+    assert ready.metadata == {"owner": "films"}
+
+    served = service.resolve("acme", "films")
+    assert served == service.resolve("acme", ready.id)
+    assert served.model_id == ready.id
+    assert served.recipe == ready.recipe
+    assert world.scoring.materialised == [served.recipe.digest]
+    assert dict(served.recipe.coefficients)["fp-flan-ag-news"] == ready.merging_weights["ag-news"]
+
+
+async def test_an_encoder_cocktail_is_weighed_by_its_embeddings(world: World, service: CocktailService) -> None:
+    ready = await made(service, world.request(pool="mini", temperature=0.1))
+    assert ready.status == "ready"
+    assert ready.losses["good"] < ready.losses["base"]
+    assert ready.merging_weights["good"] > 0.9
+    assert ready.mixed_loss is not None
+    assert {len(texts) for _, texts in world.embedding.embedded} == {6}, "every text once, queries and passages"
+
+
+async def test_a_target_is_joined_by_eq_1_and_its_loss_reported(world: World, service: CocktailService) -> None:
+    ready = await made(service, world.request(target="nq", alpha=0.25, temperature=1.0))
+    base, ag_news = math.exp(-2.0), math.exp(-1.0)
+    assert ready.merging_weights == pytest.approx(
+        {"base": 0.75 * base / (base + ag_news), "ag-news": 0.75 * ag_news / (base + ag_news), "nq": 0.25}
+    )
+    assert list(ready.losses) == ["base", "ag-news", "nq"]
+
+
+async def test_a_target_without_examples_is_mixed_with_the_base_by_eq_3(world: World, service: CocktailService) -> None:
+    ready = await made(service, world.request(target="nq", alpha=0.7, examples=None))
+    assert ready.merging_weights == pytest.approx({"base": 0.3, "nq": 0.7})
+    assert (ready.losses, ready.mixed_loss) == ({}, None)
+    assert world.scoring.visits == []
+
+
+async def test_weights_by_hand_are_mixed_without_scoring(world: World, service: CocktailService) -> None:
+    ready = await made(service, world.request(merging_weights={"nq": 1.5, "base": -0.5}))
+    assert ready.merging_weights == {"base": -0.5, "nq": 1.5}
+    assert ready.entropy is None
+    assert world.scoring.visits == []
+    assert await service.examples("acme", ready.id) == []
+
+
+async def test_experts_limits_the_peers(world: World, service: CocktailService) -> None:
+    ready = await made(service, world.request(experts=["nq"], weighting="uniform"))
+    assert ready.merging_weights == {"base": 0.5, "nq": 0.5}
+    assert world.scoring.visits_to("ag-news") == []
+
+
+async def test_experts_of_equal_parameters_are_scored_once_and_said_so(world: World) -> None:
+    twin = Member("twin", Path("/models/twin"), "fp-flan-nq", "float32", 8)
+    pool = world.pools["flan"]
+    world.pools["flan"] = Pool("flan", "decoder", pool.base, {**pool.experts, "twin": twin}, pool.text_digest)
+    world.scoring.pool = world.pools["flan"]
+    async with world.service() as service:
+        ready = await made(service, world.request())
+    assert len(world.scoring.visits_to("nq")) == 1
+    assert ready.losses["twin"] == ready.losses["nq"]
+    assert any("'nq' and 'twin' have the same parameters" in warning for warning in ready.warnings)
+    assert len(ready.recipe.coefficients) == 3
+
+
+async def test_more_examples_than_the_pool_takes_are_sampled_with_a_warning(
+    world: World, service: CocktailService
+) -> None:
+    rows = [{"input": f"row {number}", "output": "x"} for number in range(10)]
+    ready = await made(service, world.request(examples=rows, seed=3))
+    assert any("4 of 10 examples were sampled with seed 3" in warning for warning in ready.warnings)
+    assert len(await service.examples("acme", ready.id)) == 4
+
+
+async def test_a_mixture_worse_than_its_best_model_carries_a_warning(world: World, service: CocktailService) -> None:
+    ready = await made(service, world.request(weighting="uniform"))
+    assert any("above that of 'ag-news' alone" in warning for warning in ready.warnings)
+
+
+async def test_fifty_identical_creations_at_once_are_one_job(world: World, service: CocktailService) -> None:
+    request = world.request()
+    answers = await asyncio.gather(*(service.create("acme", request) for _ in range(50)))
+    assert [existed for _, existed in answers].count(False) == 1
+    assert len({cocktail.uid for cocktail, _ in answers}) == 1
+    await service.wait("acme", "films", 10.0)
+    assert len(world.scoring.visits) == 4, "base, two experts and the mixture"
+    assert len(world.rows("cocktails")) == 1
+
+
+async def test_only_new_examples_are_scored(world: World, service: CocktailService) -> None:
+    await made(service, world.request(examples=[A, B]))
+    world.scoring.visits.clear()
+    await made(service, world.request(examples=[A, B, C]))
+    new = example_digest(TextExample(C["input"], C["output"]))
+    for name in ("base", "ag-news", "nq"):
+        assert world.scoring.visits_to(name) == [(new,)]
+    assert [len(examples) for examples in world.scoring.visits_to("mixture")] == [3]
+
+
+async def test_only_new_experts_are_scored(world: World) -> None:
+    async with world.service() as service:
+        await made(service, world.request())
+    world.pools["flan"] = make_pool("flan", "decoder", ["ag-news", "nq", "squad"])
+    world.scoring = ScoringEngine(world.pools["flan"], {"base": 2.0, "ag-news": 1.0, "nq": 3.0, "squad": 0.5})
+    async with world.service() as service:
+        ready = await made(service, world.request())
+        assert [len(service.list("acme")), ready.current] == [2, True]
+    assert [model for model, _ in world.scoring.visits] == ["fp-flan-squad", "mixture"]
+
+
+@pytest.mark.parametrize("change", ["tokenizer", "dtype"])
+async def test_losses_are_measured_again_when_what_they_depend_on_changes(world: World, change: str) -> None:
+    async with world.service() as service:
+        await made(service, world.request())
+    if change == "tokenizer":
+        world.pools["flan"] = make_pool("flan", "decoder", ["ag-news", "nq"], text_digest="other")
+    world.scoring = ScoringEngine(
+        world.pools["flan"],
+        {"base": 2.0, "ag-news": 1.0, "nq": 3.0},
+        dtype="bfloat16" if change == "dtype" else "float32",
+    )
+    async with world.service() as service:
+        await made(service, world.request(temperature=0.1))
+    assert len(world.scoring.visits) == 4
+
+
+async def test_only_new_texts_are_embedded(world: World, service: CocktailService) -> None:
+    await made(service, world.request(pool="mini"))
+    world.embedding.embedded.clear()
+    more = {"query": "capital of italy", "pos": ["rome"], "neg": ["paris"]}
+    await made(service, world.request(pool="mini", examples=[QUERY, OTHER_QUERY, more]))
+    for name in ("base", "good", "poor"):
+        of_model = [texts for model, texts in world.embedding.embedded if model == f"fp-mini-{name}"]
+        assert of_model == [("capital of italy",)]
+
+
+async def test_a_dry_run_tells_losses_and_weights_and_keeps_nothing(world: World, service: CocktailService) -> None:
+    request = world.request(temperature=0.5)
+    weighing = await service.dry_run("acme", request)
+    assert service.list("acme") == []
+    assert [world.rows(table) for table in ("cocktails", "examples", "items", "losses")] == [[], [], [], []]
+    ready = await made(service, request)
+    assert (weighing.losses, weighing.merging_weights) == (ready.losses, ready.merging_weights)
+    assert weighing.entropy == ready.entropy
+    world.scoring.visits.clear()
+    assert await service.dry_run("acme", request) == weighing
+    assert world.scoring.visits == [], "what is kept for a cocktail of the tenant is used"
+
+
+async def test_the_newest_ready_version_is_current_and_a_pin_holds(world: World, service: CocktailService) -> None:
+    first = await made(service, world.request(seed=1))
+    second = await made(service, world.request(seed=2))
+    assert service.resolve("acme", "films").model_id == second.id
+    assert [cocktail.id for cocktail in service.list("acme", "films") if cocktail.current] == [second.id]
+
+    pinned = await service.set_current("acme", "films", first.id)
+    assert (pinned.id, pinned.current) == (first.id, True)
+    third = await made(service, world.request(seed=3))
+    assert not third.current
+    assert service.resolve("acme", "films").model_id == first.id
+
+    assert (await service.set_current("acme", "films", None)).id == third.id
+    assert service.resolve("acme", "films").model_id == third.id
+
+
+async def test_an_identical_request_makes_its_version_current_again(world: World, service: CocktailService) -> None:
+    first = await made(service, world.request(seed=1))
+    await made(service, world.request(seed=2))
+    visits = len(world.scoring.visits)
+    again, existed = await service.create("acme", world.request(seed=1))
+    assert (existed, again.id, again.current, again.status) == (True, first.id, True, "ready")
+    assert service.resolve("acme", "films").model_id == first.id
+    assert len(world.scoring.visits) == visits
+
+
+async def test_a_queued_or_failed_version_never_moves_the_name(world: World, service: CocktailService) -> None:
+    first = await made(service, world.request(seed=1))
+    world.scoring.gate.clear()
+    unfinished, _ = await service.create("acme", world.request(examples=[C], seed=2))
+    await until(lambda: service.get("acme", unfinished.id).status == "scoring")
+    assert service.resolve("acme", "films").model_id == first.id
+    with pytest.raises(ModelNotReadyError, match="scoring"):
+        service.resolve("acme", unfinished.id)
+    with pytest.raises(ConflictError, match="only a ready version"):
+        await service.set_current("acme", "films", unfinished.id)
+
+    world.scoring.gate.set()
+    assert (await service.wait("acme", unfinished.id, 10.0)).current
+    world.scoring.errors = [InvalidMixError("torn")]
+    failed = await made(service, world.request(seed=4))
+    assert (failed.status, failed.error.message, failed.current) == ("failed", "torn", False)
+    assert service.resolve("acme", "films").model_id == unfinished.id
+    with pytest.raises(NotFoundError, match="failed: torn"):
+        service.resolve("acme", failed.id)
+
+
+async def test_versions_are_ordered_by_when_they_were_asked_for_not_by_when_they_are_ready(
+    world: World, service: CocktailService
+) -> None:
+    world.scoring.gate.clear()
+    slow, _ = await service.create("acme", world.request(seed=1))
+    quick, _ = await service.create("acme", world.request(merging_weights={"nq": 1.0}))
+    world.scoring.gate.set()
+    await service.wait("acme", quick.id, 10.0)
+    await service.wait("acme", slow.id, 10.0)
+    assert service.resolve("acme", "films").model_id == quick.id
+
+
+async def test_a_pin_on_a_deleted_version_is_gone_with_it(world: World, service: CocktailService) -> None:
+    first = await made(service, world.request(seed=1))
+    second = await made(service, world.request(seed=2))
+    await service.set_current("acme", "films", first.id)
+    await service.delete("acme", first.id)
+    assert service.resolve("acme", "films").model_id == second.id
+    assert world.rows("pins") == []
+
+
+async def test_a_restart_finds_ready_cocktails_pins_and_order(world: World) -> None:
+    async with world.service() as service:
+        first = await made(service, world.request(seed=1))
+        second = await made(service, world.request(seed=2))
+        await made(service, world.request("other", seed=1))
+        await service.set_current("acme", "films", first.id)
+        before = service.list("acme")
+        models = service.models("acme")
+    visits = len(world.scoring.visits)
+    async with world.service() as service:
+        assert service.list("acme") == before
+        assert [entry.id for entry in service.models("acme")] == [entry.id for entry in models]
+        assert service.resolve("acme", "films").model_id == first.id
+        assert service.resolve("acme", second.id).recipe == second.recipe
+        await service.set_current("acme", "films", None)
+        _, existed = await service.create("acme", world.request(seed=1))
+        assert existed
+        assert service.resolve("acme", "films").model_id == first.id
+    assert len(world.scoring.visits) == visits
+
+
+async def test_a_restart_finishes_unfinished_jobs(world: World) -> None:
+    async with world.service() as service:
+        await made(service, world.request(examples=[A]))
+        world.scoring.gate.clear()
+        created, _ = await service.create("acme", world.request(seed=7))
+        await until(lambda: service.get("acme", created.id).status == "scoring")
+    assert [row for row in world.rows("cocktails") if "scoring" in row]
+    world.scoring.gate.set()
+    world.scoring.visits.clear()
+    async with world.service() as service:
+        ready = await service.wait("acme", created.id, 10.0)
+        assert (ready.status, ready.digest) == ("ready", created.digest)
+        assert [len(examples) for examples in world.scoring.visits_to("base")] == [1], "the other example is kept"
+
+
+async def test_what_was_announced_survives_a_crash(tmp_path: Path) -> None:
+    world = World(tmp_path)
+    async with world.service() as service:
+        ready = await made(service, world.request())
+        world.scoring.gate.clear()
+        queued, _ = await service.create("acme", world.request("unfinished", examples=[C]))
+        after = World(world.copied_as_a_crash_leaves_it())
+    async with after.service() as service:
+        assert service.resolve("acme", "films").recipe == ready.recipe
+        assert (await service.wait("acme", queued.id, 10.0)).status == "ready"
+        assert await service.examples("acme", queued.id) == [C]
+
+
+async def test_memory_and_disk_agree_after_many_things_at_once(world: World) -> None:
+    choices = random.Random(0)
+    async with world.service() as service:
+
+        async def something(number: int) -> None:
+            tenant = choices.choice(["acme", "other"])
+            name = choices.choice(["films", "books"])
+            request = world.request(name, examples=choices.choice([[A], [B], [A, B], [C]]), seed=choices.randrange(3))
+            await asyncio.sleep(choices.random() / 20)
+            with contextlib.suppress(NotFoundError):
+                match number % 5:
+                    case 0:
+                        await service.delete(tenant, name)
+                    case 1:
+                        await service.cancel(tenant, name)
+                    case 2:
+                        await service.delete(tenant, f"{name}@{request.digest[:8]}")
+                    case _:
+                        cocktail, _ = await service.create(tenant, request)
+                        await service.wait(tenant, cocktail.id, 10.0)
+
+        await asyncio.gather(*(something(number) for number in range(120)))
+        shown = {tenant: service.list(tenant) for tenant in ("acme", "other")}
+        assert all(cocktail.is_final for cocktails in shown.values() for cocktail in cocktails)
+        uids = {cocktail.uid for cocktails in shown.values() for cocktail in cocktails}
+        assert {row[0] for row in world.rows("cocktails")} == uids
+        assert {row[0] for row in world.rows("examples")} == uids
+        tenants = {cocktail.uid: cocktail.tenant for cocktails in shown.values() for cocktail in cocktails}
+        needed = {(tenants[uid], item) for uid, item in world.rows("items")}
+        assert {(row[0], row[1]) for row in world.rows("losses")} <= needed, "no score outlives its last cocktail"
+    async with world.service() as service:
+        assert {tenant: service.list(tenant) for tenant in ("acme", "other")} == shown
+
+
+async def test_an_unfinished_job_whose_pool_changed_fails_and_says_so(world: World) -> None:
+    world.scoring.gate.clear()
+    async with world.service() as service:
+        created, _ = await service.create("acme", world.request())
+    world.pools["flan"] = make_pool("flan", "decoder", ["nq"])
+    world.scoring = ScoringEngine(world.pools["flan"], {"base": 2.0, "nq": 3.0})
+    async with world.service() as service:
+        failed = await service.wait("acme", created.id, 10.0)
+    assert (failed.status, failed.error.code) == ("failed", "pool_changed")
+
+
+async def test_a_cocktail_outlives_new_experts_but_not_the_loss_of_its_own(world: World) -> None:
+    async with world.service() as service:
+        ready = await made(service, world.request(merging_weights={"base": 0.5, "nq": 0.5}))
+    world.pools["flan"] = make_pool("flan", "decoder", ["nq", "squad"])
+    world.scoring = ScoringEngine(world.pools["flan"], {"base": 2.0, "nq": 3.0, "squad": 1.0})
+    async with world.service() as service:
+        assert service.resolve("acme", "films").recipe == ready.recipe
+    world.pools["flan"] = make_pool("flan", "decoder", ["squad"])
+    world.scoring = ScoringEngine(world.pools["flan"], {"base": 2.0, "squad": 1.0})
+    async with world.service() as service:
+        with pytest.raises(NotFoundError, match="no longer has"):
+            service.resolve("acme", "films")
+        assert ready.id not in [entry.id for entry in service.models("acme")]
+        assert service.get("acme", "films").status == "ready"
+
+
+async def test_another_dtype_of_the_engine_rounds_the_same_weights_anew(world: World) -> None:
+    async with world.service() as service:
+        ready = await made(service, world.request())
+    world.scoring = ScoringEngine(world.pools["flan"], {"base": 2.0, "ag-news": 1.0, "nq": 3.0}, dtype="bfloat16")
+    for _ in range(2):
+        async with world.service() as service:
+            recipe = service.resolve("acme", "films").recipe
+            assert (recipe.dtype, recipe.coefficients) == ("bfloat16", ready.recipe.coefficients)
+            assert len([w for w in service.get("acme", "films").warnings if "made for float32" in w]) == 1
+
+
+async def test_deletion_purges_examples_and_scores_down_to_the_bytes(world: World, service: CocktailService) -> None:
+    secret = {"input": "the vault opens at dawn", "output": "quietly"}
+    gone = await made(service, world.request("vault", examples=[A, secret]))
+    stays = await made(service, world.request("films", examples=[A, B]))
+    await made(service, world.request("vault", examples=[A, secret]), tenant="other")
+    await service.delete("acme", "vault")
+    with pytest.raises(NotFoundError):
+        service.get("acme", gone.id)
+    with pytest.raises(NotFoundError):
+        service.resolve("acme", "vault")
+    kept = {(row[0], row[1]) for row in world.rows("losses")}
+    digests = {name: example_digest(TextExample(**row)) for name, row in (("a", A), ("b", B), ("secret", secret))}
+    assert kept == {
+        ("acme", digests["a"]),
+        ("acme", digests["b"]),
+        ("other", digests["a"]),
+        ("other", digests["secret"]),
+    }
+    assert {row[0] for row in world.rows("examples")} == {stays.uid, service.get("other", "vault").uid}
+
+    await service.delete("other", "vault")
+    await service.delete("acme", "films")
+    assert [world.rows(table) for table in ("cocktails", "examples", "items", "losses", "pins")] == [[]] * 5
+    for file in world.path.parent.iterdir():
+        assert b"vault opens at dawn" not in file.read_bytes(), file
+
+
+async def test_deletion_purges_embeddings(world: World, service: CocktailService) -> None:
+    await made(service, world.request(pool="mini"))
+    assert len(world.rows("embeddings")) == 3 * 6
+    await service.delete("acme", "films")
+    assert world.rows("embeddings") == []
+
+
+async def test_deletion_cancels_an_unfinished_job_and_answers_who_waits(world: World, service: CocktailService) -> None:
+    world.scoring.gate.clear()
+    created, _ = await service.create("acme", world.request())
+    await until(lambda: service.get("acme", created.id).status == "scoring")
+    waiting = asyncio.create_task(service.wait("acme", created.id, 30.0))
+    await asyncio.sleep(0)
+    (removed,) = await service.delete("acme", created.id)
+    assert removed.status == "cancelled"
+    assert (await waiting).status == "cancelled"
+    await until(lambda: world.scoring.num_dropped == 3)
+    world.scoring.gate.set()
+    again = await made(service, world.request())
+    assert (again.status, again.id) == ("ready", created.id)
+    assert again.uid != created.uid
+
+
+async def test_scores_that_arrive_after_the_deletion_are_not_kept(world: World, service: CocktailService) -> None:
+    ready = await made(service, world.request(examples=[A]))
+    row = world.rows("losses")[0]
+    await service.delete("acme", ready.id)
+    await service._store.keep_losses(ready.uid, ScoreKey(row[2], row[3]), {row[1]: 1.0})
+    assert world.rows("losses") == []
+
+
+async def test_only_the_last_user_of_a_recipe_frees_its_parameters(world: World, service: CocktailService) -> None:
+    mine = await made(service, world.request(seed=1))
+    twin = await made(service, world.request("twin", seed=1))
+    theirs = await made(service, world.request(seed=1), tenant="other")
+    assert mine.recipe == twin.recipe == theirs.recipe
+    await service.delete("acme", mine.id)
+    await service.delete("other", theirs.id)
+    assert world.scoring.forgotten == []
+    await service.delete("acme", "twin")
+    assert world.scoring.forgotten == [twin.recipe.digest]
+
+
+async def test_the_parameters_of_a_pools_own_model_are_never_freed(world: World, service: CocktailService) -> None:
+    await made(service, world.request(merging_weights={"nq": 1.0}))
+    await service.delete("acme", "films")
+    assert world.scoring.forgotten == []
+
+
+async def test_tenants_see_only_their_own(world: World, service: CocktailService) -> None:
+    mine = await made(service, world.request())
+    assert service.list("other") == []
+    assert all("films" not in entry.id for entry in service.models("other"))
+    for ref in ("films", mine.id):
+        with pytest.raises(NotFoundError):
+            service.get("other", ref)
+        with pytest.raises(NotFoundError, match="does not exist"):
+            service.resolve("other", ref)
+        with pytest.raises(NotFoundError):
+            await service.delete("other", ref)
+        with pytest.raises(NotFoundError):
+            await service.examples("other", ref)
+        with pytest.raises(NotFoundError):
+            await service.wait("other", ref, 1.0)
+    with pytest.raises(NotFoundError):
+        await service.set_current("other", "films", mine.id)
+    visits = len(world.scoring.visits)
+    theirs = await made(service, world.request(), tenant="other")
+    assert len(world.scoring.visits) == visits + 4, "no score is shared between tenants"
+    assert theirs.id == mine.id
+    assert theirs.uid != mine.uid
+    await service.delete("other", "films")
+    assert service.resolve("acme", "films").model_id == mine.id
+
+
+async def test_pools_and_experts_resolve_to_themselves_and_cannot_be_deleted(
+    world: World, service: CocktailService
+) -> None:
+    pool = world.pools["flan"]
+    assert service.resolve("anyone", "flan").recipe == one_hot(pool, "base", dtype="float32")
+    assert service.resolve("anyone", "flan/nq").recipe == one_hot(pool, "nq", dtype="float32")
+    for model_id in ("flan", "flan/nq"):
+        with pytest.raises(PermissionDeniedError):
+            await service.delete("acme", model_id)
+    for unknown in ("flan/none", "nothing", "", "flan@12345678", "films@", "@", "flan/nq@1"):
+        with pytest.raises(NotFoundError) as caught:
+            service.resolve("acme", unknown)
+        assert caught.value.code == "model_not_found"
+
+
+async def test_the_model_list_is_sorted_and_complete(world: World, service: CocktailService) -> None:
+    first = await made(service, world.request(seed=1))
+    second = await made(service, world.request(seed=2))
+    await service.inline("acme", world.inline(seed=3))
+    world.scoring.errors = [InvalidMixError("torn")]
+    await made(service, world.request("broken", seed=4, examples=[C]))
+    ids = [entry.id for entry in service.models("acme")]
+    pools = ["flan", "flan/ag-news", "flan/nq", "mini", "mini/good", "mini/poor"]
+    assert ids == sorted([*pools, "films", first.id, second.id])
+
+
+async def test_an_inline_cocktail_is_found_again_unlisted_and_named(world: World, service: CocktailService) -> None:
+    request = world.inline(temperature=0.5)
+    served = await service.inline("acme", request)
+    assert served.model_id == f"flan@{request.digest[:8]}"
+    visits = len(world.scoring.visits)
+    assert await service.inline("acme", request) == served
+    assert len(world.scoring.visits) == visits
+    assert service.resolve("acme", served.model_id) == served
+    with pytest.raises(NotFoundError):
+        service.resolve("other", served.model_id)
+    assert service.list("acme") == []
+    assert served.model_id not in [entry.id for entry in service.models("acme")]
+    assert service.resolve("acme", "flan").recipe.one_hot == "fp-flan-base", "the pool stays the base"
+    await service.delete("acme", served.model_id)
+    with pytest.raises(NotFoundError):
+        service.resolve("acme", served.model_id)
+    assert world.rows("examples") == []
+
+
+async def test_inline_cocktails_go_least_recently_used_first(tmp_path: Path) -> None:
+    world = World(tmp_path, max_inline_cocktails=2)
+    async with world.service() as service:
+        first = await service.inline("acme", world.inline(seed=1, examples=[A]))
+        second = await service.inline("acme", world.inline(seed=2, examples=[B]))
+        service.resolve("acme", first.model_id)
+        third = await service.inline("other", world.inline(seed=3, examples=[C]))
+        with pytest.raises(NotFoundError):
+            service.resolve("acme", second.model_id)
+        assert second.recipe.digest in {first.recipe.digest, *world.scoring.forgotten}
+        service.resolve("acme", first.model_id)
+    async with world.service() as service:
+        await service.inline("acme", world.inline(seed=4))
+        service.resolve("acme", first.model_id)
+        with pytest.raises(NotFoundError):
+            service.resolve("other", third.model_id)
+    assert len(world.rows("cocktails")) == 2
+
+
+async def test_an_inline_cocktail_that_fails_tells_why_and_is_tried_again(
+    world: World, service: CocktailService
+) -> None:
+    world.scoring.errors = [InvalidMixError("torn", param="alpha")]
+    with pytest.raises(InvalidMixError, match="torn") as caught:
+        await service.inline("acme", world.inline())
+    assert caught.value.param == "alpha"
+    assert (await service.inline("acme", world.inline())).recipe
+
+
+async def test_an_inline_cocktail_that_takes_too_long_asks_to_come_again(
+    world: World, service: CocktailService
+) -> None:
+    world.scoring.gate.clear()
+    with pytest.raises(ModelNotReadyError):
+        await service.inline("acme", world.inline(), timeout_s=0.01)
+    world.scoring.gate.set()
+    served = await service.inline("acme", world.inline())
+    assert len(world.scoring.visits_to("base")) == 1, "the first request's job went on"
+    assert served.recipe
+
+
+async def test_examples_that_do_not_fit_leave_nothing_behind(world: World, service: CocktailService) -> None:
+    long = {"input": "x" * 50, "output": "y"}
+    with pytest.raises(ContextLengthError, match="row 2"):
+        await service.create("acme", world.request(examples=[A, long]))
+    with pytest.raises(ContextLengthError, match="row 2"):
+        await service.dry_run("acme", world.request(examples=[A, long]))
+    assert service.list("acme") == []
+    assert [world.rows(table) for table in ("cocktails", "examples", "items", "losses")] == [[], [], [], []]
+
+
+async def test_a_job_waits_for_an_engine_that_is_not_ready(world: World, service: CocktailService) -> None:
+    world.scoring.errors = [ModelNotReadyError("restarting") for _ in range(8)]
+    assert (await made(service, world.request())).status == "ready"
+    assert world.scoring.errors == []
+
+
+async def test_a_job_gives_up_on_an_engine_that_keeps_failing(world: World, service: CocktailService) -> None:
+    world.scoring.errors = [EngineError("the engine died") for _ in range(30)]
+    failed = await made(service, world.request())
+    assert (failed.status, failed.error.code, failed.error.type) == ("failed", "engine_error", "EngineError")
+    assert len(world.scoring.errors) >= 30 - 3 * QUICK.engine_failures
+    world.scoring.errors.clear()
+    assert service.get("acme", failed.id).error == failed.error, "it stays readable"
+    retried, existed = await service.create("acme", world.request())
+    assert (existed, retried.id, retried.error) == (False, failed.id, None)
+    assert (await service.wait("acme", retried.id, 10.0)).status == "ready"
+
+
+async def test_a_job_gives_up_on_an_engine_that_never_gets_ready(world: World) -> None:
+    world.scoring.errors = [ModelNotReadyError("starting") for _ in range(10_000)]
+    engines = {"flan": world.scoring, "mini": world.embedding}
+    patience = Patience(for_capacity_s=0.02, first_delay_s=0.001, max_delay_s=0.005)
+    service = CocktailService(world.settings, world.pools, engines, patience=patience)
+    await service.start()
+    try:
+        failed = await made(service, world.request())
+        assert (failed.status, failed.error.code) == ("failed", "model_not_ready")
+    finally:
+        await service.stop()
+
+
+async def test_an_engine_that_is_down_holds_up_no_other_pool(
+    world: World, service: CocktailService, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cocktail_serve.cocktails.jobs.MAX_RUNNING", 1)
+    world.scoring.gate.clear()
+    first, _ = await service.create("acme", world.request("first"))
+    second, _ = await service.create("acme", world.request("second"))
+    assert (await made(service, world.request("third", pool="mini"))).status == "ready"
+    assert service.get("acme", first.id).status == "scoring"
+    assert service.get("acme", second.id).status == "queued"
+    assert service.statuses() == {"ready": 1, "scoring": 1, "queued": 1}
+    world.scoring.gate.set()
+    assert (await service.wait("acme", second.id, 10.0)).status == "ready"
+
+
+async def test_a_fault_of_ours_fails_the_job_alone(world: World, service: CocktailService) -> None:
+    del world.scoring.loss_of["fp-flan-ag-news"]
+    failed = await made(service, world.request())
+    assert (failed.status, failed.error.code) == ("failed", "internal_error")
+    assert "fp-flan" not in failed.error.message
+    assert (await made(service, world.request("fine", merging_weights={"nq": 1.0}))).status == "ready"
+
+
+async def test_a_loss_that_is_not_finite_names_the_model_and_is_not_kept(
+    world: World, service: CocktailService
+) -> None:
+    world.scoring.loss_of["fp-flan-nq"] = math.nan
+    failed = await made(service, world.request())
+    assert failed.status == "failed"
+    assert "'nq'" in failed.error.message
+    assert all("fp-flan-nq" not in row for row in world.rows("losses"))
+
+
+async def test_cancel_keeps_the_cocktail_and_the_same_request_starts_it_again(
+    world: World, service: CocktailService
+) -> None:
+    world.scoring.gate.clear()
+    created, _ = await service.create("acme", world.request())
+    await until(lambda: service.get("acme", created.id).status == "scoring")
+    cancelled = await service.cancel("acme", created.id)
+    assert cancelled.status == "cancelled"
+    assert (await service.wait("acme", created.id, 1.0)).status == "cancelled"
+    world.scoring.gate.set()
+    assert (await made(service, world.request())).status == "ready"
+    assert (await service.cancel("acme", created.id)).status == "ready", "what is ready stays"
+    assert len(world.rows("cocktails")) == 1
+
+
+async def test_wait_returns_at_its_timeout_and_at_the_end(world: World, service: CocktailService) -> None:
+    world.scoring.gate.clear()
+    created, _ = await service.create("acme", world.request())
+    assert not (await service.wait("acme", created.id, 0.0)).is_final
+    assert not (await service.wait("acme", created.id, 0.01)).is_final
+    waiting = asyncio.create_task(service.wait("acme", created.id, 60.0))
+    world.scoring.gate.set()
+    assert (await asyncio.wait_for(waiting, 10.0)).status == "ready"
+
+
+async def test_a_disconnect_never_cancels(world: World, service: CocktailService) -> None:
+    request = world.request()
+    caller = asyncio.create_task(service.create("acme", request))
+    await until(lambda: bool(service._unbroken._running) or caller.done())
+    caller.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await caller
+    await until(lambda: bool(service.list("acme")))
+    assert (await service.wait("acme", "films", 10.0)).status == "ready"
+
+
+async def test_progress_never_goes_back_and_is_on_disk_before_it_shows(world: World, service: CocktailService) -> None:
+    world.scoring.gate.clear()
+    created, _ = await service.create("acme", world.request())
+    seen: list[tuple[str, float]] = []
+
+    async def look() -> None:
+        while not seen or seen[-1][0] != "ready":
+            shown = service.get("acme", created.id)
+            with sqlite3.connect(world.path) as connection:
+                row = connection.execute("select status, progress from cocktails").fetchone()
+            assert row[1] >= shown.progress
+            seen.append((shown.status, shown.progress))
+            await asyncio.sleep(0)
+
+    looking = asyncio.create_task(look())
+    world.scoring.gate.set()
+    await asyncio.wait_for(looking, 20.0)
+    assert [progress for _, progress in seen] == sorted(progress for _, progress in seen)
+    assert {"scoring", "mixing", "ready"} <= {status for status, _ in seen}
+
+
+async def test_a_full_disk_is_a_storage_error_and_leaves_nothing_behind(world: World) -> None:
+    async with world.service() as service:
+        await made(service, world.request())
+        before = [world.rows(table) for table in ("cocktails", "examples", "items", "losses")]
+
+        def fill_the_disk(connection: Any, _record: Any, _proxy: Any) -> None:
+            cursor = connection.cursor()
+            cursor.execute("pragma max_page_count = 1")
+            cursor.close()
+
+        engine = service._store._engine.sync_engine
+        event.listen(engine, "checkout", fill_the_disk)
+        rows = [{"input": f"{number} " * 10, "output": "y" * 9000} for number in range(4)]
+        with pytest.raises(StorageError, match="disk is full"):
+            await service.create("acme", world.request("big", examples=rows))
+        assert [world.rows(table) for table in ("cocktails", "examples", "items", "losses")] == before
+        with pytest.raises(NotFoundError):
+            service.get("acme", "big")
+        assert service.resolve("acme", "films").model_id, "what is there is served on"
+
+
+async def test_a_job_whose_store_refuses_ends_as_failed_for_those_who_wait(
+    world: World, service: CocktailService, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world.scoring.gate.clear()
+    created, _ = await service.create("acme", world.request())
+
+    async def refuse(cocktail: Cocktail) -> None:
+        raise StorageError("the disk is full")
+
+    await until(lambda: service.get("acme", created.id).status == "scoring")
+    with monkeypatch.context() as patch:
+        patch.setattr(service._store, "update", refuse)
+        world.scoring.gate.set()
+        failed = await service.wait("acme", created.id, 10.0)
+    assert (failed.status, failed.error.code) == ("failed", "storage_error")
+    assert (await made(service, world.request())).status == "ready", "the same request tries again"
+
+
+async def test_a_second_server_on_the_same_registry_is_refused(world: World, service: CocktailService) -> None:
+    with pytest.raises(StorageError, match="another server uses the registry"):
+        async with world.service():
+            pass
+
+
+async def test_the_hot_path_needs_no_event_loop(world: World) -> None:
+    async with world.service() as service:
+        ready = await made(service, world.request())
+        resolved = await asyncio.get_running_loop().run_in_executor(None, service.resolve, "acme", "films")
+        assert resolved.recipe == ready.recipe

@@ -1,0 +1,158 @@
+"""Fingerprints: by content alone, kept until a file changes."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from cocktail_serve.checkpoints import fingerprint as module
+from cocktail_serve.checkpoints.fingerprint import fingerprint_folder, fingerprint_parameters
+from cocktail_serve.checkpoints.reader import CheckpointReader
+from cocktail_serve.errors import CheckpointError
+from tests.models import make_decoder
+
+Folders = dict[str, Path]
+Copy = Callable[..., Path]
+WEIGHTS = "model.safetensors"
+
+
+def fingerprint(folder: Path) -> str:
+    with CheckpointReader(folder) as reader:
+        return fingerprint_parameters(reader)
+
+
+@pytest.fixture
+def reads(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """Folders whose parameters were read."""
+    read: list[Path] = []
+    original = module.fingerprint_parameters
+
+    def spy(reader: CheckpointReader, **options: Any) -> str:
+        read.append(reader.folder)
+        return original(reader, **options)
+
+    monkeypatch.setattr(module, "fingerprint_parameters", spy)
+    return read
+
+
+def test_is_the_same_in_every_process_and_release(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    save_file({"a": torch.arange(6.0).view(2, 3), "b": torch.tensor(1, dtype=torch.int64)}, tmp_path / WEIGHTS)
+    assert fingerprint(tmp_path) == "fe921a5f8862a0274bf2fe7ef82bfbaaaf08671ba949d402c08f0f631c5ad525"
+
+
+def test_does_not_depend_on_shards_place_or_file_format(decoders: Folders, tmp_path: Path, copy: Copy) -> None:
+    expected = fingerprint(decoders["nq"])
+    sharded = make_decoder(tmp_path / "sharded", perturbation_seed=2, max_shard_size="100KB")
+    assert fingerprint(sharded) == expected
+    pickled = copy(decoders["nq"])
+    torch.save(load_file(pickled / WEIGHTS), pickled / "pytorch_model.bin")
+    (pickled / WEIGHTS).unlink()
+    assert fingerprint(pickled) == expected
+
+
+def test_models_differ(decoders: Folders) -> None:
+    assert len({fingerprint(folder) for folder in decoders.values()}) == len(decoders)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda t: {**t, "a": t["a"].clone().index_put_((torch.tensor(0), torch.tensor(0)), torch.tensor(1e-30))},
+        lambda t: {**t, "a": -t["a"]},
+        lambda t: {**t, "a": t["a"].view(3, 2)},
+        lambda t: {**t, "a": t["a"].view(torch.int32)},
+        lambda t: {"c": t["a"], "b": t["b"]},
+        lambda t: {"a": t["b"], "b": t["a"]},
+        lambda t: {"a": t["a"]},
+    ],
+    ids=["value", "sign of zero", "shape", "dtype", "name", "swapped", "fewer"],
+)
+def test_changes_with_names_dtypes_shapes_and_bytes(tmp_path: Path, change: Callable[..., Any]) -> None:
+    tensors = {"a": torch.zeros(2, 3), "b": torch.ones(2, 3)}
+    (tmp_path / "config.json").write_text("{}")
+    save_file(tensors, tmp_path / WEIGHTS)
+    before = fingerprint(tmp_path)
+    save_file({name: tensor.contiguous().clone() for name, tensor in change(tensors).items()}, tmp_path / WEIGHTS)
+    assert fingerprint(tmp_path) != before
+
+
+def test_tied_embeddings_count_once(tied_decoders: Folders, copy: Copy) -> None:
+    stored = copy(tied_decoders["base"])
+    tensors = load_file(stored / WEIGHTS)
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    save_file(tensors, stored / WEIGHTS)
+    assert fingerprint(stored) == fingerprint(tied_decoders["base"])
+    tensors["lm_head.weight"][0, 0] += 1
+    save_file(tensors, stored / WEIGHTS)
+    with pytest.raises(CheckpointError, match=r"'lm_head\.weight' differs from 'model\.embed_tokens\.weight'"):
+        fingerprint(stored)
+
+
+def test_progress_ends_at_the_size_of_the_model(decoders: Folders) -> None:
+    calls: list[tuple[int, int]] = []
+    with CheckpointReader(decoders["base"]) as reader:
+        fingerprint_parameters(reader, progress=lambda done, total: calls.append((done, total)))
+        assert calls[-1] == (reader.num_bytes, reader.num_bytes)
+    assert calls == sorted(calls)
+
+
+def test_an_unchanged_folder_is_read_once(decoders: Folders, tmp_path: Path, reads: list[Path]) -> None:
+    first = fingerprint_folder(decoders["nq"], cache_dir=tmp_path)
+    assert fingerprint_folder(decoders["nq"], cache_dir=tmp_path) == first == fingerprint(decoders["nq"])
+    assert len(reads) == 1
+    assert not list(tmp_path.rglob("*.tmp"))
+
+
+def test_a_changed_file_is_read_again_even_with_its_old_time(
+    decoders: Folders, copy: Copy, tmp_path: Path, reads: list[Path]
+) -> None:
+    folder = copy(decoders["nq"])
+    before = fingerprint_folder(folder, cache_dir=tmp_path / "cache")
+    status = (folder / WEIGHTS).stat()
+    (folder / WEIGHTS).write_bytes((decoders["base"] / WEIGHTS).read_bytes())
+    os.utime(folder / WEIGHTS, ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert (folder / WEIGHTS).stat().st_size == status.st_size
+    assert fingerprint_folder(folder, cache_dir=tmp_path / "cache") == fingerprint(decoders["base"]) != before
+    assert len(reads) == 2
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff", b'{"state": 3}', b'{"fingerprint": "x"}', b"[" * 99999])
+def test_a_corrupt_cache_costs_time_alone(decoders: Folders, tmp_path: Path, content: bytes) -> None:
+    expected = fingerprint_folder(decoders["nq"], cache_dir=tmp_path)
+    (entry,) = (tmp_path / "fingerprints").glob("*.json")
+    entry.write_bytes(content)
+    assert fingerprint_folder(decoders["nq"], cache_dir=tmp_path) == expected
+
+
+def test_a_cache_that_cannot_be_written_costs_time_alone(decoders: Folders, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("not a folder")
+    assert fingerprint_folder(decoders["nq"], cache_dir=tmp_path / "file") == fingerprint(decoders["nq"])
+
+
+def test_a_folder_that_changes_while_it_is_read(
+    decoders: Folders, copy: Copy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = copy(decoders["nq"])
+
+    def change(reader: CheckpointReader, **options: Any) -> str:
+        (folder / WEIGHTS).touch()
+        return "half old, half new"
+
+    monkeypatch.setattr(module, "fingerprint_parameters", change)
+    with pytest.raises(CheckpointError, match="changed while it was read"):
+        fingerprint_folder(folder, cache_dir=tmp_path / "cache")
+
+
+def test_who_asks_at_the_same_time_reads_once(decoders: Folders, tmp_path: Path, reads: list[Path]) -> None:
+    with ThreadPoolExecutor(4) as pool:
+        found = set(pool.map(lambda _: fingerprint_folder(decoders["nq"], cache_dir=tmp_path), range(8)))
+    assert len(found) == 1
+    assert len(reads) == 1

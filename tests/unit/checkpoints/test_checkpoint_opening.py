@@ -1,0 +1,136 @@
+"""From a pool's configuration to a Pool."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from cocktail_serve.checkpoints.opening import open_pool
+from cocktail_serve.config import PoolConfig
+from cocktail_serve.errors import CheckpointError, IncompatibleModelsError
+from cocktail_serve.pool import Pool
+from tests.models import make_decoder, make_decoder_pool
+
+Folders = dict[str, Path]
+Open = Callable[..., Pool]
+Copy = Callable[..., Path]
+
+
+def config(base: str, experts: dict[str, Any] | None = None, kind: str = "decoder") -> PoolConfig:
+    engine = {"type": "fake" if kind == "decoder" else "sentence_transformers"}
+    return PoolConfig.model_validate(
+        {"id": "pico", "kind": kind, "base": base, "experts": experts or {}, "engine": engine}
+    )
+
+
+def test_members_have_folder_fingerprint_dtype_and_size(decoders: Folders, opened: Open) -> None:
+    pool = opened(decoders)
+    assert list(pool.members) == ["base", "ag-news", "nq"]
+    assert len({member.fingerprint for member in pool}) == 3
+    for name, member in pool.members.items():
+        assert member.path == decoders[name]
+        assert member.dtype == "float32"
+        assert member.num_bytes == sum(t.nbytes for t in load_file(member.path / "model.safetensors").values())
+        assert len(member.fingerprint) == 64
+
+
+def test_dtype_is_as_stored(tmp_path: Path, opened: Open) -> None:
+    pool = opened(make_decoder_pool(tmp_path, dtype=torch.bfloat16))
+    assert {member.dtype for member in pool} == {"bfloat16"}
+
+
+def test_opening_again_gives_the_same_pool(decoders: Folders, opened: Open) -> None:
+    assert opened(decoders).fingerprint == opened(decoders).fingerprint
+
+
+def test_progress_is_by_model_and_a_known_model_is_not_read(decoders: Folders, opened: Open) -> None:
+    calls: list[tuple[str, int, int]] = []
+    opened(decoders, progress=lambda *call: calls.append(call))
+    assert [name for name, done, total in calls if done == total] == ["base", "ag-news", "nq"]
+    calls.clear()
+    opened(decoders, progress=lambda *call: calls.append(call))
+    assert calls == []
+
+
+def test_an_expert_that_does_not_fit_is_named_before_anything_is_read(
+    decoders: Folders, tmp_path: Path, opened: Open
+) -> None:
+    calls: list[object] = []
+    wide = make_decoder(tmp_path / "wide", hidden_size=128)
+    with pytest.raises(IncompatibleModelsError, match="pool 'pico', expert 'wide'") as caught:
+        opened({**decoders, "wide": wide}, progress=lambda *call: calls.append(call))
+    assert "hidden_size: the base has 64, the expert 128" in caught.value.message
+    assert calls == []
+
+
+@pytest.mark.parametrize("path", ["/nowhere/model", "./nowhere", "~/nowhere/model", "models/llama/base"])
+def test_a_path_that_is_not_there_is_no_hub_id(path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: pytest.fail("asked the hub"))
+    with pytest.raises(CheckpointError, match=f"no model folder {path}"):
+        open_pool(config(path), cache_dir=tmp_path)
+
+
+def test_a_hub_id_is_downloaded_at_its_revision_without_code(
+    decoders: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[str, str | None]] = []
+
+    def download(repo_id: str, *, revision: str | None, allow_patterns: list[str], ignore_patterns: list[str]) -> str:
+        asked.append((repo_id, revision))
+        assert not any(pattern.endswith(".py") for pattern in allow_patterns)
+        assert not any(pattern == "*" for pattern in allow_patterns)
+        return str(decoders["nq"])
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    experts = {"nq": {"path": "someone/nq", "revision": "abc123"}}
+    pool = open_pool(config(str(decoders["base"]), experts), cache_dir=tmp_path)
+    assert asked == [("someone/nq", "abc123")]
+    assert pool.experts["nq"].path == decoders["nq"]
+
+
+def test_what_the_hub_refuses_names_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any, **__: Any) -> str:
+        raise ConnectionError("offline\nwith more lines")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)
+    with pytest.raises(CheckpointError, match="'someone/base' is no local folder, and the hub") as caught:
+        open_pool(config("someone/base"), cache_dir=tmp_path)
+    assert "more lines" not in caught.value.message
+
+
+@pytest.mark.parametrize(
+    ("pool", "kind", "message"),
+    [
+        ("encoders", "decoder", "BertModel, which cannot generate"),
+        ("decoders", "encoder", "LlamaForCausalLM without sentence-transformers modules"),
+        ("decoders", "reranker", "LlamaForCausalLM; a reranker"),
+    ],
+)
+def test_a_model_of_another_kind(
+    pool: str, kind: str, message: str, opened: Open, request: pytest.FixtureRequest
+) -> None:
+    with pytest.raises(CheckpointError, match=message):
+        opened(request.getfixturevalue(pool), kind)
+
+
+def test_a_decoder_with_embedding_modules_may_be_an_encoder(
+    encoders: Folders, opened: Open, copy: Copy, edit_json: Any
+) -> None:
+    base = copy(encoders["base"])
+    edit_json(base / "config.json", architectures=["Qwen3ForCausalLM"])
+    assert opened({"base": base}, "encoder").kind == "encoder"
+
+
+def test_an_adapter_says_that_it_is_not_supported(decoders: Folders, opened: Open, tmp_path: Path) -> None:
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 8}))
+    with pytest.raises(CheckpointError, match="pools of adapters are not supported"):
+        opened({**decoders, "lora": adapter})

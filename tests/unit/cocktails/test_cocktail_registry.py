@@ -1,0 +1,133 @@
+"""Ids that collide, and failures that read the same after a restart."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+
+import pytest
+
+from cocktail_serve import errors
+from cocktail_serve.cocktails.cocktail import Failure
+from cocktail_serve.cocktails.registry import Registry
+from cocktail_serve.cocktails.request import CocktailOptions, CocktailRequest
+from cocktail_serve.cocktails.store import Store
+from cocktail_serve.errors import CocktailError, ConflictError, NotFoundError, PermissionDeniedError
+from cocktail_serve.pool import Member, Pool
+from cocktail_serve.recipe import one_hot
+
+POOL = Pool("flan", "decoder", Member("base", Path("/b"), "fp-base", "float32", 8), {}, "text")
+
+
+def request(seed: int = 0, name: str = "films", *, inline: bool = False) -> CocktailRequest:
+    options = CocktailOptions(
+        name=name,
+        pool="flan",
+        pool_fingerprint=POOL.fingerprint,
+        merging_weights={"base": 1.0},
+        seed=seed,
+        inline=inline,
+    )
+    return CocktailRequest(options, None)
+
+
+@pytest.fixture
+async def registry() -> AsyncIterator[Registry]:
+    store = Store("sqlite:///:memory:")
+    await store.open()
+    registry = Registry(store, {"flan": POOL}, {"flan": "float32"}, max_inline=3, clock=lambda: 1700000000.0)
+    await registry.load()
+    yield registry
+    await store.close()
+
+
+async def ready(registry: Registry, wanted: CocktailRequest) -> str:
+    cocktail, _, _ = await registry.admit("acme", wanted, items=(), warnings=())
+    await registry.update(cocktail.uid, status="ready", recipe=one_hot(POOL, "base", dtype="float32"))
+    return cocktail.id
+
+
+@pytest.fixture
+def one_digit_ids(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ids of one hexadecimal digit, so that among seventeen requests two collide."""
+    monkeypatch.setattr("cocktail_serve.cocktails.registry.DIGEST8", 1)
+    monkeypatch.setattr("cocktail_serve.cocktails.cocktail.DIGEST8", 1)
+
+
+@pytest.mark.usefixtures("one_digit_ids")
+async def test_two_requests_whose_digests_begin_alike_never_share_an_id(registry: Registry) -> None:
+    by_digit: dict[str, CocktailRequest] = {}
+    for wanted in map(request, range(17)):
+        digit = wanted.digest[0]
+        if digit in by_digit:
+            break
+        by_digit[digit] = wanted
+        await registry.admit("acme", wanted, items=(), warnings=())
+    with pytest.raises(ConflictError, match="change 'seed'") as caught:
+        await registry.admit("acme", wanted, items=(), warnings=())
+    assert caught.value.param == "seed"
+    assert registry.get("acme", f"films@{digit}").digest == by_digit[digit].digest
+    assert len(registry.of_tenant("acme")) == len(by_digit)
+    _, admission, _ = await registry.admit("other", wanted, items=(), warnings=())
+    assert admission == "new", "another tenant's ids are its own"
+
+
+async def test_a_cocktail_whose_name_a_new_pool_takes_stays_reachable_by_id() -> None:
+    store = Store("sqlite:///:memory:")
+    await store.open()
+    before = Registry(store, {"flan": POOL}, {"flan": "float32"}, max_inline=3)
+    await before.load()
+    version = await ready(before, request())
+    films = Pool("films", "decoder", POOL.base, {}, "text")
+    after = Registry(store, {"flan": POOL, "films": films}, {"flan": "float32", "films": "float32"}, max_inline=3)
+    await after.load()
+    assert after.resolve("acme", "films").pool is films
+    assert after.resolve("acme", version).pool is POOL
+    assert [entry.id for entry in after.models("acme")] == ["films", version, "flan"]
+    with pytest.raises(PermissionDeniedError):
+        await after.remove("acme", "films")
+    await after.remove("acme", version)
+    await store.close()
+
+
+async def test_an_update_of_a_final_version_changes_nothing(registry: Registry) -> None:
+    version = await ready(registry, request())
+    uid = registry.get("acme", version).uid
+    assert await registry.update(uid, status="failed") is None
+    assert registry.get("acme", version).status == "ready"
+
+
+async def test_an_inline_cocktail_at_work_is_not_the_one_to_go(registry: Registry) -> None:
+    working, _, _ = await registry.admit("acme", request(0, "flan", inline=True), items=(), warnings=())
+    versions = [await ready(registry, request(seed, "flan", inline=True)) for seed in (1, 2)]
+    _, _, gone = await registry.admit("acme", request(3, "flan", inline=True), items=(), warnings=())
+    assert [cocktail.id for cocktail in gone] == versions[:1]
+    assert registry.by_uid(working.uid) is not None
+
+
+async def test_names_of_inline_cocktails_are_no_names(registry: Registry) -> None:
+    version = await ready(registry, request(0, "flan", inline=True))
+    with pytest.raises(NotFoundError):
+        registry.get("acme", "flan")
+    with pytest.raises(NotFoundError):
+        await registry.pin("acme", "flan", version)
+
+
+def all_errors(root: type[CocktailError] = CocktailError) -> Iterator[type[CocktailError]]:
+    yield root
+    for child in root.__subclasses__():
+        yield from all_errors(child)
+
+
+@pytest.mark.parametrize("kind", sorted(set(all_errors()), key=lambda kind: kind.__name__))
+def test_a_failure_is_the_same_error_again(kind: type[CocktailError]) -> None:
+    error = kind("what went wrong", param="examples")
+    again = Failure(**Failure.of(error).to_json()).exception()  # type: ignore[arg-type]
+    assert type(again) is type(error)
+    assert (again.message, again.param, again.code) == (error.message, error.param, error.code)
+
+
+def test_a_failure_of_a_class_this_release_does_not_have_keeps_its_code() -> None:
+    error = Failure(type="GoneError", code="gone", message="it was", param=None).exception()
+    assert isinstance(error, errors.CocktailError)
+    assert (error.code, error.message) == ("gone", "it was")

@@ -1,0 +1,238 @@
+"""The tables: what is written comes back equal, and a database that refuses is a StorageError."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sqlite3
+import stat
+from collections.abc import AsyncIterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from sqlalchemy import make_url
+
+from cocktail_serve.cocktails.cocktail import Cocktail, Failure
+from cocktail_serve.cocktails.request import CocktailOptions
+from cocktail_serve.cocktails.store import ScoreKey, Store, async_url
+from cocktail_serve.errors import ConfigError, StorageError
+from cocktail_serve.examples import ExampleSet, TextExample
+from cocktail_serve.recipe import Recipe
+
+KEY = ScoreKey(model="m", variant="v")
+
+
+def cocktail(uid: str, tenant: str = "acme", **changes: object) -> Cocktail:
+    options = CocktailOptions(name="films", pool="flan", pool_fingerprint="fp", peers=("base",), experts=("nq",))
+    made = Cocktail(
+        uid=uid,
+        tenant=tenant,
+        name="films",
+        pool_id="flan",
+        kind="decoder",
+        digest=uid * 8,
+        request=options,
+        created_at=1700000000.123456,
+        sequence=int(uid, 16),
+    )
+    return replace(made, **changes)  # type: ignore[arg-type]
+
+
+@pytest.fixture
+async def store(tmp_path: Path) -> AsyncIterator[Store]:
+    store = Store(f"sqlite:///{tmp_path / 'deep' / 'registry.sqlite'}")
+    await store.open()
+    yield store
+    await store.close()
+
+
+def path_of(store: Store) -> Path:
+    return Path(str(store.url.database))
+
+
+async def test_a_cocktail_comes_back_equal(store: Store) -> None:
+    queued = cocktail("1")
+    ready = cocktail(
+        "2",
+        status="ready",
+        progress=1.0,
+        ready_at=1700000001.5,
+        losses={"base": 0.1 + 0.2, "nq": 1e-300},
+        merging_weights={"base": 1 / 3, "nq": 2 / 3},
+        entropy=0.6,
+        mixed_loss=0.5,
+        recipe=Recipe("fp", (("fp", 1 / 3), ("fq", 2 / 3)), "bfloat16"),
+        warnings=("one", "two"),
+    )
+    failed = cocktail("3", status="failed", error=Failure("EngineError", "engine_error", "it died", None))
+    for each in (queued, ready, failed):
+        await store.add(each, None, [])
+    loaded, pins = await store.load()
+    assert loaded == [queued, ready, failed]
+    assert list(loaded[1].losses) == ["base", "nq"]
+    assert pins == {}
+
+
+async def test_an_update_of_what_was_deleted_does_not_bring_it_back(store: Store) -> None:
+    await store.add(cocktail("1"), None, [])
+    await store.delete("acme", ["1"])
+    await store.update(cocktail("1", status="ready"))
+    assert (await store.load())[0] == []
+
+
+async def test_examples_keep_their_order(store: Store) -> None:
+    examples = ExampleSet(tuple(TextExample(f"in {n}", f"out {n}") for n in range(12)), num_given=12)
+    await store.add(cocktail("1"), examples, ["i"])
+    assert await store.examples("1") == examples.to_json()
+    assert await store.examples("2") == []
+
+
+async def test_scores_are_kept_apart_by_tenant_model_and_variant(store: Store) -> None:
+    await store.add(cocktail("1"), None, ["i"])
+    await store.keep_losses("1", KEY, {"i": 1.25})
+    assert await store.losses("acme", KEY, ["i", "j"]) == {"i": 1.25}
+    assert await store.losses("other", KEY, ["i"]) == {}
+    assert await store.losses("acme", ScoreKey("m2", "v"), ["i"]) == {}
+    assert await store.losses("acme", ScoreKey("m", "v2"), ["i"]) == {}
+    await store.keep_losses("1", KEY, {"i": 9.0, "j": 2.0})
+    assert await store.losses("acme", KEY, ["i", "j"]) == {"i": 1.25, "j": 2.0}, "the first to come stays"
+
+
+async def test_more_items_than_a_statement_takes(store: Store) -> None:
+    items = [f"{number:064x}" for number in range(1201)]
+    await store.add(cocktail("1"), None, items)
+    await store.keep_losses("1", KEY, {item: float(number) for number, item in enumerate(items)})
+    kept = await store.losses("acme", KEY, items)
+    assert len(kept) == 1201
+    assert kept[items[777]] == 777.0
+
+
+async def test_embeddings_come_back_bit_for_bit(store: Store) -> None:
+    vector = np.random.default_rng(0).normal(size=384).astype(np.float32)
+    await store.add(cocktail("1"), None, ["t"])
+    await store.keep_embeddings("1", KEY, {"t": vector})
+    kept = await store.embeddings("acme", KEY, ["t"])
+    assert kept["t"].dtype == np.float32
+    np.testing.assert_array_equal(kept["t"], vector)
+
+
+async def test_deletion_keeps_the_scores_another_cocktail_of_the_tenant_needs(store: Store) -> None:
+    for uid, tenant, items in (("1", "acme", ["a", "b"]), ("2", "acme", ["b", "c"]), ("3", "other", ["a"])):
+        await store.add(cocktail(uid, tenant), None, items)
+        await store.keep_losses(uid, KEY, dict.fromkeys(items, 1.0))
+    await store.delete("acme", ["1"])
+    assert set(await store.losses("acme", KEY, ["a", "b", "c"])) == {"b", "c"}
+    assert set(await store.losses("other", KEY, ["a"])) == {"a"}
+
+
+async def test_a_pin_is_replaced_removed_and_goes_with_its_version(store: Store) -> None:
+    for uid in "12":
+        await store.add(cocktail(uid), None, [])
+    await store.pin("acme", "films", "1")
+    await store.pin("acme", "films", "2")
+    assert (await store.load())[1] == {("acme", "films"): "2"}
+    await store.delete("acme", ["2"])
+    assert (await store.load())[1] == {}
+    await store.pin("acme", "films", "1")
+    await store.pin("acme", "films", None)
+    assert (await store.load())[1] == {}
+
+
+async def test_the_file_is_private_durable_and_checks_its_keys(store: Store) -> None:
+    path = path_of(store)
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    assert stat.S_IMODE(path.with_name(path.name + "-wal").stat().st_mode) == 0o600
+    async with store._engine.connect() as connection:
+        settings = {}
+        for pragma in ("journal_mode", "synchronous", "foreign_keys", "secure_delete", "busy_timeout"):
+            settings[pragma] = (await connection.exec_driver_sql(f"pragma {pragma}")).scalar()
+    assert settings == {
+        "journal_mode": "wal",
+        "synchronous": 2,
+        "foreign_keys": 1,
+        "secure_delete": 1,
+        "busy_timeout": 10000,
+    }
+
+
+async def test_another_process_holding_the_write_lock_is_waited_for(store: Store) -> None:
+    other = sqlite3.connect(path_of(store), isolation_level=None, check_same_thread=False)
+    other.execute("begin immediate")
+    writing = asyncio.create_task(store.add(cocktail("1"), None, []))
+    await asyncio.sleep(0.05)
+    assert not writing.done()
+    other.execute("commit")
+    other.close()
+    await writing
+    assert len((await store.load())[0]) == 1
+
+
+async def test_tables_of_another_release_are_refused(tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path / 'registry.sqlite'}"
+    store = Store(url)
+    await store.open()
+    await store.close()
+    with sqlite3.connect(tmp_path / "registry.sqlite") as connection:
+        connection.execute("update schema_info set version = 99")
+    newer = Store(url)
+    with pytest.raises(StorageError, match="version 99 and this release reads version 1"):
+        await newer.open()
+    await newer.close()
+
+
+async def test_a_file_that_is_no_database_is_a_storage_error(tmp_path: Path) -> None:
+    path = tmp_path / "registry.sqlite"
+    path.write_bytes(b"not a database, but long enough to be looked at" * 100)
+    store = Store(f"sqlite:///{path}")
+    with pytest.raises(StorageError, match="not a database"):
+        await store.open()
+    await store.close()
+
+
+async def test_a_folder_that_cannot_be_made_is_a_storage_error(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    store = Store(f"sqlite:///{tmp_path / 'file' / 'registry.sqlite'}")
+    with pytest.raises(StorageError, match=r"check store\.url"):
+        await store.open()
+    await store.close()
+
+
+async def test_messages_carry_no_examples(store: Store) -> None:
+    secret = ExampleSet((TextExample("the vault opens at dawn", "quietly"),), num_given=1)
+    await store.add(cocktail("1"), secret, [])
+    with pytest.raises(StorageError) as caught:
+        await store.add(cocktail("1"), secret, [])
+    assert "vault" not in caught.value.message
+    assert await store.examples("1") == secret.to_json()
+
+
+async def test_a_registry_in_memory_is_one_database(tmp_path: Path) -> None:
+    store = Store("sqlite:///:memory:")
+    await store.open()
+    await store.add(cocktail("1"), None, [])
+    assert len((await store.load())[0]) == 1
+    await store.close()
+    assert not os.listdir(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("url", "driver"),
+    [
+        ("sqlite:///a/b.sqlite", "sqlite+aiosqlite"),
+        ("sqlite+aiosqlite:////a/b.sqlite", "sqlite+aiosqlite"),
+        ("postgresql://user:secret@host/db", "postgresql+asyncpg"),
+        ("postgresql+psycopg://host/db", "postgresql+psycopg"),
+    ],
+)
+def test_urls_get_a_driver_that_awaits(url: str, driver: str) -> None:
+    assert async_url(url).drivername == driver
+    assert async_url(url).database == make_url(url).database
+
+
+@pytest.mark.parametrize("url", ["not a url", "oracle+none://x/y", "", "postgresql+nodriver://host/db"])
+def test_a_url_that_cannot_be_used_is_a_configuration_error(url: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        Store(url)
+    assert caught.value.param == "store.url"

@@ -1,0 +1,51 @@
+"""Losses become weights by Eq. 2, and join the target by Eq. 1 and 3."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+
+from cocktail_serve.cocktails.request import CocktailOptions
+from cocktail_serve.cocktails.weighing import weigh
+
+LOSSES = {"base": 2.0, "nq": 1.0, "squad": 3.0}
+
+
+def options(**chosen: Any) -> CocktailOptions:
+    return CocktailOptions(name="films", pool="flan", pool_fingerprint="fp", **chosen)
+
+
+def test_softmax_over_base_and_peers() -> None:
+    weighing = weigh(options(peers=("base", "nq", "squad"), weighting="softmax", temperature=2.0), LOSSES)
+    total = sum(math.exp(-loss / 2.0) for loss in LOSSES.values())
+    assert weighing.merging_weights == pytest.approx({n: math.exp(-loss / 2.0) / total for n, loss in LOSSES.items()})
+    assert weighing.losses == LOSSES
+    assert weighing.entropy == pytest.approx(-sum(w * math.log(w) for w in weighing.merging_weights.values()))
+
+
+def test_the_target_takes_alpha_and_its_loss_decides_nothing() -> None:
+    chosen = options(peers=("base", "nq"), weighting="softmax", temperature=1.0, target="squad", alpha=0.25)
+    weights = weigh(chosen, LOSSES).merging_weights
+    assert weights["squad"] == 0.25
+    assert weights["nq"] / weights["base"] == pytest.approx(math.e)
+    assert weigh(chosen, {**LOSSES, "squad": 9.0}).merging_weights == weights
+
+
+def test_uniform_reports_losses_but_does_not_read_them() -> None:
+    weighing = weigh(options(peers=("base", "nq"), weighting="uniform"), LOSSES)
+    assert weighing.merging_weights == {"base": 0.5, "nq": 0.5}
+    assert weighing.losses == {"base": 2.0, "nq": 1.0}
+
+
+def test_a_target_alone_is_mixed_with_the_base() -> None:
+    weighing = weigh(options(target="nq", alpha=1.0), {})
+    assert weighing.merging_weights == {"base": 0.0, "nq": 1.0}
+    assert (weighing.losses, weighing.entropy) == ({}, 0.0)
+
+
+def test_weights_by_hand_are_taken_as_they_are() -> None:
+    weighing = weigh(options(merging_weights={"base": -0.5, "nq": 1.5}), {})
+    assert weighing.merging_weights == {"base": -0.5, "nq": 1.5}
+    assert weighing.entropy is None, "a negative weight has no entropy"

@@ -1,0 +1,179 @@
+import random
+import threading
+
+import numpy as np
+import pytest
+
+from cocktail_serve.engines.batching import BACKGROUND_EVERY, Batch, BatchQueue, Call, Job, PassLimits, cut_by_length
+
+LIMITS = PassLimits(max_tokens=64, pass_tokens=8)
+
+
+def job(lengths: list[int], *, key: str = "a", background: bool = False) -> Job:
+    made = Job(background=background)
+    made.set_inputs(key, [[1] * length for length in lengths])
+    return made
+
+
+def queue_of(*jobs: Job, limits: PassLimits = LIMITS) -> BatchQueue[Job]:
+    queue: BatchQueue[Job] = BatchQueue(limits)
+    for each in jobs:
+        assert queue.put(each)
+    return queue
+
+
+def take(queue: BatchQueue[Job]) -> Batch[Job]:
+    batch = queue.take()
+    assert isinstance(batch, Batch)
+    return batch
+
+
+def drain(queue: BatchQueue[Job], num_inputs: int) -> list[Batch[Job]]:
+    batches = []
+    while num_inputs:
+        batches.append(take(queue))
+        num_inputs -= len(batches[-1].token_ids)
+    return batches
+
+
+def num_padded(batch: Batch[Job]) -> int:
+    lengths = [len(ids) for ids in batch.token_ids]
+    return max(lengths) * len(lengths)
+
+
+class TestCutByLength:
+    def test_fills_a_pass_with_equal_lengths(self) -> None:
+        assert cut_by_length([16] * 9, LIMITS) == [4, 8, 9]
+
+    def test_a_single_longer_input_has_its_own_pass(self) -> None:
+        assert cut_by_length([200, 100, 10, 10], LIMITS) == [1, 2, 4]
+
+    def test_padding_dearer_than_a_pass_cuts(self) -> None:
+        assert cut_by_length([20, 13, 12], LIMITS) == [2, 3]  # 7 tokens of padding are worth it, 15 are not
+
+    def test_nothing_to_cut(self) -> None:
+        assert cut_by_length([], LIMITS) == []
+
+    @pytest.mark.parametrize("seed", range(20))
+    def test_keeps_its_bounds(self, seed: int) -> None:
+        rng = random.Random(seed)
+        lengths = sorted((rng.randint(1, 80) for _ in range(rng.randint(1, 100))), reverse=True)
+        start = 0
+        for end in cut_by_length(lengths, LIMITS):
+            group = lengths[start:end]
+            assert len(group) == 1 or len(group) * group[0] <= LIMITS.max_tokens
+            assert sum(group[0] - length for length in group) <= LIMITS.pass_tokens
+            start = end
+        assert start == len(lengths)
+
+
+class TestBatchQueue:
+    def test_joins_callers_of_one_key(self) -> None:
+        first, second = job([5]), job([6, 5])
+        batch = take(queue_of(first, second))
+        assert dict(batch.entries) == {first: [0], second: [0, 1]}
+
+    def test_never_joins_keys(self) -> None:
+        batches = drain(queue_of(job([5], key="a"), job([5], key="b"), job([5], key="a")), 3)
+        assert [(batch.key, len(batch.token_ids)) for batch in batches] == [("a", 2), ("b", 1)]
+
+    def test_vectors_come_back_in_the_order_of_the_inputs(self) -> None:
+        rng = random.Random(0)
+        jobs = [job([rng.randint(1, 60) for _ in range(rng.randint(1, 40))]) for _ in range(10)]
+        for number, each in enumerate(jobs):  # each input is told apart by its first token
+            each.set_inputs("a", [[1000 * number + index, *ids[1:]] for index, ids in enumerate(each.token_ids)])
+        complete: list[Job] = []
+        for batch in drain(queue_of(*jobs), sum(len(each.token_ids) for each in jobs)):
+            complete += batch.store(np.array([[ids[0], len(ids)] for ids in batch.token_ids], dtype=np.float32))
+        assert set(complete) == set(jobs)
+        assert len(complete) == len(jobs)
+        for each in jobs:
+            np.testing.assert_array_equal(each.vectors, [[ids[0], len(ids)] for ids in each.token_ids])
+
+    def test_splits_a_large_request_within_the_bounds(self) -> None:
+        rng = random.Random(1)
+        large = job([rng.randint(1, 30) for _ in range(2048)])
+        batches = drain(queue_of(large), 2048)
+        assert all(num_padded(batch) <= LIMITS.max_tokens for batch in batches)
+        read = sum(len(ids) for ids in large.token_ids)
+        assert sum(map(num_padded, batches)) < 1.1 * read
+
+    def test_a_small_request_does_not_wait_for_a_large_one(self) -> None:
+        queue = queue_of(large := job([60] * 50))
+        assert [each for each, _ in take(queue).entries] == [large]
+        queue.put(small := job([5]))
+        assert small in [each for batch in (take(queue), take(queue)) for each, _ in batch.entries]
+
+    def test_keys_take_turns(self) -> None:
+        queue = queue_of(job([60] * 10, key="a"), job([60] * 10, key="b"))
+        assert [take(queue).key for _ in range(6)] == ["a", "b", "a", "b", "a", "b"]
+
+    def test_background_gives_way_but_is_not_starved(self) -> None:
+        queue = queue_of(job([60] * 10, background=True), job([60] * 100))
+        order = [take(queue).jobs[0].background for _ in range(2 * BACKGROUND_EVERY)]
+        assert order == ([False] * (BACKGROUND_EVERY - 1) + [True]) * 2
+
+    def test_background_runs_at_once_when_there_is_no_traffic(self) -> None:
+        assert take(queue_of(job([5], background=True))).jobs[0].background
+
+    def test_an_abandoned_job_is_dropped_before_it_starts(self) -> None:
+        gone, there = job([5]), job([6])
+        queue = queue_of(gone, there)
+        gone.abandoned = True
+        assert take(queue).jobs == [there]
+
+    def test_a_failed_job_is_dropped_half_way(self) -> None:
+        queue = queue_of(failed := job([60] * 3), there := job([60]))
+        assert take(queue).jobs == [failed]
+        failed.error = RuntimeError()
+        assert take(queue).jobs == [there]
+
+    def test_calls_go_first(self) -> None:
+        queue = queue_of(job([5]))
+        future = queue.call(lambda: 7)
+        call = queue.take()
+        assert isinstance(call, Call)
+        call.run()
+        assert future.result(timeout=0) == 7
+
+    def test_a_call_that_fails_says_so_to_who_asked(self) -> None:
+        queue = queue_of()
+        future = queue.call(lambda: 1 / 0)
+        call = queue.take()
+        assert isinstance(call, Call)
+        call.run()
+        assert isinstance(future.exception(timeout=0), ZeroDivisionError)
+
+    def test_close_returns_what_is_left_and_ends_take(self) -> None:
+        traffic, background = job([5]), job([5], background=True)
+        queue = queue_of(traffic, background)
+        future = queue.call(lambda: None)
+        assert set(queue.close()) == {traffic, background}
+        assert queue.take() is None
+        assert future.cancelled()
+        assert not queue.put(job([5]))
+        assert queue.call(lambda: None).cancelled()
+
+    def test_wakes_a_waiting_taker(self) -> None:
+        queue: BatchQueue[Job] = BatchQueue(LIMITS)
+        taken: list[object] = []
+        thread = threading.Thread(target=lambda: taken.append(queue.take()))
+        thread.start()
+        queue.put(job([5]))
+        thread.join(timeout=10)
+        assert isinstance(taken[0], Batch)
+
+    def test_every_input_is_taken_once_under_concurrent_puts(self) -> None:
+        queue: BatchQueue[Job] = BatchQueue(LIMITS)
+        rng = random.Random(2)
+        jobs = [job([rng.randint(1, 70) for _ in range(20)], key=rng.choice("abc")) for _ in range(60)]
+        threads = [
+            threading.Thread(target=lambda part=part: [queue.put(each) for each in part])
+            for part in (jobs[:30], jobs[30:])
+        ]
+        for thread in threads:
+            thread.start()
+        seen = [(each, index) for batch in drain(queue, 1200) for each, indices in batch.entries for index in indices]
+        for thread in threads:
+            thread.join()
+        assert len(seen) == len(set(seen)) == 1200

@@ -1,0 +1,95 @@
+"""`doctor`: problems are found before a server is started."""
+
+import json
+import socket
+
+import pytest
+import yaml
+
+from cocktail_serve.cli import main
+from tests.models import make_decoder, make_encoder_pool
+
+
+@pytest.fixture
+def write_config(tmp_path):
+    pool = make_encoder_pool(tmp_path / "bge", ("quora",))
+
+    def write(**changes):
+        content = {
+            "server": {"port": 0},
+            "store": {"cache_dir": str(tmp_path / "cache"), "cache_bytes": 1000},
+            "pools": [
+                {
+                    "id": "bge",
+                    "kind": "encoder",
+                    "base": str(pool["base"]),
+                    "experts": {"quora": str(pool["quora"])},
+                    "engine": {"type": "sentence_transformers"},
+                }
+            ],
+        }
+        path = tmp_path / "config.yaml"
+        path.write_text(yaml.safe_dump(content | changes))
+        return path
+
+    return write
+
+
+def run(capsys, *args: object) -> tuple[int, dict[str, dict[str, str]]]:
+    with pytest.raises(SystemExit) as exited:
+        main(["doctor", *map(str, args), "--json"])
+    checks = json.loads(capsys.readouterr().out)["checks"]
+    return int(exited.value.code or 0), {check["name"]: check for check in checks}
+
+
+def test_a_working_configuration_has_no_problem(write_config, capsys):
+    code, checks = run(capsys, write_config())
+    assert code == 0
+    assert "base and 1 experts can be mixed" in checks["pool bge"]["detail"]
+    assert checks["vLLM plugin"]["status"] == "ok"
+    assert checks["store"]["status"] == "ok"
+
+
+def test_a_port_in_use_is_a_problem(write_config, capsys):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        code, checks = run(capsys, write_config(server={"port": taken.getsockname()[1]}))
+    assert code == 1
+    assert "in use" in checks["address"]["detail"]
+    assert checks["pool bge"]["status"] == "ok"
+
+
+def test_an_expert_that_does_not_fit_is_a_problem(write_config, tmp_path, capsys):
+    base, wide = make_decoder(tmp_path / "base"), make_decoder(tmp_path / "wide", hidden_size=128)
+    pool = {"id": "p", "kind": "decoder", "base": str(base), "experts": {"wide": str(wide)}, "engine": {"type": "fake"}}
+    code, checks = run(capsys, write_config(pools=[pool]))
+    assert code == 1
+    assert "embed_tokens" in checks["pool p"]["detail"]
+
+
+def test_an_open_address_without_a_key_is_a_problem(write_config, monkeypatch, capsys):
+    monkeypatch.delenv("COCKTAIL_ADMIN_KEY", raising=False)
+    path = write_config(server={"host": "0.0.0.0", "port": 0})
+    code, checks = run(capsys, path)
+    assert (code, checks["keys"]["status"]) == (1, "problem")
+    monkeypatch.setenv("COCKTAIL_ADMIN_KEY", "secret")
+    code, checks = run(capsys, path)
+    assert (code, checks["keys"]["status"]) == (0, "ok")
+
+
+def test_an_unknown_key_is_a_problem(write_config, capsys):
+    code, checks = run(capsys, write_config(sevrer={}))
+    assert code == 1
+    assert "sevrer" in checks["configuration"]["detail"]
+
+
+def test_too_little_room_is_a_warning(write_config, tmp_path, capsys):
+    code, checks = run(capsys, write_config(store={"cache_dir": str(tmp_path), "cache_bytes": "1000TB"}))
+    assert (code, checks["store"]["status"]) == (0, "warning")
+
+
+def test_it_says_what_is_wrong_on_a_screen(write_config, capsys):
+    with pytest.raises(SystemExit):
+        main(["doctor", str(write_config(sevrer={}))])
+    out = capsys.readouterr().out
+    assert "✗ configuration" in out
+    assert "✓ python" in out

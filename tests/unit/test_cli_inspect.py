@@ -1,0 +1,71 @@
+"""`inspect`: one folder described, two compared."""
+
+import json
+
+import pytest
+
+from cocktail_serve.cli import main
+from tests.models import make_decoder, make_decoder_pool
+
+
+@pytest.fixture(scope="module")
+def pool(tmp_path_factory):
+    return make_decoder_pool(tmp_path_factory.mktemp("pool"), ("nq",))
+
+
+def run(capsys, *args: object) -> tuple[int, str, str]:
+    with pytest.raises(SystemExit) as exited:
+        main(["inspect", *map(str, args)])
+    out, err = capsys.readouterr()
+    return int(exited.value.code or 0), out, err
+
+
+def test_a_folder_is_described(pool, capsys):
+    code, out, _ = run(capsys, pool["base"], "--json")
+    assert code == 0
+    (model,) = json.loads(out)["models"]
+    assert model["architectures"] == ["LlamaForCausalLM"]
+    assert model["dtype"] == "float32"
+    assert model["num_bytes"] == 4 * model["num_parameters"]
+    assert model["blockers"] == []
+    assert len(model["fingerprint"]) == 64
+
+
+def test_the_change_of_an_expert_is_that_of_its_noise(pool, capsys):
+    _, out, _ = run(capsys, pool["base"], pool["nq"], "--json")
+    result = json.loads(out)
+    assert result["compatible"]
+    changes = {row["group"]: row["relative_change"] for row in result["changes"]}
+    assert changes["layers.0"] == pytest.approx(0.7, abs=0.1)  # the perturbation that the pool is made with
+    assert changes["norm"] == 0.0
+
+
+def test_a_model_compared_with_itself_has_not_moved(pool, capsys):
+    code, out, _ = run(capsys, pool["base"], pool["base"])
+    assert code == 0
+    assert "they can be mixed" in out
+    assert "0.0000" in out
+
+
+def test_models_of_other_shapes_cannot_be_mixed(pool, tmp_path, capsys):
+    other = make_decoder(tmp_path / "wide", hidden_size=128)
+    code, out, _ = run(capsys, pool["base"], other, "--json")
+    result = json.loads(out)
+    assert (code, result["compatible"]) == (2, False)
+    assert any("embed_tokens" in problem["subject"] for problem in result["problems"])
+    code, out, _ = run(capsys, pool["base"], other)
+    assert (code, "cannot be mixed" in out) == (2, True)
+
+
+def test_an_expert_without_tokenizer_cannot_be_a_base(tmp_path, capsys):
+    folder = make_decoder(tmp_path / "model")
+    for file in folder.glob("tokenizer*"):
+        file.unlink()
+    _, out, _ = run(capsys, folder)
+    assert "can be served  no: no tokenizer.json" in out
+
+
+def test_what_is_no_model_is_bad_input(tmp_path, capsys):
+    code, out, err = run(capsys, tmp_path)
+    assert (code, out) == (2, "")
+    assert "config.json is missing" in err

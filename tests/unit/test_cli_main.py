@@ -1,0 +1,83 @@
+"""What all commands have in common: exit codes, where output goes."""
+
+import io
+
+import pytest
+from rich.console import Console
+
+import cocktail_serve
+from cocktail_serve import cli
+from cocktail_serve.cli import terminal
+from cocktail_serve.errors import ConfigError, EngineError
+
+
+def run(*args: str) -> int:
+    with pytest.raises(SystemExit) as exited:
+        cli.main(args)
+    return int(exited.value.code or 0)
+
+
+def test_the_version_is_the_packages(capsys):
+    assert run("--version") == 0
+    assert capsys.readouterr().out.strip() == cocktail_serve.__version__
+
+
+@pytest.mark.parametrize("command", ["serve", "weigh", "mix", "inspect", "doctor", "demo"])
+def test_every_command_has_help_and_json(command, capsys):
+    assert run(command, "--help") == 0
+    assert "--json" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("args", [("fly",), ("serve",), ("weigh", "--wings"), ("serve", "c.yaml", "--port", "70000")])
+def test_wrong_usage_exits_2(args, capsys):
+    assert run(*args) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err
+
+
+@pytest.mark.parametrize(
+    ("error", "code"), [(ConfigError("bad key"), 2), (EngineError("engine died"), 1), (KeyboardInterrupt(), 130)]
+)
+def test_errors_are_told_in_one_line(error, code, monkeypatch, capsys):
+    def fail(args):
+        raise error
+
+    monkeypatch.setattr(cli, "app", fail)
+    assert run("serve", "x") == code
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+
+
+def test_a_fault_of_ours_keeps_its_traceback(monkeypatch):
+    def fail(args):
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(cli, "app", fail)
+    with pytest.raises(ZeroDivisionError):
+        cli.main([])
+
+
+def test_progress_without_a_terminal_is_two_lines_a_thing(capsys):
+    with terminal.progress() as report:
+        for done in range(5):
+            report("reading base", done, 4)
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.splitlines() == ["reading base ...", "reading base: done"]
+
+
+def test_progress_on_a_terminal_is_a_bar(monkeypatch):
+    screen = io.StringIO()
+    monkeypatch.setattr(terminal, "stderr", lambda: Console(file=screen, force_terminal=True, width=80))
+    with terminal.progress() as report:
+        report("reading base", 1, 4)
+        report("reading base", 4, 4)
+    assert "100%" in screen.getvalue()
+
+
+@pytest.mark.parametrize(("share", "expected"), [(0.0, ""), (1.0, "████"), (0.5, "██"), (0.53, "██▏"), (2.0, "████")])
+def test_bars_are_as_long_as_their_share(share, expected):
+    assert terminal.bar(share, width=4) == expected

@@ -1,0 +1,221 @@
+"""`weigh` and `mix`: the server's numbers and checks without a server."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from cocktail_serve.checkpoints.reader import CheckpointReader
+from cocktail_serve.cli import main
+from cocktail_serve.weighting.softmax import softmax_weights
+from tests.models import make_decoder_pool, make_encoder_pool
+
+DECODER_ROWS = [
+    {"input": "the capital of france is", "output": "paris"},
+    {
+        "messages": [
+            {"role": "user", "content": "my card was stolen"},
+            {"role": "assistant", "content": "open a bank account"},
+        ]
+    },
+]
+ENCODER_ROWS = [
+    {"query": "my card was stolen", "pos": ["card lost"], "neg": ["red fish", "good dog"]},
+    {"query": "capital of france", "pos": ["paris"], "neg": ["berlin"]},
+]
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("offline")
+    decoders = make_decoder_pool(folder / "flan")
+    encoders = make_encoder_pool(folder / "bge")
+    path = folder / "config.yaml"
+    path.write_text(
+        yaml.safe_dump(
+            {
+                "store": {"cache_dir": "cache"},
+                "pools": [
+                    _pool("flan", "decoder", decoders, {"type": "vllm", "max_model_len": 64}),
+                    _pool("bge", "encoder", encoders, {"type": "sentence_transformers"}),
+                ],
+            }
+        )
+    )
+    return path
+
+
+def _pool(pool_id: str, kind: str, folders: dict[str, Path], engine: dict[str, object]) -> dict[str, object]:
+    experts = {name: str(path) for name, path in folders.items() if name != "base"}
+    return {"id": pool_id, "kind": kind, "base": str(folders["base"]), "experts": experts, "engine": engine}
+
+
+@pytest.fixture
+def examples(tmp_path):
+    def write(rows):
+        path = tmp_path / "examples.jsonl"
+        path.write_text("\n".join(map(json.dumps, rows)))
+        return path
+
+    return write
+
+
+def run(capsys, *args: object) -> tuple[int, str, str]:
+    with pytest.raises(SystemExit) as exited:
+        main([str(arg) for arg in args])
+    out, err = capsys.readouterr()
+    return int(exited.value.code or 0), out, err
+
+
+@pytest.mark.parametrize(("pool", "rows"), [("flan", DECODER_ROWS), ("bge", ENCODER_ROWS)])
+def test_weights_follow_from_the_losses(config, examples, capsys, pool, rows):
+    code, out, _ = run(
+        capsys, "weigh", config, "--pool", pool, "--examples", examples(rows), "--temperature", 0.5, "--json"
+    )
+    assert code == 0
+    result = json.loads(out)
+    assert next(iter(result["losses"])) == "base"
+    assert len(set(result["losses"].values())) == 3
+    assert result["merging_weights"] == pytest.approx(softmax_weights(result["losses"], temperature=0.5))
+    assert result["num_examples"] == 2
+
+
+def test_the_decoders_losses_are_those_of_transformers(config, examples, capsys):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    row = {"input": "the film was", "output": "a joy"}
+    _, out, _ = run(capsys, "weigh", config, "--pool", "flan", "--examples", examples([row]), "--json")
+    folder = config.parent / "flan" / "nq"
+    tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder)
+    prompt = tokenizer("the film was").input_ids
+    ids = [*tokenizer("the film was a joy").input_ids, tokenizer.eos_token_id]
+    labels = torch.tensor([[-100] * len(prompt) + ids[len(prompt) :]])
+    with torch.inference_mode():
+        reference = model(torch.tensor([ids]), labels=labels).loss.item()
+    assert json.loads(out)["losses"]["nq"] == pytest.approx(reference, rel=1e-5)
+
+
+def test_a_target_is_scored_but_not_weighed(config, examples, capsys):
+    args = ("--pool", "flan", "--examples", examples(DECODER_ROWS), "--target", "nq", "--alpha", 0.25, "--json")
+    _, out, _ = run(capsys, "weigh", config, *args)
+    result = json.loads(out)
+    assert result["merging_weights"]["nq"] == pytest.approx(0.25)
+    assert sum(result["merging_weights"].values()) == pytest.approx(1.0)
+    assert set(result["losses"]) == {"base", "ag-news", "nq"}
+
+
+def test_the_table_names_every_model(config, examples, capsys):
+    code, out, err = run(capsys, "weigh", config, "--pool", "bge", "--examples", examples(ENCODER_ROWS))
+    assert code == 0
+    assert all(name in out for name in ("base", "hotpotqa", "quora", "█", "temperature 5"))
+    assert "scoring" in err  # progress as plain lines, since this is no terminal
+
+
+def test_a_mixture_is_the_weighted_sum_and_loads(config, tmp_path, capsys):
+    out_folder = tmp_path / "new" / "mixed"
+    args = ("--pool", "flan", "--weights", "base=0.25,ag-news=0.75", "--out", out_folder, "--json")
+    code, out, _ = run(capsys, "mix", config, *args)
+    assert code == 0
+    result = json.loads(out)
+    assert json.loads((out_folder / "recipe.json").read_text())["digest"] == result["recipe"]["digest"]
+    pool = config.parent / "flan"
+    with (
+        CheckpointReader(pool / "base") as base,
+        CheckpointReader(pool / "ag-news") as expert,
+        CheckpointReader(out_folder) as mixed,
+    ):
+        for name in base.tensors:
+            expected = 0.25 * base.get(name).double() + 0.75 * expert.get(name).double()
+            torch.testing.assert_close(mixed.get(name).double(), expected, rtol=1e-6, atol=1e-7)
+
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    AutoModelForCausalLM.from_pretrained(out_folder)
+    assert AutoTokenizer.from_pretrained(out_folder).chat_template
+
+
+def test_a_mixture_from_examples_tells_its_losses(config, examples, tmp_path, capsys):
+    out_folder = tmp_path / "mixed"
+    code, _, _ = run(capsys, "mix", config, "--pool", "bge", "--examples", examples(ENCODER_ROWS), "--out", out_folder)
+    assert code == 0
+    weighing = json.loads((out_folder / "weighing.json").read_text())
+    recipe = json.loads((out_folder / "recipe.json").read_text())
+    assert recipe["merging_weights"] == pytest.approx(weighing["merging_weights"])
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--weights", "base=0.5,ag-news=0.4"], "sum to 0.9"),
+        (["--weights", "base=0.5,unknown=0.5"], "unknown"),
+        (["--weights", "base=one"], "base=one"),
+        (["--weights", "base=0.5,base=0.5"], "twice"),
+        (["--weights", "base=inf"], "base=inf"),
+        (["--weights", "base=1", "--alpha", "0.5"], "alpha"),
+        (["--target", "nq", "--alpha", "1.5"], "alpha"),
+        (["--target", "none"], "none"),
+        ([], "nothing to mix"),
+        (["--examples", "no-such-file.jsonl"], "no-such-file"),
+    ],
+)
+def test_bad_input_is_refused_and_nothing_is_written(config, tmp_path, capsys, args, message):
+    out_folder = tmp_path / "mixed"
+    code, out, err = run(capsys, "mix", config, "--pool", "flan", "--out", out_folder, *args)
+    assert code == 2
+    assert out == ""
+    assert message in " ".join(err.replace("│", " ").split())
+    assert not out_folder.exists()
+
+
+@pytest.mark.parametrize(
+    ("rows", "options", "message"),
+    [
+        ([], [], "no examples"),
+        ([{"input": "a"}], [], "row 1"),
+        ([{"input": "a", "output": "b"}], ["--temperature", "0"], "temperature"),
+        ([{"input": "a", "output": "b"}], ["--weighting", "guess"], "weighting"),
+        ([{"input": "word " * 80, "output": "b"}], [], "at most 63"),
+        (ENCODER_ROWS, [], "decoder"),
+    ],
+)
+def test_bad_examples_are_refused(config, examples, capsys, *, rows, options, message):
+    code, out, err = run(capsys, "weigh", config, "--pool", "flan", "--examples", examples(rows), *options)
+    assert code == 2
+    assert out == ""
+    assert message in err
+
+
+def test_an_unreadable_row_names_its_line(config, tmp_path, capsys):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"input": "a", "output": "b"}\n{"input": \n')
+    code, _, err = run(capsys, "weigh", config, "--pool", "flan", "--examples", path)
+    assert (code, "row 2" in err) == (2, True)
+
+
+def test_an_existing_folder_is_not_overwritten(config, tmp_path, capsys):
+    (tmp_path / "kept").write_text("mine")
+    code, _, err = run(capsys, "mix", config, "--pool", "flan", "--weights", "base=1", "--out", tmp_path)
+    assert (code, "exists" in err) == (2, True)
+    assert [path.name for path in tmp_path.iterdir()] == ["kept"]
+
+
+def test_a_full_disk_is_a_failure_and_leaves_nothing(config, tmp_path, capsys, monkeypatch):
+    from cocktail_serve.checkpoints import folder
+
+    monkeypatch.setattr(folder.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 10})())
+    code, _, err = run(capsys, "mix", config, "--pool", "flan", "--weights", "base=1", "--out", tmp_path / "mixed")
+    assert (code, "make room" in err) == (1, True)
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_unknown_pool_lists_the_known(config, examples, capsys):
+    code, _, err = run(capsys, "weigh", config, "--pool", "flam", "--examples", examples(DECODER_ROWS))
+    assert code == 2
+    assert "flan, bge" in err
+
+
+def test_a_missing_configuration_is_bad_input(tmp_path, examples, capsys):
+    code, _, err = run(capsys, "weigh", tmp_path / "no.yaml", "--pool", "x", "--examples", examples(DECODER_ROWS))
+    assert (code, "no.yaml" in err) == (2, True)

@@ -1,0 +1,31 @@
+"""The documentation says what the code does: generated pages are current, links lead somewhere, settings are told."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from docs import generate
+
+ROOT = Path(generate.__file__).parent.parent
+
+
+@pytest.mark.parametrize("name", ["config.md", "cli.md", "http.md", "cocktails.md", "errors.md"])
+def test_generated_page_is_up_to_date(name: str) -> None:
+    committed = (generate.REFERENCE / name).read_text()
+    assert committed == generate.pages()[name], "run `make docs` and commit what changes"
+
+
+def test_every_setting_has_a_description() -> None:
+    rows = [line for line in generate.config_page().splitlines() if line.startswith("| `")]
+    untold = [row for row in rows if row.split("|")[4].strip() == ""]
+    assert untold == []
+
+
+@pytest.mark.parametrize("page", sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]), ids=lambda p: p.name)
+def test_links_between_pages_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", page.read_text()):
+        if "://" not in target:
+            assert (page.parent / target).exists(), f"{page} links to {target}, which is not there"

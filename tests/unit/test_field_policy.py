@@ -1,0 +1,181 @@
+"""What the gateway decides about a generation request, and what it makes of the answer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import orjson
+import pytest
+
+from cocktail_serve.errors import ContextLengthError, EngineError, InvalidRequestError, ModelNotReadyError
+from cocktail_serve.gateway.answers import AnswerRewriter, upstream_error
+from cocktail_serve.gateway.field_policy import FIELD_POLICY, apply_field_policy
+
+CHAT: dict[str, Any] = {"model": "flan", "messages": [{"role": "user", "content": "hi"}]}
+
+
+def nested(field: str, value: object) -> dict[str, Any]:
+    """A body that holds `value` under a dotted name."""
+    for key in reversed(field.split(".")):
+        value = {key: value}
+    assert isinstance(value, dict)
+    return value
+
+
+REFUSED = [rule for rule in FIELD_POLICY if rule.action == "refuse"]
+
+
+@pytest.mark.parametrize("rule", REFUSED, ids=lambda rule: rule.field)
+def test_refused(rule: Any) -> None:
+    with pytest.raises(InvalidRequestError) as caught:
+        apply_field_policy(CHAT | nested(rule.field, "x"), allow_chat_template=False)
+    assert caught.value.param == rule.field
+    assert rule.why in caught.value.message
+
+
+@pytest.mark.parametrize("rule", REFUSED, ids=lambda rule: rule.field)
+def test_refused_but_null_is_as_good_as_absent(rule: Any) -> None:
+    outgoing = apply_field_policy(CHAT | nested(rule.field, None), allow_chat_template=False)
+    assert rule.field not in outgoing.body
+
+
+def test_falsy_values_are_refused_too() -> None:
+    with pytest.raises(InvalidRequestError, match="priority"):
+        apply_field_policy(CHAT | {"priority": 0}, allow_chat_template=False)
+
+
+def test_chat_templates_where_the_operator_allows_them() -> None:
+    body = CHAT | {"chat_template": "{{ x }}", "chat_template_kwargs": {"chat_template": "y"}}
+    assert apply_field_policy(body, allow_chat_template=True).body["chat_template"] == "{{ x }}"
+    with pytest.raises(InvalidRequestError, match=r"engine\.allow_chat_template"):
+        apply_field_policy(body, allow_chat_template=False)
+
+
+def test_all_else_passes_and_the_request_stays_as_it_was() -> None:
+    body = CHAT | {"tools": [{"type": "function"}], "logprobs": True, "min_p": 0.1, "seed": 2**40, "stop": None}
+    before = orjson.dumps(body)
+    outgoing = apply_field_policy(body | {"cocktail": {"examples": []}}, allow_chat_template=False)
+    assert outgoing.body == {key: value for key, value in body.items() if key != "model"}
+    assert orjson.dumps(body) == before
+
+
+@pytest.mark.parametrize(
+    ("options", "sent", "shows"),
+    [
+        (None, {"include_usage": True}, False),
+        ({}, {"include_usage": True}, False),
+        ({"include_usage": None}, {"include_usage": True}, False),
+        ({"include_usage": True}, {"include_usage": True}, True),
+        (
+            {"include_usage": True, "continuous_usage_stats": True},
+            {"include_usage": True, "continuous_usage_stats": True},
+            True,
+        ),
+        ({"include_usage": False, "continuous_usage_stats": True}, {"include_usage": True}, False),
+    ],
+)
+def test_usage_is_always_asked_of_the_engine(options: Any, sent: Any, shows: bool) -> None:
+    outgoing = apply_field_policy(CHAT | {"stream": True, "stream_options": options}, allow_chat_template=False)
+    assert outgoing.body["stream_options"] == sent
+    assert outgoing.shows_usage is shows
+
+
+def test_without_a_stream_its_options_are_the_engines_to_judge() -> None:
+    assert "stream_options" not in apply_field_policy(CHAT, allow_chat_template=False).body
+    body = CHAT | {"stream_options": {"include_usage": True}}
+    assert apply_field_policy(body, allow_chat_template=False).body["stream_options"] == {"include_usage": True}
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"stream": "true"}, "stream"),
+        ({"stream": 1}, "stream"),
+        ({"stream": True, "stream_options": [1]}, "stream_options"),
+        ({"stream": True, "stream_options": {"include_usage": "yes"}}, "stream_options.include_usage"),
+        ({"cache_salt": 7}, "cache_salt"),
+        ({"cache_salt": ""}, "cache_salt"),
+    ],
+)
+def test_fields_of_ours_have_their_types(fields: dict[str, Any], param: str) -> None:
+    with pytest.raises(InvalidRequestError) as caught:
+        apply_field_policy(CHAT | fields, allow_chat_template=False)
+    assert caught.value.param == param
+
+
+def rewritten(chunk: dict[str, Any], *, shows_usage: bool) -> dict[str, Any] | None:
+    payload = AnswerRewriter("flan@1a2b3c4d", shows_usage=shows_usage).chunk(orjson.dumps(chunk))
+    return None if payload is None else orjson.loads(payload)
+
+
+CHUNK = {"id": "c", "model": "engine", "choices": [{"index": 0, "delta": {"content": "x"}}]}
+USAGE = {"prompt_tokens": 3, "completion_tokens": 5, "total_tokens": 8}
+
+
+def test_chunks_name_the_version() -> None:
+    for shows_usage in (True, False):
+        chunk = rewritten(CHUNK, shows_usage=shows_usage)
+        assert chunk is not None
+        assert chunk["model"] == "flan@1a2b3c4d"
+        assert chunk["choices"] == CHUNK["choices"]
+
+
+def test_usage_hidden() -> None:
+    assert rewritten(CHUNK, shows_usage=False) == CHUNK | {"model": "flan@1a2b3c4d"}
+    assert rewritten(CHUNK | {"usage": None}, shows_usage=False) == CHUNK | {"model": "flan@1a2b3c4d"}
+    assert rewritten(CHUNK | {"choices": [], "usage": USAGE}, shows_usage=False) is None
+
+
+def test_usage_shown() -> None:
+    plain = rewritten(CHUNK, shows_usage=True)
+    assert plain is not None
+    assert plain["usage"] is None
+    last = rewritten(CHUNK | {"choices": [], "usage": USAGE}, shows_usage=True)
+    assert last is not None
+    assert last["usage"] == USAGE
+
+
+def test_tokens_are_counted_though_hidden() -> None:
+    rewriter = AnswerRewriter("flan", shows_usage=False)
+    rewriter.chunk(orjson.dumps(CHUNK | {"choices": [], "usage": USAGE}))
+    assert (rewriter.num_prompt_tokens, rewriter.num_completion_tokens) == (3, 5)
+
+
+def test_whole_answers() -> None:
+    rewriter = AnswerRewriter("flan@1a2b3c4d", shows_usage=False)
+    answer = {"id": "c", "model": "engine", "choices": [], "usage": USAGE, "kept": [1.5, None]}
+    assert orjson.loads(rewriter.whole(200, orjson.dumps(answer))) == answer | {"model": "flan@1a2b3c4d"}
+    assert rewriter.num_completion_tokens == 5
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "message", "expected"),
+    [
+        (400, 400, "bad top_p", InvalidRequestError),
+        (400, 400, "This model's maximum context length is 8 tokens", ContextLengthError),
+        (400, "context_length_exceeded", "at most 8 tokens", ContextLengthError),
+        (501, 501, "beam search is not built in", InvalidRequestError),
+        (500, 500, "EngineCore died", EngineError),
+        (404, 404, "the model does not exist", EngineError),
+        (503, 503, "overloaded", ModelNotReadyError),
+        (500, 400, "found late, inside a stream", InvalidRequestError),
+    ],
+)
+def test_engine_errors(status: int, code: int | str, message: str, expected: type[Exception]) -> None:
+    error = upstream_error(status, {"error": {"message": message, "type": "x", "param": "p", "code": code}})
+    assert type(error) is expected
+    assert message in error.message
+    assert isinstance(error.code, str)
+
+
+@pytest.mark.parametrize("raw", [b"", b"<html>", b"[]", b'"x"'])
+def test_answers_that_are_no_json_objects(raw: bytes) -> None:
+    with pytest.raises(EngineError):
+        AnswerRewriter("flan", shows_usage=False).whole(200, raw)
+    with pytest.raises(EngineError):
+        AnswerRewriter("flan", shows_usage=False).chunk(raw)
+
+
+def test_errors_inside_streams() -> None:
+    with pytest.raises(EngineError, match="EngineCore died"):
+        rewritten({"error": {"message": "EngineCore died", "code": 500}}, shows_usage=False)

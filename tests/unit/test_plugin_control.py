@@ -1,0 +1,243 @@
+"""The order of a mix, and what every failure in it leaves behind: a scripted engine, no vLLM."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from cocktail_serve.errors import CapacityError, ConfigError, EngineError, InvalidMixError
+from cocktail_serve.pool import Member, Pool
+from cocktail_serve.recipe import Recipe, make_recipe, one_hot
+from vllm_cocktail.control import EngineControl
+from vllm_cocktail.fence import Fence
+from vllm_cocktail.manifest import Manifest
+
+
+def member(name: str, digit: str) -> Member:
+    return Member(name, Path(name), digit * 64, "float32", 1000)
+
+
+POOL = Pool("flan", "decoder", member("base", "0"), {"red": member("red", "1")}, "t")
+BASE = one_hot(POOL, "base", dtype="float32")
+RED = one_hot(POOL, "red", dtype="float32")
+HALF = make_recipe(POOL, {"base": 0.5, "red": 0.5}, dtype="float32")
+
+
+class Engine:
+    """Writes down what it is asked and answers as vLLM would; `failures` makes single calls raise or answer oddly."""
+
+    def __init__(self, *, ranks: int = 1, multimodal: bool = False) -> None:
+        self.model_config = SimpleNamespace(is_multimodal_model=multimodal)
+        self.calls: list[str] = []
+        self.ranks = ranks
+        self.resident = BASE.digest
+        self.weight_version = "default"
+        self.clear_cache: bool | None = None
+        self.failures: dict[str, Exception] = {}
+        self.replies: dict[str, list[dict[str, Any]]] = {}
+        self.mixing = asyncio.Event()
+        self.go_on = asyncio.Event()
+        self.go_on.set()
+
+    def _called(self, name: str) -> None:
+        self.calls.append(name)
+        if name in self.failures:
+            raise self.failures[name]
+
+    async def collective_rpc(self, method: str, *, args: tuple[str, ...]) -> list[dict[str, Any]]:
+        self._called(method)
+        if method == "cocktail_mix":
+            self.mixing.set()
+            await self.go_on.wait()
+            self.resident = Recipe.from_json(json.loads(args[0])).digest
+        reply = {"ok": True, "error": None, "digest": self.resident, "source": "files"}
+        probed = {"cached": [], "cached_bytes": 0, "model_dtype": "float32"}
+        return self.replies.get(method) or [reply | probed for _ in range(self.ranks)]
+
+    async def pause_generation(self, *, mode: str, clear_cache: bool) -> None:
+        self._called(f"pause {mode}")
+        self.clear_cache = clear_cache
+
+    async def resume_generation(self) -> None:
+        self._called("resume")
+
+    async def update_weight_version(self, version: str) -> None:
+        self._called("version")
+        self.weight_version = version
+
+    async def get_weight_version(self) -> str:
+        return self.weight_version
+
+    async def reset_mm_cache(self) -> None:
+        self._called("reset mm")
+
+    async def reset_encoder_cache(self) -> None:
+        self._called("reset encoder")
+
+
+async def control_of(engine: Engine, *, managed: bool = True) -> EngineControl:
+    """Started; the calls of the start are forgotten."""
+    manifest = Manifest.of_pool(POOL, dtype="float32", cache_bytes=0, managed=managed)
+    control = EngineControl(engine, Fence(managed=managed), manifest)  # type: ignore[arg-type]  # what it uses of it
+    await control.start()
+    engine.calls.clear()
+    return control
+
+
+async def test_a_mix_goes_on_between_a_pause_and_a_resume() -> None:
+    engine = Engine(ranks=2)
+    control = await control_of(engine)
+    mixed = await control.mix(RED, drain_s=0)
+    assert engine.calls == ["cocktail_check", "pause abort", "cocktail_mix", "version", "resume"]
+    assert (mixed.resident, mixed.source) == (RED.digest, "files")
+    assert (control.fence.state, control.fence.resident) == ("open", RED.digest)
+    assert engine.weight_version == RED.digest
+
+
+@pytest.mark.parametrize("managed", [True, False])
+async def test_the_prefix_cache_goes_where_requests_carry_no_salt(managed: bool) -> None:
+    engine = Engine()
+    control = await control_of(engine, managed=managed)
+    await control.mix(RED, drain_s=0)
+    assert engine.clear_cache is not managed
+
+
+async def test_what_a_multimodal_model_made_of_its_inputs_goes_too() -> None:
+    engine = Engine(multimodal=True)
+    await (await control_of(engine)).mix(RED, drain_s=0)
+    assert engine.calls[3:] == ["version", "reset mm", "reset encoder", "resume"]
+
+
+async def test_the_resident_recipe_is_left_alone() -> None:
+    engine = Engine()
+    mixed = await (await control_of(engine)).mix(BASE, drain_s=0)
+    assert (mixed.source, engine.calls) == ("resident", [])
+
+
+async def test_an_invalid_recipe_is_found_while_requests_go_on() -> None:
+    engine = Engine(ranks=2)
+    control = await control_of(engine)
+    ok, bad = {"ok": True, "error": None, "digest": RED.digest}, {"ok": False, "error": "no such file"}
+    engine.replies["cocktail_check"] = [ok, bad]
+    with pytest.raises(InvalidMixError, match="rank 1: no such file") as caught:
+        await control.mix(RED, drain_s=0)
+    assert caught.value.code == "invalid_recipe"
+    assert engine.calls == ["cocktail_check"]
+    assert (control.fence.state, control.fence.resident) == ("open", BASE.digest)
+
+
+async def test_requests_that_do_not_finish_in_time_keep_their_parameters() -> None:
+    engine = Engine()
+    control = await control_of(engine)
+    control.fence.enter()
+    with pytest.raises(CapacityError, match="1 request") as caught:
+        await control.mix(RED, drain_s=0)
+    assert caught.value.code == "busy"
+    assert engine.calls == ["cocktail_check"]
+    assert (control.fence.state, control.fence.resident) == ("open", BASE.digest)
+
+
+@pytest.mark.parametrize("step", ["pause abort", "cocktail_mix", "version", "reset mm", "reset encoder", "resume"])
+async def test_any_failure_after_the_start_poisons(step: str) -> None:
+    engine = Engine(multimodal=True)
+    control = await control_of(engine)
+    engine.failures[step] = RuntimeError("it broke")
+    with pytest.raises(EngineError, match="it broke") as caught:
+        await control.mix(RED, drain_s=0)
+    assert caught.value.code == "mix_failed"
+    assert control.fence.state == "poisoned"
+    assert engine.calls[-1] == step  # nothing was tried after it, no resume above all
+
+
+@pytest.mark.parametrize(
+    "replies",
+    [
+        [{"ok": True, "error": None, "digest": RED.digest, "source": "files"}, {"ok": False, "error": "torn"}],
+        [{"ok": True, "error": None, "digest": d.digest, "source": "files"} for d in (RED, HALF)],
+        [{"ok": True, "error": None, "digest": HALF.digest, "source": "files"}] * 2,
+    ],
+    ids=["one failed", "they differ", "all another"],
+)
+async def test_ranks_that_did_not_all_mix_the_recipe_poison(replies: list[dict[str, Any]]) -> None:
+    engine = Engine(ranks=2)
+    control = await control_of(engine)
+    engine.replies["cocktail_mix"] = replies
+    with pytest.raises(EngineError):
+        await control.mix(RED, drain_s=0)
+    assert control.fence.state == "poisoned"
+    assert "resume" not in engine.calls
+
+
+async def test_a_poisoned_engine_is_never_mixed_again() -> None:
+    engine = Engine()
+    control = await control_of(engine)
+    control.fence.poison("gone")
+    with pytest.raises(EngineError) as caught:
+        await control.mix(RED, drain_s=0)
+    assert caught.value.code == "mix_failed"
+    assert engine.calls == []
+
+
+async def test_a_caller_that_is_cancelled_leaves_the_mix_whole() -> None:
+    engine = Engine()
+    engine.go_on.clear()
+    control = await control_of(engine)
+    caller = asyncio.create_task(control.mix(RED, drain_s=0))
+    await engine.mixing.wait()
+    caller.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await caller
+    assert control.fence.state == "mixing"
+    engine.go_on.set()
+    await control.mix(HALF, drain_s=0)  # waits for the one before
+    assert engine.calls.count("resume") == 2
+    assert control.fence.resident == HALF.digest
+
+
+async def test_mixes_come_one_after_the_other() -> None:
+    engine = Engine()
+    control = await control_of(engine)
+    mixed = await asyncio.gather(*(control.mix(recipe, drain_s=0) for recipe in (RED, HALF, HALF)))
+    assert [m.source for m in mixed] == ["files", "files", "resident"]
+    assert [c for c in engine.calls if c.startswith(("pause", "resume"))] == ["pause abort", "resume"] * 2
+
+
+async def test_the_status_is_what_the_workers_say() -> None:
+    control = await control_of(Engine())
+    control.fence.enter()
+    status = await control.status()
+    assert (status["resident"], status["weight_version"]) == (BASE.digest, BASE.digest)
+    assert (status["state"], status["in_flight"], status["mixing_path"]) == ("open", 1, "stream")
+
+
+async def test_workers_that_hold_something_else_than_the_fence_says_poison() -> None:
+    engine = Engine()
+    control = await control_of(engine)
+    engine.resident = HALF.digest
+    assert (await control.status())["state"] == "poisoned"
+
+
+async def test_a_status_during_a_mix_is_no_contradiction() -> None:
+    """The workers may already hold the next recipe while the fence is still closed on the last one."""
+    engine = Engine()
+    engine.go_on.clear()
+    control = await control_of(engine)
+    mixing = asyncio.create_task(control.mix(RED, drain_s=0))
+    await engine.mixing.wait()
+    engine.resident = RED.digest
+    assert (await control.status())["state"] == "mixing"
+    engine.go_on.set()
+    await mixing
+    assert (await control.status())["state"] == "open"
+
+
+async def test_a_worker_that_refuses_the_engine_ends_the_start() -> None:
+    engine = Engine()
+    engine.replies["cocktail_probe"] = [{"ok": False, "error": "start it on the base"}]
+    with pytest.raises(ConfigError, match="start it on the base"):
+        await control_of(engine)

@@ -1,0 +1,48 @@
+"""`python -m vllm_cocktail`: the manifest of somebody who has vLLM and no gateway."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.models import make_decoder, make_decoder_pool
+from vllm_cocktail.__main__ import main
+from vllm_cocktail.manifest import Manifest
+
+
+def run(tmp_path: Path, base: Path, *experts: str, more: tuple[str, ...] = ()) -> int:
+    words = [word for expert in experts for word in ("--expert", expert)]
+    options = ["--cache-dir", str(tmp_path / "cache"), "--out", str(tmp_path / "pool.json"), *more]
+    return main(["--base", str(base), *words, *options])
+
+
+def test_it_writes_a_manifest_and_prints_the_start_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folders = make_decoder_pool(tmp_path, ("red",))
+    assert run(tmp_path, folders["base"], f"red={folders['red']}", more=("--cache-bytes", "1MiB")) == 0
+    manifest = Manifest.read(tmp_path / "pool.json")
+    assert (manifest.dtype, manifest.cache_bytes, manifest.managed) == ("float32", 2**20, False)
+    assert set(manifest.names) == {"base", "red"}
+    assert manifest.members[manifest.names["red"]] == folders["red"]
+    out = capsys.readouterr().out
+    assert manifest.names["red"] in out
+    assert f"vllm serve {folders['base']} --dtype float32 --worker-extension-cls vllm_cocktail.worker." in out
+
+
+def test_models_that_cannot_be_mixed_are_refused_and_nothing_is_written(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = make_decoder(tmp_path / "base")
+    wide = make_decoder(tmp_path / "wide", hidden_size=32)
+    assert run(tmp_path, base, f"wide={wide}") == 2
+    assert run(tmp_path, base, "gone=/no/such/folder") == 2
+    assert run(tmp_path, base, f"Wide={base}") == 2
+    assert "/no/such/folder" in capsys.readouterr().err
+    assert not (tmp_path / "pool.json").exists()
+
+
+@pytest.mark.parametrize("words", [["--expert", "red"], ["--cache-bytes", "much"], ["--dtype", "int8"], []])
+def test_usage_errors_exit_with_2(words: list[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main([*words, "--out", "pool.json"])
+    assert caught.value.code == 2

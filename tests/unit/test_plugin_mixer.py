@@ -1,0 +1,142 @@
+"""What the worker feeds into the engine, and what it keeps in memory: real files, no vLLM."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from cocktail_serve.checkpoints.mixture import iter_mixture
+from cocktail_serve.checkpoints.opening import open_pool
+from cocktail_serve.config import PoolConfig
+from cocktail_serve.errors import CheckpointError, IncompatibleModelsError, InvalidMixError
+from cocktail_serve.pool import Pool
+from cocktail_serve.recipe import Recipe, make_recipe
+from tests.models import make_decoder_pool
+from vllm_cocktail.cache import MergedParams
+from vllm_cocktail.manifest import Manifest
+from vllm_cocktail.mixer import Mixer
+
+
+@pytest.fixture(scope="module")
+def pool(tmp_path_factory: pytest.TempPathFactory) -> Pool:
+    folder = tmp_path_factory.mktemp("pool")
+    folders = make_decoder_pool(folder, ("red", "green"))
+    config = {
+        "id": "pico",
+        "kind": "decoder",
+        "base": str(folders["base"]),
+        "experts": {name: str(path) for name, path in folders.items() if name != "base"},
+        "engine": {"type": "vllm"},
+    }
+    return open_pool(PoolConfig.model_validate(config), cache_dir=folder / "cache")
+
+
+def mixer_of(pool: Pool, *, cache_bytes: int = 2**30) -> Mixer:
+    manifest = Manifest.of_pool(pool, dtype="float32", cache_bytes=cache_bytes, managed=True)
+    return Mixer(manifest, cache_bytes=cache_bytes)
+
+
+def recipe_of(pool: Pool, **merging_weights: float) -> Recipe:
+    return make_recipe(pool, merging_weights, dtype="float32")
+
+
+def test_the_second_time_comes_from_memory_with_the_same_bits(pool: Pool) -> None:
+    mixer, recipe = mixer_of(pool), recipe_of(pool, base=0.3, red=0.7)
+    fresh, source = mixer.params(recipe)
+    first = dict(fresh)
+    assert source == "files"
+    kept, source = mixer.params(recipe)
+    assert source == "cache"
+    again = dict(kept)
+    assert list(again) == list(first)
+    assert set(again) == mixer.tensor_names
+    for name, tensor in iter_mixture(recipe, mixer.manifest.members):
+        assert torch.equal(tensor, again[name])
+
+
+def test_half_a_mixture_is_not_kept(pool: Pool) -> None:
+    mixer, recipe = mixer_of(pool), recipe_of(pool, base=0.3, red=0.7)
+    params, _ = mixer.params(recipe)
+    next(params)
+    params.close()  # type: ignore[attr-defined]  # a generator
+    assert recipe.digest not in mixer.cache
+    assert mixer.cache.num_bytes == 0
+
+
+def test_a_model_of_the_pool_is_read_from_its_files_every_time(pool: Pool) -> None:
+    mixer, recipe = mixer_of(pool), recipe_of(pool, red=1.0)
+    for _ in range(2):
+        params, source = mixer.params(recipe)
+        assert source == "files"
+        list(params)
+    assert mixer.cache.digests == []
+
+
+def test_memory_stays_within_its_budget(pool: Pool) -> None:
+    recipes = [recipe_of(pool, base=1 - w, red=w) for w in (0.1, 0.2, 0.3)]
+    one = sum(tensor.nbytes for _, tensor in iter_mixture(recipes[0], mixer_of(pool).manifest.members))
+    mixer = mixer_of(pool, cache_bytes=2 * one)
+    for recipe in [recipes[0], recipes[1], recipes[0], recipes[2]]:
+        list(mixer.params(recipe)[0])
+        assert mixer.cache.num_bytes <= 2 * one
+    assert mixer.cache.digests == [recipes[0].digest, recipes[2].digest]  # the second was least recently used
+    list(mixer_of(pool, cache_bytes=one - 1).params(recipes[0])[0])
+    too_small = mixer_of(pool, cache_bytes=one - 1)
+    list(too_small.params(recipes[0])[0])
+    assert too_small.cache.digests == []
+
+
+def broken(pool: Pool) -> Iterator[tuple[Recipe, str]]:
+    good = recipe_of(pool, base=0.5, red=0.5)
+    yield replace(good, base=pool.experts["red"].fingerprint), "base"
+    yield replace(good, dtype="bfloat16"), "bfloat16"
+    yield replace(good, method="slerp"), "slerp"
+    yield replace(good, coefficients=()), "no coefficients"
+    yield replace(good, coefficients=(("f" * 64, 1.0),)), "ffff"
+
+
+def test_a_recipe_that_does_not_fit_is_refused_before_the_first_tensor(pool: Pool) -> None:
+    mixer = mixer_of(pool)
+    for recipe, message in broken(pool):
+        with pytest.raises(InvalidMixError, match=message):
+            mixer.check(recipe)
+        with pytest.raises(InvalidMixError, match=message):
+            mixer.params(recipe)
+
+
+def test_files_that_no_longer_fit_are_found_before_the_first_tensor(pool: Pool, tmp_path: Path) -> None:
+    recipe = recipe_of(pool, base=0.5, red=0.5)
+    red = tmp_path / "red"
+    red.mkdir()
+    for file in pool.experts["red"].path.iterdir():
+        (red / file.name).write_bytes(file.read_bytes())
+    mixer = mixer_of(replace(pool, experts={**pool.experts, "red": replace(pool.experts["red"], path=red)}))
+    mixer.check(recipe)
+    save_file({"model.norm.weight": torch.zeros(3)}, red / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(IncompatibleModelsError, match="red"):
+        mixer.check(recipe)
+    (red / "model.safetensors").unlink()
+    with pytest.raises(CheckpointError, match="red"):
+        mixer.check(recipe)
+
+
+def test_a_cache_of_nothing_keeps_nothing() -> None:
+    cache = MergedParams(0)
+    cache.put("a", [("x", torch.zeros(1))])
+    assert cache.digests == []
+    cache.forget("a")
+    assert cache.num_bytes == 0
+
+
+def test_putting_again_replaces() -> None:
+    cache = MergedParams(100)
+    for _ in range(3):
+        cache.put("a", [("x", torch.zeros(10))])
+    assert cache.num_bytes == 40
+    cache.forget("a")
+    assert (cache.num_bytes, cache.get("a")) == (0, None)

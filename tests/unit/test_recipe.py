@@ -1,0 +1,174 @@
+"""The recipe: Eq. 1 and 3, the rule of the weights, and a digest that outlives the process."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cocktail_serve.errors import InvalidMixError, NotFoundError
+from cocktail_serve.pool import Member, Pool
+from cocktail_serve.recipe import Recipe, make_recipe, one_hot, with_target
+
+
+def member(name: str, fingerprint: str) -> Member:
+    return Member(name, Path("/models") / name, fingerprint, "bfloat16", 100)
+
+
+POOL = Pool(
+    "flan",
+    "decoder",
+    member("base", "m"),
+    {"ag-news": member("ag-news", "z"), "nq": member("nq", "a"), "copy": member("copy", "a")},
+    text_digest="text",
+)
+
+
+def test_base_goes_first_and_then_the_models_by_fingerprint() -> None:
+    recipe = make_recipe(POOL, {"ag-news": 0.25, "nq": 0.25, "base": 0.5}, dtype="bfloat16")
+    assert recipe.coefficients == (("m", 0.5), ("a", 0.25), ("z", 0.25))
+    assert recipe.base == "m"
+
+
+def test_models_of_weight_0_take_no_part() -> None:
+    recipe = make_recipe(POOL, {"base": -0.0, "ag-news": 0.0, "nq": 1.0}, dtype="bfloat16")
+    assert recipe.coefficients == (("a", 1.0),)
+    assert recipe == one_hot(POOL, "nq", dtype="bfloat16")
+    assert recipe.one_hot == "a"
+
+
+def test_two_names_of_the_same_parameters_are_one_ingredient() -> None:
+    assert make_recipe(POOL, {"nq": 0.4, "copy": 0.6}, dtype="bfloat16").coefficients == (("a", 1.0),)
+
+
+@pytest.mark.parametrize("weights", [{"base": 0.1, "nq": 0.1}, {}, {"base": 1.0, "nq": 2e-6}, {"base": 2.0}])
+def test_weights_that_do_not_sum_to_1_are_refused(weights: dict[str, float]) -> None:
+    """The reference's check lets a sum of 0.2 pass."""
+    with pytest.raises(InvalidMixError, match="must sum to 1 within 1e-06, these sum to"):
+        make_recipe(POOL, weights, dtype="bfloat16")
+
+
+def test_sum_has_a_tolerance_and_weights_may_be_negative() -> None:
+    make_recipe(POOL, {"base": 1.0, "nq": 9e-7}, dtype="bfloat16")
+    make_recipe(POOL, {"base": 1.5, "nq": -0.5}, dtype="bfloat16")
+
+
+@pytest.mark.parametrize("weight", [True, "0.5", None, float("nan"), float("inf"), 10**400, [1.0]])
+def test_a_weight_that_is_no_finite_number_is_named(weight: object) -> None:
+    with pytest.raises(InvalidMixError, match="weight of 'nq' must be a finite number") as caught:
+        make_recipe(POOL, {"base": 0.5, "nq": weight}, dtype="bfloat16")  # type: ignore[dict-item]
+    assert caught.value.param == "merging_weights.nq"
+
+
+def test_unknown_model_and_method() -> None:
+    with pytest.raises(NotFoundError) as caught:
+        make_recipe(POOL, {"base": 0.5, "nope": 0.5}, dtype="bfloat16")
+    assert caught.value.param == "merging_weights.nope"
+    with pytest.raises(InvalidMixError, match="'ties' is not known"):
+        make_recipe(POOL, {"base": 1.0}, dtype="bfloat16", method="ties")
+    with pytest.raises(InvalidMixError, match="takes no parameters"):
+        make_recipe(POOL, {"base": 1.0}, dtype="bfloat16", method_params={"density": 0.5})
+
+
+def test_digest_is_the_same_in_every_process_and_release() -> None:
+    recipe = make_recipe(POOL, {"base": 0.1, "nq": 0.9}, dtype="bfloat16")
+    assert recipe.digest == "f60856af352e02d55c524230a247264becfee5ad133e028755c42c4100985312"
+
+
+def test_digest_changes_with_all_that_decides_the_bits() -> None:
+    recipes = [
+        Recipe("m", (("m", 0.5), ("a", 0.5)), "bfloat16"),
+        Recipe("m", (("a", 0.5), ("m", 0.5)), "bfloat16"),
+        Recipe("m", (("m", 0.5), ("a", math.nextafter(0.5, 1.0))), "bfloat16"),
+        Recipe("a", (("m", 0.5), ("a", 0.5)), "bfloat16"),
+        Recipe("m", (("m", 0.5), ("a", 0.5)), "float32"),
+    ]
+    assert len({recipe.digest for recipe in recipes}) == len(recipes)
+    assert len(set(recipes)) == len(recipes)
+
+
+@given(st.floats(-10, 10))
+def test_json_brings_back_the_same_recipe(weight: float) -> None:
+    recipe = make_recipe(POOL, {"base": 1.0 - weight, "nq": weight}, dtype="float16")
+    again = Recipe.from_json(json.loads(json.dumps(recipe.to_json())))
+    assert again == recipe
+    assert again.digest == recipe.digest
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"version": 2},
+        {"dtype": "int8"},
+        {"method": "ties"},
+        {"method_params": {"density": 1}},
+        {"method_params": 3},
+        {"coefficients": [["m", 0.1], ["a", 0.1]]},
+        {"coefficients": [["m", 0.5], ["m", 0.5]]},
+        {"coefficients": [["m", "1"]]},
+        {"coefficients": [["m", float("nan")]]},
+        {"coefficients": [["m"]]},
+        {"coefficients": 1},
+        {"coefficients": []},
+    ],
+    ids=str,
+)
+def test_json_that_is_no_recipe_is_refused(changes: dict[str, object]) -> None:
+    value = one_hot(POOL, "base", dtype="bfloat16").to_json() | changes
+    with pytest.raises(InvalidMixError):
+        Recipe.from_json(value)
+
+
+@pytest.mark.parametrize("key", ["version", "base", "coefficients", "method", "method_params", "dtype"])
+def test_json_without_a_field_is_refused(key: str) -> None:
+    value = one_hot(POOL, "base", dtype="bfloat16").to_json()
+    del value[key]
+    with pytest.raises(InvalidMixError, match=key):
+        Recipe.from_json(value)
+
+
+def test_json_that_is_no_object_is_refused() -> None:
+    with pytest.raises(InvalidMixError, match="not a recipe"):
+        Recipe.from_json([])  # type: ignore[arg-type]
+
+
+def test_eq_1_target_and_peers() -> None:
+    weights = with_target({"base": 0.25, "nq": 0.75}, target="ag-news", alpha=0.4)
+    assert weights == pytest.approx({"base": 0.15, "nq": 0.45, "ag-news": 0.4})
+    assert math.fsum(weights.values()) == pytest.approx(1.0)
+
+
+def test_eq_1_without_target_is_the_mixture_of_the_others() -> None:
+    assert with_target({"base": 0.25, "nq": 0.75}, target=None, alpha=0.4) == {"base": 0.25, "nq": 0.75}
+
+
+def test_eq_3_mono_specialist() -> None:
+    assert with_target(None, target="nq", alpha=0.7) == pytest.approx({"base": 0.3, "nq": 0.7})
+    assert with_target(None, target="base", alpha=0.7) == pytest.approx({"base": 1.0})
+
+
+@pytest.mark.parametrize(("alpha", "expected"), [(0, {"base": 1.0, "nq": 0.0}), (1, {"base": 0.0, "nq": 1.0})])
+def test_alpha_reaches_both_ends(alpha: float, expected: dict[str, float]) -> None:
+    assert with_target({"base": 1.0}, target="nq", alpha=alpha) == expected
+
+
+@pytest.mark.parametrize("alpha", [-0.01, 1.01, float("nan"), float("inf"), "0.5", None, True, 10**400])
+def test_alpha_out_of_bounds(alpha: object) -> None:
+    with pytest.raises(InvalidMixError, match="alpha must lie between 0 and 1") as caught:
+        with_target({"base": 1.0}, target="nq", alpha=alpha)  # type: ignore[arg-type]
+    assert caught.value.param == "alpha"
+
+
+def test_the_target_is_not_its_own_peer() -> None:
+    with pytest.raises(InvalidMixError, match="'nq' is among the peers") as caught:
+        with_target({"base": 0.5, "nq": 0.5}, target="nq")
+    assert caught.value.param == "target"
+
+
+def test_nothing_to_mix() -> None:
+    with pytest.raises(InvalidMixError, match="nothing to mix"):
+        with_target(None, target=None)
