@@ -1,0 +1,247 @@
+"""Writes the pages of docs/reference from the code they describe: `python -m docs.generate` (or `make docs`).
+
+A test compares the pages with what this module makes, so they cannot drift.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+import typer
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+
+from cocktail_serve import errors
+from cocktail_serve.cli import app as cli_app
+from cocktail_serve.cocktails.request import CocktailBody
+from cocktail_serve.config import Settings
+from cocktail_serve.errors import CocktailError
+from cocktail_serve.gateway.app import create_app
+from cocktail_serve.gateway.error_handlers import HTTP_ERRORS
+from cocktail_serve.gateway.field_policy import FIELD_POLICY
+from cocktail_serve.gateway.schemas.cocktails import CocktailView
+
+REFERENCE = Path(__file__).parent / "reference"
+NOTE = "<!-- made by `make docs` from the code; edit that instead -->\n\n"
+
+
+def pages() -> dict[str, str]:
+    """Text of every generated page, by file name."""
+    return {
+        "config.md": config_page(),
+        "cli.md": cli_page(),
+        "http.md": http_page(),
+        "cocktails.md": cocktails_page(),
+        "errors.md": errors_page(),
+    }
+
+
+def config_page() -> str:
+    """Every key of the configuration file, section by section."""
+    parts = [
+        NOTE,
+        "# Configuration\n\nOne YAML file. Unknown keys are errors; relative paths are relative to the file. "
+        "`COCKTAIL_SERVER__PORT=9000` overrides `server.port`: two underscores step into a section. "
+        "`cocktail-serve doctor FILE` checks it.\n",
+    ]
+    for title, model in _sections(Settings, "(top level)"):
+        doc = inspect.cleandoc(model.__doc__ or "").partition("\n\n")[0].replace("\n", " ")
+        parts.append(f"\n## {title}\n\n{doc}\n\n| key | type | default | meaning |\n|---|---|---|---|\n")
+        parts += [_config_row(name, field) for name, field in model.model_fields.items()]
+    return "".join(parts)
+
+
+def _sections(model: type[BaseModel], title: str) -> Iterator[tuple[str, type[BaseModel]]]:
+    yield title, model
+    for name, field in model.model_fields.items():
+        path = name if title == "(top level)" else f"{title}.{name}"
+        for inner in _models_in(field.annotation):
+            kind = inner.model_fields.get("type")
+            suffix = f" (type: {kind.default})" if kind is not None else ""
+            listed = "[]" if get_origin(field.annotation) is list else ""
+            yield from _sections(inner, f"{path}{listed}{suffix}")
+
+
+def _models_in(annotation: Any) -> list[type[BaseModel]]:
+    if inspect.isclass(annotation) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [model for argument in get_args(annotation) for model in _models_in(argument)]
+
+
+def _config_row(name: str, field: FieldInfo) -> str:
+    if field.is_required():
+        default = "required"
+    else:
+        value = field.get_default(call_default_factory=True)
+        default = "" if isinstance(value, BaseModel) else f"`{json.dumps(value, default=str)}`"
+    return f"| `{name}` | {_type_name(field.annotation)} | {default} | {field.description or ''} |\n"
+
+
+def _type_name(annotation: Any) -> str:
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin is Literal:
+        return " or ".join(f"`{value}`" for value in arguments)
+    if origin is Annotated:
+        return _type_name(arguments[0])
+    if origin in (list, dict):
+        return f"{origin.__name__} of {_type_name(arguments[-1])}"
+    if origin is Union or type(annotation).__name__ == "UnionType":
+        return " or ".join(_type_name(a) for a in arguments if a is not type(None))
+    names = {
+        "str": "string",
+        "SecretStr": "secret",
+        "int": "integer",
+        "float": "number",
+        "bool": "boolean",
+        "ByteSize": "bytes, as `50GB`",
+    }
+    name = getattr(annotation, "__name__", str(annotation))
+    return names.get(name, "section" if _models_in(annotation) else name.lower())
+
+
+def cli_page() -> str:
+    """Every command with its arguments and options."""
+    group = typer.main.get_command(cli_app)
+    parts = [
+        NOTE,
+        "# Command line\n\nExit codes: 0 done, 2 usage or bad input (said on stderr, nothing written), 1 failure. "
+        "Every command takes `--json`.\n",
+    ]
+    for name, command in sorted(group.commands.items()):  # type: ignore[attr-defined]  # a click.Group
+        context = command.make_context(name, [], resilient_parsing=True)
+        text = inspect.cleandoc(command.help or "")
+        parts.append(f"\n## cocktail-serve {name}\n\n{text}\n\n| argument or option | meaning |\n|---|---|\n")
+        for parameter in command.get_params(context):
+            if parameter.name == "help":
+                continue
+            record = parameter.get_help_record(context)
+            shown, meaning = record or (parameter.make_metavar(context), getattr(parameter, "help", None) or "")
+            parts.append(f"| `{shown}` | {meaning} |\n".replace("  ", " "))
+    return "".join(parts)
+
+
+def http_page() -> str:
+    """Every route, and what happens to the fields of requests for decoders."""
+    document = create_app(_any_settings()).openapi()
+    parts = [
+        NOTE,
+        "# HTTP\n\nThe running server shows this interactively at `/docs` and as OpenAPI at `/openapi.json`. "
+        "Statuses and codes of errors are in [errors](errors.md), fields of a cocktail in [cocktails](cocktails.md).\n\n"
+        "| route | what it does | statuses |\n|---|---|---|\n",
+    ]
+    for path, operations in sorted(document["paths"].items()):
+        for method, operation in operations.items():
+            statuses = ", ".join(sorted(operation["responses"]))
+            parts.append(f"| `{method.upper()} {path}` | {_first_sentence(operation)} | {statuses} |\n")
+    parts.append(
+        "\n## Fields of chat and completion requests\n\nBodies go to vLLM's own OpenAI server. "
+        "These fields are decided here; all others are passed on as they are.\n\n"
+        "| field | action | why |\n|---|---|---|\n"
+    )
+    for rule in FIELD_POLICY:
+        allowed = f" (`engine.{rule.allowed_by}` allows it)" if rule.allowed_by else ""
+        parts.append(f"| `{rule.field}` | {rule.action}{allowed} | {rule.why} |\n")
+    return "".join(parts)
+
+
+def _first_sentence(operation: dict[str, Any]) -> str:
+    text = str(operation.get("description") or operation.get("summary") or "")
+    return text.partition("\n\n")[0].replace("\n", " ").replace("|", "\\|")
+
+
+def _any_settings() -> Settings:
+    pool = {"id": "any", "kind": "encoder", "base": "any", "engine": {"type": "sentence_transformers"}}
+    return Settings.model_validate({"pools": [pool]})
+
+
+_COCKTAIL_RULES = """
+## Examples
+
+| form | pools |
+|---|---|
+| `{"input": "...", "output": "..."}` | decoder |
+| `{"prompt": "...", "completion": "..."}` | decoder, the same in other words |
+| `{"messages": [{"role": "user", "content": "..."}, ..., {"role": "assistant", "content": "..."}]}` | decoder; text only, the last turn is the output |
+| `{"query": "...", "pos": ["..."], "neg": ["..."]}` | encoder; a single example needs negatives |
+
+Keys that data sets carry beside these (`id`, `score`, `choices`, `references`, `weight`) are left aside; any other is an error, which names the row.
+
+## What may go together
+
+* `examples` or `merging_weights` or `target`: one of them at least. `target` with `examples` is Eq. 1, alone Eq. 3.
+* `merging_weights` excludes `examples`, `target`, `alpha`, `temperature`, `weighting` and `experts`: they are the whole mixture, and sum to 1 within 1e-6.
+* `?wait=SECONDS` (0 to 60) waits for `ready`; a job that fails in that time answers with its error. Without it, poll `Location`.
+* `?dry_run=true` answers losses and weights and keeps nothing.
+* The same request again is the same version (200), and becomes current. A change of pool, examples, options or seed is another version.
+
+## Names and versions
+
+`name` means its current version: the newest ready one, or the one that `PATCH {"current": "name@digest8"}` pinned (`null` unpins). A queued or failed version never moves it.
+`name@digest8` always means that version. Pools resolve first, so no cocktail may take a pool's name (409).
+"""
+
+
+def cocktails_page() -> str:
+    """Fields of the request and of the answer, and the rules between them."""
+    parts = [
+        NOTE,
+        "# Cocktails\n\n## Request\n\nBody of `POST /v1/cocktails`; the object `cocktail` in a generation or embedding "
+        "request takes the same fields without `name` and `pool`. Options that are left out take the server's "
+        "[defaults](config.md#defaults), and the answer says which.\n\n| field | type | meaning |\n|---|---|---|\n",
+    ]
+    required_first = sorted(CocktailBody.model_fields.items(), key=lambda item: not item[1].is_required())
+    parts += [_field_row(name, field) for name, field in required_first]
+    parts.append(_COCKTAIL_RULES)
+    parts.append("\n## Answer\n\n| field | type | meaning |\n|---|---|---|\n")
+    parts += [_field_row(name, field) for name, field in CocktailView.model_fields.items()]
+    return "".join(parts)
+
+
+def _field_row(name: str, field: FieldInfo) -> str:
+    required = " (required)" if field.is_required() and field.annotation is str and name in ("name", "pool") else ""
+    return f"| `{name}` | {_type_name(field.annotation)} | {field.description or ''}{required} |\n"
+
+
+def errors_page() -> str:
+    """Every class of errors with status, type and code."""
+    parts = [
+        NOTE,
+        '# Errors\n\nEvery error body is `{"error": {"message", "type", "param", "code"}}`. 429 and 503 carry '
+        "`Retry-After`; a 409 that no retry can cure carries `x-should-retry: false`. An error after a stream has "
+        "begun is sent as one `data:` event with that body, and the stream ends without `[DONE]`.\n\n"
+        "| error | status | type | code | when |\n|---|---|---|---|---|\n",
+    ]
+    for cls in _subclasses(CocktailError):
+        status, kind = HTTP_ERRORS[cls]
+        doc = inspect.cleandoc(cls.__doc__ or "").partition("\n\n")[0].replace("\n", " ")
+        parts.append(f"| `{cls.__name__}` | {status} | `{kind}` | `{cls.code}` | {doc} |\n")
+    codes = ", ".join(f"`{code}`" for code in exact_codes())
+    parts.append(f"\nWhere one class serves several cases, the code is more exact: {codes}.\n")
+    return "".join(parts)
+
+
+def exact_codes() -> list[str]:
+    """Codes that are given where an error is raised, over its class's own."""
+    sources = Path(errors.__file__).parent.rglob("*.py")
+    return sorted({code for source in sources for code in re.findall(r'code="([a-z_]+)"', source.read_text())})
+
+
+def _subclasses(cls: type[CocktailError]) -> Sequence[type[CocktailError]]:
+    """Concrete classes of errors.py in the order they are written there."""
+    found = [value for value in vars(errors).values() if inspect.isclass(value) and issubclass(value, cls)]
+    return [error for error in found if not error.__subclasses__()]
+
+
+def main() -> None:
+    REFERENCE.mkdir(exist_ok=True)
+    for name, text in pages().items():
+        (REFERENCE / name).write_text(text)
+
+
+if __name__ == "__main__":
+    main()
