@@ -6,8 +6,8 @@
                             --gateway http://127.0.0.1:8000 --gateway-model flan --clients 16
 
 The first form starts a gateway with a fake-engine pool, and the same fake server once more by itself. Requests arrive
-at a fixed rate whether or not earlier ones were answered (open loop), in turn at the fake's own socket and at the
-gateway; a run's added latency is the difference of the two distributions' percentiles. The second form asks a plain
+at a fixed rate whether or not earlier ones were answered (open loop), in turn at the fake's own port and at the
+gateway's; a run's added latency is the difference of the two distributions' percentiles. The second form asks a plain
 vLLM server and a gateway over the same model, in turn, from a fixed number of clients (closed loop), and reports the
 ratio of tokens per second. Start those two yourself, with cores pinned as you wish to report.
 
@@ -20,6 +20,7 @@ import argparse
 import asyncio
 import json
 import os
+import socket
 import statistics
 import subprocess
 import sys
@@ -36,7 +37,7 @@ import psutil
 import yaml
 
 from bench.machine import describe_machine
-from bench.server import running_server
+from bench.server import free_port, running_server
 from cocktail_serve.checkpoints.opening import open_pool
 from cocktail_serve.config import load_settings
 from cocktail_serve.pool import Pool
@@ -110,13 +111,13 @@ def cpu_seconds(process: psutil.Process) -> float:
 
 
 async def added_latency(
-    arguments: argparse.Namespace, fake_socket: Path, gateway_url: str, gateway: psutil.Process
+    arguments: argparse.Namespace, fake_url: str, gateway_url: str, gateway: psutil.Process
 ) -> dict[str, Any]:
     """Runs of both, in turn."""
     run_keys = (*LATENCIES, "gateway_cpu_ms_per_request")
     runs = []
     async with (
-        aiohttp.ClientSession("http://fake", connector=aiohttp.UnixConnector(str(fake_socket), limit=0)) as direct,
+        aiohttp.ClientSession(fake_url, connector=aiohttp.TCPConnector(limit=0)) as direct,
         aiohttp.ClientSession(gateway_url, connector=aiohttp.TCPConnector(limit=0)) as through,
     ):
         body = request_body(POOL, stream=arguments.stream, max_tokens=arguments.max_tokens)
@@ -203,23 +204,29 @@ def write_config(folder: Path) -> Path:
     return path
 
 
+def is_listening(port: int) -> bool:
+    """Whether something accepts connections on a port of loopback."""
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
 @contextmanager
-def running_fake(pool: Pool, folder: Path) -> Iterator[Path]:
-    """The fake server by itself; its socket."""
+def running_fake(pool: Pool, folder: Path) -> Iterator[str]:
+    """The fake server by itself; its URL."""
     manifest = Manifest.of_pool(pool, dtype="float32", cache_bytes=0, managed=False).write(folder / "manifest.json")
-    socket = folder / "fake.sock"
-    command = [sys.executable, "-m", "cocktail_serve.engines.fake", "--uds", str(socket), "--served-model-name", POOL]
+    port = free_port()
+    command = [sys.executable, "-m", "cocktail_serve.engines.fake", "--port", str(port), "--served-model-name", POOL]
     command += ["--max-model-len", "4096"]
     env = server_env(manifest=manifest, api_key="", owner_pid=os.getpid(), extra={})
     env.pop("VLLM_API_KEY")
     process = subprocess.Popen(command, env=env)
     try:
         deadline = time.monotonic() + START_TIMEOUT_S
-        while not socket.exists():
+        while not is_listening(port):
             if process.poll() is not None or time.monotonic() > deadline:
                 raise RuntimeError("the fake server did not start")
             time.sleep(0.05)
-        yield socket
+        yield f"http://127.0.0.1:{port}"
     finally:
         process.terminate()
         process.wait(START_TIMEOUT_S)
@@ -232,8 +239,8 @@ def measure_added_latency(arguments: argparse.Namespace) -> dict[str, Any]:
         config = write_config(folder)
         settings = load_settings(config)
         pool = open_pool(settings.pools[0], cache_dir=settings.store.cache_dir)
-        with running_fake(pool, folder) as socket, running_server(config, log=folder / "server.log") as server:
-            return asyncio.run(added_latency(arguments, socket, server.url, psutil.Process(server.process.pid)))
+        with running_fake(pool, folder) as fake_url, running_server(config, log=folder / "server.log") as server:
+            return asyncio.run(added_latency(arguments, fake_url, server.url, psutil.Process(server.process.pid)))
 
 
 def main(argv: Sequence[str] | None = None) -> None:

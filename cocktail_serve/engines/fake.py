@@ -377,7 +377,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     import uvicorn
 
     parser = argparse.ArgumentParser(prog="python -m cocktail_serve.engines.fake", description=__doc__)
-    parser.add_argument("--uds", type=Path, required=True, help="Unix socket to listen on")
+    where = parser.add_mutually_exclusive_group(required=True)
+    where.add_argument("--uds", help="Unix socket to listen on")
+    where.add_argument("--port", type=int, help="port on loopback to listen on")
     parser.add_argument("--served-model-name", default="fake")
     parser.add_argument("--max-model-len", type=int, default=2048)
     parser.add_argument("--token-delay-ms", type=float, default=0.0, help="time between two words")
@@ -398,7 +400,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     app = server.app(api_key=os.environ.get("VLLM_API_KEY"))
     uvicorn.run(
         app,
-        uds=str(arguments.uds),
+        uds=arguments.uds,
+        port=arguments.port or 0,
         log_level="warning",
         access_log=False,
         lifespan="off",

@@ -74,6 +74,7 @@ class EngineServer:
                 timeout=aiohttp.ClientTimeout(total=None),
                 # the answer goes on as it is
                 auto_decompress=False,
+                cookie_jar=aiohttp.DummyCookieJar(),
                 read_bufsize=2**18,
             )
             async with asyncio.timeout(self._start_timeout_s):

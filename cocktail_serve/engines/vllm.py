@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import hashlib
 import hmac
 import logging
 import os
@@ -216,7 +215,7 @@ class VLLMEngine:
 
     def _cache_salt(self, tenant: str, recipe: Recipe, client_salt: Any) -> str:
         """What keeps KV blocks of tenants and recipes apart: part of every block's hash inside the engine."""
-        return hmac.new(self._salt_key, _dump([tenant, recipe.digest, client_salt]), hashlib.sha256).hexdigest()
+        return hmac.digest(self._salt_key, _dump([tenant, recipe.digest, client_salt]), "sha256").hex()
 
     def _check_answer(self, recipe: Recipe, response: aiohttp.ClientResponse, content: bytes) -> None:
         """Lets only answers through that this recipe gave.

@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
+from fastapi.routing import APIRoute
+from starlette.types import Receive, Scope, Send
 
 from cocktail_serve.config import VLLMEngineConfig
 from cocktail_serve.gateway.field_policy import apply_field_policy
@@ -20,7 +22,21 @@ from cocktail_serve.gateway.schemas.generation import (
 from cocktail_serve.gateway.state import gateway_of, tenant_of
 from cocktail_serve.gateway.targets import requested_pool, served_model
 
-router = APIRouter(tags=["generation"])
+
+class DirectRoute(APIRoute):
+    """A documented route whose endpoint takes the request and nothing else: FastAPI's dependencies, which it has none
+    of, are not solved. Errors are mapped by the app's handlers as everywhere."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.app = self._answer
+
+    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
+        response = await self.endpoint(Request(scope, receive, send))
+        await response(scope, receive, send)
+
+
+router = APIRouter(tags=["generation"], route_class=DirectRoute)
 
 _EVENTS: dict[str, Any] = {"content": {"text/event-stream": {"schema": {"type": "string"}}}}
 
@@ -48,7 +64,6 @@ async def create_completion(request: Request) -> Response:
 
 
 async def _generate(request: Request, path: str) -> Response:
-    # called, not injected: on the hot path FastAPI's injection takes longer than the three of them
     gateway = await gateway_of(request)
     tenant = await tenant_of(request)
     body = await json_object(request)
