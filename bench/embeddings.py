@@ -150,13 +150,13 @@ async def measure_engine(
 ) -> dict[str, Any]:
     from cocktail_serve.checkpoints.opening import open_pool
     from cocktail_serve.config import load_settings
-    from cocktail_serve.engines.sentence_transformers import SentenceTransformersEngine
+    from cocktail_serve.engines.embedding import EncoderEngine
     from cocktail_serve.recipe import one_hot
 
     with tempfile.TemporaryDirectory(prefix="bench-") as temporary:
         settings = load_settings(write_config(Path(temporary), folder, arguments.dtype))
         pool = open_pool(settings.pools[0], cache_dir=settings.store.cache_dir)
-        engine = SentenceTransformersEngine(pool, settings.pools[0])
+        engine = EncoderEngine(pool, settings.pools[0])
         recipe = one_hot(pool, "base", dtype=engine.dtype)
         await engine.start()
         try:

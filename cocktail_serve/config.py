@@ -106,7 +106,7 @@ class SentenceTransformersEngineConfig(_EngineBase):
     """sentence-transformers inside the gateway process, on a thread of its own."""
 
     type: Literal["sentence_transformers"] = Field(
-        "sentence_transformers", description="sentence-transformers, for encoders."
+        "sentence_transformers", description="sentence-transformers, for encoders and rerankers."
     )
     token_inputs: bool = Field(False, description="Accept arrays of token ids as embedding inputs.")
     device: str = Field("auto", description="auto: cuda where there is one, else cpu.")

@@ -166,8 +166,12 @@ def _retrieval(row: Mapping[str, Any], kind: Kind, number: int) -> RetrievalExam
         pos=_texts(row["pos"], "pos", number, at_least_one=True),
         neg=_texts(neg, "neg", number, at_least_one=False),
     )
-    if kind == "reranker" and not example.neg:
-        raise InvalidExamplesError("a reranker needs negatives in 'neg': its loss compares them with 'pos'", row=number)
+    if kind == "reranker" and not set(example.neg) - set(example.pos):
+        raise InvalidExamplesError(
+            "a reranker needs negatives in 'neg' that are not in 'pos' too: its loss compares the two, and without any "
+            "it is 0 for every model",
+            row=number,
+        )
     return example
 
 

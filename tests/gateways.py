@@ -21,7 +21,7 @@ from cocktail_serve.engines.base import Engine
 from cocktail_serve.gateway.app import create_app
 from cocktail_serve.pool import Pool
 from tests.fakes import make_fake_pool
-from tests.models import make_encoder_pool
+from tests.models import make_encoder_pool, make_reranker_pool
 
 DEADLINE_S = 60.0
 
@@ -32,7 +32,7 @@ PAIRS = [
     {"query": "what is the capital of france", "pos": ["paris"], "neg": ["berlin"]},
     {"query": "my card was stolen", "pos": ["lost card"], "neg": ["open account"]},
 ]
-"""Fit for the encoder pool."""
+"""Fit for the encoder and the reranker pool."""
 
 
 @dataclass(frozen=True)
@@ -54,8 +54,12 @@ class LiveGateway:
         return f"{self.url}/v1"
 
 
-def make_settings(folder: Path, **sections: Any) -> Settings:
-    """Settings of the pools `flan` (fake engine) and `bge` (sentence-transformers); `sections` go on top."""
+def make_settings(folder: Path, *, reranker: bool = False, **sections: Any) -> Settings:
+    """Settings of the pools `flan` (fake engine) and `bge` (sentence-transformers); `sections` go on top.
+
+    Args:
+        reranker: a pool `ranker` too, and the encoder pool is left out.
+    """
     engine = {
         "type": "fake",
         "max_model_len": 256,
@@ -63,7 +67,26 @@ def make_settings(folder: Path, **sections: Any) -> Settings:
         "queue_timeout_s": 20,
         "args": {"faults": str(folder / "faults")},
     }
-    encoders = folder / "encoders"
+    encoders, rerankers = folder / "encoders", folder / "rerankers"
+    pools = {
+        "encoder": {
+            "id": "bge",
+            "kind": "encoder",
+            "base": str(encoders / "base"),
+            "experts": {name: str(encoders / name) for name in ("hotpotqa", "quora")},
+            "engine": {"type": "sentence_transformers", "dtype": "float32"},
+            "prompts": {"query": "find : "},
+            "matryoshka_dimensions": [8, 16],
+        },
+        "reranker": {
+            "id": "ranker",
+            "kind": "reranker",
+            "base": str(rerankers / "base"),
+            "experts": {name: str(rerankers / name) for name in ("hotpotqa", "quora")},
+            "engine": {"type": "sentence_transformers", "dtype": "float32"},
+        },
+    }
+    in_process = "reranker" if reranker else "encoder"
     return Settings.model_validate(
         {
             "store": {"cache_dir": str(folder / "cache")},
@@ -75,16 +98,7 @@ def make_settings(folder: Path, **sections: Any) -> Settings:
                     "experts": {name: str(folder / "decoder") for name in ("ag-news", "nq")},
                     "engine": engine | sections.pop("engine", {}),
                 },
-                {
-                    "id": "bge",
-                    "kind": "encoder",
-                    "base": str(encoders / "base"),
-                    "experts": {name: str(encoders / name) for name in ("hotpotqa", "quora")},
-                    "engine": {"type": "sentence_transformers", "dtype": "float32"},
-                    "prompts": {"query": "find : "},
-                    "matryoshka_dimensions": [8, 16],
-                }
-                | sections.pop("encoder", {}),
+                pools[in_process] | sections.pop(in_process, {}),
             ],
             **sections,
         }
@@ -94,12 +108,15 @@ def make_settings(folder: Path, **sections: Any) -> Settings:
 def make_pools(folder: Path, settings: Settings) -> dict[str, Pool]:
     """The pools of `make_settings`, on disk and opened."""
     (folder / "faults").mkdir(exist_ok=True)
-    if not (folder / "encoders").exists():
-        make_encoder_pool(folder / "encoders")
-    return {
-        "flan": make_fake_pool(folder / "decoder"),
-        "bge": open_pool(settings.pool("bge"), cache_dir=folder / "cache"),
-    }
+    make = {"bge": make_encoder_pool, "ranker": make_reranker_pool}
+    pools = {"flan": make_fake_pool(folder / "decoder")}
+    for config in settings.pools:
+        if config.id in make:
+            members = Path(config.base.path).parent
+            if not members.exists():
+                make[config.id](members)
+            pools[config.id] = open_pool(config, cache_dir=folder / "cache")
+    return pools
 
 
 @contextmanager

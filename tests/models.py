@@ -242,6 +242,80 @@ def make_encoder_pool(
     }
 
 
+def make_reranker(
+    folder: Path,
+    *,
+    seed: int = 0,
+    architecture: Literal["bert", "xlm-roberta"] = "bert",
+    num_labels: int = 1,
+    dtype: torch.dtype | None = None,
+    hidden_size: int = 32,
+    num_layers: int = 2,
+    max_position: int = 128,
+    perturbation_seed: int | None = None,
+    perturbation: float = 0.7,
+) -> Path:
+    """A sequence classifier of two layers as rerankers are published: saved by transformers, no `modules.json`.
+
+    Args:
+        architecture: BERT reads token types, 0 for the query and 1 for the document; XLM-RoBERTa does not, and counts
+            positions from behind its padding's index.
+    """
+    import torch
+    from transformers import (
+        BertConfig,
+        BertForSequenceClassification,
+        XLMRobertaConfig,
+        XLMRobertaForSequenceClassification,
+    )
+
+    tokenizer = make_encoder_tokenizer()
+    tokenizer.model_max_length = max_position
+    shape = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": hidden_size,
+        "num_hidden_layers": num_layers,
+        "num_attention_heads": 2,
+        "intermediate_size": 2 * hidden_size,
+        "num_labels": num_labels,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    model: torch.nn.Module
+    if architecture == "bert":
+        model = BertForSequenceClassification(BertConfig(max_position_embeddings=max_position, **shape))
+    else:
+        tokenizer.model_input_names = ["input_ids", "attention_mask"]
+        first_position = tokenizer.pad_token_id + 1
+        config = XLMRobertaConfig(max_position_embeddings=max_position + first_position, type_vocab_size=1, **shape)
+        model = XLMRobertaForSequenceClassification(config)
+    _fill(model, seed, perturbation_seed, perturbation)
+    with _quiet():
+        model.to(dtype or torch.float32).save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    return folder
+
+
+def make_reranker_pool(
+    folder: Path,
+    names: Sequence[str] = ("hotpotqa", "quora"),
+    *,
+    architecture: Literal["bert", "xlm-roberta"] = "bert",
+    seed: int = 0,
+    dtype: torch.dtype | None = None,
+) -> dict[str, Path]:
+    """`base` and experts that share its initialisation, each in `folder/<name>`."""
+    return {
+        name: make_reranker(
+            folder / name,
+            seed=seed,
+            architecture=architecture,
+            dtype=dtype,
+            perturbation_seed=None if index == 0 else seed + index,
+        )
+        for index, name in enumerate(["base", *names])
+    }
+
+
 _GAINS = {"q_proj": 2.0, "k_proj": 2.0, "o_proj": 3.0, "down_proj": 6.0}
 """Sharp attention, and layers that outweigh the residual: a random model otherwise repeats one token."""
 

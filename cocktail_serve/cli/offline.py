@@ -19,10 +19,10 @@ from cocktail_serve.cocktails.cocktail import Weighing
 from cocktail_serve.cocktails.request import CocktailRequest, parse_inline
 from cocktail_serve.cocktails.weighing import weigh
 from cocktail_serve.config import PoolConfig, Settings
-from cocktail_serve.errors import CheckpointError, EngineError, InvalidMixError, WrongModelKindError
+from cocktail_serve.errors import CheckpointError, EngineError, InvalidMixError
 from cocktail_serve.examples import ExampleSet, parse_examples
 from cocktail_serve.pool import Member, Pool
-from cocktail_serve.recipe import DType, one_hot
+from cocktail_serve.recipe import DType, Recipe, one_hot
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,11 +68,8 @@ _Scorer = Callable[[Iterable[str]], Iterator[tuple[str, list[float]]]]
 
 
 def _scorer(pool: Pool, config: PoolConfig, examples: ExampleSet, dtype: DType) -> _Scorer:
-    if pool.kind == "decoder":
-        return partial(_score_decoders, pool, config, examples, dtype)
-    if pool.kind == "encoder":
-        return partial(_score_encoders, pool, config, examples, dtype)
-    raise WrongModelKindError(f"pool {pool.id!r} is a {pool.kind}, not scored on examples; give merging weights")
+    score = _score_decoders if pool.kind == "decoder" else _score_in_process
+    return partial(score, pool, config, examples, dtype)
 
 
 def _losses(
@@ -135,21 +132,27 @@ def _max_model_len(pool: Pool, config: PoolConfig) -> int:
     return own
 
 
-def _score_encoders(
+def _score_in_process(
     pool: Pool, config: PoolConfig, examples: ExampleSet, dtype: DType, names: Iterable[str]
 ) -> Iterator[tuple[str, list[float]]]:
-    from cocktail_serve.engines.sentence_transformers import SentenceTransformersEngine
+    from cocktail_serve.engines.embedding import EncoderEngine
+    from cocktail_serve.engines.reranking import RerankerEngine
     from cocktail_serve.scoring.contrastive import contrastive_losses, texts_of
 
-    texts = texts_of(examples)
+    async def score(recipe: Recipe) -> list[float]:
+        if isinstance(engine, RerankerEngine):
+            return await engine.score(recipe, examples)
+        texts = texts_of(examples)
+        embedded = await engine.embed(recipe, texts, background=True)
+        return contrastive_losses(examples, dict(zip(texts, embedded.vectors, strict=True)))
+
     with asyncio.Runner() as runner:
-        engine = SentenceTransformersEngine(pool, config)
+        engine = RerankerEngine(pool, config) if pool.kind == "reranker" else EncoderEngine(pool, config)
         runner.run(engine.start())
         try:
             runner.run(engine.check_examples(examples))
             for name in names:
-                embedded = runner.run(engine.embed(one_hot(pool, name, dtype=dtype), texts, background=True))
-                yield name, contrastive_losses(examples, dict(zip(texts, embedded.vectors, strict=True)))
+                yield name, runner.run(score(one_hot(pool, name, dtype=dtype)))
         finally:
             runner.run(engine.stop())
 

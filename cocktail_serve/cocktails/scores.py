@@ -12,12 +12,12 @@ from typing import Protocol, TypeVar, cast
 
 from cocktail_serve.cocktails.store import ScoreKey, Store
 from cocktail_serve.digest import digest_of
-from cocktail_serve.engines.base import EmbeddingEngine, Engine, GenerationEngine
-from cocktail_serve.errors import InvalidMixError, WrongModelKindError
+from cocktail_serve.engines.base import EmbeddingEngine, Engine, ScoringEngine
+from cocktail_serve.errors import InvalidMixError
 from cocktail_serve.examples import Example, ExampleSet, example_digest
 from cocktail_serve.pool import Kind
 from cocktail_serve.recipe import Recipe, one_hot
-from cocktail_serve.scoring import contrastive, text
+from cocktail_serve.scoring import contrastive, ranking, text
 
 TEXTS_PER_CALL = 256
 """Texts of one call to an embedding engine: short enough to give way to traffic in between."""
@@ -40,9 +40,9 @@ def score_items(examples: ExampleSet | None, kind: Kind) -> tuple[str, ...]:
     """The keys that scores of these examples are kept under: example digests, or text digests for an encoder."""
     if examples is None:
         return ()
-    if kind == "decoder":
-        return tuple(dict.fromkeys(example_digest(example) for example in examples))
-    return tuple(text_digest(item) for item in contrastive.texts_of(examples))
+    if kind == "encoder":
+        return tuple(text_digest(item) for item in contrastive.texts_of(examples))
+    return tuple(dict.fromkeys(example_digest(example) for example in examples))
 
 
 def text_digest(item: str) -> str:
@@ -66,8 +66,8 @@ class Keeping:
 class Scores:
     """Losses by model, on whatever the engine is.
 
-    A decoder's loss of an example depends on nothing else, so losses are kept. An encoder's depends on the other
-    examples' passages, so embeddings are kept and the losses computed from them. Both are kept per tenant.
+    A decoder's or a reranker's loss of an example depends on nothing else, so losses are kept. An encoder's depends on
+    the other examples' passages, so embeddings are kept and the losses computed from them. Both are kept per tenant.
 
     Args:
         executor: where losses are computed from embeddings, away from the event loop.
@@ -135,15 +135,10 @@ class Scores:
     async def _mean(
         self, engine: Engine, recipe: Recipe, examples: ExampleSet, keeping: Keeping, *, model: str | None, label: str
     ) -> float:
-        if engine.pool.kind == "decoder":
-            losses = await self._decoder(cast(GenerationEngine, engine), recipe, examples, keeping, model)
-        elif engine.pool.kind == "encoder":
-            losses = await self._encoder(cast(EmbeddingEngine, engine), recipe, examples, keeping, model)
+        if engine.pool.kind == "encoder":
+            losses = await self._from_embeddings(cast(EmbeddingEngine, engine), recipe, examples, keeping, model)
         else:
-            raise WrongModelKindError(
-                f"pool {engine.pool.id!r} is a {engine.pool.kind}, not scored on examples; give merging_weights",
-                param="examples",
-            )
+            losses = await self._by_example(cast(ScoringEngine, engine), recipe, examples, keeping, model)
         mean = sum(losses) / len(losses)
         if not math.isfinite(mean):
             raise InvalidMixError(
@@ -153,10 +148,11 @@ class Scores:
             )
         return mean
 
-    async def _decoder(
-        self, engine: GenerationEngine, recipe: Recipe, examples: ExampleSet, keeping: Keeping, model: str | None
+    async def _by_example(
+        self, engine: ScoringEngine, recipe: Recipe, examples: ExampleSet, keeping: Keeping, model: str | None
     ) -> Sequence[float]:
-        variant = digest_of({"loss": text.LOSS_VERSION, "text": engine.pool.text_digest, "dtype": recipe.dtype})
+        loss_version = ranking.LOSS_VERSION if engine.pool.kind == "reranker" else text.LOSS_VERSION
+        variant = digest_of({"loss": loss_version, "text": engine.pool.text_digest, "dtype": recipe.dtype})
         unique = {example_digest(example): example for example in examples}
         kept = {} if model is None else await self._store.losses(keeping.tenant, ScoreKey(model, variant), list(unique))
         missing = {digest: example for digest, example in unique.items() if digest not in kept}
@@ -168,7 +164,7 @@ class Scores:
             kept |= new
         return [kept[example_digest(example)] for example in examples]
 
-    async def _encoder(
+    async def _from_embeddings(
         self, engine: EmbeddingEngine, recipe: Recipe, examples: ExampleSet, keeping: Keeping, model: str | None
     ) -> Sequence[float]:
         truncate_to = engine.max_length if self._truncate.get(engine.pool.id, False) else None

@@ -21,9 +21,10 @@ def build_engine(pool: Pool, config: PoolConfig, *, run_dir: Path) -> Engine:
         ConfigError: `engine.args` or `engine.env` set what cocktail-serve sets itself.
     """
     if config.engine.type == "sentence_transformers":
-        from cocktail_serve.engines.sentence_transformers import SentenceTransformersEngine
+        from cocktail_serve.engines.embedding import EncoderEngine
+        from cocktail_serve.engines.reranking import RerankerEngine
 
-        return SentenceTransformersEngine(pool, config)
+        return RerankerEngine(pool, config) if config.kind == "reranker" else EncoderEngine(pool, config)
     from cocktail_serve.engines.vllm import VLLMEngine
 
     return VLLMEngine(pool, config.engine, run_dir=run_dir)

@@ -79,12 +79,19 @@ class Forwarded:
 
 
 @runtime_checkable
-class GenerationEngine(Engine, Protocol):
-    """A decoder behind an OpenAI server of its own, one resident recipe at a time."""
+class ScoringEngine(Engine, Protocol):
+    """An engine whose loss of an example depends on nothing else."""
 
     async def score(self, recipe: Recipe, examples: ExampleSet) -> list[float]:
-        """Mean token cross-entropy (nats) of each example's output given its input; a low-priority turn of `recipe`."""
+        """Loss (nats) of each example under `recipe`, which gives way to requests: of a decoder the mean token
+        cross-entropy of its output given its input, of a reranker the cross-entropy of its positives among its
+        negatives."""
         ...
+
+
+@runtime_checkable
+class GenerationEngine(ScoringEngine, Protocol):
+    """A decoder behind an OpenAI server of its own, one resident recipe at a time."""
 
     def forward(
         self, recipe: Recipe, path: str, body: Mapping[str, Any], *, tenant: str
@@ -142,5 +149,46 @@ class EmbeddingEngine(Engine, Protocol):
 
         Raises:
             ContextLengthError: an input is too long; carries `input.{index}`.
+        """
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Reranked:
+    """Scores of one request.
+
+    Attributes:
+        scores: `[N]` float32, one for each document, in their order.
+        num_tokens: tokens the model read, query and special tokens included for each document.
+    """
+
+    scores: np.ndarray
+    num_tokens: int
+
+
+@runtime_checkable
+class RerankingEngine(ScoringEngine, Protocol):
+    """A cross-encoder in this process; recipes share one module and differ in parameters only."""
+
+    max_length: int
+
+    async def rerank(
+        self,
+        recipe: Recipe,
+        query: str,
+        documents: Sequence[str],
+        *,
+        truncate_to: int | None = None,
+        use_activation: bool = True,
+    ) -> Reranked:
+        """Scores documents for a query under `recipe`.
+
+        Args:
+            truncate_to: pairs of query and document longer than this many tokens are cut there, the longer text
+                first; None: too long is an error.
+            use_activation: whether the model's activation is applied; else the scores are logits.
+
+        Raises:
+            ContextLengthError: a pair is too long; carries `documents.{index}`.
         """
         ...

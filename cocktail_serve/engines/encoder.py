@@ -1,156 +1,52 @@
-"""One sentence-transformers model whose parameters are swapped: the module is shared, the recipes are state dicts."""
+"""An encoder: from token ids to pooled and normalised vectors."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from sentence_transformers import SentenceTransformer
-from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Transformer
+from sentence_transformers.sentence_transformer.modules import Normalize, Pooling
 from torch import Tensor
-from transformers.utils import logging as transformers_logging
 
 from cocktail_serve.checkpoints.layout import read_modules
-from cocktail_serve.checkpoints.mixture import iter_mixture
-from cocktail_serve.engines.embedding_inputs import InputTokenizer
-from cocktail_serve.errors import CheckpointError, ConfigError
-from cocktail_serve.recipe import DType, Recipe
-
-_UNREAD = ("0.pooler.",)
-"""Parameters that may lack in a checkpoint: pooling reads token embeddings, never BERT's own pooler."""
+from cocktail_serve.engines.swappable import SwappableModel
+from cocktail_serve.errors import ConfigError
+from cocktail_serve.recipe import DType
 
 
-class Encoder:
-    """The model's own modules, from token ids to pooled and normalised vectors, with parameters of one recipe bound.
-
-    `bind` and `forward` belong to one thread, the rest to any.
-
-    Args:
-        folder: the pool's base, a complete sentence-transformers folder.
-        dtype: of the parameters and of all arithmetic.
-        device: a torch device.
+class Encoder(SwappableModel):
+    """A sentence-transformers folder with its pooling; see `SwappableModel`.
 
     Attributes:
-        own_params: the base's parameters, by the name of the slot they are bound to.
         dimension: size of an embedding.
-        max_length: tokens of an input, special ones included.
-        tokenizer: owned by another thread than the model.
 
     Raises:
         ConfigError: not a text encoder this engine can run; says why.
     """
 
+    _library_class = SentenceTransformer
+    # pooling reads token embeddings, never BERT's own pooler
+    _unread = ("0.pooler.",)
+
+    _model: SentenceTransformer
+
     def __init__(self, folder: Path, *, dtype: DType, device: torch.device) -> None:
         _check_modules(folder)
-        self._folder = folder
-        self._device = device
-        transformers_logging.disable_progress_bar()
-        try:
-            self._model = SentenceTransformer(
-                str(folder),
-                device=str(device),
-                local_files_only=True,
-                trust_remote_code=False,
-                model_kwargs={"dtype": getattr(torch, dtype)},
-            ).to(getattr(torch, dtype))
-        except (OSError, ValueError, RuntimeError, ImportError, KeyError) as error:
-            raise ConfigError(f"sentence-transformers cannot load {folder}: {error}") from error
-        self._model.eval().requires_grad_(False)
-        first = self._model[0]
-        if not isinstance(first, Transformer) or first.modalities != ["text"]:
-            raise ConfigError(f"{folder}: only a transformer that reads plain text can be served as an encoder")
+        super().__init__(folder, dtype=dtype, device=device)
         poolings = [module for module in self._model if isinstance(module, Pooling)]
         if not poolings:
             raise ConfigError(f"{folder}: no pooling module, so there is one vector per token and none per text")
-        self._transformer = first.auto_model
+        self.tokenizer.check_token_types()
         self.dimension: int = self._model.get_embedding_dimension()
         self._is_normalizing = any(isinstance(module, Normalize) for module in self._model)
         self._excludes_prompt = not all(pooling.include_prompt for pooling in poolings)
-        config = self._transformer.config
-        limits = (self._model.max_seq_length, getattr(config, "max_position_embeddings", None))
-        self.max_length: int = min(limit for limit in limits if limit is not None)
-        self.tokenizer = InputTokenizer(self._model.tokenizer, max_length=self.max_length, vocab_size=config.vocab_size)
-        pad_token_id = self._model.tokenizer.pad_token_id
-        self._pad_token_id: int = 0 if pad_token_id is None else pad_token_id  # masked, so any id will do
-        self._pads_left = self._model.tokenizer.padding_side == "left"
-        # floating tensors of the state dict: parameters and the rare buffer that is trained along (running means)
-        self._slots = {name: slot for name, slot in _slots(self._model) if slot.is_floating_point()}
-        self.own_params = {name: slot.data for name, slot in self._slots.items()}
-        self._bound: Mapping[str, Tensor] = self.own_params
-
-    @property
-    def mixture_bytes(self) -> int:
-        """Size of the parameters of one recipe in memory."""
-        return sum(tensor.nbytes for tensor in self.own_params.values())
-
-    def mix(self, recipe: Recipe, folders: Mapping[str, Path]) -> dict[str, Tensor]:
-        """The parameters of a recipe, by slot, mixed tensor by tensor from the experts' mapped files.
-
-        Args:
-            folders: folder of each model by fingerprint.
-
-        Raises:
-            CheckpointError, IncompatibleModelsError: from reading and mixing; or a parameter of the model is missing.
-        """
-        params: dict[str, Tensor] = {}
-        for name, tensor in iter_mixture(recipe, folders):
-            slot = self._slot_of(name)
-            if slot is not None:
-                params[slot] = tensor.to(self._device)
-        for slot, own in self.own_params.items():
-            mixed = params.get(slot)
-            if mixed is None and slot.startswith(_UNREAD):
-                params[slot] = own
-            elif mixed is None or mixed.shape != own.shape or mixed.dtype != own.dtype:
-                found = "none" if mixed is None else f"{mixed.dtype} {list(mixed.shape)}"
-                raise CheckpointError(
-                    f"{self._folder}: the model's parameter {slot!r} is {own.dtype} {list(own.shape)}, but the "
-                    f"checkpoint gives {found}; save it with the class it is served with"
-                )
-        return params
-
-    def check_names(self, base_recipe: Recipe, folders: Mapping[str, Path]) -> None:
-        """Proves that checkpoint names lead to the right parameters: the base, mixed, must be what the library loaded.
-
-        Raises:
-            CheckpointError: it is not; names the parameter.
-        """
-        for slot, mixed in self.mix(base_recipe, folders).items():
-            if not torch.equal(mixed, self.own_params[slot]):
-                raise CheckpointError(
-                    f"{self._folder}: transformers loads other values into {slot!r} than the checkpoint holds under "
-                    "that name; this architecture rearranges its parameters, which is not supported here"
-                )
-
-    def bind(self, params: Mapping[str, Tensor]) -> None:
-        """Makes the model compute with these parameters, of all slots, without copying them."""
-        if params is self._bound:
-            return
-        for name, slot in self._slots.items():
-            slot.data = params[name]
-        self._bound = params
-
-    def unbind(self, params: Mapping[str, Tensor]) -> None:
-        """Holds on to these parameters no longer, so that their memory can be freed."""
-        if params is self._bound:
-            self.bind(self.own_params)
 
     def forward(self, token_ids: Sequence[Sequence[int]], *, prompt_length: int | None = None) -> np.ndarray:
         """Embeddings `[N, D]` float32 of N inputs in one pass, under the bound parameters."""
-        longest = max(map(len, token_ids))
-        ids = np.full((len(token_ids), longest), self._pad_token_id, dtype=np.int64)
-        mask = np.zeros_like(ids)
-        for row, tokens in enumerate(token_ids):
-            columns = slice(longest - len(tokens), None) if self._pads_left else slice(len(tokens))
-            ids[row, columns] = tokens
-            mask[row, columns] = 1
-        features: dict[str, Any] = {
-            "input_ids": torch.from_numpy(ids).to(self._device),
-            "attention_mask": torch.from_numpy(mask).to(self._device),
-        }
+        features = self._features(token_ids)
         if prompt_length is not None:
             features["prompt_length"] = prompt_length
         vectors: Tensor = self._model(features)["sentence_embedding"]
@@ -168,24 +64,6 @@ class Encoder:
         """Tokens that pooling must leave out, where it leaves prompts out. On the thread that owns the tokenizer."""
         return self.tokenizer.prompt_length(prompt) if prompt and self._excludes_prompt else None
 
-    def _slot_of(self, name: str) -> str | None:
-        """The slot that a checkpoint's tensor goes to; None for heads and integer buffers, which no slot takes."""
-        if "/" in name:  # of a module with parameters of its own: `2_Dense/linear.weight`
-            path, _, name = name.rpartition("/")
-            index = next(index for index, module in enumerate(read_modules(self._folder)) if module.path == path)
-            return f"{index}.{name}" if f"{index}.{name}" in self._slots else None
-        for old, new in (
-            (".gamma", ".weight"),
-            (".beta", ".bias"),
-        ):  # BERT of before 2019 was saved by TensorFlow names
-            if name.endswith(f"LayerNorm{old}"):
-                name = name.removesuffix(old) + new
-        prefix = f"{self._transformer.base_model_prefix}."
-        for candidate in (name, name.removeprefix(prefix), prefix + name):
-            if f"0.{candidate}" in self._slots:
-                return f"0.{candidate}"
-        return None
-
 
 def _check_modules(folder: Path) -> None:
     if not read_modules(folder):
@@ -193,14 +71,3 @@ def _check_modules(folder: Path) -> None:
             f"{folder} has no modules.json, which says how token embeddings become one vector; save the model with "
             "SentenceTransformer(...).save(...), with the pooling it was trained with"
         )
-
-
-def _slots(model: SentenceTransformer) -> Iterator[tuple[str, Tensor]]:
-    """Parameters and persistent buffers by module index and name, tied ones once."""
-    seen: set[int] = set()
-    for index, module in enumerate(model):
-        inner = module.auto_model if isinstance(module, Transformer) else module
-        for name, slot in inner.state_dict(keep_vars=True).items():
-            if id(slot) not in seen:
-                seen.add(id(slot))
-                yield f"{index}.{name}", slot

@@ -1,7 +1,7 @@
 """sentence-transformers inside this process: one model, one thread that owns it, many recipes.
 
 On the event loop: who is admitted, which parameters a request holds, how long it waits. The work itself is the
-pipeline's, on threads of its own.
+pipeline's, on threads of its own. What goes in and comes out is the matter of `embedding` and `reranking`.
 """
 
 from __future__ import annotations
@@ -9,32 +9,33 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Callable, Iterator, Sequence
+from abc import abstractmethod
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, cast
+from typing import Any, ClassVar, Generic, TypeVar, cast
 
 import numpy as np
 import torch
 
 from cocktail_serve.config import PoolConfig, SentenceTransformersEngineConfig
-from cocktail_serve.engines.base import Embedded, EngineHealth, EngineState
+from cocktail_serve.engines.base import EngineHealth, EngineState
 from cocktail_serve.engines.batching import PassLimits
-from cocktail_serve.engines.embedding_pipeline import EmbeddingPipeline, EmbeddingRequest
-from cocktail_serve.engines.encoder import Encoder
 from cocktail_serve.engines.parameter_cache import Mixture, ParameterCache, Params
+from cocktail_serve.engines.pipeline import ModelRequest, Pipeline
 from cocktail_serve.engines.stats import EngineStats
+from cocktail_serve.engines.swappable import SwappableModel
 from cocktail_serve.errors import (
     ConfigError,
-    ContextLengthError,
     EngineError,
     InvalidMixError,
-    InvalidRequestError,
     ModelNotReadyError,
     QueueTimeoutError,
 )
-from cocktail_serve.examples import ExampleSet, RetrievalExample
+from cocktail_serve.examples import ExampleSet
 from cocktail_serve.pool import BASE, Pool
 from cocktail_serve.recipe import DType, Recipe, one_hot
+
+M = TypeVar("M", bound=SwappableModel)
 
 MAX_WAITING_INPUTS = 65_536
 """Inputs of all requests that wait or run: 32 of the largest requests. Beyond it, new ones are turned away."""
@@ -47,13 +48,15 @@ _PASS_LIMITS = {
 }
 
 
-class SentenceTransformersEngine:
-    """An `EmbeddingEngine`.
+class SentenceTransformersEngine(Generic[M]):
+    """What encoders and rerankers have in common.
 
     The base's own parameters are the model's and always resident. All others, the experts as they are included, are
     mixed into memory and kept within `engine.cache_bytes`; none is served from mapped files, which may change or go
     away under the server.
     """
+
+    _model_class: ClassVar[type[SwappableModel]]
 
     def __init__(self, pool: Pool, pool_config: PoolConfig) -> None:
         config = pool_config.engine
@@ -67,7 +70,7 @@ class SentenceTransformersEngine:
         self._device = _device(config.device)
         self._base_recipe = one_hot(pool, BASE, dtype=self.dtype)
         self._folders = {member.fingerprint: member.path for member in pool}
-        self._pipeline = EmbeddingPipeline(
+        self._pipeline: Pipeline[M, ModelRequest[M]] = Pipeline(
             pool.id,
             self._load,
             limits=_pass_limits(self._device, config.max_batch_tokens),
@@ -82,13 +85,8 @@ class SentenceTransformersEngine:
         self._is_settled = asyncio.Event()  # no longer starting
         self._num_waiting = 0
         self._loop: asyncio.AbstractEventLoop
-        self._encoder: Encoder | None = None
-        self._cache: ParameterCache  # from the moment there is an encoder
-
-    @property
-    def dimension(self) -> int:
-        """Size of an embedding. Raises ModelNotReadyError until the model is loaded."""
-        return self._loaded.dimension
+        self._model: M | None = None
+        self._cache: ParameterCache  # from the moment there is a model
 
     @property
     def max_length(self) -> int:
@@ -107,9 +105,9 @@ class SentenceTransformersEngine:
         self._is_settled.set()
         await asyncio.to_thread(self._pipeline.stop)
         self._mixing.shutdown(wait=False, cancel_futures=True)
-        if self._encoder is not None:
+        if self._model is not None:
             await self._cache.close()
-            self._encoder = None
+            self._model = None
 
     async def health(self, *, deadline_s: float) -> EngineHealth:
         state, detail = self._state, {"device": str(self._device)}
@@ -120,30 +118,11 @@ class SentenceTransformersEngine:
             done, _ = await asyncio.wait([asyncio.wrap_future(answer)], timeout=deadline_s)
             if not done or answer.cancelled():
                 state, detail["reason"] = "failed", f"the model's thread did not answer within {deadline_s:g} s"
-        cached = {"cached": self._cache.digests, "cached_bytes": self._cache.num_bytes} if self._encoder else {}
+        cached = {"cached": self._cache.digests, "cached_bytes": self._cache.num_bytes} if self._model else {}
         return EngineHealth(state, queued=self._num_waiting, detail=detail | cached)
 
-    async def check_examples(self, examples: ExampleSet) -> None:
-        if self._truncates:
-            return
-        encoder = await self._ready()
-        rows = [example for example in examples if isinstance(example, RetrievalExample)]
-        texts = [text for row in rows for text in (row.query, *row.pos, *row.neg)]
-        encoded: list[list[int]] = await asyncio.wrap_future(self._pipeline.tokenize(texts))
-        lengths = iter(map(len, encoded))
-        for number, row in enumerate(rows, start=1):
-            for key in (
-                "query",
-                *(f"pos[{i}]" for i in range(len(row.pos))),
-                *(f"neg[{i}]" for i in range(len(row.neg))),
-            ):
-                length = next(lengths)
-                if length > encoder.max_length:
-                    raise ContextLengthError(
-                        f"row {number}: {key!r} has {length} tokens, but the model takes at most {encoder.max_length}; "
-                        "shorten it, or set the pool's truncate",
-                        param="examples",
-                    )
+    @abstractmethod
+    async def check_examples(self, examples: ExampleSet) -> None: ...
 
     async def materialise(self, recipe: Recipe) -> None:
         await self._ready()
@@ -151,54 +130,42 @@ class SentenceTransformersEngine:
         self._cache.release(await self._cache.lease(recipe))
 
     def forget(self, recipe_digest: str) -> None:
-        if self._encoder is not None:
+        if self._model is not None:
             self._cache.forget(recipe_digest)
 
-    async def embed(
-        self,
-        recipe: Recipe,
-        inputs: Sequence[str] | Sequence[Sequence[int]],
-        *,
-        prompt: str = "",
-        truncate_to: int | None = None,
-        dimensions: int | None = None,
-        background: bool = False,
-    ) -> Embedded:
-        encoder = await self._ready()
-        self._check_recipe(recipe)
-        truncate_to = self._truncation(encoder, truncate_to)
-        if dimensions is not None and not 1 <= dimensions <= encoder.dimension:
-            raise InvalidRequestError(
-                f"dimensions must lie between 1 and {encoder.dimension}, got {dimensions}", param="dimensions"
-            )
-        if not inputs:
-            return Embedded(np.empty((0, dimensions or encoder.dimension), dtype=np.float32), 0)
+    async def _compute(
+        self, recipe: Recipe, num_inputs: int, make: Callable[..., ModelRequest[M]], *, background: bool
+    ) -> tuple[np.ndarray, int]:
+        """Runs a request through the model under a recipe.
+
+        Args:
+            make: the request, given what all requests have.
+
+        Returns:
+            What it computed, `[N, D]` float32, and the tokens it read.
+        """
         arrived_at = time.monotonic()
-        with self._admitted(len(inputs)):
+        with self._admitted(num_inputs):
             mixture = await self._lease(recipe, background)
             try:
-                request = EmbeddingRequest(
+                request = make(
                     recipe_digest=recipe.digest,
                     params=mixture.params,
-                    inputs=inputs,
-                    prompt=prompt,
-                    truncate_to=truncate_to,
-                    dimensions=dimensions,
                     background=background,
                     handle=self._loop.create_future(),
                 )
-                vectors = await self._run(request, arrived_at)
+                rows = await self._run(request, arrived_at)
             finally:
                 self._cache.release(mixture)
-        return Embedded(vectors, request.num_tokens)
+        return rows, request.num_tokens
 
     @property
-    def _loaded(self) -> Encoder:
-        if self._encoder is None:
+    def _loaded(self) -> M:
+        if self._model is None:
             raise ModelNotReadyError(f"pool {self.pool.id!r} is {self._state}")
-        return self._encoder
+        return self._model
 
-    async def _ready(self) -> Encoder:
+    async def _ready(self) -> M:
         if self._state == "starting":
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(self._config.queue_timeout_s):
@@ -226,11 +193,11 @@ class SentenceTransformersEngine:
         finally:
             self._num_waiting -= num_inputs
 
-    def _truncation(self, encoder: Encoder, truncate_to: int | None) -> int | None:
+    def _truncation(self, model: M, truncate_to: int | None, *, is_pair: bool) -> int | None:
         if truncate_to is None and not self._truncates:
             return None
-        cut = encoder.max_length if truncate_to is None else min(truncate_to, encoder.max_length)
-        encoder.tokenizer.check_truncation(cut)
+        cut = model.max_length if truncate_to is None else min(truncate_to, model.max_length)
+        model.tokenizer.check_truncation(cut, is_pair=is_pair)
         return cut
 
     async def _lease(self, recipe: Recipe, background: bool) -> Mixture:
@@ -242,7 +209,7 @@ class SentenceTransformersEngine:
         except TimeoutError:
             raise self._queue_timeout() from None
 
-    async def _run(self, request: EmbeddingRequest, arrived_at: float) -> np.ndarray:
+    async def _run(self, request: ModelRequest[M], arrived_at: float) -> np.ndarray:
         """Waits for the request; one whose caller goes, or whose turn does not come in time, is taken back."""
         timer = None
         if not request.background:
@@ -250,16 +217,16 @@ class SentenceTransformersEngine:
             timer = self._loop.call_later(left_s, self._expire, request)
         try:
             self._pipeline.submit(request)
-            vectors: np.ndarray = await request.handle
+            rows: np.ndarray = await request.handle
         finally:
             request.abandoned = True
             if timer is not None:
                 timer.cancel()
         if not request.background and request.started_at is not None:
             self.stats.wait.observe(request.started_at - arrived_at)
-        return vectors
+        return rows
 
-    def _expire(self, request: EmbeddingRequest) -> None:
+    def _expire(self, request: ModelRequest[M]) -> None:
         if request.started_at is None and not request.handle.done():
             request.abandoned = True
             request.handle.set_exception(self._queue_timeout())
@@ -278,28 +245,28 @@ class SentenceTransformersEngine:
         return params
 
     async def _unbind(self, params: Params) -> None:
-        encoder = self._loaded
-        await asyncio.wrap_future(self._pipeline.call(lambda: encoder.unbind(params)))
+        model = self._loaded
+        await asyncio.wrap_future(self._pipeline.call(lambda: model.unbind(params)))
 
-    def _load(self) -> Encoder:
-        encoder = Encoder(self.pool.base.path, dtype=self.dtype, device=self._device)
-        if encoder.mixture_bytes > self._config.cache_bytes:
+    def _load(self) -> M:
+        model = cast(M, self._model_class(self.pool.base.path, dtype=self.dtype, device=self._device))
+        if model.mixture_bytes > self._config.cache_bytes:
             raise ConfigError(
                 f"pool {self.pool.id!r}: engine.cache_bytes is {self._config.cache_bytes}, but the parameters of one "
-                f"mixture take {encoder.mixture_bytes}; raise it to that at least",
+                f"mixture take {model.mixture_bytes}; raise it to that at least",
                 param="engine.cache_bytes",
             )
-        encoder.check_names(self._base_recipe, self._folders)
-        return encoder
+        model.check_names(self._base_recipe, self._folders)
+        return model
 
-    def _on_loaded(self, encoder: Encoder) -> None:
+    def _on_loaded(self, model: M) -> None:
         if self._state != "starting":
             return
-        self._encoder = encoder
+        self._model = model
         self._cache = ParameterCache(
-            self._mix, self._unbind, mixture_bytes=encoder.mixture_bytes, max_bytes=self._config.cache_bytes
+            self._mix, self._unbind, mixture_bytes=model.mixture_bytes, max_bytes=self._config.cache_bytes
         )
-        self._cache.pin(self._base_recipe.digest, encoder.own_params)
+        self._cache.pin(self._base_recipe.digest, model.own_params)
         self._state = "ready"
         self._is_settled.set()
 
@@ -309,7 +276,7 @@ class SentenceTransformersEngine:
             self._failure = error
             self._is_settled.set()
 
-    def _on_over(self, requests: list[EmbeddingRequest]) -> None:
+    def _on_over(self, requests: list[ModelRequest[M]]) -> None:
         for request in requests:
             if request.handle.done():
                 continue

@@ -21,11 +21,12 @@ from cocktail_serve.gateway.error_handlers import add_error_handlers
 from cocktail_serve.gateway.metrics import GatewayMetrics
 from cocktail_serve.gateway.middleware import BodyLimit, RequestBoundary
 from cocktail_serve.gateway.openapi import add_openapi
-from cocktail_serve.gateway.routes import cocktails, embeddings, generation, models, operations
+from cocktail_serve.gateway.routes import cocktails, embeddings, generation, models, operations, reranking
 from cocktail_serve.gateway.routes import pools as pools_routes
 from cocktail_serve.gateway.schemas.cocktails import CurrentVersion
 from cocktail_serve.gateway.schemas.embeddings import EmbeddingRequest
 from cocktail_serve.gateway.schemas.generation import ChatCompletionRequest, CompletionRequest
+from cocktail_serve.gateway.schemas.reranking import RerankRequest
 from cocktail_serve.gateway.state import Gateway
 from cocktail_serve.pool import Pool
 
@@ -58,10 +59,20 @@ def create_app(
         lifespan=_lifespan(settings, pools, engines, metrics),
         redoc_url=None,
     )
-    for family in (generation, embeddings, models, cocktails, pools_routes, operations):
+    for family in (generation, embeddings, reranking, models, cocktails, pools_routes, operations):
         app.include_router(family.router)
     add_error_handlers(app)
-    add_openapi(app, bodies=(ChatCompletionRequest, CompletionRequest, EmbeddingRequest, CocktailBody, CurrentVersion))
+    add_openapi(
+        app,
+        bodies=(
+            ChatCompletionRequest,
+            CompletionRequest,
+            EmbeddingRequest,
+            RerankRequest,
+            CocktailBody,
+            CurrentVersion,
+        ),
+    )
     # the last added is the outermost
     app.add_middleware(BodyLimit, max_bytes=settings.server.max_request_bytes)
     app.add_middleware(RequestBoundary, metrics=metrics)

@@ -101,26 +101,6 @@ def dimensions_to_keep(wanted: int | None, *, full: int, pool: PoolConfig) -> in
     return wanted
 
 
-def truncation(wanted: int | None, *, max_length: int, truncate: bool) -> int | None:
-    """The length in tokens at which inputs are cut; None: too long is an error.
-
-    Args:
-        wanted: the request's `truncate_prompt_tokens`; -1: what the model takes.
-        truncate: the pool's own setting.
-
-    Raises:
-        InvalidRequestError: zero, or more than the model takes.
-    """
-    if wanted == -1 or (wanted is None and truncate):
-        return max_length
-    if wanted is not None and not 1 <= wanted <= max_length:
-        raise InvalidRequestError(
-            f"truncate_prompt_tokens must lie between 1 and {max_length}, or be -1, got {wanted}",
-            param="truncate_prompt_tokens",
-        )
-    return wanted
-
-
 MAX_INLINE_NUMBERS = 16_384
 """Numbers of an answer that is encoded on the event loop, in a millisecond at most; larger ones go to a thread."""
 

@@ -15,7 +15,7 @@ from fastapi import Depends, Request
 from cocktail_serve.cocktails.request import CocktailRequest, parse_inline, parse_request
 from cocktail_serve.cocktails.service import CocktailService
 from cocktail_serve.config import PoolConfig, Settings
-from cocktail_serve.engines.base import EmbeddingEngine, Engine, GenerationEngine
+from cocktail_serve.engines.base import EmbeddingEngine, Engine, GenerationEngine, RerankingEngine
 from cocktail_serve.errors import AuthenticationError
 from cocktail_serve.gateway.metrics import GatewayMetrics
 from cocktail_serve.pool import Pool
@@ -52,7 +52,7 @@ class Gateway:
         return await asyncio.get_running_loop().run_in_executor(self.parsing, parse)
 
     async def parse_inline(self, cocktail: Any, pool: Pool) -> CocktailRequest:
-        """The `cocktail` of a generation or embedding request, checked; raises as `parse_inline` does."""
+        """The `cocktail` of a generation, embedding or rerank request, checked; raises as `parse_inline` does."""
         parse = partial(parse_inline, cocktail, pool=pool, settings=self.settings)
         return await asyncio.get_running_loop().run_in_executor(self.parsing, parse)
 
@@ -63,6 +63,10 @@ class Gateway:
     def embedding_engine(self, pool_id: str) -> EmbeddingEngine:
         """The engine of an encoder pool; the configuration has checked that it is one."""
         return cast(EmbeddingEngine, self.engines[pool_id])
+
+    def reranking_engine(self, pool_id: str) -> RerankingEngine:
+        """The engine of a reranker pool; the configuration has checked that it is one."""
+        return cast(RerankingEngine, self.engines[pool_id])
 
 
 async def gateway_of(request: Request) -> Gateway:

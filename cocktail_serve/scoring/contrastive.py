@@ -6,8 +6,8 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from cocktail_serve.errors import InvalidExamplesError
-from cocktail_serve.examples import Example, ExampleSet, RetrievalExample
+from cocktail_serve.examples import ExampleSet
+from cocktail_serve.scoring.retrieval import cross_entropy, retrieval_example
 
 LOSS_VERSION = "contrastive-1"
 """Part of every key a loss is kept under: raised when the same embeddings come to mean another loss."""
@@ -18,7 +18,9 @@ TEMPERATURE = 0.05
 
 def texts_of(examples: ExampleSet) -> list[str]:
     """All queries and passages, each once, in the order they first appear."""
-    return list(dict.fromkeys(text for row in map(_retrieval, examples) for text in (row.query, *row.pos, *row.neg)))
+    return list(
+        dict.fromkeys(text for row in map(retrieval_example, examples) for text in (row.query, *row.pos, *row.neg))
+    )
 
 
 def contrastive_losses(examples: ExampleSet, embed: Mapping[str, np.ndarray]) -> list[float]:
@@ -35,7 +37,7 @@ def contrastive_losses(examples: ExampleSet, embed: Mapping[str, np.ndarray]) ->
     Returns:
         One loss per example, in order; computed in float64.
     """
-    rows = [_retrieval(example) for example in examples]
+    rows = [retrieval_example(example) for example in examples]
     passages = list(dict.fromkeys(text for row in rows for text in (*row.pos, *row.neg)))
     queries = np.stack([np.asarray(embed[row.query], dtype=np.float64) for row in rows])
     scores = queries @ np.stack([np.asarray(embed[text], dtype=np.float64) for text in passages]).T / TEMPERATURE
@@ -46,16 +48,5 @@ def contrastive_losses(examples: ExampleSet, embed: Mapping[str, np.ndarray]) ->
         is_negative = np.ones(len(passages), dtype=bool)
         is_negative[positives] = False
         negatives = row_scores[is_negative]
-        losses.append(float(np.mean([_cross_entropy(row_scores[index], negatives) for index in positives])))
+        losses.append(float(np.mean([cross_entropy(row_scores[index], negatives) for index in positives])))
     return losses
-
-
-def _cross_entropy(positive: np.floating, negatives: np.ndarray) -> float:
-    largest = max(positive, negatives.max(initial=positive))
-    return float(largest - positive + np.log(np.exp(positive - largest) + np.exp(negatives - largest).sum()))
-
-
-def _retrieval(example: Example) -> RetrievalExample:
-    if not isinstance(example, RetrievalExample):
-        raise InvalidExamplesError('an encoder is scored on {"query", "pos", "neg"} examples')
-    return example

@@ -20,8 +20,8 @@ from sentence_transformers.sentence_transformer.modules import Dense, Normalize
 from cocktail_serve.checkpoints.opening import open_pool
 from cocktail_serve.config import PoolConfig
 from cocktail_serve.engines.base import EmbeddingEngine
+from cocktail_serve.engines.embedding import EncoderEngine
 from cocktail_serve.engines.encoder import Encoder
-from cocktail_serve.engines.sentence_transformers import SentenceTransformersEngine
 from cocktail_serve.errors import (
     CheckpointError,
     CocktailError,
@@ -63,10 +63,10 @@ def config_of(folders: dict[str, Path], *, pool: dict[str, Any] | None = None, *
 @asynccontextmanager
 async def running(
     folders: dict[str, Path], *, pool: dict[str, Any] | None = None, **engine: Any
-) -> AsyncIterator[SentenceTransformersEngine]:
+) -> AsyncIterator[EncoderEngine]:
     config = config_of(folders, pool=pool, **engine)
     opened = await asyncio.to_thread(open_pool, config, cache_dir=folders["base"].parent / "cache")
-    made = SentenceTransformersEngine(opened, config)
+    made = EncoderEngine(opened, config)
     await made.start()
     try:
         yield made
@@ -90,7 +90,7 @@ def merged_apart(folders: dict[str, Path], weights: dict[str, float], dtype: tor
     return merged.to(dtype)
 
 
-def recipe_of(engine: SentenceTransformersEngine, weights: dict[str, float]) -> Recipe:
+def recipe_of(engine: EncoderEngine, weights: dict[str, float]) -> Recipe:
     return make_recipe(engine.pool, weights, dtype=engine.dtype)
 
 
@@ -173,9 +173,7 @@ class TestEqualsSentenceTransformers:
 
 class TestRequests:
     @asynccontextmanager
-    async def base(
-        self, folders: dict[str, Path], **options: Any
-    ) -> AsyncIterator[tuple[SentenceTransformersEngine, Recipe]]:
+    async def base(self, folders: dict[str, Path], **options: Any) -> AsyncIterator[tuple[EncoderEngine, Recipe]]:
         async with running(folders, **options) as engine:
             yield engine, one_hot(engine.pool, "base", dtype="float32")
 
@@ -476,12 +474,13 @@ def record_passes(monkeypatch: pytest.MonkeyPatch, record: Callable[[Any], None]
     monkeypatch.setattr(Encoder, "forward", recording)
 
 
-async def ready(engine: SentenceTransformersEngine) -> None:
+async def ready(engine: EncoderEngine) -> None:
+    await engine._is_settled.wait()  # however short its queue_timeout_s
     await engine.materialise(one_hot(engine.pool, "base", dtype="float32"))
 
 
 @asynccontextmanager
-async def engine_held(engine: SentenceTransformersEngine) -> AsyncIterator[None]:
+async def engine_held(engine: EncoderEngine) -> AsyncIterator[None]:
     """The model's thread does nothing else until the block ends."""
     await ready(engine)
     entered, release = threading.Event(), threading.Event()
@@ -498,7 +497,7 @@ async def engine_held(engine: SentenceTransformersEngine) -> AsyncIterator[None]
         release.set()
 
 
-async def tokenized(engine: SentenceTransformersEngine) -> None:
+async def tokenized(engine: EncoderEngine) -> None:
     """Everything submitted so far has gone through the tokenizer's one thread."""
     await asyncio.sleep(0)
-    await asyncio.wrap_future(engine._pipeline.tokenize(["dog"]))
+    await asyncio.wrap_future(engine._pipeline.with_tokenizer(lambda: None))

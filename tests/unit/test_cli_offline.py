@@ -10,7 +10,7 @@ import yaml
 from cocktail_serve.checkpoints.reader import CheckpointReader
 from cocktail_serve.cli import main
 from cocktail_serve.weighting.softmax import softmax_weights
-from tests.models import make_decoder_pool, make_encoder_pool
+from tests.models import make_decoder_pool, make_encoder_pool, make_reranker_pool
 
 DECODER_ROWS = [
     {"input": "the capital of france is", "output": "paris"},
@@ -21,7 +21,7 @@ DECODER_ROWS = [
         ]
     },
 ]
-ENCODER_ROWS = [
+PAIR_ROWS = [
     {"query": "my card was stolen", "pos": ["card lost"], "neg": ["red fish", "good dog"]},
     {"query": "capital of france", "pos": ["paris"], "neg": ["berlin"]},
 ]
@@ -32,6 +32,7 @@ def config(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("offline")
     decoders = make_decoder_pool(folder / "flan")
     encoders = make_encoder_pool(folder / "bge")
+    rerankers = make_reranker_pool(folder / "ranker")
     path = folder / "config.yaml"
     path.write_text(
         yaml.safe_dump(
@@ -40,6 +41,7 @@ def config(tmp_path_factory) -> Path:
                 "pools": [
                     _pool("flan", "decoder", decoders, {"type": "vllm", "max_model_len": 64}),
                     _pool("bge", "encoder", encoders, {"type": "sentence_transformers"}),
+                    _pool("ranker", "reranker", rerankers, {"type": "sentence_transformers"}),
                 ],
             }
         )
@@ -69,7 +71,7 @@ def run(capsys, *args: object) -> tuple[int, str, str]:
     return int(exited.value.code or 0), out, err
 
 
-@pytest.mark.parametrize(("pool", "rows"), [("flan", DECODER_ROWS), ("bge", ENCODER_ROWS)])
+@pytest.mark.parametrize(("pool", "rows"), [("flan", DECODER_ROWS), ("bge", PAIR_ROWS), ("ranker", PAIR_ROWS)])
 def test_weights_follow_from_the_losses(config, examples, capsys, pool, rows):
     code, out, _ = run(
         capsys, "weigh", config, "--pool", pool, "--examples", examples(rows), "--temperature", 0.5, "--json"
@@ -97,6 +99,17 @@ def test_the_decoders_losses_are_those_of_transformers(config, examples, capsys)
     assert json.loads(out)["losses"]["nq"] == pytest.approx(reference, rel=1e-5)
 
 
+def test_the_rerankers_losses_are_those_of_cross_encoders(config, examples, capsys):
+    from sentence_transformers import CrossEncoder
+
+    row = PAIR_ROWS[0]
+    _, out, _ = run(capsys, "weigh", config, "--pool", "ranker", "--examples", examples([row]), "--json")
+    model = CrossEncoder(str(config.parent / "ranker" / "quora"), device="cpu", activation_fn=torch.nn.Identity())
+    logits = model.predict([(row["query"], text) for text in (*row["pos"], *row["neg"])])
+    reference = torch.nn.functional.cross_entropy(torch.from_numpy(logits)[None], torch.tensor([0])).item()
+    assert json.loads(out)["losses"]["quora"] == pytest.approx(reference, rel=1e-4)
+
+
 def test_a_target_is_scored_but_not_weighed(config, examples, capsys):
     args = ("--pool", "flan", "--examples", examples(DECODER_ROWS), "--target", "nq", "--alpha", 0.25, "--json")
     _, out, _ = run(capsys, "weigh", config, *args)
@@ -107,7 +120,7 @@ def test_a_target_is_scored_but_not_weighed(config, examples, capsys):
 
 
 def test_the_table_names_every_model(config, examples, capsys):
-    code, out, err = run(capsys, "weigh", config, "--pool", "bge", "--examples", examples(ENCODER_ROWS))
+    code, out, err = run(capsys, "weigh", config, "--pool", "bge", "--examples", examples(PAIR_ROWS))
     assert code == 0
     assert all(name in out for name in ("base", "hotpotqa", "quora", "█", "temperature 5"))
     assert "scoring" in err  # progress as plain lines, since this is no terminal
@@ -136,9 +149,40 @@ def test_a_mixture_is_the_weighted_sum_and_loads(config, tmp_path, capsys):
     assert AutoTokenizer.from_pretrained(out_folder).chat_template
 
 
+def test_a_mixed_reranker_scores_the_same_wherever_it_is_loaded(config, tmp_path, capsys):
+    from sentence_transformers import CrossEncoder
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    weights = {"base": 0.25, "quora": 0.75}
+    out_folder = tmp_path / "mixed"
+    by_hand = ",".join(f"{name}={weight}" for name, weight in weights.items())
+    code, _, _ = run(capsys, "mix", config, "--pool", "ranker", "--weights", by_hand, "--out", out_folder)
+    assert code == 0
+    apart = AutoModelForSequenceClassification.from_pretrained(config.parent / "ranker" / "base").eval()
+    states = {
+        name: AutoModelForSequenceClassification.from_pretrained(config.parent / "ranker" / name).state_dict()
+        for name in weights
+    }
+    apart.load_state_dict(
+        {
+            key: sum(weight * states[name][key].double() for name, weight in weights.items())
+            for key in apart.state_dict()
+        }
+    )
+    texts = ["paris", "my card was stolen", "the capital of france"]
+    tokenizer = AutoTokenizer.from_pretrained(out_folder)
+    batch = tokenizer(["capital of france"] * 3, texts, padding=True, return_tensors="pt")
+    with torch.inference_mode():
+        want = apart(**batch).logits[:, 0]
+        loaded = AutoModelForSequenceClassification.from_pretrained(out_folder).eval()
+        torch.testing.assert_close(loaded(**batch).logits[:, 0], want, rtol=1e-4, atol=1e-5)
+    scores = CrossEncoder(str(out_folder), device="cpu").predict([("capital of france", text) for text in texts])
+    torch.testing.assert_close(torch.from_numpy(scores), torch.sigmoid(want), rtol=1e-4, atol=1e-5)
+
+
 def test_a_mixture_from_examples_tells_its_losses(config, examples, tmp_path, capsys):
     out_folder = tmp_path / "mixed"
-    code, _, _ = run(capsys, "mix", config, "--pool", "bge", "--examples", examples(ENCODER_ROWS), "--out", out_folder)
+    code, _, _ = run(capsys, "mix", config, "--pool", "bge", "--examples", examples(PAIR_ROWS), "--out", out_folder)
     assert code == 0
     weighing = json.loads((out_folder / "weighing.json").read_text())
     recipe = json.loads((out_folder / "recipe.json").read_text())
@@ -177,7 +221,7 @@ def test_bad_input_is_refused_and_nothing_is_written(config, tmp_path, capsys, a
         ([{"input": "a", "output": "b"}], ["--temperature", "0"], "temperature"),
         ([{"input": "a", "output": "b"}], ["--weighting", "guess"], "weighting"),
         ([{"input": "word " * 80, "output": "b"}], [], "at most 63"),
-        (ENCODER_ROWS, [], "decoder"),
+        (PAIR_ROWS, [], "decoder"),
     ],
 )
 def test_bad_examples_are_refused(config, examples, capsys, *, rows, options, message):
@@ -213,7 +257,7 @@ def test_a_full_disk_is_a_failure_and_leaves_nothing(config, tmp_path, capsys, m
 def test_an_unknown_pool_lists_the_known(config, examples, capsys):
     code, _, err = run(capsys, "weigh", config, "--pool", "flam", "--examples", examples(DECODER_ROWS))
     assert code == 2
-    assert "flan, bge" in err
+    assert "flan, bge, ranker" in err
 
 
 def test_a_missing_configuration_is_bad_input(tmp_path, examples, capsys):

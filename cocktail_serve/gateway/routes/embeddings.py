@@ -15,13 +15,13 @@ from cocktail_serve.gateway.embedding import (
     dimensions_to_keep,
     encode_answer,
     prompt_of,
-    truncation,
 )
 from cocktail_serve.gateway.json_body import json_object, parse_as
 from cocktail_serve.gateway.openapi import engine_errors, json_request
 from cocktail_serve.gateway.schemas.embeddings import EmbeddingList, EmbeddingRequest
 from cocktail_serve.gateway.state import gateway_of, tenant_of
 from cocktail_serve.gateway.targets import requested_pool, served_model
+from cocktail_serve.gateway.truncation import truncation
 
 router = APIRouter(tags=["embeddings"])
 

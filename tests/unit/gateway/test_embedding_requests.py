@@ -12,7 +12,8 @@ import pytest
 
 from cocktail_serve.config import PoolConfig
 from cocktail_serve.errors import EngineError, InvalidRequestError
-from cocktail_serve.gateway.embedding import check_inputs, dimensions_to_keep, encode_answer, prompt_of, truncation
+from cocktail_serve.gateway.embedding import check_inputs, dimensions_to_keep, encode_answer, prompt_of
+from cocktail_serve.gateway.truncation import truncation
 
 
 @pytest.fixture

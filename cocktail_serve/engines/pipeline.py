@@ -1,47 +1,71 @@
-"""The threads of an embedding engine: one turns texts into tokens, one owns the model and turns tokens into vectors."""
+"""The threads of an in-process engine: one turns texts into tokens, one owns the model and turns those into numbers."""
 
 from __future__ import annotations
 
 import threading
+from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
-from typing import Any, cast
+from dataclasses import dataclass
+from typing import Any, ClassVar, Generic, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from cocktail_serve.engines.batching import Batch, BatchQueue, Call, Job, PassLimits
-from cocktail_serve.engines.encoder import Encoder
+from cocktail_serve.engines.swappable import SwappableModel
 from cocktail_serve.errors import CocktailError, EngineError, InvalidRequestError, ModelNotReadyError
+
+M = TypeVar("M", bound=SwappableModel)
+T = TypeVar("T")
 
 
 @dataclass(eq=False, slots=True, kw_only=True)
-class EmbeddingRequest(Job):
-    """Texts (or token ids) to embed under one recipe, from their arrival to their vectors.
+class ModelRequest(Job, Generic[M]):
+    """Something to compute under one recipe, from its arrival to its rows of numbers.
 
     Attributes:
         recipe_digest: names `params`, so that equal ones share passes.
         params: the recipe's parameters, by slot; held until the request is over.
-        inputs: texts, or token ids with special tokens.
+        truncate_to: inputs are cut to this many tokens; None: too long is an error.
         handle: of the caller's, who is told by it which request is over.
+        param: where the inputs stand in the caller's request, for errors.
     """
+
+    param: ClassVar[str] = "input"
 
     recipe_digest: str
     params: Mapping[str, Tensor]
-    inputs: Sequence[str] | Sequence[Sequence[int]]
-    prompt: str = ""
     truncate_to: int | None = None
-    dimensions: int | None = None
     handle: Any = None
-    prompt_length: int | None = field(default=None, init=False)
 
     @property
     def num_tokens(self) -> int:
         return sum(map(len, self.token_ids))
 
+    @abstractmethod
+    def tokenize(self, model: M) -> Sequence[Sequence[int]]:
+        """Token ids of the inputs, checked, on the thread that owns the tokenizer."""
 
-class EmbeddingPipeline:
+    @property
+    @abstractmethod
+    def features_key(self) -> Any:
+        """What requests must have in common, beside the parameters, to share a pass; asked after `tokenize`."""
+
+    @abstractmethod
+    def forward(self, model: M, batch: Batch[Any]) -> np.ndarray:
+        """Rows `[N, D]` float32 of a pass, on the model's thread; called on any request of the batch."""
+
+    @abstractmethod
+    def finish(self, model: M) -> None:
+        """Makes of `vectors`, now complete, what the caller asked for; on the model's thread."""
+
+
+R = TypeVar("R", bound=ModelRequest[Any])
+
+
+class Pipeline(Generic[M, R]):
     """Takes requests from any thread and reports each exactly once when it is over, unless its caller has gone.
 
     Args:
@@ -49,20 +73,20 @@ class EmbeddingPipeline:
         load: loads the model, on the thread that will own it.
         on_loaded, on_failed: called once, on that thread: one when the model is loaded; the other when it cannot be,
             or when the thread ends for a reason that is not a request's.
-        on_over: called with requests that have their vectors or their error, on the pipeline's threads.
-        max_request_tokens: a request of more is refused.
+        on_over: called with requests that have their rows or their error, on the pipeline's threads.
+        max_request_tokens: a request of more is refused, unless it is background work.
     """
 
     def __init__(
         self,
         name: str,
-        load: Callable[[], Encoder],
+        load: Callable[[], M],
         *,
         limits: PassLimits,
         max_request_tokens: int,
-        on_loaded: Callable[[Encoder], None],
+        on_loaded: Callable[[M], None],
         on_failed: Callable[[BaseException], None],
-        on_over: Callable[[list[EmbeddingRequest]], None],
+        on_over: Callable[[list[R]], None],
     ) -> None:
         self._name = name
         self._load = load
@@ -70,11 +94,11 @@ class EmbeddingPipeline:
         self._on_loaded = on_loaded
         self._on_failed = on_failed
         self._on_over = on_over
-        self._batches: BatchQueue[EmbeddingRequest] = BatchQueue(limits)
+        self._batches: BatchQueue[R] = BatchQueue(limits)
         self._tokenizing = ThreadPoolExecutor(1, thread_name_prefix=f"{name}-tokenizer")
         self._thread = threading.Thread(target=self._own_model, name=f"{name}-model", daemon=True)
         self._is_stopping = False
-        self._encoder: Encoder
+        self._model: M
 
     def start(self) -> None:
         self._thread.start()
@@ -87,7 +111,7 @@ class EmbeddingPipeline:
         if self._thread.is_alive():
             self._thread.join()
 
-    def submit(self, request: EmbeddingRequest) -> None:
+    def submit(self, request: R) -> None:
         """Once the model is loaded. Returns at once.
 
         Raises:
@@ -102,50 +126,38 @@ class EmbeddingPipeline:
         """Runs a function between two passes on the thread that owns the model."""
         return self._batches.call(function)
 
-    def tokenize(self, texts: Sequence[str]) -> Future[list[list[int]]]:
-        """Token ids of texts, on the thread that owns the tokenizer."""
-        return self._tokenizing.submit(self._encoder.tokenizer.encode, texts)
+    def with_tokenizer(self, function: Callable[[], T]) -> Future[T]:
+        """Runs a function on the thread that owns the tokenizer."""
+        return self._tokenizing.submit(function)
 
-    def _tokenize(self, request: EmbeddingRequest) -> None:
+    def _tokenize(self, request: R) -> None:
         if request.abandoned:
             return
         try:
             if self._is_stopping:
                 raise self._stopping()
-            token_ids = self._token_ids(request)
-            request.prompt_length = self._encoder.prompt_length(request.prompt)
+            token_ids = request.tokenize(self._model)
+            self._check_size(request, token_ids)
         except Exception as error:  # noqa: BLE001  # whatever it is, somebody waits for this request
             self._end([request], error)
             return
-        request.set_inputs((request.recipe_digest, request.prompt_length), token_ids)
+        request.set_inputs((request.recipe_digest, request.features_key), token_ids)
         if not self._batches.put(request):
             self._end([request], self._stopping())
 
-    def _token_ids(self, request: EmbeddingRequest) -> Sequence[Sequence[int]]:
-        tokenizer = self._encoder.tokenizer
-        token_ids: Sequence[Sequence[int]]
-        if isinstance(request.inputs[0], str):
-            texts = [f"{request.prompt}{text}" for text in request.inputs]
-            token_ids = tokenizer.encode(texts, truncate_to=request.truncate_to)
-        elif request.prompt:
-            raise InvalidRequestError("a prompt is text and cannot be put before token ids", param="prompt_name")
-        else:
-            token_ids = [ids[: request.truncate_to] for ids in cast("Sequence[Sequence[int]]", request.inputs)]
-            tokenizer.check_token_ids(token_ids)
-        tokenizer.check_length(token_ids)
+    def _check_size(self, request: R, token_ids: Sequence[Sequence[int]]) -> None:
         num_tokens = sum(map(len, token_ids))
-        if num_tokens > self._max_request_tokens:
+        if num_tokens > self._max_request_tokens and not request.background:
             raise InvalidRequestError(
                 f"the inputs have {num_tokens} tokens together, and one request may have "
                 f"{self._max_request_tokens}; send them in several",
-                param="input",
+                param=request.param,
             )
-        return token_ids
 
     def _own_model(self) -> None:
         try:
-            self._encoder = self._load()
-            self._on_loaded(self._encoder)
+            self._model = self._load()
+            self._on_loaded(self._model)
             with torch.inference_mode():  # per thread
                 while (work := self._batches.take()) is not None:
                     work.run() if isinstance(work, Call) else self._run(work)
@@ -153,22 +165,21 @@ class EmbeddingPipeline:
             self._end(self._batches.close(), EngineError(f"the model's thread of pool {self._name!r} has ended"))
             self._on_failed(error)
 
-    def _run(self, batch: Batch[EmbeddingRequest]) -> None:
+    def _run(self, batch: Batch[R]) -> None:
         first = batch.entries[0][0]
         try:
-            self._encoder.bind(first.params)
-            vectors = self._encoder.forward(batch.token_ids, prompt_length=first.prompt_length)
+            self._model.bind(first.params)
+            rows = first.forward(self._model, batch)
         except Exception as error:  # noqa: BLE001  # out of memory, a kernel's complaint: every request of it has failed
             self._end(batch.jobs, error)
             return
-        complete = batch.store(vectors)
+        complete = batch.store(rows)
         for request in complete:
-            if request.dimensions is not None and request.vectors is not None:
-                request.vectors = self._encoder.shorten(request.vectors, request.dimensions)
+            request.finish(self._model)
         if complete:
             self._on_over(complete)
 
-    def _end(self, requests: list[EmbeddingRequest], error: Exception) -> None:
+    def _end(self, requests: list[R], error: Exception) -> None:
         for request in requests:
             if isinstance(error, CocktailError):
                 request.error = error

@@ -1,17 +1,20 @@
-"""From the inputs of an embedding request to token ids, with the model's own fast tokenizer."""
+"""From texts and pairs of texts to token ids, with the model's own fast tokenizer."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
 
-from tokenizers import Tokenizer
+from tokenizers import Encoding, Tokenizer
 
 from cocktail_serve.errors import ConfigError, ContextLengthError, InvalidRequestError
 
+Pair = tuple[str, str]
+"""Two texts that the model reads together, as query and document."""
+
 
 class InputTokenizer:
-    """Turns texts into token ids, special tokens included. Not thread-safe: one thread owns it.
+    """Turns texts, or pairs of them, into token ids, special tokens included. Not thread-safe: one thread owns it.
 
     Args:
         tokenizer: a transformers tokenizer with a Rust backend, which is copied: truncation is a setting of it.
@@ -19,7 +22,7 @@ class InputTokenizer:
         vocab_size: ids that the model knows.
 
     Raises:
-        ConfigError: the tokenizer has no fast backend, or gives token types that the engine would drop.
+        ConfigError: the tokenizer has no fast backend.
     """
 
     def __init__(self, tokenizer: Any, *, max_length: int, vocab_size: int) -> None:
@@ -35,11 +38,15 @@ class InputTokenizer:
         self._truncate_to: int | None = None
         self._truncation_side: str = tokenizer.truncation_side
         self._special_ids = frozenset(tokenizer.all_special_ids)
-        self._num_special = self._tokenizer.num_special_tokens_to_add(is_pair=False)
+        self._num_special = {pair: self._tokenizer.num_special_tokens_to_add(is_pair=pair) for pair in (False, True)}
         self._vocab_size = vocab_size
         self.max_length = max_length
-        if "token_type_ids" in tokenizer.model_input_names and any(self._tokenizer.encode("a text").type_ids):
-            raise ConfigError(f"{type(tokenizer).__name__} gives token types other than 0, which is not supported")
+        self.has_token_types = "token_type_ids" in tokenizer.model_input_names
+
+    def check_token_types(self) -> None:
+        """Raises ConfigError where single texts have token types that the engine would drop."""
+        if self.has_token_types and any(self._tokenizer.encode("a text").type_ids):
+            raise ConfigError("the tokenizer gives a text token types other than 0, which is not supported")
 
     def encode(self, texts: Sequence[str], *, truncate_to: int | None = None) -> list[list[int]]:
         """Token ids of each text; cut to `truncate_to` tokens where that is given, else of any length.
@@ -47,6 +54,24 @@ class InputTokenizer:
         Raises:
             InvalidRequestError: a text no tokenizer takes; carries `input.{index}`.
         """
+        return [encoding.ids for encoding in self._encode(texts, truncate_to)]
+
+    def encode_pairs(
+        self, pairs: Sequence[Pair], *, truncate_to: int | None = None
+    ) -> tuple[list[list[int]], list[list[int]] | None]:
+        """Token ids and token types of each pair; where it is cut, the longer text goes first, token by token.
+
+        Returns:
+            Ids, and types of the same lengths: None where the model reads none.
+
+        Raises:
+            InvalidRequestError: a text no tokenizer takes; carries `input.{index}`.
+        """
+        encodings = self._encode(pairs, truncate_to)
+        types = [encoding.type_ids for encoding in encodings] if self.has_token_types else None
+        return [encoding.ids for encoding in encodings], types
+
+    def _encode(self, inputs: Sequence[str] | Sequence[Pair], truncate_to: int | None) -> list[Encoding]:
         if truncate_to != self._truncate_to:
             if truncate_to is None:
                 self._tokenizer.no_truncation()
@@ -54,18 +79,17 @@ class InputTokenizer:
                 self._tokenizer.enable_truncation(truncate_to, direction=self._truncation_side)
             self._truncate_to = truncate_to
         try:
-            encodings = self._tokenizer.encode_batch_fast(list(texts))
+            return self._tokenizer.encode_batch_fast(list(inputs))
         except (TypeError, UnicodeEncodeError):
-            check_encodable(texts)
+            check_encodable(inputs)
             raise
-        return [encoding.ids for encoding in encodings]
 
-    def check_truncation(self, truncate_to: int) -> None:
+    def check_truncation(self, truncate_to: int, *, is_pair: bool = False) -> None:
         """Raises InvalidRequestError where nothing but special tokens would be left.
 
         Below their number the tokenizer silently does not truncate at all.
         """
-        least = self._num_special + 1
+        least = self._num_special[is_pair] + 1
         if truncate_to < least:
             raise InvalidRequestError(
                 f"truncate_prompt_tokens must be at least {least} (special tokens and one of the text), "
@@ -81,14 +105,19 @@ class InputTokenizer:
         ids = self.encode([prompt])[0]
         return len(ids) - 1 if ids and ids[-1] in self._special_ids else len(ids)
 
-    def check_length(self, token_ids: Sequence[Sequence[int]]) -> None:
-        """Raises ContextLengthError for the first input over `max_length`."""
+    def check_length(self, token_ids: Sequence[Sequence[int]], *, field: str = "input", what: str = "") -> None:
+        """Raises ContextLengthError for the first input over `max_length`.
+
+        Args:
+            field: the request's field that the inputs stand in.
+            what: what an input is made of, where the field does not tell.
+        """
         for index, ids in enumerate(token_ids):
             if len(ids) > self.max_length:
                 raise ContextLengthError(
-                    f"input {index} has {len(ids)} tokens, but the model takes at most {self.max_length}; shorten it, "
-                    "or send truncate_prompt_tokens to have it cut",
-                    param=f"input.{index}",
+                    f"{field} {index} has {len(ids)} tokens{what}, but the model takes at most {self.max_length}; "
+                    "shorten it, or send truncate_prompt_tokens to have it cut",
+                    param=f"{field}.{index}",
                 )
 
     def check_token_ids(self, token_ids: Sequence[Sequence[int]]) -> None:
@@ -102,13 +131,14 @@ class InputTokenizer:
                 )
 
 
-def check_encodable(texts: Sequence[str]) -> None:
+def check_encodable(inputs: Sequence[str] | Sequence[Pair]) -> None:
     """Raises InvalidRequestError for a lone surrogate, which JSON can carry and UTF-8 cannot."""
-    for index, text in enumerate(texts):
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise InvalidRequestError(
-                f"input {index} holds a lone surrogate at character {error.start}, which is no text",
-                param=f"input.{index}",
-            ) from error
+    for index, texts in enumerate(inputs):
+        for text in (texts,) if isinstance(texts, str) else texts:
+            try:
+                text.encode()
+            except UnicodeEncodeError as error:
+                raise InvalidRequestError(
+                    f"input {index} holds a lone surrogate at character {error.start}, which is no text",
+                    param=f"input.{index}",
+                ) from error

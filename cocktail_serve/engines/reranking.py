@@ -1,0 +1,118 @@
+"""Scores of documents for a query, by a cross-encoder in this process."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import ClassVar
+
+import numpy as np
+
+from cocktail_serve.engines.base import Reranked
+from cocktail_serve.engines.batching import Batch
+from cocktail_serve.engines.input_tokenizer import Pair
+from cocktail_serve.engines.pipeline import ModelRequest
+from cocktail_serve.engines.reranker import Reranker
+from cocktail_serve.engines.sentence_transformers import SentenceTransformersEngine
+from cocktail_serve.errors import ContextLengthError
+from cocktail_serve.examples import ExampleSet
+from cocktail_serve.recipe import Recipe
+from cocktail_serve.scoring.ranking import pairs_of, ranking_losses
+
+PAIRS_PER_CALL = 256
+"""Pairs of one pass through the tokenizer while examples are scored: short enough to give way to traffic in between."""
+
+
+@dataclass(eq=False, slots=True, kw_only=True)
+class RerankingRequest(ModelRequest[Reranker]):
+    """Pairs to score.
+
+    Attributes:
+        is_raw: logits are wanted, not the scores that the model's activation makes of them.
+        type_ids: token types by pair, where the model reads them.
+    """
+
+    param: ClassVar[str] = "documents"
+
+    pairs: Sequence[Pair]
+    is_raw: bool = False
+    type_ids: list[list[int]] | None = field(default=None, init=False)
+
+    @property
+    def features_key(self) -> None:
+        return None
+
+    def tokenize(self, model: Reranker) -> Sequence[Sequence[int]]:
+        token_ids, self.type_ids = model.tokenize(self.pairs, truncate_to=self.truncate_to)
+        model.tokenizer.check_length(token_ids, field=self.param, what=" together with the query")
+        return token_ids
+
+    def forward(self, model: Reranker, batch: Batch[RerankingRequest]) -> np.ndarray:
+        if self.type_ids is None:
+            return model.forward(batch.token_ids)
+        type_ids = [job.type_ids[index] for job, indices in batch.entries if job.type_ids for index in indices]
+        return model.forward(batch.token_ids, type_ids)
+
+    def finish(self, model: Reranker) -> None:
+        if not self.is_raw and self.vectors is not None:
+            self.vectors = model.activate(self.vectors)
+
+
+class RerankerEngine(SentenceTransformersEngine[Reranker]):
+    """A `RerankingEngine`."""
+
+    _model_class = Reranker
+
+    async def check_examples(self, examples: ExampleSet) -> None:
+        if self._truncates:
+            return
+        reranker = await self._ready()
+        for number, pairs in enumerate(map(pairs_of, examples), start=1):
+            tokenize = partial(reranker.tokenize, pairs)
+            encoded, _ = await asyncio.wrap_future(self._pipeline.with_tokenizer(tokenize))
+            longest = max(map(len, encoded))
+            if longest > reranker.max_length:
+                raise ContextLengthError(
+                    f"row {number}: the query and its longest passage have {longest} tokens together, but the model "
+                    f"takes at most {reranker.max_length}; shorten them, or set the pool's truncate",
+                    param="examples",
+                )
+
+    async def rerank(
+        self,
+        recipe: Recipe,
+        query: str,
+        documents: Sequence[str],
+        *,
+        truncate_to: int | None = None,
+        use_activation: bool = True,
+    ) -> Reranked:
+        pairs = [(query, document) for document in documents]
+        return await self._score(recipe, pairs, truncate_to=truncate_to, is_raw=not use_activation, background=False)
+
+    async def score(self, recipe: Recipe, examples: ExampleSet) -> list[float]:
+        groups = [pairs_of(example) for example in examples]
+        pairs = [pair for group in groups for pair in group]
+        calls = [pairs[start : start + PAIRS_PER_CALL] for start in range(0, len(pairs), PAIRS_PER_CALL)]
+        logits = [await self._score(recipe, some, is_raw=True, background=True) for some in calls]
+        return ranking_losses(examples, np.concatenate([reranked.scores for reranked in logits]))
+
+    async def _score(
+        self,
+        recipe: Recipe,
+        pairs: Sequence[Pair],
+        *,
+        truncate_to: int | None = None,
+        is_raw: bool,
+        background: bool,
+    ) -> Reranked:
+        reranker = await self._ready()
+        self._check_recipe(recipe)
+        truncate_to = self._truncation(reranker, truncate_to, is_pair=True)
+        if not pairs:
+            return Reranked(np.empty(0, dtype=np.float32), 0)
+        make = partial(RerankingRequest, pairs=pairs, truncate_to=truncate_to, is_raw=is_raw)
+        rows, num_tokens = await self._compute(recipe, len(pairs), make, background=background)
+        return Reranked(rows[:, 0], num_tokens)

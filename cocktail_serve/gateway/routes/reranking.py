@@ -1,0 +1,62 @@
+"""`/v1/rerank`, as vLLM's, and the other paths that clients of rerankers know."""
+
+from __future__ import annotations
+
+import time
+
+from fastapi import APIRouter, Request, Response
+
+from cocktail_serve.gateway.disconnect import ended_with_client
+from cocktail_serve.gateway.json_body import json_object, parse_as
+from cocktail_serve.gateway.openapi import engine_errors, json_request
+from cocktail_serve.gateway.reranking import check_documents, encode_answer
+from cocktail_serve.gateway.schemas.reranking import RerankAnswer, RerankRequest
+from cocktail_serve.gateway.state import gateway_of, tenant_of
+from cocktail_serve.gateway.targets import requested_pool, served_model
+from cocktail_serve.gateway.truncation import truncation
+
+router = APIRouter(tags=["reranking"])
+
+
+@router.post("/rerank", include_in_schema=False)
+@router.post("/v2/rerank", include_in_schema=False)
+@router.post(
+    "/v1/rerank",
+    response_model=RerankAnswer,
+    responses=engine_errors(),
+    openapi_extra=json_request(RerankRequest),
+)
+async def rerank(request: Request) -> Response:
+    """Documents in the order of their relevance to a query, as vLLM's; `/rerank` and `/v2/rerank` are the same."""
+    gateway = await gateway_of(request)
+    tenant = await tenant_of(request)
+    body = await json_object(request)
+    wanted = parse_as(RerankRequest, body)
+    pool = requested_pool(gateway, tenant, body, kind="reranker")
+    request.state.pool = pool.id
+    engine = gateway.reranking_engine(pool.id)
+    documents = check_documents(wanted.documents)
+    truncate_to = truncation(
+        wanted.truncate_prompt_tokens,
+        max_length=engine.max_length,
+        truncate=gateway.pool_configs[pool.id].truncate,
+    )
+    served = await served_model(gateway, tenant, body)
+    async with ended_with_client(request.receive):
+        reranked = await engine.rerank(
+            served.recipe,
+            wanted.query,
+            documents,
+            truncate_to=truncate_to,
+            use_activation=wanted.use_activation is not False,
+        )
+    gateway.metrics.count_tokens(pool.id, num_in=reranked.num_tokens)
+    gateway.metrics.observe_first_token(pool.id, time.perf_counter() - request.state.started_at)
+    answer = encode_answer(
+        reranked,
+        documents,
+        model_id=served.model_id,
+        top_n=wanted.top_n or 0,
+        return_documents=wanted.return_documents is not False,
+    )
+    return Response(answer, media_type="application/json")
