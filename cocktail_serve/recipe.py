@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
 
 from cocktail_serve.digest import digest_of
 from cocktail_serve.errors import InvalidMixError
+from cocktail_serve.merging.methods import SUM_TOLERANCE, Method, find_method
 from cocktail_serve.pool import BASE, Pool
 
 DType = Literal["float32", "float16", "bfloat16"]
 
 RECIPE_VERSION = 1
 """Part of every digest: raised when the same fields come to mean other bits."""
-
-SUM_TOLERANCE = 1e-6
 
 
 @dataclass(frozen=True)
@@ -27,9 +26,11 @@ class Recipe:
     Attributes:
         base: fingerprint of the pool's base, which integer tensors are taken from and task vectors are relative to.
         coefficients: `(fingerprint, coefficient)` of the models that take part, zeros left out; the base first if it
-            takes part, then by fingerprint. Their order is the order of accumulation, so it is part of the digest.
-        method: `linear`, the weighted sum of parameters (LM-Cocktail, arXiv 2311.13534).
-        method_params: further parameters of the method.
+            takes part, then by fingerprint. Their order is the order of accumulation, so it is part of the digest. In
+            a method of task vectors the base always takes part, with 1; slerp keeps its two models, zero or not.
+        method: `linear`, the weighted sum of parameters (LM-Cocktail, arXiv 2311.13534), or another of
+            `merging.methods.METHODS`.
+        method_params: further parameters of the method, all of them.
         dtype: dtype of the mixed parameters, reached by one rounding from the float32 sum.
     """
 
@@ -76,12 +77,14 @@ class Recipe:
                 )
             if value["dtype"] not in ("float32", "float16", "bfloat16"):
                 raise InvalidMixError(f"recipe dtype {value['dtype']!r} is not float32, float16 or bfloat16")
-            _check_method(value["method"], value["method_params"])
+            method = find_method(value["method"])
+            method_params = method.check_params(value["method_params"])
             coefficients = tuple((str(f), _finite(f, c)) for f, c in value["coefficients"])
             if len(dict(coefficients)) < len(coefficients):
                 raise InvalidMixError("not a recipe: a model has two coefficients", param="recipe.coefficients")
-            _check_sum(c for _, c in coefficients)
-            return cls(base=str(value["base"]), coefficients=coefficients, dtype=value["dtype"])
+            base = str(value["base"])
+            _check_rule(method, base, coefficients)
+            return cls(base, coefficients, value["dtype"], method.name, method_params)
         except (KeyError, TypeError, ValueError) as error:
             raise InvalidMixError(f"not a recipe: {error!r}") from error
 
@@ -97,23 +100,33 @@ def make_recipe(
     """The recipe of a pool's models with the given weights, by name.
 
     Args:
-        merging_weights: coefficient by model name (`base` or an expert); names left out weigh 0.
+        merging_weights: coefficient by model name (`base` or an expert); names left out weigh 0, except that the base
+            counts 1 in a method of task vectors.
 
     Raises:
         NotFoundError: a name is not in the pool.
-        InvalidMixError: no weight, one that is not finite, or a sum that is not 1 within 1e-6.
+        InvalidMixError: no weight, one that is not finite, or the method's rule is broken: a sum that is not 1 within
+            1e-6, a base that does not count 1, another number of models; or a parameter of the method is out of range.
     """
-    _check_method(method, method_params or {})
+    chosen = find_method(method)
+    checked_params = chosen.check_params(method_params or {})
+    base = pool.base.fingerprint
     by_fingerprint: dict[str, float] = {}
     for name, weight in merging_weights.items():
         member = pool.member(name, param=f"merging_weights.{name}")
         value = _finite(name, weight)
+        if chosen.adds_task_vectors and name != BASE and member.fingerprint == base:
+            continue  # a copy of the base has no task vector
         # two names of the same parameters are one ingredient
         by_fingerprint[member.fingerprint] = by_fingerprint.get(member.fingerprint, 0.0) + value
-    _check_sum(by_fingerprint.values())
-    taking_part = {f: w for f, w in by_fingerprint.items() if w != 0.0}
-    order = sorted(taking_part, key=lambda f: (f != pool.base.fingerprint, f))
-    return Recipe(base=pool.base.fingerprint, coefficients=tuple((f, taking_part[f]) for f in order), dtype=dtype)
+    if chosen.adds_task_vectors:
+        by_fingerprint.setdefault(base, 1.0)
+    keeps_zeros = chosen.num_models is not None
+    taking_part = {f: w for f, w in by_fingerprint.items() if w != 0.0 or keeps_zeros}
+    order = sorted(taking_part, key=lambda f: (f != base, f))
+    coefficients = tuple((f, taking_part[f]) for f in order)
+    _check_rule(chosen, base, coefficients)
+    return Recipe(base, coefficients, dtype, chosen.name, checked_params)
 
 
 def one_hot(pool: Pool, name: str, *, dtype: DType) -> Recipe:
@@ -155,21 +168,25 @@ def with_target(weights: Mapping[str, float] | None, *, target: str | None, alph
     return mixed
 
 
-def _check_method(method: Any, method_params: Mapping[str, Any]) -> None:
-    if method != "linear":
-        raise InvalidMixError(f"method {method!r} is not known; use 'linear'", param="method")
-    if method_params:
+def _check_rule(method: Method, base: str, coefficients: Sequence[tuple[str, float]]) -> None:
+    if method.adds_task_vectors:
+        if not coefficients or coefficients[0] != (base, 1.0):
+            raise InvalidMixError(
+                f"method {method.name!r} adds task vectors to the base, whose coefficient is always 1; leave it out, "
+                "or give 1",
+                param=f"merging_weights.{BASE}",
+            )
+        return
+    if method.num_models is not None and len(coefficients) != method.num_models:
         raise InvalidMixError(
-            f"method 'linear' takes no parameters, got {sorted(method_params)}", param="method_params"
+            f"method {method.name!r} mixes {method.num_models} different models, got {len(coefficients)}",
+            param="merging_weights",
         )
-
-
-def _check_sum(coefficients: Iterable[float]) -> None:
-    total = math.fsum(coefficients)
+    total = math.fsum(coefficient for _, coefficient in coefficients)
     if abs(total - 1.0) > SUM_TOLERANCE:
         raise InvalidMixError(
-            f"merging weights of method 'linear' must sum to 1 within {SUM_TOLERANCE:g}, these sum to {total:.9g}; "
-            "scale them, or leave them out and give examples",
+            f"merging weights of method {method.name!r} must sum to 1 within {SUM_TOLERANCE:g}, these sum to "
+            f"{total:.9g}; scale them, or leave them out and give examples",
             param="merging_weights",
         )
 

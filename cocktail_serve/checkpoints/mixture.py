@@ -12,7 +12,7 @@ from torch import Tensor
 from cocktail_serve.checkpoints.compatibility import check_tensors
 from cocktail_serve.checkpoints.reader import CheckpointReader
 from cocktail_serve.errors import IncompatibleModelsError, InvalidMixError
-from cocktail_serve.merging.linear import merge_param
+from cocktail_serve.merging.merger import Merge, merger
 from cocktail_serve.recipe import Recipe
 
 
@@ -28,16 +28,15 @@ def iter_mixture(recipe: Recipe, folders: Mapping[str, Path]) -> Iterator[tuple[
             word: who named them by fingerprint has read them.
 
     Returns:
-        Iterator of name and tensor: floating tensors merged in float32 and rounded once to the recipe's dtype, others
-        as the base has them. They share no memory with the files. Tied tensors come once.
+        Iterator of name and tensor: floating tensors merged by the recipe's method in float32 and rounded once to its
+        dtype, others as the base has them. They share no memory with the files. Tied tensors come once.
 
     Raises:
         InvalidMixError: a model has no folder, or the method is not known.
         CheckpointError: a folder cannot be read as a checkpoint.
         IncompatibleModelsError: names or shapes differ, or a tensor that is not floating has other values in an expert.
     """
-    if recipe.method != "linear":
-        raise InvalidMixError(f"method {recipe.method!r} is not known; use 'linear'", param="method")
+    merge = merger(recipe)
     fingerprints = [fingerprint for fingerprint, _ in recipe.coefficients]
     for fingerprint in (recipe.base, *fingerprints):
         if fingerprint not in folders:
@@ -52,18 +51,16 @@ def iter_mixture(recipe: Recipe, folders: Mapping[str, Path]) -> Iterator[tuple[
             if reader is not base:
                 check_tensors(base.tensors, reader.tensors, name=str(reader.folder))
                 _check_integers(base, reader)
-        return _mix(recipe, base, readers, stack.pop_all())
+        return _mix(merge, base, readers, stack.pop_all())
 
 
 def _mix(
-    recipe: Recipe, base: CheckpointReader, readers: list[CheckpointReader], stack: ExitStack
+    merge: Merge, base: CheckpointReader, readers: list[CheckpointReader], stack: ExitStack
 ) -> Iterator[tuple[str, Tensor]]:
-    coefficients = [coefficient for _, coefficient in recipe.coefficients]
-    dtype: torch.dtype = getattr(torch, recipe.dtype)
     with stack:
         for name, info in base.tensors.items():
             if info.is_floating:
-                yield name, merge_param([reader.get(name) for reader in readers], coefficients, out_dtype=dtype)
+                yield name, merge(name, [reader.get(name) for reader in readers])
             else:
                 yield name, base.get(name).clone()
 

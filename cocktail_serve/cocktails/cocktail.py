@@ -69,7 +69,8 @@ class Cocktail:
         request: the options, with what omissions meant filled in.
         losses: loss (nats) by model name, `base` first, as far as measured.
         merging_weights: coefficients by model name over base, experts and target; None until weighed.
-        entropy: of the merging weights (nats); None where a weight is negative.
+        entropy: of the shares that the weights stand for (nats); None where they are none: a negative one, or
+            coefficients of task vectors by hand.
         mixed_loss: loss of the mixture on the same examples; None without examples.
         recipe: None until weighed.
     """
@@ -142,8 +143,8 @@ class Weighing:
 
     Attributes:
         losses: loss (nats) by model name; empty where nothing was measured.
-        merging_weights: over base, experts and target, sum 1.
-        entropy: of the merging weights (nats); None where a weight is negative.
+        merging_weights: coefficients over base, experts and target, by the rule of the method.
+        entropy: as in `Cocktail`.
     """
 
     losses: Mapping[str, float]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, Self, TypeVar
 
@@ -14,6 +14,7 @@ from cocktail_serve.config import CocktailDefaults, Settings
 from cocktail_serve.digest import digest_of
 from cocktail_serve.errors import ConflictError, InvalidMixError, InvalidRequestError, NotFoundError
 from cocktail_serve.examples import ExampleSet, parse_examples
+from cocktail_serve.merging.methods import Method, MethodName, find_method
 from cocktail_serve.pool import BASE, NAME_PATTERN, Pool
 from cocktail_serve.recipe import make_recipe
 
@@ -42,11 +43,11 @@ class InlineBody(BaseModel):
     alpha: float | None = Field(None, description="Share of the target, 0 to 1.")
     temperature: float | None = Field(None, description="tau of softmax(-loss / tau); lower is more selective.")
     weighting: Weighting | None = Field(None, description="How losses become weights; paper: tau 5, alpha 0.5.")
-    method: Literal["linear"] | None = Field(None, description="How parameters are merged.")
+    method: MethodName | None = Field(None, description="How parameters are merged; linear if left out.")
     method_params: dict[str, Any] | None = Field(None, description="Parameters of the method; linear takes none.")
     experts: list[str] | None = Field(None, description="Experts to weigh beside the base; null: all of the pool.")
     seed: int | None = Field(None, ge=-(2**63), lt=2**63, description="Seed of the sampling of examples.")
-    merging_weights: dict[str, float] | None = Field(None, description="Weights given by hand; they sum to 1.")
+    merging_weights: dict[str, float] | None = Field(None, description="Weights given by hand, by the method's rule.")
     metadata: dict[str, str] | None = Field(None, description="Up to 16 pairs of strings, kept with the cocktail.")
 
 
@@ -210,21 +211,20 @@ def _validated(model: type[_Body], body: Any) -> _Body:
 
 def _resolve(body: InlineBody, name: str, pool: Pool, settings: Settings, *, inline: bool) -> CocktailRequest:
     seed = body.seed or 0
-    if body.method_params:
-        raise InvalidMixError(
-            f"method 'linear' takes no parameters, got {sorted(body.method_params)}", param="method_params"
-        )
+    method = find_method(body.method or "linear")
     common: dict[str, Any] = {
         "name": name,
         "pool": pool.id,
         "pool_fingerprint": pool.fingerprint,
+        "method": method.name,
+        "method_params": method.check_params(body.method_params or {}, seed=seed),
         "seed": seed,
         "metadata": _metadata(body.metadata or {}),
         "inline": inline,
     }
     _check_bounds(body)
     if body.merging_weights is not None:
-        weights = _by_hand(body, pool)
+        weights = _by_hand(body, pool, method, common["method_params"])
         return CocktailRequest(CocktailOptions(**common, merging_weights=weights), examples=None)
     experts = _experts(body, pool)
     if body.target is not None:
@@ -240,6 +240,8 @@ def _resolve(body: InlineBody, name: str, pool: Pool, settings: Settings, *, inl
             "with the base",
             param="experts",
         )
+    peers = () if examples is None else _peers(pool, experts, body.target)
+    _check_count(method, peers or (BASE,), body.target, pool)
     weighting, temperature, alpha = _weighting(body, settings.defaults)
     options = CocktailOptions(
         **common,
@@ -248,7 +250,7 @@ def _resolve(body: InlineBody, name: str, pool: Pool, settings: Settings, *, inl
         weighting=None if examples is None else weighting,
         temperature=None if examples is None or weighting == "uniform" else temperature,
         experts=experts,
-        peers=() if examples is None else _peers(pool, experts, body.target),
+        peers=peers,
         examples_digest=None if examples is None else examples.digest,
         num_examples=0 if examples is None else len(examples),
         num_examples_given=0 if examples is None else examples.num_given,
@@ -256,7 +258,7 @@ def _resolve(body: InlineBody, name: str, pool: Pool, settings: Settings, *, inl
     return CocktailRequest(options, examples)
 
 
-def _by_hand(body: InlineBody, pool: Pool) -> dict[str, float]:
+def _by_hand(body: InlineBody, pool: Pool, method: Method, method_params: Mapping[str, Any]) -> dict[str, float]:
     excluded = ("examples", "target", "alpha", "experts", "temperature", "weighting")
     for other in excluded:
         if getattr(body, other) is not None:
@@ -265,9 +267,10 @@ def _by_hand(body: InlineBody, pool: Pool) -> dict[str, float]:
             )
     assert body.merging_weights is not None
     # the rule of sums and finite values has one home; dtype is the engine's matter and decides nothing here
-    make_recipe(pool, body.merging_weights, dtype="float32")
+    make_recipe(pool, body.merging_weights, dtype="float32", method=method.name, method_params=method_params)
     order = {name: position for position, name in enumerate(pool.members)}
-    return {name: float(body.merging_weights[name]) for name in sorted(body.merging_weights, key=order.__getitem__)}
+    coefficients = method.coefficients(body.merging_weights)
+    return {name: float(coefficients[name]) for name in sorted(coefficients, key=order.__getitem__)}
 
 
 def _experts(body: InlineBody, pool: Pool) -> tuple[str, ...] | None:
@@ -299,6 +302,18 @@ def _check_target(target: str, experts: tuple[str, ...] | None, pool: Pool) -> N
 def _peers(pool: Pool, experts: tuple[str, ...] | None, target: str | None) -> tuple[str, ...]:
     taken = tuple(pool.experts) if experts is None else experts
     return (BASE, *(name for name in taken if name != target))
+
+
+def _check_count(method: Method, peers: Sequence[str], target: str | None, pool: Pool) -> None:
+    names = (*peers, *(() if target is None else (target,)))
+    num_models = len({pool.member(name).fingerprint for name in names})
+    if method.num_models is not None and num_models != method.num_models:
+        raise InvalidMixError(
+            f"method {method.name!r} mixes {method.num_models} different models; here the base and "
+            f"{num_models - 1} others would take part: choose with 'experts', as in \"experts\": "
+            f'["{next(iter(pool.experts), "NAME")}"], or by a target without examples',
+            param="experts",
+        )
 
 
 def _check_bounds(body: InlineBody) -> None:

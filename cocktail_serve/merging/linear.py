@@ -35,7 +35,7 @@ def merge_param(params: Sequence[Tensor], merging_weights: Sequence[float], *, o
         InvalidMixError: no parameters, another number of weights, or a weight that is not finite.
         IncompatibleModelsError: shapes differ, or a tensor is not floating.
     """
-    _check(params, merging_weights, out_dtype)
+    check_params(params, merging_weights, out_dtype)
     first = params[0]
     merged = torch.empty(first.shape, dtype=out_dtype, device=first.device)
     flat = [param.reshape(-1) for param in params]
@@ -56,7 +56,8 @@ def merge_param(params: Sequence[Tensor], merging_weights: Sequence[float], *, o
     return merged
 
 
-def _check(params: Sequence[Tensor], merging_weights: Sequence[float], out_dtype: torch.dtype) -> None:
+def check_params(params: Sequence[Tensor], merging_weights: Sequence[float], out_dtype: torch.dtype) -> None:
+    """Raises what `merge_param` says it raises, for any method."""
     if not params or len(params) != len(merging_weights):
         raise InvalidMixError(f"{len(params)} parameters need as many merging weights, got {len(merging_weights)}")
     for index, weight in enumerate(merging_weights):

@@ -95,7 +95,7 @@ def broken(pool: Pool) -> Iterator[tuple[Recipe, str]]:
     good = recipe_of(pool, base=0.5, red=0.5)
     yield replace(good, base=pool.experts["red"].fingerprint), "base"
     yield replace(good, dtype="bfloat16"), "bfloat16"
-    yield replace(good, method="slerp"), "slerp"
+    yield replace(good, method="fisher"), "fisher"
     yield replace(good, coefficients=()), "no coefficients"
     yield replace(good, coefficients=(("f" * 64, 1.0),)), "ffff"
 

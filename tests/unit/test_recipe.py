@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
+import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cocktail_serve.errors import InvalidMixError, NotFoundError
+from cocktail_serve.merging.methods import METHODS
 from cocktail_serve.pool import Member, Pool
 from cocktail_serve.recipe import Recipe, make_recipe, one_hot, with_target
 
@@ -68,8 +72,9 @@ def test_unknown_model_and_method() -> None:
     with pytest.raises(NotFoundError) as caught:
         make_recipe(POOL, {"base": 0.5, "nope": 0.5}, dtype="bfloat16")
     assert caught.value.param == "merging_weights.nope"
-    with pytest.raises(InvalidMixError, match="'ties' is not known"):
-        make_recipe(POOL, {"base": 1.0}, dtype="bfloat16", method="ties")
+    with pytest.raises(InvalidMixError, match="'fisher' is not known") as unknown:
+        make_recipe(POOL, {"base": 1.0}, dtype="bfloat16", method="fisher")
+    assert unknown.value.param == "method"
     with pytest.raises(InvalidMixError, match="takes no parameters"):
         make_recipe(POOL, {"base": 1.0}, dtype="bfloat16", method_params={"density": 0.5})
 
@@ -104,7 +109,14 @@ def test_json_brings_back_the_same_recipe(weight: float) -> None:
     [
         {"version": 2},
         {"dtype": "int8"},
-        {"method": "ties"},
+        {"method": "fisher"},
+        {"method": ["ties"]},
+        {"method": "slerp"},
+        {"method": "ties", "method_params": {"density": 0}},
+        {"method": "ties", "coefficients": [["a", 1.0]]},
+        {"method": "ties", "coefficients": [["a", 0.5], ["m", 1.0]]},
+        {"method": "ties", "coefficients": [["m", 0.5], ["a", 0.5]]},
+        {"method": "ties", "coefficients": []},
         {"method_params": {"density": 1}},
         {"method_params": 3},
         {"coefficients": [["m", 0.1], ["a", 0.1]]},
@@ -129,6 +141,110 @@ def test_json_without_a_field_is_refused(key: str) -> None:
     del value[key]
     with pytest.raises(InvalidMixError, match=key):
         Recipe.from_json(value)
+
+
+TASK_VECTOR_METHODS = [name for name, method in METHODS.items() if method.adds_task_vectors]
+
+
+@pytest.mark.parametrize("method", TASK_VECTOR_METHODS)
+def test_coefficients_of_task_vectors_are_any_finite_numbers_and_the_base_counts_1(method: str) -> None:
+    recipes = [
+        make_recipe(POOL, weights, dtype="bfloat16", method=method)
+        for weights in ({"ag-news": 1.7, "nq": -0.3}, {"base": 1, "nq": -0.3, "ag-news": 1.7})
+    ]
+    assert recipes[0] == recipes[1]
+    assert recipes[0].coefficients == (("m", 1.0), ("a", -0.3), ("z", 1.7))
+    assert recipes[0].one_hot is None
+
+
+@pytest.mark.parametrize("method", TASK_VECTOR_METHODS)
+@pytest.mark.parametrize("weight", [0.0, 0.9, 2])
+def test_another_coefficient_of_the_base_is_refused(method: str, weight: float) -> None:
+    with pytest.raises(InvalidMixError, match="base, whose coefficient is always 1") as caught:
+        make_recipe(POOL, {"base": weight, "nq": 0.5}, dtype="bfloat16", method=method)
+    assert caught.value.param == "merging_weights.base"
+
+
+def test_without_task_vectors_the_base_is_left() -> None:
+    """A copy of the base, and an expert of coefficient 0, add nothing."""
+    pool = replace(POOL, experts={**POOL.experts, "twin": member("twin", "m")})
+    recipe = make_recipe(pool, {"twin": 0.4, "nq": 0.0}, dtype="bfloat16", method="ties")
+    assert recipe.coefficients == (("m", 1.0),)
+
+
+def test_slerp_keeps_its_two_models_whatever_their_coefficients() -> None:
+    recipe = make_recipe(POOL, {"nq": 1.0, "base": 0.0}, dtype="bfloat16", method="slerp")
+    assert recipe.coefficients == (("m", 0.0), ("a", 1.0))
+
+
+@pytest.mark.parametrize(
+    "weights", [{"base": 1.0}, {"nq": 0.5, "copy": 0.5}, {"base": 0.2, "nq": 0.3, "ag-news": 0.5}], ids=str
+)
+def test_slerp_takes_two_different_models(weights: dict[str, float]) -> None:
+    with pytest.raises(InvalidMixError, match="mixes 2 different models, got"):
+        make_recipe(POOL, weights, dtype="bfloat16", method="slerp")
+
+
+def test_the_weights_of_slerp_sum_to_1() -> None:
+    with pytest.raises(InvalidMixError, match="'slerp' must sum to 1"):
+        make_recipe(POOL, {"base": 0.5, "nq": 0.6}, dtype="bfloat16", method="slerp")
+
+
+def test_a_recipe_records_every_parameter_of_its_method() -> None:
+    recipes = [
+        make_recipe(POOL, {"nq": 0.5}, dtype="bfloat16", method="dare_ties", method_params=given)
+        for given in ({}, {"density": 0.5, "rescale": True, "lambda": 1, "seed": 0, "normalize": False})
+    ]
+    assert recipes[0].digest == recipes[1].digest
+    assert recipes[0].method_params == {
+        "density": 0.5,
+        "rescale": True,
+        "lambda": 1.0,
+        "seed": 0,
+        "normalize": False,
+    }
+
+
+@pytest.mark.parametrize(
+    "given", [{}, {"density": 0.25}, {"rescale": False}, {"lambda": 0.5}, {"seed": 1}, {"normalize": True}], ids=str
+)
+def test_json_brings_back_method_and_parameters(given: dict[str, object]) -> None:
+    recipe = make_recipe(POOL, {"nq": 0.5}, dtype="bfloat16", method="dare_ties", method_params=given)
+    again = Recipe.from_json(json.loads(json.dumps(recipe.to_json())))
+    assert again == recipe
+    assert again.digest == recipe.digest
+    default = make_recipe(POOL, {"nq": 0.5}, dtype="bfloat16", method="dare_ties")
+    assert (recipe.digest == default.digest) == (not given)
+
+
+@pytest.mark.parametrize(
+    ("method", "name", "value"),
+    [
+        ("ties", "density", 0.0),
+        ("ties", "density", 1.0001),
+        ("ties", "density", "0.5"),
+        ("ties", "density", True),
+        ("ties", "normalize", 1),
+        ("ties", "lambda", float("inf")),
+        ("ties", "lambda", 10**400),
+        ("ties", "seed", 1),
+        ("task_arithmetic", "density", 0.5),
+        ("dare_linear", "normalize", True),
+        ("dare_linear", "seed", 2**63),
+        ("dare_linear", "seed", 1.0),
+        ("dare_linear", "seed", True),
+        ("dare_linear", "rescale", None),
+    ],
+)
+def test_a_parameter_out_of_range_is_named(method: str, name: str, value: object) -> None:
+    with pytest.raises(InvalidMixError, match=name) as caught:
+        make_recipe(POOL, {"nq": 0.5}, dtype="bfloat16", method=method, method_params={name: value})
+    assert caught.value.param == f"method_params.{name}"
+
+
+def test_a_recipe_is_checked_without_torch() -> None:
+    code = "import sys; import cocktail_serve.recipe; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 def test_json_that_is_no_object_is_refused() -> None:

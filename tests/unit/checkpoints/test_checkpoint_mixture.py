@@ -153,8 +153,8 @@ def test_a_model_without_a_folder(tmp_path: Path) -> None:
 
 
 def test_an_unknown_method(tmp_path: Path) -> None:
-    with pytest.raises(InvalidMixError, match="'ties' is not known"):
-        iter_mixture(Recipe("b", (("b", 1.0),), "float32", method="ties"), {"b": tmp_path})
+    with pytest.raises(InvalidMixError, match="'fisher' is not known"):
+        iter_mixture(Recipe("b", (("b", 1.0),), "float32", method="fisher"), {"b": tmp_path})
 
 
 def test_tensors_share_no_memory_with_the_files(tmp_path: Path) -> None:
