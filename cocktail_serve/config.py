@@ -23,7 +23,7 @@ from pydantic import (
 )
 
 from cocktail_serve.errors import ConfigError
-from cocktail_serve.pool import BASE, NAME_PATTERN, Kind
+from cocktail_serve.pool import BASE, NAME_PATTERN, Kind, with_article
 from cocktail_serve.recipe import DType
 
 ENV_PREFIX = "COCKTAIL_"
@@ -122,9 +122,25 @@ class SentenceTransformersEngineConfig(_EngineBase):
     queue_timeout_s: float = Field(60.0, gt=0, le=600, description="How long a request waits for a batch, seconds.")
 
 
-EngineConfig = Annotated[
-    VLLMEngineConfig | FakeEngineConfig | SentenceTransformersEngineConfig, Field(discriminator="type")
-]
+class OfflineEngineConfig(_EngineBase):
+    """No engine: the pool is weighed and mixed from the command line, and not served."""
+
+    type: Literal["offline"] = Field("offline", description="Not served: for encoder-decoders, which no engine runs.")
+    max_model_len: int | None = Field(
+        None, ge=8, description="Tokens of an input and of an output; omitted: the model's own, if it has a limit."
+    )
+
+
+ServedEngineConfig = VLLMEngineConfig | FakeEngineConfig | SentenceTransformersEngineConfig
+
+EngineConfig = Annotated[ServedEngineConfig | OfflineEngineConfig, Field(discriminator="type")]
+
+_ENGINES_OF: dict[Kind, tuple[str, ...]] = {
+    "decoder": ("vllm", "fake"),
+    "encoder": ("sentence_transformers",),
+    "reranker": ("sentence_transformers",),
+    "encoder_decoder": ("offline",),
+}
 
 
 class PoolConfig(_Section):
@@ -145,15 +161,33 @@ class PoolConfig(_Section):
     truncate: bool = Field(False, description="Cut inputs that are too long instead of refusing them.")
 
     @property
+    def served_engine(self) -> ServedEngineConfig:
+        """The engine's section.
+
+        Raises:
+            ConfigError: it is `offline`.
+        """
+        if isinstance(self.engine, OfflineEngineConfig):
+            raise ConfigError(
+                f"pool {self.id!r} cannot be served: no engine runs models of kind {self.kind}; `cocktail-serve weigh` "
+                "and `mix` take the pool, and the folder that `mix` writes loads in transformers. Keep the pool in a "
+                "configuration of its own",
+                param="engine.type",
+            )
+        return self.engine
+
+    @property
     def token_inputs(self) -> bool:
         """Whether embedding inputs may be arrays of token ids."""
         return isinstance(self.engine, SentenceTransformersEngineConfig) and self.engine.token_inputs
 
     @model_validator(mode="after")
     def _engine_fits_kind(self) -> PoolConfig:
-        wanted = ("vllm", "fake") if self.kind == "decoder" else ("sentence_transformers",)
+        wanted = _ENGINES_OF[self.kind]
         if self.engine.type not in wanted:
-            raise ValueError(f"a {self.kind} pool needs engine.type {' or '.join(wanted)}, not {self.engine.type!r}")
+            raise ValueError(
+                f"{with_article(self.kind)} pool needs engine.type {' or '.join(wanted)}, not {self.engine.type!r}"
+            )
         return self
 
 
@@ -217,6 +251,11 @@ class Settings(_Section):
         if twice:
             raise ValueError(f"pool ids must be unique, twice there: {twice}")
         return self
+
+    def check_servable(self) -> None:
+        """Raises ConfigError for a pool that no engine serves."""
+        for pool in self.pools:
+            _ = pool.served_engine
 
     def pool(self, pool_id: str) -> PoolConfig:
         for pool in self.pools:
@@ -321,8 +360,10 @@ __all__ = [
     "DType",
     "EngineConfig",
     "FakeEngineConfig",
+    "OfflineEngineConfig",
     "PoolConfig",
     "SentenceTransformersEngineConfig",
+    "ServedEngineConfig",
     "ServerConfig",
     "Settings",
     "Source",

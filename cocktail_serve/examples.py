@@ -11,7 +11,7 @@ from typing import Any
 
 from cocktail_serve.digest import digest_of
 from cocktail_serve.errors import InvalidExamplesError
-from cocktail_serve.pool import Kind
+from cocktail_serve.pool import Kind, with_article
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +61,8 @@ class ExampleSet:
     """The examples of one task, in the order given.
 
     Attributes:
-        examples: of one kind: text and chat for a decoder, retrieval for encoders and rerankers.
+        examples: of one kind: text and chat for a decoder, text for an encoder-decoder, retrieval for encoders and
+            rerankers.
         num_given: how many there were before sampling.
     """
 
@@ -135,10 +136,18 @@ _FORMS: dict[frozenset[str], str] = {
     frozenset({"query", "pos", "neg"}): "retrieval",
 }
 
-_EXPECTED: dict[str, str] = {
+_TAKES: dict[Kind, tuple[str, ...]] = {
+    "decoder": ("text", "chat"),
+    "encoder": ("retrieval",),
+    "reranker": ("retrieval",),
+    "encoder_decoder": ("text",),
+}
+
+_EXPECTED: dict[Kind, str] = {
     "decoder": '{"input", "output"}, {"prompt", "completion"} or {"messages": [...]}',
     "encoder": '{"query", "pos": [...], "neg": [...]}',
     "reranker": '{"query", "pos": [...], "neg": [...]}',
+    "encoder_decoder": '{"input", "output"} or {"prompt", "completion"}',
 }
 
 
@@ -147,9 +156,10 @@ def _parse_row(row: Any, kind: Kind, number: int) -> Example:
         raise InvalidExamplesError(f"expected an object {_EXPECTED[kind]}, got {type(row).__name__}", row=number)
     keys = frozenset(row) - _LEFT_ASIDE
     form = _FORMS.get(keys)
-    if form is None or (form == "retrieval") != (kind != "decoder"):
+    if form not in _TAKES[kind]:
         raise InvalidExamplesError(
-            f"a {kind} pool takes {_EXPECTED[kind]}; this row has the keys {sorted(map(str, keys))}", row=number
+            f"{with_article(kind)} pool takes {_EXPECTED[kind]}; this row has the keys {sorted(map(str, keys))}",
+            row=number,
         )
     if form == "chat":
         return ChatExample(messages=_messages(row["messages"], number))

@@ -11,13 +11,18 @@ from typing import Literal
 from cocktail_serve.digest import digest_of
 from cocktail_serve.errors import NotFoundError
 
-Kind = Literal["decoder", "encoder", "reranker"]
+Kind = Literal["decoder", "encoder", "reranker", "encoder_decoder"]
 
 BASE = "base"
 """What the base is called in `merging_weights` and `losses`; no expert may take the name."""
 
 NAME_PATTERN = r"[a-z0-9][a-z0-9._-]{0,63}"
 """Names of pools, experts and cocktails."""
+
+
+def with_article(kind: Kind) -> str:
+    """A kind as messages name it: `a decoder`, `an encoder`."""
+    return f"{'an' if kind.startswith('e') else 'a'} {kind}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -316,6 +316,61 @@ def make_reranker_pool(
     }
 
 
+def make_encoder_decoder(
+    folder: Path,
+    *,
+    seed: int = 0,
+    dtype: torch.dtype | None = None,
+    hidden_size: int = 32,
+    num_layers: int = 2,
+    perturbation_seed: int | None = None,
+    perturbation: float = 0.7,
+) -> Path:
+    """A T5 of two layers a side with its tokenizer; encoder, decoder and output share one table of embeddings."""
+    import torch
+    from tokenizers import processors
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    tokenizer = make_decoder_tokenizer()
+    tokenizer.chat_template = None
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="$A </s>", special_tokens=[("</s>", tokenizer.eos_token_id)]
+    )
+    config = T5Config(
+        vocab_size=DECODER_VOCAB_SIZE,
+        d_model=hidden_size,
+        d_kv=16,
+        d_ff=2 * hidden_size,
+        num_layers=num_layers,
+        num_heads=2,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        decoder_start_token_id=tokenizer.pad_token_id,
+    )
+    model = T5ForConditionalGeneration(config)
+    _fill(model, seed, perturbation_seed, perturbation)
+    with _quiet():
+        model.to(dtype or torch.float32).save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    return folder
+
+
+def make_encoder_decoder_pool(
+    folder: Path,
+    names: Sequence[str] = ("ag-news", "nq"),
+    *,
+    seed: int = 0,
+    dtype: torch.dtype | None = None,
+) -> dict[str, Path]:
+    """`base` and experts that share its initialisation, each in `folder/<name>`."""
+    return {
+        name: make_encoder_decoder(
+            folder / name, seed=seed, dtype=dtype, perturbation_seed=None if index == 0 else seed + index
+        )
+        for index, name in enumerate(["base", *names])
+    }
+
+
 _GAINS = {"q_proj": 2.0, "k_proj": 2.0, "o_proj": 3.0, "down_proj": 6.0}
 """Sharp attention, and layers that outweigh the residual: a random model otherwise repeats one token."""
 

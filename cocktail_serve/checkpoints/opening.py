@@ -97,10 +97,19 @@ def _download(source: Source) -> Path:
 
 def _check_kind(base: Path, kind: Kind) -> None:
     """A pool of the wrong kind would only fail at its first request, deep inside an engine."""
-    architectures = read_config(base).get("architectures") or []
+    config = read_config(base)
+    architectures = config.get("architectures") or []
     name = str(architectures[0]) if architectures else ""
     generates = name.endswith(("ForCausalLM", "LMHeadModel", "ForConditionalGeneration"))
     classifies = name.endswith("ForSequenceClassification")
+    both = bool(config.get("is_encoder_decoder"))
+    if kind == "encoder_decoder" and not (both and generates):
+        raise CheckpointError(f"{base} is a {name or 'model'}, not an encoder-decoder; set the pool's 'kind'")
+    if kind == "decoder" and both:
+        raise CheckpointError(
+            f"{base} is a {name}, an encoder-decoder: set the pool's 'kind' to encoder_decoder and its engine.type to "
+            "offline"
+        )
     if kind == "decoder" and name and not generates:
         raise CheckpointError(f"{base} is a {name}, which cannot generate: not a decoder; set the pool's 'kind'")
     if kind == "encoder" and (classifies or (generates and not read_modules(base))):

@@ -68,7 +68,7 @@ _Scorer = Callable[[Iterable[str]], Iterator[tuple[str, list[float]]]]
 
 
 def _scorer(pool: Pool, config: PoolConfig, examples: ExampleSet, dtype: DType) -> _Scorer:
-    score = _score_decoders if pool.kind == "decoder" else _score_in_process
+    score = _score_in_process if config.engine.type == "sentence_transformers" else _score_with_transformers
     return partial(score, pool, config, examples, dtype)
 
 
@@ -89,47 +89,58 @@ def _losses(
     return losses
 
 
-def _score_decoders(
+def _score_with_transformers(
     pool: Pool, config: PoolConfig, examples: ExampleSet, dtype: DType, names: Iterable[str]
 ) -> Iterator[tuple[str, list[float]]]:
-    from transformers import AutoTokenizer
+    from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
+    from cocktail_serve.scoring.encoder_decoder import score_encoder_decoder, tokenize_pairs
     from cocktail_serve.scoring.text import score_with_transformers, tokenize_examples
 
     with _translated(pool.base):
         tokenizer = AutoTokenizer.from_pretrained(pool.base.path, local_files_only=True, trust_remote_code=False)
-    tokenized = tokenize_examples(tokenizer, examples, max_tokens=_max_model_len(pool, config) - 1)
+    max_tokens = _max_model_len(pool, config)
+    auto_class: Any
+    score: Callable[[Any], list[float]]
+    if pool.kind == "encoder_decoder":
+        auto_class = AutoModelForSeq2SeqLM
+        pairs = tokenize_pairs(tokenizer, examples, max_tokens=max_tokens)
+        score = partial(score_encoder_decoder, pairs=pairs)
+    elif max_tokens is None:
+        raise CheckpointError(f"{pool.base.path} does not say its context length; set engine.max_model_len")
+    else:
+        auto_class = AutoModelForCausalLM
+        tokenized = tokenize_examples(tokenizer, examples, max_tokens=max_tokens - 1)
+        score = partial(score_with_transformers, tokenized=tokenized)
     for name in names:
         member = pool.member(name)
         with _translated(member):
-            model = _load_decoder(member, dtype)
-            losses = score_with_transformers(model, tokenized)
+            model = _load(auto_class, member, dtype)
+            losses = score(model)
         # one model in memory at a time
         del model
         gc.collect()
         yield name, losses
 
 
-def _load_decoder(member: Member, dtype: DType) -> Any:
+def _load(auto_class: Any, member: Member, dtype: DType) -> Any:
     import torch
-    from transformers import AutoModelForCausalLM
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
-    model = AutoModelForCausalLM.from_pretrained(
+    model = auto_class.from_pretrained(
         model_folder(member.path), dtype=getattr(torch, dtype), local_files_only=True, trust_remote_code=False
     )
     return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
 
 
-def _max_model_len(pool: Pool, config: PoolConfig) -> int:
+def _max_model_len(pool: Pool, config: PoolConfig) -> int | None:
+    """The context length: as configured, else the model's own; None where it has none (T5 counts distances only)."""
     configured: int | None = getattr(config.engine, "max_model_len", None)
     if configured is not None:
         return configured
     own = load_model_config(pool.base.path).get("max_position_embeddings")
-    if not isinstance(own, int):
-        raise CheckpointError(f"{pool.base.path} does not say its context length; set engine.max_model_len")
-    return own
+    return own if isinstance(own, int) else None
 
 
 def _score_in_process(

@@ -23,6 +23,7 @@ def serve(
     """Serve the pools of a configuration until interrupted."""
     die_with_owner()
     settings = load_settings(config)
+    settings.check_servable()
     changed = {name: value for name, value in (("host", host), ("port", port)) if value is not None}
     settings = settings.model_copy(update={"server": settings.server.model_copy(update=changed)})
 

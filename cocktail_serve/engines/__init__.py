@@ -18,13 +18,14 @@ def build_engine(pool: Pool, config: PoolConfig, *, run_dir: Path) -> Engine:
         run_dir: folder for what the engine writes while it runs: logs, the manifest.
 
     Raises:
-        ConfigError: `engine.args` or `engine.env` set what cocktail-serve sets itself.
+        ConfigError: `engine.args` or `engine.env` set what cocktail-serve sets itself; or no engine serves the pool.
     """
-    if config.engine.type == "sentence_transformers":
+    engine = config.served_engine
+    if engine.type == "sentence_transformers":
         from cocktail_serve.engines.embedding import EncoderEngine
         from cocktail_serve.engines.reranking import RerankerEngine
 
         return RerankerEngine(pool, config) if config.kind == "reranker" else EncoderEngine(pool, config)
     from cocktail_serve.engines.vllm import VLLMEngine
 
-    return VLLMEngine(pool, config.engine, run_dir=run_dir)
+    return VLLMEngine(pool, engine, run_dir=run_dir)

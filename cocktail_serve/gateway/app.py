@@ -43,8 +43,9 @@ def create_app(
         engines: one for each pool, not started yet; None: built from the configuration.
 
     Raises:
-        ConfigError: a key is required and none is set.
+        ConfigError: a key is required and none is set, or no engine serves a pool.
     """
+    settings.check_servable()
     if settings.server.requires_key and settings.admin_key is None:
         raise ConfigError(
             f"with server.auth {settings.server.auth!r} and server.host {settings.server.host!r} requests need a key, "

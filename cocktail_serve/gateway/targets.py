@@ -8,7 +8,7 @@ from typing import Any
 from cocktail_serve.cocktails.cocktail import Served
 from cocktail_serve.errors import InvalidRequestError, NotFoundError, WrongModelKindError
 from cocktail_serve.gateway.state import Gateway
-from cocktail_serve.pool import Kind, Pool
+from cocktail_serve.pool import Kind, Pool, with_article
 
 _ROUTES: dict[Kind, str] = {
     "decoder": "/v1/chat/completions and /v1/completions",
@@ -42,9 +42,8 @@ def requested_pool(gateway: Gateway, tenant: str, body: Mapping[str, Any], *, ki
             code="model_not_found",
         )
     if pool.kind != kind:
-        article = "an" if pool.kind == "encoder" else "a"
         raise WrongModelKindError(
-            f"model {model!r} is {article} {pool.kind}; it answers {_ROUTES[pool.kind]}", param="model"
+            f"model {model!r} is {with_article(pool.kind)}; it answers {_ROUTES[pool.kind]}", param="model"
         )
     return pool
 

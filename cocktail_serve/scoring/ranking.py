@@ -1,7 +1,8 @@
 """The loss of a reranker on retrieval examples, from the logits of its pairs of query and passage.
 
-It is what rerankers of this kind are trained with: FlagEmbedding (`finetune/reranker`) reshapes the logits to one row
-per query, the positive first and its negatives behind, and takes the cross-entropy with the positive as the class.
+It is what rerankers of this kind are trained with: FlagEmbedding (`FlagEmbedding/abc/finetune/reranker`, `AbsModeling`)
+reshapes the logits to one row per query, the positive first and its negatives behind, and takes the cross-entropy with
+the positive as the class.
 """
 
 from __future__ import annotations

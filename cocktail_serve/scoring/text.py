@@ -71,7 +71,7 @@ def score_with_transformers(model: PreTrainedModel, tokenized: Sequence[Tokenize
 
     losses = [0.0] * len(tokenized)
     with torch.inference_mode():
-        for batch in _batches(tokenized):
+        for batch in batches_by_length([len(example.token_ids) for example in tokenized]):
             rows = [torch.tensor(tokenized[index].token_ids, device=model.device) for index in batch]
             input_ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=0)
             lengths = torch.tensor([len(row) for row in rows], device=model.device)
@@ -165,15 +165,19 @@ def _apply(tokenizer: PreTrainedTokenizerFast, messages: list[dict[str, Any]], *
     return rendered
 
 
-def _batches(tokenized: Sequence[TokenizedExample]) -> Iterator[list[int]]:
-    """Indices in batches of like length, longest first: a batch that does not fit in memory fails at once."""
+def batches_by_length(lengths: Sequence[int]) -> Iterator[list[int]]:
+    """Indices in batches of like length, longest first: a batch that does not fit in memory fails at once.
+
+    Args:
+        lengths: tokens of each example.
+    """
     batch: list[int] = []
     longest = 0
-    for index in sorted(range(len(tokenized)), key=lambda i: -len(tokenized[i].token_ids)):
-        longest = longest or len(tokenized[index].token_ids)
+    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        longest = longest or lengths[index]
         if batch and (len(batch) + 1) * longest > MAX_BATCH_TOKENS:
             yield batch
-            batch, longest = [], len(tokenized[index].token_ids)
+            batch, longest = [], lengths[index]
         batch.append(index)
     if batch:
         yield batch

@@ -10,7 +10,7 @@ import yaml
 from cocktail_serve.checkpoints.reader import CheckpointReader
 from cocktail_serve.cli import main
 from cocktail_serve.weighting.softmax import softmax_weights
-from tests.models import make_decoder_pool, make_encoder_pool, make_reranker_pool
+from tests.models import make_decoder_pool, make_encoder_decoder_pool, make_encoder_pool, make_reranker_pool
 
 DECODER_ROWS = [
     {"input": "the capital of france is", "output": "paris"},
@@ -20,6 +20,10 @@ DECODER_ROWS = [
             {"role": "assistant", "content": "open a bank account"},
         ]
     },
+]
+TEXT_ROWS = [
+    {"input": "the capital of france is", "output": "paris"},
+    {"input": "my card was stolen", "output": "open a bank account"},
 ]
 PAIR_ROWS = [
     {"query": "my card was stolen", "pos": ["card lost"], "neg": ["red fish", "good dog"]},
@@ -33,6 +37,7 @@ def config(tmp_path_factory) -> Path:
     decoders = make_decoder_pool(folder / "flan")
     encoders = make_encoder_pool(folder / "bge")
     rerankers = make_reranker_pool(folder / "ranker")
+    encoder_decoders = make_encoder_decoder_pool(folder / "t5")
     path = folder / "config.yaml"
     path.write_text(
         yaml.safe_dump(
@@ -42,6 +47,7 @@ def config(tmp_path_factory) -> Path:
                     _pool("flan", "decoder", decoders, {"type": "vllm", "max_model_len": 64}),
                     _pool("bge", "encoder", encoders, {"type": "sentence_transformers"}),
                     _pool("ranker", "reranker", rerankers, {"type": "sentence_transformers"}),
+                    _pool("t5", "encoder_decoder", encoder_decoders, {"type": "offline"}),
                 ],
             }
         )
@@ -71,7 +77,9 @@ def run(capsys, *args: object) -> tuple[int, str, str]:
     return int(exited.value.code or 0), out, err
 
 
-@pytest.mark.parametrize(("pool", "rows"), [("flan", DECODER_ROWS), ("bge", PAIR_ROWS), ("ranker", PAIR_ROWS)])
+@pytest.mark.parametrize(
+    ("pool", "rows"), [("flan", DECODER_ROWS), ("bge", PAIR_ROWS), ("ranker", PAIR_ROWS), ("t5", TEXT_ROWS)]
+)
 def test_weights_follow_from_the_losses(config, examples, capsys, pool, rows):
     code, out, _ = run(
         capsys, "weigh", config, "--pool", pool, "--examples", examples(rows), "--temperature", 0.5, "--json"
@@ -108,6 +116,20 @@ def test_the_rerankers_losses_are_those_of_cross_encoders(config, examples, caps
     logits = model.predict([(row["query"], text) for text in (*row["pos"], *row["neg"])])
     reference = torch.nn.functional.cross_entropy(torch.from_numpy(logits)[None], torch.tensor([0])).item()
     assert json.loads(out)["losses"]["quora"] == pytest.approx(reference, rel=1e-4)
+
+
+def test_the_encoder_decoders_losses_are_those_of_transformers(config, examples, capsys):
+    from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
+
+    _, out, _ = run(capsys, "weigh", config, "--pool", "t5", "--examples", examples(TEXT_ROWS), "--json")
+    folder = config.parent / "t5" / "nq"
+    tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForSeq2SeqLM.from_pretrained(folder).eval()
+    with torch.inference_mode():
+        losses = [
+            model(**tokenizer(row["input"], text_target=row["output"], return_tensors="pt")).loss.item()
+            for row in TEXT_ROWS
+        ]
+    assert json.loads(out)["losses"]["nq"] == pytest.approx(sum(losses) / len(losses), rel=1e-5)
 
 
 def test_a_target_is_scored_but_not_weighed(config, examples, capsys):
@@ -178,6 +200,35 @@ def test_a_mixed_reranker_scores_the_same_wherever_it_is_loaded(config, tmp_path
         torch.testing.assert_close(loaded(**batch).logits[:, 0], want, rtol=1e-4, atol=1e-5)
     scores = CrossEncoder(str(out_folder), device="cpu").predict([("capital of france", text) for text in texts])
     torch.testing.assert_close(torch.from_numpy(scores), torch.sigmoid(want), rtol=1e-4, atol=1e-5)
+
+
+def test_a_mixed_encoder_decoder_loads_with_the_logits_of_parameters_merged_apart(config, tmp_path, capsys):
+    from safetensors import safe_open
+    from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
+
+    weights = {"base": 0.25, "nq": 0.75}
+    by_hand = ",".join(f"{name}={weight}" for name, weight in weights.items())
+    code, _, _ = run(capsys, "mix", config, "--pool", "t5", "--weights", by_hand, "--out", tmp_path / "mixed")
+    assert code == 0
+    with safe_open(tmp_path / "mixed" / "model.safetensors", "pt") as file:
+        assert [name for name in file.keys() if "embed" in name or "lm_head" in name or "shared" in name] == [  # noqa: SIM118
+            "shared.weight"  # encoder, decoder and output read this one: it is mixed and stored once
+        ]
+    apart = AutoModelForSeq2SeqLM.from_pretrained(config.parent / "t5" / "base").eval()
+    states = {name: AutoModelForSeq2SeqLM.from_pretrained(config.parent / "t5" / name).state_dict() for name in weights}
+    apart.load_state_dict(
+        {key: sum(weight * states[name][key].double() for name, weight in weights.items()) for key in states["base"]}
+    )
+    loaded = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "mixed").eval()
+    batch = AutoTokenizer.from_pretrained(tmp_path / "mixed")("my card", text_target="paris", return_tensors="pt")
+    with torch.inference_mode():
+        torch.testing.assert_close(loaded(**batch).logits, apart(**batch).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_an_encoder_decoder_is_not_served(config, capsys):
+    code, _, err = run(capsys, "serve", config)
+    assert code == 2
+    assert "pool 't5' cannot be served" in err
 
 
 def test_a_mixture_from_examples_tells_its_losses(config, examples, tmp_path, capsys):
@@ -257,7 +308,7 @@ def test_a_full_disk_is_a_failure_and_leaves_nothing(config, tmp_path, capsys, m
 def test_an_unknown_pool_lists_the_known(config, examples, capsys):
     code, _, err = run(capsys, "weigh", config, "--pool", "flam", "--examples", examples(DECODER_ROWS))
     assert code == 2
-    assert "flan, bge, ranker" in err
+    assert "flan, bge, ranker, t5" in err
 
 
 def test_a_missing_configuration_is_bad_input(tmp_path, examples, capsys):

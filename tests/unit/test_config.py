@@ -116,7 +116,7 @@ def test_a_key_is_required_off_loopback(load: Load, host: str, auth: str, requir
         (with_pool(experts={"AG": "x"}), "pools.0.experts.AG"),
         (with_pool(experts={"a": {"path": "x", "trust": True}}), "pools.0.experts.a.trust"),
         (with_pool(kind="image"), "pools.0.kind"),
-        (with_pool(kind="encoder"), "a encoder pool needs engine.type sentence_transformers"),
+        (with_pool(kind="encoder"), "an encoder pool needs engine.type sentence_transformers"),
         (with_pool(engine={"type": "sentence_transformers"}), "a decoder pool needs engine.type vllm or fake"),
         (with_pool(engine={"type": "tgi"}), "pools.0.engine"),
         (with_pool(engine={"type": "vllm", "slice": 1}), "slice"),
