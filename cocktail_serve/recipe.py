@@ -15,7 +15,7 @@ from cocktail_serve.pool import BASE, Pool
 
 DType = Literal["float32", "float16", "bfloat16"]
 
-RECIPE_VERSION = 1
+RECIPE_VERSION = 2
 """Part of every digest: raised when the same fields come to mean other bits."""
 
 

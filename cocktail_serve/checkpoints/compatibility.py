@@ -7,10 +7,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cocktail_serve.checkpoints.layout import read_modules
+from cocktail_serve.checkpoints.layout import read_config, read_modules
 from cocktail_serve.checkpoints.model_config import load_model_config
 from cocktail_serve.checkpoints.reader import CheckpointReader, TensorInfo
-from cocktail_serve.checkpoints.text_files import Tokenization, read_pooling, read_tokenization
+from cocktail_serve.checkpoints.text_files import (
+    Tokenization,
+    is_same_tokenizer_file,
+    read_pooling,
+    read_tokenization,
+)
 from cocktail_serve.errors import IncompatibleModelsError
 
 _MAX_LISTED = 5
@@ -85,9 +90,9 @@ def compare(base: Path, expert: Path) -> CompatibilityReport:
     """
     with CheckpointReader(base) as base_reader, CheckpointReader(expert) as expert_reader:
         problems = [
-            *_compare_configs(load_model_config(base), load_model_config(expert)),
+            *_compare_configs(base, expert),
             *_compare_tensors(base_reader.tensors, expert_reader.tensors),
-            *_compare_tokenization(read_tokenization(base), read_tokenization(expert)),
+            *_compare_tokenization(base, expert),
             *_compare_modules(base, expert),
         ]
     return CompatibilityReport(Path(base), Path(expert), tuple(problems))
@@ -100,8 +105,11 @@ def check_tensors(base: Mapping[str, TensorInfo], expert: Mapping[str, TensorInf
         raise IncompatibleModelsError(f"{name} cannot be mixed with the base: {problems[0]}")
 
 
-def _compare_configs(base: Mapping[str, Any], expert: Mapping[str, Any]) -> Iterator[Finding]:
-    mine, theirs = dict(_flat(base)), dict(_flat(expert))
+def _compare_configs(base: Path, expert: Path) -> Iterator[Finding]:
+    mine, theirs = read_config(base), read_config(expert)
+    if "auto_map" not in mine.keys() | theirs.keys() and dict(_flat(mine)) == dict(_flat(theirs)):
+        return  # what says the same means the same: no need to import transformers
+    mine, theirs = dict(_flat(load_model_config(base))), dict(_flat(load_model_config(expert)))
     if mine.get("model_type") != theirs.get("model_type"):
         yield Finding(
             "config model_type",
@@ -156,7 +164,13 @@ def _fix_shape(name: str) -> str:
     return "only models of one architecture and size can be mixed"
 
 
-def _compare_tokenization(base: Tokenization | None, expert: Tokenization | None) -> Iterator[Finding]:
+def _compare_tokenization(base: Path, expert: Path) -> Iterator[Finding]:
+    if is_same_tokenizer_file(base, expert):
+        return
+    yield from _compare_pipelines(read_tokenization(base), read_tokenization(expert))
+
+
+def _compare_pipelines(base: Tokenization | None, expert: Tokenization | None) -> Iterator[Finding]:
     if base is None or expert is None:
         return
     fix = "use the base's tokenizer: with another one, the same text means other parameters"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
@@ -10,9 +9,8 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import torch
+from blake3 import blake3
 from filelock import FileLock
-from torch import Tensor
 
 from cocktail_serve.checkpoints.layout import CONFIG, model_folder, weight_files
 from cocktail_serve.checkpoints.reader import CheckpointReader
@@ -21,14 +19,16 @@ from cocktail_serve.errors import CheckpointError
 
 logger = logging.getLogger(__name__)
 
-FINGERPRINT_VERSION = 1
+FINGERPRINT_VERSION = 2
 """Raised when the same parameters come to have another fingerprint."""
 
 _HASH_THREADS = min(8, os.cpu_count() or 1)
 
 
 def fingerprint_parameters(reader: CheckpointReader, *, progress: Callable[[int, int], None] | None = None) -> str:
-    """SHA-256 over the sorted names, dtypes, shapes and bytes of all tensors. Reads all parameters once.
+    """SHA-256 over the sorted names, dtypes, shapes and BLAKE3 digests of all tensors. Reads all parameters once.
+
+    BLAKE3 for the bytes: as hard to collide as SHA-256, and several times faster, so that reading decides.
 
     Args:
         progress: called with bytes done and bytes in all, from this thread.
@@ -37,7 +37,7 @@ def fingerprint_parameters(reader: CheckpointReader, *, progress: Callable[[int,
         CheckpointError: tensors that the configuration ties together differ.
     """
     for output, source in reader.tied.items():
-        if not torch.equal(reader.get(output), reader.get(source)):
+        if not reader.get(output).equal(reader.get(source)):
             raise CheckpointError(
                 f"{reader.folder}: tie_word_embeddings is true, but {output!r} differs from {source!r}; "
                 "set it to false if they were trained apart, or save the model anew"
@@ -45,9 +45,9 @@ def fingerprint_parameters(reader: CheckpointReader, *, progress: Callable[[int,
     total, done = reader.num_bytes, 0
     rows = []
     with ThreadPoolExecutor(_HASH_THREADS, thread_name_prefix="fingerprint") as pool:
-        digests = pool.map(lambda name: _digest_bytes(reader.get(name)), reader.tensors)
+        digests = pool.map(lambda name: blake3(reader.get_bytes(name)).hexdigest(), reader.tensors)
         for (name, info), digest in zip(reader.tensors.items(), digests, strict=True):
-            rows.append([name, str(info.dtype), list(info.shape), digest])
+            rows.append([name, info.dtype, list(info.shape), digest])
             done += info.num_bytes
             if progress:
                 progress(done, total)
@@ -85,11 +85,6 @@ def fingerprint_folder(folder: Path, *, cache_dir: Path, progress: Callable[[int
 def _compute(folder: Path, progress: Callable[[int, int], None] | None) -> str:
     with CheckpointReader(folder) as reader:
         return fingerprint_parameters(reader, progress=progress)
-
-
-def _digest_bytes(tensor: Tensor) -> str:
-    flat = tensor.contiguous().reshape(-1).view(torch.uint8)
-    return hashlib.sha256(flat.numpy().data).hexdigest()
 
 
 def _state_of(folder: Path) -> list[list[str | int]]:

@@ -7,18 +7,19 @@ import json
 import os
 import secrets
 import shutil
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
-
-import torch
-from torch import Tensor
+from typing import Any
 
 from cocktail_serve.checkpoints.layout import CONFIG, model_folder, read_config, read_modules
-from cocktail_serve.checkpoints.mixture import iter_mixture
-from cocktail_serve.checkpoints.reader import SAFETENSORS_DTYPES, CheckpointReader, TensorInfo
+from cocktail_serve.checkpoints.mixture import Mixture, address_of
+from cocktail_serve.checkpoints.reader import SAFETENSORS_DTYPES, TensorInfo
+from cocktail_serve.dtypes import ITEM_BYTES
 from cocktail_serve.errors import ConflictError, StorageError
+from cocktail_serve.merging.native import Kernel, Operand, load_kernel
+from cocktail_serve.merging.threads import in_parallel
 from cocktail_serve.pool import Pool
 from cocktail_serve.recipe import Recipe
 
@@ -29,6 +30,9 @@ _COPIED_NAMES = ("LICENSE", "LICENCE", "NOTICE", "COPYING")
 _NEVER_COPIED = frozenset({CONFIG, RECIPE_FILE, "trainer_state.json", "all_results.json", "train_results.json"})
 
 _DTYPE_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
+
+CHUNK_NUMEL = 1 << 18
+"""Elements that a thread mixes and then writes. What it mixed, half a megabyte, is still in its cache when written."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +62,8 @@ def save_mixture(
 
     It holds the mixed parameters, the base's configuration with the mixture's dtype, tokenizer, chat template,
     generation settings and pooling modules, and `recipe.json`. Code and training state of the base are left out. The
-    folder appears whole or not at all; memory stays at one tensor.
+    folder appears whole or not at all. Inputs are mapped; beside them memory stays at one chunk per thread, or, where
+    the compiled kernel is missing, at one tensor.
 
     Args:
         out: must not exist, or be an empty folder.
@@ -69,17 +74,19 @@ def save_mixture(
     Raises:
         ConflictError: `out` exists and is not an empty folder.
         StorageError: the disk is full or refuses; nothing is left behind.
-        CheckpointError, IncompatibleModelsError, InvalidMixError: as `iter_mixture`.
+        CheckpointError, IncompatibleModelsError, InvalidMixError: as `Mixture`.
     """
     out = Path(out).absolute()
     check_free(out)
-    tensors = iter_mixture(recipe, {member.fingerprint: member.path for member in pool})
     try:
-        with _temporary_beside(out) as folder:
-            shards = _plan(pool.base.path, folder, recipe, max_shard_bytes)
-            total = sum(info.num_bytes for shard in shards for info in shard.tensors.values())
+        with (
+            Mixture(recipe, {member.fingerprint: member.path for member in pool}) as mixture,
+            _temporary_beside(out) as folder,
+        ):
+            shards = _plan(mixture, folder, max_shard_bytes)
+            total = sum(info.num_bytes for info in mixture.tensors.values())
             _check_room(folder, total)
-            _write_shards(shards, tensors, total, progress)
+            _write_shards(shards, mixture, total, progress)
             _write_indexes(shards)
             _copy_files(pool.base.path, folder)
             _write_config(pool.base.path, folder, recipe)
@@ -142,21 +149,16 @@ def _check_room(folder: Path, num_bytes: int) -> None:
         raise StorageError(f"the mixture needs {num_bytes:,} bytes, {folder.parent} has {free:,} free; make room")
 
 
-def _plan(base: Path, folder: Path, recipe: Recipe, max_shard_bytes: int) -> list[_Shard]:
-    dtype: torch.dtype = getattr(torch, recipe.dtype)
-    with CheckpointReader(base) as reader:
-        infos = {
-            name: TensorInfo(dtype if info.is_floating else info.dtype, info.shape)
-            for name, info in reader.tensors.items()
-        }
-        root = model_folder(base).relative_to(base)
-        prefixes = sorted({reader.prefix_of(name) for name in infos})
+def _plan(mixture: Mixture, folder: Path, max_shard_bytes: int) -> list[_Shard]:
+    base = mixture.base.folder
+    root = model_folder(base).relative_to(base)
+    prefix_of = mixture.base.prefix_of
     shards = []
-    for prefix in prefixes:
+    for prefix in sorted({prefix_of(name) for name in mixture.tensors}):
         place = folder / (prefix or root)
         groups: list[dict[str, TensorInfo]] = [{}]
         size = 0
-        for name, info in ((name, info) for name, info in infos.items() if reader.prefix_of(name) == prefix):
+        for name, info in ((name, info) for name, info in mixture.tensors.items() if prefix_of(name) == prefix):
             if groups[-1] and size + info.num_bytes > max_shard_bytes:
                 groups.append({})
                 size = 0
@@ -168,35 +170,99 @@ def _plan(base: Path, folder: Path, recipe: Recipe, max_shard_bytes: int) -> lis
     return shards
 
 
+class _Writer:
+    """Writes bytes to where a tensor's header says it lies, from any thread, and counts them.
+
+    Args:
+        places: file and offset of each tensor.
+    """
+
+    def __init__(
+        self, places: Mapping[str, tuple[int, int]], total: int, progress: Callable[[int, int], None] | None
+    ) -> None:
+        self._places = places
+        self._total = total
+        self._progress = progress
+        self._done = 0
+        self._counting = threading.Lock()
+
+    def write(self, name: str, content: memoryview, begin: int = 0) -> None:
+        """Writes bytes of a tensor, which begin at its byte `begin`.
+
+        Raises:
+            OSError: the disk is full or refuses.
+        """
+        file, offset = self._places[name]
+        offset += begin
+        size = len(content)
+        while content:
+            written = os.pwrite(file, content, offset)
+            content, offset = content[written:], offset + written
+        with self._counting:
+            self._done += size
+            if self._progress:
+                self._progress(self._done, self._total)
+
+
 def _write_shards(
-    shards: list[_Shard],
-    tensors: Iterator[tuple[str, Tensor]],
-    total: int,
-    progress: Callable[[int, int], None] | None,
+    shards: list[_Shard], mixture: Mixture, total: int, progress: Callable[[int, int], None] | None
 ) -> None:
-    """Writes each tensor where its header says it goes, as it comes, so that no shard is held in memory."""
-    shard_of = {name: shard for shard in shards for name in shard.tensors}
-    done = 0
+    """Writes each part where its header says it goes, as it comes, so that no shard is held in memory."""
     with contextlib.ExitStack() as stack:
-        files: dict[Path, tuple[BinaryIO, dict[str, int]]] = {}
-        for name, tensor in tensors:
-            shard = shard_of[name]
-            if shard.path not in files:
-                shard.path.parent.mkdir(parents=True, exist_ok=True)
-                opened = stack.enter_context(shard.path.open("wb"))
-                files[shard.path] = (opened, _write_header(opened, shard))
-            file, offsets = files[shard.path]
-            file.seek(offsets[name])
-            file.write(tensor.reshape(-1).view(torch.uint8).numpy().data)
-            done += tensor.nbytes
-            if progress:
-                progress(done, total)
+        places: dict[str, tuple[int, int]] = {}
+        for shard in shards:
+            shard.path.parent.mkdir(parents=True, exist_ok=True)
+            file = stack.enter_context(shard.path.open("wb", buffering=0)).fileno()
+            header, offsets = _header(shard)
+            os.pwrite(file, header, 0)
+            places |= {name: (file, len(header) + offset) for name, offset in offsets.items()}
+        writer = _Writer(places, total, progress)
+        kernel = load_kernel()
+        if isinstance(kernel, Kernel) and mixture.method.name == "linear":
+            _write_chunks(kernel, mixture, writer)
+        else:
+            _write_tensors(mixture, writer)
 
 
-def _write_header(file: BinaryIO, shard: _Shard) -> dict[str, int]:
-    """Writes a safetensors header; returns where in the file each tensor begins."""
+def _write_tensors(mixture: Mixture, writer: _Writer) -> None:
+    import torch
+
+    for name, tensor in mixture.params():
+        writer.write(name, tensor.reshape(-1).view(torch.uint8).numpy().data)
+
+
+def _write_chunks(kernel: Kernel, mixture: Mixture, writer: _Writer) -> None:
+    """Every thread mixes a chunk and writes it, so that computing, reading and writing go on together."""
+    chunks = [
+        (name, begin, min(begin + CHUNK_NUMEL, info.num_elements))
+        for name, info in mixture.tensors.items()
+        for begin in range(0, info.num_elements, CHUNK_NUMEL)
+    ]
+    own = threading.local()
+
+    def write(first: int, last: int) -> None:
+        for name, begin, end in chunks[first:last]:
+            info = mixture.tensors[name]
+            item_bytes = ITEM_BYTES[info.dtype]
+            if not info.is_floating:
+                content = mixture.base.get_bytes(name)
+                writer.write(name, content[begin * item_bytes : end * item_bytes], begin * item_bytes)
+                continue
+            if not hasattr(own, "buffer"):
+                own.buffer = memoryview(bytearray(CHUNK_NUMEL * max(ITEM_BYTES.values())))
+            merged = own.buffer[: (end - begin) * item_bytes]
+            operands, _alive = mixture.operands(name)
+            inputs = [operand.at(begin) for operand in operands]
+            kernel.merge(inputs, mixture.weights, Operand(address_of(merged), info.dtype), end - begin)
+            writer.write(name, merged, begin * item_bytes)
+
+    in_parallel(write, len(chunks), 1)
+
+
+def _header(shard: _Shard) -> tuple[bytes, dict[str, int]]:
+    """A safetensors header, and where behind it each tensor begins."""
     # larger elements first keeps every tensor aligned to its element, as the format wants
-    ordered = sorted(shard.tensors.items(), key=lambda item: -item[1].dtype.itemsize)
+    ordered = sorted(shard.tensors.items(), key=lambda item: -ITEM_BYTES[item[1].dtype])
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     begins, begin = {}, 0
     for name, info in ordered:
@@ -209,8 +275,7 @@ def _write_header(file: BinaryIO, shard: _Shard) -> dict[str, int]:
         begins[name], begin = begin, end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    file.write(len(text).to_bytes(8, "little") + text)
-    return {name: 8 + len(text) + offset for name, offset in begins.items()}
+    return len(text).to_bytes(8, "little") + text, begins
 
 
 def _write_indexes(shards: list[_Shard]) -> None:

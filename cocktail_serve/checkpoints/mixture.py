@@ -1,19 +1,95 @@
-"""A recipe's parameters, made one tensor at a time straight from the models' files."""
+"""A recipe's parameters, made straight from the models' files: one tensor at a time, or chunk by chunk into a file."""
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
-
-import torch
-from torch import Tensor
+from types import TracebackType
+from typing import TYPE_CHECKING, Self
 
 from cocktail_serve.checkpoints.compatibility import check_tensors
-from cocktail_serve.checkpoints.reader import CheckpointReader
+from cocktail_serve.checkpoints.reader import CheckpointReader, TensorInfo
 from cocktail_serve.errors import IncompatibleModelsError, InvalidMixError
-from cocktail_serve.merging.merger import Merge, merger
+from cocktail_serve.merging.methods import find_method
+from cocktail_serve.merging.native import Operand
 from cocktail_serve.recipe import Recipe
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class Mixture:
+    """A recipe and the open files of its models, which fit each other.
+
+    Args:
+        folders: folder by fingerprint, at least of the base and of every model in the recipe. They are taken at their
+            word: who named them by fingerprint has read them.
+
+    Attributes:
+        tensors: what the mixture holds, in the order of the base's files: floating tensors in the recipe's dtype,
+            others as the base has them. Tied tensors once.
+        method: what the recipe's method is.
+        weights: coefficients in the order of accumulation.
+
+    Raises:
+        InvalidMixError: a model has no folder, or the method is not known.
+        CheckpointError: a folder cannot be read as a checkpoint.
+        IncompatibleModelsError: names or shapes differ, or a tensor that is not floating has other values in an expert.
+    """
+
+    def __init__(self, recipe: Recipe, folders: Mapping[str, Path]) -> None:
+        self.method = find_method(recipe.method)
+        fingerprints = [fingerprint for fingerprint, _ in recipe.coefficients]
+        for fingerprint in (recipe.base, *fingerprints):
+            if fingerprint not in folders:
+                raise InvalidMixError(
+                    f"the recipe needs the model {fingerprint[:12]}, which is not among the pool's files"
+                )
+        self.recipe = recipe
+        self.weights = [coefficient for _, coefficient in recipe.coefficients]
+        with ExitStack() as stack:
+            self.base = stack.enter_context(CheckpointReader(folders[recipe.base]))
+            self._readers = [
+                self.base if fingerprint == recipe.base else stack.enter_context(CheckpointReader(folders[fingerprint]))
+                for fingerprint in fingerprints
+            ]
+            for reader in self._readers:
+                if reader is not self.base:
+                    check_tensors(self.base.tensors, reader.tensors, name=str(reader.folder))
+                    _check_integers(self.base, reader)
+            self._stack = stack.pop_all()
+        self.tensors = {
+            name: TensorInfo(recipe.dtype if info.is_floating else info.dtype, info.shape)
+            for name, info in self.base.tensors.items()
+        }
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self._stack.close()
+
+    def params(self) -> Iterator[tuple[str, Tensor]]:
+        """Each tensor, whole, merged when it is asked for. They share no memory with the files."""
+        from cocktail_serve.merging.merger import merger
+
+        merge = merger(self.recipe)
+        for name, info in self.base.tensors.items():
+            if info.is_floating:
+                yield name, merge(name, [reader.get(name) for reader in self._readers])
+            else:
+                yield name, self.base.get(name).clone()
+
+    def operands(self, name: str) -> tuple[list[Operand], list[memoryview]]:
+        """A floating tensor of every model as the compiled kernel takes it, and what keeps it in memory."""
+        contents = [reader.get_bytes(name) for reader in self._readers]
+        operands = [
+            Operand(address_of(content), reader.tensors[name].dtype)
+            for reader, content in zip(self._readers, contents, strict=True)
+        ]
+        return operands, contents
 
 
 def iter_mixture(recipe: Recipe, folders: Mapping[str, Path]) -> Iterator[tuple[str, Tensor]]:
@@ -23,53 +99,31 @@ def iter_mixture(recipe: Recipe, folders: Mapping[str, Path]) -> Iterator[tuple[
     iterator that fails half-way leaves whoever loads from it with half a model. Memory stays at one mixed tensor; the
     inputs are mapped files.
 
-    Args:
-        folders: folder by fingerprint, at least of the base and of every model in the recipe. They are taken at their
-            word: who named them by fingerprint has read them.
-
     Returns:
-        Iterator of name and tensor: floating tensors merged by the recipe's method in float32 and rounded once to its
-        dtype, others as the base has them. They share no memory with the files. Tied tensors come once.
-
-    Raises:
-        InvalidMixError: a model has no folder, or the method is not known.
-        CheckpointError: a folder cannot be read as a checkpoint.
-        IncompatibleModelsError: names or shapes differ, or a tensor that is not floating has other values in an expert.
+        Iterator of name and tensor, see `Mixture`, whose arguments and errors these are.
     """
-    merge = merger(recipe)
-    fingerprints = [fingerprint for fingerprint, _ in recipe.coefficients]
-    for fingerprint in (recipe.base, *fingerprints):
-        if fingerprint not in folders:
-            raise InvalidMixError(f"the recipe needs the model {fingerprint[:12]}, which is not among the pool's files")
-    with ExitStack() as stack:
-        base = stack.enter_context(CheckpointReader(folders[recipe.base]))
-        readers = [
-            base if fingerprint == recipe.base else stack.enter_context(CheckpointReader(folders[fingerprint]))
-            for fingerprint in fingerprints
-        ]
-        for reader in readers:
-            if reader is not base:
-                check_tensors(base.tensors, reader.tensors, name=str(reader.folder))
-                _check_integers(base, reader)
-        return _mix(merge, base, readers, stack.pop_all())
+    return _params_of(Mixture(recipe, folders))
 
 
-def _mix(
-    merge: Merge, base: CheckpointReader, readers: list[CheckpointReader], stack: ExitStack
-) -> Iterator[tuple[str, Tensor]]:
-    with stack:
-        for name, info in base.tensors.items():
-            if info.is_floating:
-                yield name, merge(name, [reader.get(name) for reader in readers])
-            else:
-                yield name, base.get(name).clone()
+def _params_of(mixture: Mixture) -> Iterator[tuple[str, Tensor]]:
+    with mixture:
+        yield from mixture.params()
+
+
+def address_of(content: memoryview) -> int:
+    """Where a buffer that is not empty begins in memory."""
+    return ctypes.addressof(ctypes.c_char.from_buffer(content))
 
 
 def _check_integers(base: CheckpointReader, expert: CheckpointReader) -> None:
-    for name, info in base.tensors.items():
-        if info.is_floating or name not in expert.tensors:
-            continue
+    names = [name for name, info in base.tensors.items() if not info.is_floating and name in expert.tensors]
+    if not names:
+        return
+    import torch
+
+    for name in names:
         if not torch.equal(base.get(name).to(torch.int64), expert.get(name).to(torch.int64)):
             raise IncompatibleModelsError(
-                f"tensor {name} is {info} and cannot be averaged; the base and {expert.folder} have other values in it"
+                f"tensor {name} is {base.tensors[name]} and cannot be averaged; the base and {expert.folder} have "
+                "other values in it"
             )

@@ -62,8 +62,7 @@ def _member(name: str, folder: Path, cache_dir: Path, progress: Callable[[str, i
 
 
 def _dtype_name(reader: CheckpointReader) -> str:
-    name = str(reader.dtype).removeprefix("torch.")
-    return "float32" if name == "float64" else name
+    return "float32" if reader.dtype == "float64" else reader.dtype
 
 
 def _locate(source: Source) -> Path:

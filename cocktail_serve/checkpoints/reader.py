@@ -4,34 +4,33 @@ from __future__ import annotations
 
 import json
 import math
+import mmap
 from collections.abc import Mapping
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType, TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Protocol, Self
 
-import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
 
 from cocktail_serve.checkpoints.layout import WeightFile, check_folder, read_config, weight_files
+from cocktail_serve.dtypes import FLOATING, ITEM_BYTES
 from cocktail_serve.errors import CheckpointError
 
-FLOATING = frozenset({torch.float32, torch.float16, torch.bfloat16, torch.float64})
-_WHOLE = frozenset({torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool})
+if TYPE_CHECKING:
+    from torch import Tensor
 
 SAFETENSORS_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
+    "F64": "float64",
+    "F32": "float32",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "I64": "int64",
+    "I32": "int32",
+    "I16": "int16",
+    "I8": "int8",
+    "U8": "uint8",
+    "BOOL": "bool",
 }
 
 _INPUT_EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "embed_in.weight", "word_embeddings.weight")
@@ -43,21 +42,37 @@ _RECOMPUTED = ("rotary_emb.inv_freq",)
 
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
-    """What a header says of a tensor."""
+    """What a header says of a tensor.
 
-    dtype: torch.dtype
+    Attributes:
+        dtype: name, as `bfloat16`.
+    """
+
+    dtype: str
     shape: tuple[int, ...]
 
     @property
+    def num_elements(self) -> int:
+        return math.prod(self.shape)
+
+    @property
     def num_bytes(self) -> int:
-        return math.prod(self.shape) * self.dtype.itemsize
+        return self.num_elements * ITEM_BYTES[self.dtype]
 
     @property
     def is_floating(self) -> bool:
         return self.dtype in FLOATING
 
     def __str__(self) -> str:
-        return f"{str(self.dtype).removeprefix('torch.')}{list(self.shape)}"
+        return f"{self.dtype}{list(self.shape)}"
+
+
+class _Source(Protocol):
+    """An open file of parameters."""
+
+    def get_tensor(self, name: str) -> Tensor: ...
+
+    def get_bytes(self, name: str) -> memoryview: ...
 
 
 class CheckpointReader:
@@ -82,20 +97,15 @@ class CheckpointReader:
     def __init__(self, folder: Path) -> None:
         self.folder = Path(folder)
         check_folder(self.folder)
-        self._stack = ExitStack()
-        self._get: dict[str, tuple[Any, str]] = {}
+        self._get: dict[str, tuple[_Source, str]] = {}
         self._prefixes: dict[str, str] = {}
         tensors: dict[str, TensorInfo] = {}
-        try:
-            for file in weight_files(self.folder):
-                infos = self._open(file)
-                for twice in infos.keys() & tensors.keys():
-                    raise CheckpointError(f"{file.path}: tensor {twice!r} is already in another shard")
-                tensors |= infos
-            self.tied = MappingProxyType(_tied(self.folder, tensors))
-        except BaseException:
-            self._stack.close()
-            raise
+        for file in weight_files(self.folder):
+            infos = self._open(file)
+            for twice in infos.keys() & tensors.keys():
+                raise CheckpointError(f"{file.path}: tensor {twice!r} is already in another shard")
+            tensors |= infos
+        self.tied = MappingProxyType(_tied(self.folder, tensors))
         self.tensors: Mapping[str, TensorInfo] = MappingProxyType(
             {name: info for name, info in tensors.items() if name not in self.tied and not name.endswith(_RECOMPUTED)}
         )
@@ -107,34 +117,37 @@ class CheckpointReader:
         self.close()
 
     def close(self) -> None:
-        """Lets go of the files."""
+        """Lets go of the files; a mapping ends with the last tensor got from it."""
         self._get.clear()
-        self._stack.close()
 
     def get(self, name: str) -> Tensor:
         """The tensor of that name, a view of the mapped file: treat it as read-only.
 
         Raises:
-            CheckpointError: the checkpoint has no such tensor, or its file went away.
+            CheckpointError: the checkpoint has no such tensor.
         """
-        try:
-            source, key = self._get[name]
-        except KeyError:
-            raise CheckpointError(f"{self.folder} holds no tensor {name!r}") from None
-        try:
-            tensor: Tensor = source.get_tensor(key)
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{self.folder}: cannot read tensor {name!r}: {error}") from error
-        return tensor
+        source, key = self._find(name)
+        return source.get_tensor(key)
+
+    def get_bytes(self, name: str) -> memoryview:
+        """The tensor's elements as they lie in the mapped file, in C order, without torch where it is safetensors.
+
+        Treat them as read-only.
+
+        Raises:
+            CheckpointError: the checkpoint has no such tensor.
+        """
+        source, key = self._find(name)
+        return source.get_bytes(key)
 
     def prefix_of(self, name: str) -> str:
         """Where a tensor lies: empty for the model itself, `2_Dense/` for a module with parameters of its own."""
         return self._prefixes[name]
 
     @property
-    def dtype(self) -> torch.dtype:
+    def dtype(self) -> str:
         """The floating dtype that most bytes of the parameters have."""
-        sizes: dict[torch.dtype, int] = {}
+        sizes: dict[str, int] = {}
         for info in self.tensors.values():
             if info.is_floating:
                 sizes[info.dtype] = sizes.get(info.dtype, 0) + info.num_bytes
@@ -147,9 +160,17 @@ class CheckpointReader:
         """Size of the parameters as stored."""
         return sum(info.num_bytes for info in self.tensors.values())
 
+    def _find(self, name: str) -> tuple[_Source, str]:
+        try:
+            return self._get[name]
+        except KeyError:
+            raise CheckpointError(f"{self.folder} holds no tensor {name!r}") from None
+
     def _open(self, file: WeightFile) -> dict[str, TensorInfo]:
+        source: _Source
         if file.path.suffix == ".safetensors":
-            source, infos = self._open_safetensors(file.path)
+            source = _Safetensors(file.path)
+            infos = source.infos
         else:
             source, infos = _open_bin(file.path)
         if file.names is not None and file.names != infos.keys():
@@ -157,28 +178,44 @@ class CheckpointReader:
             place = "is not in it" if odd in file.names else "is in it and not in the index"
             raise CheckpointError(f"{file.path}: the index and the shard disagree: tensor {odd!r} {place}")
         for name, info in infos.items():
-            if info.dtype not in FLOATING | _WHOLE:
-                raise CheckpointError(
-                    f"{file.path}: tensor {name!r} is {info.dtype}, a quantised or complex dtype, which cannot be "
-                    "averaged; use the float32, float16 or bfloat16 checkpoint"
-                )
+            if info.dtype not in ITEM_BYTES:
+                raise _quantised(file.path, name, info.dtype)
             self._get[file.prefix + name] = (source, name)
             self._prefixes[file.prefix + name] = file.prefix
         return {file.prefix + name: info for name, info in infos.items()}
 
-    def _open_safetensors(self, path: Path) -> tuple[Any, dict[str, TensorInfo]]:
+
+class _Safetensors:
+    """A mapped safetensors file."""
+
+    def __init__(self, path: Path) -> None:
         try:
             # checks lengths, offsets (no overlap, no hole) and that the file is as long as the header says
-            source = self._stack.enter_context(safe_open(path, framework="pt", device="cpu"))
+            with safe_open(path, framework="numpy"), path.open("rb") as file:
+                # private and so writable, which torch wants; nothing is written, so nothing is copied
+                self._mapped = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY))
         except (SafetensorError, OSError, ValueError) as error:
             raise CheckpointError(
                 f"{path} is not a whole safetensors file ({error}): it is truncated or corrupt, fetch it again"
             ) from error
-        return source, _read_header(path)
+        self.infos, self._offsets = _read_header(path, self._mapped)
+
+    def get_bytes(self, name: str) -> memoryview:
+        begin, end = self._offsets[name]
+        return self._mapped[begin:end]
+
+    def get_tensor(self, name: str) -> Tensor:
+        import torch
+
+        info, content = self.infos[name], self.get_bytes(name)
+        dtype = getattr(torch, info.dtype)
+        if not content:
+            return torch.empty(info.shape, dtype=dtype)
+        return torch.frombuffer(content, dtype=dtype).view(info.shape)
 
 
 class _StateDict:
-    """A state dict behind the one method of a safetensors file that is used here."""
+    """A state dict behind the methods of a safetensors file that are used here."""
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
         self._tensors = tensors
@@ -186,9 +223,17 @@ class _StateDict:
     def get_tensor(self, name: str) -> Tensor:
         return self._tensors[name].detach()
 
+    def get_bytes(self, name: str) -> memoryview:
+        import torch
 
-def _read_header(path: Path) -> dict[str, TensorInfo]:
-    """Names, dtypes and shapes in the order of the bytes; the file has passed safetensors' own checks."""
+        return self.get_tensor(name).contiguous().reshape(-1).view(torch.uint8).numpy().data
+
+
+def _read_header(path: Path, content: memoryview) -> tuple[dict[str, TensorInfo], dict[str, tuple[int, int]]]:
+    """Names, dtypes and shapes in the order of the bytes, and where in the file each begins and ends.
+
+    The file has passed safetensors' own checks.
+    """
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         names = [name for name, _ in pairs]
@@ -197,26 +242,33 @@ def _read_header(path: Path) -> dict[str, TensorInfo]:
             raise CheckpointError(f"{path}: the header names {twice[0]!r} twice; the file is corrupt")
         return dict(pairs)
 
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(length), object_pairs_hook=unique)
+    length = int.from_bytes(content[:8], "little")
+    header = json.loads(bytes(content[8 : 8 + length]), object_pairs_hook=unique)
     header.pop("__metadata__", None)
-    infos = {}
+    infos, offsets = {}, {}
     for name, entry in sorted(header.items(), key=lambda item: (item[1]["data_offsets"], item[0])):
         dtype = SAFETENSORS_DTYPES.get(entry["dtype"])
         if dtype is None:
-            raise CheckpointError(
-                f"{path}: tensor {name!r} is {entry['dtype']}, a quantised or complex dtype, which cannot be averaged; "
-                "use the float32, float16 or bfloat16 checkpoint"
-            )
+            raise _quantised(path, name, entry["dtype"])
         # the bytes bound all sizes but those of an empty tensor
         if math.prod(size for size in entry["shape"] if size) >= 2**63:
             raise CheckpointError(f"{path}: tensor {name!r} has the impossible shape {entry['shape']}; it is corrupt")
         infos[name] = TensorInfo(dtype, tuple(entry["shape"]))
-    return infos
+        begin, end = entry["data_offsets"]
+        offsets[name] = (8 + length + begin, 8 + length + end)
+    return infos, offsets
+
+
+def _quantised(path: Path, name: str, dtype: str) -> CheckpointError:
+    return CheckpointError(
+        f"{path}: tensor {name!r} is {dtype}, a quantised or complex dtype, which cannot be averaged; "
+        "use the float32, float16 or bfloat16 checkpoint"
+    )
 
 
 def _open_bin(path: Path) -> tuple[_StateDict, dict[str, TensorInfo]]:
+    import torch
+
     try:
         # weights_only is what keeps a pickle from running code; mmap what keeps it from being read whole
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
@@ -229,11 +281,13 @@ def _open_bin(path: Path) -> tuple[_StateDict, dict[str, TensorInfo]]:
     if not isinstance(state, Mapping):
         raise CheckpointError(f"{path} holds a {type(state).__name__}, not a state dict; convert it to safetensors")
     for name, value in state.items():
-        if not isinstance(name, str) or not isinstance(value, Tensor) or value.layout != torch.strided:
+        if not isinstance(name, str) or not isinstance(value, torch.Tensor) or value.layout != torch.strided:
             raise CheckpointError(
                 f"{path}: {name!r} is a {type(value).__name__}; a state dict maps names to dense tensors"
             )
-    return _StateDict(state), {name: TensorInfo(value.dtype, tuple(value.shape)) for name, value in state.items()}
+    return _StateDict(state), {
+        name: TensorInfo(str(value.dtype).removeprefix("torch."), tuple(value.shape)) for name, value in state.items()
+    }
 
 
 def _tied(folder: Path, tensors: Mapping[str, TensorInfo]) -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import filecmp
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -62,6 +63,12 @@ def read_tokenization(folder: Path) -> Tokenization | None:
         return Tokenization(vocab=dict(tokenizer.get_vocab()), pipeline={})
     except Exception as error:  # each tokenizer class has errors of its own
         raise CheckpointError(f"{root}: transformers cannot read the tokenizer: {error}") from error
+
+
+def is_same_tokenizer_file(one: Path, other: Path) -> bool:
+    """Whether both folders hold the same `tokenizer.json`, byte for byte, as fine-tuned models usually do."""
+    mine, theirs = (model_folder(folder) / "tokenizer.json" for folder in (one, other))
+    return mine.is_file() and theirs.is_file() and filecmp.cmp(mine, theirs, shallow=False)
 
 
 def _from_tokenizer_json(path: Path) -> Tokenization:

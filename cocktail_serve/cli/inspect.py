@@ -69,7 +69,7 @@ def _describe(folder: Path, report: OnProgress) -> dict[str, Any]:
             "folder": str(folder),
             "architectures": read_config(folder).get("architectures") or [],
             "num_parameters": _num_parameters(reader),
-            "dtype": str(reader.dtype).removeprefix("torch."),
+            "dtype": reader.dtype,
             "num_bytes": reader.num_bytes,
             "num_tensors": len(reader.tensors),
             "tied": dict(reader.tied),
@@ -81,7 +81,7 @@ def _describe(folder: Path, report: OnProgress) -> dict[str, Any]:
 
 
 def _num_parameters(reader: CheckpointReader) -> int:
-    return sum(info.num_bytes // info.dtype.itemsize for info in reader.tensors.values() if info.is_floating)
+    return sum(info.num_elements for info in reader.tensors.values() if info.is_floating)
 
 
 def _blockers(folder: Path, *, has_tokenizer: bool) -> Iterator[str]:

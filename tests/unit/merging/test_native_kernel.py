@@ -1,0 +1,71 @@
+"""load_kernel: built once, from nobody else's folder, and where it cannot be built it says why."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from cocktail_serve.merging import native
+from cocktail_serve.merging.native import Kernel, load_kernel
+
+
+@pytest.fixture(autouse=True)
+def anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    load_kernel.cache_clear()
+    yield
+    load_kernel.cache_clear()
+
+
+@pytest.fixture
+def compiler() -> None:
+    if native._compiler() is None:
+        pytest.skip("no C compiler")
+
+
+@pytest.mark.usefixtures("compiler")
+def test_it_is_built_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert isinstance(load_kernel(), Kernel)
+    (built,) = (tmp_path / "cocktail-serve" / "kernels").iterdir()
+    assert built.suffix == ".so"
+    monkeypatch.setattr(native, "_build", lambda *args: pytest.fail("built twice"))
+    load_kernel.cache_clear()
+    assert isinstance(load_kernel(), Kernel)
+
+
+@pytest.mark.usefixtures("compiler")
+def test_code_that_others_could_have_written_is_not_loaded(tmp_path: Path) -> None:
+    load_kernel()
+    folder = tmp_path / "cocktail-serve" / "kernels"
+    (built,) = folder.iterdir()
+    built.unlink()  # this process has it mapped
+    built.write_bytes(b"no library")
+    for path in (folder, built):
+        path.chmod(0o777)
+        load_kernel.cache_clear()
+        assert isinstance(load_kernel(), Kernel)  # built elsewhere
+        path.chmod(0o700)
+    assert built.read_bytes() == b"no library"
+
+
+@pytest.mark.usefixtures("compiler")
+def test_a_home_that_cannot_be_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    assert isinstance(load_kernel(), Kernel)
+
+
+def test_without_a_compiler_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.delenv("CC", raising=False)
+    assert load_kernel() == "there is no C compiler (cc, gcc or clang)"
+
+
+def test_a_compiler_that_fails_is_quoted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    broken = tmp_path / "broken-cc"
+    broken.write_text("#!/bin/sh\necho 'no such header' >&2\nexit 1\n")
+    broken.chmod(0o755)
+    monkeypatch.setenv("CC", str(broken))
+    assert load_kernel() == f"{broken} cannot build it: no such header"
