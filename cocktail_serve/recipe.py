@@ -31,7 +31,7 @@ class Recipe:
         method: `linear`, the weighted sum of parameters (LM-Cocktail, arXiv 2311.13534), or another of
             `merging.methods.METHODS`.
         method_params: further parameters of the method, all of them.
-        dtype: dtype of the mixed parameters, reached by one rounding from the float32 sum.
+        dtype: dtype of the mixed parameters, reached by one rounding from the accumulated sum.
     """
 
     base: str

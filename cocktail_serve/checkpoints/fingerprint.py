@@ -43,6 +43,8 @@ def fingerprint_parameters(reader: CheckpointReader, *, progress: Callable[[int,
                 "set it to false if they were trained apart, or save the model anew"
             )
     total, done = reader.num_bytes, 0
+    if progress:
+        progress(done, total)
     rows = []
     with ThreadPoolExecutor(_HASH_THREADS, thread_name_prefix="fingerprint") as pool:
         digests = pool.map(lambda name: blake3(reader.get_bytes(name)).hexdigest(), reader.tensors)

@@ -185,6 +185,8 @@ class _Writer:
         self._progress = progress
         self._done = 0
         self._counting = threading.Lock()
+        if progress:
+            progress(0, total)
 
     def write(self, name: str, content: memoryview, begin: int = 0) -> None:
         """Writes bytes of a tensor, which begin at its byte `begin`.

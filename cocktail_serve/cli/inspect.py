@@ -62,7 +62,7 @@ def _describe(folder: Path, report: OnProgress) -> dict[str, Any]:
 
     with CheckpointReader(folder) as reader:
         fingerprint = fingerprint_parameters(
-            reader, progress=lambda done, total: report(f"reading {folder}", done, total)
+            reader, progress=lambda done, total: report(f"reading {folder}", done, total, is_bytes=True)
         )
         tokenization = read_tokenization(folder)
         return {

@@ -77,7 +77,7 @@ def mix(
             weighed.pool,
             out,
             extra_files={REPORT_FILE: json.dumps(weighing_json(weighed), indent=2) + "\n"},
-            progress=lambda done, total: report(f"writing {out}", done, total),
+            progress=lambda done, total: report(f"writing {out}", done, total, is_bytes=True),
         )
     seconds = time.monotonic() - started_at
     if as_json:

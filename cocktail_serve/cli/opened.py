@@ -12,6 +12,6 @@ def open_with_progress(settings: Settings, config: PoolConfig, report: OnProgres
     """As `open_pool`, which see for errors."""
 
     def read(name: str, done: int, total: int) -> None:
-        report(f"{config.id}: reading {name}", done, total)
+        report(f"{config.id}: reading {name}", done, total, is_bytes=True)
 
     return open_pool(config, cache_dir=settings.store.cache_dir, progress=read)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+import time
+from collections.abc import Iterator, Mapping
+from typing import Any, Protocol
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
@@ -14,8 +15,11 @@ from rich.table import Table
 
 BAR_WIDTH = 24
 
-OnProgress = Callable[[str, int, int], None]
-"""What is worked on, how much of it is done, and how much there is."""
+
+class OnProgress(Protocol):
+    """Is told what is worked on, how much of it is done, how much there is, and whether that counts bytes."""
+
+    def __call__(self, what: str, done: int, total: int, *, is_bytes: bool = False) -> None: ...
 
 
 def stdout() -> Console:
@@ -51,31 +55,45 @@ def progress() -> Iterator[OnProgress]:
 
 @contextlib.contextmanager
 def _bars(console: Console) -> Iterator[OnProgress]:
-    columns = (TextColumn("{task.description}"), BarColumn(BAR_WIDTH), TaskProgressColumn(), TimeElapsedColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(BAR_WIDTH),
+        TaskProgressColumn(),
+        TextColumn("{task.fields[amount]}"),
+        TimeElapsedColumn(),
+    )
     with Progress(*columns, console=console) as shown:
         tasks: dict[str, Any] = {}
+        begun: dict[str, float] = {}
 
-        def report(what: str, done: int, total: int) -> None:
+        def report(what: str, done: int, total: int, *, is_bytes: bool = False) -> None:
             if what not in tasks:
-                tasks[what] = shown.add_task(what, total=total)
-            shown.update(tasks[what], completed=done, total=total)
+                tasks[what], begun[what] = shown.add_task(what, total=total, amount=""), time.monotonic()
+            amount = _amount(done, total, time.monotonic() - begun[what]) if is_bytes else ""
+            shown.update(tasks[what], completed=done, total=total, amount=amount)
 
         yield report
 
 
 def _plain_lines(console: Console) -> OnProgress:
-    begun: set[str] = set()
+    begun: dict[str, float] = {}
     ended: set[str] = set()
 
-    def report(what: str, done: int, total: int) -> None:
+    def report(what: str, done: int, total: int, *, is_bytes: bool = False) -> None:
         if what not in begun:
-            begun.add(what)
+            begun[what] = time.monotonic()
             console.print(f"{what} ...", markup=False)
         if done >= total and what not in ended:
             ended.add(what)
-            console.print(f"{what}: done", markup=False)
+            amount = f", {_amount(done, total, time.monotonic() - begun[what])}" if is_bytes else ""
+            console.print(f"{what}: done{amount}", markup=False)
 
     return report
+
+
+def _amount(done: int, total: int, seconds: float) -> str:
+    """Bytes done of all, and how many in a second."""
+    return f"{done / 1e6:,.0f} of {total / 1e6:,.0f} MB, {done / 1e6 / max(seconds, 1e-3):,.0f} MB/s"
 
 
 def bar(share: float, *, width: int = BAR_WIDTH) -> str:
