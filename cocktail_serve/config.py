@@ -103,7 +103,7 @@ class FakeEngineConfig(VLLMEngineConfig):
 
 
 class SentenceTransformersEngineConfig(_EngineBase):
-    """sentence-transformers inside the gateway process, on a thread of its own."""
+    """sentence-transformers inside the gateway process, on threads of its own."""
 
     type: Literal["sentence_transformers"] = Field(
         "sentence_transformers", description="sentence-transformers, for encoders and rerankers."
@@ -114,6 +114,13 @@ class SentenceTransformersEngineConfig(_EngineBase):
         None,
         ge=64,
         description="Tokens, padding included, of one forward pass; omitted: 1024 on a CPU, 32768 on a GPU.",
+    )
+    concurrent_passes: int | None = Field(
+        None,
+        ge=1,
+        le=64,
+        description="Forward passes computed at once, each on its share of the cores; omitted: as many as there are "
+        "cores but at most 4 on a CPU, 1 on a GPU.",
     )
     max_input_tokens: int = Field(300_000, ge=1, description="Tokens of one request; more is refused with 400.")
     cache_bytes: ByteSize = Field(

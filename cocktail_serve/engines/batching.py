@@ -1,6 +1,6 @@
 """Which inputs share the next forward pass: joined across callers, cut by length, fair between recipes and callers.
 
-Knows neither torch nor asyncio: jobs go in from any thread, batches come out on the thread that owns the model.
+Knows neither torch nor asyncio: jobs go in from any thread, batches come out on the threads that compute.
 """
 
 from __future__ import annotations
@@ -112,7 +112,7 @@ class Batch(Generic[J]):
 
 
 class Call:
-    """Something to do between two passes on the thread that owns the model."""
+    """Something to do between two passes on a thread that computes."""
 
     def __init__(self, function: Callable[[], Any]) -> None:
         self._function = function
@@ -215,12 +215,12 @@ class _Lane(Generic[J]):
 
 
 class BatchQueue(Generic[J]):
-    """Jobs in from any thread, batches out to one."""
+    """Jobs in from any thread, batches out to as many threads as there are passes at once."""
 
-    def __init__(self, limits: PassLimits) -> None:
+    def __init__(self, limits: PassLimits, *, num_takers: int = 1) -> None:
         self._traffic: _Lane[J] = _Lane(limits)
         self._background: _Lane[J] = _Lane(limits)
-        self._calls: deque[Call] = deque()
+        self._calls: tuple[deque[Call], ...] = tuple(deque() for _ in range(num_takers))
         self._condition = threading.Condition()
         self._traffic_in_a_row = 0
         self._is_closed = False
@@ -234,23 +234,28 @@ class BatchQueue(Generic[J]):
             self._condition.notify()
         return True
 
-    def call(self, function: Callable[[], Any]) -> Future[Any]:
-        """Runs a function before the next batch, on the thread that takes; cancelled where the queue is closed."""
-        call = Call(function)
+    def call_each(self, functions: Sequence[Callable[[], Any]]) -> list[Future[Any]]:
+        """Runs one function on each taker's thread before its next batch; cancelled where the queue is closed."""
+        calls = [Call(function) for function in functions]
         with self._condition:
-            if self._is_closed:
-                call.future.cancel()
-            else:
-                self._calls.append(call)
-                self._condition.notify()
-        return call.future
+            for waiting, call in zip(self._calls, calls, strict=True):
+                if self._is_closed:
+                    call.future.cancel()
+                else:
+                    waiting.append(call)
+            self._condition.notify_all()
+        return [call.future for call in calls]
 
-    def take(self) -> Batch[J] | Call | None:
-        """Waits for work; None once the queue is closed."""
+    def take(self, taker: int = 0) -> Batch[J] | Call | None:
+        """Waits for work; None once the queue is closed.
+
+        Args:
+            taker: which of the threads asks.
+        """
         with self._condition:
             while not self._is_closed:
-                if self._calls:
-                    return self._calls.popleft()
+                if self._calls[taker]:
+                    return self._calls[taker].popleft()
                 batch = self._next_batch()
                 if batch is not None:
                     return batch
@@ -261,9 +266,10 @@ class BatchQueue(Generic[J]):
         """Ends `take` after the pass that runs; returns the jobs left behind."""
         with self._condition:
             self._is_closed = True
-            for call in self._calls:
-                call.future.cancel()
-            self._calls.clear()
+            for calls in self._calls:
+                for call in calls:
+                    call.future.cancel()
+                calls.clear()
             self._condition.notify_all()
             return self._traffic.drain() + self._background.drain()
 

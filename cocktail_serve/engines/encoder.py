@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,6 +13,7 @@ from sentence_transformers.sentence_transformer.modules import Normalize, Poolin
 from torch import Tensor
 
 from cocktail_serve.checkpoints.layout import read_modules
+from cocktail_serve.engines.packing import Packing
 from cocktail_serve.engines.swappable import SwappableModel
 from cocktail_serve.errors import ConfigError
 from cocktail_serve.recipe import DType
@@ -43,15 +45,30 @@ class Encoder(SwappableModel):
         self.dimension: int = self._model.get_embedding_dimension()
         self._is_normalizing = any(isinstance(module, Normalize) for module in self._model)
         self._excludes_prompt = not all(pooling.include_prompt for pooling in poolings)
+        # a GPU is not busy with what short texts save
+        self._packing = Packing.of(self._transformer) if device.type == "cpu" and not self._pads_left else None
 
     def forward(self, token_ids: Sequence[Sequence[int]], *, prompt_length: int | None = None) -> np.ndarray:
         """Embeddings `[N, D]` float32 of N inputs in one pass, under the bound parameters."""
-        features = self._features(token_ids)
+        packing = self._packing
+        is_packed = packing is not None and packing.is_worth_it(list(map(len, token_ids)))
+        features = self._packed_features(token_ids) if is_packed else self._features(token_ids)
         if prompt_length is not None:
             features["prompt_length"] = prompt_length
-        vectors: Tensor = self._model(features)["sentence_embedding"]
+        for module in list(self._model)[1:] if is_packed else [self._model]:
+            features = module(features)
+        vectors: Tensor = features["sentence_embedding"]
         rows: np.ndarray = vectors.float().cpu().numpy()
         return rows
+
+    def _packed_features(self, token_ids: Sequence[Sequence[int]]) -> dict[str, Any]:
+        """What the modules behind the transformer read."""
+        assert self._packing is not None
+        lengths = torch.tensor(list(map(len, token_ids)))
+        return {
+            "token_embeddings": self._packing.token_embeddings(self._transformer, token_ids),
+            "attention_mask": (torch.arange(int(lengths.max()))[None, :] < lengths[:, None]).long(),
+        }
 
     def shorten(self, vectors: np.ndarray, dimensions: int) -> np.ndarray:
         """The leading `dimensions` of embeddings `[N, D]`, of length 1 again where the whole ones are."""

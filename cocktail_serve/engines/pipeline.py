@@ -1,4 +1,4 @@
-"""The threads of an in-process engine: one turns texts into tokens, one owns the model and turns those into numbers."""
+"""The threads of an in-process engine: one turns texts into tokens, the others compute numbers from those."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar, Generic, TypeVar
 
 import numpy as np
@@ -55,11 +56,11 @@ class ModelRequest(Job, Generic[M]):
 
     @abstractmethod
     def forward(self, model: M, batch: Batch[Any]) -> np.ndarray:
-        """Rows `[N, D]` float32 of a pass, on the model's thread; called on any request of the batch."""
+        """Rows `[N, D]` float32 of a pass, on the thread of `model`; called on any request of the batch."""
 
     @abstractmethod
     def finish(self, model: M) -> None:
-        """Makes of `vectors`, now complete, what the caller asked for; on the model's thread."""
+        """Makes of `vectors`, now complete, what the caller asked for; on the thread of `model`."""
 
 
 R = TypeVar("R", bound=ModelRequest[Any])
@@ -70,9 +71,11 @@ class Pipeline(Generic[M, R]):
 
     Args:
         name: of the threads.
-        load: loads the model, on the thread that will own it.
-        on_loaded, on_failed: called once, on that thread: one when the model is loaded; the other when it cannot be,
-            or when the thread ends for a reason that is not a request's.
+        load: loads the model, on the first of the threads that compute.
+        num_passes: passes computed at once, each on a thread and a replica of the model's modules of its own.
+        threads_per_pass: torch's threads for each.
+        on_loaded, on_failed: called once, on such a thread: one when the model is loaded; the other when it cannot be,
+            or when a thread ends for a reason that is not a request's.
         on_over: called with requests that have their rows or their error, on the pipeline's threads.
         max_request_tokens: a request of more is refused, unless it is background work.
     """
@@ -83,6 +86,8 @@ class Pipeline(Generic[M, R]):
         load: Callable[[], M],
         *,
         limits: PassLimits,
+        num_passes: int,
+        threads_per_pass: int,
         max_request_tokens: int,
         on_loaded: Callable[[M], None],
         on_failed: Callable[[BaseException], None],
@@ -94,22 +99,30 @@ class Pipeline(Generic[M, R]):
         self._on_loaded = on_loaded
         self._on_failed = on_failed
         self._on_over = on_over
-        self._batches: BatchQueue[R] = BatchQueue(limits)
+        self._threads_per_pass = threads_per_pass
+        self._batches: BatchQueue[R] = BatchQueue(limits, num_takers=num_passes)
         self._tokenizing = ThreadPoolExecutor(1, thread_name_prefix=f"{name}-tokenizer")
-        self._thread = threading.Thread(target=self._own_model, name=f"{name}-model", daemon=True)
+        self._threads = [
+            threading.Thread(target=self._compute, args=(number,), name=f"{name}-model-{number}", daemon=True)
+            for number in range(num_passes)
+        ]
+        self._storing = threading.Lock()  # of rows and errors: a request's passes may end at the same moment
+        self._is_settled = threading.Event()
         self._is_stopping = False
-        self._model: M
+        self._replicas: list[M] = []
 
     def start(self) -> None:
-        self._thread.start()
+        for thread in self._threads:
+            thread.start()
 
     def stop(self) -> None:
-        """Ends both threads after what they are doing; requests left behind are over with an error. Blocks."""
+        """Ends all threads after what they are doing; requests left behind are over with an error. Blocks."""
         self._is_stopping = True
         self._end(self._batches.close(), self._stopping())
         self._tokenizing.shutdown(wait=True)
-        if self._thread.is_alive():
-            self._thread.join()
+        for thread in self._threads:
+            if thread.is_alive():
+                thread.join()
 
     def submit(self, request: R) -> None:
         """Once the model is loaded. Returns at once.
@@ -122,9 +135,9 @@ class Pipeline(Generic[M, R]):
         except RuntimeError as error:
             raise self._stopping() from error
 
-    def call(self, function: Callable[[], Any]) -> Future[Any]:
-        """Runs a function between two passes on the thread that owns the model."""
-        return self._batches.call(function)
+    def call_each(self, function: Callable[[M], Any]) -> list[Future[Any]]:
+        """Runs a function between two passes on each thread that computes, with its own replica of the model."""
+        return self._batches.call_each([partial(function, replica) for replica in self._replicas])
 
     def with_tokenizer(self, function: Callable[[], T]) -> Future[T]:
         """Runs a function on the thread that owns the tokenizer."""
@@ -136,7 +149,7 @@ class Pipeline(Generic[M, R]):
         try:
             if self._is_stopping:
                 raise self._stopping()
-            token_ids = request.tokenize(self._model)
+            token_ids = request.tokenize(self._replicas[0])
             self._check_size(request, token_ids)
         except Exception as error:  # noqa: BLE001  # whatever it is, somebody waits for this request
             self._end([request], error)
@@ -154,40 +167,53 @@ class Pipeline(Generic[M, R]):
                 param=request.param,
             )
 
-    def _own_model(self) -> None:
+    def _compute(self, number: int) -> None:
         try:
-            self._model = self._load()
-            self._on_loaded(self._model)
+            torch.set_num_threads(self._threads_per_pass)  # this thread's, and of threads that have none set
+            if number == 0:
+                model = self._load()
+                self._replicas = [model, *(model.replicate() for _ in self._threads[1:])]
+                self._on_loaded(model)
+                self._is_settled.set()
+            self._is_settled.wait()
             with torch.inference_mode():  # per thread
-                while (work := self._batches.take()) is not None:
-                    work.run() if isinstance(work, Call) else self._run(work)
+                while (work := self._batches.take(number)) is not None:
+                    work.run() if isinstance(work, Call) else self._run(work, self._replicas[number])
         except BaseException as error:  # noqa: BLE001  # nothing above this thread would hear of it
-            self._end(self._batches.close(), EngineError(f"the model's thread of pool {self._name!r} has ended"))
+            self._end(self._batches.close(), EngineError(f"a model's thread of pool {self._name!r} has ended"))
             self._on_failed(error)
+        finally:
+            self._is_settled.set()
 
-    def _run(self, batch: Batch[R]) -> None:
+    def _run(self, batch: Batch[R], model: M) -> None:
         first = batch.entries[0][0]
         try:
-            self._model.bind(first.params)
-            rows = first.forward(self._model, batch)
+            model.bind(first.params)
+            rows = first.forward(model, batch)
         except Exception as error:  # noqa: BLE001  # out of memory, a kernel's complaint: every request of it has failed
             self._end(batch.jobs, error)
             return
-        complete = batch.store(rows)
+        with self._storing:
+            complete = batch.store(rows)
         for request in complete:
-            request.finish(self._model)
+            request.finish(model)
         if complete:
             self._on_over(complete)
 
     def _end(self, requests: list[R], error: Exception) -> None:
-        for request in requests:
-            if isinstance(error, CocktailError):
-                request.error = error
-            else:
-                request.error = EngineError(f"the model of pool {self._name!r} failed: {type(error).__name__}: {error}")
-                request.error.__cause__ = error
-        if requests:
-            self._on_over(requests)
+        with self._storing:
+            ended = [request for request in requests if request.error is None]
+            for request in ended:
+                request.error = self._told(error)
+        if ended:
+            self._on_over(ended)
+
+    def _told(self, error: Exception) -> CocktailError:
+        if isinstance(error, CocktailError):
+            return error
+        told = EngineError(f"the model of pool {self._name!r} failed: {type(error).__name__}: {error}")
+        told.__cause__ = error
+        return told
 
     def _stopping(self) -> ModelNotReadyError:
         return ModelNotReadyError(f"pool {self._name!r} is shutting down")

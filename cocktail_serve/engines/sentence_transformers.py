@@ -1,4 +1,4 @@
-"""sentence-transformers inside this process: one model, one thread that owns it, many recipes.
+"""sentence-transformers inside this process: one model, a few threads that compute with it, many recipes.
 
 On the event loop: who is admitted, which parameters a request holds, how long it waits. The work itself is the
 pipeline's, on threads of its own. What goes in and comes out is the matter of `embedding` and `reranking`.
@@ -48,6 +48,14 @@ _PASS_LIMITS = {
 }
 
 
+MAX_DEFAULT_PASSES = 4
+"""Passes at once on a CPU of as many cores or more, where the configuration does not say. Threads of one pass wait for
+each other after every operator; those of two never do."""
+
+_NUM_THREADS = torch.get_num_threads()
+"""What torch takes from the machine (or `OMP_NUM_THREADS`) before anything here sets it for a thread."""
+
+
 class SentenceTransformersEngine(Generic[M]):
     """What encoders and rerankers have in common.
 
@@ -70,16 +78,25 @@ class SentenceTransformersEngine(Generic[M]):
         self._device = _device(config.device)
         self._base_recipe = one_hot(pool, BASE, dtype=self.dtype)
         self._folders = {member.fingerprint: member.path for member in pool}
+        num_passes, threads_per_pass = _passes(self._device, config.concurrent_passes)
         self._pipeline: Pipeline[M, ModelRequest[M]] = Pipeline(
             pool.id,
             self._load,
+            num_passes=num_passes,
+            threads_per_pass=threads_per_pass,
             limits=_pass_limits(self._device, config.max_batch_tokens),
             max_request_tokens=config.max_input_tokens,
             on_loaded=self._tell(self._on_loaded),
             on_failed=self._tell(self._on_failed),
             on_over=self._tell(self._on_over),
         )
-        self._mixing = ThreadPoolExecutor(1, thread_name_prefix=f"{pool.id}-mixer")
+        self._mixing = ThreadPoolExecutor(
+            1,
+            thread_name_prefix=f"{pool.id}-mixer",
+            # of its own: torch gives a new thread the number that was set last, which is a pass's
+            initializer=torch.set_num_threads,
+            initargs=(_NUM_THREADS,),
+        )
         self._state: EngineState = "stopped"
         self._failure: BaseException | None = None
         self._is_settled = asyncio.Event()  # no longer starting
@@ -114,10 +131,10 @@ class SentenceTransformersEngine(Generic[M]):
         if self._failure is not None:
             detail["reason"] = str(self._failure)
         elif state == "ready":
-            answer = self._pipeline.call(lambda: None)
-            done, _ = await asyncio.wait([asyncio.wrap_future(answer)], timeout=deadline_s)
-            if not done or answer.cancelled():
-                state, detail["reason"] = "failed", f"the model's thread did not answer within {deadline_s:g} s"
+            answers = self._pipeline.call_each(lambda _: None)
+            _, missing = await asyncio.wait(map(asyncio.wrap_future, answers), timeout=deadline_s)
+            if missing or any(answer.cancelled() for answer in answers):
+                state, detail["reason"] = "failed", f"a model's thread did not answer within {deadline_s:g} s"
         cached = {"cached": self._cache.digests, "cached_bytes": self._cache.num_bytes} if self._model else {}
         return EngineHealth(state, queued=self._num_waiting, detail=detail | cached)
 
@@ -245,8 +262,7 @@ class SentenceTransformersEngine(Generic[M]):
         return params
 
     async def _unbind(self, params: Params) -> None:
-        model = self._loaded
-        await asyncio.wrap_future(self._pipeline.call(lambda: model.unbind(params)))
+        await asyncio.gather(*map(asyncio.wrap_future, self._pipeline.call_each(lambda model: model.unbind(params))))
 
     def _load(self) -> M:
         model = cast(M, self._model_class(self.pool.base.path, dtype=self.dtype, device=self._device))
@@ -302,6 +318,13 @@ def _device(name: str) -> torch.device:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:
         raise ConfigError(f"engine.device {name!r} cannot be used: {error}", param="engine.device") from error
+
+
+def _passes(device: torch.device, num_passes: int | None) -> tuple[int, int]:
+    """Passes at once, and the threads of each: on a CPU all of them together get its cores."""
+    if num_passes is None:
+        num_passes = min(MAX_DEFAULT_PASSES, _NUM_THREADS) if device.type == "cpu" else 1
+    return num_passes, max(1, _NUM_THREADS // num_passes)
 
 
 def _pass_limits(device: torch.device, max_tokens: int | None) -> PassLimits:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import numpy as np
 import torch
@@ -23,7 +24,7 @@ from cocktail_serve.recipe import DType, Recipe
 class SwappableModel:
     """The model's own modules, with parameters of one recipe bound. Each subclass knows what goes in and comes out.
 
-    `bind` and what computes belong to one thread, the rest to any.
+    `bind` and what computes belong to one thread, the rest to any; another thread computes with a `replicate` of it.
 
     Args:
         folder: the pool's base.
@@ -76,6 +77,18 @@ class SwappableModel:
         self._slots = {name: slot for name, slot in _slots(self._model) if slot.is_floating_point()}
         self.own_params = {name: slot.data for name, slot in self._slots.items()}
         self._bound: Mapping[str, Tensor] = self.own_params
+
+    def replicate(self) -> Self:
+        """The same model for another thread: modules of its own over the same parameters, which are not copied."""
+        twin = copy.copy(self)
+        # what is in a deepcopy's memo is not copied: the modules are, their tensors are wrapped anew
+        tensors = (*self._model.parameters(), *self._model.buffers())
+        twin._model = copy.deepcopy(self._model, {id(tensor): _wrapped_anew(tensor) for tensor in tensors})
+        twin._transformer = twin._model[0].auto_model
+        twin._slots = {name: slot for name, slot in _slots(twin._model) if name in self._slots}
+        twin._bound = {}
+        twin.bind(self.own_params)
+        return twin
 
     @property
     def mixture_bytes(self) -> int:
@@ -178,6 +191,12 @@ def _slots(model: SentenceTransformer | CrossEncoder) -> Iterator[tuple[str, Ten
             if id(slot) not in seen:
                 seen.add(id(slot))
                 yield f"{index}.{name}", slot
+
+
+def _wrapped_anew(tensor: Tensor) -> Tensor:
+    if isinstance(tensor, torch.nn.Parameter):
+        return torch.nn.Parameter(tensor.data, requires_grad=False)
+    return tensor.detach()
 
 
 def _num_positions(transformer: torch.nn.Module) -> int | None:

@@ -481,16 +481,19 @@ async def ready(engine: EncoderEngine) -> None:
 
 @asynccontextmanager
 async def engine_held(engine: EncoderEngine) -> AsyncIterator[None]:
-    """The model's thread does nothing else until the block ends."""
+    """The threads that compute do nothing else until the block ends."""
     await ready(engine)
-    entered, release = threading.Event(), threading.Event()
+    release = threading.Event()
+    entered = [threading.Event() for _ in engine._pipeline._replicas]
+    waiting = iter(entered)
 
-    def hold() -> None:
-        entered.set()
+    def hold(_: Encoder) -> None:
+        next(waiting).set()
         release.wait(timeout=60)
 
-    engine._pipeline.call(hold)
-    await asyncio.to_thread(entered.wait, 60)
+    engine._pipeline.call_each(hold)
+    for event in entered:
+        await asyncio.to_thread(event.wait, 60)
     try:
         yield
     finally:

@@ -130,15 +130,24 @@ class TestBatchQueue:
 
     def test_calls_go_first(self) -> None:
         queue = queue_of(job([5]))
-        future = queue.call(lambda: 7)
+        (future,) = queue.call_each([lambda: 7])
         call = queue.take()
         assert isinstance(call, Call)
         call.run()
         assert future.result(timeout=0) == 7
 
+    def test_each_taker_gets_its_own_call(self) -> None:
+        queue: BatchQueue[Job] = BatchQueue(LIMITS, num_takers=2)
+        futures = queue.call_each([lambda: "first", lambda: "second"])
+        for taker in (1, 0):
+            call = queue.take(taker)
+            assert isinstance(call, Call)
+            call.run()
+        assert [future.result(timeout=0) for future in futures] == ["first", "second"]
+
     def test_a_call_that_fails_says_so_to_who_asked(self) -> None:
         queue = queue_of()
-        future = queue.call(lambda: 1 / 0)
+        (future,) = queue.call_each([lambda: 1 / 0])
         call = queue.take()
         assert isinstance(call, Call)
         call.run()
@@ -147,12 +156,12 @@ class TestBatchQueue:
     def test_close_returns_what_is_left_and_ends_take(self) -> None:
         traffic, background = job([5]), job([5], background=True)
         queue = queue_of(traffic, background)
-        future = queue.call(lambda: None)
+        (future,) = queue.call_each([lambda: None])
         assert set(queue.close()) == {traffic, background}
         assert queue.take() is None
         assert future.cancelled()
         assert not queue.put(job([5]))
-        assert queue.call(lambda: None).cancelled()
+        assert queue.call_each([lambda: None])[0].cancelled()
 
     def test_wakes_a_waiting_taker(self) -> None:
         queue: BatchQueue[Job] = BatchQueue(LIMITS)
