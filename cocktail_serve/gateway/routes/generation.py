@@ -5,10 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
-from fastapi.routing import APIRoute
-from starlette.types import Receive, Scope, Send
 
 from cocktail_serve.config import VLLMEngineConfig
+from cocktail_serve.gateway.direct_route import DirectRoute
 from cocktail_serve.gateway.field_policy import apply_field_policy
 from cocktail_serve.gateway.generation import GenerationResponse
 from cocktail_serve.gateway.json_body import json_object
@@ -21,20 +20,6 @@ from cocktail_serve.gateway.schemas.generation import (
 )
 from cocktail_serve.gateway.state import gateway_of, tenant_of
 from cocktail_serve.gateway.targets import requested_pool, served_model
-
-
-class DirectRoute(APIRoute):
-    """A documented route whose endpoint takes the request and nothing else: FastAPI's dependencies, which it has none
-    of, are not solved. Errors are mapped by the app's handlers as everywhere."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.app = self._answer
-
-    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
-        response = await self.endpoint(Request(scope, receive, send))
-        await response(scope, receive, send)
-
 
 router = APIRouter(tags=["generation"], route_class=DirectRoute)
 

@@ -6,6 +6,7 @@ import time
 
 from fastapi import APIRouter, Request, Response
 
+from cocktail_serve.gateway.direct_route import DirectRoute
 from cocktail_serve.gateway.disconnect import ended_with_client
 from cocktail_serve.gateway.json_body import json_object, parse_as
 from cocktail_serve.gateway.openapi import engine_errors, json_request
@@ -15,7 +16,7 @@ from cocktail_serve.gateway.state import gateway_of, tenant_of
 from cocktail_serve.gateway.targets import requested_pool, served_model
 from cocktail_serve.gateway.truncation import truncation
 
-router = APIRouter(tags=["reranking"])
+router = APIRouter(tags=["reranking"], route_class=DirectRoute)
 
 
 @router.post("/rerank", include_in_schema=False)
