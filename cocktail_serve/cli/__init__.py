@@ -34,8 +34,9 @@ app.command("demo")(demo_command)
 
 def main(args: Sequence[str] | None = None) -> None:
     """Runs a command and exits: 0 done, 2 usage or bad input, 1 failure; 130 when interrupted."""
+    words = sys.argv[1:] if args is None else list(args)
     try:
-        app(None if args is None else list(args))
+        app(words, obj=["cocktail-serve", *words])  # what was typed, for commands that tell how to repeat them
     except CocktailError as error:
         print_error(error.message)
         sys.exit(2 if isinstance(error, ClientError) else 1)

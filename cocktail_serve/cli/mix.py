@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from cocktail_serve.cli.mergekit import MERGEKIT_FILE, mergekit_yaml
+from cocktail_serve.cli.model_card import CARD_FILE, model_card, sources_of
 from cocktail_serve.cli.options import (
     Alpha,
     AsJSON,
@@ -26,12 +29,17 @@ from cocktail_serve.cli.options import (
 )
 from cocktail_serve.cli.terminal import print_json, progress, stdout, weighing_table
 from cocktail_serve.cli.weigh import summary, weighing_json
-from cocktail_serve.config import load_settings
+from cocktail_serve.config import PoolConfig, load_settings
+
+if TYPE_CHECKING:
+    from cocktail_serve.cli.offline import OfflineWeighing
+    from cocktail_serve.recipe import Recipe
 
 REPORT_FILE = "weighing.json"
 
 
 def mix(
+    context: typer.Context,
     config: ConfigFile,
     *,
     pool: PoolId,
@@ -48,7 +56,7 @@ def mix(
     seed: Seed = None,
     as_json: AsJSON = False,
 ) -> None:
-    """Mix a cocktail into a folder, offline: parameters, configuration, tokenizer and recipe.json."""
+    """Mix a cocktail into a folder, offline: parameters, configuration, tokenizer, recipe and model card."""
     if examples is None and weights is None and target is None:
         raise typer.BadParameter("give --examples, --weights or --target: there is nothing to mix")
     body = given(
@@ -76,7 +84,7 @@ def mix(
             recipe,
             weighed.pool,
             out,
-            extra_files={REPORT_FILE: json.dumps(weighing_json(weighed), indent=2) + "\n"},
+            extra_files=_extra_files(recipe, weighed, settings.pool(pool), out, command=context.obj),
             progress=lambda done, total: report(f"writing {out}", done, total, is_bytes=True),
         )
     seconds = time.monotonic() - started_at
@@ -95,3 +103,15 @@ def mix(
     console.print(weighing_table(weighed.weighing.losses, weighed.weighing.merging_weights))
     console.print(", ".join(filter(None, (summary(weighed), f"recipe {recipe.digest[:12]}", f"{seconds:.1f} s"))))
     console.print(f"written to {out}", markup=False)
+
+
+def _extra_files(
+    recipe: Recipe, weighed: OfflineWeighing, config: PoolConfig, out: Path, *, command: Sequence[str]
+) -> dict[str, str]:
+    """What says where the mixture comes from, by file name."""
+    report = weighing_json(weighed)
+    return {
+        REPORT_FILE: json.dumps(report, indent=2) + "\n",
+        CARD_FILE: model_card(recipe, weighed.pool, config, report, out=out, command=command),
+        MERGEKIT_FILE: mergekit_yaml(recipe, weighed.pool, sources_of(config)),
+    }
