@@ -1,6 +1,7 @@
 """`weigh` and `mix`: the server's numbers and checks without a server."""
 
 import json
+import shlex
 from pathlib import Path
 
 import pytest
@@ -238,6 +239,39 @@ def test_a_mixture_from_examples_tells_its_losses(config, examples, tmp_path, ca
     weighing = json.loads((out_folder / "weighing.json").read_text())
     recipe = json.loads((out_folder / "recipe.json").read_text())
     assert recipe["merging_weights"] == pytest.approx(weighing["merging_weights"])
+
+
+def test_the_model_card_tells_what_is_in_it_and_how_to_make_it_again(config, examples, tmp_path, capsys):
+    from huggingface_hub import ModelCard
+
+    out_folder = tmp_path / "mixed model"
+    args = ("mix", config, "--pool", "ranker", "--examples", examples(PAIR_ROWS), "--temperature", 0.5)
+    assert run(capsys, *args, "--out", out_folder)[0] == 0
+    card = ModelCard.load(out_folder / "README.md")
+    assert (card.data.library_name, card.data.pipeline_tag) == ("sentence-transformers", "text-ranking")
+    assert "merge" in card.data.tags
+    assert card.data.base_model is None  # folders of this machine are no models of the hub
+    weighing = json.loads((out_folder / "weighing.json").read_text())
+    for name, weight in weighing["merging_weights"].items():
+        assert f"| {name} | local folder | {weighing['losses'][name]:.4f} | {weight!r} |" in card.text
+    assert f"Entropy of the coefficients: {weighing['entropy']:.3f} nats" in card.text
+    assert str(config.parent) not in card.text.partition("## How to use it")[0]
+    (command,) = (line for line in card.text.splitlines() if line.startswith("cocktail-serve mix"))
+    words = shlex.split(command)
+    assert words[1:] == [str(arg) for arg in (*args, "--out", out_folder)]
+    again = tmp_path / "again"
+    assert run(capsys, *words[1:-1], again)[0] == 0
+    assert (again / "model.safetensors").read_bytes() == (out_folder / "model.safetensors").read_bytes()
+
+
+def test_the_mergekit_configuration_is_the_same_recipe(config, tmp_path, capsys):
+    run(capsys, "mix", config, "--pool", "flan", "--weights", "ag-news=0.25,nq=0.75", "--out", tmp_path / "mixed")
+    written = yaml.safe_load((tmp_path / "mixed" / "mergekit.yaml").read_text())
+    models = {Path(entry["model"]).name: entry["parameters"]["weight"] for entry in written["models"]}
+    assert models == {"base": 0.0, "ag-news": 0.25, "nq": 0.75}
+    assert written["base_model"] == str(config.parent / "flan" / "base")
+    assert (written["merge_method"], written["parameters"]) == ("linear", {"normalize": False})
+    assert (written["dtype"], written["out_dtype"]) == ("float32", "float32")
 
 
 @pytest.mark.parametrize(
