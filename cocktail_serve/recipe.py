@@ -120,6 +120,8 @@ def make_recipe(
         # two names of the same parameters are one ingredient
         by_fingerprint[member.fingerprint] = by_fingerprint.get(member.fingerprint, 0.0) + value
     if chosen.adds_task_vectors:
+        if not merging_weights:
+            raise InvalidMixError("merging_weights names no model: there is nothing to mix", param="merging_weights")
         by_fingerprint.setdefault(base, 1.0)
     keeps_zeros = chosen.num_models is not None
     taking_part = {f: w for f, w in by_fingerprint.items() if w != 0.0 or keeps_zeros}

@@ -17,6 +17,8 @@ from cocktail_serve.cli.options import (
     AsJSON,
     ConfigFile,
     Experts,
+    MethodOption,
+    MethodParams,
     OptionalExamplesFile,
     PoolId,
     Seed,
@@ -24,6 +26,7 @@ from cocktail_serve.cli.options import (
     Temperature,
     WeightingOption,
     given,
+    parse_method_params,
     parse_weights,
     read_examples,
 )
@@ -52,6 +55,8 @@ def mix(
     alpha: Alpha = None,
     temperature: Temperature = None,
     weighting: WeightingOption = None,
+    method: MethodOption = None,
+    method_param: MethodParams = None,
     expert: Experts = None,
     seed: Seed = None,
     as_json: AsJSON = False,
@@ -66,6 +71,8 @@ def mix(
         alpha=alpha,
         temperature=temperature,
         weighting=weighting,
+        method=method,
+        method_params=parse_method_params(method_param),
         experts=expert or None,
         seed=seed,
     )
@@ -79,7 +86,13 @@ def mix(
     started_at = time.monotonic()
     with progress() as report:
         weighed = weigh_offline(settings, pool, body, report)
-        recipe = make_recipe(weighed.pool, weighed.weighing.merging_weights, dtype=weighed.dtype)
+        recipe = make_recipe(
+            weighed.pool,
+            weighed.weighing.merging_weights,
+            dtype=weighed.dtype,
+            method=weighed.request.options.method,
+            method_params=weighed.request.options.method_params,
+        )
         save_mixture(
             recipe,
             weighed.pool,

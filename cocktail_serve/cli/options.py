@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 from typing import Annotated, Any
@@ -10,6 +11,7 @@ import typer
 
 from cocktail_serve.errors import InvalidExamplesError
 from cocktail_serve.examples import read_jsonl
+from cocktail_serve.merging.methods import METHODS
 
 ConfigFile = Annotated[
     Path, typer.Argument(metavar="CONFIG", help="The configuration file (YAML).", show_default=False)
@@ -33,6 +35,13 @@ Temperature = Annotated[
     float | None, typer.Option(help="tau of softmax(-loss / tau); lower is more selective, the paper's is 5.")
 ]
 WeightingOption = Annotated[str | None, typer.Option("--weighting", help="softmax, paper or uniform.")]
+MethodOption = Annotated[
+    str | None, typer.Option("--method", help=f"How parameters are merged: {', '.join(METHODS)}; linear if left out.")
+]
+MethodParams = Annotated[
+    list[str] | None,
+    typer.Option("--method-param", help="A parameter of the method, as density=0.3; may be repeated."),
+]
 Experts = Annotated[
     list[str] | None, typer.Option("--expert", help="Weigh only this expert beside the base; may be repeated.")
 ]
@@ -71,6 +80,26 @@ def parse_weights(text: str) -> dict[str, float]:
             raise typer.BadParameter(f"{name!r} is there twice", param_hint="--weights")
         weights[name] = weight
     return weights
+
+
+def parse_method_params(pairs: list[str] | None) -> dict[str, Any] | None:
+    """`["density=0.3", "normalize=false"]` as `method_params`, or None without any.
+
+    Raises:
+        typer.BadParameter: not of that form; names the part.
+    """
+    params: dict[str, Any] = {}
+    for pair in pairs or ():
+        name, separator, value = (piece.strip() for piece in pair.partition("="))
+        try:
+            params[name] = json.loads(value)
+        except json.JSONDecodeError:
+            separator = ""
+        if not (name and separator):
+            raise typer.BadParameter(
+                f"{pair!r} is not NAME=VALUE, as in density=0.3 or normalize=false", param_hint="--method-param"
+            )
+    return params or None
 
 
 def given(**options: Any) -> dict[str, Any]:

@@ -11,12 +11,15 @@ from cocktail_serve.cli.options import (
     ConfigFile,
     ExamplesFile,
     Experts,
+    MethodOption,
+    MethodParams,
     PoolId,
     Seed,
     Target,
     Temperature,
     WeightingOption,
     given,
+    parse_method_params,
     read_examples,
 )
 from cocktail_serve.cli.terminal import print_json, progress, stdout, weighing_table
@@ -35,6 +38,8 @@ def weigh(
     alpha: Alpha = None,
     temperature: Temperature = None,
     weighting: WeightingOption = None,
+    method: MethodOption = None,
+    method_param: MethodParams = None,
     expert: Experts = None,
     seed: Seed = None,
     as_json: AsJSON = False,
@@ -49,6 +54,8 @@ def weigh(
         alpha=alpha,
         temperature=temperature,
         weighting=weighting,
+        method=method,
+        method_params=parse_method_params(method_param),
         experts=expert or None,
         seed=seed,
     )
@@ -76,6 +83,8 @@ def weighing_json(weighed: OfflineWeighing) -> dict[str, Any]:
         "temperature": options.temperature,
         "target": options.target,
         "alpha": options.alpha,
+        "method": options.method,
+        "method_params": dict(options.method_params),
         "num_examples": options.num_examples,
         "dtype": weighed.dtype,
     }
@@ -88,6 +97,7 @@ def summary(weighed: OfflineWeighing) -> str:
     parts += [f"{options.weighting}"] if options.weighting else []
     parts += [f"temperature {options.temperature:g}"] if options.temperature is not None else []
     parts += [f"target {options.target}, alpha {options.alpha:g}"] if options.target is not None else []
+    parts += [f"method {options.method}"] if options.method != "linear" else []
     if entropy is not None:
         parts.append(f"entropy {entropy:.2f} nats (as {math.exp(entropy):.1f} equally weighed models)")
     return ", ".join(parts)

@@ -86,7 +86,7 @@ def _random(key: int, density: float, factor: float) -> Trim:
         return lambda vector, begin: None
 
     def trim(vector: Tensor, begin: int) -> None:
-        dropped = torch.from_numpy(~keep_mask(key, begin, len(vector), density))
-        vector.masked_fill_(dropped.to(vector.device), 0.0).mul_(factor)
+        kept = torch.from_numpy(keep_mask(key, begin, len(vector), density))
+        vector.mul_(kept.to(vector.device, torch.float32)).mul_(factor)
 
     return trim

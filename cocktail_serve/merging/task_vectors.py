@@ -14,7 +14,7 @@ Trim = Callable[[Tensor, int], None]
 the index of its first element. Called for the chunks in their order."""
 
 CHUNK_NUMEL = 1 << 20
-"""Elements at a time. No result depends on it; it bounds memory: six float32 buffers, 24 MB."""
+"""Elements at a time. No result depends on it; it bounds memory: some ten float32 buffers of 4 MB."""
 
 
 def iter_task_vector(base: Tensor, expert: Tensor) -> Iterator[Tensor]:
@@ -96,19 +96,23 @@ class _Elected:
         # the mass on either side, and the coefficients behind it: the sign of their sum says which side is elected
         self._positive, self._negative = torch.zeros_like(like), torch.zeros_like(like)
         self._positive_divisor, self._negative_divisor = torch.zeros_like(like), torch.zeros_like(like)
+        # masks are float32: on a CPU torch's boolean ones cost several times as much
+        self._mask = torch.empty_like(like)
 
     def add(self, vector: Tensor, coefficient: float) -> None:
-        self._positive_divisor.add_(vector > 0, alpha=coefficient)
-        self._negative_divisor.add_(vector < 0, alpha=coefficient)
+        self._positive_divisor.add_(torch.gt(vector, 0.0, out=self._mask), alpha=coefficient)
+        self._negative_divisor.add_(torch.lt(vector, 0.0, out=self._mask), alpha=coefficient)
         self._positive.add_(vector.clamp_min(0.0))
         self._negative.add_(vector.clamp_max_(0.0))
 
     def sum(self) -> Tensor:
-        return torch.where(self._is_positive(), self._positive, self._negative)
+        return self._on_elected_side(self._positive, self._negative)
 
     def mean(self) -> Tensor:
-        divisor = torch.where(self._is_positive(), self._positive_divisor, self._negative_divisor)
-        return self.sum().div_(divisor.masked_fill_(divisor == 0.0, 1.0))
+        divisor = self._on_elected_side(self._positive_divisor, self._negative_divisor)
+        divisor.add_(torch.eq(divisor, 0.0, out=self._mask))
+        return self.sum().div_(divisor)
 
-    def _is_positive(self) -> Tensor:
-        return self._positive + self._negative >= 0.0
+    def _on_elected_side(self, positive: Tensor, negative: Tensor) -> Tensor:
+        is_positive = torch.ge(self._positive + self._negative, 0.0, out=self._mask)
+        return positive * is_positive + negative * (1.0 - is_positive)

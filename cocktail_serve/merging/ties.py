@@ -59,20 +59,19 @@ def _largest(base: Tensor, expert: Tensor, density: float) -> Trim:
     numel = base.numel()
     if density >= 1.0 or numel == 0:
         return lambda vector, begin: None
-    threshold, num_equal = _kth_largest(base, expert, max(1, int(density * numel)))
-    left = num_equal
+    threshold, left = _kth_largest(base, expert, max(1, int(density * numel)))
 
     def trim(vector: Tensor, begin: int) -> None:
         nonlocal left
-        magnitudes = _magnitude_bits(vector)
-        is_kept = magnitudes > threshold
-        is_equal = magnitudes == threshold
-        taken = int(is_equal.sum())
+        magnitudes = vector.abs()
+        kept = torch.gt(magnitudes, threshold, out=torch.empty_like(vector))
+        equal = torch.eq(magnitudes, threshold, out=magnitudes)
+        taken = int(equal.sum())  # exact: below 2**24 ones
         if taken > left:
-            is_equal &= is_equal.cumsum(0) <= left
+            equal.mul_(equal.cumsum(0) <= left)
             taken = left
         left -= taken
-        vector.masked_fill_(~(is_kept | is_equal), 0.0)
+        vector.mul_(kept.add_(equal))
 
     return trim
 
@@ -86,8 +85,8 @@ _LOW_BITS = 15
 """Of the 31 bits of a magnitude; the 16 above them are counted first."""
 
 
-def _kth_largest(base: Tensor, expert: Tensor, k: int) -> tuple[int, int]:
-    """The k-th largest magnitude of a task vector, as a bit pattern, and how many elements of that size are kept.
+def _kth_largest(base: Tensor, expert: Tensor, k: int) -> tuple[float, int]:
+    """The k-th largest magnitude of a task vector, and how many of its elements of that size are kept.
 
     A radix selection with two digits: exact, whatever the order of counting.
     """
@@ -96,12 +95,14 @@ def _kth_largest(base: Tensor, expert: Tensor, k: int) -> tuple[int, int]:
         bits = _magnitude_bits(vector)
         high_counts += torch.bincount(bits >> _LOW_BITS, minlength=len(high_counts))
     high, k = _digit_of_kth(high_counts, k)
-    low_counts = torch.zeros(1 << _LOW_BITS, dtype=torch.int64, device=base.device)
+    # those of another upper digit are counted at either end
+    low_counts = torch.zeros((1 << _LOW_BITS) + 2, dtype=torch.int64, device=base.device)
     for vector in iter_task_vector(base, expert):
-        bits = _magnitude_bits(vector)
-        low_counts += torch.bincount(bits[bits >> _LOW_BITS == high] - (high << _LOW_BITS), minlength=len(low_counts))
-    low, k = _digit_of_kth(low_counts, k)
-    return (high << _LOW_BITS) + low, k
+        digits = (_magnitude_bits(vector) - (high << _LOW_BITS)).clamp_(-1, 1 << _LOW_BITS) + 1
+        low_counts += torch.bincount(digits, minlength=len(low_counts))
+    low, k = _digit_of_kth(low_counts[1:-1], k)
+    bits = torch.tensor((high << _LOW_BITS) + low, dtype=torch.int32)
+    return float(bits.view(torch.float32)), k
 
 
 def _digit_of_kth(counts: Tensor, k: int) -> tuple[int, int]:

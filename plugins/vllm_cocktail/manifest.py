@@ -118,12 +118,18 @@ class Manifest:
             "names": dict(self.names),
         }
 
-    def recipe(self, merging_weights: Mapping[str, float]) -> Recipe:
+    def recipe(
+        self,
+        merging_weights: Mapping[str, float],
+        *,
+        method: str = "linear",
+        method_params: Mapping[str, Any] | None = None,
+    ) -> Recipe:
         """The recipe of weights given by name.
 
         Raises:
             NotFoundError: a name is not in the manifest; lists those that are.
-            InvalidMixError: weights that are not finite or do not sum to 1; a manifest without names.
+            InvalidMixError: as `make_recipe`; or a manifest without names.
         """
         members = {name: Member(name, self.members[f], f, self.dtype, 0) for name, f in self.names.items()}
         base = members.pop(BASE, None)
@@ -132,7 +138,7 @@ class Manifest:
                 "the manifest gives no names; send a recipe instead of merging_weights", param="recipe"
             )
         pool = Pool(id="manifest", kind="decoder", base=base, experts=members, text_digest="")
-        return make_recipe(pool, merging_weights, dtype=self.dtype)
+        return make_recipe(pool, merging_weights, dtype=self.dtype, method=method, method_params=method_params)
 
     def _check(self, path: Path) -> None:
         if self.dtype not in get_args(DType):

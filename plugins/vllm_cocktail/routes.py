@@ -41,12 +41,16 @@ class MixRequest(_Body):
 
     recipe: dict[str, Any] | None = None
     merging_weights: dict[str, float] | None = None
+    method: str | None = None
+    method_params: dict[str, Any] | None = None
     drain_s: float = Field(30.0, ge=0, allow_inf_nan=False)
 
     @model_validator(mode="after")
     def _one_of_two(self) -> MixRequest:
         if (self.recipe is None) == (self.merging_weights is None):
             raise ValueError("give either recipe or merging_weights")
+        if self.recipe is not None and not (self.method is None and self.method_params is None):
+            raise ValueError("a recipe holds its method; give method and method_params with merging_weights")
         return self
 
 
@@ -85,7 +89,9 @@ async def mix(body: MixRequest, request: Request) -> dict[str, Any]:
     if body.recipe is not None:
         recipe = Recipe.from_json(body.recipe)
     else:
-        recipe = control.manifest.recipe(body.merging_weights or {})
+        recipe = control.manifest.recipe(
+            body.merging_weights or {}, method=body.method or "linear", method_params=body.method_params
+        )
     return asdict(await control.mix(recipe, drain_s=body.drain_s))
 
 

@@ -18,7 +18,9 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
+from cocktail_serve.recipe import make_recipe
 from tests.e2e.conftest import API_KEY, MAX_MODEL_LEN, VLLMServer, completion_body
+from tests.merging import merged
 
 pytestmark = pytest.mark.vllm
 
@@ -102,6 +104,30 @@ def test_a_mixture_answers_as_transformers_does(server: VLLMServer, merging_weig
         assert_greedy_of(model, prompt, server.complete(prompt))
 
 
+def test_a_cocktail_of_ties_answers_as_transformers_does(server: VLLMServer) -> None:
+    """Any method goes the way of the linear mixture: parameters in checkpoint format, one at a time."""
+    weights, params = {"red": 0.8, "green": 0.5}, {"density": 0.3, "normalize": True, "lambda": 0.9}
+    server.mix(make_recipe(server.pool, weights, dtype="float32", method="ties", method_params=params))
+    states = {name: _load(server.folders[name]).state_dict() for name in ("base", *weights)}
+    model = copy.deepcopy(_load(server.folders["base"]))
+    model.load_state_dict(
+        {
+            key: torch.from_numpy(
+                merged(
+                    "ties",
+                    {name: s[key].double().numpy() for name, s in states.items()},
+                    weights,
+                    density=0.3,
+                    scale=0.9,
+                )
+            ).float()
+            for key in model.state_dict()
+        }
+    )
+    for prompt in PROMPTS:
+        assert_greedy_of(model, prompt, server.complete(prompt))
+
+
 def test_models_of_the_pool_answer_differently(server: VLLMServer) -> None:
     """What the other tests of this file rest on."""
     answers = []
@@ -156,7 +182,9 @@ def _broken_recipes(server: VLLMServer) -> Iterator[tuple[str, dict[str, Any]]]:
     yield "an unknown model", good | {"coefficients": [["0" * 64, 1.0]]}
     yield "another base", good | {"base": red}
     yield "another dtype", good | {"dtype": "bfloat16"}
-    yield "another method", good | {"method": "slerp"}
+    yield "another method", good | {"method": "fisher"}
+    yield "a parameter of another method", good | {"method_params": {"density": 0.5}}
+    yield "a base that does not count 1", good | {"method": "ties"}
     yield "no coefficients", good | {"coefficients": []}
 
 
@@ -285,6 +313,16 @@ def test_weights_by_name_follow_the_rules_of_weights(plain: VLLMServer) -> None:
         response = plain.client.post("/v1/cocktail/mix", content=body, headers={"content-type": "application/json"})
         assert response.status_code == status, response.text
     assert plain.status()["resident"] == plain.resident
+
+
+def test_weights_by_name_take_a_method(plain: VLLMServer) -> None:
+    chosen: dict[str, Any] = {"method": "ties", "method_params": {"density": 0.5}}
+    recipe = make_recipe(plain.pool, {"red": 0.2, "green": 1.2}, dtype="float32", **chosen)
+    body = {"merging_weights": {"red": 0.2, "green": 1.2}, **chosen}
+    assert plain.client.post("/v1/cocktail/mix", json=body).json()["resident"] == recipe.digest
+    for wrong in ({"merging_weights": {"red": 0.2}, "method": "fisher"}, {"recipe": recipe.to_json(), **chosen}):
+        assert plain.client.post("/v1/cocktail/mix", json=wrong).status_code == 400
+    assert plain.status()["resident"] == recipe.digest
 
 
 def _losses(model: LlamaForCausalLM, examples: list[dict[str, Any]]) -> list[float]:

@@ -300,6 +300,45 @@ async def test_weights_by_hand_are_mixed_without_scoring(world: World, service: 
     assert await service.examples("acme", ready.id) == []
 
 
+@pytest.mark.parametrize("method", ["task_arithmetic", "ties", "dare_linear", "dare_ties"])
+async def test_weights_of_examples_scale_task_vectors_and_the_base_counts_1(
+    world: World, service: CocktailService, method: str
+) -> None:
+    params = {"lambda": 0.5}
+    ready = await made(service, world.request(temperature=1.0, method=method, method_params=params, seed=7))
+    linear = await made(service, world.request(name="linear", temperature=1.0, seed=7))
+    assert ready.status == "ready"
+    assert ready.merging_weights == {**linear.merging_weights, "base": 1.0}
+    assert ready.entropy == linear.entropy
+    assert (ready.recipe.method, ready.recipe.method_params["lambda"]) == (method, 0.5)
+    assert ready.recipe.method_params.get("seed", 7) == 7, "the mask's seed is the request's"
+    assert service.resolve("acme", ready.id).recipe == ready.recipe
+    by_hand = await made(
+        service,
+        world.request(
+            name="by-hand", merging_weights=ready.merging_weights, method=method, method_params=params, seed=7
+        ),
+    )
+    assert by_hand.recipe == ready.recipe, "what is reported makes the same mixture again"
+
+
+async def test_a_target_of_another_method_takes_its_share_of_eq_1(world: World, service: CocktailService) -> None:
+    request = world.request(target="nq", alpha=0.25, temperature=1.0, method="ties")
+    base, ag_news = math.exp(-2.0), math.exp(-1.0)
+    ready = await made(service, request)
+    assert ready.merging_weights == pytest.approx(
+        {"base": 1.0, "ag-news": 0.75 * ag_news / (base + ag_news), "nq": 0.25}
+    )
+
+
+async def test_slerp_takes_a_target_and_the_base_or_one_expert(world: World, service: CocktailService) -> None:
+    mono = await made(service, world.request(target="nq", alpha=1.0, examples=None, method="slerp"))
+    assert mono.merging_weights == {"base": 0.0, "nq": 1.0}
+    assert mono.status == "ready"
+    pair = await made(service, world.request(experts=["nq"], weighting="uniform", method="slerp"))
+    assert [coefficient for _, coefficient in pair.recipe.coefficients] == [0.5, 0.5]
+
+
 async def test_experts_limits_the_peers(world: World, service: CocktailService) -> None:
     ready = await made(service, world.request(experts=["nq"], weighting="uniform"))
     assert ready.merging_weights == {"base": 0.5, "nq": 0.5}

@@ -35,6 +35,7 @@ from cocktail_serve.errors import (
 )
 from cocktail_serve.examples import parse_examples
 from cocktail_serve.recipe import Recipe, make_recipe, one_hot
+from tests.merging import merged
 from tests.models import ENCODER_WORDS, make_encoder, make_encoder_pool
 
 WORDS = ENCODER_WORDS.split()
@@ -120,6 +121,40 @@ class TestEqualsSentenceTransformers:
             np.testing.assert_allclose(got.vectors, want, rtol=1e-4, atol=1e-5)
         is_unit = np.allclose(np.linalg.norm(got.vectors, axis=1), 1, atol=1e-5)
         assert is_unit == normalize
+
+    @pytest.mark.parametrize(
+        ("method", "coefficients", "method_params"),
+        [
+            ("task_arithmetic", {"hotpotqa": 0.9, "quora": -0.4}, {"lambda": 0.7}),
+            ("ties", {"hotpotqa": 0.9, "quora": 0.4}, {"density": 0.3}),
+            ("slerp", {"quora": 0.6}, {}),
+        ],
+    )
+    async def test_other_methods(
+        self,
+        folders: dict[str, Path],
+        method: str,
+        coefficients: dict[str, float],
+        method_params: dict[str, float],
+    ) -> None:
+        weights = {"base": 0.4, **coefficients} if method == "slerp" else coefficients
+        async with running(folders) as engine:
+            recipe = make_recipe(engine.pool, weights, dtype="float32", method=method, method_params=method_params)
+            got = await engine.embed(recipe, TEXTS)
+            linear = await engine.embed(one_hot(engine.pool, "base", dtype="float32"), TEXTS)
+        options = {"scale" if name == "lambda" else name: value for name, value in method_params.items()}
+        models = {name: SentenceTransformer(str(folders[name]), device="cpu") for name in ("base", *coefficients)}
+        states = {name: model.state_dict() for name, model in models.items()}
+        models["base"].load_state_dict(
+            {
+                key: torch.from_numpy(
+                    merged(method, {n: s[key].double().numpy() for n, s in states.items()}, coefficients, **options)
+                )
+                for key in states["base"]
+            }
+        )
+        np.testing.assert_allclose(got.vectors, models["base"].encode(TEXTS), rtol=1e-4, atol=1e-5)
+        assert np.abs(got.vectors - linear.vectors).max() > 0.1
 
     async def test_bfloat16(self, folders: dict[str, Path]) -> None:
         async with running(folders, dtype="bfloat16") as engine:

@@ -133,6 +133,38 @@ class TestCocktails:
             assert weights == sorted(weights, reverse=True)
             assert 1.0 <= report["effective_models"] <= 3.0 + 1e-9
 
+    @pytest.mark.parametrize("method", ["task_arithmetic", "ties", "dare_linear", "dare_ties"])
+    @pytest.mark.parametrize(
+        ("pool", "path", "asked"),
+        [
+            ("flan", "chat/completions", {"messages": MESSAGES}),
+            ("bge", "embeddings", {"input": "my card was stolen"}),
+        ],
+    )
+    def test_other_methods(self, http: httpx.Client, pool: str, path: str, asked: dict[str, Any], method: str) -> None:
+        """Made, shown with their parameters, and served: by name and inline."""
+        fields = {
+            "pool": pool,
+            "examples": EXAMPLES if pool == "flan" else PAIRS,
+            "method": method,
+            "method_params": {"lambda": 0.5},
+            "temperature": 1.0,
+        }
+        cocktail = make(http, f"{pool}-{method.replace('_', '-')}", **fields).json()
+        assert cocktail["status"] == "ready", cocktail
+        assert (cocktail["method"], cocktail["method_params"]["lambda"]) == (method, 0.5)
+        recipe = http.get(f"/v1/cocktails/{cocktail['id']}/recipe").json()
+        assert (recipe["method"], recipe["method_params"]) == (method, cocktail["method_params"])
+        assert cocktail["merging_weights"]["base"] == 1.0
+        answer = http.post(f"/v1/{path}", json={"model": cocktail["id"], **asked})
+        assert answer.status_code == 200, answer.text
+        inline = {key: value for key, value in fields.items() if key != "pool"}
+        same = http.post(f"/v1/{path}", json={"model": pool, "cocktail": inline, **asked})
+        assert same.status_code == 200, same.text
+        assert same.json()["model"] == f"{pool}@{cocktail['id'].partition('@')[2]}"
+        for key in {"choices", "data"} & set(answer.json()):
+            assert same.json()[key] == answer.json()[key]
+
     def test_deletion(self, http: httpx.Client) -> None:
         first = make(http, "deleted", temperature=1.0).json()["id"]
         make(http, "deleted", temperature=2.0)
@@ -161,6 +193,10 @@ class TestCocktails:
             ({"alpha": 1.5, "target": "nq"}, 400, "alpha"),
             ({"temperature": 0}, 400, "temperature"),
             ({"unknown": 1}, 400, "unknown"),
+            ({"method": "fisher"}, 400, "method"),
+            ({"method": "ties", "method_params": {"density": 1.5}}, 400, "method_params.density"),
+            ({"method": "slerp"}, 400, "experts"),
+            ({"examples": ..., "method": "ties", "merging_weights": {"base": 0.5}}, 400, "merging_weights.base"),
             ({"examples": ..., "merging_weights": {"base": 0.5}}, 400, "merging_weights"),
             ({"merging_weights": {"base": 1.0}}, 400, "examples"),
             ({"pool": ...}, 400, "pool"),
@@ -232,6 +268,7 @@ class TestGeneration:
             ({"examples": []}, "cocktail.examples"),
             ({"name": "x", "examples": EXAMPLES}, "cocktail.name"),
             ({"examples": EXAMPLES, "experts": ["none"]}, "cocktail.experts.0"),
+            ({"examples": EXAMPLES, "method": "ties", "method_params": {"k": 20}}, "cocktail.method_params.k"),
         ],
     )
     def test_bad_inline_cocktails(self, http: httpx.Client, inline: Any, param: str) -> None:

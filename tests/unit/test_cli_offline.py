@@ -7,10 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
 
 from cocktail_serve.checkpoints.reader import CheckpointReader
 from cocktail_serve.cli import main
 from cocktail_serve.weighting.softmax import softmax_weights
+from tests.merging import merged
 from tests.models import make_decoder_pool, make_encoder_decoder_pool, make_encoder_pool, make_reranker_pool
 
 DECODER_ROWS = [
@@ -172,6 +174,31 @@ def test_a_mixture_is_the_weighted_sum_and_loads(config, tmp_path, capsys):
     assert AutoTokenizer.from_pretrained(out_folder).chat_template
 
 
+def test_a_mixture_by_another_method(config, tmp_path, capsys):
+    out_folder, weights = tmp_path / "mixed", {"ag-news": 0.9, "nq": 0.4}
+    method = ("--method", "ties", "--method-param", "density=0.3", "--method-param", "normalize=false")
+    args = ("--pool", "flan", "--weights", "ag-news=0.9,nq=0.4", *method, "--out", out_folder, "--json")
+    code, out, _ = run(capsys, "mix", config, *args)
+    assert code == 0
+    params = {"density": 0.3, "normalize": False, "lambda": 1.0}
+    written = json.loads((out_folder / "recipe.json").read_text())["recipe"]
+    assert (written["method"], written["method_params"]) == ("ties", params)
+    assert json.loads(out)["recipe"].items() >= written.items()
+    stored = {name: load_file(config.parent / "flan" / name / "model.safetensors") for name in ("base", *weights)}
+    for name, tensor in load_file(out_folder / "model.safetensors").items():
+        arrays = {model: tensors[name].double().numpy() for model, tensors in stored.items()}
+        exact = torch.from_numpy(merged("ties", arrays, weights, density=0.3, normalize=False))
+        torch.testing.assert_close(tensor.double(), exact, rtol=1e-6, atol=1e-5)
+
+
+def test_weigh_shows_what_the_method_makes_of_the_weights(config, examples, capsys):
+    args = ("--pool", "bge", "--examples", examples(PAIR_ROWS), "--json")
+    linear = json.loads(run(capsys, "weigh", config, *args)[1])
+    dare = json.loads(run(capsys, "weigh", config, *args, "--method", "dare_linear", "--seed", 3)[1])
+    assert dare["merging_weights"] == {**linear["merging_weights"], "base": 1.0}
+    assert (dare["method"], dare["method_params"]["seed"]) == ("dare_linear", 3)
+
+
 def test_a_mixed_reranker_scores_the_same_wherever_it_is_loaded(config, tmp_path, capsys):
     from sentence_transformers import CrossEncoder
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
@@ -279,6 +306,11 @@ def test_the_mergekit_configuration_is_the_same_recipe(config, tmp_path, capsys)
     [
         (["--weights", "base=0.5,ag-news=0.4"], "sum to 0.9"),
         (["--weights", "base=0.5,unknown=0.5"], "unknown"),
+        (["--weights", "base=1", "--method", "fisher"], "'linear'"),
+        (["--weights", "base=1", "--method", "ties", "--method-param", "density"], "density"),
+        (["--weights", "base=1", "--method", "ties", "--method-param", "density=much"], "density=much"),
+        (["--weights", "base=1", "--method", "ties", "--method-param", "density=2"], "at most 1"),
+        (["--weights", "base=0.5,nq=0.5", "--method", "ties"], "always 1"),
         (["--weights", "base=one"], "base=one"),
         (["--weights", "base=0.5,base=0.5"], "twice"),
         (["--weights", "base=inf"], "base=inf"),

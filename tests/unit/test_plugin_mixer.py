@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from cocktail_serve.checkpoints.mixture import iter_mixture
 from cocktail_serve.checkpoints.opening import open_pool
@@ -16,6 +16,7 @@ from cocktail_serve.config import PoolConfig
 from cocktail_serve.errors import CheckpointError, IncompatibleModelsError, InvalidMixError
 from cocktail_serve.pool import Pool
 from cocktail_serve.recipe import Recipe, make_recipe
+from tests.merging import merged
 from tests.models import make_decoder_pool
 from vllm_cocktail.cache import MergedParams
 from vllm_cocktail.manifest import Manifest
@@ -57,6 +58,21 @@ def test_the_second_time_comes_from_memory_with_the_same_bits(pool: Pool) -> Non
     assert set(again) == mixer.tensor_names
     for name, tensor in iter_mixture(recipe, mixer.manifest.members):
         assert torch.equal(tensor, again[name])
+
+
+def test_any_method_is_mixed_and_kept(pool: Pool) -> None:
+    mixer, weights = mixer_of(pool), {"red": 0.8, "green": 0.5}
+    recipe = make_recipe(pool, weights, dtype="float32", method="ties", method_params={"density": 0.3})
+    fresh, _ = mixer.params(recipe)
+    params = dict(fresh)
+    stored = {name: load_file(pool.member(name).path / "model.safetensors") for name in ("base", *weights)}
+    assert params.keys() == stored["base"].keys()
+    for key, param in params.items():
+        exact = merged("ties", {name: s[key].double().numpy() for name, s in stored.items()}, weights, density=0.3)
+        torch.testing.assert_close(param.double(), torch.from_numpy(exact), rtol=1e-6, atol=1e-5)
+    kept, source = mixer.params(recipe)
+    assert source == "cache"
+    assert all(torch.equal(tensor, params[name]) for name, tensor in kept)
 
 
 def test_half_a_mixture_is_not_kept(pool: Pool) -> None:

@@ -172,6 +172,11 @@ def test_without_task_vectors_the_base_is_left() -> None:
     assert recipe.coefficients == (("m", 1.0),)
 
 
+def test_no_weights_at_all_are_refused() -> None:
+    with pytest.raises(InvalidMixError, match="nothing to mix"):
+        make_recipe(POOL, {}, dtype="bfloat16", method="ties")
+
+
 def test_slerp_keeps_its_two_models_whatever_their_coefficients() -> None:
     recipe = make_recipe(POOL, {"nq": 1.0, "base": 0.0}, dtype="bfloat16", method="slerp")
     assert recipe.coefficients == (("m", 0.0), ("a", 1.0))

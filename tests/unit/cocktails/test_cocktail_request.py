@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +84,8 @@ def test_the_paper_is_softmax_with_its_own_settings() -> None:
         {"target": "nq", "alpha": 0.4},
         {"experts": ["nq"]},
         {"seed": 1},
+        {"method": "task_arithmetic"},
+        {"method": "slerp", "experts": ["nq"]},
         {"examples": None, "merging_weights": {"base": 0.5, "nq": 0.5}},
     ],
 )
@@ -98,11 +101,51 @@ def test_whatever_decides_the_mixture_is_in_the_digest(other: dict[str, Any]) ->
         {"alpha": 0.9},
         {"experts": ["squad", "nq", "ag-news"]},
         {"temperature": 5},
+        {"method": "linear", "method_params": {}},
         {"examples": [{"prompt": "a", "completion": "b"}, {"input": "c", "output": "d", "id": 7}]},
     ],
 )
 def test_what_does_not_decide_the_mixture_is_not_in_the_digest(other: dict[str, Any]) -> None:
     assert parse({"examples": EXAMPLES, **other}).digest == parse({"examples": EXAMPLES}).digest
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "is_same"),
+    [
+        ({}, {"density": 0.5}, True),
+        ({"lambda": 1}, {"lambda": 1.0}, True),
+        ({}, {"density": 0.4}, False),
+        ({}, {"rescale": False}, False),
+        ({"seed": 3}, {"seed": 4}, False),
+    ],
+)
+def test_parameters_of_the_method_are_in_the_digest(one: dict[str, Any], other: dict[str, Any], is_same: bool) -> None:
+    digests = {parse({"examples": EXAMPLES, "method": "dare_linear", "method_params": p}).digest for p in (one, other)}
+    assert (len(digests) == 1) == is_same
+
+
+def test_dares_seed_is_the_requests_unless_it_has_its_own() -> None:
+    body = {"examples": EXAMPLES, "method": "dare_ties", "seed": 5}
+    assert parse(body).options.method_params["seed"] == 5
+    assert parse({**body, "method_params": {"seed": 6}}).options.method_params["seed"] == 6
+
+
+def test_by_hand_the_base_of_task_vectors_is_1_or_left_out() -> None:
+    bodies = [{"merging_weights": weights, "method": "ties"} for weights in ({"nq": -2.5}, {"base": 1, "nq": -2.5})]
+    first, second = (parse(body) for body in bodies)
+    assert first.digest == second.digest
+    assert first.options.merging_weights == {"base": 1.0, "nq": -2.5}
+    with pytest.raises(InvalidMixError, match="always 1") as caught:
+        parse({"merging_weights": {"base": 0.5, "nq": 0.5}, "method": "ties"})
+    assert caught.value.param == "merging_weights.base"
+
+
+def test_slerp_counts_parameters_not_names() -> None:
+    pool = POOLS["flan"]
+    twins = Pool("flan", "decoder", pool.base, {"copy": replace(pool.base, name="copy")}, "text")
+    body = {"name": "films", "pool": "flan", "examples": EXAMPLES, "method": "slerp"}
+    with pytest.raises(InvalidMixError, match="2 different models"):
+        parse_request(body, settings=make_settings(), pools={"flan": twins})
 
 
 def test_the_digest_follows_the_pools_content() -> None:
@@ -123,6 +166,7 @@ def test_options_come_back_from_json_equal() -> None:
         {"examples": EXAMPLES, "target": "nq", "experts": ["squad"], "metadata": {"a": "b"}},
         {"merging_weights": {"nq": 0.25, "base": 0.75}},
         {"target": "nq"},
+        {"merging_weights": {"nq": 3}, "method": "dare_ties", "method_params": {"density": 0.1}, "seed": 9},
     ):
         options = parse(body).options
         back = CocktailOptions.from_json(json.loads(json.dumps(options.to_json())))

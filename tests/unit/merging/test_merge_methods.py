@@ -22,8 +22,7 @@ from cocktail_serve.merging.slerp import merge_slerp
 from cocktail_serve.merging.task_arithmetic import merge_task_arithmetic
 from cocktail_serve.merging.ties import merge_ties
 from cocktail_serve.recipe import Recipe
-
-Array = np.ndarray
+from tests.merging import Array, elected, interpolated, largest
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 COEFFICIENTS = [0.875, -0.375, 0.6875]
@@ -47,26 +46,6 @@ def assert_rounds_to(merged: Tensor, exact: Array, dtype: torch.dtype, *, terms:
     assert merged.dtype == dtype
     error = np.abs(merged.double().numpy() - exact)
     assert (error <= 0.501 * torch.finfo(dtype).eps * np.abs(exact) + 2.0**-24 * terms).all()
-
-
-def largest(vector: Array, density: float) -> Array:
-    """Keeps the elements of largest magnitude, the first of equal ones."""
-    flat = np.zeros(vector.size)
-    kept = np.argsort(-np.abs(vector.ravel()), kind="stable")[: max(1, int(density * vector.size))]
-    flat[kept] = vector.ravel()[kept]
-    return flat.reshape(vector.shape)
-
-
-def elected(vectors: Sequence[Array], coefficients: Sequence[float], *, normalize: bool) -> Array:
-    """TIES, steps 2 and 3, one element at a time."""
-    merged = np.zeros(vectors[0].shape)
-    for index in np.ndindex(merged.shape):
-        weighted = [c * vector[index] for c, vector in zip(coefficients, vectors, strict=True)]
-        sign = 1.0 if sum(weighted) >= 0.0 else -1.0
-        agreeing = [(c, x) for c, x in zip(coefficients, weighted, strict=True) if x * sign > 0.0]
-        divisor = sum(c for c, _ in agreeing) if normalize else 1.0
-        merged[index] = sum(x for _, x in agreeing) / (divisor or 1.0)
-    return merged
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -199,8 +178,7 @@ def test_slerp(dtype: torch.dtype, t: float) -> None:
     generator = torch.Generator().manual_seed(1)
     params = [torch.randn(31, 17, generator=generator).to(dtype) for _ in range(2)]
     first, second = float64(params)
-    angle = math.acos(float((first * second).sum() / np.linalg.norm(first) / np.linalg.norm(second)))
-    exact = (math.sin((1 - t) * angle) * first + math.sin(t * angle) * second) / math.sin(angle)
+    exact = interpolated(first, second, t)
     merged = merge_slerp(params, [1 - t, t], out_dtype=dtype)
     assert_rounds_to(merged, exact, dtype, terms=3 * max(np.abs(first).max(), np.abs(second).max()))
 
