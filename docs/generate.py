@@ -25,6 +25,8 @@ from cocktail_serve.gateway.app import create_app
 from cocktail_serve.gateway.error_handlers import HTTP_ERRORS
 from cocktail_serve.gateway.field_policy import FIELD_POLICY
 from cocktail_serve.gateway.schemas.cocktails import CocktailView
+from cocktail_serve.merging.methods import METHODS, SUM_TOLERANCE
+from cocktail_serve.pool import BASE
 
 REFERENCE = Path(__file__).parent / "reference"
 NOTE = "<!-- made by `make docs` from the code; edit that instead -->\n\n"
@@ -38,6 +40,7 @@ def pages() -> dict[str, str]:
         "http.md": http_page(),
         "cocktails.md": cocktails_page(),
         "errors.md": errors_page(),
+        "methods.md": methods_page(),
     }
 
 
@@ -174,7 +177,9 @@ Keys that data sets carry beside these (`id`, `score`, `choices`, `references`, 
 ## What may go together
 
 * `examples` or `merging_weights` or `target`: one of them at least. `target` with `examples` is Eq. 1, alone Eq. 3.
-* `merging_weights` excludes `examples`, `target`, `alpha`, `temperature`, `weighting` and `experts`: they are the whole mixture, and sum to 1 within 1e-6.
+* `merging_weights` excludes `examples`, `target`, `alpha`, `temperature`, `weighting` and `experts`: they are the whole mixture, and sum to 1 within 1e-6
+  (other rules by [method](methods.md)).
+* `method` `slerp` with examples mixes the base and one expert, named by `experts`; without examples, the base and the `target`.
 * `?wait=SECONDS` (0 to 60) waits for `ready`; a job that fails in that time answers with its error. Without it, poll `Location`.
 * `?dry_run=true` answers losses and weights and keeps nothing.
 * The same request again is the same version (200), and becomes current. A change of pool, examples, options or seed is another version.
@@ -205,6 +210,30 @@ def cocktails_page() -> str:
 def _field_row(name: str, field: FieldInfo) -> str:
     required = " (required)" if field.is_required() and field.annotation is str and name in ("name", "pool") else ""
     return f"| `{name}` | {_type_name(field.annotation)} | {field.description or ''}{required} |\n"
+
+
+def methods_page() -> str:
+    """Every merging method with its rule for coefficients and its parameters."""
+    parts = [
+        NOTE,
+        "# Merging methods\n\n`method` and `method_params` of a cocktail. What they compute and cost: "
+        "[methods](../explanation/methods.md).\n\n| method | from | coefficients |\n|---|---|---|\n",
+    ]
+    for method in METHODS.values():
+        rule = (
+            f"any finite numbers; `{BASE}` is always 1 and may be left out"
+            if method.adds_task_vectors
+            else f"sum to 1 within {SUM_TOLERANCE:g}"
+        )
+        count = f", of exactly {method.num_models} models" if method.num_models else ""
+        parts.append(f"| `{method.name}` | {method.paper} | {rule}{count} |\n")
+    parts.append("\n| method | parameter | range | default | meaning |\n|---|---|---|---|---|\n")
+    parts += [
+        f"| `{method.name}` | `{name}` | {option.range} | {json.dumps(option.default)} | {option.meaning} |\n"
+        for method in METHODS.values()
+        for name, option in method.options.items()
+    ]
+    return "".join(parts)
 
 
 def errors_page() -> str:
