@@ -217,7 +217,11 @@ class ServerConfig(_Section):
 class StoreConfig(_Section):
     """What outlives the process."""
 
-    url: str | None = Field(None, description="SQLAlchemy URL of the registry; omitted: SQLite in cache_dir.")
+    url: str | None = Field(
+        None,
+        description="URL of the registry: `sqlite:///path` or `postgresql://user@host/name`; omitted: SQLite in "
+        "cache_dir.",
+    )
     cache_dir: Path = Field(
         Path("~/.cache/cocktail-serve"), description="Folder for the registry and for what can be made again."
     )

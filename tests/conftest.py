@@ -1,8 +1,9 @@
-"""The whole product, started once for all end-to-end tests that only ask it something."""
+"""What is started once for all tests that only ask it something: the whole product, a PostgreSQL server."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import uuid
+from collections.abc import AsyncIterator, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import pytest
 from bench import invariant
 from bench.server import RunningServer, running_server
 from tests.models import make_encoder_pool
+from tests.postgres import Postgres, find_binaries, running_postgres
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,36 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
     with running_server(config, log=folder / "server.log") as server:
         model_ids = invariant.create_cocktails(server, decoders)
         yield Stack(server, decoders, encoders, model_ids)
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[Postgres]:
+    binaries = find_binaries()
+    if binaries is None:
+        pytest.skip(
+            "no PostgreSQL here: neither initdb on the path nor /usr/lib/postgresql; apt-get install postgresql"
+        )
+    with running_postgres(binaries) as server:
+        yield server
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+async def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[str]:
+    """URL of an empty database of its own: the same test on each kind."""
+    if request.param == "sqlite":
+        yield f"sqlite:///{tmp_path / 'deep' / 'registry.sqlite'}"
+        return
+    import asyncpg
+
+    server: Postgres = request.getfixturevalue("postgres")
+    name = f"t{uuid.uuid4().hex}"
+    admin = await asyncpg.connect(host=str(server.folder), user=server.user, database="postgres")
+    try:
+        await admin.execute(f"CREATE DATABASE {name}")
+        yield server.url(name)
+        await admin.execute(f"DROP DATABASE {name} WITH (FORCE)")
+    finally:
+        await admin.close()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

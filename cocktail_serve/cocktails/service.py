@@ -16,9 +16,10 @@ from cocktail_serve.cocktails.registry import Registry
 from cocktail_serve.cocktails.request import CocktailRequest
 from cocktail_serve.cocktails.scores import Keeping, Scores, score_items
 from cocktail_serve.cocktails.store import Store
-from cocktail_serve.cocktails.unbroken import Unbroken
 from cocktail_serve.cocktails.weighing import weigh
 from cocktail_serve.config import Settings
+from cocktail_serve.database.database import Database
+from cocktail_serve.database.unbroken import Unbroken
 from cocktail_serve.engines.base import Engine
 from cocktail_serve.errors import CapacityError
 from cocktail_serve.examples import ExampleSet, parse_examples
@@ -37,6 +38,7 @@ class CocktailService:
     Args:
         pools: opened pools by id.
         engines: the engine of each pool, by the same ids; the service neither starts nor stops them.
+        database: open while the service runs; the service neither opens nor closes it.
         patience: how long jobs bear with failing engines.
     """
 
@@ -46,13 +48,14 @@ class CocktailService:
         pools: Mapping[str, Pool],
         engines: Mapping[str, Engine],
         *,
+        database: Database,
         patience: Patience | None = None,
     ) -> None:
         self._settings = settings
         self._pools = pools
         self._engines = engines
         self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="cocktail-scores")
-        self._store = Store(settings.store.database_url)
+        self._store = Store(database)
         self._registry = Registry(
             self._store,
             pools,
@@ -64,21 +67,19 @@ class CocktailService:
         self._unbroken = Unbroken()
 
     async def start(self) -> None:
-        """Opens the registry and goes on with the jobs that the last process left.
+        """Reads the registry and goes on with the jobs that the last process left.
 
         Raises:
-            StorageError: the registry cannot be opened.
+            StorageError: the registry cannot be read.
         """
-        await self._store.open()
         for cocktail in await self._registry.load():
             await self._jobs.resume(cocktail, partial(self._stored_examples, cocktail))
 
     async def stop(self) -> None:
-        """Ends jobs where they are and closes the registry; engines are not touched. May be called twice."""
+        """Ends jobs where they are; engines are not touched. May be called twice."""
         await self._unbroken.drain()
         await self._jobs.stop()
         await self._registry.flush()
-        await self._store.close()
         self._executor.shutdown()
 
     async def create(self, tenant: str, request: CocktailRequest) -> tuple[Cocktail, bool]:

@@ -14,6 +14,7 @@ from cocktail_serve.checkpoints.opening import open_pool
 from cocktail_serve.cocktails.request import CocktailBody
 from cocktail_serve.cocktails.service import CocktailService
 from cocktail_serve.config import Settings
+from cocktail_serve.database.database import Database
 from cocktail_serve.engines import build_engine
 from cocktail_serve.engines.base import Engine
 from cocktail_serve.errors import ConfigError
@@ -104,7 +105,10 @@ def _lifespan(
             for pool_id, engine in engines.items():
                 await engine.start()
                 metrics.watch_engine(pool_id, engine)
-            service = CocktailService(settings, pools, engines)
+            database = Database(settings.store.database_url)
+            stack.push_async_callback(database.close)
+            await database.open()
+            service = CocktailService(settings, pools, engines, database=database)
             stack.push_async_callback(service.stop)
             await service.start()
             gateway = Gateway(settings=settings, pools=pools, engines=engines, service=service, metrics=metrics)

@@ -23,6 +23,7 @@ from cocktail_serve.cocktails.request import CocktailRequest, parse_inline, pars
 from cocktail_serve.cocktails.service import CocktailService
 from cocktail_serve.cocktails.store import ScoreKey
 from cocktail_serve.config import Settings
+from cocktail_serve.database.database import Database
 from cocktail_serve.engines.base import Embedded, EngineHealth, Forwarded
 from cocktail_serve.errors import (
     CocktailError,
@@ -183,14 +184,17 @@ class World:
         )
 
     @asynccontextmanager
-    async def service(self) -> AsyncIterator[CocktailService]:
+    async def service(self, *, patience: Patience = QUICK) -> AsyncIterator[CocktailService]:
         engines = {"flan": self.scoring, "mini": self.embedding}
-        service = CocktailService(self.settings, self.pools, engines, patience=QUICK)
-        await service.start()
+        database = Database(self.settings.store.database_url)
+        service = CocktailService(self.settings, self.pools, engines, database=database, patience=patience)
         try:
+            await database.open()
+            await service.start()
             yield service
         finally:
             await service.stop()
+            await database.close()
 
     def request(self, name: str = "films", pool: str = "flan", **options: Any) -> CocktailRequest:
         if not options.keys() & {"examples", "merging_weights"}:
@@ -849,15 +853,10 @@ async def test_a_job_gives_up_on_an_engine_that_keeps_failing(world: World, serv
 
 async def test_a_job_gives_up_on_an_engine_that_never_gets_ready(world: World) -> None:
     world.scoring.errors = [ModelNotReadyError("starting") for _ in range(10_000)]
-    engines = {"flan": world.scoring, "mini": world.embedding}
     patience = Patience(for_capacity_s=0.02, first_delay_s=0.001, max_delay_s=0.005)
-    service = CocktailService(world.settings, world.pools, engines, patience=patience)
-    await service.start()
-    try:
+    async with world.service(patience=patience) as service:
         failed = await made(service, world.request())
         assert (failed.status, failed.error.code) == ("failed", "model_not_ready")
-    finally:
-        await service.stop()
 
 
 async def test_an_engine_that_is_down_holds_up_no_other_pool(
@@ -960,7 +959,7 @@ async def test_a_full_disk_is_a_storage_error_and_leaves_nothing_behind(world: W
             cursor.execute("pragma max_page_count = 1")
             cursor.close()
 
-        engine = service._store._engine.sync_engine
+        engine = service._store._database._engine.sync_engine
         event.listen(engine, "checkout", fill_the_disk)
         rows = [{"input": f"{number} " * 10, "output": "y" * 9000} for number in range(4)]
         with pytest.raises(StorageError, match="disk is full"):

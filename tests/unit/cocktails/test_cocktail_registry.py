@@ -12,6 +12,7 @@ from cocktail_serve.cocktails.cocktail import Failure
 from cocktail_serve.cocktails.registry import Registry
 from cocktail_serve.cocktails.request import CocktailOptions, CocktailRequest
 from cocktail_serve.cocktails.store import Store
+from cocktail_serve.database.database import Database
 from cocktail_serve.errors import CocktailError, ConflictError, NotFoundError, PermissionDeniedError
 from cocktail_serve.pool import Member, Pool
 from cocktail_serve.recipe import one_hot
@@ -33,12 +34,13 @@ def request(seed: int = 0, name: str = "films", *, inline: bool = False) -> Cock
 
 @pytest.fixture
 async def registry() -> AsyncIterator[Registry]:
-    store = Store("sqlite:///:memory:")
-    await store.open()
+    database = Database("sqlite:///:memory:")
+    await database.open()
+    store = Store(database)
     registry = Registry(store, {"flan": POOL}, {"flan": "float32"}, max_inline=3, clock=lambda: 1700000000.0)
     await registry.load()
     yield registry
-    await store.close()
+    await database.close()
 
 
 async def ready(registry: Registry, wanted: CocktailRequest) -> str:
@@ -73,8 +75,9 @@ async def test_two_requests_whose_digests_begin_alike_never_share_an_id(registry
 
 
 async def test_a_cocktail_whose_name_a_new_pool_takes_stays_reachable_by_id() -> None:
-    store = Store("sqlite:///:memory:")
-    await store.open()
+    database = Database("sqlite:///:memory:")
+    await database.open()
+    store = Store(database)
     before = Registry(store, {"flan": POOL}, {"flan": "float32"}, max_inline=3)
     await before.load()
     version = await ready(before, request())
@@ -87,7 +90,7 @@ async def test_a_cocktail_whose_name_a_new_pool_takes_stays_reachable_by_id() ->
     with pytest.raises(PermissionDeniedError):
         await after.remove("acme", "films")
     await after.remove("acme", version)
-    await store.close()
+    await database.close()
 
 
 async def test_an_update_of_a_final_version_changes_nothing(registry: Registry) -> None:

@@ -1,23 +1,18 @@
-"""The tables: what is written comes back equal, and a database that refuses is a StorageError."""
+"""Cocktails and scores in the database, of either kind: what is written comes back equal."""
 
 from __future__ import annotations
 
-import asyncio
-import os
-import sqlite3
-import stat
 from collections.abc import AsyncIterator
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
-from sqlalchemy import make_url
 
 from cocktail_serve.cocktails.cocktail import Cocktail, Failure
 from cocktail_serve.cocktails.request import CocktailOptions
-from cocktail_serve.cocktails.store import ScoreKey, Store, async_url
-from cocktail_serve.errors import ConfigError, StorageError
+from cocktail_serve.cocktails.store import ScoreKey, Store
+from cocktail_serve.database.database import Database
+from cocktail_serve.errors import StorageError
 from cocktail_serve.examples import ExampleSet, TextExample
 from cocktail_serve.recipe import Recipe
 
@@ -41,15 +36,11 @@ def cocktail(uid: str, tenant: str = "acme", **changes: object) -> Cocktail:
 
 
 @pytest.fixture
-async def store(tmp_path: Path) -> AsyncIterator[Store]:
-    store = Store(f"sqlite:///{tmp_path / 'deep' / 'registry.sqlite'}")
-    await store.open()
-    yield store
-    await store.close()
-
-
-def path_of(store: Store) -> Path:
-    return Path(str(store.url.database))
+async def store(database_url: str) -> AsyncIterator[Store]:
+    database = Database(database_url)
+    await database.open()
+    yield Store(database)
+    await database.close()
 
 
 async def test_a_cocktail_comes_back_equal(store: Store) -> None:
@@ -140,65 +131,6 @@ async def test_a_pin_is_replaced_removed_and_goes_with_its_version(store: Store)
     assert (await store.load())[1] == {}
 
 
-async def test_the_file_is_private_durable_and_checks_its_keys(store: Store) -> None:
-    path = path_of(store)
-    assert stat.S_IMODE(path.stat().st_mode) == 0o600
-    assert stat.S_IMODE(path.with_name(path.name + "-wal").stat().st_mode) == 0o600
-    async with store._engine.connect() as connection:
-        settings = {}
-        for pragma in ("journal_mode", "synchronous", "foreign_keys", "secure_delete", "busy_timeout"):
-            settings[pragma] = (await connection.exec_driver_sql(f"pragma {pragma}")).scalar()
-    assert settings == {
-        "journal_mode": "wal",
-        "synchronous": 2,
-        "foreign_keys": 1,
-        "secure_delete": 1,
-        "busy_timeout": 10000,
-    }
-
-
-async def test_another_process_holding_the_write_lock_is_waited_for(store: Store) -> None:
-    other = sqlite3.connect(path_of(store), isolation_level=None, check_same_thread=False)
-    other.execute("begin immediate")
-    writing = asyncio.create_task(store.add(cocktail("1"), None, []))
-    await asyncio.sleep(0.05)
-    assert not writing.done()
-    other.execute("commit")
-    other.close()
-    await writing
-    assert len((await store.load())[0]) == 1
-
-
-async def test_tables_of_another_release_are_refused(tmp_path: Path) -> None:
-    url = f"sqlite:///{tmp_path / 'registry.sqlite'}"
-    store = Store(url)
-    await store.open()
-    await store.close()
-    with sqlite3.connect(tmp_path / "registry.sqlite") as connection:
-        connection.execute("update schema_info set version = 99")
-    newer = Store(url)
-    with pytest.raises(StorageError, match="version 99 and this release reads version 1"):
-        await newer.open()
-    await newer.close()
-
-
-async def test_a_file_that_is_no_database_is_a_storage_error(tmp_path: Path) -> None:
-    path = tmp_path / "registry.sqlite"
-    path.write_bytes(b"not a database, but long enough to be looked at" * 100)
-    store = Store(f"sqlite:///{path}")
-    with pytest.raises(StorageError, match="not a database"):
-        await store.open()
-    await store.close()
-
-
-async def test_a_folder_that_cannot_be_made_is_a_storage_error(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-    store = Store(f"sqlite:///{tmp_path / 'file' / 'registry.sqlite'}")
-    with pytest.raises(StorageError, match=r"check store\.url"):
-        await store.open()
-    await store.close()
-
-
 async def test_messages_carry_no_examples(store: Store) -> None:
     secret = ExampleSet((TextExample("the vault opens at dawn", "quietly"),), num_given=1)
     await store.add(cocktail("1"), secret, [])
@@ -206,33 +138,3 @@ async def test_messages_carry_no_examples(store: Store) -> None:
         await store.add(cocktail("1"), secret, [])
     assert "vault" not in caught.value.message
     assert await store.examples("1") == secret.to_json()
-
-
-async def test_a_registry_in_memory_is_one_database(tmp_path: Path) -> None:
-    store = Store("sqlite:///:memory:")
-    await store.open()
-    await store.add(cocktail("1"), None, [])
-    assert len((await store.load())[0]) == 1
-    await store.close()
-    assert not os.listdir(tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("url", "driver"),
-    [
-        ("sqlite:///a/b.sqlite", "sqlite+aiosqlite"),
-        ("sqlite+aiosqlite:////a/b.sqlite", "sqlite+aiosqlite"),
-        ("postgresql://user:secret@host/db", "postgresql+asyncpg"),
-        ("postgresql+psycopg://host/db", "postgresql+psycopg"),
-    ],
-)
-def test_urls_get_a_driver_that_awaits(url: str, driver: str) -> None:
-    assert async_url(url).drivername == driver
-    assert async_url(url).database == make_url(url).database
-
-
-@pytest.mark.parametrize("url", ["not a url", "oracle+none://x/y", "", "postgresql+nodriver://host/db"])
-def test_a_url_that_cannot_be_used_is_a_configuration_error(url: str) -> None:
-    with pytest.raises(ConfigError) as caught:
-        Store(url)
-    assert caught.value.param == "store.url"

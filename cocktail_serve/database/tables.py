@@ -1,0 +1,92 @@
+"""Every table. A change here needs a revision in `migrations/versions`; a test compares the two."""
+
+from __future__ import annotations
+
+import functools
+
+from sqlalchemy import (
+    JSON,
+    BigInteger,
+    Column,
+    Float,
+    ForeignKey,
+    Index,
+    Integer,
+    LargeBinary,
+    MetaData,
+    String,
+    Table,
+    UniqueConstraint,
+)
+
+metadata = MetaData()
+
+DIGEST = String(64)
+TENANT = String(255)
+
+cocktails = Table(
+    "cocktails",
+    metadata,
+    Column("uid", String(32), primary_key=True),
+    Column("tenant", TENANT, nullable=False),
+    Column("name", String(64), nullable=False),
+    Column("pool_id", String(64), nullable=False),
+    Column("kind", String(16), nullable=False),
+    Column("digest", DIGEST, nullable=False),
+    Column("request", JSON, nullable=False),
+    Column("created_at", Float(53), nullable=False),
+    Column("ready_at", Float(53)),
+    Column("used_at", Float(53), nullable=False),
+    Column("sequence", BigInteger, nullable=False),
+    Column("status", String(16), nullable=False),
+    Column("progress", Float(53), nullable=False),
+    Column("losses", JSON, nullable=False),
+    Column("merging_weights", JSON(none_as_null=True)),
+    Column("entropy", Float(53)),
+    Column("mixed_loss", Float(53)),
+    Column("recipe", JSON(none_as_null=True)),
+    Column("error", JSON(none_as_null=True)),
+    Column("warnings", JSON, nullable=False),
+    UniqueConstraint("tenant", "name", "digest"),
+)
+
+_uid_of_cocktail = functools.partial(ForeignKey, "cocktails.uid", ondelete="CASCADE")
+
+examples = Table(
+    "examples",
+    metadata,
+    Column("uid", String(32), _uid_of_cocktail(), primary_key=True),
+    Column("position", Integer, primary_key=True),
+    Column("body", JSON, nullable=False),
+)
+
+items = Table(
+    "items",
+    metadata,
+    Column("uid", String(32), _uid_of_cocktail(), primary_key=True),
+    Column("item", DIGEST, primary_key=True),
+    Index("ix_items_item", "item"),
+)
+"""What a cocktail's scores are kept under (an example's or a text's digest), so that deletion finds them."""
+
+pins = Table(
+    "pins",
+    metadata,
+    Column("tenant", TENANT, primary_key=True),
+    Column("name", String(64), primary_key=True),
+    Column("uid", String(32), _uid_of_cocktail(), nullable=False),
+)
+
+
+def _score_key() -> tuple[Column[str], ...]:
+    """What a score is kept under, as primary key."""
+    return (
+        Column("tenant", TENANT, primary_key=True),
+        Column("item", DIGEST, primary_key=True),
+        Column("model", DIGEST, primary_key=True),
+        Column("variant", DIGEST, primary_key=True),
+    )
+
+
+losses = Table("losses", metadata, *_score_key(), Column("loss", Float(53), nullable=False))
+embeddings = Table("embeddings", metadata, *_score_key(), Column("vector", LargeBinary, nullable=False))

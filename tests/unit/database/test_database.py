@@ -1,0 +1,259 @@
+"""How a database is opened: whose it is, what happens to its tables, and what it says when it refuses."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sqlite3
+import stat
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+from alembic.autogenerate import compare_metadata
+from alembic.runtime.migration import MigrationContext
+from alembic.script import ScriptDirectory
+from sqlalchemy import Connection, insert, inspect, make_url, select
+
+from cocktail_serve.database import migrations, tables
+from cocktail_serve.database.database import Database, async_url
+from cocktail_serve.errors import ConfigError, StorageError
+from tests.postgres import Postgres
+
+PIN = {"tenant": "acme", "name": "films", "uid": "1"}
+
+FIRST_RELEASE = Path(__file__).with_name("version_0_1_0.sql")
+
+
+@pytest.fixture
+async def database(database_url: str) -> AsyncIterator[Database]:
+    database = Database(database_url)
+    await database.open()
+    yield database
+    await database.close()
+
+
+@pytest.fixture
+async def sqlite(tmp_path: Path) -> AsyncIterator[Database]:
+    database = Database(f"sqlite:///{tmp_path / 'deep' / 'registry.sqlite'}")
+    await database.open()
+    yield database
+    await database.close()
+
+
+def path_of(database: Database) -> Path:
+    return Path(str(database.url.database))
+
+
+async def add_score(database: Database, item: str) -> None:
+    async with database.write() as connection:
+        row = {"tenant": "acme", "item": item, "model": "m", "variant": "v", "loss": 0.5}
+        await connection.execute(insert(tables.losses).values(row))
+
+
+async def scored_items(database: Database) -> list[str]:
+    async with database.read() as connection:
+        return list((await connection.execute(select(tables.losses.c.item).order_by("item"))).scalars())
+
+
+async def differences(database: Database) -> list[object]:
+    def compare(connection: Connection) -> list[object]:
+        return list(compare_metadata(MigrationContext.configure(connection), tables.metadata))
+
+    async with database.read() as connection:
+        return await connection.run_sync(compare)
+
+
+class TestMigrations:
+    async def test_revisions_lead_from_nothing_to_the_tables_of_the_code(self, database: Database) -> None:
+        assert await differences(database) == []
+
+    async def test_a_table_that_no_revision_makes_is_noticed(self, database: Database) -> None:
+        async with database.write() as connection:
+            await connection.exec_driver_sql("DROP TABLE losses")
+        assert [difference[0] for difference in await differences(database)] == ["add_table"]  # type: ignore[index]
+
+    def test_there_is_one_last_revision(self) -> None:
+        scripts = ScriptDirectory(str(Path(migrations.__file__).parent))
+        assert len(scripts.get_heads()) == 1
+
+    async def test_opening_again_changes_nothing(self, database: Database, database_url: str) -> None:
+        await add_score(database, "kept")
+        await database.close()
+        again = Database(database_url)
+        await again.open()
+        assert await scored_items(again) == ["kept"]
+        await again.close()
+
+    async def test_the_first_releases_tables_are_brought_up_to_date(self, tmp_path: Path) -> None:
+        path = tmp_path / "registry.sqlite"
+        with sqlite3.connect(path) as old:
+            old.executescript(FIRST_RELEASE.read_text())
+            names = "cocktails examples items pins losses embeddings".split()
+            before = {name: old.execute(f"SELECT * FROM {name}").fetchall() for name in names}
+        beside = Database(f"sqlite:///{path}")
+        with pytest.raises(StorageError, match=r"of revision 0001 .*start the server of this release"):
+            await beside.open(exclusive=False)
+        database = Database(f"sqlite:///{path}")
+        await database.open()
+        assert await differences(database) == []
+        async with database.read() as connection:
+            assert not await connection.run_sync(lambda sync: inspect(sync).has_table("schema_info"))
+        await database.close()
+        with sqlite3.connect(path) as new:
+            for name, rows in before.items():
+                width = len(rows[0])
+                assert [row[:width] for row in new.execute(f"SELECT * FROM {name}")] == rows, name
+
+    async def test_tables_of_a_later_release_are_refused(self, database: Database, database_url: str) -> None:
+        async with database.write() as connection:
+            await connection.exec_driver_sql("UPDATE alembic_version SET version_num = '9999'")
+        await database.close()
+        older = Database(database_url)
+        with pytest.raises(StorageError, match="of revision '9999', which this release does not know"):
+            await older.open()
+
+    async def test_several_that_open_an_empty_database_at_once_make_its_tables_once(self, database_url: str) -> None:
+        databases = [Database(database_url) for _ in range(4)]
+        await asyncio.gather(*(database.open(exclusive=False) for database in databases))
+        for number, database in enumerate(databases):
+            await add_score(database, str(number))
+        assert await scored_items(databases[0]) == ["0", "1", "2", "3"]
+        for database in databases:
+            await database.close()
+
+    async def test_foreign_keys_are_enforced_after_migrating(self, database: Database) -> None:
+        with pytest.raises(StorageError, match=r"(?i)foreign key"):
+            async with database.write() as connection:
+                await connection.execute(insert(tables.pins).values(PIN))
+
+
+class TestOwnership:
+    async def test_a_second_server_is_refused_and_a_command_is_not(self, database: Database, database_url: str) -> None:
+        second = Database(database_url)
+        with pytest.raises(StorageError, match="another server uses the registry"):
+            await second.open()
+        command = Database(database_url)
+        await command.open(exclusive=False)
+        await add_score(command, "from a command")
+        assert await scored_items(database) == ["from a command"]
+        await command.close()
+        await database.close()
+        await second.open()
+        assert await scored_items(second) == ["from a command"]
+        await second.close()
+
+    async def test_a_write_ends_though_its_caller_leaves(self, database: Database) -> None:
+        going = asyncio.create_task(database.to_the_end(add_score(database, "kept")))
+        await asyncio.sleep(0)
+        going.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await going
+        await database._unbroken.drain()
+        assert await scored_items(database) == ["kept"]
+
+
+class TestRefusals:
+    async def test_messages_carry_no_values(self, database: Database) -> None:
+        await add_score(database, "the vault opens at dawn")
+        with pytest.raises(StorageError, match=r"(?i)unique") as caught:
+            await add_score(database, "the vault opens at dawn")
+        assert "vault" not in caught.value.message
+
+    async def test_a_server_that_is_not_there(self, tmp_path: Path) -> None:
+        database = Database(f"postgresql://nobody@/none?host={tmp_path}")
+        with pytest.raises(StorageError, match="could not be used"):
+            await database.open()
+
+    async def test_a_database_or_role_that_is_not_there(self, postgres: Postgres) -> None:
+        for url in (postgres.url("missing"), postgres.url("postgres").replace(f"{postgres.user}@", "stranger@")):
+            database = Database(url)
+            with pytest.raises(StorageError, match="does not exist"):
+                await database.open()
+
+    async def test_a_server_that_restarts_is_connected_to_again(self, database: Database) -> None:
+        if database.is_sqlite:
+            pytest.skip("SQLite has no server")
+        other = Database(database.url.render_as_string())
+        await other.open(exclusive=False)
+        async with other.write() as connection:
+            await connection.exec_driver_sql(
+                "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = current_database() "
+                "AND pid <> pg_backend_pid()"
+            )
+        await other.close()
+        await add_score(database, "after")
+        assert await scored_items(database) == ["after"]
+
+    async def test_a_file_that_is_no_database_is_a_storage_error(self, tmp_path: Path) -> None:
+        path = tmp_path / "registry.sqlite"
+        path.write_bytes(b"not a database, but long enough to be looked at" * 100)
+        database = Database(f"sqlite:///{path}")
+        with pytest.raises(StorageError, match="not a database"):
+            await database.open()
+        await database.close()
+
+    async def test_a_folder_that_cannot_be_made_is_a_storage_error(self, tmp_path: Path) -> None:
+        (tmp_path / "file").write_text("")
+        database = Database(f"sqlite:///{tmp_path / 'file' / 'registry.sqlite'}")
+        with pytest.raises(StorageError, match=r"check store\.url"):
+            await database.open()
+        await database.close()
+
+
+class TestSQLite:
+    async def test_the_file_is_private_durable_and_checks_its_keys(self, sqlite: Database) -> None:
+        path = path_of(sqlite)
+        assert stat.S_IMODE(path.stat().st_mode) == 0o600
+        assert stat.S_IMODE(path.with_name(path.name + "-wal").stat().st_mode) == 0o600
+        async with sqlite.read() as connection:
+            settings = {}
+            for pragma in ("journal_mode", "synchronous", "foreign_keys", "secure_delete", "busy_timeout"):
+                settings[pragma] = (await connection.exec_driver_sql(f"pragma {pragma}")).scalar()
+        assert settings == {
+            "journal_mode": "wal",
+            "synchronous": 2,
+            "foreign_keys": 1,
+            "secure_delete": 1,
+            "busy_timeout": 10000,
+        }
+
+    async def test_another_process_holding_the_write_lock_is_waited_for(self, sqlite: Database) -> None:
+        other = sqlite3.connect(path_of(sqlite), isolation_level=None, check_same_thread=False)
+        other.execute("begin immediate")
+        writing = asyncio.create_task(add_score(sqlite, "late"))
+        await asyncio.sleep(0.05)
+        assert not writing.done()
+        other.execute("commit")
+        other.close()
+        await writing
+        assert await scored_items(sqlite) == ["late"]
+
+    async def test_a_registry_in_memory_is_one_database(self, tmp_path: Path) -> None:
+        database = Database("sqlite:///:memory:")
+        await database.open()
+        await add_score(database, "kept")
+        assert await scored_items(database) == ["kept"]
+        await database.close()
+        assert not os.listdir(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("url", "driver"),
+    [
+        ("sqlite:///a/b.sqlite", "sqlite+aiosqlite"),
+        ("sqlite+aiosqlite:////a/b.sqlite", "sqlite+aiosqlite"),
+        ("postgresql://user:secret@host/db", "postgresql+asyncpg"),
+        ("postgresql+psycopg://host/db", "postgresql+psycopg"),
+    ],
+)
+def test_urls_get_a_driver_that_awaits(url: str, driver: str) -> None:
+    assert async_url(url).drivername == driver
+    assert async_url(url).database == make_url(url).database
+
+
+@pytest.mark.parametrize("url", ["not a url", "oracle+none://x/y", "", "postgresql+nodriver://host/db"])
+def test_a_url_that_cannot_be_used_is_a_configuration_error(url: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        Database(url)
+    assert caught.value.param == "store.url"
