@@ -238,7 +238,9 @@ class StoreConfig(_Section):
 class CocktailDefaults(_Section):
     """What a request means when it leaves an option out; recorded in the cocktail."""
 
-    weighting: Literal["softmax", "paper", "uniform"] = Field("softmax", description="How losses become weights.")
+    weighting: Literal["softmax", "paper", "uniform", "search", "blackbox"] = Field(
+        "softmax", description="How losses become weights."
+    )
     temperature: float = Field(
         5.0, gt=0, allow_inf_nan=False, description="tau of softmax(-loss / tau); lower is more selective."
     )

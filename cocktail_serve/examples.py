@@ -7,7 +7,7 @@ import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, Self
 
 from cocktail_serve.digest import digest_of
 from cocktail_serve.errors import InvalidExamplesError
@@ -79,6 +79,16 @@ class ExampleSet:
     def digest(self) -> str:
         """SHA-256 over all examples in order."""
         return digest_of([example.to_json() for example in self.examples])
+
+    def subset(self, rows: Iterable[int]) -> ExampleSet:
+        """The examples at these indices, as if they were all there are."""
+        return ExampleSet.of(self.examples[row] for row in rows)
+
+    @classmethod
+    def of(cls, examples: Iterable[Example]) -> Self:
+        """Examples that are all there are."""
+        chosen = tuple(examples)
+        return cls(examples=chosen, num_given=len(chosen))
 
     def to_json(self) -> list[dict[str, Any]]:
         return [example.to_json() for example in self.examples]

@@ -177,7 +177,7 @@ Keys that data sets carry beside these (`id`, `score`, `choices`, `references`, 
 ## What may go together
 
 * `examples` or `merging_weights` or `target`: one of them at least. `target` with `examples` is Eq. 1, alone Eq. 3.
-* `merging_weights` excludes `examples`, `target`, `alpha`, `temperature`, `weighting` and `experts`: they are the whole mixture, and sum to 1 within 1e-6
+* `merging_weights` excludes `examples`, `target`, `alpha`, `temperature`, `weighting`, `budget` and `experts`: they are the whole mixture, and sum to 1 within 1e-6
   (other rules by [method](methods.md)).
 * `method` `slerp` with examples mixes the base and one expert, named by `experts`; without examples, the base and the `target`.
 * `?wait=SECONDS` (0 to 60) waits for `ready`; a job that fails in that time answers with its error. Without it, poll `Location`.

@@ -15,6 +15,7 @@ from cocktail_serve.cli.model_card import CARD_FILE, model_card, sources_of
 from cocktail_serve.cli.options import (
     Alpha,
     AsJSON,
+    Budget,
     ConfigFile,
     Experts,
     MethodOption,
@@ -30,8 +31,8 @@ from cocktail_serve.cli.options import (
     parse_weights,
     read_examples,
 )
-from cocktail_serve.cli.terminal import print_json, progress, stdout, weighing_table
-from cocktail_serve.cli.weigh import summary, weighing_json
+from cocktail_serve.cli.terminal import print_json, progress, stdout
+from cocktail_serve.cli.weigh import show, summary, weighing_json
 from cocktail_serve.config import PoolConfig, load_settings
 
 if TYPE_CHECKING:
@@ -55,6 +56,7 @@ def mix(
     alpha: Alpha = None,
     temperature: Temperature = None,
     weighting: WeightingOption = None,
+    budget: Budget = None,
     method: MethodOption = None,
     method_param: MethodParams = None,
     expert: Experts = None,
@@ -71,6 +73,7 @@ def mix(
         alpha=alpha,
         temperature=temperature,
         weighting=weighting,
+        budget=budget,
         method=method,
         method_params=parse_method_params(method_param),
         experts=expert or None,
@@ -80,19 +83,13 @@ def mix(
 
     from cocktail_serve.checkpoints.folder import check_free, save_mixture
     from cocktail_serve.cli.offline import weigh_offline
-    from cocktail_serve.recipe import make_recipe
+    from cocktail_serve.cocktails.weighing import recipe_of
 
     check_free(out)
     started_at = time.monotonic()
     with progress() as report:
         weighed = weigh_offline(settings, pool, body, report)
-        recipe = make_recipe(
-            weighed.pool,
-            weighed.weighing.merging_weights,
-            dtype=weighed.dtype,
-            method=weighed.request.options.method,
-            method_params=weighed.request.options.method_params,
-        )
+        recipe = recipe_of(weighed.request.options, weighed.pool, weighed.weighing.merging_weights, dtype=weighed.dtype)
         save_mixture(
             recipe,
             weighed.pool,
@@ -113,7 +110,7 @@ def mix(
         )
         return
     console = stdout()
-    console.print(weighing_table(weighed.weighing.losses, weighed.weighing.merging_weights))
+    show(console, weighed)
     console.print(", ".join(filter(None, (summary(weighed), f"recipe {recipe.digest[:12]}", f"{seconds:.1f} s"))))
     console.print(f"written to {out}", markup=False)
 

@@ -34,7 +34,10 @@ Alpha = Annotated[float | None, typer.Option(help="Share of the target, 0 to 1."
 Temperature = Annotated[
     float | None, typer.Option(help="tau of softmax(-loss / tau); lower is more selective, the paper's is 5.")
 ]
-WeightingOption = Annotated[str | None, typer.Option("--weighting", help="softmax, paper or uniform.")]
+WeightingOption = Annotated[
+    str | None, typer.Option("--weighting", help="softmax, paper, uniform, search or blackbox.")
+]
+Budget = Annotated[int | None, typer.Option(help="Mixtures that weighting blackbox tries.")]
 MethodOption = Annotated[
     str | None, typer.Option("--method", help=f"How parameters are merged: {', '.join(METHODS)}; linear if left out.")
 ]

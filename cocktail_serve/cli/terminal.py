@@ -6,12 +6,14 @@ import contextlib
 import json
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
+
+from cocktail_serve.weighting.candidates import Candidate
 
 BAR_WIDTH = 24
 
@@ -113,4 +115,25 @@ def weighing_table(losses: Mapping[str, float], merging_weights: Mapping[str, fl
     for name in dict.fromkeys([*losses, *merging_weights]):
         loss, weight = losses.get(name), merging_weights.get(name, 0.0)
         table.add_row(name, "" if loss is None else f"{loss:.3f}", f"{weight:.3f}", bar(weight))
+    return table
+
+
+def candidates_table(candidates: Sequence[Candidate]) -> Table:
+    """What a search tried and how it was judged, the chosen one marked."""
+    names = list(candidates[0].merging_weights)
+    table = Table(title="candidates", title_justify="left", box=None, pad_edge=False)
+    table.add_column("")
+    settings = {"temperature": "tau", "alpha": "alpha"}
+    shown = [field for field in settings if any(getattr(candidate, field) is not None for candidate in candidates)]
+    for column in (*(settings[field] for field in shown), "loss (nats)", *names):
+        table.add_column(column, justify="right")
+    for candidate in candidates:
+        values = [getattr(candidate, field) for field in shown]
+        table.add_row(
+            "*" if candidate.chosen else "",
+            *("" if value is None else f"{value:g}" for value in values),
+            "" if candidate.loss is None else f"{candidate.loss:.3f}",
+            *(f"{candidate.merging_weights.get(name, 0.0):.3f}" for name in names),
+            style="bold" if candidate.chosen else None,
+        )
     return table

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from cocktail_serve.cli.options import (
     Alpha,
     AsJSON,
+    Budget,
     ConfigFile,
     ExamplesFile,
     Experts,
@@ -22,10 +24,12 @@ from cocktail_serve.cli.options import (
     parse_method_params,
     read_examples,
 )
-from cocktail_serve.cli.terminal import print_json, progress, stdout, weighing_table
+from cocktail_serve.cli.terminal import candidates_table, print_json, progress, stdout, weighing_table
 from cocktail_serve.config import load_settings
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from cocktail_serve.cli.offline import OfflineWeighing
 
 
@@ -38,6 +42,7 @@ def weigh(
     alpha: Alpha = None,
     temperature: Temperature = None,
     weighting: WeightingOption = None,
+    budget: Budget = None,
     method: MethodOption = None,
     method_param: MethodParams = None,
     expert: Experts = None,
@@ -54,6 +59,7 @@ def weigh(
         alpha=alpha,
         temperature=temperature,
         weighting=weighting,
+        budget=budget,
         method=method,
         method_params=parse_method_params(method_param),
         experts=expert or None,
@@ -65,13 +71,21 @@ def weigh(
         print_json(weighing_json(weighed))
         return
     console = stdout()
-    console.print(weighing_table(weighed.weighing.losses, weighed.weighing.merging_weights))
+    show(console, weighed)
     console.print(summary(weighed))
+
+
+def show(console: Console, weighed: OfflineWeighing) -> None:
+    """The candidates of a search, then losses and merging weights by model."""
+    if len(weighed.weighing.candidates) > 1:
+        console.print(candidates_table(weighed.weighing.candidates))
+        console.print()
+    console.print(weighing_table(weighed.weighing.losses, weighed.weighing.merging_weights))
 
 
 def weighing_json(weighed: OfflineWeighing) -> dict[str, Any]:
     """A weighing as `--json` shows it, in the API's words."""
-    options = weighed.request.options
+    options, chosen = weighed.request.options, weighed.weighing.chosen
     return {
         "object": "cocktail.weighing",
         "pool": weighed.pool.id,
@@ -79,10 +93,12 @@ def weighing_json(weighed: OfflineWeighing) -> dict[str, Any]:
         "losses": dict(weighed.weighing.losses),
         "merging_weights": dict(weighed.weighing.merging_weights),
         "entropy": weighed.weighing.entropy,
+        "mixed_loss": weighed.mixed_loss,
+        "candidates": [asdict(candidate) for candidate in weighed.weighing.candidates],
         "weighting": options.weighting,
-        "temperature": options.temperature,
+        "temperature": options.temperature if chosen is None else chosen.temperature,
         "target": options.target,
-        "alpha": options.alpha,
+        "alpha": options.alpha if chosen is None else chosen.alpha,
         "method": options.method,
         "method_params": dict(options.method_params),
         "num_examples": options.num_examples,
@@ -92,12 +108,16 @@ def weighing_json(weighed: OfflineWeighing) -> dict[str, Any]:
 
 def summary(weighed: OfflineWeighing) -> str:
     """What the table does not show, in one line."""
-    options, entropy = weighed.request.options, weighed.weighing.entropy
+    options, entropy, chosen = weighed.request.options, weighed.weighing.entropy, weighed.weighing.chosen
+    temperature = options.temperature if chosen is None else chosen.temperature
+    alpha = options.alpha if chosen is None else chosen.alpha
     parts = [f"{options.num_examples} examples"] if options.num_examples else []
     parts += [f"{options.weighting}"] if options.weighting else []
-    parts += [f"temperature {options.temperature:g}"] if options.temperature is not None else []
-    parts += [f"target {options.target}, alpha {options.alpha:g}"] if options.target is not None else []
+    parts += [f"temperature {temperature:g}"] if temperature is not None else []
+    parts += [f"target {options.target}"] if options.target is not None else []
+    parts += [f"alpha {alpha:g}"] if alpha is not None else []
     parts += [f"method {options.method}"] if options.method != "linear" else []
     if entropy is not None:
         parts.append(f"entropy {entropy:.2f} nats (as {math.exp(entropy):.1f} equally weighed models)")
+    parts += [f"loss of the mixture {weighed.mixed_loss:.3f}"] if weighed.mixed_loss is not None else []
     return ", ".join(parts)

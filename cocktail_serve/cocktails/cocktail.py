@@ -11,6 +11,7 @@ from cocktail_serve.cocktails.request import CocktailOptions
 from cocktail_serve.errors import CocktailError
 from cocktail_serve.pool import Kind, Pool
 from cocktail_serve.recipe import Recipe
+from cocktail_serve.weighting.candidates import Candidate, chosen_of
 
 Status = Literal["queued", "scoring", "mixing", "ready", "failed", "cancelled"]
 
@@ -73,6 +74,7 @@ class Cocktail:
             coefficients of task vectors by hand.
         mixed_loss: loss of the mixture on the same examples; None without examples.
         recipe: None until weighed.
+        candidates: the merging weights that were tried; empty until weighed, and where nothing is weighed.
     """
 
     uid: str
@@ -96,6 +98,7 @@ class Cocktail:
     recipe: Recipe | None = None
     error: Failure | None = None
     warnings: tuple[str, ...] = ()
+    candidates: tuple[Candidate, ...] = ()
 
     @property
     def id(self) -> str:
@@ -108,6 +111,11 @@ class Cocktail:
     @property
     def metadata(self) -> Mapping[str, str]:
         return self.request.metadata
+
+    @property
+    def chosen(self) -> Candidate | None:
+        """The candidate that this cocktail is."""
+        return chosen_of(self.candidates)
 
     @property
     def is_final(self) -> bool:
@@ -145,8 +153,15 @@ class Weighing:
         losses: loss (nats) by model name; empty where nothing was measured.
         merging_weights: coefficients over base, experts and target, by the rule of the method.
         entropy: as in `Cocktail`.
+        candidates: the merging weights that were tried, the chosen ones among them; empty where nothing was weighed.
     """
 
     losses: Mapping[str, float]
     merging_weights: Mapping[str, float]
     entropy: float | None
+    candidates: tuple[Candidate, ...] = ()
+
+    @property
+    def chosen(self) -> Candidate | None:
+        """The candidate that these weights are."""
+        return chosen_of(self.candidates)

@@ -6,13 +6,15 @@ import asyncio
 import logging
 from collections import defaultdict
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 from cocktail_serve.cocktails.cocktail import Cocktail, Failure
 from cocktail_serve.cocktails.registry import Registry
-from cocktail_serve.cocktails.scores import Keeping, Scores
-from cocktail_serve.cocktails.weighing import weigh
+from cocktail_serve.cocktails.request import CocktailOptions
+from cocktail_serve.cocktails.scores import Keeping
+from cocktail_serve.cocktails.weigher import Weigher
+from cocktail_serve.cocktails.weighing import recipe_of
 from cocktail_serve.engines.base import Engine
 from cocktail_serve.errors import (
     CapacityError,
@@ -24,7 +26,8 @@ from cocktail_serve.errors import (
 )
 from cocktail_serve.examples import ExampleSet
 from cocktail_serve.pool import Pool
-from cocktail_serve.recipe import Recipe, make_recipe
+from cocktail_serve.recipe import Recipe
+from cocktail_serve.weighting.candidates import Candidate, mean
 
 logger = logging.getLogger(__name__)
 
@@ -85,14 +88,14 @@ class Jobs:
     def __init__(
         self,
         registry: Registry,
-        scores: Scores,
+        weigher: Weigher,
         pools: Mapping[str, Pool],
         engines: Mapping[str, Engine],
         *,
         patience: Patience,
     ) -> None:
         self._registry = registry
-        self._scores = scores
+        self._weigher = weigher
         self._pools = pools
         self._engines = engines
         self._patience = patience
@@ -161,25 +164,17 @@ class Jobs:
             )
         engine = self._engines[pool.id]
         keeping = Keeping(tenant=cocktail.tenant, uid=cocktail.uid)
-        losses: Mapping[str, float] = {}
         if examples is not None:
             await self._update(cocktail, status="scoring", progress=0.0)
             await self._patience(lambda: engine.check_examples(examples))
 
-            async def on_loss(so_far: Mapping[str, float]) -> None:
-                await self._update(cocktail, losses=so_far, progress=SCORED * (len(so_far) / len(options.scored)))
+        async def on_progress(losses: Mapping[str, float], share: float) -> None:
+            await self._update(cocktail, losses=losses, progress=SCORED * share)
 
-            losses = await self._scores.of_models(
-                engine, options.scored, examples, keeping, attempts=self._patience, on_loss=on_loss
-            )
-        weighing = weigh(options, losses)
-        recipe = make_recipe(
-            pool,
-            weighing.merging_weights,
-            dtype=engine.dtype,
-            method=options.method,
-            method_params=options.method_params,
+        weighing = await self._weigher.weigh(
+            engine, options, examples, keeping, attempts=self._patience, on_progress=on_progress
         )
+        recipe = recipe_of(options, pool, weighing.merging_weights, dtype=engine.dtype)
         await self._update(
             cocktail,
             status="mixing",
@@ -188,6 +183,7 @@ class Jobs:
             merging_weights=weighing.merging_weights,
             entropy=weighing.entropy,
             recipe=recipe,
+            candidates=weighing.candidates,
         )
         await self._patience(lambda: engine.materialise(recipe))
         await self._update(cocktail, progress=MIXED)
@@ -198,7 +194,8 @@ class Jobs:
             progress=1.0,
             ready_at=self._registry.now(),
             mixed_loss=mixed_loss,
-            warnings=(*cocktail.warnings, *_warnings(weighing.losses, mixed_loss)),
+            candidates=_judged(options, weighing.candidates, mixed_loss),
+            warnings=(*cocktail.warnings, *_warnings(options, weighing.losses, mixed_loss)),
         )
 
     async def _mixed_loss(
@@ -206,7 +203,7 @@ class Jobs:
     ) -> float | None:
         if examples is None:
             return None
-        return await self._patience(lambda: self._scores.of_mixture(engine, recipe, examples, keeping))
+        return mean(await self._patience(lambda: self._weigher.scores.of_mixture(engine, recipe, examples, keeping)))
 
     async def _update(self, cocktail: Cocktail, **changes: Any) -> None:
         if await self._registry.update(cocktail.uid, **changes) is None:
@@ -225,9 +222,20 @@ class Jobs:
             del self._tasks[uid]
 
 
-def _warnings(losses: Mapping[str, float], mixed_loss: float | None) -> list[str]:
+def _judged(
+    options: CocktailOptions, candidates: tuple[Candidate, ...], mixed_loss: float | None
+) -> tuple[Candidate, ...]:
+    """Where nothing was searched, the one candidate is the mixture, and its loss the mixture's."""
+    if options.searches:
+        return candidates
+    return tuple(replace(candidate, loss=mixed_loss) for candidate in candidates)
+
+
+def _warnings(options: CocktailOptions, losses: Mapping[str, float], mixed_loss: float | None) -> list[str]:
     if mixed_loss is None or not losses:
         return []
+    if options.weighting == "search" and options.num_examples == 1:
+        return ["one example cannot be held out, so nothing was searched: temperature and alpha are the paper's"]
     best = min(losses, key=losses.__getitem__)
     if mixed_loss <= losses[best]:
         return []

@@ -388,7 +388,7 @@ class Registry:
             changes = {"sequence": self._next_sequence()}
         if warnings is not None:
             changes |= {"status": "queued", "progress": 0.0, "error": None, "losses": {}, "warnings": warnings}
-            changes |= {"merging_weights": None, "entropy": None, "recipe": None, "mixed_loss": None}
+            changes |= {"merging_weights": None, "entropy": None, "recipe": None, "mixed_loss": None, "candidates": ()}
         if changes:
             await self._apply(entry, **changes)
 

@@ -17,8 +17,9 @@ from cocktail_serve.examples import ExampleSet, parse_examples
 from cocktail_serve.merging.methods import Method, MethodName, find_method
 from cocktail_serve.pool import BASE, NAME_PATTERN, Pool
 from cocktail_serve.recipe import make_recipe
+from cocktail_serve.weighting.blackbox import BUDGET, MAX_BUDGET, check_available
 
-Weighting = Literal["softmax", "paper", "uniform"]
+Weighting = Literal["softmax", "paper", "uniform", "search", "blackbox"]
 
 REQUEST_VERSION = 1
 """Part of every digest: raised when the same options come to mean another mixture."""
@@ -42,7 +43,14 @@ class InlineBody(BaseModel):
     target: str | None = Field(None, description="Expert fine-tuned for this task already (Eq. 1).")
     alpha: float | None = Field(None, description="Share of the target, 0 to 1.")
     temperature: float | None = Field(None, description="tau of softmax(-loss / tau); lower is more selective.")
-    weighting: Weighting | None = Field(None, description="How losses become weights; paper: tau 5, alpha 0.5.")
+    weighting: Weighting | None = Field(
+        None,
+        description="How losses become weights; paper: tau 5, alpha 0.5; search: tau and alpha by held-out loss; "
+        "blackbox: any coefficients, without gradients.",
+    )
+    budget: int | None = Field(
+        None, ge=1, le=MAX_BUDGET, description=f"Mixtures that blackbox tries; {BUDGET} if left out."
+    )
     method: MethodName | None = Field(None, description="How parameters are merged; linear if left out.")
     method_params: dict[str, Any] | None = Field(None, description="Parameters of the method; linear takes none.")
     experts: list[str] | None = Field(None, description="Experts to weigh beside the base; null: all of the pool.")
@@ -58,6 +66,9 @@ class CocktailBody(InlineBody):
     pool: str = Field(description="Id of the pool to mix from.")
 
 
+_CHOSEN: dict[str, tuple[str, ...]] = {"search": ("temperature",), "blackbox": ("temperature", "alpha")}
+"""What a weighting that tries mixtures chooses itself, and so takes from no request."""
+
 _Body = TypeVar("_Body", bound=InlineBody)
 
 
@@ -68,9 +79,10 @@ class CocktailOptions:
     Attributes:
         name: the cocktail's name; for an inline cocktail the pool's id.
         peers: what Eq. 2 weighs: the base and the experts taken, without the target. Empty without examples.
-        alpha: share of the target; None where there is no target.
+        alpha: share of the target; None where there is no target, or where the weighting chooses it.
         weighting: as asked for; None where nothing is weighed.
-        temperature: tau; None where no softmax is taken.
+        temperature: tau; None where no softmax is taken, or where the weighting chooses it.
+        budget: mixtures that `blackbox` tries; None for the other weightings.
         experts: the limit that was asked for, sorted; None: all.
         merging_weights: weights given by hand, or None.
         examples_digest: digest of the examples after sampling, or None without examples.
@@ -89,6 +101,7 @@ class CocktailOptions:
     method_params: Mapping[str, Any] = field(default_factory=dict)
     experts: tuple[str, ...] | None = None
     peers: tuple[str, ...] = ()
+    budget: int | None = None
     seed: int = 0
     merging_weights: Mapping[str, float] | None = None
     metadata: Mapping[str, str] = field(default_factory=dict)
@@ -101,6 +114,11 @@ class CocktailOptions:
     def scored(self) -> tuple[str, ...]:
         """Models whose loss is measured: the peers, and the target, whose loss decides nothing but is reported."""
         return self.peers if not self.peers or self.target is None else (*self.peers, self.target)
+
+    @property
+    def searches(self) -> bool:
+        """Whether the weights are chosen by the losses of mixtures, beside those of the models."""
+        return self.weighting in _CHOSEN
 
     @property
     def digest(self) -> str:
@@ -123,6 +141,8 @@ class CocktailOptions:
                 "method_params": dict(self.method_params),
                 "merging_weights": None if self.merging_weights is None else dict(self.merging_weights),
                 "seed": self.seed,
+                # left out where there is none, so that the ids of other cocktails stay what they were
+                **({} if self.budget is None else {"budget": self.budget}),
             }
         )
 
@@ -248,7 +268,8 @@ def _resolve(body: InlineBody, name: str, pool: Pool, settings: Settings, *, inl
         target=body.target,
         alpha=None if body.target is None else alpha,
         weighting=None if examples is None else weighting,
-        temperature=None if examples is None or weighting == "uniform" else temperature,
+        temperature=None if examples is None else temperature,
+        budget=(body.budget or BUDGET) if examples is not None and weighting == "blackbox" else None,
         experts=experts,
         peers=peers,
         examples_digest=None if examples is None else examples.digest,
@@ -259,7 +280,7 @@ def _resolve(body: InlineBody, name: str, pool: Pool, settings: Settings, *, inl
 
 
 def _by_hand(body: InlineBody, pool: Pool, method: Method, method_params: Mapping[str, Any]) -> dict[str, float]:
-    excluded = ("examples", "target", "alpha", "experts", "temperature", "weighting")
+    excluded = ("examples", "target", "alpha", "experts", "temperature", "weighting", "budget")
     for other in excluded:
         if getattr(body, other) is not None:
             raise InvalidMixError(
@@ -323,10 +344,21 @@ def _check_bounds(body: InlineBody) -> None:
         raise InvalidMixError(f"temperature must be above 0, got {body.temperature!r}", param="temperature")
 
 
-def _weighting(body: InlineBody, defaults: CocktailDefaults) -> tuple[Weighting, float, float]:
-    """Weighting, temperature and alpha: the request's, else those its weighting stands for, else the server's."""
+def _weighting(body: InlineBody, defaults: CocktailDefaults) -> tuple[Weighting, float | None, float | None]:
+    """Weighting, temperature and alpha: the request's, else those its weighting stands for, else the server's.
+
+    None: the weighting reads none, or chooses it.
+    """
     weighting: Weighting = body.weighting or defaults.weighting
     fallback = (defaults.temperature, defaults.alpha)
+    for option in _CHOSEN.get(weighting, ()):
+        if getattr(body, option) is not None:
+            if body.weighting == weighting:
+                raise InvalidMixError(
+                    f"weighting {weighting!r} chooses {option} itself; leave it out, or use 'softmax'", param=option
+                )
+            weighting = "softmax"  # the server's default gives way to what the request says
+            break
     if weighting == "paper":
         fallback = (PAPER_TEMPERATURE, PAPER_ALPHA)
         given = {"temperature": body.temperature, "alpha": body.alpha}
@@ -337,10 +369,16 @@ def _weighting(body: InlineBody, defaults: CocktailDefaults) -> tuple[Weighting,
                         f"weighting 'paper' means {option} {fixed:g}, got {value:g}; 'softmax' lets you choose",
                         param=option,
                     )
-                weighting = "softmax"  # the server's default gives way to what the request says
+                weighting = "softmax"
     temperature = fallback[0] if body.temperature is None else float(body.temperature)
     alpha = fallback[1] if body.alpha is None else float(body.alpha)
-    return weighting, temperature, alpha
+    if weighting == "blackbox":
+        check_available()
+    elif body.budget is not None:
+        raise InvalidMixError(f"budget is of weighting 'blackbox'; {weighting!r} takes none", param="budget")
+    if weighting in _CHOSEN and body.examples is not None:
+        return weighting, None, body.alpha
+    return weighting, None if weighting == "uniform" else temperature, alpha
 
 
 def _metadata(pairs: Mapping[str, str]) -> dict[str, str]:

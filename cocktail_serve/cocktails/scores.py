@@ -14,10 +14,11 @@ from cocktail_serve.cocktails.store import ScoreKey, Store
 from cocktail_serve.digest import digest_of
 from cocktail_serve.engines.base import EmbeddingEngine, Engine, ScoringEngine
 from cocktail_serve.errors import InvalidMixError
-from cocktail_serve.examples import Example, ExampleSet, example_digest
+from cocktail_serve.examples import ExampleSet, example_digest
 from cocktail_serve.pool import Kind
 from cocktail_serve.recipe import Recipe, one_hot
 from cocktail_serve.scoring import contrastive, ranking, text
+from cocktail_serve.weighting.candidates import mean
 
 TEXTS_PER_CALL = 256
 """Texts of one call to an embedding engine: short enough to give way to traffic in between."""
@@ -88,14 +89,14 @@ class Scores:
         *,
         attempts: Attempts = once,
         on_loss: Callable[[Mapping[str, float]], Awaitable[None]] | None = None,
-    ) -> dict[str, float]:
-        """Mean loss (nats) of models of the pool, by name in the order given.
+    ) -> dict[str, list[float]]:
+        """Loss (nats) of each example under models of the pool, by name in the order given.
 
         All are asked for at once, so that the engine can order its visits; models of equal parameters are one.
 
         Args:
             attempts: how often each model's engine calls are tried.
-            on_loss: awaited with the losses so far after each model.
+            on_loss: awaited with the mean losses so far after each model.
 
         Raises:
             InvalidMixError: a model's loss is not finite.
@@ -105,16 +106,14 @@ class Scores:
         names_of: dict[str, list[str]] = {}
         for name in names:
             names_of.setdefault(engine.pool.member(name).fingerprint, []).append(name)
-        losses: dict[str, float] = {}
+        losses: dict[str, list[float]] = {}
 
         async def measure(fingerprint: str, same: list[str]) -> None:
             recipe = one_hot(engine.pool, same[0], dtype=engine.dtype)
-            loss = await attempts(
-                lambda: self._mean(engine, recipe, examples, keeping, model=fingerprint, label=repr(same[0]))
-            )
-            losses.update(dict.fromkeys(same, loss))
+            of_examples = await attempts(lambda: self._finite(engine, recipe, examples, keeping, label=repr(same[0])))
+            losses.update(dict.fromkeys(same, of_examples))
             if on_loss is not None:
-                await on_loss({name: losses[name] for name in names if name in losses})
+                await on_loss({name: mean(losses[name]) for name in names if name in losses})
 
         try:
             async with asyncio.TaskGroup() as group:
@@ -124,54 +123,76 @@ class Scores:
             raise failed.exceptions[0] from None
         return {name: losses[name] for name in names}
 
-    async def of_mixture(self, engine: Engine, recipe: Recipe, examples: ExampleSet, keeping: Keeping) -> float:
-        """Mean loss (nats) of a recipe. Nothing is kept for a true mixture: another will hardly be this one.
+    async def of_mixture(
+        self, engine: Engine, recipe: Recipe, examples: ExampleSet, keeping: Keeping, rows: Sequence[int] | None = None
+    ) -> list[float]:
+        """Loss (nats) of examples under a recipe.
+
+        A decoder's or a reranker's losses are kept under the recipe's digest, so that a search that was broken off goes
+        on where it was; an encoder's embeddings are not, since they are large and mixing is cheap.
+
+        Args:
+            rows: indices of the examples to score; None: all. An encoder's are scored against the passages of all.
 
         Raises:
             As `of_models`.
         """
-        return await self._mean(engine, recipe, examples, keeping, model=recipe.one_hot, label="the mixture")
+        return await self._finite(engine, recipe, examples, keeping, rows, label="the mixture")
 
-    async def _mean(
-        self, engine: Engine, recipe: Recipe, examples: ExampleSet, keeping: Keeping, *, model: str | None, label: str
-    ) -> float:
+    async def _finite(
+        self,
+        engine: Engine,
+        recipe: Recipe,
+        examples: ExampleSet,
+        keeping: Keeping,
+        rows: Sequence[int] | None = None,
+        *,
+        label: str,
+    ) -> list[float]:
         if engine.pool.kind == "encoder":
-            losses = await self._from_embeddings(cast(EmbeddingEngine, engine), recipe, examples, keeping, model)
+            losses = await self._from_embeddings(cast(EmbeddingEngine, engine), recipe, examples, keeping, rows)
         else:
-            losses = await self._by_example(cast(ScoringEngine, engine), recipe, examples, keeping, model)
-        mean = sum(losses) / len(losses)
-        if not math.isfinite(mean):
+            asked = examples if rows is None else examples.subset(rows)
+            losses = await self._by_example(cast(ScoringEngine, engine), recipe, asked, keeping)
+        if not all(map(math.isfinite, losses)):
             raise InvalidMixError(
-                f"the loss of {label} on the examples is {mean}: its parameters overflow in {recipe.dtype}, or "
+                f"the loss of {label} on the examples is {sum(losses)}: its parameters overflow in {recipe.dtype}, or "
                 "are broken; leave the model out with 'experts', or have engine.dtype set to float32",
                 param="examples",
             )
-        return mean
+        return list(losses)
 
     async def _by_example(
-        self, engine: ScoringEngine, recipe: Recipe, examples: ExampleSet, keeping: Keeping, model: str | None
+        self, engine: ScoringEngine, recipe: Recipe, examples: ExampleSet, keeping: Keeping
     ) -> Sequence[float]:
         loss_version = ranking.LOSS_VERSION if engine.pool.kind == "reranker" else text.LOSS_VERSION
         variant = digest_of({"loss": loss_version, "text": engine.pool.text_digest, "dtype": recipe.dtype})
         unique = {example_digest(example): example for example in examples}
-        kept = {} if model is None else await self._store.losses(keeping.tenant, ScoreKey(model, variant), list(unique))
+        key = ScoreKey(recipe.one_hot or recipe.digest, variant)
+        kept = await self._store.losses(keeping.tenant, key, list(unique))
         missing = {digest: example for digest, example in unique.items() if digest not in kept}
         if missing:
-            measured = await engine.score(recipe, _subset(tuple(missing.values())))
+            measured = await engine.score(recipe, ExampleSet.of(missing.values()))
             new = dict(zip(missing, measured, strict=True))
-            if model is not None and keeping.uid is not None and all(map(math.isfinite, measured)):
-                await self._store.keep_losses(keeping.uid, ScoreKey(model, variant), new)
+            if keeping.uid is not None and all(map(math.isfinite, measured)):
+                await self._store.keep_losses(keeping.uid, key, new)
             kept |= new
         return [kept[example_digest(example)] for example in examples]
 
     async def _from_embeddings(
-        self, engine: EmbeddingEngine, recipe: Recipe, examples: ExampleSet, keeping: Keeping, model: str | None
+        self,
+        engine: EmbeddingEngine,
+        recipe: Recipe,
+        examples: ExampleSet,
+        keeping: Keeping,
+        rows: Sequence[int] | None,
     ) -> Sequence[float]:
+        model = recipe.one_hot
         truncate_to = engine.max_length if self._truncate.get(engine.pool.id, False) else None
         variant = digest_of(
             {"text": engine.pool.text_digest, "dtype": recipe.dtype, "prompt": "", "truncate_to": truncate_to}
         )
-        by_digest = {text_digest(item): item for item in contrastive.texts_of(examples)}
+        by_digest = {text_digest(item): item for item in contrastive.texts_of(examples, rows)}
         kept = (
             {}
             if model is None
@@ -191,10 +212,6 @@ class Scores:
         embeddings = {item: kept[digest] for digest, item in by_digest.items()}
         loop = asyncio.get_running_loop()
         losses: Sequence[float] = await loop.run_in_executor(
-            self._executor, contrastive.contrastive_losses, examples, embeddings
+            self._executor, contrastive.contrastive_losses, examples, embeddings, rows
         )
         return losses
-
-
-def _subset(examples: tuple[Example, ...]) -> ExampleSet:
-    return ExampleSet(examples=examples, num_given=len(examples))

@@ -16,7 +16,7 @@ from cocktail_serve.cocktails.registry import Registry
 from cocktail_serve.cocktails.request import CocktailRequest
 from cocktail_serve.cocktails.scores import Keeping, Scores, score_items
 from cocktail_serve.cocktails.store import Store
-from cocktail_serve.cocktails.weighing import weigh
+from cocktail_serve.cocktails.weigher import Weigher
 from cocktail_serve.config import Settings
 from cocktail_serve.database.database import Database
 from cocktail_serve.database.unbroken import Unbroken
@@ -62,8 +62,9 @@ class CocktailService:
             {pool_id: engine.dtype for pool_id, engine in engines.items()},
             max_inline=settings.max_inline_cocktails,
         )
-        self._scores = Scores(self._store, self._executor, truncate={pool.id: pool.truncate for pool in settings.pools})
-        self._jobs = Jobs(self._registry, self._scores, pools, engines, patience=patience or Patience())
+        scores = Scores(self._store, self._executor, truncate={pool.id: pool.truncate for pool in settings.pools})
+        self._weigher = Weigher(scores, self._executor, self._registry.uses)
+        self._jobs = Jobs(self._registry, self._weigher, pools, engines, patience=patience or Patience())
         self._unbroken = Unbroken()
 
     async def start(self) -> None:
@@ -118,15 +119,12 @@ class CocktailService:
             CapacityError, EngineError: from the engine, at once.
         """
         await self._check_examples(request)
-        losses: Mapping[str, float] = {}
-        if request.examples is not None:
-            losses = await self._scores.of_models(
-                self._engines[request.options.pool],
-                request.options.scored,
-                request.examples,
-                Keeping(tenant=tenant, uid=None),
-            )
-        return weigh(request.options, losses)
+        return await self._weigher.weigh(
+            self._engines[request.options.pool],
+            request.options,
+            request.examples,
+            Keeping(tenant=tenant, uid=None),
+        )
 
     async def inline(self, tenant: str, request: CocktailRequest, *, timeout_s: float = INLINE_TIMEOUT_S) -> Served:
         """What a request with a `cocktail` of its own is answered by: mixed now, or found by digest.

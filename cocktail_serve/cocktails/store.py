@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,7 @@ from cocktail_serve.database import tables
 from cocktail_serve.database.database import Database, to_the_end
 from cocktail_serve.examples import ExampleSet
 from cocktail_serve.recipe import Recipe
+from cocktail_serve.weighting.candidates import Candidate
 
 
 @dataclass(frozen=True, slots=True)
@@ -216,6 +217,7 @@ def _row(cocktail: Cocktail) -> dict[str, Any]:
         "recipe": None if cocktail.recipe is None else cocktail.recipe.to_json(),
         "error": None if cocktail.error is None else cocktail.error.to_json(),
         "warnings": list(cocktail.warnings),
+        "candidates": [asdict(candidate) for candidate in cocktail.candidates],
     }
 
 
@@ -228,5 +230,6 @@ def _cocktail(row: RowMapping) -> Cocktail:
             "recipe": None if values["recipe"] is None else Recipe.from_json(values["recipe"]),
             "error": None if values["error"] is None else Failure(**values["error"]),
             "warnings": tuple(values["warnings"]),
+            "candidates": tuple(Candidate(**candidate) for candidate in values["candidates"] or ()),
         }
     )

@@ -47,6 +47,7 @@ cocktails = Table(
     Column("recipe", JSON(none_as_null=True)),
     Column("error", JSON(none_as_null=True)),
     Column("warnings", JSON, nullable=False),
+    Column("candidates", JSON(none_as_null=True)),
     UniqueConstraint("tenant", "name", "digest"),
 )
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
 
@@ -16,14 +16,20 @@ TEMPERATURE = 0.05
 """What scores are divided by before the softmax: LM-Cocktail's, for weighing (its fine-tuning uses 0.02)."""
 
 
-def texts_of(examples: ExampleSet) -> list[str]:
-    """All queries and passages, each once, in the order they first appear."""
+def texts_of(examples: ExampleSet, rows: Collection[int] | None = None) -> list[str]:
+    """Queries (of `rows`, if given) and all passages, each text once, in the order they first appear."""
     return list(
-        dict.fromkeys(text for row in map(retrieval_example, examples) for text in (row.query, *row.pos, *row.neg))
+        dict.fromkeys(
+            text
+            for index, row in enumerate(map(retrieval_example, examples))
+            for text in ((row.query,) if rows is None or index in rows else ()) + row.pos + row.neg
+        )
     )
 
 
-def contrastive_losses(examples: ExampleSet, embed: Mapping[str, np.ndarray]) -> list[float]:
+def contrastive_losses(
+    examples: ExampleSet, embed: Mapping[str, np.ndarray], rows: Sequence[int] | None = None
+) -> list[float]:
     """Contrastive cross-entropy (nats) of each example, LM-Cocktail's loss of an encoder (arXiv 2311.13534).
 
     For a query q and one of its positives p, `-log(exp(s(q,p)/T) / (exp(s(q,p)/T) + sum_n exp(s(q,n)/T)))` with
@@ -32,18 +38,21 @@ def contrastive_losses(examples: ExampleSet, embed: Mapping[str, np.ndarray]) ->
     negative, wherever else it appears: FAQ data repeats passages, and the query would be punished for finding them.
 
     Args:
-        embed: `[D]` vector of every text of `texts_of(examples)`, pooled and normalised by the model's own modules.
+        embed: `[D]` vector of every text of `texts_of(examples, rows)`, pooled and normalised by the model's own
+            modules.
+        rows: indices of the examples to score, against the passages of all; None: every one.
 
     Returns:
-        One loss per example, in order; computed in float64.
+        One loss per example scored, in order; computed in float64.
     """
-    rows = [retrieval_example(example) for example in examples]
-    passages = list(dict.fromkeys(text for row in rows for text in (*row.pos, *row.neg)))
-    queries = np.stack([np.asarray(embed[row.query], dtype=np.float64) for row in rows])
+    retrieval = [retrieval_example(example) for example in examples]
+    scored = retrieval if rows is None else [retrieval[index] for index in rows]
+    passages = list(dict.fromkeys(text for row in retrieval for text in (*row.pos, *row.neg)))
+    queries = np.stack([np.asarray(embed[row.query], dtype=np.float64) for row in scored])
     scores = queries @ np.stack([np.asarray(embed[text], dtype=np.float64) for text in passages]).T / TEMPERATURE
     column = {text: index for index, text in enumerate(passages)}
     losses = []
-    for row, row_scores in zip(rows, scores, strict=True):
+    for row, row_scores in zip(scored, scores, strict=True):
         positives = [column[text] for text in row.pos]
         is_negative = np.ones(len(passages), dtype=bool)
         is_negative[positives] = False

@@ -106,10 +106,16 @@ class ScoringEngine(DoubleEngine):
         super().__init__(pool, dtype)
         self.loss_of = {pool.member(name).fingerprint: loss for name, loss in losses.items()}
         self.visits: list[tuple[str, tuple[str, ...]]] = []
+        self.tried: list[str] = []
+        self.hold_after = math.inf
 
     async def score(self, recipe: Recipe, examples: ExampleSet) -> list[float]:
         await self._answer()
         self.visits.append((recipe.one_hot or "mixture", tuple(example_digest(example) for example in examples)))
+        if recipe.one_hot is None and recipe.digest not in self.materialised:
+            self.tried.append(recipe.digest)
+        if len(self.visits_to("mixture")) == self.hold_after:
+            self.gate.clear()
         loss = sum(weight * self.loss_of[fingerprint] for fingerprint, weight in recipe.coefficients)
         return [loss + len(example.output) / 100 for example in examples if isinstance(example, TextExample)]
 
@@ -182,6 +188,9 @@ class World:
                 **settings,
             }
         )
+
+    def loss(self, name: str) -> float:
+        return self.scoring.loss_of[self.pools["flan"].member(name).fingerprint]
 
     @asynccontextmanager
     async def service(self, *, patience: Patience = QUICK) -> AsyncIterator[CocktailService]:
@@ -278,6 +287,77 @@ async def test_an_encoder_cocktail_is_weighed_by_its_embeddings(world: World, se
     assert ready.merging_weights["good"] > 0.9
     assert ready.mixed_loss is not None
     assert {len(texts) for _, texts in world.embedding.embedded} == {6}, "every text once, queries and passages"
+
+
+async def test_search_chooses_by_what_mixtures_lose(world: World, service: CocktailService) -> None:
+    rows = [{"input": f"question {number}", "output": "x" * number} for number in range(1, 5)]
+    seen: list[tuple[float, int]] = []
+    queued, _ = await service.create("acme", world.request(weighting="search", examples=rows))
+    while not (now := service.get("acme", queued.id)).is_final:
+        seen.append((now.progress, len(now.losses)))
+        await asyncio.sleep(0)
+    ready = service.get("acme", queued.id)
+    assert ready.status == "ready"
+    # the double's loss of a mixture is linear in the weights, so the best expert alone is best
+    assert ready.chosen is not None
+    assert ready.chosen.temperature == min(candidate.temperature for candidate in ready.candidates)
+    assert ready.merging_weights["ag-news"] > 0.99
+    trials = world.scoring.visits_to("mixture")
+    assert {len(examples) for examples in trials[:-1]} == {1}, "leave one out"
+    assert ready.mixed_loss == pytest.approx(1.0 + 2.5 / 100, abs=0.01)
+    by_hand = [sum(w * world.loss(n) for n, w in c.merging_weights.items()) + 0.025 for c in ready.candidates]
+    assert [candidate.loss for candidate in ready.candidates] == pytest.approx(by_hand)
+    between = [progress for progress, num_losses in seen if num_losses == 3]
+    assert between == sorted(between)
+    assert len(set(between)) > 3, "progress moves while mixtures are tried"
+    assert set(world.scoring.forgotten) >= set(world.scoring.tried), "no mixture that was only tried stays in memory"
+
+
+async def test_a_search_goes_on_where_the_last_process_left_it(world: World) -> None:
+    request = world.request(weighting="search")
+    async with world.service() as service:
+        world.scoring.hold_after = 5
+        await service.create("acme", request)
+        await until(lambda: len(world.scoring.visits_to("mixture")) == 5)
+    world.scoring.gate.set()
+    async with world.service() as service:
+        ready = await service.wait("acme", f"films@{request.digest[:8]}", 10.0)
+    assert (ready.status, len(ready.candidates)) == ("ready", 6)
+    assert len(world.scoring.visits_to("mixture")) == 2 * 6, "every trial once; the mixture's own loss is known by then"
+
+
+async def test_a_search_can_be_cancelled(world: World, service: CocktailService) -> None:
+    world.scoring.hold_after = 3
+    queued, _ = await service.create("acme", world.request(weighting="search"))
+    await until(lambda: len(world.scoring.visits_to("mixture")) == 3)
+    cancelled = await service.cancel("acme", queued.id)
+    assert cancelled.status == "cancelled"
+    world.scoring.gate.set()
+    again = await made(service, world.request("others"))
+    assert again.status == "ready"
+    assert len(world.scoring.visits_to("mixture")) == 3, (
+        "the search went no further, and its first trial is this mixture"
+    )
+
+
+async def test_a_dry_run_searches_and_keeps_nothing(world: World, service: CocktailService) -> None:
+    weighing = await service.dry_run("acme", world.request(weighting="search", pool="mini"))
+    assert weighing.chosen is not None
+    assert len(weighing.candidates) > 3
+    assert min(c.loss for c in weighing.candidates) == weighing.chosen.loss
+    assert (world.rows("losses"), world.rows("embeddings"), service.list("acme")) == ([], [], [])
+
+
+async def test_a_single_example_is_not_searched_with_and_said_so(world: World, service: CocktailService) -> None:
+    ready = await made(service, world.request(weighting="search", examples=[A], target="nq"))
+    assert (ready.chosen.temperature, ready.chosen.alpha, ready.chosen.loss) == (5.0, 0.5, None)
+    assert any("cannot be held out" in warning for warning in ready.warnings)
+
+
+async def test_the_one_candidate_of_softmax_is_the_mixture(world: World, service: CocktailService) -> None:
+    ready = await made(service, world.request(temperature=0.5))
+    (only,) = ready.candidates
+    assert (only.merging_weights, only.loss, only.temperature) == (ready.merging_weights, ready.mixed_loss, 0.5)
 
 
 async def test_a_target_is_joined_by_eq_1_and_its_loss_reported(world: World, service: CocktailService) -> None:
@@ -393,7 +473,7 @@ async def test_only_new_examples_are_scored(world: World, service: CocktailServi
     new = example_digest(TextExample(C["input"], C["output"]))
     for name in ("base", "ag-news", "nq"):
         assert world.scoring.visits_to(name) == [(new,)]
-    assert [len(examples) for examples in world.scoring.visits_to("mixture")] == [3]
+    assert world.scoring.visits_to("mixture") == [(new,)], "the new example moved no weight, so the mixture is the same"
 
 
 async def test_only_new_experts_are_scored(world: World) -> None:

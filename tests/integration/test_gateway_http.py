@@ -100,9 +100,22 @@ class TestCocktails:
         body = {"name": "dry", "pool": "flan", "examples": EXAMPLES}
         response = http.post("/v1/cocktails", params={"dry_run": "true"}, json=body)
         assert response.status_code == 200
-        assert set(response.json()) == {"object", "losses", "merging_weights", "entropy"}
+        assert set(response.json()) == {"object", "losses", "merging_weights", "entropy", "candidates"}
         assert list(response.json()["losses"]) == ["base", "ag-news", "nq"]
         assert http.get("/v1/cocktails/dry").status_code == 404
+
+    @pytest.mark.parametrize("pool", ["flan", "bge"])
+    def test_search_lists_its_candidates(self, http: httpx.Client, pool: str) -> None:
+        examples = EXAMPLES if pool == "flan" else PAIRS
+        body = {"name": f"searched-{pool}", "pool": pool, "examples": examples, "weighting": "search"}
+        made = http.post("/v1/cocktails", params={"wait": 60}, json=body).json()
+        assert made["status"] == "ready"
+        (chosen,) = [candidate for candidate in made["candidates"] if candidate["chosen"]]
+        assert chosen["loss"] == min(candidate["loss"] for candidate in made["candidates"])
+        assert (made["temperature"], made["merging_weights"]) == (chosen["temperature"], chosen["merging_weights"])
+        assert made["mixed_loss"] is not None
+        dry = http.post("/v1/cocktails", params={"dry_run": "true"}, json=body).json()
+        assert dry["candidates"] == made["candidates"]
 
     def test_versions_and_which_is_current(self, http: httpx.Client) -> None:
         old = make(http, "versions", temperature=1.0).json()["id"]

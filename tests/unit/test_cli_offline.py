@@ -135,6 +135,73 @@ def test_the_encoder_decoders_losses_are_those_of_transformers(config, examples,
     assert json.loads(out)["losses"]["nq"] == pytest.approx(sum(losses) / len(losses), rel=1e-5)
 
 
+def test_search_chooses_what_a_search_by_hand_chooses(config, examples, capsys):
+    """Leave one out, mixtures in float64 over transformers' own state dicts, losses by transformers."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    rows = [("the film was", "a joy"), ("the capital of france is", "paris"), ("the lazy dog", "jumps over the fox")]
+    given = examples([{"input": source, "output": output} for source, output in rows])
+    args = ("--pool", "flan", "--examples", given, "--weighting", "search", "--seed", 3, "--json")
+    _, out, _ = run(capsys, "weigh", config, *args)
+    result = json.loads(out)
+
+    names = ["base", "ag-news", "nq"]
+    tokenizer = AutoTokenizer.from_pretrained(config.parent / "flan" / "base")
+    models = [AutoModelForCausalLM.from_pretrained(config.parent / "flan" / name) for name in names]
+    states = [{key: value.double() for key, value in model.state_dict().items()} for model in models]
+
+    def loss(weights, row):
+        mixed = {key: sum(w * state[key] for w, state in zip(weights, states, strict=True)) for key in states[0]}
+        models[0].load_state_dict({key: value.float() for key, value in mixed.items()})
+        source, output = rows[row]
+        prompt = tokenizer(source).input_ids
+        ids = [*tokenizer(f"{source} {output}").input_ids, tokenizer.eos_token_id]
+        assert ids[: len(prompt)] == prompt
+        labels = torch.tensor([[-100] * len(prompt) + ids[len(prompt) :]])
+        with torch.inference_mode():
+            return models[0](torch.tensor([ids]), labels=labels).loss.item()
+
+    alone = torch.tensor([[loss(torch.eye(3)[model].tolist(), row) for row in range(3)] for model in range(3)])
+    by_hand = {}
+    for tau in (5.0, 2.0, 1.0, 0.5, 0.2, 0.1, 0.05):
+        held_out = []
+        for row in range(3):
+            rest = [other for other in range(3) if other != row]
+            weights = torch.softmax(-alone.double()[:, rest].mean(dim=1) / tau, dim=0)
+            held_out.append(loss(weights.tolist(), row))
+        by_hand[tau] = sum(held_out) / 3
+
+    assert result["temperature"] == min(by_hand, key=by_hand.__getitem__)
+    assert len(result["candidates"]) >= 5
+    for candidate in result["candidates"]:
+        assert candidate["loss"] == pytest.approx(by_hand[candidate["temperature"]], rel=1e-4)
+    final = torch.softmax(-alone.double().mean(dim=1) / result["temperature"], dim=0)
+    assert result["merging_weights"] == pytest.approx(dict(zip(names, final.tolist(), strict=True)), rel=1e-4)
+    assert result["mixed_loss"] == pytest.approx(sum(loss(final.tolist(), row) for row in range(3)) / 3, rel=1e-4)
+
+
+@pytest.mark.parametrize(("pool", "rows"), [("flan", DECODER_ROWS), ("bge", PAIR_ROWS)])
+def test_blackbox_is_no_worse_than_the_base_and_the_same_each_time(config, examples, capsys, pool, rows):
+    args = ("--pool", pool, "--examples", examples(rows), "--weighting", "blackbox", "--budget", 6, "--json")
+    _, out, _ = run(capsys, "weigh", config, *args)
+    result = json.loads(out)
+    assert len(result["candidates"]) == 6
+    assert result["candidates"][0]["merging_weights"]["base"] == 1.0
+    (chosen,) = [candidate for candidate in result["candidates"] if candidate["chosen"]]
+    assert chosen["merging_weights"] == result["merging_weights"]
+    assert result["mixed_loss"] == pytest.approx(chosen["loss"], rel=1e-6)
+    assert result["mixed_loss"] <= result["losses"]["base"] * (1 + 1e-9)
+    _, again, _ = run(capsys, "weigh", config, *args)
+    assert json.loads(again)["candidates"] == result["candidates"]
+
+
+def test_the_candidates_of_a_search_are_shown(config, examples, capsys):
+    _, out, _ = run(
+        capsys, "weigh", config, "--pool", "bge", "--examples", examples(PAIR_ROWS), "--weighting", "search"
+    )
+    assert all(word in out for word in ("candidates", "tau", "0.05", "*", "loss of the mixture"))
+
+
 def test_a_target_is_scored_but_not_weighed(config, examples, capsys):
     args = ("--pool", "flan", "--examples", examples(DECODER_ROWS), "--target", "nq", "--alpha", 0.25, "--json")
     _, out, _ = run(capsys, "weigh", config, *args)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, StrictStr
@@ -12,6 +13,7 @@ from cocktail_serve.gateway.error_handlers import error_body
 from cocktail_serve.gateway.schemas.errors import ErrorDetail
 from cocktail_serve.pool import Kind
 from cocktail_serve.recipe import Recipe
+from cocktail_serve.weighting.candidates import Candidate
 
 
 class RecipeView(BaseModel):
@@ -31,6 +33,22 @@ class RecipeView(BaseModel):
         return cls.model_validate({"digest": recipe.digest, **recipe.to_json()})
 
 
+class CandidateView(BaseModel):
+    """Merging weights that were tried."""
+
+    temperature: float | None
+    alpha: float | None
+    merging_weights: dict[str, float]
+    loss: float | None = Field(
+        description="What it was judged by (nats): the mean held-out loss of `search`, else the loss of its mixture."
+    )
+    chosen: bool = Field(description="Whether the cocktail is this one.")
+
+    @classmethod
+    def of(cls, candidate: Candidate) -> Self:
+        return cls(**asdict(candidate))
+
+
 class CocktailView(BaseModel):
     """One version of a name."""
 
@@ -45,7 +63,7 @@ class CocktailView(BaseModel):
     target: str | None
     alpha: float | None
     weighting: str | None
-    temperature: float | None
+    temperature: float | None = Field(description="tau; what `search` chose, once it has.")
     method: str
     method_params: dict[str, Any]
     experts: list[str] | None
@@ -55,6 +73,7 @@ class CocktailView(BaseModel):
     merging_weights: dict[str, float] | None = Field(description="Coefficients by model; null until weighed.")
     entropy: float | None = Field(description="Entropy (nats) of the merging weights.")
     mixed_loss: float | None = Field(description="Loss of the mixture on the same examples.")
+    candidates: list[CandidateView] = Field(description="Merging weights that were tried, the chosen ones included.")
     recipe: RecipeView | None
     created_at: int = Field(description="Unix time, seconds.")
     ready_at: int | None
@@ -64,7 +83,7 @@ class CocktailView(BaseModel):
 
     @classmethod
     def of(cls, cocktail: Cocktail) -> Self:
-        options = cocktail.request
+        options, chosen = cocktail.request, cocktail.chosen
         return cls(
             id=cocktail.id,
             name=cocktail.name,
@@ -74,9 +93,9 @@ class CocktailView(BaseModel):
             status=cocktail.status,
             progress=cocktail.progress,
             target=options.target,
-            alpha=options.alpha,
+            alpha=options.alpha if chosen is None else chosen.alpha,
             weighting=options.weighting,
-            temperature=options.temperature,
+            temperature=options.temperature if chosen is None else chosen.temperature,
             method=options.method,
             method_params=dict(options.method_params),
             experts=None if options.experts is None else list(options.experts),
@@ -86,6 +105,7 @@ class CocktailView(BaseModel):
             merging_weights=None if cocktail.merging_weights is None else dict(cocktail.merging_weights),
             entropy=cocktail.entropy,
             mixed_loss=cocktail.mixed_loss,
+            candidates=[CandidateView.of(candidate) for candidate in cocktail.candidates],
             recipe=None if cocktail.recipe is None else RecipeView.of(cocktail.recipe),
             created_at=int(cocktail.created_at),
             ready_at=None if cocktail.ready_at is None else int(cocktail.ready_at),
@@ -111,11 +131,15 @@ class WeighingView(BaseModel):
     losses: dict[str, float]
     merging_weights: dict[str, float]
     entropy: float | None
+    candidates: list[CandidateView]
 
     @classmethod
     def of(cls, weighing: Weighing) -> Self:
         return cls(
-            losses=dict(weighing.losses), merging_weights=dict(weighing.merging_weights), entropy=weighing.entropy
+            losses=dict(weighing.losses),
+            merging_weights=dict(weighing.merging_weights),
+            entropy=weighing.entropy,
+            candidates=[CandidateView.of(candidate) for candidate in weighing.candidates],
         )
 
 

@@ -211,13 +211,17 @@ def test_more_examples_than_the_pool_takes_are_sampled() -> None:
         ({"temperature": 0}, InvalidMixError, "temperature", "above 0"),
         ({"temperature": -1}, InvalidMixError, "temperature", "above 0"),
         ({"temperature": float("inf")}, InvalidMixError, "temperature", "above 0"),
-        ({"weighting": "best"}, InvalidRequestError, "weighting", "'softmax', 'paper' or 'uniform'"),
+        ({"weighting": "best"}, InvalidRequestError, "weighting", "'uniform', 'search' or 'blackbox'"),
         ({"method": "fisher"}, InvalidRequestError, "method", "'linear'"),
         ({"method": "ties", "method_params": {"density": 0}}, InvalidMixError, "method_params.density", "above 0"),
         ({"method": "ties", "method_params": {"sparsity": 0.5}}, InvalidMixError, "method_params.sparsity", "density"),
         ({"method": "slerp"}, InvalidMixError, "experts", "mixes 2 different models"),
         ({"method": "slerp", "target": "nq"}, InvalidMixError, "experts", "mixes 2 different models"),
         ({"method_params": {"density": 0.5}}, InvalidMixError, "method_params", "no parameters"),
+        ({"weighting": "search", "temperature": 1.0}, InvalidMixError, "temperature", "chooses temperature itself"),
+        ({"weighting": "blackbox", "alpha": 0.5, "target": "nq"}, InvalidMixError, "alpha", "chooses alpha itself"),
+        ({"weighting": "search", "budget": 9}, InvalidMixError, "budget", "'blackbox'"),
+        ({"weighting": "blackbox", "budget": 0}, InvalidRequestError, "budget", "greater than or equal to 1"),
         ({"seed": 1.5}, InvalidRequestError, "seed", "integer"),
         ({"seed": 2**63}, InvalidRequestError, "seed", "less than"),
         ({"metadata": {"a": 1}}, InvalidRequestError, "metadata.a", "string"),
@@ -304,3 +308,22 @@ def test_an_inline_cocktail_is_named_by_its_pool_and_errors_point_into_it() -> N
         with pytest.raises((InvalidRequestError, NotFoundError)) as caught:
             parse_inline(body, pool=POOLS["flan"], settings=settings)
         assert caught.value.param == param
+
+
+def test_what_a_search_chooses_is_left_open_and_its_options_are_in_the_digest() -> None:
+    searched = parse({"examples": EXAMPLES, "weighting": "search", "target": "nq"}).options
+    assert (searched.temperature, searched.alpha, searched.budget) == (None, None, None)
+    assert parse({"examples": EXAMPLES, "weighting": "search", "target": "nq", "alpha": 0.3}).options.alpha == 0.3
+    assert parse({"weighting": "search", "target": "nq"}).options.alpha == 0.5, "Eq. 3 has nothing to search with"
+    boxed = parse({"examples": EXAMPLES, "weighting": "blackbox"}).options
+    assert boxed.budget == 40
+    bodies: list[dict[str, Any]] = [
+        {"weighting": "softmax"},
+        {"weighting": "search"},
+        {"weighting": "search", "seed": 1},
+        {"weighting": "blackbox"},
+        {"weighting": "blackbox", "budget": 41},
+        {"weighting": "blackbox", "seed": 1},
+    ]
+    assert len({parse({"examples": EXAMPLES, **body}).digest for body in bodies}) == len(bodies)
+    assert parse({"examples": EXAMPLES, "weighting": "blackbox", "budget": 40}).digest == boxed.digest

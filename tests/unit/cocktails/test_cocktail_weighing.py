@@ -3,18 +3,29 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import pytest
 
+from cocktail_serve.cocktails.cocktail import Weighing
 from cocktail_serve.cocktails.request import CocktailOptions
-from cocktail_serve.cocktails.weighing import weigh
+from cocktail_serve.cocktails.weighing import advance
+from cocktail_serve.cocktails.weighing import weigh as weigh_in_steps
+from cocktail_serve.weighting.candidates import Candidate
 
 LOSSES = {"base": 2.0, "nq": 1.0, "squad": 3.0}
 
 
 def options(**chosen: Any) -> CocktailOptions:
     return CocktailOptions(name="films", pool="flan", pool_fingerprint="fp", **chosen)
+
+
+def weigh(options: CocktailOptions, losses: Mapping[str, float]) -> Weighing:
+    """Of two examples with these mean losses, by a weighting that tries no mixture."""
+    weighing = advance(weigh_in_steps(options, {name: [loss - 0.5, loss + 0.5] for name, loss in losses.items()}), None)
+    assert isinstance(weighing, Weighing)
+    return weighing
 
 
 def test_softmax_over_base_and_peers() -> None:
@@ -49,3 +60,23 @@ def test_weights_by_hand_are_taken_as_they_are() -> None:
     weighing = weigh(options(merging_weights={"base": -0.5, "nq": 1.5}), {})
     assert weighing.merging_weights == {"base": -0.5, "nq": 1.5}
     assert weighing.entropy is None, "a negative weight has no entropy"
+
+
+def test_weights_that_follow_from_the_losses_are_the_one_candidate() -> None:
+    weighing = weigh(
+        options(peers=("base", "nq"), weighting="paper", temperature=5.0, target="squad", alpha=0.5), LOSSES
+    )
+    assert weighing.candidates == (Candidate(weighing.merging_weights, temperature=5.0, alpha=0.5, chosen=True),)
+    assert weigh(options(merging_weights={"nq": 1.0}), {}).candidates == ()
+
+
+def test_a_search_reports_means_and_what_it_chose() -> None:
+    losses = {"base": [2.0, 3.0], "nq": [1.0, 2.0], "squad": [4.0, 6.0]}
+    searched = weigh_in_steps(options(peers=("base", "nq"), weighting="search", target="squad", alpha=0.3), losses)
+    step = advance(searched, None)
+    while not isinstance(step, Weighing):
+        step = advance(searched, [step.merging_weights["base"] for _ in step.rows])
+    assert step.losses == {"base": 2.5, "nq": 1.5, "squad": 5.0}
+    assert step.chosen is not None
+    assert (step.chosen.temperature, step.chosen.alpha) == (0.1, 0.3), "at 0.05 the weights are those of 0.1"
+    assert step.merging_weights == step.chosen.merging_weights

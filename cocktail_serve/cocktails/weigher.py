@@ -1,0 +1,85 @@
+"""Weighs a request on its engine: losses of the models, then of whatever mixtures its weighting asks for."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from concurrent.futures import Executor
+from dataclasses import dataclass
+from functools import partial
+
+from cocktail_serve.cocktails.cocktail import Weighing
+from cocktail_serve.cocktails.request import CocktailOptions
+from cocktail_serve.cocktails.scores import Attempts, Keeping, Scores, once
+from cocktail_serve.cocktails.weighing import advance, recipe_of, weigh
+from cocktail_serve.engines.base import Engine
+from cocktail_serve.examples import ExampleSet
+
+OnProgress = Callable[[Mapping[str, float], float], Awaitable[None]]
+"""Awaited with the models' mean losses so far, and the share of the work that is done."""
+
+SCORED_BEFORE_SEARCH = 0.4
+"""Share of the work that is done once the models are scored, where mixtures are scored after them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Weigher:
+    """Asks engines for the losses that a weighting needs.
+
+    Mixtures are tried one at a time and each is a turn of its own, so traffic and other jobs go in between.
+
+    Attributes:
+        executor: where a weighting thinks, away from the event loop.
+        uses: whether a recipe, by pool id and digest, is served: one that was only tried is not kept mixed.
+    """
+
+    scores: Scores
+    executor: Executor
+    uses: Callable[[str, str], bool]
+
+    async def weigh(
+        self,
+        engine: Engine,
+        options: CocktailOptions,
+        examples: ExampleSet | None,
+        keeping: Keeping,
+        *,
+        attempts: Attempts = once,
+        on_progress: OnProgress | None = None,
+    ) -> Weighing:
+        """Losses and merging weights of a request.
+
+        Raises:
+            As `Scores.of_models`.
+        """
+        losses: Mapping[str, Sequence[float]] = {}
+        means: Mapping[str, float] = {}
+        scored = SCORED_BEFORE_SEARCH if options.searches else 1.0
+
+        async def on_loss(so_far: Mapping[str, float]) -> None:
+            nonlocal means
+            means = so_far
+            if on_progress is not None:
+                await on_progress(so_far, scored * (len(so_far) / len(options.scored)))
+
+        if examples is not None:
+            losses = await self.scores.of_models(
+                engine, options.scored, examples, keeping, attempts=attempts, on_loss=on_loss
+            )
+        weighing = weigh(options, losses)
+        loop = asyncio.get_running_loop()
+        answer: Sequence[float] | None = None
+        while True:
+            step = await loop.run_in_executor(self.executor, advance, weighing, answer)
+            if isinstance(step, Weighing):
+                return step
+            assert examples is not None
+            if on_progress is not None:
+                await on_progress(means, scored + (1.0 - scored) * step.progress)
+            recipe = recipe_of(options, engine.pool, step.merging_weights, dtype=engine.dtype)
+            ask = partial(self.scores.of_mixture, engine, recipe, examples, keeping, step.rows)
+            try:
+                answer = await attempts(ask)
+            finally:
+                if not self.uses(engine.pool.id, recipe.digest):
+                    engine.forget(recipe.digest)

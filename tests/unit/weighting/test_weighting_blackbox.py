@@ -1,0 +1,92 @@
+"""The gradient-free search finds what it should, the same each time, and says what is missing."""
+
+from __future__ import annotations
+
+import importlib.util
+import subprocess
+import sys
+from collections.abc import Mapping
+
+import pytest
+
+from cocktail_serve.errors import InvalidMixError
+from cocktail_serve.weighting.blackbox import blackbox
+from cocktail_serve.weighting.candidates import Candidate, Trial
+
+BEST = {"a": 1.2, "b": -0.4}
+LOSSES = {"base": [2.6, 2.6], "a": [1.2, 1.2], "b": [4.4, 4.4]}
+
+
+def bowl(weights: Mapping[str, float]) -> float:
+    """1 nat at the best weights, more by the squared distance: `LOSSES` at the models themselves."""
+    return 1.0 + sum((weights[name] - value) ** 2 for name, value in BEST.items())
+
+
+def run(seed: int, budget: int = 40) -> tuple[tuple[Candidate, ...], list[Trial]]:
+    asked: list[Trial] = []
+    trials = blackbox(LOSSES, budget=budget, seed=seed)
+    try:
+        trial = next(trials)
+        while True:
+            asked.append(trial)
+            trial = trials.send([bowl(trial.merging_weights)] * 2)
+    except StopIteration as ended:
+        return ended.value, asked
+
+
+def objective(weights: Mapping[str, float]) -> float:
+    return bowl(weights) + 0.05 * (abs(weights["a"]) + abs(weights["b"])) / 2
+
+
+def chosen(candidates: tuple[Candidate, ...]) -> Candidate:
+    (only,) = [candidate for candidate in candidates if candidate.chosen]
+    return only
+
+
+def test_it_begins_at_the_base_and_ends_far_below_it() -> None:
+    candidates, asked = run(seed=0)
+    assert len(candidates) == 40
+    assert candidates[0].merging_weights == {"base": 1.0, "a": 0.0, "b": 0.0}
+    assert candidates[0].loss == 2.6
+    best = chosen(candidates)
+    assert objective(best.merging_weights) == min(objective(candidate.merging_weights) for candidate in candidates)
+    # three quarters of the way from the base, whose objective is 2.6, to the optimum near 1.04
+    assert objective(best.merging_weights) < 1.43
+    assert len(asked) <= 39
+    assert {trial.rows for trial in asked} == {(0, 1)}
+
+
+def test_coefficients_stay_in_bounds_and_the_base_takes_the_rest() -> None:
+    for candidate in run(seed=1)[0]:
+        assert all(abs(candidate.merging_weights[name]) <= 1.5 for name in ("a", "b"))
+        assert sum(candidate.merging_weights.values()) == pytest.approx(1.0, abs=1e-12)
+        assert candidate.loss == pytest.approx(bowl(candidate.merging_weights))
+
+
+def test_it_is_never_worse_than_its_start() -> None:
+    for seed in range(5):
+        candidates, _ = run(seed=seed, budget=3)
+        assert objective(chosen(candidates).merging_weights) <= objective(candidates[0].merging_weights)
+
+
+def test_a_seed_gives_the_same_candidates_in_any_process() -> None:
+    script = (
+        "import random, numpy; random.seed(7); numpy.random.seed(7)\n"
+        "from tests.unit.weighting.test_weighting_blackbox import run\n"
+        "print(repr([c.merging_weights for c in run(seed=5, budget=12)[0]]))"
+    )
+    elsewhere = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
+    assert elsewhere.strip() == repr([candidate.merging_weights for candidate in run(seed=5, budget=12)[0]])
+
+
+def test_a_pool_of_its_base_alone_has_nothing_to_search() -> None:
+    with pytest.raises(StopIteration) as ended:
+        next(blackbox({"base": [2.0, 4.0]}, budget=40, seed=0))
+    assert ended.value.value == (Candidate({"base": 1.0}, loss=3.0, chosen=True),)
+
+
+def test_without_nevergrad_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(InvalidMixError, match=r"cocktail-serve\[blackbox\]") as caught:
+        next(blackbox(LOSSES, budget=40, seed=0))
+    assert caught.value.param == "weighting"
