@@ -22,6 +22,8 @@ from cocktail_serve.cli.options import AsJSON
 from cocktail_serve.cli.terminal import OnProgress, print_json, progress, stdout
 from cocktail_serve.config import PoolConfig, Settings, load_settings
 from cocktail_serve.errors import CocktailError, ConfigError
+from cocktail_serve.merging.native import Kernel, load_kernel
+from cocktail_serve.merging.threads import num_threads
 
 Status = Literal["ok", "warning", "problem"]
 
@@ -84,6 +86,7 @@ def check_installation() -> Iterator[Check]:
             else Check(package, "problem", "not installed", "install cocktail-serve with its dependencies")
         )
     yield from _check_torch_companions()
+    yield _check_kernel()
     yield _check_vllm()
     yield _check_plugin()
 
@@ -105,6 +108,18 @@ def _check_torch_companions() -> Iterator[Check]:
             )
         else:
             yield Check(package, "ok", found)
+
+
+def _check_kernel() -> Check:
+    found = load_kernel()
+    if isinstance(found, Kernel):
+        return Check("mixing kernel", "ok", f"compiled, {num_threads()} threads")
+    return Check(
+        "mixing kernel",
+        "warning",
+        f"torch: the same bits, several times slower: {found}",
+        "install a C compiler (Debian: apt-get install gcc libc6-dev)",
+    )
 
 
 def _check_vllm() -> Check:

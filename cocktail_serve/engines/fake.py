@@ -154,6 +154,7 @@ class FakeServer:
                 "state": self.fence.state,
                 "in_flight": self.fence.in_flight,
                 "mixing_path": "fake",
+                "mixing_kernel": "none",
                 "cached": self._cached,
                 "cache_bytes": 0,
                 "weight_version": self.fence.resident,

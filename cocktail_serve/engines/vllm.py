@@ -154,7 +154,7 @@ class VLLMEngine:
             return EngineHealth("restarting", queued=queued, detail={"reason": error.message})
         if status != 200 or body["state"] == "poisoned":
             return EngineHealth("restarting", queued=queued, detail={"reason": f"status {status}: {body}"})
-        detail = {key: body[key] for key in ("mixing_path", "in_flight", "cached") if key in body}
+        detail = {key: body[key] for key in ("mixing_path", "mixing_kernel", "in_flight", "cached") if key in body}
         return EngineHealth("ready", resident=body["resident"], queued=queued, detail=detail)
 
     async def check_examples(self, examples: ExampleSet) -> None:

@@ -121,6 +121,11 @@ class _Snapshot(Collector):
         queued = GaugeMetricFamily("cocktail_queued_requests", "Requests that wait for their turn.", labels=["pool"])
         cached = GaugeMetricFamily("cocktail_cached_recipes", "Mixtures kept in memory.", labels=["pool"])
         cached_bytes = GaugeMetricFamily("cocktail_cache_bytes", "Size of the mixtures in memory.", labels=["pool"])
+        mixing = GaugeMetricFamily(
+            "cocktail_mixing_path",
+            "1 for how parameters reach the engine, and what merges them.",
+            labels=["pool", "path", "kernel"],
+        )
         for pool, health in self.health.items():
             is_ready.add_metric([pool], health.state == "ready")
             queued.add_metric([pool], health.queued)
@@ -128,7 +133,9 @@ class _Snapshot(Collector):
                 cached.add_metric([pool], len(health.detail["cached"]))
             if "cached_bytes" in health.detail:
                 cached_bytes.add_metric([pool], health.detail["cached_bytes"])
-        yield from (is_ready, queued, cached, cached_bytes)
+            if "mixing_kernel" in health.detail:
+                mixing.add_metric([pool, health.detail["mixing_path"], health.detail["mixing_kernel"]], 1)
+        yield from (is_ready, queued, cached, cached_bytes, mixing)
 
 
 def _buckets(histogram: PlainHistogram) -> list[tuple[str, float]]:

@@ -57,13 +57,19 @@ INLINE i32x8 to_odd(f64x8 sum) {
 #endif
 }
 
-/* In the low half of each element. */
+/* In the low half of each element. A NaN keeps its upper bits; the conversion from double has
+ * set the quiet one among them. */
 INLINE u32x8 to_bfloat16(f64x8 sum) {
     i32x8 odd = to_odd(sum);
     u32x8 bits = (u32x8)odd;
-    u32x8 nan = (u32x8)((odd & 0x7fffffff) > 0x7f800000);
     u32x8 rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-    return (nan & ((bits >> 16) | 0x40)) | (~nan & rounded);
+#if defined(__AVX512F__) && defined(__AVX512VL__)
+    __mmask8 nan = _mm256_cmp_ps_mask((__m256)odd, (__m256)odd, _CMP_UNORD_Q);
+    return (u32x8)_mm256_mask_srli_epi32((__m256i)rounded, nan, (__m256i)bits, 16);
+#else
+    u32x8 nan = (u32x8)((odd & 0x7fffffff) > 0x7f800000);
+    return (nan & (bits >> 16)) | (~nan & rounded);
+#endif
 }
 
 INLINE float from_bits(uint32_t bits) {
@@ -144,7 +150,7 @@ INLINE void add(int layout, int count, int is_first, const char *const *inputs, 
         for (int m = 0; m < count; m++)
 #pragma GCC unroll 4
             for (size_t line = 0; line < bytes; line += 64)
-                __builtin_prefetch(ahead[m] + offset + line, 0, 2);
+                __builtin_prefetch(ahead[m] + offset + line);
         f64x8 a, b, c, d, values[4];
         if (is_first) {
             a = b = c = d = -(f64x8){0}; /* -0.0 leaves the first term as it is, whatever its sign */

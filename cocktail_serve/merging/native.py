@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Literal
 
 from cocktail_serve.dtypes import ITEM_BYTES
 
@@ -78,7 +79,7 @@ def load_kernel() -> Kernel | str:
     """The kernel, built where it is not yet (half a second), or why there is none."""
     if sys.byteorder != "little" or os.name != "posix":
         return "the kernel is written for little-endian POSIX machines"
-    compiler = _compiler()
+    compiler = find_compiler()
     if compiler is None:
         return "there is no C compiler (cc, gcc or clang)"
     name = f"linear-{_digest(compiler)[:16]}.so"
@@ -86,20 +87,25 @@ def load_kernel() -> Kernel | str:
         try:
             built = _cache_folder() / name
             if not built.is_file():
-                _build(compiler, built)
+                build(compiler, _SOURCE, built)
             _require_own(built)
             return Kernel(ctypes.CDLL(str(built)))
         except (OSError, PermissionError):  # a home that cannot be written, or a cache that somebody else could
             with tempfile.TemporaryDirectory(prefix="cocktail-kernel-") as folder:
                 built = Path(folder) / name
-                _build(compiler, built)
+                build(compiler, _SOURCE, built)
                 return Kernel(ctypes.CDLL(str(built)))
     except (OSError, subprocess.SubprocessError) as error:
         reason = getattr(error, "stderr", None) or error
         return f"{shlex.join(compiler)} cannot build it: {str(reason).strip()[:300]}"
 
 
-def _compiler() -> list[str] | None:
+def kernel_name() -> Literal["compiled", "torch"]:
+    """What merges tensors on this machine's CPU; the bits are the same."""
+    return "compiled" if isinstance(load_kernel(), Kernel) else "torch"
+
+
+def find_compiler() -> list[str] | None:
     if chosen := shlex.split(os.environ.get("CC", "")):
         return chosen if shutil.which(chosen[0]) else None
     found = next(filter(None, map(shutil.which, ("cc", "gcc", "clang"))), None)
@@ -137,12 +143,16 @@ def _require_own(path: Path) -> None:
         raise PermissionError(f"{path} can be written by others")
 
 
-def _build(compiler: Sequence[str], built: Path) -> None:
-    """Compiles to a name of its own and renames, so that two processes may build at once."""
+def build(compiler: Sequence[str], source: Path, built: Path) -> None:
+    """Compiles to a name of its own and renames, so that two processes may build at once.
+
+    Raises:
+        OSError, subprocess.SubprocessError: the compiler cannot be run, or fails.
+    """
     partial = built.with_suffix(f".{os.getpid()}.partial")
     try:
         subprocess.run(
-            [*compiler, *_FLAGS, "-o", str(partial), str(_SOURCE), "-lm"],
+            [*compiler, *_FLAGS, "-o", str(partial), str(source), "-lm"],
             check=True,
             capture_output=True,
             text=True,

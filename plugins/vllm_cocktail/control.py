@@ -116,6 +116,7 @@ class EngineControl:
             "state": self.fence.state,
             "in_flight": self.fence.in_flight,
             "mixing_path": MIXING_PATH,
+            "mixing_kernel": probed["mixing_kernel"],
             "cached": probed["cached"],
             "cached_bytes": probed["cached_bytes"],
             "cache_bytes": self.manifest.cache_bytes,

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cocktail_serve.errors import CocktailError, ConfigError, IncompatibleModelsError
+from cocktail_serve.merging.native import kernel_name
 from cocktail_serve.recipe import Recipe
 from vllm_cocktail.manifest import Manifest
 from vllm_cocktail.mixer import Mixer
@@ -62,7 +63,7 @@ class CocktailWorkerExtension:
 
         Returns:
             `digest` of the resident recipe (null after a failed mix), `cached` digests, `cached_bytes`,
-            `cache_bytes`, `model_dtype`.
+            `cache_bytes`, `model_dtype`, `mixing_kernel`: `compiled`, or `torch` without a C compiler.
         """
         if self.cocktail_mixer is None:
             manifest = Manifest.from_environ()
@@ -78,6 +79,7 @@ class CocktailWorkerExtension:
             "cached_bytes": cache.num_bytes,
             "cache_bytes": cache.max_bytes,
             "model_dtype": self.cocktail_mixer.manifest.dtype,
+            "mixing_kernel": kernel_name(),
         }
 
     @_reply

@@ -6,7 +6,8 @@ import socket
 import pytest
 import yaml
 
-from cocktail_serve.cli import main
+from cocktail_serve.cli import doctor, main
+from cocktail_serve.merging import native
 from tests.models import make_decoder, make_encoder_pool
 
 
@@ -85,6 +86,16 @@ def test_an_unknown_key_is_a_problem(write_config, capsys):
 def test_too_little_room_is_a_warning(write_config, tmp_path, capsys):
     code, checks = run(capsys, write_config(store={"cache_dir": str(tmp_path), "cache_bytes": "1000TB"}))
     assert (code, checks["store"]["status"]) == (0, "warning")
+
+
+def test_it_says_which_mixing_kernel_is_used(monkeypatch, capsys):
+    _, checks = run(capsys)
+    found = native.load_kernel()
+    assert checks["mixing kernel"]["status"] == ("ok" if isinstance(found, native.Kernel) else "warning")
+    monkeypatch.setattr(doctor, "load_kernel", lambda: "there is no C compiler")
+    _, checks = run(capsys)
+    assert checks["mixing kernel"]["status"] == "warning"
+    assert checks["mixing kernel"]["detail"] == "torch: the same bits, several times slower: there is no C compiler"
 
 
 def test_it_says_what_is_wrong_on_a_screen(write_config, capsys):

@@ -56,7 +56,7 @@ class Engine:
             await self.go_on.wait()
             self.resident = Recipe.from_json(json.loads(args[0])).digest
         reply = {"ok": True, "error": None, "digest": self.resident, "source": "files"}
-        probed = {"cached": [], "cached_bytes": 0, "model_dtype": "float32"}
+        probed = {"cached": [], "cached_bytes": 0, "model_dtype": "float32", "mixing_kernel": "compiled"}
         return self.replies.get(method) or [reply | probed for _ in range(self.ranks)]
 
     async def pause_generation(self, *, mode: str, clear_cache: bool) -> None:
@@ -213,6 +213,7 @@ async def test_the_status_is_what_the_workers_say() -> None:
     status = await control.status()
     assert (status["resident"], status["weight_version"]) == (BASE.digest, BASE.digest)
     assert (status["state"], status["in_flight"], status["mixing_path"]) == ("open", 1, "stream")
+    assert status["mixing_kernel"] == "compiled"
 
 
 async def test_workers_that_hold_something_else_than_the_fence_says_poison() -> None:
