@@ -30,7 +30,7 @@ import numpy as np
 from bench.machine import describe_machine
 
 PEERS: Mapping[str, tuple[str, ...]] = {
-    "lm_cocktail": ("LM_Cocktail==0.0.4", "transformers<5", "torch", "sentencepiece"),
+    "lm_cocktail": ("LM_Cocktail==0.0.4", "transformers<5", "sentence-transformers<5", "accelerate", "torch"),
     "mergekit": ("mergekit==0.1.5", "torch"),
 }
 SAMPLE_S = 0.005
@@ -83,7 +83,6 @@ def make_pool(folder: Path, size: Size, seed: int = 0) -> list[Path]:
     """
     generator = np.random.default_rng(seed)
     block = generator.standard_normal(1_048_583, dtype=np.float32) * np.float32(0.02)
-    tokenizer = _tokenizer()
     config = {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -111,7 +110,7 @@ def make_pool(folder: Path, size: Size, seed: int = 0) -> list[Path]:
             for turn, (_, shape) in enumerate(size.tensors(), start=1):
                 np.resize(np.roll(halves, -7919 * turn), math.prod(shape)).tofile(file)
         (path / "config.json").write_text(json.dumps(config, indent=2))
-        tokenizer.save_pretrained(path)
+        _write_tokenizer(path)
         folders.append(path)
     return folders
 
@@ -128,13 +127,20 @@ def _safetensors_header(size: Size) -> bytes:
     return len(text).to_bytes(8, "little") + text
 
 
-def _tokenizer() -> Any:
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
+def _write_tokenizer(folder: Path) -> None:
+    """A tokenizer that any release of transformers reads: the peers want one."""
+    from tokenizers import Tokenizer, models
 
-    tokenizer = Tokenizer(models.BPE(vocab={"<unk>": 0, "<s>": 1, "</s>": 2, "a": 3}, merges=[], unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    vocab = {"<unk>": 0, "<s>": 1, "</s>": 2, "a": 3}
+    Tokenizer(models.BPE(vocab=vocab, merges=[], unk_token="<unk>")).save(str(folder / "tokenizer.json"))
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": "<s>",
+        "eos_token": "</s>",
+        "unk_token": "<unk>",
+        "pad_token": "</s>",
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
 
 
 def write_config(folder: Path, models: Sequence[Path]) -> Path:
