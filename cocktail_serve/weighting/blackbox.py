@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
@@ -65,6 +66,8 @@ def blackbox(losses: Mapping[str, Sequence[float]], *, budget: int, seed: int) -
     import nevergrad
     import numpy as np
 
+    # of the options that nevergrad gives scipy, which sets them right itself
+    warnings.filterwarnings("ignore", message="COBYLA: Invalid", category=UserWarning)
     space = nevergrad.p.Array(init=np.zeros(len(names)), lower=-BOUND, upper=BOUND)
     space.random_state = np.random.RandomState(seed % 2**32)
     optimizer = nevergrad.optimizers.NGOpt(parametrization=space, budget=budget)
