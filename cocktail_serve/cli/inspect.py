@@ -11,6 +11,7 @@ import typer
 from rich.table import Table
 
 from cocktail_serve.cli.options import AsJSON
+from cocktail_serve.cli.plot import check_plotting, plot_changes
 from cocktail_serve.cli.terminal import OnProgress, bar, print_json, progress, stdout
 from cocktail_serve.errors import CheckpointError
 
@@ -23,10 +24,19 @@ OtherFolder = Annotated[
     Path | None, typer.Argument(metavar="[DIR]", help="A second one, fine-tuned from the first.", show_default=False)
 ]
 
+PlotFile = Annotated[
+    Path | None,
+    typer.Option("--plot", metavar="FILE.png", help="Draw the change of each group of layers too.", show_default=False),
+]
 
-def inspect(folder: ModelFolder, expert: OtherFolder = None, *, as_json: AsJSON = False) -> None:
+
+def inspect(folder: ModelFolder, expert: OtherFolder = None, *, plot: PlotFile = None, as_json: AsJSON = False) -> None:
     """Tell what a model folder holds and whether it can be served; with two, whether they can be mixed and how far
     apart they are. Exits 2 where they cannot."""
+    if plot is not None:
+        if expert is None:
+            raise typer.BadParameter("a change needs two models: name the second folder", param_hint="--plot")
+        check_plotting(plot)
     models = [folder] if expert is None else [folder, expert]
     with progress() as report:
         described = [_describe(model, report) for model in models]
@@ -36,6 +46,8 @@ def inspect(folder: ModelFolder, expert: OtherFolder = None, *, as_json: AsJSON 
 
             compatibility = compare(folder, expert)
             changes = list(_changes(folder, expert, report)) if compatibility.is_compatible else []
+    if plot is not None and changes:
+        plot_changes(changes, plot, title=f"{expert} against {folder}")
     if as_json:
         result: dict[str, Any] = {"object": "inspection", "models": described}
         if compatibility is not None:

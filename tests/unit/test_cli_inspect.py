@@ -1,6 +1,7 @@
 """`inspect`: one folder described, two compared."""
 
 import json
+import sys
 
 import pytest
 
@@ -69,3 +70,37 @@ def test_what_is_no_model_is_bad_input(tmp_path, capsys):
     code, out, err = run(capsys, tmp_path)
     assert (code, out) == (2, "")
     assert "config.json is missing" in err
+
+
+def test_the_change_is_drawn(pool, tmp_path, capsys):
+    from matplotlib.image import imread
+
+    drawn, still = tmp_path / "change.png", tmp_path / "none.png"
+    assert run(capsys, pool["base"], pool["nq"], "--plot", drawn)[0] == 0
+    assert run(capsys, pool["base"], pool["base"], "--plot", still)[0] == 0
+
+    def num_colored(file) -> int:
+        image = imread(file)[..., :3]
+        return int((image.max(axis=-1) - image.min(axis=-1) > 0.2).sum())
+
+    assert num_colored(drawn) > 1000  # bars; axes, text and grid are grey
+    assert num_colored(still) == 0
+
+
+@pytest.mark.parametrize(("name", "message"), [("change.svg", ".png"), ("missing/change.png", "cannot write")])
+def test_a_picture_that_cannot_be_drawn(pool, tmp_path, capsys, name, message):
+    code, _, err = run(capsys, pool["base"], pool["nq"], "--plot", tmp_path / name)
+    assert code in (1, 2)
+    assert message in " ".join(err.split())
+
+
+def test_one_model_has_no_change_to_draw(pool, tmp_path, capsys):
+    code, _, err = run(capsys, pool["base"], "--plot", tmp_path / "change.png")
+    assert (code, "two models" in err) == (2, True)
+
+
+def test_without_matplotlib_the_extra_is_named(pool, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    code, _, err = run(capsys, pool["base"], pool["nq"], "--plot", tmp_path / "change.png")
+    assert (code, "cocktail-serve[plot]" in err) == (2, True)
+    assert run(capsys, pool["base"], pool["nq"])[0] == 0
