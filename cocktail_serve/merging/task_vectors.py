@@ -93,13 +93,15 @@ class _Elected:
     """Sum of a chunk over the models whose sign is that of the sum over all."""
 
     def __init__(self, like: Tensor) -> None:
-        # the mass on either side, and the coefficients behind it: the sign of their sum says which side is elected
+        # the sum, whose sign elects a side; the sum of either side, and the coefficients behind it
+        self._total = torch.zeros_like(like)
         self._positive, self._negative = torch.zeros_like(like), torch.zeros_like(like)
         self._positive_divisor, self._negative_divisor = torch.zeros_like(like), torch.zeros_like(like)
         # masks are float32: on a CPU torch's boolean ones cost several times as much
         self._mask = torch.empty_like(like)
 
     def add(self, vector: Tensor, coefficient: float) -> None:
+        self._total.add_(vector)
         self._positive_divisor.add_(torch.gt(vector, 0.0, out=self._mask), alpha=coefficient)
         self._negative_divisor.add_(torch.lt(vector, 0.0, out=self._mask), alpha=coefficient)
         self._positive.add_(vector.clamp_min(0.0))
@@ -114,5 +116,5 @@ class _Elected:
         return self.sum().div_(divisor)
 
     def _on_elected_side(self, positive: Tensor, negative: Tensor) -> Tensor:
-        is_positive = torch.ge(self._positive + self._negative, 0.0, out=self._mask)
+        is_positive = torch.ge(self._total, 0.0, out=self._mask)
         return positive * is_positive + negative * (1.0 - is_positive)
