@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -22,10 +23,10 @@ def make_environment(folder: Path, packages: Sequence[str]) -> Path:
     stamp = folder / "packages.txt"
     if stamp.exists() and stamp.read_text().split("\n") == list(packages):
         return python
-    uv = (sys.executable, "-m", "uv")
-    subprocess.run([*uv, "venv", "--quiet", "--clear", "--python", sys.executable, folder], check=True)
+    uv = shutil.which("uv") or str(Path(sys.executable).with_name("uv"))
+    subprocess.run([uv, "venv", "--quiet", "--clear", "--python", sys.executable, folder], check=True)
     links = os.environ.get("PIP_FIND_LINKS")
     source = ("--find-links", links) if links else ("--torch-backend", "cpu")
-    subprocess.run([*uv, "pip", "install", "--quiet", "--python", python, *source, *packages], check=True)
+    subprocess.run([uv, "pip", "install", "--quiet", "--python", python, *source, *packages], check=True)
     stamp.write_text("\n".join(packages))
     return python

@@ -27,6 +27,7 @@ from typing import Any
 
 import numpy as np
 
+from bench.environment import make_environment
 from bench.machine import describe_machine
 
 PEERS: Mapping[str, tuple[str, ...]] = {
@@ -303,18 +304,6 @@ def run(command: Sequence[str], *, timeout_s: float = 900) -> dict[str, Any]:
     return {"wall_s": wall_s, "peak_anonymous_mb": memory["peak"] / 1e6, **said}
 
 
-def make_peer(folder: Path, name: str) -> Path:
-    """The Python of an environment of the peer's own; made when it is not there."""
-    python = folder / name / "bin" / "python"
-    if not python.exists():
-        uv = shutil.which("uv") or str(Path(sys.executable).with_name("uv"))
-        links = os.environ.get("PIP_FIND_LINKS")
-        subprocess.run([uv, "venv", "--quiet", "--python", sys.executable, str(folder / name)], check=True)
-        source = ["--find-links", links] if links else ["--torch-backend", "cpu"]
-        subprocess.run([uv, "pip", "install", "--quiet", "--python", str(python), *source, *PEERS[name]], check=True)
-    return python
-
-
 def _mergekit_config(models: Sequence[Path], path: Path) -> Path:
     weighted = [
         {"model": str(model), "parameters": {"weight": weight}}
@@ -366,8 +355,9 @@ def measure(folder: Path, size: Size, *, runs: int, peers: Path | None) -> dict[
     }
     if peers is not None:
         arguments = json.dumps([[str(model) for model in models], weights, str(out)])
-        steps["lm_cocktail"] = [str(make_peer(peers, "lm_cocktail")), "-c", _LM_COCKTAIL, arguments]
-        mergekit = make_peer(peers, "mergekit").with_name("mergekit-yaml")
+        reference = make_environment(peers / "lm_cocktail", PEERS["lm_cocktail"])
+        steps["lm_cocktail"] = [str(reference), "-c", _LM_COCKTAIL, arguments]
+        mergekit = make_environment(peers / "mergekit", PEERS["mergekit"]).with_name("mergekit-yaml")
         yaml = _mergekit_config(models, folder / "mergekit.yaml")
         steps["mergekit"] = [str(mergekit), str(yaml), str(out)]
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in steps}
