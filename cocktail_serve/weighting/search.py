@@ -48,7 +48,6 @@ def search(
     target: str | None,
     alpha: float | None,
     seed: int,
-    tasks: Sequence[str | None] | None = None,
 ) -> Trials[tuple[Candidate, ...]]:
     """Cross-validation over a small grid of tau (and alpha).
 
@@ -64,14 +63,13 @@ def search(
         target: the model fine-tuned for the task, or None.
         alpha: its share where it is given; None: searched.
         seed: of the dealing.
-        tasks: what task each example is of: every fold gets its part of each.
 
     Returns:
         Generator of at most `5 * 7 * 3` trials (`5 * 7` without a target, or with alpha given) that returns the
         candidates, judged by mean held-out loss, in the order of the grid.
     """
     num_examples = len(next(iter(losses.values())))
-    folds = deal(num_examples, seed=seed, tasks=tasks)
+    folds = deal(num_examples, seed=seed)
     alphas = (None,) if target is None else ALPHAS if alpha is None else (alpha,)
     settings: list[_Setting] = []
     for temperature in TEMPERATURES:
@@ -99,13 +97,11 @@ def search(
     return tuple(replace(candidate, chosen=index == best) for index, candidate in enumerate(candidates))
 
 
-def deal(num_examples: int, *, seed: int, tasks: Sequence[str | None] | None = None) -> tuple[tuple[int, ...], ...]:
-    """Indices of the examples in at most five folds of like size, each task spread over them; none for one example."""
+def deal(num_examples: int, *, seed: int) -> tuple[tuple[int, ...], ...]:
+    """Indices of the examples in at most five folds of like size; none for one example."""
     if num_examples < 2:
         return ()
     order = random.Random(seed).sample(range(num_examples), num_examples)
-    if tasks is not None:
-        order.sort(key=lambda index: tasks[index] or "")
     num_folds = min(MAX_FOLDS, num_examples)
     return tuple(tuple(sorted(order[fold::num_folds])) for fold in range(num_folds))
 

@@ -140,9 +140,3 @@ def test_every_example_is_in_one_fold(num_examples: int) -> None:
     assert max(map(len, folds)) - min(map(len, folds)) <= 1
     assert deal(num_examples, seed=11) == folds
     assert num_examples < 7 or deal(num_examples, seed=12) != folds
-
-
-def test_every_fold_gets_its_part_of_each_task() -> None:
-    tasks = ["films"] * 10 + ["banks"] * 5
-    for fold in deal(15, seed=4, tasks=tasks):
-        assert [tasks[row] for row in fold].count("films") == 2
