@@ -91,3 +91,25 @@ def _score_key() -> tuple[Column[str], ...]:
 
 losses = Table("losses", metadata, *_score_key(), Column("loss", Float(53), nullable=False))
 embeddings = Table("embeddings", metadata, *_score_key(), Column("vector", LargeBinary, nullable=False))
+
+files = Table(
+    "files",
+    metadata,
+    Column("id", String(40), primary_key=True),
+    Column("tenant", TENANT, nullable=False),
+    Column("filename", String(255), nullable=False),
+    Column("num_bytes", BigInteger, nullable=False),
+    Column("digest", DIGEST, nullable=False),
+    Column("created_at", Float(53), nullable=False),
+    Column("expires_at", Float(53)),
+    Index("ix_files_tenant_digest", "tenant", "digest"),
+)
+
+file_contents = Table(
+    "file_contents",
+    metadata,
+    Column("tenant", TENANT, primary_key=True),
+    Column("digest", DIGEST, primary_key=True),
+    Column("content", LargeBinary, nullable=False),
+)
+"""By content, so that a file uploaded twice lies here once; apart from `files`, so that listing reads no content."""

@@ -18,14 +18,16 @@ from cocktail_serve.database.database import Database
 from cocktail_serve.engines import build_engine
 from cocktail_serve.engines.base import Engine
 from cocktail_serve.errors import ConfigError
+from cocktail_serve.finetuning.files import Files
 from cocktail_serve.gateway.error_handlers import add_error_handlers
 from cocktail_serve.gateway.metrics import GatewayMetrics
 from cocktail_serve.gateway.middleware import BodyLimit, RequestBoundary
 from cocktail_serve.gateway.openapi import add_openapi
-from cocktail_serve.gateway.routes import cocktails, embeddings, generation, models, operations, reranking
+from cocktail_serve.gateway.routes import cocktails, embeddings, files, generation, models, operations, reranking
 from cocktail_serve.gateway.routes import pools as pools_routes
 from cocktail_serve.gateway.schemas.cocktails import CurrentVersion
 from cocktail_serve.gateway.schemas.embeddings import EmbeddingRequest
+from cocktail_serve.gateway.schemas.files import FileUpload
 from cocktail_serve.gateway.schemas.generation import ChatCompletionRequest, CompletionRequest
 from cocktail_serve.gateway.schemas.reranking import RerankRequest
 from cocktail_serve.gateway.state import Gateway
@@ -61,7 +63,7 @@ def create_app(
         lifespan=_lifespan(settings, pools, engines, metrics),
         redoc_url=None,
     )
-    for family in (generation, embeddings, reranking, models, cocktails, pools_routes, operations):
+    for family in (generation, embeddings, reranking, models, cocktails, files, pools_routes, operations):
         app.include_router(family.router)
     add_error_handlers(app)
     add_openapi(
@@ -73,6 +75,7 @@ def create_app(
             RerankRequest,
             CocktailBody,
             CurrentVersion,
+            FileUpload,
         ),
     )
     # the last added is the outermost
@@ -111,7 +114,14 @@ def _lifespan(
             service = CocktailService(settings, pools, engines, database=database)
             stack.push_async_callback(service.stop)
             await service.start()
-            gateway = Gateway(settings=settings, pools=pools, engines=engines, service=service, metrics=metrics)
+            gateway = Gateway(
+                settings=settings,
+                pools=pools,
+                engines=engines,
+                service=service,
+                files=Files(database),
+                metrics=metrics,
+            )
             stack.callback(gateway.parsing.shutdown)
             app.state.gateway = gateway
             yield

@@ -57,8 +57,17 @@ def engine_errors(*statuses: int) -> ErrorResponses:
 
 def json_request(schema: type[BaseModel]) -> dict[str, Any]:
     """`openapi_extra` of a route that reads its body by hand."""
+    return _request("application/json", schema)
+
+
+def form_request(schema: type[BaseModel]) -> dict[str, Any]:
+    """`openapi_extra` of a route that reads a form by hand."""
+    return _request("multipart/form-data", schema)
+
+
+def _request(media_type: str, schema: type[BaseModel]) -> dict[str, Any]:
     ref = {"$ref": f"#/components/schemas/{schema.__name__}"}
-    return {"requestBody": {"required": True, "content": {"application/json": {"schema": ref}}}}
+    return {"requestBody": {"required": True, "content": {media_type: {"schema": ref}}}}
 
 
 def add_openapi(app: FastAPI, *, bodies: tuple[type[BaseModel], ...]) -> None:

@@ -17,6 +17,7 @@ from cocktail_serve.cocktails.service import CocktailService
 from cocktail_serve.config import PoolConfig, Settings
 from cocktail_serve.engines.base import EmbeddingEngine, Engine, GenerationEngine, RerankingEngine
 from cocktail_serve.errors import AuthenticationError
+from cocktail_serve.finetuning.files import Files
 from cocktail_serve.gateway.metrics import GatewayMetrics
 from cocktail_serve.pool import Pool
 
@@ -36,6 +37,7 @@ class Gateway:
     pools: Mapping[str, Pool]
     engines: Mapping[str, Engine]
     service: CocktailService
+    files: Files
     metrics: GatewayMetrics
     pool_configs: Mapping[str, PoolConfig] = field(init=False)
     required_key: bytes | None = field(init=False, repr=False)

@@ -1,0 +1,209 @@
+"""Uploaded files of examples: checked line by line, kept in the database once per content, each tenant its own."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+from sqlalchemy import ColumnElement, delete, exists, insert, or_, select
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from cocktail_serve.database import tables
+from cocktail_serve.database.database import Database, to_the_end
+from cocktail_serve.errors import InvalidExamplesError, InvalidRequestError, NotFoundError
+from cocktail_serve.examples import parse_examples, read_jsonl
+from cocktail_serve.finetuning.ids import Order, Page, check_cursor, new_id
+from cocktail_serve.pool import Kind
+
+PURPOSE: Final = "fine-tune"
+"""The one purpose that files have here."""
+
+MAX_ERRORS = 5
+"""Malformed lines that an error names."""
+
+
+@dataclass(frozen=True, slots=True)
+class File:
+    """An uploaded file.
+
+    Attributes:
+        digest: SHA-256 of the content, 64 hex characters.
+        created_at: seconds since the epoch, as `expires_at`.
+    """
+
+    id: str
+    tenant: str
+    filename: str
+    num_bytes: int
+    digest: str
+    created_at: float
+    expires_at: float | None = None
+
+
+def check_jsonl(content: bytes) -> None:
+    """Checks that every line is an example of some kind of pool; which, the job decides. Bound by the CPU.
+
+    Raises:
+        InvalidRequestError: no text, no examples, or malformed lines: names the first few.
+    """
+    try:
+        lines = content.decode("utf-8-sig").split("\n")
+    except UnicodeDecodeError as error:
+        at = content.count(b"\n", 0, error.start) + 1
+        raise InvalidRequestError(
+            f"line {at}: not UTF-8 text: {error.reason}", param="file", code="invalid_file"
+        ) from error
+    errors = []
+    num_rows = 0
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        num_rows += 1
+        try:
+            _check_row(json.loads(line))
+        except (ValueError, RecursionError) as error:
+            errors.append(f"line {number}: not a JSON object: {error}")
+        except InvalidExamplesError as error:
+            errors.append(f"line {number}: {error.message.removeprefix('row 1: ')}")
+    if errors:
+        more = f"; and {len(errors) - MAX_ERRORS} more" if len(errors) > MAX_ERRORS else ""
+        raise InvalidRequestError(
+            f"{len(errors)} of {num_rows} lines are no examples: {'; '.join(errors[:MAX_ERRORS])}{more}",
+            param="file",
+            code="invalid_file",
+        )
+    if not num_rows:
+        raise InvalidRequestError(
+            "the file holds no examples: one JSON object on each line", param="file", code="invalid_file"
+        )
+
+
+def _check_row(row: Any) -> None:
+    is_retrieval = isinstance(row, dict) and ("query" in row or "pos" in row)
+    kind: Kind = "encoder" if is_retrieval else "decoder"
+    # a retrieval example without negatives is fit beside others: that is the whole file's matter, and the job checks it
+    rows = [row, row] if is_retrieval else [row]
+    parse_examples(rows, kind)
+
+
+class Files:
+    """The files of all tenants, in a database that is open.
+
+    Args:
+        clock: seconds since the epoch.
+    """
+
+    def __init__(self, database: Database, *, clock: Callable[[], float] = time.time) -> None:
+        self._database = database
+        self._clock = clock
+
+    @to_the_end
+    async def add(self, tenant: str, filename: str, content: bytes, *, expires_after_s: int | None = None) -> File:
+        """Keeps a file; equal contents of one tenant are kept once. Files that have expired go on this occasion."""
+        now = self._clock()
+        file = File(
+            id=new_id("file"),
+            tenant=tenant,
+            filename=filename,
+            num_bytes=len(content),
+            digest=hashlib.sha256(content).hexdigest(),
+            created_at=now,
+            expires_at=None if expires_after_s is None else now + expires_after_s,
+        )
+        contents = tables.file_contents
+        async with self._database.write() as connection:
+            await self._remove(connection, tables.files.c.expires_at <= now)
+            known = select(contents.c.digest).where(contents.c.tenant == tenant, contents.c.digest == file.digest)
+            if (await connection.execute(known)).first() is None:
+                row = {"tenant": tenant, "digest": file.digest, "content": content}
+                await connection.execute(insert(contents).values(row))
+            await connection.execute(insert(tables.files).values(_row(file)))
+        return file
+
+    @to_the_end
+    async def get(self, tenant: str, file_id: str, *, param: str | None = None) -> File:
+        """A file of a tenant.
+
+        Args:
+            param: the field of the request that names it.
+
+        Raises:
+            NotFoundError: unknown, expired or another tenant's.
+        """
+        async with self._database.read() as connection:
+            query = select(tables.files).where(*self._of(tenant), tables.files.c.id == file_id)
+            row = (await connection.execute(query)).mappings().first()
+        if row is None:
+            raise no_file(file_id, param)
+        return File(**row)
+
+    @to_the_end
+    async def content(self, tenant: str, file_id: str, *, param: str | None = None) -> bytes:
+        """What was uploaded, byte for byte; raises as `get`."""
+        contents = tables.file_contents
+        same = (contents.c.tenant == tables.files.c.tenant) & (contents.c.digest == tables.files.c.digest)
+        query = select(contents.c.content).join(tables.files, same).where(*self._of(tenant))
+        async with self._database.read() as connection:
+            content = (await connection.execute(query.where(tables.files.c.id == file_id))).scalar_one_or_none()
+        if content is None:
+            raise no_file(file_id, param)
+        return bytes(content)
+
+    async def rows(self, tenant: str, file_id: str, *, param: str) -> Sequence[Any]:
+        """The rows of a file, which were checked when it came; raises as `get`."""
+        return read_jsonl((await self.content(tenant, file_id, param=param)).decode("utf-8-sig"))
+
+    @to_the_end
+    async def list(
+        self, tenant: str, *, after: str | None, limit: int, order: Order, purpose: str | None = None
+    ) -> Page[File]:
+        """The tenant's files by the moment they came, from behind `after` on."""
+        check_cursor(after, "file")
+        if purpose not in (None, PURPOSE):
+            return Page(data=(), has_more=False)
+        key = tables.files.c.id
+        query = select(tables.files).where(*self._of(tenant))
+        query = query.order_by(key.asc() if order == "asc" else key.desc()).limit(limit + 1)
+        if after is not None:
+            query = query.where(key > after if order == "asc" else key < after)
+        async with self._database.read() as connection:
+            rows = (await connection.execute(query)).mappings().all()
+        return Page.of([File(**row) for row in rows], limit)
+
+    @to_the_end
+    async def delete(self, tenant: str, file_id: str) -> None:
+        """Deletes a file, and its content where no other file of the tenant has it; raises as `get`."""
+        async with self._database.write() as connection:
+            found = await self._remove(connection, *self._of(tenant), tables.files.c.id == file_id)
+        if not found:
+            raise no_file(file_id, None)
+        await self._database.truncate_wal()
+
+    def _of(self, tenant: str) -> tuple[ColumnElement[bool], ...]:
+        expires_at = tables.files.c.expires_at
+        return (tables.files.c.tenant == tenant, or_(expires_at.is_(None), expires_at > self._clock()))
+
+    async def _remove(self, connection: AsyncConnection, *conditions: ColumnElement[bool]) -> bool:
+        files, contents = tables.files, tables.file_contents
+        removed = await connection.execute(delete(files).where(*conditions).returning(files.c.tenant, files.c.digest))
+        gone = {(row.tenant, row.digest) for row in removed}
+        for tenant, digest in gone:
+            still = exists().where(files.c.tenant == tenant, files.c.digest == digest)
+            await connection.execute(
+                delete(contents).where(contents.c.tenant == tenant, contents.c.digest == digest, ~still)
+            )
+        return bool(gone)
+
+
+def no_file(file_id: str, param: str | None) -> NotFoundError:
+    return NotFoundError(
+        f"there is no file {file_id!r}; GET /v1/files lists those there are", param=param, code="file_not_found"
+    )
+
+
+def _row(file: File) -> dict[str, Any]:
+    return {column.name: getattr(file, column.name) for column in tables.files.columns}
