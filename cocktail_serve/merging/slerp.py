@@ -30,7 +30,7 @@ def merge_slerp(params: Sequence[Tensor], coefficients: Sequence[float], *, out_
     Args:
         params: two floating tensors of one shape `[*S]` on one device. Left unchanged.
         coefficients: two finite floats of sum 1.
-        out_dtype: dtype of the result; accumulation is float32.
+        out_dtype: dtype of the result; accumulation is float64.
 
     Returns:
         Contiguous tensor `[*S]` of `out_dtype`, sharing no memory with the inputs.

@@ -23,7 +23,7 @@ def merge_task_arithmetic(
         params: base and N experts, floating tensors of one shape `[*S]` on one device. Left unchanged.
         coefficients: N finite floats, of the experts' task vectors.
         scale: the paper's lambda.
-        out_dtype: dtype of the result; accumulation is float32.
+        out_dtype: dtype of the result; accumulation is float64.
 
     Returns:
         Contiguous tensor `[*S]` of `out_dtype`, sharing no memory with the inputs.

@@ -5,9 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
+from cocktail_serve.dtypes import FLOATING
 from cocktail_serve.merging import native
+from cocktail_serve.merging.linear import merge_param
 from cocktail_serve.merging.native import Kernel, load_kernel
 
 
@@ -69,3 +73,34 @@ def test_a_compiler_that_fails_is_quoted(tmp_path: Path, monkeypatch: pytest.Mon
     broken.chmod(0o755)
     monkeypatch.setenv("CC", str(broken))
     assert load_kernel() == f"{broken} cannot build it: no such header"
+
+
+@pytest.mark.usefixtures("compiler")
+@pytest.mark.parametrize("architecture", ["x86-64", "haswell"])
+def test_older_machines_compute_the_same_bits(architecture: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What stands in for AVX-512 and half precision conversions, on all bit patterns of 16 bits and odd sizes."""
+    if native.platform.machine() != "x86_64":
+        pytest.skip("for x86 alone")
+    patterns = torch.arange(2**16, dtype=torch.int32).to(torch.int16)
+    generator = torch.Generator().manual_seed(0)
+    inputs = {
+        "bfloat16": patterns.view(torch.bfloat16),
+        "float16": patterns.view(torch.float16),
+        "float32": torch.randint(-(2**31), 2**31 - 1, (2**16,), generator=generator, dtype=torch.int64)
+        .to(torch.int32)
+        .view(torch.float32),
+        "float64": torch.randn(2**16, generator=generator, dtype=torch.float64) * 1e-38,
+    }
+    assert inputs.keys() == FLOATING
+    pairs = [[inputs[a][:65_529], inputs[b].flip(0)[:65_529]] for a in inputs for b in inputs]
+
+    def merged() -> list[np.ndarray]:
+        dtypes = (torch.bfloat16, torch.float16, torch.float32)
+        return [merge_param(pair, [0.3, 0.7], out_dtype=t).float().numpy() for pair in pairs for t in dtypes]
+
+    own = merged()
+    monkeypatch.setattr(native, "_FLAGS", (*native._FLAGS, f"-march={architecture}"))
+    load_kernel.cache_clear()
+    assert isinstance(load_kernel(), Kernel)
+    for mine, theirs in zip(own, merged(), strict=True):
+        np.testing.assert_array_equal(mine, theirs)
