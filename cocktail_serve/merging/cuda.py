@@ -119,4 +119,10 @@ def _merge_kernel(  # type: ignore[no-untyped-def]  # noqa: PLR0917
         step = tl.where((rest > 0) ^ (bits < 0), 1, -1)
         inexact = ((rest > 0) | (rest < 0)) & ((bits & 1) == 0)
         merged = (bits + tl.where(inexact, step, 0)).to(tl.float32, bitcast=True)
-    tl.store(out + offsets, merged.to(out.dtype.element_ty), mask=inside)
+    if out.dtype.element_ty == tl.bfloat16:  # by hand, since Triton's interpreter truncates
+        pattern = merged.to(tl.uint32, bitcast=True)
+        rounded = (pattern + 0x7FFF + ((pattern >> 16) & 1)) >> 16
+        kept = tl.where(merged == merged, rounded, pattern >> 16)  # noqa: PLR0124  NaN alone differs from itself
+        tl.store(out + offsets, kept.to(tl.uint16).to(tl.bfloat16, bitcast=True), mask=inside)
+    else:
+        tl.store(out + offsets, merged.to(out.dtype.element_ty), mask=inside)
