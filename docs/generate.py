@@ -115,7 +115,7 @@ def cli_page() -> str:
         "# Command line\n\nExit codes: 0 done, 2 usage or bad input (said on stderr, nothing written), 1 failure. "
         "Every command takes `--json`.\n",
     ]
-    for name, command in sorted(group.commands.items()):  # type: ignore[attr-defined]  # a click.Group
+    for name, command in _commands(group):
         context = command.make_context(name, [], resilient_parsing=True)
         text = inspect.cleandoc(command.help or "")
         parts.append(f"\n## cocktail-serve {name}\n\n{text}\n\n| argument or option | meaning |\n|---|---|\n")
@@ -126,6 +126,15 @@ def cli_page() -> str:
             shown, meaning = record or (parameter.make_metavar(context), getattr(parameter, "help", None) or "")
             parts.append(f"| `{shown}` | {meaning} |\n".replace("  ", " "))
     return "".join(parts)
+
+
+def _commands(group: Any) -> Iterator[tuple[str, Any]]:
+    """Commands of a click group by name, those of groups inside it as `keys create`."""
+    for name, command in sorted(group.commands.items()):
+        if hasattr(command, "commands"):
+            yield from ((f"{name} {inner}", each) for inner, each in _commands(command))
+        else:
+            yield name, command
 
 
 def http_page() -> str:

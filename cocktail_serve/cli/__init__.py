@@ -11,6 +11,7 @@ import cocktail_serve
 from cocktail_serve.cli.demo import demo as demo_command
 from cocktail_serve.cli.doctor import doctor as doctor_command
 from cocktail_serve.cli.inspect import inspect as inspect_command
+from cocktail_serve.cli.keys import keys as keys_commands
 from cocktail_serve.cli.mix import mix as mix_command
 from cocktail_serve.cli.serve import serve as serve_command
 from cocktail_serve.cli.terminal import print_error
@@ -30,6 +31,7 @@ app.command("mix")(mix_command)
 app.command("inspect")(inspect_command)
 app.command("doctor")(doctor_command)
 app.command("demo")(demo_command)
+app.add_typer(keys_commands)
 
 
 def main(args: Sequence[str] | None = None) -> None:

@@ -129,7 +129,7 @@ class Registry:
             return served
         entry = self._find(tenant, model_id)
         if entry is None:
-            raise _no_model(model_id)
+            raise no_model(model_id)
         if entry.served is None:
             raise self.why_not_served(entry.cocktail)
         if entry.cocktail.inline:
@@ -484,7 +484,8 @@ def _model_entry(model_id: str, cocktail: Cocktail) -> ModelEntry:
     return ModelEntry(id=model_id, created=int(cocktail.created_at), kind=cocktail.kind, pool=cocktail.pool_id)
 
 
-def _no_model(model_id: str) -> NotFoundError:
+def no_model(model_id: str) -> NotFoundError:
+    """The error for a model id that means nothing to a tenant."""
     return NotFoundError(
         f"the model {model_id!r} does not exist; GET /v1/models lists those that do",
         param="model",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, Self, TypeVar
 
@@ -170,8 +170,18 @@ class CocktailRequest:
         return self.options.digest
 
 
-def parse_request(body: Mapping[str, Any], *, settings: Settings, pools: Mapping[str, Pool]) -> CocktailRequest:
+def parse_request(
+    body: Mapping[str, Any],
+    *,
+    settings: Settings,
+    pools: Mapping[str, Pool],
+    visible: Collection[str] | None = None,
+) -> CocktailRequest:
     """Checks the body of `POST /v1/cocktails`. Pure and bound by the CPU: megabytes of examples belong off the loop.
+
+    Args:
+        pools: all of the configuration: no cocktail may take the name of any.
+        visible: ids of the pools that are there for the tenant; None: all.
 
     Raises:
         InvalidRequestError: an unknown or malformed field; `param` names it.
@@ -192,8 +202,8 @@ def parse_request(body: Mapping[str, Any], *, settings: Settings, pools: Mapping
     if parsed.name in pools:
         raise ConflictError(f"the name {parsed.name!r} is taken by a pool; choose another", param="name")
     pool = pools.get(parsed.pool)
-    if pool is None:
-        known = ", ".join(sorted(pools))
+    if pool is None or not (visible is None or pool.id in visible):
+        known = ", ".join(sorted(pools.keys() if visible is None else pools.keys() & visible))
         raise NotFoundError(
             f"there is no pool {parsed.pool!r}; there are: {known}", param="pool", code="pool_not_found"
         )

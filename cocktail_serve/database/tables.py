@@ -113,3 +113,25 @@ file_contents = Table(
     Column("content", LargeBinary, nullable=False),
 )
 """By content, so that a file uploaded twice lies here once; apart from `files`, so that listing reads no content."""
+
+tenants = Table(
+    "tenants",
+    metadata,
+    Column("name", TENANT, primary_key=True),
+    Column("pools", JSON(none_as_null=True)),
+    Column("created_at", Float(53), nullable=False),
+)
+
+keys = Table(
+    "keys",
+    metadata,
+    Column("id", String(12), primary_key=True),
+    Column("tenant", TENANT, ForeignKey("tenants.name"), nullable=False),
+    Column("scopes", JSON, nullable=False),
+    Column("digest", DIGEST, nullable=False),
+    Column("created_at", Float(53), nullable=False),
+    Column("expires_at", Float(53)),
+    Column("revoked_at", Float(53)),
+    Index("ix_keys_tenant", "tenant"),
+)
+"""Of a key itself only the digest is there."""

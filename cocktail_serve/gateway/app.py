@@ -19,12 +19,23 @@ from cocktail_serve.engines import build_engine
 from cocktail_serve.engines.base import Engine
 from cocktail_serve.errors import ConfigError
 from cocktail_serve.finetuning.files import Files
+from cocktail_serve.gateway.authentication import Authenticator
 from cocktail_serve.gateway.error_handlers import add_error_handlers
 from cocktail_serve.gateway.metrics import GatewayMetrics
 from cocktail_serve.gateway.middleware import BodyLimit, RequestBoundary
 from cocktail_serve.gateway.openapi import add_openapi
-from cocktail_serve.gateway.routes import cocktails, embeddings, files, generation, models, operations, reranking
+from cocktail_serve.gateway.routes import (
+    admin,
+    cocktails,
+    embeddings,
+    files,
+    generation,
+    models,
+    operations,
+    reranking,
+)
 from cocktail_serve.gateway.routes import pools as pools_routes
+from cocktail_serve.gateway.schemas.admin import KeyBody, RotationBody, TenantBody
 from cocktail_serve.gateway.schemas.cocktails import CurrentVersion
 from cocktail_serve.gateway.schemas.embeddings import EmbeddingRequest
 from cocktail_serve.gateway.schemas.files import FileUpload
@@ -32,6 +43,7 @@ from cocktail_serve.gateway.schemas.generation import ChatCompletionRequest, Com
 from cocktail_serve.gateway.schemas.reranking import RerankRequest
 from cocktail_serve.gateway.state import Gateway
 from cocktail_serve.pool import Pool
+from cocktail_serve.tenants.store import TenantStore
 
 Lifespan = Callable[[FastAPI], AbstractAsyncContextManager[None]]
 
@@ -63,7 +75,7 @@ def create_app(
         lifespan=_lifespan(settings, pools, engines, metrics),
         redoc_url=None,
     )
-    for family in (generation, embeddings, reranking, models, cocktails, files, pools_routes, operations):
+    for family in (generation, embeddings, reranking, models, cocktails, files, pools_routes, admin, operations):
         app.include_router(family.router)
     add_error_handlers(app)
     add_openapi(
@@ -76,6 +88,9 @@ def create_app(
             CocktailBody,
             CurrentVersion,
             FileUpload,
+            KeyBody,
+            RotationBody,
+            TenantBody,
         ),
     )
     # the last added is the outermost
@@ -114,6 +129,8 @@ def _lifespan(
             service = CocktailService(settings, pools, engines, database=database)
             stack.push_async_callback(service.stop)
             await service.start()
+            tenants = TenantStore(database)
+            admin_key = settings.admin_key
             gateway = Gateway(
                 settings=settings,
                 pools=pools,
@@ -121,6 +138,12 @@ def _lifespan(
                 service=service,
                 files=Files(database),
                 metrics=metrics,
+                tenants=tenants,
+                authenticator=Authenticator(
+                    tenants,
+                    required=settings.server.requires_key,
+                    admin_key=None if admin_key is None else admin_key.get_secret_value(),
+                ),
             )
             stack.callback(gateway.parsing.shutdown)
             app.state.gateway = gateway

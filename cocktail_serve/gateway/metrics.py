@@ -68,7 +68,7 @@ class GatewayMetrics:
 
         Args:
             health: of each engine now, by pool.
-            jobs: number of cocktails in each state.
+            jobs: number of cocktails in each state, inline ones included.
         """
         self._snapshot.health = health
         self._snapshot.jobs = jobs
@@ -86,7 +86,7 @@ class _Snapshot(Collector):
     def collect(self) -> Iterable[Metric]:
         yield from self._engines()
         yield from self._health()
-        jobs = GaugeMetricFamily("cocktail_jobs", "Cocktails by state, inline ones left out.", labels=["status"])
+        jobs = GaugeMetricFamily("cocktail_jobs", "Cocktails of all tenants by state.", labels=["status"])
         for status, number in self.jobs.items():
             jobs.add_metric([status], number)
         yield jobs

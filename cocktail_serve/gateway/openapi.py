@@ -13,7 +13,7 @@ from cocktail_serve.gateway.schemas.errors import ErrorBody
 ERROR_STATUSES: dict[int, str] = {
     400: "Malformed, or unfit for the model.",
     401: "No API key, or one that is not valid.",
-    403: "What the operator owns cannot be deleted.",
+    403: "The key lacks the scope; or it is the operator's.",
     404: "Unknown, or another tenant's.",
     405: "Not this method.",
     409: "Conflicts with what exists; `x-should-retry: false`.",
@@ -32,7 +32,7 @@ _HEADERS: dict[int, dict[str, Any]] = {
     503: {"Retry-After": {"schema": {"type": "integer", "minimum": 1, "maximum": 120}}},
 }
 
-_EVERYWHERE = (400, 401, 500)
+_EVERYWHERE = (400, 401, 403, 500)
 _ENGINE = (404, 409, 413, 422, 429, 502, 503, 504)
 
 ErrorResponses = dict[int | str, dict[str, Any]]
@@ -101,6 +101,8 @@ def add_openapi(app: FastAPI, *, bodies: tuple[type[BaseModel], ...]) -> None:
                     _without_validation_error(operation["responses"])
                     if path.startswith("/v1/"):
                         operation["security"] = [{"APIKey": []}, {}]
+                    elif path.startswith("/admin/"):
+                        operation["security"] = [{"APIKey": []}]
             app.openapi_schema = document
         return app.openapi_schema
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import hmac
 from collections.abc import Mapping
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -16,12 +15,11 @@ from cocktail_serve.cocktails.request import CocktailRequest, parse_inline, pars
 from cocktail_serve.cocktails.service import CocktailService
 from cocktail_serve.config import PoolConfig, Settings
 from cocktail_serve.engines.base import EmbeddingEngine, Engine, GenerationEngine, RerankingEngine
-from cocktail_serve.errors import AuthenticationError
 from cocktail_serve.finetuning.files import Files
+from cocktail_serve.gateway.authentication import Authenticator, Caller
 from cocktail_serve.gateway.metrics import GatewayMetrics
 from cocktail_serve.pool import Pool
-
-DEFAULT_TENANT = "default"
+from cocktail_serve.tenants.store import TenantStore
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +27,6 @@ class Gateway:
     """All that lives as long as the app does.
 
     Attributes:
-        required_key: what requests must carry; None: they need no key (`create_app` refuses a key that is not set).
         parsing: one thread for bodies that may be megabytes: the checks of cocktail requests, answers of embeddings.
     """
 
@@ -39,18 +36,17 @@ class Gateway:
     service: CocktailService
     files: Files
     metrics: GatewayMetrics
+    tenants: TenantStore
+    authenticator: Authenticator
     pool_configs: Mapping[str, PoolConfig] = field(init=False)
-    required_key: bytes | None = field(init=False, repr=False)
     parsing: Executor = field(default_factory=lambda: ThreadPoolExecutor(1, "cocktail-parse"), repr=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "pool_configs", {pool.id: pool for pool in self.settings.pools})
-        key = self.settings.admin_key if self.settings.server.requires_key else None
-        object.__setattr__(self, "required_key", None if key is None else key.get_secret_value().encode())
 
-    async def parse_cocktail(self, body: Mapping[str, Any]) -> CocktailRequest:
+    async def parse_cocktail(self, body: Mapping[str, Any], caller: Caller) -> CocktailRequest:
         """The body of `POST /v1/cocktails`, checked; raises as `parse_request` does."""
-        parse = partial(parse_request, body, settings=self.settings, pools=self.pools)
+        parse = partial(parse_request, body, settings=self.settings, pools=self.pools, visible=caller.pools)
         return await asyncio.get_running_loop().run_in_executor(self.parsing, parse)
 
     async def parse_inline(self, cocktail: Any, pool: Pool) -> CocktailRequest:
@@ -80,22 +76,50 @@ async def gateway_of(request: Request) -> Gateway:
 GatewayDep = Annotated[Gateway, Depends(gateway_of)]
 
 
-async def tenant_of(request: Request) -> str:
-    """Whose request it is.
+async def caller_of(request: Request) -> Caller:
+    """Who sent the request; may use models.
 
     Raises:
-        AuthenticationError: a key is required, and there is none or another.
+        AuthenticationError: a key is required, and there is none, or one that is not valid.
+        PermissionDeniedError: the key lacks the scope `use`.
     """
     gateway = await gateway_of(request)
-    if gateway.required_key is None:
-        return DEFAULT_TENANT
-    scheme, _, key = request.headers.get("authorization", "").partition(" ")
-    if scheme.lower() != "bearer" or not key.strip():
-        raise AuthenticationError("an API key is required: send the header 'Authorization: Bearer <key>'")
-    # headers are latin-1 on the wire; compare_digest takes as long wherever the keys differ
-    if not hmac.compare_digest(key.strip().encode("latin-1"), gateway.required_key):
-        raise AuthenticationError("the API key is not valid")
-    return DEFAULT_TENANT
+    caller = await gateway.authenticator.caller(request.headers.get("authorization", ""))
+    caller.require("use")
+    return caller
+
+
+CallerDep = Annotated[Caller, Depends(caller_of)]
+
+
+async def tenant_of(caller: CallerDep) -> str:
+    """Whose request it is; raises as `caller_of` does."""
+    return caller.tenant
 
 
 TenantDep = Annotated[str, Depends(tenant_of)]
+
+
+async def creator_of(caller: CallerDep) -> str:
+    """Whose request it is that makes, changes or deletes something.
+
+    Raises:
+        AuthenticationError: as `caller_of`.
+        PermissionDeniedError: the key lacks the scope `create`.
+    """
+    caller.require("create")
+    return caller.tenant
+
+
+CreatorDep = Annotated[str, Depends(creator_of)]
+
+
+async def admin_of(request: Request) -> Caller:
+    """Who sent a request to `/admin`.
+
+    Raises:
+        AuthenticationError: no key, or one that is not valid; even where `server.auth` is off.
+        PermissionDeniedError: the key lacks the scope `admin`.
+    """
+    gateway = await gateway_of(request)
+    return await gateway.authenticator.admin(request.headers.get("authorization", ""))

@@ -6,7 +6,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from cocktail_serve.cocktails.cocktail import Served
+from cocktail_serve.cocktails.registry import no_model
 from cocktail_serve.errors import InvalidRequestError, NotFoundError, WrongModelKindError
+from cocktail_serve.gateway.authentication import Caller
 from cocktail_serve.gateway.state import Gateway
 from cocktail_serve.pool import Kind, Pool, with_article
 
@@ -17,12 +19,13 @@ _ROUTES: dict[Kind, str] = {
 }
 
 
-def requested_pool(gateway: Gateway, tenant: str, body: Mapping[str, Any], *, kind: Kind) -> Pool:
+def requested_pool(gateway: Gateway, caller: Caller, body: Mapping[str, Any], *, kind: Kind) -> Pool:
     """The pool of the model that a request names. Cheap: what is wrong with the rest is found before anything is mixed.
 
     Raises:
         InvalidRequestError: no model named.
-        NotFoundError: unknown, or another tenant's.
+        NotFoundError: unknown, another tenant's, or of a pool that is not there for the tenant.
+        PermissionDeniedError: an inline cocktail, and the key may not create.
         WrongModelKindError: the pool is not of the kind that the route needs.
         ModelNotReadyError: it is still being made.
     """
@@ -30,11 +33,14 @@ def requested_pool(gateway: Gateway, tenant: str, body: Mapping[str, Any], *, ki
     if not isinstance(model, str) or not model:
         raise InvalidRequestError("model is required: name one of GET /v1/models", param="model")
     if body.get("cocktail") is None:
-        pool = gateway.service.resolve(tenant, model).pool
-    elif model in gateway.pools:
+        pool = gateway.service.resolve(caller.tenant, model).pool
+        if not caller.sees(pool.id):
+            raise no_model(model)
+    elif model in gateway.pools and caller.sees(model):
+        caller.require("create")
         pool = gateway.pools[model]
     else:
-        known = ", ".join(sorted(gateway.pools))
+        known = ", ".join(sorted(filter(caller.sees, gateway.pools)))
         raise NotFoundError(
             f"with an inline cocktail, model names the pool to mix from, and there is no pool {model!r}; "
             f"there are: {known}",

@@ -22,9 +22,12 @@ def test_the_version_is_the_packages(capsys):
     assert capsys.readouterr().out.strip() == cocktail_serve.__version__
 
 
-@pytest.mark.parametrize("command", ["serve", "weigh", "mix", "inspect", "doctor", "demo"])
+@pytest.mark.parametrize(
+    "command",
+    ["serve", "weigh", "mix", "inspect", "doctor", "demo", "keys create", "keys list", "keys revoke", "keys rotate"],
+)
 def test_every_command_has_help_and_json(command, capsys):
-    assert run(command, "--help") == 0
+    assert run(*command.split(), "--help") == 0
     assert "--json" in capsys.readouterr().out
 
 
@@ -40,7 +43,7 @@ def test_wrong_usage_exits_2(args, capsys):
     ("error", "code"), [(ConfigError("bad key"), 2), (EngineError("engine died"), 1), (KeyboardInterrupt(), 130)]
 )
 def test_errors_are_told_in_one_line(error, code, monkeypatch, capsys):
-    def fail(args):
+    def fail(args, obj):
         raise error
 
     monkeypatch.setattr(cli, "app", fail)
@@ -52,7 +55,7 @@ def test_errors_are_told_in_one_line(error, code, monkeypatch, capsys):
 
 
 def test_a_fault_of_ours_keeps_its_traceback(monkeypatch):
-    def fail(args):
+    def fail(args, obj):
         raise ZeroDivisionError
 
     monkeypatch.setattr(cli, "app", fail)

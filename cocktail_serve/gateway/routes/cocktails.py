@@ -24,7 +24,7 @@ from cocktail_serve.gateway.schemas.cocktails import (
     RecipeView,
     WeighingView,
 )
-from cocktail_serve.gateway.state import GatewayDep, TenantDep
+from cocktail_serve.gateway.state import CallerDep, CreatorDep, GatewayDep, TenantDep
 
 router = APIRouter(tags=["cocktails"])
 
@@ -47,7 +47,8 @@ _LOCATION = {"Location": {"description": "Where to follow it.", "schema": {"type
 async def create_cocktail(
     *,
     gateway: GatewayDep,
-    tenant: TenantDep,
+    caller: CallerDep,
+    tenant: CreatorDep,
     body: JSONObject,
     request: Request,
     response: Response,
@@ -57,7 +58,7 @@ async def create_cocktail(
     dry_run: Annotated[bool, Query(description="Losses and weights only; nothing is kept.")] = False,
 ) -> CocktailView | WeighingView:
     """Makes a cocktail from examples or weights, or finds the one that the same request made."""
-    wanted = await gateway.parse_cocktail(body)
+    wanted = await gateway.parse_cocktail(body, caller)
     if dry_run:
         response.status_code = 200
         async with ended_with_client(request.receive):
@@ -118,14 +119,14 @@ async def retrieve_report(gateway: GatewayDep, tenant: TenantDep, ref: str) -> C
 @router.patch(
     "/v1/cocktails/{name}", responses=error_responses(404, 409, 413), openapi_extra=json_request(CurrentVersion)
 )
-async def update_cocktail(gateway: GatewayDep, tenant: TenantDep, name: str, body: JSONObject) -> CocktailView:
+async def update_cocktail(gateway: GatewayDep, tenant: CreatorDep, name: str, body: JSONObject) -> CocktailView:
     """Says which version the name means: a ready one, or null for the newest."""
     wanted = parse_as(CurrentVersion, body)
     return CocktailView.of(await gateway.service.set_current(tenant, name, wanted.current))
 
 
 @router.delete("/v1/cocktails/{ref}", responses=error_responses(403, 404))
-async def delete_cocktail(gateway: GatewayDep, tenant: TenantDep, ref: str) -> CocktailDeleted:
+async def delete_cocktail(gateway: GatewayDep, tenant: CreatorDep, ref: str) -> CocktailDeleted:
     """Deletes a version, or all versions of a name, with examples and losses."""
     await gateway.service.delete(tenant, ref)
     return CocktailDeleted(id=ref)

@@ -20,7 +20,7 @@ from cocktail_serve.gateway.embedding import (
 from cocktail_serve.gateway.json_body import json_object, parse_as
 from cocktail_serve.gateway.openapi import engine_errors, json_request
 from cocktail_serve.gateway.schemas.embeddings import EmbeddingList, EmbeddingRequest
-from cocktail_serve.gateway.state import gateway_of, tenant_of
+from cocktail_serve.gateway.state import caller_of, gateway_of
 from cocktail_serve.gateway.targets import requested_pool, served_model
 from cocktail_serve.gateway.truncation import truncation
 
@@ -36,10 +36,10 @@ router = APIRouter(tags=["embeddings"], route_class=DirectRoute)
 async def create_embeddings(request: Request) -> Response:
     """Embeddings of up to 2048 texts, as OpenAI's."""
     gateway = await gateway_of(request)
-    tenant = await tenant_of(request)
+    caller = await caller_of(request)
     body = await json_object(request)
     wanted = parse_as(EmbeddingRequest, body)
-    pool = requested_pool(gateway, tenant, body, kind="encoder")
+    pool = requested_pool(gateway, caller, body, kind="encoder")
     request.state.pool = pool.id
     config = gateway.pool_configs[pool.id]
     engine = gateway.embedding_engine(pool.id)
@@ -47,7 +47,7 @@ async def create_embeddings(request: Request) -> Response:
     prompt = prompt_of(wanted.prompt_name, config, inputs)
     truncate_to = truncation(wanted.truncate_prompt_tokens, max_length=engine.max_length, truncate=config.truncate)
     dimensions = dimensions_to_keep(wanted.dimensions, full=engine.dimension, pool=config)
-    served = await served_model(gateway, tenant, body)
+    served = await served_model(gateway, caller.tenant, body)
     async with ended_with_client(request.receive):
         embedded = await engine.embed(
             served.recipe, inputs, prompt=prompt, truncate_to=truncate_to, dimensions=dimensions

@@ -15,7 +15,7 @@ from cocktail_serve.finetuning.ids import Order
 from cocktail_serve.gateway.json_body import parse_as
 from cocktail_serve.gateway.openapi import error_responses, form_request
 from cocktail_serve.gateway.schemas.files import FileDeleted, FileList, FileUpload, FileView
-from cocktail_serve.gateway.state import GatewayDep, TenantDep
+from cocktail_serve.gateway.state import CreatorDep, GatewayDep, TenantDep
 
 router = APIRouter(tags=["files"])
 
@@ -27,7 +27,7 @@ MAX_FILENAME = 255
 
 
 @router.post("/v1/files", responses=error_responses(413), openapi_extra=form_request(FileUpload))
-async def upload_file(gateway: GatewayDep, tenant: TenantDep, request: Request) -> FileView:
+async def upload_file(gateway: GatewayDep, tenant: CreatorDep, request: Request) -> FileView:
     """Keeps a JSONL file of examples, once every line of it is one."""
     form = await _form(request)
     try:
@@ -84,7 +84,7 @@ async def retrieve_file_content(gateway: GatewayDep, tenant: TenantDep, file_id:
 
 
 @router.delete("/v1/files/{file_id}", responses=error_responses(404))
-async def delete_file(gateway: GatewayDep, tenant: TenantDep, file_id: str) -> FileDeleted:
+async def delete_file(gateway: GatewayDep, tenant: CreatorDep, file_id: str) -> FileDeleted:
     """Deletes a file and its content; models made from it stay, with the examples they were made from."""
     await gateway.files.delete(tenant, file_id)
     return FileDeleted(id=file_id)

@@ -18,7 +18,7 @@ from cocktail_serve.gateway.schemas.generation import (
     Completion,
     CompletionRequest,
 )
-from cocktail_serve.gateway.state import gateway_of, tenant_of
+from cocktail_serve.gateway.state import caller_of, gateway_of
 from cocktail_serve.gateway.targets import requested_pool, served_model
 
 router = APIRouter(tags=["generation"], route_class=DirectRoute)
@@ -50,14 +50,14 @@ async def create_completion(request: Request) -> Response:
 
 async def _generate(request: Request, path: str) -> Response:
     gateway = await gateway_of(request)
-    tenant = await tenant_of(request)
+    caller = await caller_of(request)
     body = await json_object(request)
-    pool = requested_pool(gateway, tenant, body, kind="decoder")
+    pool = requested_pool(gateway, caller, body, kind="decoder")
     request.state.pool = pool.id
     engine_config = gateway.pool_configs[pool.id].engine
     assert isinstance(engine_config, VLLMEngineConfig)  # the configuration lets no decoder have another
     outgoing = apply_field_policy(body, allow_chat_template=engine_config.allow_chat_template)
-    served = await served_model(gateway, tenant, body)
+    served = await served_model(gateway, caller.tenant, body)
     return GenerationResponse(
-        gateway.generation_engine(pool.id), served, path, outgoing, tenant=tenant, metrics=gateway.metrics
+        gateway.generation_engine(pool.id), served, path, outgoing, tenant=caller.tenant, metrics=gateway.metrics
     )

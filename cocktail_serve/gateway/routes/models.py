@@ -2,49 +2,50 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 from fastapi import APIRouter
 
 from cocktail_serve.cocktails.cocktail import ModelEntry
-from cocktail_serve.errors import NotFoundError
+from cocktail_serve.cocktails.registry import no_model
+from cocktail_serve.gateway.authentication import Caller
 from cocktail_serve.gateway.openapi import error_responses
 from cocktail_serve.gateway.schemas.models import Model, ModelDeleted, ModelList
-from cocktail_serve.gateway.state import Gateway, GatewayDep, TenantDep
+from cocktail_serve.gateway.state import CallerDep, CreatorDep, Gateway, GatewayDep
 from cocktail_serve.pool import Pool
 
 router = APIRouter(tags=["models"])
 
 
 @router.get("/v1/models", responses=error_responses())
-async def list_models(gateway: GatewayDep, tenant: TenantDep) -> ModelList:
+async def list_models(gateway: GatewayDep, caller: CallerDep) -> ModelList:
     """Pools, experts, current names and ready versions."""
-    return ModelList(data=[_view(entry, tenant, gateway.pools) for entry in gateway.service.models(tenant)])
+    return ModelList(data=[_view(entry, caller.tenant, gateway.pools) for entry in _entries(gateway, caller)])
 
 
 @router.get("/v1/models/{model_id:path}", responses=error_responses(404))
-async def retrieve_model(gateway: GatewayDep, tenant: TenantDep, model_id: str) -> Model:
+async def retrieve_model(gateway: GatewayDep, caller: CallerDep, model_id: str) -> Model:
     """One model."""
-    return _view(_entry(gateway, tenant, model_id), tenant, gateway.pools)
+    return _view(_entry(gateway, caller, model_id), caller.tenant, gateway.pools)
 
 
 @router.delete("/v1/models/{model_id:path}", responses=error_responses(403, 404))
-async def delete_model(gateway: GatewayDep, tenant: TenantDep, model_id: str) -> ModelDeleted:
+async def delete_model(gateway: GatewayDep, caller: CallerDep, tenant: CreatorDep, model_id: str) -> ModelDeleted:
     """Deletes a cocktail's version, or all versions of a name."""
-    _entry(gateway, tenant, model_id)
+    _entry(gateway, caller, model_id)
     await gateway.service.delete(tenant, model_id)
     return ModelDeleted(id=model_id)
 
 
-def _entry(gateway: Gateway, tenant: str, model_id: str) -> ModelEntry:
-    for entry in gateway.service.models(tenant):
+def _entries(gateway: Gateway, caller: Caller) -> Iterator[ModelEntry]:
+    return (entry for entry in gateway.service.models(caller.tenant) if caller.sees(entry.pool))
+
+
+def _entry(gateway: Gateway, caller: Caller, model_id: str) -> ModelEntry:
+    for entry in _entries(gateway, caller):
         if entry.id == model_id:
             return entry
-    raise NotFoundError(
-        f"the model {model_id!r} does not exist; GET /v1/models lists those that do",
-        param="model",
-        code="model_not_found",
-    )
+    raise no_model(model_id)
 
 
 def _view(entry: ModelEntry, tenant: str, pools: Mapping[str, Pool]) -> Model:

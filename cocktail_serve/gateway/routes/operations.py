@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections import Counter
 
 from fastapi import APIRouter, Response
 
 import cocktail_serve
 from cocktail_serve.engines.base import EngineHealth
 from cocktail_serve.gateway.schemas.operations import EngineReadiness, Health, Readiness
-from cocktail_serve.gateway.state import DEFAULT_TENANT, Gateway, GatewayDep
+from cocktail_serve.gateway.state import Gateway, GatewayDep
 
 router = APIRouter(tags=["operations"])
 
@@ -49,8 +48,7 @@ async def metrics(gateway: GatewayDep) -> Response:
     """Counters in Prometheus' text format."""
     # a scrape comes every few seconds: it does not wait long for an engine that hangs
     health = await _ask_engines(gateway, deadline_s=min(1.0, gateway.settings.server.ready_deadline_s))
-    jobs = Counter(cocktail.status for cocktail in gateway.service.list(DEFAULT_TENANT))
-    return Response(gateway.metrics.render(health, jobs), media_type=_METRICS_MEDIA_TYPE)
+    return Response(gateway.metrics.render(health, gateway.service.statuses()), media_type=_METRICS_MEDIA_TYPE)
 
 
 async def _ask_engines(gateway: Gateway, *, deadline_s: float) -> dict[str, EngineHealth]:

@@ -6,17 +6,18 @@ from fastapi import APIRouter
 
 from cocktail_serve.gateway.openapi import error_responses
 from cocktail_serve.gateway.schemas.pools import PoolList, PoolView
-from cocktail_serve.gateway.state import GatewayDep, TenantDep
+from cocktail_serve.gateway.state import CallerDep, GatewayDep
 
 router = APIRouter(tags=["pools"])
 
 
 @router.get("/v1/pools", responses=error_responses())
-async def list_pools(gateway: GatewayDep, _: TenantDep) -> PoolList:
-    """The pools that the operator has defined, and what they are made of."""
+async def list_pools(gateway: GatewayDep, caller: CallerDep) -> PoolList:
+    """The pools that are there for the tenant, and what they are made of."""
     return PoolList(
         data=[
             PoolView.of(pool, gateway.pool_configs[pool.id], dtype=gateway.engines[pool.id].dtype)
             for _, pool in sorted(gateway.pools.items())
+            if caller.sees(pool.id)
         ]
     )

@@ -12,7 +12,7 @@ from cocktail_serve.gateway.json_body import json_object, parse_as
 from cocktail_serve.gateway.openapi import engine_errors, json_request
 from cocktail_serve.gateway.reranking import check_documents, encode_answer
 from cocktail_serve.gateway.schemas.reranking import RerankAnswer, RerankRequest
-from cocktail_serve.gateway.state import gateway_of, tenant_of
+from cocktail_serve.gateway.state import caller_of, gateway_of
 from cocktail_serve.gateway.targets import requested_pool, served_model
 from cocktail_serve.gateway.truncation import truncation
 
@@ -30,10 +30,10 @@ router = APIRouter(tags=["reranking"], route_class=DirectRoute)
 async def rerank(request: Request) -> Response:
     """Documents in the order of their relevance to a query, as vLLM's; `/rerank` and `/v2/rerank` are the same."""
     gateway = await gateway_of(request)
-    tenant = await tenant_of(request)
+    caller = await caller_of(request)
     body = await json_object(request)
     wanted = parse_as(RerankRequest, body)
-    pool = requested_pool(gateway, tenant, body, kind="reranker")
+    pool = requested_pool(gateway, caller, body, kind="reranker")
     request.state.pool = pool.id
     engine = gateway.reranking_engine(pool.id)
     documents = check_documents(wanted.documents)
@@ -42,7 +42,7 @@ async def rerank(request: Request) -> Response:
         max_length=engine.max_length,
         truncate=gateway.pool_configs[pool.id].truncate,
     )
-    served = await served_model(gateway, tenant, body)
+    served = await served_model(gateway, caller.tenant, body)
     async with ended_with_client(request.receive):
         reranked = await engine.rerank(
             served.recipe,

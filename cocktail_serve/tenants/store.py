@@ -1,0 +1,205 @@
+"""Tenants and keys in the database: made, listed, ended. Several processes may do so at once."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+
+from sqlalchemy import insert, select, update
+from sqlalchemy.engine import RowMapping
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from cocktail_serve.database import tables
+from cocktail_serve.database.database import Database, to_the_end
+from cocktail_serve.errors import ConflictError, NotFoundError
+from cocktail_serve.tenants.keys import Key, Scope, check_tenant, digest_of, make_key
+
+
+@dataclass(frozen=True, slots=True)
+class Tenant:
+    """Somebody with cocktails of their own.
+
+    Attributes:
+        pools: ids of the pools it may use; None: all.
+        created_at: seconds since the epoch.
+    """
+
+    name: str
+    pools: frozenset[str] | None
+    created_at: float
+
+
+class TenantStore:
+    """The tables of tenants and keys in a database that is open.
+
+    Every write is on disk when its coroutine returns. Every method raises StorageError when the database refuses.
+
+    Args:
+        clock: seconds since the epoch.
+    """
+
+    def __init__(self, database: Database, *, clock: Callable[[], float] = time.time) -> None:
+        self._database = database
+        self._clock = clock
+
+    @to_the_end
+    async def create_key(
+        self, tenant: str, scopes: Iterable[Scope], *, lifetime_s: float | None = None
+    ) -> tuple[Key, str]:
+        """Makes a key, and its tenant if there is none of that name.
+
+        Returns:
+            What is kept, and the key itself, which can never be shown again.
+
+        Raises:
+            InvalidRequestError: not a tenant's name.
+        """
+        check_tenant(tenant)
+        now = self._clock()
+        async with self._database.write() as connection:
+            await self._ensure_tenant(connection, tenant, now)
+            return await self._add(connection, tenant, scopes, now, lifetime_s)
+
+    @to_the_end
+    async def keys(self, tenant: str | None = None) -> Sequence[Key]:
+        """All keys, of one tenant if given, the oldest first; those that ended too."""
+        query = select(tables.keys).order_by(tables.keys.c.created_at, tables.keys.c.id)
+        if tenant is not None:
+            query = query.where(tables.keys.c.tenant == tenant)
+        async with self._database.read() as connection:
+            return [_key(row) for row in (await connection.execute(query)).mappings()]
+
+    @to_the_end
+    async def find(self, key_id: str) -> tuple[Key, Tenant] | None:
+        """A key and its tenant, or None."""
+        both = select(tables.keys, tables.tenants.c.pools, tables.tenants.c.created_at.label("tenant_created_at"))
+        query = both.join(tables.tenants, tables.tenants.c.name == tables.keys.c.tenant)
+        async with self._database.read() as connection:
+            row = (await connection.execute(query.where(tables.keys.c.id == key_id))).mappings().one_or_none()
+        if row is None:
+            return None
+        return _key(row), Tenant(row["tenant"], _pools(row["pools"]), row["tenant_created_at"])
+
+    @to_the_end
+    async def revoke(self, key_id: str, *, tenant: str | None = None) -> Key:
+        """Ends a key now; one that has ended stays as it is.
+
+        Args:
+            tenant: whose it must be, if given.
+
+        Raises:
+            NotFoundError: no such key.
+        """
+        async with self._database.write() as connection:
+            key = await self._get(connection, key_id, tenant)
+            if key.revoked_at is not None:
+                return key
+            return await self._end(connection, key, revoked_at=self._clock())
+
+    @to_the_end
+    async def rotate(self, key_id: str, *, overlap_s: float, tenant: str | None = None) -> tuple[Key, str]:
+        """Makes a key like another, which ends after `overlap_s`, so that clients can change over.
+
+        The new one has an id of its own, and lives as long from now on as the other was made to.
+
+        Raises:
+            NotFoundError: no such key.
+            ConflictError: it has ended.
+        """
+        now = self._clock()
+        async with self._database.write() as connection:
+            old = await self._get(connection, key_id, tenant)
+            if not old.is_valid(now):
+                raise ConflictError(f"the key {key_id!r} has ended; create another", code="key_ended")
+            lifetime_s = None if old.expires_at is None else old.expires_at - old.created_at
+            made = await self._add(connection, old.tenant, old.scopes, now, lifetime_s)
+            if overlap_s <= 0:
+                await self._end(connection, old, revoked_at=now)
+            else:
+                ends_at = now + overlap_s if old.expires_at is None else min(old.expires_at, now + overlap_s)
+                await self._end(connection, old, expires_at=ends_at)
+        return made
+
+    @to_the_end
+    async def tenants(self) -> Sequence[Tenant]:
+        """All tenants by name."""
+        async with self._database.read() as connection:
+            rows = (await connection.execute(select(tables.tenants).order_by(tables.tenants.c.name))).mappings()
+            return [Tenant(row["name"], _pools(row["pools"]), row["created_at"]) for row in rows]
+
+    @to_the_end
+    async def allow_pools(self, tenant: str, pools: Iterable[str] | None) -> Tenant:
+        """Says which pools a tenant may use, None: all; makes the tenant if there is none of that name.
+
+        Raises:
+            InvalidRequestError: not a tenant's name.
+        """
+        check_tenant(tenant)
+        allowed = None if pools is None else sorted(set(pools))
+        async with self._database.write() as connection:
+            created_at = await self._ensure_tenant(connection, tenant, self._clock())
+            await connection.execute(
+                update(tables.tenants).where(tables.tenants.c.name == tenant).values(pools=allowed)
+            )
+        return Tenant(tenant, _pools(allowed), created_at)
+
+    async def _ensure_tenant(self, connection: AsyncConnection, name: str, now: float) -> float:
+        query = select(tables.tenants.c.created_at).where(tables.tenants.c.name == name)
+        created_at: float | None = (await connection.execute(query)).scalar_one_or_none()
+        if created_at is None:
+            await connection.execute(insert(tables.tenants).values(name=name, pools=None, created_at=now))
+            return now
+        return created_at
+
+    async def _add(
+        self, connection: AsyncConnection, tenant: str, scopes: Iterable[Scope], now: float, lifetime_s: float | None
+    ) -> tuple[Key, str]:
+        key_id, secret = make_key()
+        key = Key(
+            id=key_id,
+            tenant=tenant,
+            scopes=frozenset(scopes),
+            digest=digest_of(secret.encode()),
+            created_at=now,
+            expires_at=None if lifetime_s is None else now + lifetime_s,
+        )
+        await connection.execute(
+            insert(tables.keys).values(
+                id=key.id,
+                tenant=key.tenant,
+                scopes=sorted(key.scopes),
+                digest=key.digest,
+                created_at=key.created_at,
+                expires_at=key.expires_at,
+            )
+        )
+        return key, secret
+
+    async def _get(self, connection: AsyncConnection, key_id: str, tenant: str | None) -> Key:
+        query = select(tables.keys).where(tables.keys.c.id == key_id)
+        row = (await connection.execute(query)).mappings().one_or_none()
+        if row is None or tenant not in (None, row["tenant"]):
+            of_tenant = "" if tenant is None else f" of tenant {tenant!r}"
+            raise NotFoundError(f"there is no key {key_id!r}{of_tenant}", code="key_not_found")
+        return _key(row)
+
+    async def _end(self, connection: AsyncConnection, key: Key, **ends: float) -> Key:
+        await connection.execute(update(tables.keys).where(tables.keys.c.id == key.id).values(**ends))
+        return replace(key, **ends)  # type: ignore[arg-type]  # the two moments of a key
+
+
+def _key(row: RowMapping) -> Key:
+    return Key(
+        id=row["id"],
+        tenant=row["tenant"],
+        scopes=frozenset(row["scopes"]),
+        digest=row["digest"],
+        created_at=row["created_at"],
+        expires_at=row["expires_at"],
+        revoked_at=row["revoked_at"],
+    )
+
+
+def _pools(pools: Iterable[str] | None) -> frozenset[str] | None:
+    return None if pools is None else frozenset(pools)
