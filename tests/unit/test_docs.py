@@ -29,3 +29,10 @@ def test_links_between_pages_lead_somewhere(page: Path) -> None:
     for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", page.read_text()):
         if "://" not in target:
             assert (page.parent / target).exists(), f"{page} links to {target}, which is not there"
+
+
+def test_the_security_page_names_tests_that_are_there() -> None:
+    named = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", (ROOT / "docs/explanation/security.md").read_text())
+    assert len(named) >= 15
+    for path, test in named:
+        assert re.search(rf"def {test}\(", (ROOT / path).read_text()), f"{path} has no {test}"
