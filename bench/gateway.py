@@ -57,12 +57,13 @@ Send = Callable[[], Awaitable[tuple[float, float]]]
 
 
 def request_body(model: str, *, stream: bool, max_tokens: int) -> bytes:
-    """The one body that all requests have."""
+    """The one body that all requests have; a model answers it with `max_tokens` tokens."""
     body = {
         "model": model,
         "messages": [{"role": "system", "content": "You are terse."}, {"role": "user", "content": PROMPT}],
         "max_tokens": max_tokens,
         "temperature": 0,
+        "ignore_eos": True,
         "stream": stream,
     }
     return json.dumps(body).encode()
