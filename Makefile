@@ -7,12 +7,13 @@ BIN := $(VENV)/bin
 REQUIREMENTS := requirements/cpu.txt
 STAMP := $(VENV)/.installed
 
-.PHONY: install demo serve test test-unit check lint lock bench docs clean help
+.PHONY: install demo serve test test-unit test-full check lint lock bench docs clean help
 
 help:
 	@echo "make demo     both pools, cocktails made and answered on real engines, in minutes"
 	@echo "make serve    the demo's server, left running"
 	@echo "make test     unit, integration and end-to-end tests (real vLLM on CPU)"
+	@echo "make test-full  those and the long ones: faults, generated requests, a short soak"
 	@echo "make check    lint, format and types"
 	@echo "make docs     regenerate the generated pages of docs/reference"
 	@echo "make install  set up $(VENV) only"
@@ -39,13 +40,17 @@ serve: $(STAMP)
 	$(BIN)/cocktail-serve demo --serve
 
 # several processes share the cores in tests: threads that spin while they wait would take them from each other
-test test-unit: export OMP_WAIT_POLICY ?= passive
+test test-unit test-full: export OMP_WAIT_POLICY ?= passive
 
 test: $(STAMP)
 	$(BIN)/python -m pytest
 
 test-unit: $(STAMP)
 	$(BIN)/python -m pytest tests/unit tests/integration
+
+# an empty -m takes the place of the one in pyproject.toml that leaves the long tests out
+test-full: $(STAMP)
+	$(BIN)/python -m pytest -m ""
 
 check: $(STAMP)
 	$(BIN)/ruff check .
