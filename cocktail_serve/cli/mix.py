@@ -36,7 +36,7 @@ from cocktail_serve.cli.weigh import show, summary, weighing_json
 from cocktail_serve.config import PoolConfig, load_settings
 
 if TYPE_CHECKING:
-    from cocktail_serve.cli.offline import OfflineWeighing
+    from cocktail_serve.offline.weighing import OfflineWeighing
     from cocktail_serve.recipe import Recipe
 
 REPORT_FILE = "weighing.json"
@@ -82,8 +82,8 @@ def mix(
     settings = load_settings(config)
 
     from cocktail_serve.checkpoints.folder import check_free, save_mixture
-    from cocktail_serve.cli.offline import weigh_offline
     from cocktail_serve.cocktails.weighing import recipe_of
+    from cocktail_serve.offline.weighing import weigh_offline
 
     check_free(out)
     started_at = time.monotonic()

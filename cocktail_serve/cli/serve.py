@@ -31,9 +31,9 @@ def serve(
 
     import_torch_waiting_passively()  # before anything else imports torch
 
-    from cocktail_serve.cli.opened import open_with_progress
     from cocktail_serve.gateway.server import bind
     from cocktail_serve.gateway.server import serve as serve_forever
+    from cocktail_serve.offline.opened import open_with_progress
 
     bind(settings.server).close()  # a port in use is told before gigabytes are read
     with progress() as report:

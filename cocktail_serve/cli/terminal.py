@@ -7,21 +7,16 @@ import json
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from cocktail_serve.progress import OnProgress
 from cocktail_serve.weighting.candidates import Candidate
 
 BAR_WIDTH = 24
-
-
-class OnProgress(Protocol):
-    """Is told what is worked on, how much of it is done, how much there is, and whether that counts bytes."""
-
-    def __call__(self, what: str, done: int, total: int, *, is_bytes: bool = False) -> None: ...
 
 
 def stdout() -> Console:

@@ -30,7 +30,7 @@ from cocktail_serve.config import load_settings
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from cocktail_serve.cli.offline import OfflineWeighing
+    from cocktail_serve.offline.weighing import OfflineWeighing
 
 
 def weigh(
@@ -50,7 +50,7 @@ def weigh(
     as_json: AsJSON = False,
 ) -> None:
     """Measure each model's loss on the examples and show the merging weights that follow. Nothing is mixed."""
-    from cocktail_serve.cli.offline import weigh_offline
+    from cocktail_serve.offline.weighing import weigh_offline
 
     settings = load_settings(config)
     body = given(

@@ -9,8 +9,8 @@ import httpx
 import pytest
 import yaml
 
-from cocktail_serve.cli.offline import weigh_offline
 from cocktail_serve.config import load_settings
+from cocktail_serve.offline.weighing import weigh_offline
 from tests.conftest import Stack
 
 pytestmark = pytest.mark.vllm

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from cocktail_serve.checkpoints.opening import open_pool
-from cocktail_serve.cli.terminal import OnProgress
 from cocktail_serve.config import PoolConfig, Settings
 from cocktail_serve.pool import Pool
+from cocktail_serve.progress import OnProgress
 
 
 def open_with_progress(settings: Settings, config: PoolConfig, report: OnProgress) -> Pool:

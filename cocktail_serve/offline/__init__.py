@@ -1,0 +1,1 @@
+"""A pool without a server: its models mixed in memory, weighed and asked."""

@@ -1,0 +1,103 @@
+"""Models of a pool in transformers, made in memory by mixing, whatever the recipe."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, cast
+
+from cocktail_serve.checkpoints.layout import model_folder
+from cocktail_serve.checkpoints.mixture import iter_mixture
+from cocktail_serve.checkpoints.model_config import load_model_config
+from cocktail_serve.config import PoolConfig
+from cocktail_serve.errors import CheckpointError, EngineError
+from cocktail_serve.pool import Pool
+from cocktail_serve.recipe import DType, Recipe
+
+
+def dtype_of(pool: Pool, config: PoolConfig) -> DType:
+    """What recipes of a pool round to: the dtype of its engine."""
+    return cast(DType, pool.base.dtype) if config.engine.dtype == "auto" else config.engine.dtype
+
+
+class TransformersModels:
+    """Decoders or encoder-decoders of a pool.
+
+    Attributes:
+        tokenizer: the base's.
+        max_tokens: the context length: as configured, else the model's own; None where it has none (T5 counts
+            distances only).
+
+    Raises:
+        CheckpointError: a decoder that does not say its context length.
+        EngineError: transformers cannot load the base's configuration or tokenizer.
+    """
+
+    def __init__(self, pool: Pool, config: PoolConfig) -> None:
+        import torch
+        from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
+        from transformers.utils import logging as transformers_logging
+
+        transformers_logging.disable_progress_bar()
+        self._pool = pool
+        self._dtype = getattr(torch, dtype_of(pool, config))
+        self._device = "cuda" if torch.cuda.is_available() else "cpu"
+        self._folders = {member.fingerprint: member.path for member in pool}
+        self._model: Any = None
+        self._resident: str | None = None
+        folder, options = pool.base.path, {"local_files_only": True, "trust_remote_code": False}
+        auto_class: Any = AutoModelForSeq2SeqLM if pool.kind == "encoder_decoder" else AutoModelForCausalLM
+        with translated(pool):
+            self.tokenizer: Any = AutoTokenizer.from_pretrained(folder, **options)
+            self._config = AutoConfig.from_pretrained(model_folder(folder), **options)
+            with torch.device("meta"):
+                self._class = type(auto_class.from_config(self._config))
+        self.max_tokens = _max_model_len(pool, config)
+        if self.max_tokens is None and pool.kind != "encoder_decoder":
+            raise CheckpointError(f"{folder} does not say its context length; set engine.max_model_len")
+
+    def use(self, recipe: Recipe) -> Any:
+        """The model of a recipe; the one before it is gone, so that one is in memory at a time."""
+        if recipe.digest != self._resident:
+            self._model = self._resident = None
+            gc.collect()
+            self._model, self._resident = self.make(recipe), recipe.digest
+        return self._model
+
+    def make(self, recipe: Recipe) -> Any:
+        """A model of its own, for who needs several at once.
+
+        Raises:
+            CheckpointError: the pool lacks parameters that the architecture has.
+            EngineError: transformers cannot load it.
+        """
+        with translated(self._pool):
+            model, found = self._class.from_pretrained(
+                None,
+                config=self._config,
+                state_dict=dict(iter_mixture(recipe, self._folders)),
+                dtype=self._dtype,
+                output_loading_info=True,
+            )
+            if found["missing_keys"]:
+                missing = ", ".join(sorted(found["missing_keys"])[:3])
+                raise CheckpointError(f"{self._pool.base.path} lacks parameters of {self._class.__name__}: {missing}")
+            return model.to(self._device).eval()
+
+
+def _max_model_len(pool: Pool, config: PoolConfig) -> int | None:
+    configured: int | None = getattr(config.engine, "max_model_len", None)
+    if configured is not None:
+        return configured
+    own = load_model_config(pool.base.path).get("max_position_embeddings")
+    return own if isinstance(own, int) else None
+
+
+@contextmanager
+def translated(pool: Pool) -> Iterator[None]:
+    """What transformers raises while it loads or runs a model, told with the pool's name."""
+    try:
+        yield
+    except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:
+        raise EngineError(f"transformers cannot run the models of pool {pool.id!r}: {error}") from error

@@ -1,0 +1,172 @@
+"""Weighs a pool without a server: one model in memory at a time, the same checks and numbers as the server's."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from cocktail_serve.cocktails.cocktail import Weighing
+from cocktail_serve.cocktails.request import CocktailOptions, CocktailRequest, parse_inline
+from cocktail_serve.cocktails.weighing import advance, recipe_of, weigh
+from cocktail_serve.config import PoolConfig, Settings
+from cocktail_serve.errors import InvalidMixError
+from cocktail_serve.examples import ExampleSet, parse_examples
+from cocktail_serve.offline.models import TransformersModels, dtype_of, translated
+from cocktail_serve.offline.opened import open_with_progress
+from cocktail_serve.pool import Pool
+from cocktail_serve.progress import OnProgress
+from cocktail_serve.recipe import DType, Recipe, one_hot
+from cocktail_serve.weighting.candidates import Trial, mean
+
+
+@dataclass(frozen=True, slots=True)
+class OfflineWeighing:
+    """A weighed request.
+
+    Attributes:
+        dtype: of the pool's engine, which recipes of this pool round to.
+        mixed_loss: mean loss (nats) of the mixture on the examples; None without examples.
+    """
+
+    pool: Pool
+    request: CocktailRequest
+    weighing: Weighing
+    dtype: DType
+    mixed_loss: float | None
+
+
+def weigh_offline(settings: Settings, pool_id: str, body: Mapping[str, Any], report: OnProgress) -> OfflineWeighing:
+    """Does what `POST /v1/cocktails` would, up to the merging weights.
+
+    Args:
+        body: the fields of the request, without name and pool.
+
+    Raises:
+        ClientError: as the server.
+        EngineError: a model that transformers cannot load or run.
+    """
+    config = settings.pool(pool_id)
+    if body.get("examples") is not None:
+        # opening a pool may read gigabytes: what can be refused before is
+        parse_examples(body["examples"], config.kind, max_examples=config.max_examples)
+    pool = open_with_progress(settings, config, report)
+    request = parse_inline(dict(body), pool=pool, settings=settings)
+    dtype = dtype_of(pool, config)
+    if request.examples is None:
+        return OfflineWeighing(
+            pool, request, weigh_by(pool, request.options, None, dtype, report), dtype, mixed_loss=None
+        )
+    with _opened(pool, config, request.examples) as losses_of:
+        weighing = weigh_by(pool, request.options, losses_of, dtype, report)
+        recipe = recipe_of(request.options, pool, weighing.merging_weights, dtype=dtype)
+        report("scoring the mixture", 0, 1)
+        mixed_loss = _finite_mean(losses_of(recipe, None), "the mixture", dtype)
+        report("scoring the mixture", 1, 1)
+    return OfflineWeighing(pool, request, weighing, dtype, mixed_loss)
+
+
+LossesOf = Callable[[Recipe, Sequence[int] | None], list[float]]
+"""Loss (nats) of each example under a recipe, or of those at the given indices."""
+
+
+def weigh_by(
+    pool: Pool, options: CocktailOptions, losses_of: LossesOf | None, dtype: DType, report: OnProgress
+) -> Weighing:
+    """Weighs a request by asking for losses, of the models and of whatever mixtures its weighting tries.
+
+    Args:
+        losses_of: None where the request has no examples.
+
+    Raises:
+        InvalidMixError: a model's loss is not finite.
+    """
+    losses: dict[str, list[float]] = {}
+    if losses_of is not None:
+        for name in options.scored:
+            report("scoring", len(losses), len(options.scored))
+            losses[name] = losses_of(one_hot(pool, name, dtype=dtype), None)
+            _finite_mean(losses[name], repr(name), dtype)
+        report("scoring", len(losses), len(options.scored))
+    weighing = weigh(options, losses)
+    step = advance(weighing, None)
+    while isinstance(step, Trial):
+        assert losses_of is not None
+        report("searching", round(100 * step.progress), 100)
+        recipe = recipe_of(options, pool, step.merging_weights, dtype=dtype)
+        step = advance(weighing, losses_of(recipe, step.rows))
+    if options.searches:
+        report("searching", 100, 100)
+    return step
+
+
+def _finite_mean(losses: Sequence[float], label: str, dtype: DType) -> float:
+    loss = mean(losses)
+    if not math.isfinite(loss):
+        raise InvalidMixError(
+            f"the loss of {label} on the examples is not finite: its parameters overflow in {dtype}, or are broken; "
+            "leave the model out, or set engine.dtype to float32",
+            param="examples",
+        )
+    return loss
+
+
+@contextmanager
+def _opened(pool: Pool, config: PoolConfig, examples: ExampleSet) -> Iterator[LossesOf]:
+    """The pool's models, mixed in memory and scored, one at a time."""
+    if config.engine.type == "sentence_transformers":
+        with _in_process(pool, config, examples) as losses_of:
+            yield losses_of
+    else:
+        yield _with_transformers(pool, config, examples)
+
+
+def _with_transformers(pool: Pool, config: PoolConfig, examples: ExampleSet) -> LossesOf:
+    from cocktail_serve.scoring.encoder_decoder import score_encoder_decoder, tokenize_pairs
+    from cocktail_serve.scoring.text import score_with_transformers, tokenize_examples
+
+    models = TransformersModels(pool, config)
+    tokenized: Sequence[Any]
+    score: Callable[[Any, Any], list[float]]
+    with translated(pool):
+        if pool.kind == "encoder_decoder":
+            tokenized = tokenize_pairs(models.tokenizer, examples, max_tokens=models.max_tokens)
+            score = score_encoder_decoder
+        else:
+            assert models.max_tokens is not None
+            tokenized = tokenize_examples(models.tokenizer, examples, max_tokens=models.max_tokens - 1)
+            score = score_with_transformers
+
+    def losses_of(recipe: Recipe, rows: Sequence[int] | None) -> list[float]:
+        asked: Sequence[Any] = tokenized if rows is None else [tokenized[row] for row in rows]
+        model = models.use(recipe)
+        with translated(pool):
+            return score(model, asked)
+
+    return losses_of
+
+
+@contextmanager
+def _in_process(pool: Pool, config: PoolConfig, examples: ExampleSet) -> Iterator[LossesOf]:
+    from cocktail_serve.engines.embedding import EncoderEngine
+    from cocktail_serve.engines.reranking import RerankerEngine
+    from cocktail_serve.scoring.contrastive import contrastive_losses, texts_of
+
+    async def score(recipe: Recipe, rows: Sequence[int] | None) -> list[float]:
+        if isinstance(engine, RerankerEngine):
+            return await engine.score(recipe, examples if rows is None else examples.subset(rows))
+        texts = texts_of(examples, rows)
+        embedded = await engine.embed(recipe, texts, background=True)
+        return contrastive_losses(examples, dict(zip(texts, embedded.vectors, strict=True)), rows)
+
+    with asyncio.Runner() as runner:
+        engine = RerankerEngine(pool, config) if pool.kind == "reranker" else EncoderEngine(pool, config)
+        runner.run(engine.start())
+        try:
+            runner.run(engine.check_examples(examples))
+            yield lambda recipe, rows: runner.run(score(recipe, rows))
+        finally:
+            runner.run(engine.stop())
