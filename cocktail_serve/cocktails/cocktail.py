@@ -73,6 +73,7 @@ class Cocktail:
         entropy: of the shares that the weights stand for (nats); None where they are none: a negative one, or
             coefficients of task vectors by hand.
         mixed_loss: loss of the mixture on the same examples; None without examples.
+        validation_loss: loss of the mixture on the validation examples; None without any.
         recipe: None until weighed.
         candidates: the merging weights that were tried; empty until weighed, and where nothing is weighed.
     """
@@ -95,6 +96,7 @@ class Cocktail:
     merging_weights: Mapping[str, float] | None = None
     entropy: float | None = None
     mixed_loss: float | None = None
+    validation_loss: float | None = None
     recipe: Recipe | None = None
     error: Failure | None = None
     warnings: tuple[str, ...] = ()

@@ -78,6 +78,23 @@ class Patience:
             delay = min(2 * delay, self.max_delay_s)
 
 
+LoadExamples = Callable[[], Awaitable[tuple[ExampleSet | None, ExampleSet | None]]]
+"""Reads the examples of a cocktail, and those of its validation."""
+
+
+async def check_examples(engine: Engine, examples: ExampleSet | None, validation: ExampleSet | None) -> None:
+    """Raises what would fail later, as `Engine.check_examples` does; `param` says which of the two."""
+    if examples is not None:
+        await engine.check_examples(examples)
+    if validation is None:
+        return
+    try:
+        await engine.check_examples(validation)
+    except InvalidRequestError as error:
+        error.param = "validation_examples"
+        raise
+
+
 class _DeletedError(Exception):
     """The cocktail went while its job ran: there is nothing left to tell anybody."""
 
@@ -102,23 +119,23 @@ class Jobs:
         self._slots: defaultdict[str, asyncio.Semaphore] = defaultdict(lambda: asyncio.Semaphore(MAX_RUNNING))
         self._tasks: dict[str, asyncio.Task[None]] = {}
 
-    def submit(self, cocktail: Cocktail, examples: ExampleSet | None) -> None:
+    def submit(self, cocktail: Cocktail, examples: ExampleSet | None, validation: ExampleSet | None) -> None:
         """Starts the job of a cocktail that is not final."""
         previous = self._tasks.get(cocktail.uid)
         task = asyncio.get_running_loop().create_task(
-            self._after(previous, cocktail, examples), name=f"cocktail {cocktail.id}"
+            self._after(previous, cocktail, examples, validation), name=f"cocktail {cocktail.id}"
         )
         self._tasks[cocktail.uid] = task
         task.add_done_callback(lambda ended: self._ended(cocktail.uid, ended))
 
-    async def resume(self, cocktail: Cocktail, load_examples: Callable[[], Awaitable[ExampleSet | None]]) -> None:
+    async def resume(self, cocktail: Cocktail, load_examples: LoadExamples) -> None:
         """Goes on with a job that the last process left; one whose examples no longer read ends as failed."""
         try:
-            examples = await load_examples()
+            examples, validation = await load_examples()
         except InvalidRequestError as error:
             await self._fail(cocktail, error)
         else:
-            self.submit(cocktail, examples)
+            self.submit(cocktail, examples, validation)
 
     def cancel(self, uid: str) -> None:
         """Ends a job, if there is one; its cocktail is deleted or cancelled already."""
@@ -134,17 +151,21 @@ class Jobs:
         await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _after(
-        self, previous: asyncio.Task[None] | None, cocktail: Cocktail, examples: ExampleSet | None
+        self,
+        previous: asyncio.Task[None] | None,
+        cocktail: Cocktail,
+        examples: ExampleSet | None,
+        validation: ExampleSet | None,
     ) -> None:
         """A cancelled job may still be leaving its engine when the cocktail is asked for again."""
         if previous is not None:
             await asyncio.wait([previous])
         async with self._slots[cocktail.pool_id]:
-            await self._run(cocktail, examples)
+            await self._run(cocktail, examples, validation)
 
-    async def _run(self, cocktail: Cocktail, examples: ExampleSet | None) -> None:
+    async def _run(self, cocktail: Cocktail, examples: ExampleSet | None, validation: ExampleSet | None) -> None:
         try:
-            await self._mix(cocktail, examples)
+            await self._mix(cocktail, examples, validation)
         except _DeletedError:
             return
         except CocktailError as error:
@@ -155,7 +176,7 @@ class Jobs:
             logger.exception("cocktail %s failed by a fault of the server", cocktail.id)
             await self._fail(cocktail, ServerError("the job failed by a fault of the server; its log says more"))
 
-    async def _mix(self, cocktail: Cocktail, examples: ExampleSet | None) -> None:
+    async def _mix(self, cocktail: Cocktail, examples: ExampleSet | None, validation: ExampleSet | None) -> None:
         options = cocktail.request
         pool = self._pools.get(cocktail.pool_id)
         if pool is None or pool.fingerprint != options.pool_fingerprint:
@@ -166,7 +187,7 @@ class Jobs:
         keeping = Keeping(tenant=cocktail.tenant, uid=cocktail.uid)
         if examples is not None:
             await self._update(cocktail, status="scoring", progress=0.0)
-            await self._patience(lambda: engine.check_examples(examples))
+        await self._patience(lambda: check_examples(engine, examples, validation))
 
         async def on_progress(losses: Mapping[str, float], share: float) -> None:
             await self._update(cocktail, losses=losses, progress=SCORED * share)
@@ -188,12 +209,14 @@ class Jobs:
         await self._patience(lambda: engine.materialise(recipe))
         await self._update(cocktail, progress=MIXED)
         mixed_loss = await self._mixed_loss(engine, recipe, examples, keeping)
+        validation_loss = await self._mixed_loss(engine, recipe, validation, keeping)
         await self._update(
             cocktail,
             status="ready",
             progress=1.0,
             ready_at=self._registry.now(),
             mixed_loss=mixed_loss,
+            validation_loss=validation_loss,
             candidates=_judged(options, weighing.candidates, mixed_loss),
             warnings=(*cocktail.warnings, *_warnings(options, weighing.losses, mixed_loss)),
         )

@@ -20,7 +20,7 @@ from cocktail_serve.cocktails.cocktail import (
     version_id,
 )
 from cocktail_serve.cocktails.request import CocktailRequest
-from cocktail_serve.cocktails.store import Store
+from cocktail_serve.cocktails.store import Beside, Store
 from cocktail_serve.errors import (
     CocktailError,
     ConflictError,
@@ -171,7 +171,13 @@ class Registry:
         return sorted(entries, key=lambda entry: entry.id)
 
     async def admit(
-        self, tenant: str, request: CocktailRequest, *, items: tuple[str, ...], warnings: tuple[str, ...]
+        self,
+        tenant: str,
+        request: CocktailRequest,
+        *,
+        items: tuple[str, ...],
+        warnings: tuple[str, ...],
+        beside: Beside | None = None,
     ) -> tuple[Cocktail, Admission, list[Cocktail]]:
         """Finds the version that a request names, or adds it as queued.
 
@@ -179,6 +185,7 @@ class Registry:
 
         Args:
             items: keys that its scores will be kept under.
+            beside: writes rows of its own in the transaction that this is done in.
 
         Returns:
             A snapshot, how it was found, and the inline cocktails that had to go for it.
@@ -191,7 +198,7 @@ class Registry:
             entry = self._version(tenant, request)
             if entry is not None:
                 again = entry.cocktail.status in ("failed", "cancelled")
-                await self._ask_again(entry, warnings if again else None)
+                await self._ask_again(entry, warnings if again else None, beside)
                 return self._snapshot(entry), "again" if again else "existing", []
             now = self._clock()
             pool = self._pools[request.options.pool]
@@ -209,7 +216,7 @@ class Registry:
                 warnings=warnings,
             )
             gone = await self._make_room() if cocktail.inline else []
-            await self._store.add(cocktail, request.examples, items)
+            await self._store.add(cocktail, request.examples, items, validation=request.validation, beside=beside)
             return self._snapshot(self._insert(cocktail)), "new", gone
 
     async def update(self, uid: str, **changes: Any) -> Cocktail | None:
@@ -364,9 +371,9 @@ class Registry:
         self._show(entry, cocktail)
         return entry
 
-    async def _apply(self, entry: _Entry, **changes: Any) -> None:
+    async def _apply(self, entry: _Entry, beside: Beside | None = None, **changes: Any) -> None:
         cocktail = replace(entry.cocktail, **changes)
-        await self._store.update(cocktail)
+        await self._store.update(cocktail, before=entry.cocktail, beside=beside)
         self._show(entry, cocktail)
 
     def _show(self, entry: _Entry, cocktail: Cocktail) -> None:
@@ -378,7 +385,7 @@ class Registry:
             entry.final.clear()
         self._names[cocktail.tenant, cocktail.name].settle_current()
 
-    async def _ask_again(self, entry: _Entry, warnings: tuple[str, ...] | None) -> None:
+    async def _ask_again(self, entry: _Entry, warnings: tuple[str, ...] | None, beside: Beside | None = None) -> None:
         """Makes a version the newest of its name; with warnings, queues it anew."""
         if entry.cocktail.inline:
             self._note_use(entry)
@@ -388,9 +395,10 @@ class Registry:
             changes = {"sequence": self._next_sequence()}
         if warnings is not None:
             changes |= {"status": "queued", "progress": 0.0, "error": None, "losses": {}, "warnings": warnings}
-            changes |= {"merging_weights": None, "entropy": None, "recipe": None, "mixed_loss": None, "candidates": ()}
-        if changes:
-            await self._apply(entry, **changes)
+            changes |= {"merging_weights": None, "entropy": None, "recipe": None, "candidates": ()}
+            changes |= {"mixed_loss": None, "validation_loss": None}
+        if changes or beside is not None:
+            await self._apply(entry, beside, **changes)
 
     async def _remove(self, tenant: str, entries: list[_Entry]) -> list[Cocktail]:
         await self._store.delete(tenant, [entry.cocktail.uid for entry in entries])

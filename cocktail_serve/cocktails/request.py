@@ -5,14 +5,20 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from cocktail_serve.config import CocktailDefaults, Settings
 from cocktail_serve.digest import digest_of
-from cocktail_serve.errors import ConflictError, InvalidMixError, InvalidRequestError, NotFoundError
+from cocktail_serve.errors import (
+    ConflictError,
+    InvalidExamplesError,
+    InvalidMixError,
+    InvalidRequestError,
+    NotFoundError,
+)
 from cocktail_serve.examples import ExampleSet, parse_examples
 from cocktail_serve.merging.methods import Method, MethodName, find_method
 from cocktail_serve.pool import BASE, NAME_PATTERN, Pool
@@ -64,6 +70,9 @@ class CocktailBody(InlineBody):
 
     name: str = Field(description=f"Name of the cocktail, {NAME_PATTERN}; the same name again makes a new version.")
     pool: str = Field(description="Id of the pool to mix from.")
+    validation_examples: Any = Field(
+        None, description="Examples that decide nothing: the loss of the mixture on them is reported."
+    )
 
 
 _CHOSEN: dict[str, tuple[str, ...]] = {"search": ("temperature",), "blackbox": ("temperature", "alpha")}
@@ -88,6 +97,8 @@ class CocktailOptions:
         examples_digest: digest of the examples after sampling, or None without examples.
         num_examples: examples after sampling.
         num_examples_given: examples in the request.
+        validation_digest: digest of the validation examples after sampling, or None without any.
+        num_validation_examples: validation examples after sampling.
     """
 
     name: str
@@ -108,6 +119,8 @@ class CocktailOptions:
     examples_digest: str | None = None
     num_examples: int = 0
     num_examples_given: int = 0
+    validation_digest: str | None = None
+    num_validation_examples: int = 0
     inline: bool = False
 
     @property
@@ -143,6 +156,7 @@ class CocktailOptions:
                 "seed": self.seed,
                 # left out where there is none, so that the ids of other cocktails stay what they were
                 **({} if self.budget is None else {"budget": self.budget}),
+                **({} if self.validation_digest is None else {"validation_examples": self.validation_digest}),
             }
         )
 
@@ -163,6 +177,7 @@ class CocktailRequest:
 
     options: CocktailOptions
     examples: ExampleSet | None
+    validation: ExampleSet | None = None
 
     @property
     def digest(self) -> str:
@@ -207,7 +222,8 @@ def parse_request(
         raise NotFoundError(
             f"there is no pool {parsed.pool!r}; there are: {known}", param="pool", code="pool_not_found"
         )
-    return _resolve(parsed, parsed.name, pool, settings, inline=False)
+    request = _resolve(parsed, parsed.name, pool, settings, inline=False)
+    return request if parsed.validation_examples is None else _validated_by(request, parsed, pool, settings)
 
 
 def parse_inline(cocktail: Any, *, pool: Pool, settings: Settings) -> CocktailRequest:
@@ -287,6 +303,21 @@ def _resolve(body: InlineBody, name: str, pool: Pool, settings: Settings, *, inl
         num_examples_given=0 if examples is None else examples.num_given,
     )
     return CocktailRequest(options, examples)
+
+
+def _validated_by(request: CocktailRequest, body: CocktailBody, pool: Pool, settings: Settings) -> CocktailRequest:
+    try:
+        validation = parse_examples(
+            body.validation_examples,
+            pool.kind,
+            max_examples=settings.pool(pool.id).max_examples,
+            seed=request.options.seed,
+        )
+    except InvalidExamplesError as error:
+        error.param = "validation_examples"
+        raise
+    options = replace(request.options, validation_digest=validation.digest, num_validation_examples=len(validation))
+    return replace(request, options=options, validation=validation)
 
 
 def _by_hand(body: InlineBody, pool: Pool, method: Method, method_params: Mapping[str, Any]) -> dict[str, float]:

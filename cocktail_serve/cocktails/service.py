@@ -11,11 +11,11 @@ from functools import partial
 from typing import Any
 
 from cocktail_serve.cocktails.cocktail import Cocktail, ModelEntry, Served, Status, Weighing
-from cocktail_serve.cocktails.jobs import Jobs, Patience
+from cocktail_serve.cocktails.jobs import Jobs, Patience, check_examples
 from cocktail_serve.cocktails.registry import Registry
 from cocktail_serve.cocktails.request import CocktailRequest
 from cocktail_serve.cocktails.scores import Keeping, Scores, score_items
-from cocktail_serve.cocktails.store import Store
+from cocktail_serve.cocktails.store import Beside, Store, Witness
 from cocktail_serve.cocktails.weigher import Weigher
 from cocktail_serve.config import Settings
 from cocktail_serve.database.database import Database
@@ -40,6 +40,7 @@ class CocktailService:
         engines: the engine of each pool, by the same ids; the service neither starts nor stops them.
         database: open while the service runs; the service neither opens nor closes it.
         patience: how long jobs bear with failing engines.
+        witnesses: write down what changes of cocktails mean elsewhere.
     """
 
     def __init__(
@@ -50,12 +51,13 @@ class CocktailService:
         *,
         database: Database,
         patience: Patience | None = None,
+        witnesses: Sequence[Witness] = (),
     ) -> None:
         self._settings = settings
         self._pools = pools
         self._engines = engines
         self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="cocktail-scores")
-        self._store = Store(database)
+        self._store = Store(database, witnesses=witnesses)
         self._registry = Registry(
             self._store,
             pools,
@@ -83,11 +85,16 @@ class CocktailService:
         await self._registry.flush()
         self._executor.shutdown()
 
-    async def create(self, tenant: str, request: CocktailRequest) -> tuple[Cocktail, bool]:
+    async def create(
+        self, tenant: str, request: CocktailRequest, *, beside: Beside | None = None
+    ) -> tuple[Cocktail, bool]:
         """Makes a cocktail, or finds the one that the same request made.
 
         The version found becomes current (if no pin stands). One that failed or was cancelled is tried again, and
         counts as new.
+
+        Args:
+            beside: writes rows of its own in the transaction that this is done in; both are there or neither.
 
         Returns:
             A snapshot, and whether the version existed. It is durable; follow it with `wait`.
@@ -100,7 +107,7 @@ class CocktailService:
         known = self._registry.version(tenant, request)
         if known is None or known.status in ("failed", "cancelled"):
             await self._check_examples(request)
-        return await self._unbroken.run(self._admit(tenant, request))
+        return await self._unbroken.run(self._admit(tenant, request, beside))
 
     async def wait(self, tenant: str, ref: str, timeout_s: float) -> Cocktail:
         """The snapshot at the moment it becomes ready, failed or cancelled, or the one after `timeout_s`.
@@ -206,14 +213,15 @@ class CocktailService:
         """
         return await self._unbroken.run(self._delete(tenant, ref))
 
-    async def _admit(self, tenant: str, request: CocktailRequest) -> tuple[Cocktail, bool]:
+    async def _admit(self, tenant: str, request: CocktailRequest, beside: Beside | None) -> tuple[Cocktail, bool]:
         pool = self._pools[request.options.pool]
+        items = score_items(request.examples, pool.kind) + score_items(request.validation, pool.kind)
         cocktail, admission, gone = await self._registry.admit(
-            tenant, request, items=score_items(request.examples, pool.kind), warnings=_warnings(request, pool)
+            tenant, request, items=items, warnings=_warnings(request, pool), beside=beside
         )
         self._release(gone)
         if admission != "existing":
-            self._jobs.submit(cocktail, request.examples)
+            self._jobs.submit(cocktail, request.examples, request.validation)
         return cocktail, admission == "existing"
 
     async def _cancel(self, cocktail: Cocktail) -> Cocktail:
@@ -236,19 +244,22 @@ class CocktailService:
                 engine.forget(cocktail.recipe.digest)
 
     async def _check_examples(self, request: CocktailRequest) -> None:
-        if request.examples is None:
-            return
         try:
             async with asyncio.timeout(CHECK_TIMEOUT_S):
-                await self._engines[request.options.pool].check_examples(request.examples)
+                await check_examples(self._engines[request.options.pool], request.examples, request.validation)
         except (CapacityError, TimeoutError):
             return  # an engine that is still starting says it later, to the job
 
-    async def _stored_examples(self, cocktail: Cocktail) -> ExampleSet | None:
-        if cocktail.request.examples_digest is None:
-            return None
-        rows = await self._store.examples(cocktail.uid)
-        return parse_examples(rows, cocktail.kind, max_examples=len(rows))
+    async def _stored_examples(self, cocktail: Cocktail) -> tuple[ExampleSet | None, ExampleSet | None]:
+        async def read(*, validation: bool) -> ExampleSet:
+            rows = await self._store.examples(cocktail.uid, validation=validation)
+            return parse_examples(rows, cocktail.kind, max_examples=len(rows))
+
+        options = cocktail.request
+        return (
+            None if options.examples_digest is None else await read(validation=False),
+            None if options.validation_digest is None else await read(validation=True),
+        )
 
 
 def _warnings(request: CocktailRequest, pool: Pool) -> tuple[str, ...]:
@@ -258,6 +269,11 @@ def _warnings(request: CocktailRequest, pool: Pool) -> tuple[str, ...]:
         warnings.append(
             f"{options.num_examples} of {options.num_examples_given} examples were sampled with seed {options.seed}; "
             "more do not fit the pool's max_examples"
+        )
+    if request.validation is not None and len(request.validation) < request.validation.num_given:
+        warnings.append(
+            f"{len(request.validation)} of {request.validation.num_given} validation examples were sampled with seed "
+            f"{options.seed}; more do not fit the pool's max_examples"
         )
     names_of: dict[str, list[str]] = {}
     for name in options.scored:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from sqlalchemy import Column, Table, delete, insert, select, update
 from sqlalchemy.engine import RowMapping
+from sqlalchemy.ext.asyncio import AsyncConnection
 
 from cocktail_serve.cocktails.cocktail import Cocktail, Failure
 from cocktail_serve.cocktails.request import CocktailOptions
@@ -32,6 +33,21 @@ class ScoreKey:
     variant: str
 
 
+class Witness(Protocol):
+    """Writes down what a change of a cocktail means elsewhere, in the transaction of the change: both or neither."""
+
+    async def changed(self, connection: AsyncConnection, before: Cocktail, after: Cocktail) -> None:
+        """Called behind each change of a cocktail's row."""
+        ...
+
+    async def deleted(self, connection: AsyncConnection, uids: Sequence[str]) -> None:
+        """Called before the rows of cocktails are deleted."""
+        ...
+
+
+Beside = Callable[[AsyncConnection, Cocktail], Awaitable[None]]
+"""Writes rows that are to come with a cocktail, in the transaction that writes it."""
+
 _IN_CLAUSE = 500
 """Parameters of one IN list: well under SQLite's and PostgreSQL's limits on bound variables."""
 
@@ -42,8 +58,9 @@ class Store:
     Every write is on disk when its coroutine returns. Every method raises StorageError when the database refuses.
     """
 
-    def __init__(self, database: Database) -> None:
+    def __init__(self, database: Database, *, witnesses: Sequence[Witness] = ()) -> None:
         self._database = database
+        self._witnesses = witnesses
 
     @to_the_end
     async def load(self) -> tuple[list[Cocktail], dict[tuple[str, str], str]]:
@@ -58,29 +75,51 @@ class Store:
         return [_cocktail(row) for row in rows], {(pin.tenant, pin.name): pin.uid for pin in pins}
 
     @to_the_end
-    async def add(self, cocktail: Cocktail, examples: ExampleSet | None, items: Sequence[str]) -> None:
+    async def add(
+        self,
+        cocktail: Cocktail,
+        examples: ExampleSet | None,
+        items: Sequence[str],
+        *,
+        validation: ExampleSet | None = None,
+        beside: Beside | None = None,
+    ) -> None:
         """Writes a new cocktail with its examples and the keys its scores will be kept under."""
         async with self._database.write() as connection:
             await connection.execute(insert(tables.cocktails).values(_row(cocktail)))
-            if examples is not None:
-                rows = [
-                    {"uid": cocktail.uid, "position": position, "body": body}
-                    for position, body in enumerate(examples.to_json())
-                ]
-                await connection.execute(insert(tables.examples), rows)
+            for table, given in ((tables.examples, examples), (tables.validation_examples, validation)):
+                if given is not None:
+                    rows = [
+                        {"uid": cocktail.uid, "position": position, "body": body}
+                        for position, body in enumerate(given.to_json())
+                    ]
+                    await connection.execute(insert(table), rows)
             if items:
                 await connection.execute(
                     insert(tables.items), [{"uid": cocktail.uid, "item": item} for item in dict.fromkeys(items)]
                 )
+            if beside is not None:
+                await beside(connection, cocktail)
 
     @to_the_end
-    async def update(self, cocktail: Cocktail) -> None:
-        """Overwrites a cocktail's row; does nothing where it has been deleted."""
+    async def update(self, cocktail: Cocktail, *, before: Cocktail | None = None, beside: Beside | None = None) -> None:
+        """Overwrites a cocktail's row; does nothing where it has been deleted.
+
+        Args:
+            before: what it was, for the witnesses; None: they need not hear of it.
+        """
         row = _row(cocktail)
         async with self._database.write() as connection:
-            await connection.execute(
+            updated = await connection.execute(
                 update(tables.cocktails).where(tables.cocktails.c.uid == row.pop("uid")).values(row)
             )
+            if not updated.rowcount:
+                return
+            if before is not None:
+                for witness in self._witnesses:
+                    await witness.changed(connection, before, cocktail)
+            if beside is not None:
+                await beside(connection, cocktail)
 
     @to_the_end
     async def touch(self, used_at: Mapping[str, float]) -> None:
@@ -106,6 +145,8 @@ class Store:
         """Deletes cocktails of a tenant with their examples, and the scores that no other of its cocktails needs."""
         async with self._database.write() as connection:
             for some in _chunks(uids):
+                for witness in self._witnesses:
+                    await witness.deleted(connection, some)
                 going = select(tables.items.c.item).where(tables.items.c.uid.in_(some))
                 staying = (
                     select(tables.items.c.item)
@@ -118,14 +159,25 @@ class Store:
                             scores.c.tenant == tenant, scores.c.item.in_(going), scores.c.item.not_in(staying)
                         )
                     )
-                for table in (tables.pins, tables.items, tables.examples, tables.cocktails):
+                for table in (
+                    tables.pins,
+                    tables.items,
+                    tables.examples,
+                    tables.validation_examples,
+                    tables.cocktails,
+                ):
                     await connection.execute(delete(table).where(table.c.uid.in_(some)))
         await self._database.truncate_wal()
 
     @to_the_end
-    async def examples(self, uid: str) -> list[dict[str, Any]]:
-        """The examples of a cocktail as JSON rows, in order; empty where there are none."""
-        query = select(tables.examples.c.body).where(tables.examples.c.uid == uid).order_by(tables.examples.c.position)
+    async def examples(self, uid: str, *, validation: bool = False) -> list[dict[str, Any]]:
+        """The examples of a cocktail as JSON rows, in order; empty where there are none.
+
+        Args:
+            validation: those of its validation.
+        """
+        table = tables.validation_examples if validation else tables.examples
+        query = select(table.c.body).where(table.c.uid == uid).order_by(table.c.position)
         async with self._database.read() as connection:
             return list((await connection.execute(query)).scalars())
 
@@ -214,6 +266,7 @@ def _row(cocktail: Cocktail) -> dict[str, Any]:
         "merging_weights": None if cocktail.merging_weights is None else dict(cocktail.merging_weights),
         "entropy": cocktail.entropy,
         "mixed_loss": cocktail.mixed_loss,
+        "validation_loss": cocktail.validation_loss,
         "recipe": None if cocktail.recipe is None else cocktail.recipe.to_json(),
         "error": None if cocktail.error is None else cocktail.error.to_json(),
         "warnings": list(cocktail.warnings),

@@ -44,6 +44,7 @@ cocktails = Table(
     Column("merging_weights", JSON(none_as_null=True)),
     Column("entropy", Float(53)),
     Column("mixed_loss", Float(53)),
+    Column("validation_loss", Float(53)),
     Column("recipe", JSON(none_as_null=True)),
     Column("error", JSON(none_as_null=True)),
     Column("warnings", JSON, nullable=False),
@@ -53,13 +54,19 @@ cocktails = Table(
 
 _uid_of_cocktail = functools.partial(ForeignKey, "cocktails.uid", ondelete="CASCADE")
 
-examples = Table(
-    "examples",
-    metadata,
-    Column("uid", String(32), _uid_of_cocktail(), primary_key=True),
-    Column("position", Integer, primary_key=True),
-    Column("body", JSON, nullable=False),
-)
+
+def _rows_of_cocktail(name: str) -> Table:
+    return Table(
+        name,
+        metadata,
+        Column("uid", String(32), _uid_of_cocktail(), primary_key=True),
+        Column("position", Integer, primary_key=True),
+        Column("body", JSON, nullable=False),
+    )
+
+
+examples = _rows_of_cocktail("examples")
+validation_examples = _rows_of_cocktail("validation_examples")
 
 items = Table(
     "items",

@@ -23,6 +23,7 @@ def report_of(cocktail: Cocktail) -> CocktailReport:
         entropy=cocktail.entropy,
         effective_models=None if cocktail.entropy is None else math.exp(cocktail.entropy),
         mixed_loss=cocktail.mixed_loss,
+        validation_loss=cocktail.validation_loss,
         base_loss=cocktail.losses.get(BASE),
         best_single_loss=min(cocktail.losses.values(), default=None),
         seconds=None if cocktail.ready_at is None else cocktail.ready_at - cocktail.created_at,

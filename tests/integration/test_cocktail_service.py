@@ -16,12 +16,13 @@ from typing import Any
 import numpy as np
 import pytest
 from sqlalchemy import event
+from sqlalchemy.ext.asyncio import AsyncConnection
 
 from cocktail_serve.cocktails.cocktail import Cocktail
 from cocktail_serve.cocktails.jobs import Patience
 from cocktail_serve.cocktails.request import CocktailRequest, parse_inline, parse_request
 from cocktail_serve.cocktails.service import CocktailService
-from cocktail_serve.cocktails.store import ScoreKey
+from cocktail_serve.cocktails.store import ScoreKey, Witness
 from cocktail_serve.config import Settings
 from cocktail_serve.database.database import Database
 from cocktail_serve.engines.base import Embedded, EngineHealth, Forwarded
@@ -30,6 +31,7 @@ from cocktail_serve.errors import (
     ConflictError,
     ContextLengthError,
     EngineError,
+    InvalidExamplesError,
     InvalidMixError,
     ModelNotReadyError,
     NotFoundError,
@@ -193,10 +195,14 @@ class World:
         return self.scoring.loss_of[self.pools["flan"].member(name).fingerprint]
 
     @asynccontextmanager
-    async def service(self, *, patience: Patience = QUICK) -> AsyncIterator[CocktailService]:
+    async def service(
+        self, *, patience: Patience = QUICK, witnesses: Sequence[Witness] = ()
+    ) -> AsyncIterator[CocktailService]:
         engines = {"flan": self.scoring, "mini": self.embedding}
         database = Database(self.settings.store.database_url)
-        service = CocktailService(self.settings, self.pools, engines, database=database, patience=patience)
+        service = CocktailService(
+            self.settings, self.pools, engines, database=database, patience=patience, witnesses=witnesses
+        )
         try:
             await database.open()
             await service.start()
@@ -449,6 +455,117 @@ async def test_more_examples_than_the_pool_takes_are_sampled_with_a_warning(
     ready = await made(service, world.request(examples=rows, seed=3))
     assert any("4 of 10 examples were sampled with seed 3" in warning for warning in ready.warnings)
     assert len(await service.examples("acme", ready.id)) == 4
+
+
+async def test_validation_examples_decide_nothing_and_their_loss_is_reported(
+    world: World, service: CocktailService
+) -> None:
+    plain = await made(service, world.request())
+    validated = await made(service, world.request(validation_examples=[C]))
+    assert validated.recipe == plain.recipe
+    assert validated.digest != plain.digest
+    assert (validated.mixed_loss, plain.validation_loss) == (plain.mixed_loss, None)
+    assert validated.mixed_loss is not None
+    difference = len("neutral") / 100 - (len("positive") + len("negative")) / 2 / 100
+    assert validated.validation_loss == pytest.approx(validated.mixed_loss + difference)
+    by_hand = world.request("by-hand", merging_weights={"base": 0.5, "ag-news": 0.5}, validation_examples=[A, B, C] * 3)
+    ready = await made(service, by_hand)
+    assert ready.validation_loss is not None
+    assert any("4 of 9 validation examples" in warning for warning in ready.warnings)
+
+
+async def test_validation_examples_of_an_encoder_are_scored_among_themselves(
+    world: World, service: CocktailService
+) -> None:
+    request = world.request(pool="mini", examples=[QUERY, OTHER_QUERY], validation_examples=[QUERY, OTHER_QUERY])
+    ready = await made(service, request)
+    assert ready.validation_loss == pytest.approx(ready.mixed_loss)
+
+
+async def test_validation_survives_a_restart_and_goes_with_its_cocktail(world: World) -> None:
+    secret = {"input": "the vault opens at dawn", "output": "quietly"}
+    async with world.service() as service:
+        world.scoring.gate.clear()
+        created, _ = await service.create("acme", world.request(validation_examples=[secret]))
+    world.scoring.gate.set()
+    async with world.service() as service:
+        ready = await service.wait("acme", created.id, 10.0)
+        assert (ready.status, len(world.rows("validation_examples"))) == ("ready", 1)
+        assert ready.validation_loss is not None
+        await service.delete("acme", created.id)
+        assert [world.rows(table) for table in ("validation_examples", "losses")] == [[], []]
+        for file in world.path.parent.iterdir():
+            assert b"vault opens at dawn" not in file.read_bytes(), file
+
+
+async def test_validation_examples_that_do_not_fit_are_named(world: World, service: CocktailService) -> None:
+    long = {"input": "x" * 50, "output": "y"}
+    with pytest.raises(ContextLengthError, match="row 2") as caught:
+        await service.create("acme", world.request(validation_examples=[A, long]))
+    assert caught.value.param == "validation_examples"
+    with pytest.raises(InvalidExamplesError, match="row 1") as unfit:
+        world.request(validation_examples=[QUERY])
+    assert unfit.value.param == "validation_examples"
+    assert service.list("acme") == []
+
+
+class Notes:
+    """A witness that remembers what it was told, and can refuse."""
+
+    def __init__(self) -> None:
+        self.changes: list[tuple[str, str]] = []
+        self.deletions: list[str] = []
+        self.refuses = False
+
+    async def changed(self, connection: AsyncConnection, before: Cocktail, after: Cocktail) -> None:
+        if self.refuses:
+            raise StorageError("no")
+        self.changes.append((before.status, after.status))
+
+    async def deleted(self, connection: AsyncConnection, uids: Sequence[str]) -> None:
+        self.deletions.extend(uids)
+
+
+async def test_a_witness_hears_of_every_change_in_its_transaction(world: World) -> None:
+    notes = Notes()
+    async with world.service(witnesses=[notes]) as service:
+        ready = await made(service, world.request())
+        steps = list(dict.fromkeys(notes.changes))
+        assert steps == [
+            ("queued", "scoring"),
+            ("scoring", "scoring"),
+            ("scoring", "mixing"),
+            ("mixing", "mixing"),
+            ("mixing", "ready"),
+        ]
+        await service.delete("acme", ready.id)
+        assert notes.deletions == [ready.uid]
+        world.scoring.gate.clear()
+        queued, _ = await service.create("acme", world.request(seed=1))
+        await until(lambda: service.get("acme", queued.id).status == "scoring")
+        notes.refuses = True
+        with pytest.raises(StorageError):
+            await service.cancel("acme", queued.id)
+        assert service.get("acme", queued.id).status == "scoring", "neither on disk nor in memory"
+        assert [row for row in world.rows("cocktails") if "scoring" in row]
+
+
+async def test_rows_beside_a_cocktail_are_there_with_it_or_neither_is(world: World, service: CocktailService) -> None:
+    async def refuse(connection: AsyncConnection, cocktail: Cocktail) -> None:
+        raise StorageError("no")
+
+    with pytest.raises(StorageError):
+        await service.create("acme", world.request(), beside=refuse)
+    assert (service.list("acme"), world.rows("cocktails")) == ([], [])
+    seen = []
+
+    async def note(connection: AsyncConnection, cocktail: Cocktail) -> None:
+        seen.append(cocktail.status)
+
+    for _ in range(2):
+        cocktail, _ = await service.create("acme", world.request(), beside=note)
+        await service.wait("acme", cocktail.id, 10.0)
+    assert seen == ["queued", "ready"]
 
 
 async def test_a_mixture_worse_than_its_best_model_carries_a_warning(world: World, service: CocktailService) -> None:
@@ -1056,7 +1173,7 @@ async def test_a_job_whose_store_refuses_ends_as_failed_for_those_who_wait(
     world.scoring.gate.clear()
     created, _ = await service.create("acme", world.request())
 
-    async def refuse(cocktail: Cocktail) -> None:
+    async def refuse(cocktail: Cocktail, **_: Any) -> None:
         raise StorageError("the disk is full")
 
     await until(lambda: service.get("acme", created.id).status == "scoring")

@@ -73,6 +73,7 @@ class CocktailView(BaseModel):
     merging_weights: dict[str, float] | None = Field(description="Coefficients by model; null until weighed.")
     entropy: float | None = Field(description="Entropy (nats) of the merging weights.")
     mixed_loss: float | None = Field(description="Loss of the mixture on the same examples.")
+    validation_loss: float | None = Field(description="Loss of the mixture on the validation examples.")
     candidates: list[CandidateView] = Field(description="Merging weights that were tried, the chosen ones included.")
     recipe: RecipeView | None
     created_at: int = Field(description="Unix time, seconds.")
@@ -105,6 +106,7 @@ class CocktailView(BaseModel):
             merging_weights=None if cocktail.merging_weights is None else dict(cocktail.merging_weights),
             entropy=cocktail.entropy,
             mixed_loss=cocktail.mixed_loss,
+            validation_loss=cocktail.validation_loss,
             candidates=[CandidateView.of(candidate) for candidate in cocktail.candidates],
             recipe=None if cocktail.recipe is None else RecipeView.of(cocktail.recipe),
             created_at=int(cocktail.created_at),
@@ -170,6 +172,7 @@ class CocktailReport(BaseModel):
         description="exp(entropy): how many equally weighed models would be as spread out."
     )
     mixed_loss: float | None
+    validation_loss: float | None = Field(description="Loss of the mixture on the validation examples.")
     base_loss: float | None
     best_single_loss: float | None = Field(description="Loss of the best of the models that were mixed.")
     seconds: float | None = Field(description="From the request to ready.")
