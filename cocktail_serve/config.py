@@ -80,6 +80,12 @@ class VLLMEngineConfig(_EngineBase):
     queue_timeout_s: float = Field(
         60.0, gt=0, le=600, description="How long a request waits for its recipe's turn, seconds."
     )
+    max_concurrency: int | None = Field(
+        None,
+        ge=1,
+        description="Requests inside the engine at once; more wait in the gateway, where tenants take turns. Omitted: "
+        "args.max_num_seqs, else 32 on a CPU and 256 on a GPU.",
+    )
     cache_bytes: ByteSize = Field(
         ByteSize(2 * 1024**3),
         description="Merged parameters kept in memory by the worker, least recently used go first.",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, runtime_checkable
@@ -71,11 +71,13 @@ class Forwarded:
         status: HTTP status of the engine's answer.
         body: the whole body of a plain answer, or None while it streams.
         events: server-sent events as raw `data:` payloads, without the prefix and `[DONE]`; empty for plain answers.
+        settle: told the tokens that the answer took, read and generated, once they are known: turns are fair by them.
     """
 
     status: int
     body: bytes | None
     events: AsyncIterator[bytes] | None
+    settle: Callable[[int], object] = lambda _: None
 
 
 @runtime_checkable
@@ -138,10 +140,12 @@ class EmbeddingEngine(Engine, Protocol):
         truncate_to: int | None = None,
         dimensions: int | None = None,
         background: bool = False,
+        tenant: str = "",
     ) -> Embedded:
         """Embeds texts (or token ids, special tokens included) under `recipe`.
 
         Args:
+            tenant: whose request it is: passes are shared out between tenants by tokens.
             prompt: text put before each input.
             truncate_to: inputs longer than this many tokens are cut there; None: too long is an error.
             dimensions: leading dimensions to keep, renormalised if the model normalises; None: all.
@@ -180,10 +184,12 @@ class RerankingEngine(ScoringEngine, Protocol):
         *,
         truncate_to: int | None = None,
         use_activation: bool = True,
+        tenant: str = "",
     ) -> Reranked:
         """Scores documents for a query under `recipe`.
 
         Args:
+            tenant: as `EmbeddingEngine.embed`.
             truncate_to: pairs of query and document longer than this many tokens are cut there, the longer text
                 first; None: too long is an error.
             use_activation: whether the model's activation is applied; else the scores are logits.

@@ -1,4 +1,5 @@
-"""Which inputs share the next forward pass: joined across callers, cut by length, fair between recipes and callers.
+"""Which inputs share the next forward pass: joined across callers, cut by length, fair between tenants, recipes
+and callers.
 
 Knows neither torch nor asyncio: jobs go in from any thread, batches come out on the threads that compute.
 """
@@ -10,13 +11,21 @@ import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import chain, islice
 from typing import Any, Generic, TypeVar
 
 import numpy as np
 
+from cocktail_serve.engines.fairness import Accounts
+
 MAX_WINDOW = 256
 """Inputs looked at when a batch is formed: enough to find company of like length, few enough to sort in no time."""
+
+CONTENDED_S = 1.0
+CONTENDED_SHARE = 4
+"""While several tenants ask (within so many seconds), a pass holds a fraction of its tokens: whoever is next waits for
+the passes that run, and on a CPU a quarter of a full pass already costs little more per token."""
 
 BACKGROUND_EVERY = 16
 """At least one batch in this many is background work, where any waits: traffic delays it, but never starves it."""
@@ -42,6 +51,7 @@ class Job:
 
     Attributes:
         background: gives way to jobs that are not.
+        tenant: whose it is.
         key: jobs of equal key may share a pass: same parameters, same features beside the tokens.
         token_ids: the inputs, in the caller's order; set with `set_inputs` before the job is queued.
         started_at: `time.monotonic()` of the first pass.
@@ -51,6 +61,7 @@ class Job:
     """
 
     background: bool = False
+    tenant: str = ""
     key: Hashable = field(default=None, init=False)
     token_ids: Sequence[Sequence[int]] = field(default=(), init=False)
     pending: list[int] = field(default_factory=list, init=False)
@@ -155,36 +166,52 @@ def cut_by_length(lengths: Sequence[int], limits: PassLimits) -> list[int]:
 
 
 class _Lane(Generic[J]):
-    """Jobs of one priority: keys take turns, and within a key callers do."""
+    """Jobs of one priority. The tenant served least lately is next; its keys take turns, and within a key its callers
+    do."""
 
     def __init__(self, limits: PassLimits) -> None:
         self._limits = limits
-        self._turns: OrderedDict[Hashable, deque[J]] = OrderedDict()
+        self._contended_limits = replace(limits, max_tokens=max(1, limits.max_tokens // CONTENDED_SHARE))
+        self._accounts = Accounts()
+        self._turns: dict[str, OrderedDict[Hashable, deque[J]]] = {}
 
     def add(self, job: J) -> None:
-        self._turns.setdefault(job.key, deque()).append(job)
+        self._turns.setdefault(job.tenant, OrderedDict()).setdefault(job.key, deque()).append(job)
 
     def drain(self) -> list[J]:
-        jobs = [job for queue in self._turns.values() for job in queue]
+        jobs = [job for turns in self._turns.values() for queue in turns.values() for job in queue]
         self._turns.clear()
         return jobs
 
     def next_batch(self) -> Batch[J] | None:
+        now = time.monotonic()
         while self._turns:
-            key, jobs = next(iter(self._turns.items()))
+            tenant = min(self._turns, key=lambda name: self._accounts.of(name, now).recent(now))
+            turns = self._turns[tenant]
+            key, jobs = next(iter(turns.items()))
             while jobs and jobs[0].is_over:
                 jobs.popleft()
             if not jobs:
-                del self._turns[key]
+                del turns[key]
+                if not turns:
+                    del self._turns[tenant]
                 continue
-            batch = self._form(key, jobs)
+            others = (queues.get(key, ()) for other, queues in self._turns.items() if other != tenant)
+            company = islice(chain.from_iterable(others), MAX_WINDOW)
+            batch = self._form(key, [*jobs, *company], now)
             jobs.rotate(-1)
-            self._turns.move_to_end(key)
+            turns.move_to_end(key)
             return batch
         return None
 
-    def _form(self, key: Hashable, jobs: deque[J]) -> Batch[J]:
-        """The pass that holds the longest input of the job whose turn it is, filled up with inputs of like length."""
+    def _is_contended(self, now: float) -> bool:
+        """Whether several tenants have been served lately, or wait."""
+        others = sum(now - account.left_at < CONTENDED_S for account in self._accounts)
+        return others > 1 or len(self._turns) > 1
+
+    def _form(self, key: Hashable, jobs: Sequence[J], now: float) -> Batch[J]:
+        """The pass that holds the longest input of the first job, filled up with inputs of like length."""
+        limits = self._contended_limits if self._is_contended(now) else self._limits
         anchor = jobs[0]
         window: list[tuple[int, J, int]] = []
         for job in jobs:
@@ -198,16 +225,18 @@ class _Lane(Generic[J]):
             place for place, (_, job, index) in enumerate(window) if job is anchor and index == anchor.pending[0]
         )
         start = 0
-        for end in cut_by_length([length for length, _, _ in window], self._limits):
+        for end in cut_by_length([length for length, _, _ in window], limits):
             if position < end:
                 break
             start = end
-        now = time.monotonic()
         chosen: dict[J, list[int]] = {}
         for _, job, index in window[start:end]:
             chosen.setdefault(job, []).append(index)
         for job, indices in chosen.items():
             job.started_at = job.started_at or now
+            account = self._accounts.of(job.tenant, now)
+            account.charge(sum(len(job.token_ids[index]) for index in indices), now)
+            account.left_at = now
             taken = set(indices)
             # A pass takes from the window only, so only the head of a long list has to be gone through.
             job.pending[:MAX_WINDOW] = [index for index in job.pending[:MAX_WINDOW] if index not in taken]

@@ -101,6 +101,7 @@ class EncoderEngine(SentenceTransformersEngine[Encoder]):
         truncate_to: int | None = None,
         dimensions: int | None = None,
         background: bool = False,
+        tenant: str = "",
     ) -> Embedded:
         encoder = await self._ready()
         self._check_recipe(recipe)
@@ -112,5 +113,5 @@ class EncoderEngine(SentenceTransformersEngine[Encoder]):
         if not inputs:
             return Embedded(np.empty((0, dimensions or encoder.dimension), dtype=np.float32), 0)
         make = partial(EmbeddingRequest, inputs=inputs, prompt=prompt, truncate_to=truncate_to, dimensions=dimensions)
-        vectors, num_tokens = await self._compute(recipe, len(inputs), make, background=background)
+        vectors, num_tokens = await self._compute(recipe, len(inputs), make, background=background, tenant=tenant)
         return Embedded(vectors, num_tokens)

@@ -88,15 +88,16 @@ class RerankerEngine(SentenceTransformersEngine[Reranker]):
         *,
         truncate_to: int | None = None,
         use_activation: bool = True,
+        tenant: str = "",
     ) -> Reranked:
         pairs = [(query, document) for document in documents]
-        return await self._score(recipe, pairs, truncate_to=truncate_to, is_raw=not use_activation, background=False)
+        return await self._score(recipe, pairs, truncate_to=truncate_to, is_raw=not use_activation, tenant=tenant)
 
     async def score(self, recipe: Recipe, examples: ExampleSet) -> list[float]:
         groups = [pairs_of(example) for example in examples]
         pairs = [pair for group in groups for pair in group]
         calls = [pairs[start : start + PAIRS_PER_CALL] for start in range(0, len(pairs), PAIRS_PER_CALL)]
-        logits = [await self._score(recipe, some, is_raw=True, background=True) for some in calls]
+        logits = [await self._score(recipe, some, is_raw=True, tenant=None) for some in calls]
         return ranking_losses(examples, np.concatenate([reranked.scores for reranked in logits]))
 
     async def _score(
@@ -106,13 +107,14 @@ class RerankerEngine(SentenceTransformersEngine[Reranker]):
         *,
         truncate_to: int | None = None,
         is_raw: bool,
-        background: bool,
+        tenant: str | None,
     ) -> Reranked:
+        """Scores of pairs; without a tenant it is background work."""
         reranker = await self._ready()
         self._check_recipe(recipe)
         truncate_to = self._truncation(reranker, truncate_to, is_pair=True)
         if not pairs:
             return Reranked(np.empty(0, dtype=np.float32), 0)
         make = partial(RerankingRequest, pairs=pairs, truncate_to=truncate_to, is_raw=is_raw)
-        rows, num_tokens = await self._compute(recipe, len(pairs), make, background=background)
+        rows, num_tokens = await self._compute(recipe, len(pairs), make, background=tenant is None, tenant=tenant or "")
         return Reranked(rows[:, 0], num_tokens)

@@ -38,7 +38,8 @@ from cocktail_serve.recipe import DType, Recipe, one_hot
 M = TypeVar("M", bound=SwappableModel)
 
 MAX_WAITING_INPUTS = 65_536
-"""Inputs of all requests that wait or run: 32 of the largest requests. Beyond it, new ones are turned away."""
+"""Inputs of all requests that wait or run: 32 of the largest requests. Beyond it, new ones are turned away; those of
+one tenant beyond half of it, so that its flood does not have others turned away."""
 
 _PASS_LIMITS = {
     # A CPU is busy with a few hundred tokens, and larger passes fall out of its caches; starting one costs some 5 ms.
@@ -101,6 +102,7 @@ class SentenceTransformersEngine(Generic[M]):
         self._failure: BaseException | None = None
         self._is_settled = asyncio.Event()  # no longer starting
         self._num_waiting = 0
+        self._waiting_of: dict[str, int] = {}  # by tenant
         self._loop: asyncio.AbstractEventLoop
         self._model: M | None = None
         self._cache: ParameterCache  # from the moment there is a model
@@ -151,7 +153,7 @@ class SentenceTransformersEngine(Generic[M]):
             self._cache.forget(recipe_digest)
 
     async def _compute(
-        self, recipe: Recipe, num_inputs: int, make: Callable[..., ModelRequest[M]], *, background: bool
+        self, recipe: Recipe, num_inputs: int, make: Callable[..., ModelRequest[M]], *, background: bool, tenant: str
     ) -> tuple[np.ndarray, int]:
         """Runs a request through the model under a recipe.
 
@@ -162,13 +164,14 @@ class SentenceTransformersEngine(Generic[M]):
             What it computed, `[N, D]` float32, and the tokens it read.
         """
         arrived_at = time.monotonic()
-        with self._admitted(num_inputs):
+        with self._admitted(num_inputs, tenant):
             mixture = await self._lease(recipe, background)
             try:
                 request = make(
                     recipe_digest=recipe.digest,
                     params=mixture.params,
                     background=background,
+                    tenant=tenant,
                     handle=self._loop.create_future(),
                 )
                 rows = await self._run(request, arrived_at)
@@ -198,17 +201,24 @@ class SentenceTransformersEngine(Generic[M]):
             )
 
     @contextlib.contextmanager
-    def _admitted(self, num_inputs: int) -> Iterator[None]:
-        if self._num_waiting and self._num_waiting + num_inputs > MAX_WAITING_INPUTS:
+    def _admitted(self, num_inputs: int, tenant: str) -> Iterator[None]:
+        of_tenant = self._waiting_of.get(tenant, 0)
+        is_full = self._num_waiting and self._num_waiting + num_inputs > MAX_WAITING_INPUTS
+        if is_full or (of_tenant and of_tenant + num_inputs > MAX_WAITING_INPUTS // 2):
             self.stats.num_queue_timeouts += 1
+            waiting = self._num_waiting if is_full else of_tenant
             raise QueueTimeoutError(
-                f"pool {self.pool.id!r} has {self._num_waiting} inputs waiting and takes no more until some are done"
+                f"pool {self.pool.id!r} has {waiting} inputs waiting and takes no more until some are done"
             )
         self._num_waiting += num_inputs
+        self._waiting_of[tenant] = of_tenant + num_inputs
         try:
             yield
         finally:
             self._num_waiting -= num_inputs
+            self._waiting_of[tenant] -= num_inputs
+            if not self._waiting_of[tenant]:
+                del self._waiting_of[tenant]
 
     def _truncation(self, model: M, truncate_to: int | None, *, is_pair: bool) -> int | None:
         if truncate_to is None and not self._truncates:

@@ -19,7 +19,8 @@ import orjson
 from cocktail_serve.config import VLLMEngineConfig
 from cocktail_serve.engines.base import EngineHealth, EngineState, Forwarded
 from cocktail_serve.engines.fake import fake_args
-from cocktail_serve.engines.residency import Lease, Residency
+from cocktail_serve.engines.lease import Lease
+from cocktail_serve.engines.residency import Residency
 from cocktail_serve.engines.server import STATUS_PATH, EngineServer
 from cocktail_serve.engines.stats import EngineStats
 from cocktail_serve.errors import (
@@ -38,7 +39,7 @@ from cocktail_serve.pool import Pool
 from cocktail_serve.recipe import DType, Recipe
 from cocktail_serve.scoring.text import TokenizedExample, tokenize_examples
 from vllm_cocktail.fence import RECIPE_HEADER
-from vllm_cocktail.launch import server_args, server_env
+from vllm_cocktail.launch import is_cpu_build, server_args, server_env
 from vllm_cocktail.manifest import Manifest
 
 if TYPE_CHECKING:
@@ -48,6 +49,19 @@ logger = logging.getLogger(__name__)
 
 BACKGROUND_DELAY_SLICES = 2.0
 """Slices that scoring lets traffic go ahead; see `residency`."""
+
+PATIENCE_SLICES, PATIENCE_SHARE = 10.0, 0.25
+"""How long a tenant in line goes without before it is next, whatever it was served: so many slices, and so much of
+`queue_timeout_s`."""
+
+MAX_IN_FLIGHT = 256
+MAX_IN_FLIGHT_CPU = 32
+"""Requests inside the engine at once where the configuration does not say. A GPU decodes hundreds in the time of one;
+on a CPU each more makes the step longer for all, and in vLLM's own queue no tenant could go before another."""
+
+BYTES_PER_TOKEN = 4
+EXPECTED_OUTPUT_TOKENS = 128
+"""What a request is charged at its admission: a guess, replaced by the answer's usage at its end."""
 
 ABORT_S = 10.0
 """How long the engine may take to abort what we have given up, before a mix comes back as busy."""
@@ -114,6 +128,8 @@ class VLLMEngine:
             slice_s=config.slice_s,
             drain_s=config.drain_s,
             background_delay_s=BACKGROUND_DELAY_SLICES * config.slice_s,
+            patience_s=min(PATIENCE_SLICES * config.slice_s, PATIENCE_SHARE * config.queue_timeout_s),
+            max_in_flight=_max_in_flight(config),
             stats=self.stats,
         )
         self._launch(Path("engine.sock"), "")  # a configuration that cannot be used fails here, not in the background
@@ -193,7 +209,8 @@ class VLLMEngine:
         content = _dump({**body, "model": self.pool.id, "cache_salt": salt})
         headers = {RECIPE_HEADER: recipe.digest}
         async with contextlib.AsyncExitStack() as stack:
-            lease = stack.enter_context(await self._turn(recipe))
+            num_tokens = len(content) // BYTES_PER_TOKEN + _expected_output(body)
+            lease = stack.enter_context(await self._turn(recipe, tenant=tenant, num_tokens=num_tokens))
             with lease.interruptible():
                 response = await stack.enter_async_context(self._running.post(path, content, headers=headers))
                 is_stream = response.status == 200 and response.content_type == "text/event-stream"
@@ -202,16 +219,18 @@ class VLLMEngine:
             if is_stream:
                 # the engine must be rid of the request even while our reader is stuck
                 lease.on_end(response.close)
-                yield Forwarded(response.status, None, _events(response, lease))
+                yield Forwarded(response.status, None, _events(response, lease), lease.settle)
             else:
                 lease.release()  # the engine has done its part
-                yield Forwarded(response.status, answer, None)
+                yield Forwarded(response.status, answer, None, lease.settle)
 
-    async def _turn(self, recipe: Recipe, *, background: bool = False) -> Lease:
+    async def _turn(self, recipe: Recipe, *, tenant: str = "", num_tokens: int = 0, background: bool = False) -> Lease:
         if self._state in ("failed", "stopped"):
             raise ModelNotReadyError(f"the engine of pool {self.pool.id!r} is not available ({self._state})")
         timeout_s = None if background else self._config.queue_timeout_s
-        return await self._residency.acquire(recipe, background=background, timeout_s=timeout_s)
+        return await self._residency.acquire(
+            recipe, tenant=tenant, num_tokens=num_tokens, background=background, timeout_s=timeout_s
+        )
 
     def _cache_salt(self, tenant: str, recipe: Recipe, client_salt: Any) -> str:
         """What keeps KV blocks of tenants and recipes apart: part of every block's hash inside the engine."""
@@ -424,6 +443,20 @@ def _read_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
+def _max_in_flight(config: VLLMEngineConfig) -> int:
+    if config.max_concurrency is not None:
+        return config.max_concurrency
+    for name, value in config.args.items():
+        if name.lstrip("-").replace("_", "-") == "max-num-seqs":
+            return int(value)
+    return MAX_IN_FLIGHT_CPU if config.type == "vllm" and is_cpu_build() else MAX_IN_FLIGHT
+
+
+def _expected_output(body: Mapping[str, Any]) -> int:
+    wanted = body.get("max_completion_tokens") or body.get("max_tokens")
+    return min(wanted, EXPECTED_OUTPUT_TOKENS) if isinstance(wanted, int) else EXPECTED_OUTPUT_TOKENS
+
+
 def _chunks(tokenized: Sequence[TokenizedExample]) -> list[list[TokenizedExample]]:
     """In order, at most `SCORE_TOKENS` tokens each, at least one example."""
     chunks: list[list[TokenizedExample]] = []
@@ -475,6 +508,7 @@ async def _events(response: aiohttp.ClientResponse, lease: Lease) -> AsyncIterat
     try:
         async for block in response.content.iter_any():
             *events, rest = (rest + block).split(b"\n\n")
+            lease.emitted(len(events))  # about one token each
             for event in events:
                 if not event.startswith(b"data:"):
                     continue  # a comment that keeps the connection alive

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 
 import orjson
 from fastapi import Response
@@ -57,11 +57,13 @@ class GenerationResponse(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         started_at: float = scope["state"]["started_at"]
+        settle: Callable[[int], object] | None = None
         try:
             async with ended_with_client(receive):
                 async with self._engine.forward(
                     self._served.recipe, self._path, self._outgoing.body, tenant=self._tenant
                 ) as forwarded:
+                    settle = forwarded.settle
                     if forwarded.events is not None:
                         await self._send_events(forwarded.events, send, started_at)
                         return
@@ -70,11 +72,10 @@ class GenerationResponse(Response):
                 self._observe_first_token(started_at)
                 await Response(body, media_type="application/json")(scope, receive, send)
         finally:
-            self._metrics.count_tokens(
-                self._served.pool.id,
-                num_in=self._rewriter.num_prompt_tokens,
-                num_out=self._rewriter.num_completion_tokens,
-            )
+            num_in, num_out = self._rewriter.num_prompt_tokens, self._rewriter.num_completion_tokens
+            if settle is not None and num_in:  # else the answer broke off before the engine had counted
+                settle(num_in + num_out)
+            self._metrics.count_tokens(self._served.pool.id, num_in=num_in, num_out=num_out)
 
     async def _send_events(self, events: AsyncIterator[bytes], send: Send, started_at: float) -> None:
         is_started = False

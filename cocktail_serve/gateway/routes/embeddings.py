@@ -50,7 +50,12 @@ async def create_embeddings(request: Request) -> Response:
     served = await served_model(gateway, caller.tenant, body)
     async with ended_with_client(request.receive):
         embedded = await engine.embed(
-            served.recipe, inputs, prompt=prompt, truncate_to=truncate_to, dimensions=dimensions
+            served.recipe,
+            inputs,
+            prompt=prompt,
+            truncate_to=truncate_to,
+            dimensions=dimensions,
+            tenant=caller.tenant,
         )
     gateway.metrics.count_tokens(pool.id, num_in=embedded.num_tokens)
     gateway.metrics.observe_first_token(pool.id, time.perf_counter() - request.state.started_at)

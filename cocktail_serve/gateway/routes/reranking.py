@@ -50,6 +50,7 @@ async def rerank(request: Request) -> Response:
             documents,
             truncate_to=truncate_to,
             use_activation=wanted.use_activation is not False,
+            tenant=caller.tenant,
         )
     gateway.metrics.count_tokens(pool.id, num_in=reranked.num_tokens)
     gateway.metrics.observe_first_token(pool.id, time.perf_counter() - request.state.started_at)

@@ -1,16 +1,26 @@
 import random
 import threading
+from collections import Counter
 
 import numpy as np
 import pytest
 
-from cocktail_serve.engines.batching import BACKGROUND_EVERY, Batch, BatchQueue, Call, Job, PassLimits, cut_by_length
+from cocktail_serve.engines.batching import (
+    BACKGROUND_EVERY,
+    CONTENDED_SHARE,
+    Batch,
+    BatchQueue,
+    Call,
+    Job,
+    PassLimits,
+    cut_by_length,
+)
 
 LIMITS = PassLimits(max_tokens=64, pass_tokens=8)
 
 
-def job(lengths: list[int], *, key: str = "a", background: bool = False) -> Job:
-    made = Job(background=background)
+def job(lengths: list[int], *, key: str = "a", background: bool = False, tenant: str = "t") -> Job:
+    made = Job(background=background, tenant=tenant)
     made.set_inputs(key, [[1] * length for length in lengths])
     return made
 
@@ -186,3 +196,35 @@ class TestBatchQueue:
         for thread in threads:
             thread.join()
         assert len(seen) == len(set(seen)) == 1200
+
+
+class TestTenants:
+    def test_the_tenant_served_least_is_next(self) -> None:
+        queue = queue_of(*(job([60], tenant="flood") for _ in range(20)))
+        take(queue)
+        mine = job([10], tenant="one")
+        queue.put(mine)
+        assert take(queue).jobs == [mine]
+
+    def test_a_flood_of_requests_and_recipes_is_served_half_of_the_tokens(self) -> None:
+        queue = queue_of(
+            *(job([16], key=f"recipe {number % 5}", tenant="flood") for number in range(200)),
+            *(job([16, 16], tenant="one") for _ in range(20)),
+        )
+        served: Counter[str] = Counter()
+        for _ in range(40):
+            for each, indices in take(queue).entries:
+                served[each.tenant] += len(indices)
+        assert served["one"] == pytest.approx(served["flood"], abs=4)
+
+    def test_passes_are_smaller_while_several_tenants_ask(self) -> None:
+        queue = queue_of(*(job([8], tenant="flood") for _ in range(20)))
+        assert len(take(queue).token_ids) == 8
+        queue.put(job([8], tenant="one"))
+        assert len(take(queue).token_ids) == 64 // CONTENDED_SHARE // 8
+        assert len(take(queue).token_ids) == 64 // CONTENDED_SHARE // 8
+
+    def test_tenants_of_one_recipe_share_a_pass_with_the_one_whose_turn_it_is_in_it(self) -> None:
+        limits = PassLimits(max_tokens=CONTENDED_SHARE * 32, pass_tokens=8)
+        queue = queue_of(job([8], tenant="a"), job([8], tenant="b"), limits=limits)
+        assert {each.tenant for each in take(queue).jobs} == {"a", "b"}

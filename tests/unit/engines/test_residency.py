@@ -14,7 +14,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cocktail_serve.engines.residency import MAX_BUSY_MIXES, Lease, Residency
+from cocktail_serve.engines.fairness import HALF_LIFE_S, MAX_KEPT, Account, Accounts
+from cocktail_serve.engines.lease import Lease
+from cocktail_serve.engines.residency import MAX_BUSY_MIXES, Residency
 from cocktail_serve.errors import (
     DrainedError,
     EngineError,
@@ -67,7 +69,7 @@ BASE, A, B, C = recipe("base"), recipe("a"), recipe("b"), recipe("c")
 class FakeEngine:
     """Parameters that take time to mix, and a check on everybody who uses them."""
 
-    def __init__(self, **options: float) -> None:
+    def __init__(self, **options: Any) -> None:
         defaults = {"slice_s": SLICE_S, "drain_s": DRAIN_S, "background_delay_s": DELAY_S}
         self.residency = Residency(self._mix, **{**defaults, **options})
         self.resident: Recipe | None = BASE
@@ -100,10 +102,11 @@ class FakeEngine:
         await asyncio.wait({self._task})
         return self._task.exception()
 
-    async def answer(self, wanted: Recipe, seconds: float, **options: Any) -> float:
+    async def answer(self, wanted: Recipe, seconds: float, *, tokens: int = 0, **options: Any) -> float:
         """Uses the engine like a stream; the time at which it was admitted."""
         loop = asyncio.get_running_loop()
         with await self.residency.acquire(wanted, **options) as lease:
+            lease.settle(tokens)
             admitted = loop.time()
             assert self.resident == wanted, "admitted under other parameters"
             self.users[wanted.digest] += 1
@@ -500,7 +503,7 @@ def test_a_cancellation_in_the_moment_of_the_end_stays_one() -> None:
             held: list[Lease] = []
             task = asyncio.create_task(hold())
             await pause(0.5)
-            held[0]._end(DrainedError("its time is over"))
+            held[0].end(DrainedError("its time is over"))
             task.cancel()
             await asyncio.wait({task})
             assert task.cancelled()
@@ -534,16 +537,18 @@ def test_a_waiter_cancelled_in_the_moment_of_its_admission_gives_it_back() -> No
     num_requests=st.integers(1, 40),
     slice_s=st.sampled_from([0.0, 0.5, 2.0]),
     drain_s=st.sampled_from([0.0, 1.0, 30.0]),
+    max_in_flight=st.sampled_from([1, 2, 5, None]),
 )
 def test_whatever_happens_nobody_meets_other_parameters_and_nothing_is_left(
-    seed: int, num_recipes: int, num_requests: int, slice_s: float, drain_s: float
+    *, seed: int, num_recipes: int, num_requests: int, slice_s: float, drain_s: float, max_in_flight: int | None
 ) -> None:
-    """Random requests, cancellations, refusals, torn mixes and deaths; `FakeEngine` checks each use and each mix."""
+    """Random requests of several tenants, cancellations, refusals, torn mixes, deaths, pins and drains; `FakeEngine`
+    checks each use and each mix."""
 
     async def main() -> None:
         chance = random.Random(seed)
         recipes = [BASE, *(recipe(str(number)) for number in range(num_recipes))]
-        engine = FakeEngine(slice_s=slice_s, drain_s=drain_s)
+        engine = FakeEngine(slice_s=slice_s, drain_s=drain_s, max_in_flight=max_in_flight)
         engine.outcomes = [
             chance.choices([True, False, InvalidMixError("refused"), EngineError("torn")], [20, 2, 1, 1])[0]
             for _ in range(30)
@@ -554,13 +559,22 @@ def test_whatever_happens_nobody_meets_other_parameters_and_nothing_is_left(
             request = engine.ask(
                 chance.choice(recipes),
                 chance.choice([0.0, 0.1, 1.0, 50.0]),
+                tokens=chance.choice([0, 1, 100, 10_000]),
+                tenant=chance.choice(["a", "b", "c"]),
                 background=chance.random() < 0.3,
                 timeout_s=chance.choice([None, 0.0, 5.0, 60.0]),
             )
             requests.append(request)
             if chance.random() < 0.2:
                 asyncio.get_running_loop().call_later(chance.choice([0.0, 0.5, 3.0]), request.cancel)
+            if chance.random() < 0.1:
+                engine.residency.pin(chance.choice([None, *recipes]))
+            if chance.random() < 0.1:
+                engine.residency.drain(chance.random() < 0.5)
             await asyncio.sleep(chance.choice([0.0, 0.0, 0.1, 1.0, 7.0]))
+            assert max_in_flight is None or engine.residency._num_serving <= max_in_flight
+        engine.residency.pin(None)
+        engine.residency.drain(False)
         done, pending = await asyncio.wait(requests, timeout=100_000)
         assert not pending, "somebody starved"
         allowed = (DrainedError, EngineError, InvalidMixError, ModelNotReadyError, QueueTimeoutError)
@@ -582,3 +596,212 @@ async def _restart_for_ever(engine: FakeEngine, chance: random.Random) -> None:
         await asyncio.wait({engine._task}, timeout=chance.choice([3.0, 30.0, 300.0]))
         await engine.down()
         await asyncio.sleep(chance.choice([0.0, 2.0]))
+
+
+class TestTenants:
+    """Turns and slots between tenants. The flood asks as fast as it is answered, with many clients."""
+
+    def test_a_flood_leaves_a_tenant_of_another_recipe_its_latency(self) -> None:
+        async def main() -> None:
+            async with FakeEngine(max_in_flight=16) as engine:
+                lone = await _latencies(engine, C, until=60)
+                flood = [_flood(engine, recipe(str(n % 3)), tenant="flood", until=360) for n in range(48)]
+                beside, *_ = await asyncio.gather(_latencies(engine, C, until=360), *flood)
+            assert _p95(beside) <= 2 * _p95(lone)
+
+        run(main())
+
+    def test_a_flood_of_the_same_recipe_leaves_it_slots(self) -> None:
+        async def main() -> None:
+            async with FakeEngine(max_in_flight=16) as engine:
+                flood = [asyncio.create_task(_flood(engine, BASE, tenant="flood", until=60)) for _ in range(100)]
+                await pause(0.1)
+                assert engine.residency._num_serving == 16, "alone, it may have them all"
+                latencies = await _latencies(engine, BASE, until=60)
+                await asyncio.gather(*flood)
+            # the first waits for a slot, later ones find the tenant's own share
+            assert latencies[0] <= 2 * 0.3
+            assert latencies[1:] == pytest.approx([0.3] * len(latencies[1:]))
+
+        run(main())
+
+    def test_slots_are_shared_out_and_given_back(self) -> None:
+        async def main() -> None:
+            async with FakeEngine(max_in_flight=8) as engine:
+                both = [_flood(engine, BASE, tenant=t, until=20) for t in ("a", "b") for _ in range(20)]
+                tasks = [asyncio.create_task(flood) for flood in both]
+                await pause(10.05)
+                assert account_of(engine, "a").num_in_flight == account_of(engine, "b").num_in_flight == 4
+                for task in tasks[20:]:
+                    task.cancel()
+                await pause(SLICE_S + 1)
+                assert account_of(engine, "a").num_in_flight == 8
+                await asyncio.gather(*tasks, return_exceptions=True)
+
+        run(main())
+
+    def test_more_recipes_are_no_more_service(self) -> None:
+        async def main() -> None:
+            served: Counter[str] = Counter()
+            async with FakeEngine(max_in_flight=8) as engine:
+                many = [_flood(engine, recipe(str(n % 5)), tenant="many", until=600, served=served) for n in range(40)]
+                one = [_flood(engine, C, tenant="one", until=600, served=served) for _ in range(40)]
+                await asyncio.gather(*many, *one)
+            assert served["one"] / served["many"] == pytest.approx(1.0, abs=0.2)
+
+        run(main())
+
+    def test_nobody_goes_without_for_longer_than_the_patience(self) -> None:
+        async def main() -> None:
+            async with FakeEngine(max_in_flight=4, patience_s=10) as engine:
+                # what the flood was served long outweighs what a slow client will ever use
+                await engine.answer(A, 1, tenant="flood", tokens=1_000_000)
+                slow = asyncio.create_task(_latencies(engine, B, until=100, tokens=1))
+                await pause(1)
+                waits = []
+                while asyncio.get_running_loop().time() < 90:
+                    came = asyncio.get_running_loop().time()
+                    waits.append(await engine.answer(A, 0.3, tenant="flood", tokens=100) - came)
+                    await pause(SLICE_S)
+                await slow
+            assert max(waits) <= 10 + SLICE_S + 0.3 + MIX_S
+            assert max(waits) > 5, "the slow client was never preferred"
+
+        run(main())
+
+    def test_an_idle_tenant_is_owed_what_it_missed_lately_only(self) -> None:
+        account = Account()
+        account.charge(1000, now=0.0)
+        assert account.recent(HALF_LIFE_S) == 500
+        account.charge(-2000, now=HALF_LIFE_S)
+        assert account.recent(HALF_LIFE_S) == 0
+
+    def test_tenants_without_number_are_forgotten(self) -> None:
+        accounts = Accounts()
+        busy = accounts.of("busy", 0.0)
+        busy.num_in_flight = 1
+        for number in range(3 * MAX_KEPT):
+            accounts.of(str(number), float(number)).charge(1.0, float(number))
+        assert len(list(accounts)) <= MAX_KEPT
+        assert accounts.of("busy", 0.0) is busy
+
+    def test_a_stream_is_charged_as_it_goes_and_settled_at_its_end(self) -> None:
+        async def main() -> None:
+            async with FakeEngine() as engine:
+                lease = await engine.residency.acquire(BASE, tenant="a", num_tokens=10)
+                assert account_of(engine, "a").recent(0.0) == 10
+                lease.emitted(8)
+                assert account_of(engine, "a").recent(0.0) == 10
+                lease.emitted(8)
+                assert account_of(engine, "a").recent(0.0) == 16
+                lease.release()
+                lease.settle(14)
+                assert account_of(engine, "a").recent(0.0) == 14
+
+        run(main())
+
+
+class TestOperator:
+    def test_a_pinned_recipe_is_mixed_and_stays_while_others_are_sent_away(self) -> None:
+        async def main() -> None:
+            async with FakeEngine() as engine:
+                hold = engine.ask(BASE, 1)
+                scoring, waiting = engine.ask(B, background=True), engine.ask(C)
+                await pause(0.1)
+                engine.residency.pin(A)
+                with pytest.raises(ModelNotReadyError, match="keeps another model"):
+                    await waiting
+                await hold
+                await pause(SLICE_S + MIX_S)
+                assert engine.residency.resident == A.digest
+                with pytest.raises(ModelNotReadyError, match="keeps another model"):
+                    await engine.answer(BASE, 1)
+                await engine.answer(A, 1)
+                assert [(q.recipe_digest, q.reason) for q in engine.residency.occupancy().queues] == [
+                    (B.digest, "pinned")
+                ]
+                engine.residency.pin(None)
+                await scoring
+                assert engine.mixed == [A, B]
+
+        run(main())
+
+    @pytest.mark.parametrize("error", [InvalidMixError("no such model"), EngineError("torn")])
+    def test_a_recipe_that_cannot_be_mixed_is_not_pinned_for_ever(self, error: Exception) -> None:
+        async def main() -> None:
+            engine = FakeEngine()
+            engine.outcomes = [error, error]
+            engine.residency.pin(A)
+            for _ in range(2):
+                engine.up()
+                await pause(2 * MIX_S)
+                await engine.down()
+            engine.outcomes = []
+            async with engine:
+                await engine.answer(B, 1)
+
+        run(main())
+
+    def test_a_drained_engine_finishes_what_it_has_and_admits_nobody(self) -> None:
+        async def main() -> None:
+            async with FakeEngine() as engine:
+                running, waiting = engine.ask(BASE, 10), engine.ask(A)
+                await pause(0.1)
+                engine.residency.drain(True)
+                with pytest.raises(ModelNotReadyError, match="drains this engine"):
+                    await waiting
+                with pytest.raises(ModelNotReadyError, match="drains this engine"):
+                    await engine.answer(BASE, 1)
+                scoring = engine.ask(BASE, 1, background=True)
+                assert await running == 0
+                await pause(1)
+                assert not scoring.done()
+                assert engine.residency.occupancy().queues[0].reason == "drained"
+                engine.residency.drain(False)
+                await scoring
+
+        run(main())
+
+    def test_it_is_told_why_each_waits(self) -> None:
+        async def main() -> None:
+            async with FakeEngine(max_in_flight=1) as engine:
+                tasks = [engine.ask(BASE, 5), engine.ask(BASE, 1), engine.ask(A, 1)]
+                await pause(1)
+                found = engine.residency.occupancy()
+                assert {queue.recipe_digest: queue.reason for queue in found.queues} == {
+                    BASE.digest: "no_slot",
+                    A.digest: "other_turn",
+                }
+                assert (found.phase, found.num_in_flight, found.turn_s) == ("open", 1, 1)
+                await pause(SLICE_S)
+                assert {queue.reason for queue in engine.residency.occupancy().queues} == {"turn_ends"}
+                await asyncio.gather(*tasks)
+
+        run(main())
+
+
+def account_of(engine: FakeEngine, tenant: str) -> Account:
+    return engine.residency._accounts.of(tenant, asyncio.get_running_loop().time())
+
+
+async def _latencies(engine: FakeEngine, wanted: Recipe, *, until: float, tokens: int = 30) -> list[float]:
+    """What one client in a loop waits for each of its answers."""
+    loop = asyncio.get_running_loop()
+    latencies = []
+    while (asked := loop.time()) < until:
+        await engine.answer(wanted, 0.3, tenant="one client", tokens=tokens)
+        latencies.append(loop.time() - asked)
+    return latencies
+
+
+async def _flood(
+    engine: FakeEngine, wanted: Recipe, *, tenant: str, until: float, served: Counter[str] | None = None
+) -> None:
+    while asyncio.get_running_loop().time() < until:
+        await engine.answer(wanted, 0.3, tenant=tenant, tokens=30)
+        if served is not None:
+            served[tenant] += 1
+
+
+def _p95(latencies: list[float]) -> float:
+    return sorted(latencies)[int(0.95 * len(latencies))]
