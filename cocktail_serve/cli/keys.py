@@ -117,7 +117,7 @@ def _in_store(config: Path, work: Callable[[TenantStore], Awaitable[_T]]) -> _T:
 
     async def run() -> _T:
         database = Database(settings.store.database_url)
-        await database.open(exclusive=False)
+        await database.open(as_server=False)
         try:
             return await work(TenantStore(database))
         finally:

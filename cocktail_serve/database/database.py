@@ -3,30 +3,40 @@
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import functools
 import logging
 import os
+import sqlite3
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, closing, contextmanager
 from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
 
-from filelock import FileLock, Timeout
-from sqlalchemy import event, text
+from sqlalchemy import Connection, Table, event, text
+from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import ArgumentError, NoSuchModuleError, SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 
-from cocktail_serve.database.migrations import migrate
+from cocktail_serve.database.migrations import migrate, needs_change
 from cocktail_serve.database.unbroken import Unbroken
 from cocktail_serve.errors import ConfigError, StorageError
 
 logger = logging.getLogger(__name__)
 
 _SERVER_LOCK = 0x636F636B
-"""Advisory lock of PostgreSQL that the server holds which works with the database (the bytes of `cock`)."""
+"""Advisory lock of PostgreSQL that every server shares while it works with the database (the bytes of `cock`)."""
 
 _MIGRATION_LOCK = _SERVER_LOCK + 1
+
+_BUSY_S = 10.0
+"""How long a write waits for another process's, before SQLite refuses it."""
+
+_CONNECT_S = 10.0
+_STATEMENT_S = 30.0
+_IDLE_IN_TRANSACTION_S = 10.0
+"""A process that is stopped in the middle of a transaction holds rows that others need: PostgreSQL ends it then."""
 
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
@@ -48,7 +58,9 @@ class Database:
         try:
             self.url = async_url(url)
             # a server may close connections that idle: look before use
-            self._engine: AsyncEngine = create_async_engine(self.url, pool_pre_ping=not self.is_sqlite)
+            self._engine: AsyncEngine = create_async_engine(
+                self.url, pool_pre_ping=not self.is_sqlite, connect_args=_connect_args(self.url)
+            )
         except ModuleNotFoundError as error:
             raise ConfigError(
                 f"store.url needs the driver {error.name!r}; install it: pip install 'cocktail-serve[postgres]'",
@@ -58,27 +70,28 @@ class Database:
             raise ConfigError(f"store.url cannot be used: {error}", param="store.url") from error
         if self.is_sqlite:
             event.listen(self._engine.sync_engine, "connect", _set_up_sqlite)
+            event.listen(self._engine.sync_engine, "begin", _begin_sqlite)
+        self._unbegun = self._engine.execution_options(**{_BEGIN: ""})
+        self._writers = self._engine.execution_options(**{_BEGIN: "BEGIN IMMEDIATE"})
         self._writing = asyncio.Lock()
         self._unbroken = Unbroken()
-        self._file_lock: FileLock | None = None
+        self._lock_file: int | None = None
         self._lock_holder: AsyncConnection | None = None
 
-    async def open(self, *, exclusive: bool = True) -> None:
+    async def open(self, *, as_server: bool = True) -> None:
         """Connects, and creates or upgrades the tables.
 
         Args:
-            exclusive: as the one server that works with the database. A command that only reads or adds a row opens it
-                beside a server, and then changes no table that holds something.
+            as_server: as one of the servers that work with the database; only a server that has it alone changes tables
+                that hold something. A command that reads or adds a row changes no such table.
 
         Raises:
-            StorageError: the database cannot be opened, another server has it, or another release wrote its tables.
+            StorageError: the database cannot be opened; another release wrote its tables, or works with them.
         """
         try:
             if self._path is not None:
-                self._prepare_file(self._path, exclusive=exclusive)
-            if exclusive and not self.is_sqlite:
-                await self._own_server()
-            await self._migrate(may_change=exclusive)
+                self._prepare_file(self._path)
+            await self._migrate(as_server=as_server)
         except StorageError:
             await self.close()
             raise
@@ -86,13 +99,24 @@ class Database:
     async def close(self) -> None:
         """Waits for what is being written and closes every connection. May be called twice."""
         await self._unbroken.drain()
-        if self._lock_holder is not None:
-            with _translated():
-                await self._lock_holder.close()
-            self._lock_holder = None
+        await self._drop_lock_holder()
         await self._engine.dispose()
-        if self._file_lock is not None:
-            self._file_lock.release()
+        if self._lock_file is not None:
+            os.close(self._lock_file)
+            self._lock_file = None
+
+    async def hold(self) -> None:
+        """Shares the servers' lock again after the database's server was gone, which forgot who held it."""
+        if self.is_sqlite:
+            return  # the lock is this process's own
+        if self._lock_holder is not None:
+            try:
+                with _translated():
+                    await self._lock_holder.execute(text("SELECT 1"))
+                return
+            except StorageError:
+                await self._drop_lock_holder()
+        await self._share_server()
 
     @property
     def is_sqlite(self) -> bool:
@@ -107,11 +131,15 @@ class Database:
 
     @asynccontextmanager
     async def write(self) -> AsyncIterator[AsyncConnection]:
-        """A connection in a transaction that is committed when the block ends, and rolled back if it raises."""
-        # one writer at a time: SQLite allows no more, and a reader that turns writer would fail at once, not wait
+        """A connection in a transaction that is committed when the block ends, and rolled back if it raises.
+
+        SQLite gives one process at a time the right to write, from the block's first statement on, so what the block
+        has read still holds when it writes. On PostgreSQL others write at the same time: a block that decides by what
+        it read locks the rows first.
+        """
         async with self._writing:
             with _translated():
-                async with self._engine.begin() as connection:
+                async with self._writers.begin() as connection:
                     yield connection
 
     async def to_the_end(self, change: Coroutine[Any, Any, _T]) -> _T:
@@ -123,7 +151,7 @@ class Database:
         if not self.is_sqlite:
             return
         try:
-            async with self._engine.connect() as connection:
+            async with self._unbegun.connect() as connection:
                 await connection.exec_driver_sql("PRAGMA wal_checkpoint(TRUNCATE)")
         except SQLAlchemyError as error:
             # the deletion itself is done; the next checkpoint takes the log
@@ -134,42 +162,100 @@ class Database:
         is_file = self.is_sqlite and self.url.database not in (None, "", ":memory:")
         return Path(str(self.url.database)) if is_file else None
 
-    def _prepare_file(self, path: Path, *, exclusive: bool) -> None:
-        """Two servers on one file would each show the other's past, and end each other's jobs."""
-        lock = FileLock(f"{path}.lock", timeout=0) if exclusive else None
+    def _prepare_file(self, path: Path) -> None:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            if lock is not None:
-                lock.acquire()
             # examples are their tenants' alone; SQLite gives its log files the mode of the database
             os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))
-        except Timeout as error:
-            raise _in_use(str(path), "another file") from error
+            self._lock_file = os.open(f"{path}.lock", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
+            if not _is_wal(path):
+                # no server works with it yet. SQLite does not wait for another process that does the same
+                fcntl.flock(self._lock_file, fcntl.LOCK_EX)
+                try:
+                    with _translated(), closing(sqlite3.connect(path, timeout=_BUSY_S)) as connection:
+                        connection.execute("PRAGMA journal_mode = WAL")
+                finally:
+                    fcntl.flock(self._lock_file, fcntl.LOCK_UN)
         except OSError as error:
             raise StorageError(f"the registry {path} cannot be opened: {error.strerror}; check store.url") from error
-        self._file_lock = lock
+
+    async def _share_server(self) -> None:
+        """Takes a share of the servers' lock: none of them changes tables beneath the others."""
+        if self._lock_file is not None:
+            self._flock(fcntl.LOCK_SH)
+        elif not self.is_sqlite and not await self._advisory_lock("pg_try_advisory_lock_shared"):
+            raise self._in_use()
 
     async def _own_server(self) -> None:
+        """Raises StorageError unless no other server works with the database; then none may begin to."""
+        if self._lock_file is not None:
+            self._flock(fcntl.LOCK_EX)
+        elif not self.is_sqlite and not await self._advisory_lock("pg_try_advisory_lock"):
+            raise self._in_use()
+
+    async def _release_server(self) -> None:
+        if self._lock_file is not None:
+            fcntl.flock(self._lock_file, fcntl.LOCK_UN)
+        await self._drop_lock_holder()
+
+    def _flock(self, operation: int) -> None:
+        assert self._lock_file is not None
+        try:
+            fcntl.flock(self._lock_file, operation | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise self._in_use() from None
+
+    async def _advisory_lock(self, function: str) -> bool:
         """The lock is the connection's: it goes when this process does."""
         with _translated():
-            holder = await self._engine.connect()
-            self._lock_holder = await holder.execution_options(isolation_level="AUTOCOMMIT")
-            taken = await holder.execute(text("SELECT pg_try_advisory_lock(:key)"), {"key": _SERVER_LOCK})
-            if not taken.scalar_one():
-                raise _in_use(self.url.render_as_string(hide_password=True), "another database")
+            if self._lock_holder is None:
+                holder = await self._engine.connect()
+                self._lock_holder = await holder.execution_options(isolation_level="AUTOCOMMIT")
+            taken = await self._lock_holder.execute(text(f"SELECT {function}(:key)"), {"key": _SERVER_LOCK})
+            return bool(taken.scalar_one())
 
-    async def _migrate(self, *, may_change: bool) -> None:
+    async def _drop_lock_holder(self) -> None:
+        holder, self._lock_holder = self._lock_holder, None
+        if holder is not None:
+            try:
+                # its end is what frees the lock: back in the pool it would keep it
+                await holder.invalidate()
+                await holder.close()
+            except Exception as error:
+                if not _is_the_databases(error):
+                    raise
+
+    def _in_use(self) -> StorageError:
+        place = self._path or self.url.render_as_string(hide_password=True)
+        return StorageError(
+            f"the registry {place} needs other tables for this release, or another release is changing them, while "
+            "servers work with it; stop them first"
+        )
+
+    async def _migrate(self, *, as_server: bool) -> None:
         with _translated():
-            async with self._engine.connect() as connection, self._alone(connection):
-                await connection.run_sync(functools.partial(migrate, may_change=may_change))
+            async with self._unbegun.connect() as connection, self._alone(connection):
+                changes_rows = await connection.run_sync(functools.partial(needs_change, may_change=as_server))
+                if changes_rows:
+                    await self._own_server()
+                await connection.run_sync(migrate)
                 await connection.commit()
+                if changes_rows:
+                    await self._release_server()
+                if as_server:
+                    await self._share_server()
 
     @asynccontextmanager
     async def _alone(self, connection: AsyncConnection) -> AsyncIterator[None]:
         """One process migrates; others wait, and then find nothing left to do."""
         if not self.is_sqlite:
-            await connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _MIGRATION_LOCK})
-            yield
+            # held by the session: the tables are committed before it ends
+            await connection.execute(text("SELECT pg_advisory_lock(:key)"), {"key": _MIGRATION_LOCK})
+            try:
+                yield
+            finally:
+                await connection.rollback()
+                await connection.execute(text("SELECT pg_advisory_unlock(:key)"), {"key": _MIGRATION_LOCK})
             return
         # a table that is copied to change it must not take with it the rows that refer to it
         await connection.exec_driver_sql("PRAGMA foreign_keys = OFF")
@@ -209,15 +295,41 @@ def async_url(url: str) -> URL:
     return parsed.set(drivername=drivers.get(parsed.drivername, parsed.drivername))
 
 
-def _in_use(place: str, other: str) -> StorageError:
-    return StorageError(f"another server uses the registry {place}; stop it, or set store.url to {other}")
+def insert_missing(connection: AsyncConnection, table: Table) -> postgresql.Insert | sqlite.Insert:
+    """An INSERT that leaves out rows whose key is there already: another process may have written them just now."""
+    if connection.dialect.name == "sqlite":
+        return sqlite.insert(table).on_conflict_do_nothing()
+    return postgresql.insert(table).on_conflict_do_nothing()
+
+
+_BEGIN = "cocktail_begin"
+"""Execution option: the statement that begins a transaction on SQLite; empty: none."""
+
+
+def _connect_args(url: URL) -> dict[str, Any]:
+    if url.drivername == "sqlite+aiosqlite":
+        return {"isolation_level": None, "timeout": _BUSY_S}  # transactions begin as `_begin_sqlite` says
+    if url.drivername == "postgresql+asyncpg":
+        idle = {"idle_in_transaction_session_timeout": str(int(_IDLE_IN_TRANSACTION_S * 1000))}
+        return {"timeout": _CONNECT_S, "command_timeout": _STATEMENT_S, "server_settings": idle}
+    return {}
+
+
+def _begin_sqlite(connection: Connection) -> None:
+    if statement := connection.get_execution_options().get(_BEGIN, "BEGIN"):
+        connection.exec_driver_sql(statement)
+
+
+def _is_wal(path: Path) -> bool:
+    """Whether the header says so (bytes 18 and 19): looking costs no lock."""
+    with path.open("rb") as file:
+        return file.read(20)[18:] == b"\x02\x02"
 
 
 def _set_up_sqlite(connection: Any, _record: Any) -> None:
     cursor = connection.cursor()
     for pragma in (
-        "busy_timeout = 10000",
-        "journal_mode = WAL",
+        f"busy_timeout = {int(_BUSY_S * 1000)}",
         "synchronous = FULL",  # with NORMAL a power cut may take the last commits, which were announced
         "foreign_keys = ON",
         "secure_delete = ON",  # deleted examples leave the file, not only its index
@@ -248,4 +360,4 @@ def _translated() -> Iterator[None]:
 
 def _is_the_databases(error: Exception) -> bool:
     """SQLAlchemy hands on unwrapped what asyncpg raises while it connects."""
-    return isinstance(error, SQLAlchemyError | OSError) or type(error).__module__.startswith("asyncpg.")
+    return isinstance(error, SQLAlchemyError | sqlite3.Error | OSError) or type(error).__module__.startswith("asyncpg.")

@@ -16,21 +16,20 @@ _BEFORE_ALEMBIC = {1: "0001"}
 """Revision whose tables the first releases had, by the version that they wrote into `schema_info`."""
 
 
-def migrate(connection: Connection, *, may_change: bool) -> None:
-    """Runs the revisions that a database lacks, in the connection's transaction.
+def needs_change(connection: Connection, *, may_change: bool) -> bool:
+    """Whether `migrate` would change tables that hold something.
 
     Args:
-        may_change: whether tables that hold something may be changed: not while a server works with them.
+        may_change: whether it may.
 
     Raises:
         StorageError: the tables are a later release's; or an earlier one's, and may not be changed.
     """
-    config = _config(connection)
-    scripts = ScriptDirectory.from_config(config)
+    scripts = ScriptDirectory.from_config(_config(connection))
     head = scripts.get_current_head()
     found = MigrationContext.configure(connection).get_current_revision()
     if found == head:
-        return
+        return False
     adopted = None if found is not None else _before_alembic(connection)
     if found is not None and found not in {script.revision for script in scripts.walk_revisions()}:
         raise _of_another_release(found, head)
@@ -39,7 +38,16 @@ def migrate(connection: Connection, *, may_change: bool) -> None:
             f"the registry's tables are of revision {found or adopted} and this release reads {head}; "
             "start the server of this release, which brings them up to date, and try again"
         )
-    if adopted is not None:
+    return bool(found or adopted)
+
+
+def migrate(connection: Connection) -> None:
+    """Runs the revisions that a database lacks, in the connection's transaction; `needs_change` said that it may."""
+    config = _config(connection)
+    found = MigrationContext.configure(connection).get_current_revision()
+    if found == ScriptDirectory.from_config(config).get_current_head():
+        return
+    if found is None and (adopted := _before_alembic(connection)) is not None:
         connection.execute(text("DROP TABLE schema_info"))
         command.stamp(config, adopted)
     command.upgrade(config, "head")

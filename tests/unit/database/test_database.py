@@ -13,10 +13,10 @@ import pytest
 from alembic.autogenerate import compare_metadata
 from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
-from sqlalchemy import Connection, insert, inspect, make_url, select
+from sqlalchemy import Connection, insert, inspect, make_url, select, text
 
 from cocktail_serve.database import migrations, tables
-from cocktail_serve.database.database import Database, async_url
+from cocktail_serve.database.database import Database, async_url, insert_missing
 from cocktail_serve.errors import ConfigError, StorageError
 from tests.postgres import Postgres
 
@@ -56,6 +56,15 @@ async def scored_items(database: Database) -> list[str]:
         return list((await connection.execute(select(tables.losses.c.item).order_by("item"))).scalars())
 
 
+async def end_other_connections(database: Database) -> None:
+    """As a PostgreSQL that restarts ends them."""
+    async with database.write() as connection:
+        await connection.exec_driver_sql(
+            "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = current_database() "
+            "AND pid <> pg_backend_pid()"
+        )
+
+
 async def differences(database: Database) -> list[object]:
     def compare(connection: Connection) -> list[object]:
         return list(compare_metadata(MigrationContext.configure(connection), tables.metadata))
@@ -93,7 +102,7 @@ class TestMigrations:
             before = {name: old.execute(f"SELECT * FROM {name}").fetchall() for name in names}
         beside = Database(f"sqlite:///{path}")
         with pytest.raises(StorageError, match=r"of revision 0001 .*start the server of this release"):
-            await beside.open(exclusive=False)
+            await beside.open(as_server=False)
         database = Database(f"sqlite:///{path}")
         await database.open()
         assert await differences(database) == []
@@ -115,7 +124,7 @@ class TestMigrations:
 
     async def test_several_that_open_an_empty_database_at_once_make_its_tables_once(self, database_url: str) -> None:
         databases = [Database(database_url) for _ in range(4)]
-        await asyncio.gather(*(database.open(exclusive=False) for database in databases))
+        await asyncio.gather(*(database.open(as_server=False) for database in databases))
         for number, database in enumerate(databases):
             await add_score(database, str(number))
         assert await scored_items(databases[0]) == ["0", "1", "2", "3"]
@@ -128,20 +137,61 @@ class TestMigrations:
                 await connection.execute(insert(tables.pins).values(PIN))
 
 
-class TestOwnership:
-    async def test_a_second_server_is_refused_and_a_command_is_not(self, database: Database, database_url: str) -> None:
-        second = Database(database_url)
-        with pytest.raises(StorageError, match="another server uses the registry"):
-            await second.open()
-        command = Database(database_url)
-        await command.open(exclusive=False)
-        await add_score(command, "from a command")
-        assert await scored_items(database) == ["from a command"]
-        await command.close()
-        await database.close()
+class TestServers:
+    async def test_several_servers_and_commands_share_a_database(self, database: Database, database_url: str) -> None:
+        second, command = Database(database_url), Database(database_url)
         await second.open()
-        assert await scored_items(second) == ["from a command"]
+        await command.open(as_server=False)
+        await add_score(second, "from a server")
+        await add_score(command, "from a command")
+        assert await scored_items(database) == ["from a command", "from a server"]
         await second.close()
+        await command.close()
+
+    async def test_tables_are_not_changed_beneath_a_server(self, database: Database, database_url: str) -> None:
+        scripts = ScriptDirectory(str(Path(migrations.__file__).parent))
+        async with database.write() as connection:
+            await connection.exec_driver_sql("UPDATE alembic_version SET version_num = '0001'")
+        later = Database(database_url)
+        with pytest.raises(StorageError, match="while servers work with it; stop them first"):
+            await later.open()
+        async with database.write() as connection:
+            assert await connection.scalar(text("SELECT version_num FROM alembic_version")) == "0001"
+            head = scripts.get_current_head()
+            await connection.exec_driver_sql(f"UPDATE alembic_version SET version_num = '{head}'")
+        await later.open()
+        await later.close()
+
+    async def test_the_servers_lock_is_taken_again_after_it_was_lost(
+        self, database: Database, database_url: str
+    ) -> None:
+        if database.is_sqlite:
+            pytest.skip("SQLite has no server that could forget it")
+        other = Database(database_url)
+        await other.open(as_server=False)
+        await end_other_connections(other)
+        await database.hold()
+        with pytest.raises(StorageError, match="stop them first"):
+            await other._own_server()
+        await database.hold()
+        await other.close()
+
+    async def test_a_decision_in_a_transaction_still_holds_when_it_is_written(
+        self, database: Database, database_url: str
+    ) -> None:
+        """Two processes at once: SQLite lets one write at a time, PostgreSQL leaves the second row out."""
+        other = Database(database_url)
+        await other.open(as_server=False)
+
+        async def add_once(through: Database) -> None:
+            async with through.write() as connection:
+                row = {"tenant": "acme", "item": "same", "model": "m", "variant": "v", "loss": 0.5}
+                await asyncio.sleep(0)
+                await connection.execute(insert_missing(connection, tables.losses), [row])
+
+        await asyncio.gather(*(add_once(through) for through in (database, other) * 5))
+        assert await scored_items(database) == ["same"]
+        await other.close()
 
     async def test_a_write_ends_though_its_caller_leaves(self, database: Database) -> None:
         going = asyncio.create_task(database.to_the_end(add_score(database, "kept")))
@@ -175,12 +225,8 @@ class TestRefusals:
         if database.is_sqlite:
             pytest.skip("SQLite has no server")
         other = Database(database.url.render_as_string())
-        await other.open(exclusive=False)
-        async with other.write() as connection:
-            await connection.exec_driver_sql(
-                "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = current_database() "
-                "AND pid <> pg_backend_pid()"
-            )
+        await other.open(as_server=False)
+        await end_other_connections(other)
         await other.close()
         await add_score(database, "after")
         assert await scored_items(database) == ["after"]
