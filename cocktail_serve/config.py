@@ -236,6 +236,17 @@ class StoreConfig(_Section):
         description="Disk space for what can be made again; `doctor` checks for it. No merged copy is written.",
     )
 
+    lease_s: float = Field(
+        15.0,
+        gt=0,
+        le=600,
+        description="How long a gateway may give no sign of life before others on the same store take its jobs over, "
+        "seconds.",
+    )
+    poll_s: float = Field(
+        0.5, gt=0, le=60, description="How often a gateway looks for what others on the same store changed, seconds."
+    )
+
     @property
     def database_url(self) -> str:
         return self.url or f"sqlite:///{self.cache_dir / 'registry.sqlite'}"

@@ -197,6 +197,8 @@ class EngineTimeoutError(ServerError):
 
 
 class StorageError(ServerError):
-    """The store or the disk refused: full, read-only, gone."""
+    """The store or the disk refused: full, read-only, gone. Nothing was changed, and it may be back in a while."""
 
     code = "storage_error"
+    retryable = True
+    retry_after_s: ClassVar[float] = 5.0

@@ -76,6 +76,9 @@ class Cocktail:
         validation_loss: loss of the mixture on the validation examples; None without any.
         recipe: None until weighed.
         candidates: the merging weights that were tried; empty until weighed, and where nothing is weighed.
+        owner: id of the gateway whose job it is, as long as it is not final.
+        epoch: how often it was given to a gateway: a job of an earlier epoch has lost it.
+        change: number of the change that wrote it; a write says which one it goes back to.
     """
 
     uid: str
@@ -101,6 +104,9 @@ class Cocktail:
     error: Failure | None = None
     warnings: tuple[str, ...] = ()
     candidates: tuple[Candidate, ...] = ()
+    owner: str | None = field(default=None, compare=False)
+    epoch: int = field(default=0, compare=False)
+    change: int = field(default=0, compare=False)
 
     @property
     def id(self) -> str:

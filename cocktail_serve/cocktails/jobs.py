@@ -48,11 +48,13 @@ class Patience:
 
     Attributes:
         for_capacity_s: how long it waits for an engine that is starting, restarting or busy; seconds.
+        for_store_s: how long it waits for a store that is gone or full; seconds.
         engine_failures: calls that may fail before the job does: an example may be what kills the engine.
         first_delay_s: pause after the first failure, doubled after each up to `max_delay_s`.
     """
 
     for_capacity_s: float = 900.0
+    for_store_s: float = 300.0
     engine_failures: int = 3
     first_delay_s: float = 0.2
     max_delay_s: float = 10.0
@@ -60,14 +62,15 @@ class Patience:
     async def __call__(self, call: Callable[[], Awaitable[_T]]) -> _T:
         """The result of a call, tried again while its error is retryable and patience lasts."""
         loop = asyncio.get_running_loop()
-        deadline = loop.time() + self.for_capacity_s
+        started = loop.time()
         failures = 0
         delay = self.first_delay_s
         while True:
             try:
                 return await call()
-            except CapacityError:
-                if loop.time() + delay > deadline:
+            except (CapacityError, StorageError) as error:
+                patience = self.for_store_s if isinstance(error, StorageError) else self.for_capacity_s
+                if loop.time() + delay > started + patience:
                     raise
             except CocktailError as error:
                 failures += 1
@@ -95,12 +98,12 @@ async def check_examples(engine: Engine, examples: ExampleSet | None, validation
         raise
 
 
-class _DeletedError(Exception):
-    """The cocktail went while its job ran: there is nothing left to tell anybody."""
+class _LostError(Exception):
+    """The cocktail went while its job ran, or became another gateway's: there is nothing left to do here."""
 
 
 class Jobs:
-    """The running jobs, one task each. They end with the process and go on in the next one."""
+    """The running jobs, one task each. They end with the process and go on in the next one, or in another gateway."""
 
     def __init__(
         self,
@@ -118,24 +121,37 @@ class Jobs:
         self._patience = patience
         self._slots: defaultdict[str, asyncio.Semaphore] = defaultdict(lambda: asyncio.Semaphore(MAX_RUNNING))
         self._tasks: dict[str, asyncio.Task[None]] = {}
+        self._epochs: dict[str, int] = {}
 
     def submit(self, cocktail: Cocktail, examples: ExampleSet | None, validation: ExampleSet | None) -> None:
         """Starts the job of a cocktail that is not final."""
         previous = self._tasks.get(cocktail.uid)
+        if previous is not None:
+            previous.cancel()
         task = asyncio.get_running_loop().create_task(
             self._after(previous, cocktail, examples, validation), name=f"cocktail {cocktail.id}"
         )
         self._tasks[cocktail.uid] = task
+        self._epochs[cocktail.uid] = cocktail.epoch
         task.add_done_callback(lambda ended: self._ended(cocktail.uid, ended))
 
     async def resume(self, cocktail: Cocktail, load_examples: LoadExamples) -> None:
-        """Goes on with a job that the last process left; one whose examples no longer read ends as failed."""
+        """Goes on with a job that another process left; one whose examples no longer read ends as failed."""
         try:
             examples, validation = await load_examples()
         except InvalidRequestError as error:
             await self._fail(cocktail, error)
         else:
             self.submit(cocktail, examples, validation)
+
+    def is_running(self, uid: str) -> bool:
+        """Whether there is a job for a cocktail here."""
+        return uid in self._tasks
+
+    def heed(self, cocktail: Cocktail) -> None:
+        """Ends the job of a cocktail that another gateway ended, or took over."""
+        if cocktail.is_final or self._epochs.get(cocktail.uid) != cocktail.epoch:
+            self.cancel(cocktail.uid)
 
     def cancel(self, uid: str) -> None:
         """Ends a job, if there is one; its cocktail is deleted or cancelled already."""
@@ -166,7 +182,7 @@ class Jobs:
     async def _run(self, cocktail: Cocktail, examples: ExampleSet | None, validation: ExampleSet | None) -> None:
         try:
             await self._mix(cocktail, examples, validation)
-        except _DeletedError:
+        except _LostError:
             return
         except CocktailError as error:
             logger.warning("cocktail %s failed: %s", cocktail.id, error.code)
@@ -229,20 +245,21 @@ class Jobs:
         return mean(await self._patience(lambda: self._weigher.scores.of_mixture(engine, recipe, examples, keeping)))
 
     async def _update(self, cocktail: Cocktail, **changes: Any) -> None:
-        if await self._registry.update(cocktail.uid, **changes) is None:
-            raise _DeletedError
+        update = self._registry.update
+        if await self._patience(lambda: update(cocktail.uid, epoch=cocktail.epoch, **changes)) is None:
+            raise _LostError
 
     async def _fail(self, cocktail: Cocktail, error: CocktailError) -> None:
         failure = Failure.of(error)
         try:
-            await self._registry.update(cocktail.uid, status="failed", error=failure)
+            await self._registry.update(cocktail.uid, epoch=cocktail.epoch, status="failed", error=failure)
         except StorageError:
             logger.exception("the failure of cocktail %s could not be kept", cocktail.id)
             self._registry.fail_in_memory(cocktail.uid, failure)
 
     def _ended(self, uid: str, task: asyncio.Task[None]) -> None:
         if self._tasks.get(uid) is task:
-            del self._tasks[uid]
+            del self._tasks[uid], self._epochs[uid]
 
 
 def _judged(

@@ -1,4 +1,4 @@
-"""Which cocktails exist, whose, and what each model id means: found in memory, changed on disk first."""
+"""Which cocktails exist, whose, and what each model id means: found in memory, changed in the store first."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from cocktail_serve.cocktails.cocktail import (
     version_id,
 )
 from cocktail_serve.cocktails.request import CocktailRequest
-from cocktail_serve.cocktails.store import Beside, Store
+from cocktail_serve.cocktails.store import Beside, News, StaleError, Store
 from cocktail_serve.errors import (
     CocktailError,
     ConflictError,
@@ -33,6 +33,10 @@ from cocktail_serve.recipe import DType, one_hot
 
 Admission = Literal["new", "again", "existing"]
 """A version that was not there; one that failed or was cancelled and is queued again; one that is there."""
+
+
+Heed = Callable[[list[Cocktail], list[Cocktail]], None]
+"""Told of cocktails that others changed, and of those that they removed (unfinished ones as cancelled)."""
 
 
 @dataclass(slots=True)
@@ -63,11 +67,17 @@ class _Name:
 class Registry:
     """All cocktails of all tenants. Reading is synchronous and from memory; changing is durable before it shows.
 
+    Other gateways may change the same store: `learn` brings what they did into memory, and a change that goes back to
+    something older than the store holds is decided again.
+
     Args:
         pools: by id, as the operator defines them now.
         dtypes: dtype of each pool's engine, which recipes round to.
         max_inline: inline cocktails kept over all tenants; the least recently used go first.
         clock: seconds since the epoch.
+
+    Attributes:
+        owner: id of this gateway, whose the jobs are that begin here.
     """
 
     def __init__(
@@ -90,32 +100,48 @@ class Registry:
         self._names: dict[tuple[str, str], _Name] = {}
         self._inline: OrderedDict[str, _Entry] = OrderedDict()
         self._used: dict[str, float] = {}
-        self._sequence = 0
+        self._unkept: dict[str, Cocktail] = {}
+        self._seen = 0
+        self._num_looks = 0
+        self._heed: Heed = lambda changed, removed: None
+        self.owner: str | None = None
         self._pool_models = {
             served.model_id: served for pool in pools.values() for served in _pool_models(pool, dtypes[pool.id])
         }
 
-    async def load(self) -> list[Cocktail]:
-        """Reads the store into memory; returns the cocktails whose jobs have not ended."""
-        cocktails, pins = await self._store.load()
-        for cocktail in cocktails:
-            adopted = self._adopt(cocktail)
-            if adopted != cocktail:
-                await self._store.update(adopted)
-            self._insert(adopted)
-        for (tenant, name), uid in pins.items():
-            self._names[tenant, name].pinned = self._by_uid.get(uid)
-        for versions in self._names.values():
-            versions.settle_current()
-        for uid, _ in sorted(self._inline.items(), key=lambda item: item[1].cocktail.used_at):
-            self._inline.move_to_end(uid)
-        return [entry.cocktail for entry in self._by_uid.values() if not entry.cocktail.is_final]
+    async def load(self) -> None:
+        """Reads the store into memory."""
+        async with self._changing:
+            self._take_in(await self._store.load())
+            for uid, _ in sorted(self._inline.items(), key=lambda item: item[1].cocktail.used_at):
+                self._inline.move_to_end(uid)
+
+    def listen(self, heed: Heed) -> None:
+        """Has a function called, at once, with the cocktails that other gateways changed and those they removed."""
+        self._heed = heed
+
+    async def learn(self) -> None:
+        """Brings what other gateways changed before this call into memory."""
+        before = self._num_looks
+        async with self._changing:
+            # one look serves all who came before it
+            if self._num_looks == before:
+                await self._look()
 
     async def flush(self) -> None:
-        """Writes when inline cocktails were last used: what the hot path only noted."""
+        """Writes what the hot path only noted, when inline cocktails were last used, and ends not kept so far."""
         if self._used:
             noted, self._used = self._used, {}
             await self._store.touch(noted)
+        async with self._changing:
+            for uid, before in list(self._unkept.items()):
+                entry = self._by_uid.get(uid)
+                try:
+                    if entry is not None and entry.cocktail.change == before.change:
+                        await self._apply(entry, before=before)
+                except StaleError:
+                    await self._look()
+                self._unkept.pop(uid, None)
 
     def resolve(self, tenant: str, model_id: str) -> Served:
         """The parameters a model id means now: the hot path, without a single await.
@@ -193,45 +219,52 @@ class Registry:
         Raises:
             ConflictError: another request of the same name has the same first eight digits of its digest.
         """
-        digest = request.digest
         async with self._changing:
-            entry = self._version(tenant, request)
-            if entry is not None:
-                again = entry.cocktail.status in ("failed", "cancelled")
-                await self._ask_again(entry, warnings if again else None, beside)
-                return self._snapshot(entry), "again" if again else "existing", []
-            now = self._clock()
-            pool = self._pools[request.options.pool]
-            cocktail = Cocktail(
-                uid=uuid.uuid4().hex,
-                tenant=tenant,
-                name=request.options.name,
-                pool_id=pool.id,
-                kind=pool.kind,
-                digest=digest,
-                request=request.options,
-                created_at=now,
-                used_at=now,
-                sequence=self._next_sequence(),
-                warnings=warnings,
-            )
-            gone = await self._make_room() if cocktail.inline else []
-            await self._store.add(cocktail, request.examples, items, validation=request.validation, beside=beside)
-            return self._snapshot(self._insert(cocktail)), "new", gone
+            await self._look()
+            while True:
+                try:
+                    return await self._admit(tenant, request, items, warnings, beside)
+                except StaleError:
+                    await self._look()
 
-    async def update(self, uid: str, **changes: Any) -> Cocktail | None:
-        """Changes a version, on disk first. Returns the snapshot, or None where it has been deleted or is final."""
+    async def update(self, uid: str, *, epoch: int | None = None, **changes: Any) -> Cocktail | None:
+        """Changes a version, in the store first.
+
+        Args:
+            epoch: of the job that asks: one that was given to another gateway since changes nothing.
+
+        Returns:
+            The snapshot, or None where it has been deleted, is final, or is no longer the job's.
+        """
+        async with self._changing:
+            while True:
+                entry = self._by_uid.get(uid)
+                if entry is None or entry.cocktail.is_final or epoch not in (None, entry.cocktail.epoch):
+                    return None
+                try:
+                    await self._apply(entry, **changes)
+                    return self._snapshot(entry)
+                except StaleError:
+                    await self._look()
+
+    async def claim(self, uid: str) -> Cocktail | None:
+        """Gives an unfinished cocktail to this gateway, in a new epoch; None: another was first, or it has ended."""
         async with self._changing:
             entry = self._by_uid.get(uid)
             if entry is None or entry.cocktail.is_final:
                 return None
-            await self._apply(entry, **changes)
-            return self._snapshot(entry)
+            try:
+                await self._apply(entry, owner=self.owner, epoch=entry.cocktail.epoch + 1)
+                return self._snapshot(entry)
+            except StaleError:
+                await self._look()
+                return None
 
     def fail_in_memory(self, uid: str, failure: Failure) -> None:
-        """Ends a version whose end the store refused to take; after a restart its job goes on."""
+        """Ends a version whose end the store refused to take. `flush` tries again; after a restart its job goes on."""
         entry = self._by_uid.get(uid)
         if entry is not None and not entry.cocktail.is_final:
+            self._unkept[uid] = entry.cocktail
             self._show(entry, replace(entry.cocktail, status="failed", error=failure))
 
     async def pin(self, tenant: str, name: str, ref: str | None) -> Cocktail:
@@ -242,26 +275,17 @@ class Registry:
             ConflictError: the version is not ready.
         """
         async with self._changing:
-            versions = self._names.get((tenant, name))
-            if versions is None or "@" in name or name in self._pools:
-                raise _no_cocktail(name)
-            entry = None
-            if ref is not None:
-                entry = versions.versions.get(ref.removeprefix(f"{name}@"))
-                if entry is None or entry.cocktail.id != ref:
-                    raise NotFoundError(
-                        f"{name!r} has no version {ref!r}; give an id of the form {name}@digest8, or null",
-                        param="current",
-                        code="cocktail_not_found",
-                    )
-                if entry.cocktail.status != "ready":
-                    raise ConflictError(
-                        f"{ref!r} is {entry.cocktail.status}; only a ready version can be current", param="current"
-                    )
-            await self._store.pin(tenant, name, None if entry is None else entry.cocktail.uid)
-            versions.pinned = entry
-            versions.settle_current()
-            return self._snapshot(self._entry(tenant, name))
+            await self._look()
+            while True:
+                versions, entry = self._pinnable(tenant, name, ref)
+                try:
+                    await self._store.pin(tenant, name, None if entry is None else entry.cocktail.uid)
+                except StaleError:
+                    await self._look()
+                    continue
+                versions.pinned = entry
+                versions.settle_current()
+                return self._snapshot(self._entry(tenant, name))
 
     async def remove(self, tenant: str, ref: str) -> list[Cocktail]:
         """Deletes a version, or all versions of a name. From then on they are unknown.
@@ -276,6 +300,7 @@ class Registry:
         if ref in self._pool_models:
             raise PermissionDeniedError(f"{ref!r} is the operator's; it can only be taken out of the configuration")
         async with self._changing:
+            await self._look()
             if "@" in ref:
                 entries = [self._entry(tenant, ref)]
             else:
@@ -329,6 +354,97 @@ class Registry:
         entry = self._by_uid.get(uid)
         return None if entry is None else self._snapshot(entry)
 
+    def unfinished(self) -> list[Cocktail]:
+        """Snapshots of the cocktails whose jobs have not ended, whoever's they are."""
+        return [entry.cocktail for entry in self._by_uid.values() if not entry.cocktail.is_final]
+
+    async def _admit(
+        self,
+        tenant: str,
+        request: CocktailRequest,
+        items: tuple[str, ...],
+        warnings: tuple[str, ...],
+        beside: Beside | None,
+    ) -> tuple[Cocktail, Admission, list[Cocktail]]:
+        entry = self._version(tenant, request)
+        if entry is not None:
+            again = entry.cocktail.status in ("failed", "cancelled")
+            await self._ask_again(entry, warnings if again else None, beside)
+            return self._snapshot(entry), "again" if again else "existing", []
+        now = self._clock()
+        pool = self._pools[request.options.pool]
+        cocktail = Cocktail(
+            uid=uuid.uuid4().hex,
+            tenant=tenant,
+            name=request.options.name,
+            pool_id=pool.id,
+            kind=pool.kind,
+            digest=request.digest,
+            request=request.options,
+            created_at=now,
+            used_at=now,
+            sequence=0,  # the store numbers it
+            warnings=warnings,
+            owner=self.owner,
+            epoch=1,
+        )
+        gone = await self._make_room() if cocktail.inline else []
+        cocktail = await self._store.add(
+            cocktail, request.examples, items, validation=request.validation, beside=beside
+        )
+        return self._snapshot(self._insert(cocktail)), "new", gone
+
+    def _pinnable(self, tenant: str, name: str, ref: str | None) -> tuple[_Name, _Entry | None]:
+        versions = self._names.get((tenant, name))
+        if versions is None or "@" in name or name in self._pools:
+            raise _no_cocktail(name)
+        if ref is None:
+            return versions, None
+        entry = versions.versions.get(ref.removeprefix(f"{name}@"))
+        if entry is None or entry.cocktail.id != ref:
+            raise NotFoundError(
+                f"{name!r} has no version {ref!r}; give an id of the form {name}@digest8, or null",
+                param="current",
+                code="cocktail_not_found",
+            )
+        if entry.cocktail.status != "ready":
+            raise ConflictError(
+                f"{ref!r} is {entry.cocktail.status}; only a ready version can be current", param="current"
+            )
+        return versions, entry
+
+    async def _look(self) -> None:
+        """Brings the news of the store into memory. Called while nothing else changes either."""
+        self._num_looks += 1
+        news = await self._store.news(self._seen)
+        if news is not None:
+            changed, removed = self._take_in(news)
+            self._heed(changed, removed)
+
+    def _take_in(self, news: News) -> tuple[list[Cocktail], list[Cocktail]]:
+        removed = set(news.removed)
+        if news.is_all:
+            removed = self._by_uid.keys() - {cocktail.uid for cocktail in news.cocktails}
+        gone = [self._drop(entry) for entry in map(self._by_uid.get, removed) if entry is not None]
+        changed = []
+        for stored in news.cocktails:
+            entry = self._by_uid.get(stored.uid)
+            if stored.uid in removed or (entry is not None and entry.cocktail.change >= stored.change):
+                continue
+            cocktail = self._adopt(stored)
+            if entry is None:
+                self._insert(cocktail)
+            else:
+                self._show(entry, cocktail)
+            changed.append(cocktail)
+        for key in {(cocktail.tenant, cocktail.name) for cocktail in news.cocktails}:
+            versions = self._names.get(key)
+            if versions is not None:
+                versions.pinned = self._by_uid.get(news.pins.get(key, ""))
+                versions.settle_current()
+        self._seen = news.last
+        return changed, gone
+
     def _entry(self, tenant: str, ref: str) -> _Entry:
         entry = self._find(tenant, ref)
         if entry is None:
@@ -365,15 +481,23 @@ class Registry:
         entry = _Entry(cocktail)
         self._by_uid[cocktail.uid] = entry
         self._names.setdefault((cocktail.tenant, cocktail.name), _Name()).versions[cocktail.digest[:DIGEST8]] = entry
-        self._sequence = max(self._sequence, cocktail.sequence)
         if cocktail.inline:
             self._inline[cocktail.uid] = entry
         self._show(entry, cocktail)
         return entry
 
-    async def _apply(self, entry: _Entry, beside: Beside | None = None, **changes: Any) -> None:
+    async def _apply(
+        self,
+        entry: _Entry,
+        beside: Beside | None = None,
+        *,
+        before: Cocktail | None = None,
+        newest: bool = False,
+        **changes: Any,
+    ) -> None:
         cocktail = replace(entry.cocktail, **changes)
-        await self._store.update(cocktail, before=entry.cocktail, beside=beside)
+        cocktail = await self._store.update(cocktail, before=before or entry.cocktail, beside=beside, newest=newest)
+        self._unkept.pop(cocktail.uid, None)
         self._show(entry, cocktail)
 
     def _show(self, entry: _Entry, cocktail: Cocktail) -> None:
@@ -389,36 +513,39 @@ class Registry:
         """Makes a version the newest of its name; with warnings, queues it anew."""
         if entry.cocktail.inline:
             self._note_use(entry)
-        changes: dict[str, Any] = {}
         of_name = self._names[entry.cocktail.tenant, entry.cocktail.name].versions.values()
-        if entry.cocktail.sequence < max(other.cocktail.sequence for other in of_name):
-            changes = {"sequence": self._next_sequence()}
+        newest = entry.cocktail.sequence < max(other.cocktail.sequence for other in of_name)
+        changes: dict[str, Any] = {}
         if warnings is not None:
             changes |= {"status": "queued", "progress": 0.0, "error": None, "losses": {}, "warnings": warnings}
             changes |= {"merging_weights": None, "entropy": None, "recipe": None, "candidates": ()}
             changes |= {"mixed_loss": None, "validation_loss": None}
-        if changes or beside is not None:
-            await self._apply(entry, beside, **changes)
+            changes |= {"owner": self.owner, "epoch": entry.cocktail.epoch + 1}
+        if newest or changes or beside is not None:
+            await self._apply(entry, beside, newest=newest, **changes)
 
     async def _remove(self, tenant: str, entries: list[_Entry]) -> list[Cocktail]:
         await self._store.delete(tenant, [entry.cocktail.uid for entry in entries])
-        removed = []
-        for entry in entries:
-            cocktail = self._snapshot(entry)
-            removed.append(cocktail if cocktail.is_final else replace(cocktail, status="cancelled"))
-            key = (tenant, cocktail.name)
-            versions = self._names[key]
-            del self._by_uid[cocktail.uid]
+        return [self._drop(entry) for entry in entries]
+
+    def _drop(self, entry: _Entry) -> Cocktail:
+        """Forgets a version; its last snapshot, as cancelled if it was unfinished."""
+        cocktail = self._snapshot(entry)
+        key = (cocktail.tenant, cocktail.name)
+        versions = self._names[key]
+        del self._by_uid[cocktail.uid]
+        if versions.versions.get(cocktail.digest[:DIGEST8]) is entry:
             del versions.versions[cocktail.digest[:DIGEST8]]
-            self._inline.pop(cocktail.uid, None)
-            self._used.pop(cocktail.uid, None)
-            if versions.pinned is entry:
-                versions.pinned = None
-            versions.settle_current()
-            if not versions.versions:
-                del self._names[key]
-            entry.final.set()
-        return removed
+        self._inline.pop(cocktail.uid, None)
+        self._used.pop(cocktail.uid, None)
+        self._unkept.pop(cocktail.uid, None)
+        if versions.pinned is entry:
+            versions.pinned = None
+        versions.settle_current()
+        if not versions.versions:
+            del self._names[key]
+        entry.final.set()
+        return cocktail if cocktail.is_final else replace(cocktail, status="cancelled")
 
     async def _make_room(self) -> list[Cocktail]:
         """Inline cocktails go, least recently used first; one whose job runs has a caller waiting and stays."""
@@ -433,10 +560,6 @@ class Registry:
         uid = entry.cocktail.uid
         self._inline.move_to_end(uid)
         self._used[uid] = self._clock()
-
-    def _next_sequence(self) -> int:
-        self._sequence += 1
-        return self._sequence
 
     def _snapshot(self, entry: _Entry) -> Cocktail:
         versions = self._names.get((entry.cocktail.tenant, entry.cocktail.name))

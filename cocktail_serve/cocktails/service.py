@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
 from cocktail_serve.cocktails.cocktail import Cocktail, ModelEntry, Served, Status, Weighing
 from cocktail_serve.cocktails.jobs import Jobs, Patience, check_examples
+from cocktail_serve.cocktails.peers import Peers
 from cocktail_serve.cocktails.registry import Registry
 from cocktail_serve.cocktails.request import CocktailRequest
 from cocktail_serve.cocktails.scores import Keeping, Scores, score_items
@@ -21,9 +24,11 @@ from cocktail_serve.config import Settings
 from cocktail_serve.database.database import Database
 from cocktail_serve.database.unbroken import Unbroken
 from cocktail_serve.engines.base import Engine
-from cocktail_serve.errors import CapacityError
+from cocktail_serve.errors import CapacityError, ModelNotReadyError, NotFoundError, StorageError
 from cocktail_serve.examples import ExampleSet, parse_examples
 from cocktail_serve.pool import Pool
+
+logger = logging.getLogger(__name__)
 
 CHECK_TIMEOUT_S = 5.0
 """How long a creation waits to hear that its examples fit the model's context; after that its job hears it."""
@@ -51,6 +56,7 @@ class CocktailService:
         *,
         database: Database,
         patience: Patience | None = None,
+        place: str | None = None,
         witnesses: Sequence[Witness] = (),
     ) -> None:
         self._settings = settings
@@ -68,21 +74,35 @@ class CocktailService:
         self._weigher = Weigher(scores, self._executor, self._registry.uses)
         self._jobs = Jobs(self._registry, self._weigher, pools, engines, patience=patience or Patience())
         self._unbroken = Unbroken()
+        self._database = database
+        self._peers = Peers(database, place=place, lease_s=settings.store.lease_s)
+        self._following: asyncio.Task[None] | None = None
+        self._registry.listen(self._heed)
 
     async def start(self) -> None:
-        """Reads the registry and goes on with the jobs that the last process left.
+        """Reads the registry, goes on with the jobs that nobody works on, and follows what other gateways do.
 
         Raises:
             StorageError: the registry cannot be read.
         """
-        for cocktail in await self._registry.load():
-            await self._jobs.resume(cocktail, partial(self._stored_examples, cocktail))
+        await self._peers.join()
+        self._registry.owner = self._peers.me
+        await self._registry.load()
+        await self._adopt(await self._peers.alive())
+        self._following = asyncio.create_task(self._follow(), name="other gateways")
 
     async def stop(self) -> None:
         """Ends jobs where they are; engines are not touched. May be called twice."""
+        if self._following is not None:
+            self._following.cancel()
+            await asyncio.wait([self._following])
         await self._unbroken.drain()
         await self._jobs.stop()
-        await self._registry.flush()
+        try:
+            await self._registry.flush()
+            await self._peers.leave()
+        except StorageError as error:
+            logger.warning("the store was not told that this gateway ends: %s", error.message)
         self._executor.shutdown()
 
     async def create(
@@ -162,6 +182,32 @@ class CocktailService:
         """
         return self._registry.resolve(tenant, model_id)
 
+    async def find(self, tenant: str, model_id: str) -> Served:
+        """As `resolve`, and where that finds nothing to serve, looks for what another gateway has made just now.
+
+        Raises:
+            StorageError: it is not known here, and the store cannot be asked.
+        """
+        try:
+            return self._registry.resolve(tenant, model_id)
+        except (NotFoundError, ModelNotReadyError):
+            await self._registry.learn()
+        return self._registry.resolve(tenant, model_id)
+
+    async def look_up(self, tenant: str, ref: str) -> Cocktail:
+        """As `get`, with what other gateways have done just now.
+
+        Raises:
+            StorageError: it is not known here, and the store cannot be asked.
+        """
+        try:
+            await self._registry.learn()
+        except StorageError:
+            with suppress(NotFoundError):
+                return self._registry.get(tenant, ref)
+            raise
+        return self._registry.get(tenant, ref)
+
     def get(self, tenant: str, ref: str) -> Cocktail:
         """A snapshot by `name@digest8`, or by name: the current version, else the newest.
 
@@ -223,6 +269,54 @@ class CocktailService:
         if admission != "existing":
             self._jobs.submit(cocktail, request.examples, request.validation)
         return cocktail, admission == "existing"
+
+    async def _follow(self) -> None:
+        """Learns what other gateways do, and tells them that this one is there."""
+        loop = asyncio.get_running_loop()
+        beat_at = loop.time()
+        while True:
+            await asyncio.sleep(self._settings.store.poll_s)
+            try:
+                if loop.time() >= beat_at:
+                    beat_at = loop.time() + self._peers.beat_s
+                    await self._beat()
+                else:
+                    await self._registry.learn()
+            except StorageError:
+                # said in the log by the database; the store may be gone for a while
+                await asyncio.sleep(self._peers.beat_s)
+            except Exception:
+                logger.exception("following the other gateways failed")
+                await asyncio.sleep(self._peers.beat_s)
+
+    async def _beat(self) -> None:
+        await self._database.hold()
+        if not await self._peers.beat():
+            logger.warning("this gateway gave no sign of life for too long; others may have taken its jobs over")
+            await self._peers.join()
+            self._registry.owner = self._peers.me
+        await self._registry.learn()
+        # whoever is an owner by now joined before it became one, so it is among these
+        await self._adopt(await self._peers.alive())
+        await self._registry.flush()
+
+    async def _adopt(self, alive: frozenset[str]) -> None:
+        """Goes on with the jobs whose gateway is gone."""
+        for cocktail in self._registry.unfinished():
+            if cocktail.owner in alive and (cocktail.owner != self._peers.me or self._jobs.is_running(cocktail.uid)):
+                continue
+            pool = self._pools.get(cocktail.pool_id)
+            fits = pool is not None and pool.fingerprint == cocktail.request.pool_fingerprint
+            if not fits and len(alive) > 1:
+                continue  # another gateway may have the pool as it was
+            claimed = await self._registry.claim(cocktail.uid)
+            if claimed is not None:
+                await self._jobs.resume(claimed, partial(self._stored_examples, claimed))
+
+    def _heed(self, changed: Sequence[Cocktail], removed: Sequence[Cocktail]) -> None:
+        for cocktail in changed:
+            self._jobs.heed(cocktail)
+        self._release(removed)
 
     async def _cancel(self, cocktail: Cocktail) -> Cocktail:
         cancelled = await self._registry.update(cocktail.uid, status="cancelled")

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any, Protocol
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
-from sqlalchemy import Column, Table, delete, insert, select, update
+from sqlalchemy import Column, ColumnElement, Table, delete, insert, select, tuple_, update
 from sqlalchemy.engine import RowMapping
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from cocktail_serve.cocktails.cocktail import Cocktail, Failure
+from cocktail_serve.cocktails.cocktail import DIGEST8, Cocktail, Failure
 from cocktail_serve.cocktails.request import CocktailOptions
 from cocktail_serve.database import tables
-from cocktail_serve.database.database import Database, to_the_end
+from cocktail_serve.database.database import Database, insert_missing, to_the_end
 from cocktail_serve.examples import ExampleSet
 from cocktail_serve.recipe import Recipe
 from cocktail_serve.weighting.candidates import Candidate
@@ -48,12 +48,41 @@ class Witness(Protocol):
 Beside = Callable[[AsyncConnection, Cocktail], Awaitable[None]]
 """Writes rows that are to come with a cocktail, in the transaction that writes it."""
 
+
+class StaleError(Exception):
+    """Another gateway changed it first, and nothing was written: learn the news, then decide again."""
+
+
+@dataclass(frozen=True, slots=True)
+class News:
+    """What changed since a number.
+
+    Attributes:
+        last: the number up to which this goes.
+        cocktails: as they are now.
+        removed: uids of those that are gone; empty where `is_all`.
+        pins: uid by (tenant, name), of the names of `cocktails`.
+        is_all: these are all cocktails there are: removals so long ago are no longer known.
+    """
+
+    last: int
+    cocktails: Sequence[Cocktail]
+    removed: Sequence[str]
+    pins: Mapping[tuple[str, str], str]
+    is_all: bool = False
+
+
 _IN_CLAUSE = 500
 """Parameters of one IN list: well under SQLite's and PostgreSQL's limits on bound variables."""
 
+_T = TypeVar("_T")
+
 
 class Store:
-    """The tables of cocktails and scores in a database that is open. One process owns them.
+    """The tables of cocktails and scores in a database that is open, beside other gateways that change them.
+
+    Changes of cocktails are numbered in the order in which they are committed, so that who has seen one has seen all
+    before it. A write names the change that it goes back to, and does nothing if there was another since.
 
     Every write is on disk when its coroutine returns. Every method raises StorageError when the database refuses.
     """
@@ -62,17 +91,43 @@ class Store:
         self._database = database
         self._witnesses = witnesses
 
+    async def load(self) -> News:
+        """All cocktails in the order they were asked for."""
+        return await self._read_all()
+
     @to_the_end
-    async def load(self) -> tuple[list[Cocktail], dict[tuple[str, str], str]]:
-        """All cocktails in the order they were asked for, and the uid that each pinned `(tenant, name)` means."""
+    async def news(self, seen: int) -> News | None:
+        """What changed after a number; None: nothing."""
         async with self._database.read() as connection:
-            rows = (
-                (await connection.execute(select(tables.cocktails).order_by(tables.cocktails.c.sequence)))
-                .mappings()
-                .all()
-            )
-            pins = (await connection.execute(select(tables.pins))).all()
-        return [_cocktail(row) for row in rows], {(pin.tenant, pin.name): pin.uid for pin in pins}
+            # first the number, then the rows: who commits in between is told again next time
+            row = (await connection.execute(select(tables.changes.c.last, tables.changes.c.forgotten))).one()
+            if row.last == seen:
+                return None
+            if row.forgotten <= seen:
+                cocktails = await _cocktails(connection, tables.cocktails.c.change > seen)
+                names = list({(cocktail.tenant, cocktail.name) for cocktail in cocktails})
+                pins: dict[tuple[str, str], str] = {}
+                for some in _chunks(names):
+                    pins |= await _pins(connection, tuple_(tables.pins.c.tenant, tables.pins.c.name).in_(some))
+                gone = select(tables.removals.c.uid).where(tables.removals.c.change > seen)
+                removed = list((await connection.execute(gone)).scalars())
+                return News(row.last, cocktails, removed, pins)
+        return await self._read_all()
+
+    @to_the_end
+    async def _read_all(self) -> News:
+        async with self._database.read() as connection:
+            last = (await connection.execute(select(tables.changes.c.last))).scalar_one()
+            return News(last, await _cocktails(connection), (), await _pins(connection), is_all=True)
+
+    @to_the_end
+    async def forget_removals(self, *, keep: int) -> None:
+        """Drops what only says that cocktails are gone, but for the last `keep` changes."""
+        async with self._database.write() as connection:
+            last = (await connection.execute(select(tables.changes.c.last))).scalar_one()
+            old = tables.removals.c.change <= last - keep
+            if (await connection.execute(delete(tables.removals).where(old))).rowcount:
+                await connection.execute(update(tables.changes).values(forgotten=last - keep))
 
     @to_the_end
     async def add(
@@ -83,9 +138,25 @@ class Store:
         *,
         validation: ExampleSet | None = None,
         beside: Beside | None = None,
-    ) -> None:
-        """Writes a new cocktail with its examples and the keys its scores will be kept under."""
+    ) -> Cocktail:
+        """Writes a new cocktail with its examples and the keys its scores will be kept under.
+
+        Returns:
+            The cocktail, which knows its place in the order of changes.
+
+        Raises:
+            StaleError: there is one of its id.
+        """
         async with self._database.write() as connection:
+            change = await _number(connection)
+            cocktail = replace(cocktail, change=change, sequence=change)
+            same = select(tables.cocktails.c.uid).where(
+                tables.cocktails.c.tenant == cocktail.tenant,
+                tables.cocktails.c.name == cocktail.name,
+                tables.cocktails.c.digest.startswith(cocktail.digest[:DIGEST8]),
+            )
+            if (await connection.execute(same)).first() is not None:
+                raise StaleError
             await connection.execute(insert(tables.cocktails).values(_row(cocktail)))
             for table, given in ((tables.examples, examples), (tables.validation_examples, validation)):
                 if given is not None:
@@ -100,26 +171,46 @@ class Store:
                 )
             if beside is not None:
                 await beside(connection, cocktail)
+        return cocktail
 
     @to_the_end
-    async def update(self, cocktail: Cocktail, *, before: Cocktail | None = None, beside: Beside | None = None) -> None:
-        """Overwrites a cocktail's row; does nothing where it has been deleted.
+    async def update(
+        self,
+        cocktail: Cocktail,
+        *,
+        before: Cocktail | None = None,
+        beside: Beside | None = None,
+        newest: bool = False,
+    ) -> Cocktail:
+        """Overwrites a cocktail's row.
 
         Args:
             before: what it was, for the witnesses; None: they need not hear of it.
+            newest: it was asked for again, and comes behind all others in the order of asking.
+
+        Returns:
+            The cocktail, which knows its place in the order of changes.
+
+        Raises:
+            StaleError: since `cocktail.change` it was changed or deleted.
         """
-        row = _row(cocktail)
         async with self._database.write() as connection:
+            change = await _number(connection)
+            changed = replace(cocktail, change=change, sequence=change if newest else cocktail.sequence)
+            row = _row(changed)
             updated = await connection.execute(
-                update(tables.cocktails).where(tables.cocktails.c.uid == row.pop("uid")).values(row)
+                update(tables.cocktails)
+                .where(tables.cocktails.c.uid == row.pop("uid"), tables.cocktails.c.change == cocktail.change)
+                .values(row)
             )
             if not updated.rowcount:
-                return
+                raise StaleError
             if before is not None:
                 for witness in self._witnesses:
-                    await witness.changed(connection, before, cocktail)
+                    await witness.changed(connection, before, changed)
             if beside is not None:
-                await beside(connection, cocktail)
+                await beside(connection, changed)
+        return changed
 
     @to_the_end
     async def touch(self, used_at: Mapping[str, float]) -> None:
@@ -132,8 +223,19 @@ class Store:
 
     @to_the_end
     async def pin(self, tenant: str, name: str, uid: str | None) -> None:
-        """Pins a name to a version, or removes the pin."""
+        """Pins a name to a version, or removes the pin.
+
+        Raises:
+            StaleError: that version is gone.
+        """
         async with self._database.write() as connection:
+            change = await _number(connection)
+            # whoever reads one of the name's versions anew reads its pin too
+            news = update(tables.cocktails).where(tables.cocktails.c.tenant == tenant, tables.cocktails.c.name == name)
+            if uid is not None:
+                news = news.where(tables.cocktails.c.uid == uid)
+            if not (await connection.execute(news.values(change=change))).rowcount and uid is not None:
+                raise StaleError
             await connection.execute(
                 delete(tables.pins).where(tables.pins.c.tenant == tenant, tables.pins.c.name == name)
             )
@@ -144,7 +246,12 @@ class Store:
     async def delete(self, tenant: str, uids: Sequence[str]) -> None:
         """Deletes cocktails of a tenant with their examples, and the scores that no other of its cocktails needs."""
         async with self._database.write() as connection:
+            change = await _number(connection)
             for some in _chunks(uids):
+                rows = select(tables.cocktails.c.uid).where(tables.cocktails.c.uid.in_(some))
+                await connection.execute(rows.with_for_update())
+                removals = [{"uid": uid, "change": change} for uid in some]
+                await connection.execute(insert_missing(connection, tables.removals), removals)
                 for witness in self._witnesses:
                     await witness.deleted(connection, some)
                 going = select(tables.items.c.item).where(tables.items.c.uid.in_(some))
@@ -215,25 +322,40 @@ class Store:
 
     async def _keep(self, table: Table, column: str, *, uid: str, key: ScoreKey, values: Mapping[str, Any]) -> None:
         async with self._database.write() as connection:
-            owner = await connection.execute(select(tables.cocktails.c.tenant).where(tables.cocktails.c.uid == uid))
+            there = select(tables.cocktails.c.tenant).where(tables.cocktails.c.uid == uid)
+            # a deletion through another gateway comes before this, or after it and finds what this wrote
+            owner = await connection.execute(there.with_for_update(read=True))
             tenant = owner.scalar_one_or_none()
             if tenant is None:
                 return
-            # two jobs may have measured the same: the first to come keeps its value
-            present: set[str] = set()
-            for some in _chunks(list(values)):
-                query = select(table.c.item).where(*_score_key(table, tenant, key, some))
-                present.update((await connection.execute(query)).scalars())
             rows = [
                 {"tenant": tenant, "item": item, "model": key.model, "variant": key.variant, column: value}
                 for item, value in values.items()
-                if item not in present
             ]
             if rows:
-                await connection.execute(insert(table), rows)
+                # two jobs may have measured the same: the first to come keeps its value
+                await connection.execute(insert_missing(connection, table), rows)
 
 
-def _chunks(values: Sequence[str]) -> Iterator[Sequence[str]]:
+async def _number(connection: AsyncConnection) -> int:
+    """The number of the change that this transaction makes. Until it ends, no other can get one: so whoever sees a
+    number sees all changes up to it."""
+    following = update(tables.changes).values(last=tables.changes.c.last + 1).returning(tables.changes.c.last)
+    number: int = (await connection.execute(following)).scalar_one()
+    return number
+
+
+async def _cocktails(connection: AsyncConnection, *conditions: ColumnElement[bool]) -> list[Cocktail]:
+    query = select(tables.cocktails).where(*conditions).order_by(tables.cocktails.c.sequence)
+    return [_cocktail(row) for row in (await connection.execute(query)).mappings()]
+
+
+async def _pins(connection: AsyncConnection, *conditions: ColumnElement[bool]) -> dict[tuple[str, str], str]:
+    rows = await connection.execute(select(tables.pins).where(*conditions))
+    return {(pin.tenant, pin.name): pin.uid for pin in rows}
+
+
+def _chunks(values: Sequence[_T]) -> Iterator[Sequence[_T]]:
     for start in range(0, len(values), _IN_CLAUSE):
         yield values[start : start + _IN_CLAUSE]
 
@@ -271,6 +393,9 @@ def _row(cocktail: Cocktail) -> dict[str, Any]:
         "error": None if cocktail.error is None else cocktail.error.to_json(),
         "warnings": list(cocktail.warnings),
         "candidates": [asdict(candidate) for candidate in cocktail.candidates],
+        "owner": cocktail.owner,
+        "epoch": cocktail.epoch,
+        "change": cocktail.change,
     }
 
 

@@ -23,6 +23,7 @@ metadata = MetaData()
 
 DIGEST = String(64)
 TENANT = String(255)
+GATEWAY = String(32)
 
 cocktails = Table(
     "cocktails",
@@ -49,7 +50,11 @@ cocktails = Table(
     Column("error", JSON(none_as_null=True)),
     Column("warnings", JSON, nullable=False),
     Column("candidates", JSON(none_as_null=True)),
+    Column("owner", GATEWAY),
+    Column("epoch", BigInteger, nullable=False, server_default="0"),
+    Column("change", BigInteger, nullable=False, server_default="0"),
     UniqueConstraint("tenant", "name", "digest"),
+    Index("ix_cocktails_change", "change"),
 )
 
 _uid_of_cocktail = functools.partial(ForeignKey, "cocktails.uid", ondelete="CASCADE")
@@ -142,3 +147,29 @@ keys = Table(
     Index("ix_keys_tenant", "tenant"),
 )
 """Of a key itself only the digest is there."""
+
+gateways = Table(
+    "gateways",
+    metadata,
+    Column("id", GATEWAY, primary_key=True),
+    Column("place", String(32), nullable=False),
+    Column("beat", BigInteger, nullable=False),
+)
+
+removals = Table(
+    "removals",
+    metadata,
+    Column("uid", String(32), primary_key=True),
+    Column("change", BigInteger, nullable=False),
+    Index("ix_removals_change", "change"),
+)
+"""Cocktails that are gone, for the gateways that have not heard of it. Says neither whose they were nor what."""
+
+changes = Table(
+    "changes",
+    metadata,
+    Column("id", Integer, primary_key=True, autoincrement=False),
+    Column("last", BigInteger, nullable=False),
+    Column("forgotten", BigInteger, nullable=False),
+)
+"""One row: the number of the last change of cocktails, and of the last removal that is no longer in `removals`."""

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import uuid
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
+from pathlib import Path
 
 from fastapi import FastAPI
 from filelock import FileLock, Timeout
@@ -118,7 +120,13 @@ def _lifespan(
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         async with AsyncExitStack() as stack:
             pools = await asyncio.to_thread(open_pools, settings) if opened is None else opened
-            engines = _build_engines(settings, pools, stack) if built is None else built
+            place = None
+            if built is None:
+                run_dir = _own_run_dir(settings, stack)
+                place = place_of(run_dir)
+                engines = {pool.id: build_engine(pools[pool.id], pool, run_dir=run_dir) for pool in settings.pools}
+            else:
+                engines = dict(built)
             stack.push_async_callback(_stop_all, engines.values())
             for pool_id, engine in engines.items():
                 await engine.start()
@@ -126,7 +134,7 @@ def _lifespan(
             database = Database(settings.store.database_url)
             stack.push_async_callback(database.close)
             await database.open()
-            service = CocktailService(settings, pools, engines, database=database)
+            service = CocktailService(settings, pools, engines, database=database, place=place)
             stack.push_async_callback(service.stop)
             await service.start()
             tenants = TenantStore(database)
@@ -156,8 +164,8 @@ async def _stop_all(engines: Iterable[Engine]) -> None:
     await asyncio.gather(*(engine.stop() for engine in engines))
 
 
-def _build_engines(settings: Settings, pools: Mapping[str, Pool], stack: AsyncExitStack) -> dict[str, Engine]:
-    """Engines over a folder that outlives them: their logs tell why they ended.
+def _own_run_dir(settings: Settings, stack: AsyncExitStack) -> Path:
+    """The folder that engines write to: this process's alone. It outlives them: their logs tell why they ended.
 
     Raises:
         ConfigError: another server uses the folder.
@@ -173,4 +181,14 @@ def _build_engines(settings: Settings, pools: Mapping[str, Pool], stack: AsyncEx
             param="store.cache_dir",
         ) from None
     stack.callback(lock.release)
-    return {config.id: build_engine(pools[config.id], config, run_dir=run_dir) for config in settings.pools}
+    return run_dir
+
+
+def place_of(run_dir: Path) -> str:
+    """The name of a folder that one process at a time holds, made on first use; it moves with the folder."""
+    file = run_dir / "place"
+    if not file.exists():
+        temporary = run_dir / "place.tmp"
+        temporary.write_text(uuid.uuid4().hex)
+        temporary.replace(file)
+    return file.read_text()

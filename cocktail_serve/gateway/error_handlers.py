@@ -12,7 +12,7 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 
 from cocktail_serve import errors
-from cocktail_serve.errors import CapacityError, CocktailError, InvalidRequestError
+from cocktail_serve.errors import CapacityError, CocktailError, InvalidRequestError, StorageError
 
 
 class HTTPError(NamedTuple):
@@ -55,7 +55,7 @@ HTTP_ERRORS: Mapping[type[CocktailError], HTTPError] = {
     errors.ServerError: HTTPError(500, _SERVER),
     errors.EngineError: HTTPError(502, _SERVER),
     errors.EngineTimeoutError: HTTPError(504, _SERVER),
-    errors.StorageError: HTTPError(500, _SERVER),
+    errors.StorageError: HTTPError(503, _SERVER),
 }
 
 _RETRIED_BY_CLIENTS = frozenset({409, 429, *range(500, 600)})
@@ -76,7 +76,7 @@ def error_response(error: CocktailError) -> Response:
     """The whole answer: body, `Retry-After` where waiting helps, `x-should-retry: false` where repeating does not."""
     status = http_error(error).status
     headers: dict[str, str] = {}
-    if isinstance(error, CapacityError):
+    if isinstance(error, CapacityError | StorageError):
         headers["retry-after"] = str(math.ceil(error.retry_after_s))
     if status in _RETRIED_BY_CLIENTS and not error.retryable:
         headers["x-should-retry"] = "false"

@@ -19,7 +19,7 @@ _ROUTES: dict[Kind, str] = {
 }
 
 
-def requested_pool(gateway: Gateway, caller: Caller, body: Mapping[str, Any], *, kind: Kind) -> Pool:
+async def requested_pool(gateway: Gateway, caller: Caller, body: Mapping[str, Any], *, kind: Kind) -> Pool:
     """The pool of the model that a request names. Cheap: what is wrong with the rest is found before anything is mixed.
 
     Raises:
@@ -28,12 +28,13 @@ def requested_pool(gateway: Gateway, caller: Caller, body: Mapping[str, Any], *,
         PermissionDeniedError: an inline cocktail, and the key may not create.
         WrongModelKindError: the pool is not of the kind that the route needs.
         ModelNotReadyError: it is still being made.
+        StorageError: it is not known here, and the store cannot be asked.
     """
     model = body.get("model")
     if not isinstance(model, str) or not model:
         raise InvalidRequestError("model is required: name one of GET /v1/models", param="model")
     if body.get("cocktail") is None:
-        pool = gateway.service.resolve(caller.tenant, model).pool
+        pool = (await gateway.service.find(caller.tenant, model)).pool
         if not caller.sees(pool.id):
             raise no_model(model)
     elif model in gateway.pools and caller.sees(model):

@@ -90,13 +90,13 @@ async def list_cocktails(gateway: GatewayDep, tenant: TenantDep, name: str | Non
 @router.get("/v1/cocktails/{ref}", responses=error_responses(404))
 async def retrieve_cocktail(gateway: GatewayDep, tenant: TenantDep, ref: str) -> CocktailView:
     """One version; by name, the current one."""
-    return CocktailView.of(gateway.service.get(tenant, ref))
+    return CocktailView.of(await gateway.service.look_up(tenant, ref))
 
 
 @router.get("/v1/cocktails/{ref}/recipe", responses=error_responses(404, 503))
 async def retrieve_recipe(gateway: GatewayDep, tenant: TenantDep, ref: str) -> RecipeView:
     """What reproduces the mixture bit for bit."""
-    cocktail = gateway.service.get(tenant, ref)
+    cocktail = await gateway.service.look_up(tenant, ref)
     if cocktail.recipe is not None:
         return RecipeView.of(cocktail.recipe)
     if cocktail.is_final:
@@ -113,7 +113,7 @@ async def retrieve_examples(gateway: GatewayDep, tenant: TenantDep, ref: str) ->
 @router.get("/v1/cocktails/{ref}/report", responses=error_responses(404))
 async def retrieve_report(gateway: GatewayDep, tenant: TenantDep, ref: str) -> CocktailReport:
     """Losses beside merging weights, and what the mixture bought."""
-    return report_of(gateway.service.get(tenant, ref))
+    return report_of(await gateway.service.look_up(tenant, ref))
 
 
 @router.patch(

@@ -39,7 +39,7 @@ async def create_embeddings(request: Request) -> Response:
     caller = await caller_of(request)
     body = await json_object(request)
     wanted = parse_as(EmbeddingRequest, body)
-    pool = requested_pool(gateway, caller, body, kind="encoder")
+    pool = await requested_pool(gateway, caller, body, kind="encoder")
     request.state.pool = pool.id
     config = gateway.pool_configs[pool.id]
     engine = gateway.embedding_engine(pool.id)

@@ -52,7 +52,7 @@ async def _generate(request: Request, path: str) -> Response:
     gateway = await gateway_of(request)
     caller = await caller_of(request)
     body = await json_object(request)
-    pool = requested_pool(gateway, caller, body, kind="decoder")
+    pool = await requested_pool(gateway, caller, body, kind="decoder")
     request.state.pool = pool.id
     engine_config = gateway.pool_configs[pool.id].engine
     assert isinstance(engine_config, VLLMEngineConfig)  # the configuration lets no decoder have another

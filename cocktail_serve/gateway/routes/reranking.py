@@ -33,7 +33,7 @@ async def rerank(request: Request) -> Response:
     caller = await caller_of(request)
     body = await json_object(request)
     wanted = parse_as(RerankRequest, body)
-    pool = requested_pool(gateway, caller, body, kind="reranker")
+    pool = await requested_pool(gateway, caller, body, kind="reranker")
     request.state.pool = pool.id
     engine = gateway.reranking_engine(pool.id)
     documents = check_documents(wanted.documents)

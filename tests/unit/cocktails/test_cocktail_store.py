@@ -10,7 +10,7 @@ import pytest
 
 from cocktail_serve.cocktails.cocktail import Cocktail, Failure
 from cocktail_serve.cocktails.request import CocktailOptions
-from cocktail_serve.cocktails.store import ScoreKey, Store
+from cocktail_serve.cocktails.store import ScoreKey, StaleError, Store
 from cocktail_serve.database.database import Database
 from cocktail_serve.errors import StorageError
 from cocktail_serve.examples import ExampleSet, TextExample
@@ -60,17 +60,18 @@ async def test_a_cocktail_comes_back_equal(store: Store) -> None:
     failed = cocktail("3", status="failed", error=Failure("EngineError", "engine_error", "it died", None))
     for each in (queued, ready, failed):
         await store.add(each, None, [])
-    loaded, pins = await store.load()
-    assert loaded == [queued, ready, failed]
-    assert list(loaded[1].losses) == ["base", "nq"]
-    assert pins == {}
+    news = await store.load()
+    assert news.cocktails == [queued, ready, failed]
+    assert list(news.cocktails[1].losses) == ["base", "nq"]
+    assert (news.pins, news.last) == ({}, 3)
 
 
 async def test_an_update_of_what_was_deleted_does_not_bring_it_back(store: Store) -> None:
     await store.add(cocktail("1"), None, [])
     await store.delete("acme", ["1"])
-    await store.update(cocktail("1", status="ready"))
-    assert (await store.load())[0] == []
+    with pytest.raises(StaleError):
+        await store.update(cocktail("1", status="ready", change=1))
+    assert (await store.load()).cocktails == []
 
 
 async def test_examples_keep_their_order(store: Store) -> None:
@@ -123,18 +124,65 @@ async def test_a_pin_is_replaced_removed_and_goes_with_its_version(store: Store)
         await store.add(cocktail(uid), None, [])
     await store.pin("acme", "films", "1")
     await store.pin("acme", "films", "2")
-    assert (await store.load())[1] == {("acme", "films"): "2"}
+    assert (await store.load()).pins == {("acme", "films"): "2"}
     await store.delete("acme", ["2"])
-    assert (await store.load())[1] == {}
+    assert (await store.load()).pins == {}
     await store.pin("acme", "films", "1")
     await store.pin("acme", "films", None)
-    assert (await store.load())[1] == {}
+    assert (await store.load()).pins == {}
 
 
 async def test_messages_carry_no_examples(store: Store) -> None:
     secret = ExampleSet((TextExample("the vault opens at dawn", "quietly"),), num_given=1)
     await store.add(cocktail("1"), secret, [])
     with pytest.raises(StorageError) as caught:
-        await store.add(cocktail("1"), secret, [])
+        await store.add(cocktail("1", name="books"), secret, [])
     assert "vault" not in caught.value.message
     assert await store.examples("1") == secret.to_json()
+
+
+async def test_news_are_what_changed_since(store: Store) -> None:
+    assert await store.news(0) is None
+    first = await store.add(cocktail("1"), None, [])
+    second = await store.add(cocktail("2", digest="b" * 8), None, [])
+    news = await store.news(first.change)
+    assert news is not None
+    assert (news.cocktails, news.removed, news.is_all) == ([second], [], False)
+    await store.pin("acme", "films", "1")
+    await store.delete("acme", ["2"])
+    news = await store.news(second.change)
+    assert news is not None
+    assert ([one.uid for one in news.cocktails], news.removed) == (["1"], ["2"])
+    assert news.pins == {("acme", "films"): "1"}
+    assert await store.news(news.last) is None
+
+
+async def test_a_write_that_goes_back_to_something_older_is_refused(store: Store) -> None:
+    added = await store.add(cocktail("1"), None, [])
+    scoring = await store.update(replace(added, status="scoring"))
+    with pytest.raises(StaleError):
+        await store.update(replace(added, status="ready"))
+    assert [one.status for one in (await store.load()).cocktails] == ["scoring"]
+    again = await store.update(replace(scoring, status="queued"), newest=True)
+    assert again.sequence == again.change > scoring.sequence
+
+
+async def test_one_id_is_added_once(store: Store) -> None:
+    await store.add(cocktail("1", digest="a" * 8 + "1"), None, [])
+    with pytest.raises(StaleError):
+        await store.add(cocktail("2", digest="a" * 8 + "2"), None, [])
+    await store.add(cocktail("3", "other", digest="a" * 8 + "2"), None, [])
+    assert [one.uid for one in (await store.load()).cocktails] == ["1", "3"]
+
+
+async def test_who_missed_removals_that_are_no_longer_known_reads_everything(store: Store) -> None:
+    for uid in "123":
+        await store.add(cocktail(uid), None, [])
+    await store.delete("acme", ["1"])
+    await store.delete("acme", ["2"])
+    await store.forget_removals(keep=1)
+    behind, near = await store.news(3), await store.news(4)
+    assert behind is not None
+    assert near is not None
+    assert (behind.is_all, [one.uid for one in behind.cocktails]) == (True, ["3"])
+    assert (near.is_all, near.cocktails, near.removed) == (False, [], ["2"])
