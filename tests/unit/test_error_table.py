@@ -10,7 +10,14 @@ import pytest
 
 from cocktail_serve import errors
 from cocktail_serve.config import Settings
-from cocktail_serve.errors import CapacityError, CocktailError, ConflictError, EngineError, ModelNotReadyError
+from cocktail_serve.errors import (
+    CapacityError,
+    CocktailError,
+    ConflictError,
+    EngineError,
+    ModelNotReadyError,
+    StorageError,
+)
 from cocktail_serve.gateway.app import create_app
 from cocktail_serve.gateway.error_handlers import HTTP_ERRORS, error_response, http_error
 from cocktail_serve.gateway.openapi import ERROR_STATUSES
@@ -43,7 +50,7 @@ def test_body_and_headers(cls: type[CocktailError]) -> None:
         "param": "examples",
         "code": cls.code,
     }
-    assert ("retry-after" in response.headers) == isinstance(error, CapacityError)
+    assert ("retry-after" in response.headers) == isinstance(error, CapacityError | StorageError)
     if response.status_code in (429, 503):
         assert 1 <= int(response.headers["retry-after"]) <= 120
 
