@@ -23,7 +23,9 @@ from cocktail_serve.gateway.targets import requested_pool, served_model
 
 router = APIRouter(tags=["generation"], route_class=DirectRoute)
 
-_EVENTS: dict[str, Any] = {"content": {"text/event-stream": {"schema": {"type": "string"}}}}
+# as OpenAPI 3.2 describes streams: `data` is a chunk as JSON, and `[DONE]` at the end
+_EVENT = {"type": "object", "properties": {"data": {"type": "string"}}, "required": ["data"]}
+_EVENTS: dict[str, Any] = {"content": {"text/event-stream": {"itemSchema": _EVENT}}}
 
 
 @router.post(
