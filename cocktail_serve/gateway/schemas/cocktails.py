@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, StrictStr
+from pydantic import BaseModel, ConfigDict, Field, StrictStr, WithJsonSchema
 
 from cocktail_serve.cocktails.cocktail import Cocktail, Status, Weighing
 from cocktail_serve.gateway.error_handlers import error_body
@@ -14,6 +14,14 @@ from cocktail_serve.gateway.schemas.errors import ErrorDetail
 from cocktail_serve.pool import Kind
 from cocktail_serve.recipe import Recipe
 from cocktail_serve.weighting.candidates import Candidate
+
+# many readers of OpenAPI documents do not know `prefixItems`, which pydantic would describe a pair by
+_Coefficient = Annotated[
+    tuple[str, float],
+    WithJsonSchema(
+        {"type": "array", "items": {"anyOf": [{"type": "string"}, {"type": "number"}]}, "minItems": 2, "maxItems": 2}
+    ),
+]
 
 
 class RecipeView(BaseModel):
@@ -23,7 +31,7 @@ class RecipeView(BaseModel):
     digest: str = Field(description="SHA-256 of all below.")
     version: int
     base: str = Field(description="Fingerprint of the pool's base.")
-    coefficients: list[tuple[str, float]] = Field(description="Fingerprint and coefficient, in order of accumulation.")
+    coefficients: list[_Coefficient] = Field(description="Fingerprint and coefficient, in order of accumulation.")
     method: str
     method_params: dict[str, Any]
     dtype: str
