@@ -1,0 +1,95 @@
+"""Fine-tunes a decoder on input and output with transformers' Trainer, all parameters or an adapter folded in."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast, Trainer, TrainingArguments
+from transformers import set_seed as set_all_seeds
+
+from cocktail_serve.cli.terminal import OnProgress
+from cocktail_serve.errors import ContextLengthError, InvalidExamplesError
+from cocktail_serve.examples import ExampleSet
+from cocktail_serve.scoring.text import TokenizedExample, tokenize_examples
+from examples.train_experts.settings import Reporter, TrainSettings
+
+NOT_TRAINED = -100
+"""Label of a position that carries no loss, as transformers and torch have it."""
+
+LOCAL_ONLY = {"local_files_only": True, "trust_remote_code": False}
+
+
+def train_decoder(
+    base: Path, examples: ExampleSet, out: Path, settings: TrainSettings, *, name: str, report: OnProgress
+) -> int:
+    """Trains on the outputs, the text joined token by token as cocktails are scored, and writes a whole model.
+
+    Parameters are trained in float32 and stored in the base's dtype. With `lora_rank` the adapter is written too, to
+    `out/adapter`.
+
+    Returns:
+        How many rows were left out because they are longer than `max_tokens`.
+
+    Raises:
+        InvalidExamplesError: no row is short enough.
+    """
+    set_all_seeds(settings.seed)
+    tokenizer = AutoTokenizer.from_pretrained(base, **LOCAL_ONLY)
+    stored = AutoModelForCausalLM.from_pretrained(base, **LOCAL_ONLY)
+    dtype, model = stored.dtype, stored.float()
+    longest = settings.max_tokens or model.config.max_position_embeddings
+    rows = tokenize(tokenizer, examples, max_tokens=longest)
+    if settings.lora_rank is not None:
+        from peft import get_peft_model
+
+        model = get_peft_model(model, settings.lora(task_type="CAUSAL_LM"))
+    trainer = Trainer(
+        model=model,
+        args=TrainingArguments(
+            **settings.arguments(out / "trainer"),
+            train_sampling_strategy="group_by_length",
+            remove_unused_columns=False,
+        ),
+        train_dataset=[{"input_ids": row.token_ids, "output_start": row.output_start} for row in rows],
+        data_collator=collate,
+    )
+    Reporter(name, report).run(trainer)
+    if settings.lora_rank is not None:
+        model.save_pretrained(out / "adapter")
+        model = model.merge_and_unload()
+    model.to(device="cpu", dtype=dtype).save_pretrained(out)
+    tokenizer.save_pretrained(out)
+    return len(examples) - len(rows)
+
+
+def tokenize(tokenizer: PreTrainedTokenizerFast, examples: ExampleSet, *, max_tokens: int) -> list[TokenizedExample]:
+    """The rows that fit, as `scoring.text` makes tokens of them.
+
+    Raises:
+        InvalidExamplesError: none fits.
+    """
+    rows = []
+    for example in examples:
+        try:
+            rows += tokenize_examples(tokenizer, ExampleSet.of([example]), max_tokens=max_tokens)
+        except ContextLengthError:
+            continue
+    if not rows:
+        raise InvalidExamplesError(f"no row is short enough for {max_tokens} tokens: there is nothing to train on")
+    return rows
+
+
+def collate(rows: Sequence[dict[str, object]]) -> dict[str, torch.Tensor]:
+    """Pads on the right, where causal attention does not look; only the output carries loss."""
+    width = max(len(row["input_ids"]) for row in rows)
+    ids = torch.zeros((len(rows), width), dtype=torch.long)
+    mask = torch.zeros((len(rows), width), dtype=torch.long)
+    labels = torch.full((len(rows), width), NOT_TRAINED)
+    for index, row in enumerate(rows):
+        tokens, start = torch.tensor(row["input_ids"]), row["output_start"]
+        ids[index, : len(tokens)] = tokens
+        mask[index, : len(tokens)] = 1
+        labels[index, start : len(tokens)] = tokens[start:]
+    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
