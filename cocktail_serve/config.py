@@ -211,6 +211,11 @@ class ServerConfig(_Section):
     port: int = Field(8000, ge=0, le=65535, description="Port to listen on; 0 picks a free one.")
     auth: Literal["auto", "required", "off"] = Field("auto", description="auto: off on loopback, required elsewhere.")
     max_request_bytes: ByteSize = Field(ByteSize(32 * 1024**2), description="Larger bodies are refused with 413.")
+    expert_roots: list[Path] = Field(
+        default_factory=list,
+        description="Folders under which `POST /admin/pools/{id}/experts` may find models; none: nothing can be added "
+        "while the server runs.",
+    )
     ready_deadline_s: float = Field(5.0, gt=0, description="How long /ready waits for each engine, seconds.")
 
     @property
@@ -373,7 +378,9 @@ def _resolve_paths(settings: Settings, folder: Path) -> Settings:
         and store.url != "sqlite:///:memory:"
     ):
         store = store.model_copy(update={"url": f"sqlite:///{folder / store.url.removeprefix('sqlite:///')}"})
-    return settings.model_copy(update={"pools": pools, "store": store})
+    roots = [folder / root.expanduser() for root in settings.server.expert_roots]
+    server = settings.server.model_copy(update={"expert_roots": roots})
+    return settings.model_copy(update={"pools": pools, "store": store, "server": server})
 
 
 def _is_loopback(host: str) -> bool:

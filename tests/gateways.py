@@ -109,8 +109,11 @@ def make_pools(folder: Path, settings: Settings) -> dict[str, Pool]:
     """The pools of `make_settings`, on disk and opened."""
     (folder / "faults").mkdir(exist_ok=True)
     make = {"bge": make_encoder_pool, "ranker": make_reranker_pool}
-    pools = {"flan": make_fake_pool(folder / "decoder")}
+    is_real = (folder / "decoder" / "config.json").exists()  # put there by a test that adds experts
+    pools = {} if is_real else {"flan": make_fake_pool(folder / "decoder")}
     for config in settings.pools:
+        if is_real and config.id == "flan":
+            pools["flan"] = open_pool(config, cache_dir=folder / "cache")
         if config.id in make:
             members = Path(config.base.path).parent
             if not members.exists():

@@ -34,10 +34,7 @@ def open_pool(config: PoolConfig, *, cache_dir: Path, progress: Callable[[str, i
     _check_kind(base, config.kind)
     for name, folder in folders.items():
         if name != BASE:
-            try:
-                compare(base, folder).raise_if_incompatible()
-            except IncompatibleModelsError as error:
-                raise IncompatibleModelsError(f"pool {config.id!r}, expert {name!r}: {error.message}") from error
+            _check_fits(config.id, base, name, folder)
     members = {name: _member(name, folder, cache_dir, progress) for name, folder in folders.items()}
     return Pool(
         id=config.id,
@@ -46,6 +43,24 @@ def open_pool(config: PoolConfig, *, cache_dir: Path, progress: Callable[[str, i
         experts=members,
         text_digest=text_digest(base, prompts=config.prompts),
     )
+
+
+def open_expert(pool: Pool, name: str, folder: Path, *, cache_dir: Path) -> Member:
+    """Checks that a folder's model can be mixed with a pool's, and names it by its content. Blocks.
+
+    Raises:
+        CheckpointError: it cannot be read.
+        IncompatibleModelsError: it cannot be mixed with the base; names the tensor or setting.
+    """
+    _check_fits(pool.id, pool.base.path, name, folder)
+    return _member(name, folder, cache_dir, None)
+
+
+def _check_fits(pool_id: str, base: Path, name: str, folder: Path) -> None:
+    try:
+        compare(base, folder).raise_if_incompatible()
+    except IncompatibleModelsError as error:
+        raise IncompatibleModelsError(f"pool {pool_id!r}, expert {name!r}: {error.message}") from error
 
 
 def _member(name: str, folder: Path, cache_dir: Path, progress: Callable[[str, int, int], None] | None) -> Member:

@@ -195,7 +195,7 @@ class Jobs:
     async def _mix(self, cocktail: Cocktail, examples: ExampleSet | None, validation: ExampleSet | None) -> None:
         options = cocktail.request
         pool = self._pools.get(cocktail.pool_id)
-        if pool is None or pool.fingerprint != options.pool_fingerprint:
+        if pool is None or not options.fits(pool):
             raise ConflictError(
                 f"pool {cocktail.pool_id!r} changed before the cocktail was ready; make it again", code="pool_changed"
             )

@@ -6,7 +6,7 @@ import asyncio
 import time
 import uuid
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -28,7 +28,7 @@ from cocktail_serve.errors import (
     NotFoundError,
     PermissionDeniedError,
 )
-from cocktail_serve.pool import BASE, Pool
+from cocktail_serve.pool import BASE, Member, Pool
 from cocktail_serve.recipe import DType, one_hot
 
 Admission = Literal["new", "again", "existing"]
@@ -321,6 +321,36 @@ class Registry:
             for entry in self._by_uid.values()
         )
 
+    def change_pool(self, pool: Pool) -> None:
+        """Takes experts in or out of the model list; cocktails made of those that are gone are no longer served."""
+        self._pool_models = {
+            **{model_id: served for model_id, served in self._pool_models.items() if served.pool.id != pool.id},
+            **{served.model_id: served for served in _pool_models(pool, self._dtypes[pool.id])},
+        }
+        for entry in self._by_uid.values():
+            if entry.cocktail.pool_id == pool.id:
+                entry.served = self.serve(entry.cocktail)
+
+    def made_of(self, pool_id: str, member: Member) -> list[Cocktail]:
+        """Cocktails of all tenants that a model of a pool is in, or may be in once their jobs end."""
+        return [
+            self._snapshot(entry)
+            for entry in self._by_uid.values()
+            if entry.cocktail.pool_id == pool_id and _may_hold(entry.cocktail, member)
+        ]
+
+    def named(self, pool_id: str, recipe_digests: Collection[str]) -> dict[str, list[tuple[str | None, str]]]:
+        """Tenant (None: a model of the pool itself) and model id of all that each recipe is served as."""
+        found: dict[str, list[tuple[str | None, str]]] = {digest: [] for digest in recipe_digests}
+        for served in self._pool_models.values():
+            if served.pool.id == pool_id and served.recipe.digest in found:
+                found[served.recipe.digest].append((None, served.model_id))
+        for entry in self._by_uid.values():
+            recipe = entry.cocktail.recipe
+            if entry.cocktail.pool_id == pool_id and recipe is not None and recipe.digest in found:
+                found[recipe.digest].append((entry.cocktail.tenant, entry.cocktail.id))
+        return found
+
     async def until_final(self, uid: str, timeout_s: float) -> None:
         """Returns the moment a version is ready, failed, cancelled or deleted, or after `timeout_s`."""
         entry = self._by_uid.get(uid)
@@ -609,6 +639,12 @@ def _pool_models(pool: Pool, dtype: DType) -> Iterator[Served]:
     for member in pool:
         model_id = pool.id if member.name == BASE else f"{pool.id}/{member.name}"
         yield Served(model_id, pool, one_hot(pool, member.name, dtype=dtype))
+
+
+def _may_hold(cocktail: Cocktail, member: Member) -> bool:
+    if cocktail.recipe is not None:
+        return any(fingerprint == member.fingerprint for fingerprint, _ in cocktail.recipe.coefficients)
+    return not cocktail.is_final and cocktail.request.members.get(member.name) == member.fingerprint
 
 
 def _model_entry(model_id: str, cocktail: Cocktail) -> ModelEntry:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal, Self, TypeVar
 
@@ -87,6 +87,9 @@ class CocktailOptions:
 
     Attributes:
         name: the cocktail's name; for an inline cocktail the pool's id.
+        members: fingerprint by name of the models that the mixture may need, and
+        text_digest: the pool's: while both are as they were, other experts of the pool may come and go. Empty where
+            an earlier release took the request.
         peers: what Eq. 2 weighs: the base and the experts taken, without the target. Empty without examples.
         alpha: share of the target; None where there is no target, or where the weighting chooses it.
         weighting: as asked for; None where nothing is weighed.
@@ -122,6 +125,8 @@ class CocktailOptions:
     validation_digest: str | None = None
     num_validation_examples: int = 0
     inline: bool = False
+    members: Mapping[str, str] = field(default_factory=dict)
+    text_digest: str = ""
 
     @property
     def scored(self) -> tuple[str, ...]:
@@ -159,6 +164,13 @@ class CocktailOptions:
                 **({} if self.validation_digest is None else {"validation_examples": self.validation_digest}),
             }
         )
+
+    def fits(self, pool: Pool) -> bool:
+        """Whether the pool still has all that the mixture is made of."""
+        if self.pool_fingerprint == pool.fingerprint:
+            return True
+        there = {name: member.fingerprint for name, member in pool.members.items()}
+        return bool(self.members) and self.text_digest == pool.text_digest and self.members.items() <= there.items()
 
     def to_json(self) -> dict[str, Any]:
         """A JSON value that `from_json` reads back to equal options."""
@@ -267,11 +279,13 @@ def _resolve(body: InlineBody, name: str, pool: Pool, settings: Settings, *, inl
         "seed": seed,
         "metadata": _metadata(body.metadata or {}),
         "inline": inline,
+        "text_digest": pool.text_digest,
     }
     _check_bounds(body)
     if body.merging_weights is not None:
         weights = _by_hand(body, pool, method, common["method_params"])
-        return CocktailRequest(CocktailOptions(**common, merging_weights=weights), examples=None)
+        options = CocktailOptions(**common, members=_fingerprints(pool, weights), merging_weights=weights)
+        return CocktailRequest(options, examples=None)
     experts = _experts(body, pool)
     if body.target is not None:
         _check_target(body.target, experts, pool)
@@ -291,6 +305,7 @@ def _resolve(body: InlineBody, name: str, pool: Pool, settings: Settings, *, inl
     weighting, temperature, alpha = _weighting(body, settings.defaults)
     options = CocktailOptions(
         **common,
+        members=_fingerprints(pool, (*peers, *filter(None, [body.target]))),
         target=body.target,
         alpha=None if body.target is None else alpha,
         weighting=None if examples is None else weighting,
@@ -303,6 +318,10 @@ def _resolve(body: InlineBody, name: str, pool: Pool, settings: Settings, *, inl
         num_examples_given=0 if examples is None else examples.num_given,
     )
     return CocktailRequest(options, examples)
+
+
+def _fingerprints(pool: Pool, names: Iterable[str]) -> dict[str, str]:
+    return {name: pool.member(name).fingerprint for name in sorted({BASE, *names})}
 
 
 def _validated_by(request: CocktailRequest, body: CocktailBody, pool: Pool, settings: Settings) -> CocktailRequest:

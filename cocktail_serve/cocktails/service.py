@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
@@ -26,7 +26,7 @@ from cocktail_serve.database.unbroken import Unbroken
 from cocktail_serve.engines.base import Engine
 from cocktail_serve.errors import CapacityError, ModelNotReadyError, NotFoundError, StorageError
 from cocktail_serve.examples import ExampleSet, parse_examples
-from cocktail_serve.pool import Pool
+from cocktail_serve.pool import Member, Pool
 
 logger = logging.getLogger(__name__)
 
@@ -227,6 +227,18 @@ class CocktailService:
     def statuses(self) -> Counter[Status]:
         """How many cocktails of all tenants, inline ones included, are in each state."""
         return self._registry.statuses()
+
+    def named(self, pool_id: str, recipe_digests: Collection[str]) -> Mapping[str, Sequence[tuple[str | None, str]]]:
+        """Tenant (None: a model of the pool itself) and model id of all that each recipe is served as."""
+        return self._registry.named(pool_id, recipe_digests)
+
+    def made_of(self, pool_id: str, member: Member) -> Sequence[Cocktail]:
+        """Cocktails of all tenants that a model of a pool is in, or may be in once their jobs end."""
+        return self._registry.made_of(pool_id, member)
+
+    def change_pool(self, pool: Pool) -> None:
+        """The pool has other experts now; whoever changes it has changed the mapping of pools too."""
+        self._registry.change_pool(pool)
 
     async def examples(self, tenant: str, ref: str) -> Sequence[Mapping[str, Any]]:
         """The examples a cocktail was made from, as JSON rows; empty where it was made without."""

@@ -16,6 +16,7 @@ from sqlalchemy import (
     MetaData,
     String,
     Table,
+    Text,
     UniqueConstraint,
 )
 
@@ -173,3 +174,14 @@ changes = Table(
     Column("forgotten", BigInteger, nullable=False),
 )
 """One row: the number of the last change of cocktails, and of the last removal that is no longer in `removals`."""
+
+experts = Table(
+    "experts",
+    metadata,
+    Column("pool", String(64), primary_key=True),
+    Column("name", String(64), primary_key=True),
+    Column("path", Text, nullable=False),
+    Column("fingerprint", DIGEST, nullable=False),
+    Column("added_at", Float(53), nullable=False),
+)
+"""Those added while the server ran; those of the configuration are in the configuration."""

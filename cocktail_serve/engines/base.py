@@ -9,6 +9,8 @@ from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 
+from cocktail_serve.engines.occupancy import Occupancy
+from cocktail_serve.engines.stats import EngineStats
 from cocktail_serve.examples import ExampleSet
 from cocktail_serve.pool import Pool
 from cocktail_serve.recipe import DType, Recipe
@@ -78,6 +80,36 @@ class Forwarded:
     body: bytes | None
     events: AsyncIterator[bytes] | None
     settle: Callable[[int], object] = lambda _: None
+
+
+class OperatedEngine(Engine, Protocol):
+    """An engine as its operator handles it, while it runs."""
+
+    stats: EngineStats
+
+    def occupancy(self) -> Occupancy:
+        """What it does now, and who waits for it."""
+        ...
+
+    def drain(self, is_drained: bool) -> None:
+        """Lets what is in flight finish and nobody in (ModelNotReadyError); or lets requests in again."""
+        ...
+
+    def pin(self, recipe: Recipe | None) -> None:
+        """Keeps a recipe resident and sends requests for others away; None: no longer.
+
+        Raises:
+            InvalidRequestError: the engine's recipes do not take turns.
+        """
+        ...
+
+    async def change_pool(self, pool: Pool) -> None:
+        """Takes experts in or out: the pool is the old one but for them.
+
+        Raises:
+            StorageError: the engine's server could not be told; nothing has changed.
+        """
+        ...
 
 
 @runtime_checkable

@@ -267,6 +267,8 @@ class FakeServer:
     def _check(self, recipe: Recipe) -> None:
         if self._strikes("mix_invalid"):
             raise InvalidMixError("a fault was asked for")
+        if any(fingerprint not in self._manifest.members for fingerprint, _ in recipe.coefficients):
+            self._manifest = Manifest.from_environ()  # as the plugin's mixer does
         for fingerprint, _ in recipe.coefficients:
             if fingerprint not in self._manifest.members:
                 raise InvalidMixError(f"model {fingerprint} is not in the manifest")

@@ -42,7 +42,7 @@ from typing import NoReturn
 from cocktail_serve.engines.fairness import Account, Accounts
 from cocktail_serve.engines.lease import Lease
 from cocktail_serve.engines.line import Line, Waiter
-from cocktail_serve.engines.occupancy import Occupancy, Phase, Queue, WaitReason
+from cocktail_serve.engines.occupancy import OPERATOR_RETRY_S, Occupancy, Phase, Queue, WaitReason
 from cocktail_serve.engines.stats import EngineStats
 from cocktail_serve.errors import (
     CapacityError,
@@ -70,9 +70,6 @@ MAX_LOST_MIXES = 2
 One is bad luck (a process was killed just then), two look like the recipe's doing, and waiting on would never end.
 """
 
-
-OPERATOR_RETRY_S = 30
-"""What a client is told to wait where the operator has drained an engine or pinned another model."""
 
 HOLD_SLICES = 0.1
 """How long a turn is held, in slices, for a tenant whose answers have just ended and who is behind the one in line."""
@@ -472,7 +469,7 @@ class Residency:
         self._resident = recipe.digest
         self._serving.clear()
         self._last_was_visit = waiter.is_background
-        self.stats.swap.observe(asyncio.get_running_loop().time() - started)
+        self.stats.observe_swap(asyncio.get_running_loop().time() - started)
 
     def _next(self) -> Waiter | None:
         """Who is next, of those who wait for another recipe than the resident one."""

@@ -20,6 +20,7 @@ import torch
 from cocktail_serve.config import PoolConfig, SentenceTransformersEngineConfig
 from cocktail_serve.engines.base import EngineHealth, EngineState
 from cocktail_serve.engines.batching import PassLimits
+from cocktail_serve.engines.occupancy import OPERATOR_RETRY_S, Occupancy
 from cocktail_serve.engines.parameter_cache import Mixture, ParameterCache, Params
 from cocktail_serve.engines.pipeline import ModelRequest, Pipeline
 from cocktail_serve.engines.stats import EngineStats
@@ -28,6 +29,7 @@ from cocktail_serve.errors import (
     ConfigError,
     EngineError,
     InvalidMixError,
+    InvalidRequestError,
     ModelNotReadyError,
     QueueTimeoutError,
 )
@@ -103,6 +105,8 @@ class SentenceTransformersEngine(Generic[M]):
         self._is_settled = asyncio.Event()  # no longer starting
         self._num_waiting = 0
         self._waiting_of: dict[str, int] = {}  # by tenant
+        self._num_requests = 0
+        self._is_drained = False
         self._loop: asyncio.AbstractEventLoop
         self._model: M | None = None
         self._cache: ParameterCache  # from the moment there is a model
@@ -139,6 +143,22 @@ class SentenceTransformersEngine(Generic[M]):
                 state, detail["reason"] = "failed", f"a model's thread did not answer within {deadline_s:g} s"
         cached = {"cached": self._cache.digests, "cached_bytes": self._cache.num_bytes} if self._model else {}
         return EngineHealth(state, queued=self._num_waiting, detail=detail | cached)
+
+    def occupancy(self) -> Occupancy:
+        return Occupancy(phase=None, num_in_flight=self._num_requests, is_drained=self._is_drained)
+
+    def drain(self, is_drained: bool) -> None:
+        self._is_drained = is_drained
+
+    def pin(self, recipe: Recipe | None) -> None:
+        if recipe is not None:
+            raise InvalidRequestError(
+                f"pool {self.pool.id!r} serves its recipes side by side: there are no turns to pin one in", param="pin"
+            )
+
+    async def change_pool(self, pool: Pool) -> None:
+        self._folders = {member.fingerprint: member.path for member in pool}
+        self.pool = pool
 
     @abstractmethod
     async def check_examples(self, examples: ExampleSet) -> None: ...
@@ -202,6 +222,8 @@ class SentenceTransformersEngine(Generic[M]):
 
     @contextlib.contextmanager
     def _admitted(self, num_inputs: int, tenant: str) -> Iterator[None]:
+        if self._is_drained:
+            raise ModelNotReadyError("the operator drains this engine; ask again later", retry_after_s=OPERATOR_RETRY_S)
         of_tenant = self._waiting_of.get(tenant, 0)
         is_full = self._num_waiting and self._num_waiting + num_inputs > MAX_WAITING_INPUTS
         if is_full or (of_tenant and of_tenant + num_inputs > MAX_WAITING_INPUTS // 2):
@@ -210,11 +232,13 @@ class SentenceTransformersEngine(Generic[M]):
             raise QueueTimeoutError(
                 f"pool {self.pool.id!r} has {waiting} inputs waiting and takes no more until some are done"
             )
+        self._num_requests += 1
         self._num_waiting += num_inputs
         self._waiting_of[tenant] = of_tenant + num_inputs
         try:
             yield
         finally:
+            self._num_requests -= 1
             self._num_waiting -= num_inputs
             self._waiting_of[tenant] -= num_inputs
             if not self._waiting_of[tenant]:
@@ -267,7 +291,7 @@ class SentenceTransformersEngine(Generic[M]):
     async def _mix(self, recipe: Recipe) -> Params:
         started_at = time.monotonic()
         params = await self._loop.run_in_executor(self._mixing, self._loaded.mix, recipe, self._folders)
-        self.stats.swap.observe(time.monotonic() - started_at)
+        self.stats.observe_swap(time.monotonic() - started_at)
         self.stats.num_swaps_by_source["files"] = self.stats.num_swaps_by_source.get("files", 0) + 1
         return params
 

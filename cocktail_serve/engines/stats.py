@@ -42,6 +42,7 @@ class EngineStats:
     Attributes:
         wait: seconds between a request's arrival and its admission.
         swap: seconds of each mix that made another recipe resident.
+        last_swap_s: seconds of the last of those; None: there was none.
         num_swaps_by_source: where the parameters came from: `cache` or `files`.
         num_drained: streams ended because they outlived `drain_s`.
         num_queue_timeouts: requests that were never admitted.
@@ -50,7 +51,13 @@ class EngineStats:
 
     wait: Histogram = field(default_factory=lambda: Histogram(WAIT_BOUNDS_S))
     swap: Histogram = field(default_factory=lambda: Histogram(SWAP_BOUNDS_S))
+    last_swap_s: float | None = None
     num_swaps_by_source: dict[str, int] = field(default_factory=dict)
     num_drained: int = 0
     num_queue_timeouts: int = 0
     num_restarts: int = 0
+
+    def observe_swap(self, seconds: float) -> None:
+        """Counts a mix that made another recipe resident."""
+        self.swap.observe(seconds)
+        self.last_swap_s = seconds

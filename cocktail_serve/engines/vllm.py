@@ -20,6 +20,7 @@ from cocktail_serve.config import VLLMEngineConfig
 from cocktail_serve.engines.base import EngineHealth, EngineState, Forwarded
 from cocktail_serve.engines.fake import fake_args
 from cocktail_serve.engines.lease import Lease
+from cocktail_serve.engines.occupancy import Occupancy
 from cocktail_serve.engines.residency import Residency
 from cocktail_serve.engines.server import STATUS_PATH, EngineServer
 from cocktail_serve.engines.stats import EngineStats
@@ -112,7 +113,7 @@ class VLLMEngine:
         self._run_dir = run_dir
         self._manifest_path = run_dir / f"{pool.id}.manifest.json"
         self._log = run_dir / f"{pool.id}.log"
-        self._manifest = Manifest.of_pool(pool, dtype=self.dtype, cache_bytes=int(config.cache_bytes), managed=True)
+        self._manifest = self._manifest_of(pool)
         self._salt_key = secrets.token_bytes(32)
         self._state: EngineState = "starting"
         self._failure = ""
@@ -136,11 +137,7 @@ class VLLMEngine:
 
     async def start(self) -> None:
         if self._supervisor is None:
-            try:
-                self._run_dir.mkdir(parents=True, exist_ok=True)
-                self._manifest.write(self._manifest_path)
-            except OSError as error:
-                raise StorageError(f"cannot write the engine's manifest {self._manifest_path}: {error}") from error
+            self._write(self._manifest)
             self._supervisor = asyncio.create_task(self._supervise(), name=f"engine-{self.pool.id}")
             self._load_tokenizer()
 
@@ -172,6 +169,22 @@ class VLLMEngine:
             return EngineHealth("restarting", queued=queued, detail={"reason": f"status {status}: {body}"})
         detail = {key: body[key] for key in ("mixing_path", "mixing_kernel", "in_flight", "cached") if key in body}
         return EngineHealth("ready", resident=body["resident"], queued=queued, detail=detail)
+
+    def occupancy(self) -> Occupancy:
+        return self._residency.occupancy()
+
+    def drain(self, is_drained: bool) -> None:
+        self._residency.drain(is_drained)
+
+    def pin(self, recipe: Recipe | None) -> None:
+        self._residency.pin(recipe)
+
+    async def change_pool(self, pool: Pool) -> None:
+        manifest = self._manifest_of(pool)
+        if self._supervisor is not None:
+            # the server's workers read it again when a recipe names a model that they do not know
+            await asyncio.to_thread(self._write, manifest)
+        self._manifest, self.pool = manifest, pool
 
     async def check_examples(self, examples: ExampleSet) -> None:
         await self._tokenize(examples)
@@ -231,6 +244,16 @@ class VLLMEngine:
         return await self._residency.acquire(
             recipe, tenant=tenant, num_tokens=num_tokens, background=background, timeout_s=timeout_s
         )
+
+    def _manifest_of(self, pool: Pool) -> Manifest:
+        return Manifest.of_pool(pool, dtype=self.dtype, cache_bytes=int(self._config.cache_bytes), managed=True)
+
+    def _write(self, manifest: Manifest) -> None:
+        try:
+            self._run_dir.mkdir(parents=True, exist_ok=True)
+            manifest.write(self._manifest_path)
+        except OSError as error:
+            raise StorageError(f"cannot write the engine's manifest {self._manifest_path}: {error}") from error
 
     def _cache_salt(self, tenant: str, recipe: Recipe, client_salt: Any) -> str:
         """What keeps KV blocks of tenants and recipes apart: part of every block's hash inside the engine."""

@@ -7,18 +7,20 @@ import uuid
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from pathlib import Path
+from typing import cast
 
 from fastapi import FastAPI
 from filelock import FileLock, Timeout
 
 import cocktail_serve
 from cocktail_serve.checkpoints.opening import open_pool
+from cocktail_serve.cocktails.experts import Experts
 from cocktail_serve.cocktails.request import CocktailBody
 from cocktail_serve.cocktails.service import CocktailService
 from cocktail_serve.config import Settings
 from cocktail_serve.database.database import Database
 from cocktail_serve.engines import build_engine
-from cocktail_serve.engines.base import Engine
+from cocktail_serve.engines.base import Engine, OperatedEngine
 from cocktail_serve.errors import ConfigError
 from cocktail_serve.finetuning.files import Files
 from cocktail_serve.gateway.authentication import Authenticator
@@ -33,6 +35,7 @@ from cocktail_serve.gateway.routes import (
     files,
     generation,
     models,
+    operating,
     operations,
     reranking,
 )
@@ -42,6 +45,7 @@ from cocktail_serve.gateway.schemas.cocktails import CurrentVersion
 from cocktail_serve.gateway.schemas.embeddings import EmbeddingRequest
 from cocktail_serve.gateway.schemas.files import FileUpload
 from cocktail_serve.gateway.schemas.generation import ChatCompletionRequest, CompletionRequest
+from cocktail_serve.gateway.schemas.operating import EngineBody, ExpertBody
 from cocktail_serve.gateway.schemas.reranking import RerankRequest
 from cocktail_serve.gateway.state import Gateway
 from cocktail_serve.pool import Pool
@@ -77,7 +81,18 @@ def create_app(
         lifespan=_lifespan(settings, pools, engines, metrics),
         redoc_url=None,
     )
-    for family in (generation, embeddings, reranking, models, cocktails, files, pools_routes, admin, operations):
+    for family in (
+        generation,
+        embeddings,
+        reranking,
+        models,
+        cocktails,
+        files,
+        pools_routes,
+        admin,
+        operating,
+        operations,
+    ):
         app.include_router(family.router)
     add_error_handlers(app)
     add_openapi(
@@ -90,6 +105,8 @@ def create_app(
             CocktailBody,
             CurrentVersion,
             FileUpload,
+            EngineBody,
+            ExpertBody,
             KeyBody,
             RotationBody,
             TenantBody,
@@ -119,7 +136,8 @@ def _lifespan(
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         async with AsyncExitStack() as stack:
-            pools = await asyncio.to_thread(open_pools, settings) if opened is None else opened
+            # changed when experts are added or removed: all that reads it is given this one mapping
+            pools = dict(await asyncio.to_thread(open_pools, settings) if opened is None else opened)
             place = None
             if built is None:
                 run_dir = _own_run_dir(settings, stack)
@@ -128,12 +146,20 @@ def _lifespan(
             else:
                 engines = dict(built)
             stack.push_async_callback(_stop_all, engines.values())
-            for pool_id, engine in engines.items():
-                await engine.start()
-                metrics.watch_engine(pool_id, engine)
             database = Database(settings.store.database_url)
             stack.push_async_callback(database.close)
             await database.open()
+            experts = Experts(
+                database,
+                pools,
+                cast("Mapping[str, OperatedEngine]", engines),
+                roots=settings.server.expert_roots,
+                cache_dir=settings.store.cache_dir,
+            )
+            await experts.load()
+            for pool_id, engine in engines.items():
+                await engine.start()
+                metrics.watch_engine(pool_id, engine)
             service = CocktailService(settings, pools, engines, database=database, place=place)
             stack.push_async_callback(service.stop)
             await service.start()
@@ -144,6 +170,7 @@ def _lifespan(
                 pools=pools,
                 engines=engines,
                 service=service,
+                experts=experts,
                 files=Files(database),
                 metrics=metrics,
                 tenants=tenants,

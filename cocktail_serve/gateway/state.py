@@ -11,10 +11,12 @@ from typing import Annotated, Any, cast
 
 from fastapi import Depends, Request
 
+from cocktail_serve.cocktails.experts import Experts
 from cocktail_serve.cocktails.request import CocktailRequest, parse_inline, parse_request
 from cocktail_serve.cocktails.service import CocktailService
 from cocktail_serve.config import PoolConfig, Settings
-from cocktail_serve.engines.base import EmbeddingEngine, Engine, GenerationEngine, RerankingEngine
+from cocktail_serve.engines.base import EmbeddingEngine, Engine, GenerationEngine, OperatedEngine, RerankingEngine
+from cocktail_serve.errors import NotFoundError
 from cocktail_serve.finetuning.files import Files
 from cocktail_serve.gateway.authentication import Authenticator, Caller
 from cocktail_serve.gateway.metrics import GatewayMetrics
@@ -34,6 +36,7 @@ class Gateway:
     pools: Mapping[str, Pool]
     engines: Mapping[str, Engine]
     service: CocktailService
+    experts: Experts
     files: Files
     metrics: GatewayMetrics
     tenants: TenantStore
@@ -53,6 +56,17 @@ class Gateway:
         """The `cocktail` of a generation, embedding or rerank request, checked; raises as `parse_inline` does."""
         parse = partial(parse_inline, cocktail, pool=pool, settings=self.settings)
         return await asyncio.get_running_loop().run_in_executor(self.parsing, parse)
+
+    def operated_engine(self, pool_id: str) -> OperatedEngine:
+        """Any pool's engine, as the operator handles it.
+
+        Raises:
+            NotFoundError: no such pool.
+        """
+        if pool_id not in self.engines:
+            known = ", ".join(sorted(self.engines))
+            raise NotFoundError(f"there is no engine {pool_id!r}; there are: {known}", code="engine_not_found")
+        return cast(OperatedEngine, self.engines[pool_id])
 
     def generation_engine(self, pool_id: str) -> GenerationEngine:
         """The engine of a decoder pool; the configuration has checked that it is one."""

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Literal
 
 from cocktail_serve.checkpoints.mixture import iter_mixture
 from cocktail_serve.checkpoints.reader import CheckpointReader
-from cocktail_serve.errors import InvalidMixError
+from cocktail_serve.errors import ConfigError, InvalidMixError
 from cocktail_serve.recipe import DType, Recipe
 from vllm_cocktail.cache import MergedParams
 from vllm_cocktail.manifest import Manifest
@@ -27,10 +27,12 @@ class Mixer:
     Args:
         manifest: the models, the engine's dtype.
         cache_bytes: this rank's share of `manifest.cache_bytes`.
+        reread: gives the manifest as it stands now: its owner may add models while the server runs.
     """
 
-    def __init__(self, manifest: Manifest, *, cache_bytes: int) -> None:
+    def __init__(self, manifest: Manifest, *, cache_bytes: int, reread: Callable[[], Manifest] | None = None) -> None:
         self.manifest = manifest
+        self._reread = reread
         self.cache = MergedParams(cache_bytes)
 
     def check(self, recipe: Recipe) -> None:
@@ -50,7 +52,8 @@ class Mixer:
             )
         if not recipe.coefficients:
             raise InvalidMixError("the recipe has no coefficients: there is nothing to mix")
-        iter_mixture(recipe, manifest.members)  # checks all it can before the first tensor, which is not asked for
+        self._learn(recipe)
+        iter_mixture(recipe, self.manifest.members)  # checks all it can before the first tensor, which is not asked for
 
     def params(self, recipe: Recipe) -> tuple[Iterator[tuple[str, Tensor]], Source]:
         """The recipe's parameters in checkpoint format, one at a time in the base's file order.
@@ -75,6 +78,22 @@ class Mixer:
         """Names of all tensors of the base, and so of every mixture."""
         with CheckpointReader(self.manifest.members[self.manifest.base]) as reader:
             return frozenset(reader.tensors)
+
+    def _learn(self, recipe: Recipe) -> None:
+        """Reads the manifest again for models that it lacked; of what else it says nothing may change.
+
+        Raises:
+            InvalidMixError: it cannot be read, or is another engine's.
+        """
+        if self._reread is None or all(fingerprint in self.manifest.members for fingerprint, _ in recipe.coefficients):
+            return
+        try:
+            found = self._reread()
+        except ConfigError as error:
+            raise InvalidMixError(f"the manifest could not be read again: {error.message}") from error
+        if (found.base, found.dtype) != (self.manifest.base, self.manifest.dtype):
+            raise InvalidMixError("the manifest is another engine's now: its base or dtype has changed")
+        self.manifest = found
 
     def _keeping(self, digest: str, params: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
         kept = []

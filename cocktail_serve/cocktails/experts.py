@@ -1,0 +1,255 @@
+"""Experts that the operator takes in and out while the server runs: "I have just fine-tuned this"."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import re
+import time
+from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from sqlalchemy import delete, insert, select
+
+from cocktail_serve.checkpoints.opening import open_expert
+from cocktail_serve.cocktails.service import CocktailService
+from cocktail_serve.database import tables
+from cocktail_serve.database.database import Database
+from cocktail_serve.database.unbroken import Unbroken
+from cocktail_serve.engines.base import OperatedEngine
+from cocktail_serve.errors import (
+    CheckpointError,
+    ClientError,
+    ConflictError,
+    InvalidRequestError,
+    NotFoundError,
+    PermissionDeniedError,
+    StorageError,
+)
+from cocktail_serve.pool import BASE, NAME_PATTERN, Member, Pool
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Added:
+    """An expert that was added, as the database keeps it.
+
+    Attributes:
+        path: the folder, resolved.
+        added_at: seconds since the epoch.
+    """
+
+    pool_id: str
+    name: str
+    path: Path
+    fingerprint: str
+    added_at: float
+
+
+class Experts:
+    """The experts added to pools.
+
+    Those of the configuration win: an added one whose name the configuration has taken since is left out, with a line
+    in the log. So is one whose folder is gone, no longer fits the base, or has changed since it was added.
+
+    Args:
+        pools: by id; changed here, and read by whoever was given the same mapping.
+        roots: folders under which experts may lie; what is elsewhere is refused, whichever way a path leads there.
+        cache_dir: where fingerprints are kept.
+        clock: seconds since the epoch.
+    """
+
+    def __init__(
+        self,
+        database: Database,
+        pools: MutableMapping[str, Pool],
+        engines: Mapping[str, OperatedEngine],
+        *,
+        roots: Sequence[Path],
+        cache_dir: Path,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self._database = database
+        self._pools = pools
+        self._engines = engines
+        self._roots = [root.resolve() for root in roots]
+        self._cache_dir = cache_dir
+        self._clock = clock
+        self._added: dict[tuple[str, str], Added] = {}
+        self._changing = asyncio.Lock()
+        self._unbroken = Unbroken()
+
+    async def load(self) -> None:
+        """Puts the experts that were added earlier into their pools and engines, before anything is served."""
+        async with self._database.read() as connection:
+            rows = (await connection.execute(select(tables.experts))).mappings().all()
+        for row in sorted(rows, key=lambda row: row["added_at"]):
+            added = Added(row["pool"], row["name"], Path(row["path"]), row["fingerprint"], row["added_at"])
+            try:
+                await self._load(added)
+            except ClientError as error:
+                logger.error("expert %s/%s is left out: %s", added.pool_id, added.name, error.message)
+
+    def of(self, pool_id: str) -> Sequence[tuple[Member, Added | None]]:
+        """The experts of a pool, and how each came in; None: by the configuration.
+
+        Raises:
+            NotFoundError: no such pool.
+        """
+        pool = self._pool(pool_id)
+        return [(member, self._added.get((pool_id, name))) for name, member in pool.experts.items()]
+
+    async def add(self, pool_id: str, name: str, path: str, service: CocktailService) -> tuple[Member, Added, bool]:
+        """Takes a model in: checked, written down, and then shown.
+
+        Returns:
+            The expert, how it came in, and whether it was there already.
+
+        Raises:
+            NotFoundError: no such pool.
+            InvalidRequestError: no name of an expert, or no folder.
+            PermissionDeniedError: the folder, or a file that it links to, lies outside of the roots.
+            ConflictError: the pool has another expert of that name.
+            CheckpointError, IncompatibleModelsError: the model cannot be read, or mixed; nothing has changed.
+            StorageError: the database or the engine could not be told; nothing has changed.
+        """
+        return await self._unbroken.run(self._add(pool_id, name, path, service))
+
+    async def remove(self, pool_id: str, name: str, service: CocktailService, *, force: bool) -> Member:
+        """Takes an added expert out. Its files stay where they are.
+
+        Args:
+            force: though cocktails are made of it; those are no longer served then.
+
+        Raises:
+            NotFoundError: no such pool, or expert of it.
+            ConflictError: it is of the configuration, or cocktails are made of it.
+            StorageError: as `add`.
+        """
+        return await self._unbroken.run(self._remove(pool_id, name, service, force))
+
+    async def _add(self, pool_id: str, name: str, path: str, service: CocktailService) -> tuple[Member, Added, bool]:
+        self._pool(pool_id)
+        if not re.fullmatch(NAME_PATTERN, name) or name == BASE:
+            raise InvalidRequestError(
+                f"{name!r} is not a name of an expert: use {NAME_PATTERN}, and not {BASE!r}", param="name"
+            )
+        async with self._changing:
+            pool = self._pool(pool_id)
+            if name in pool.experts and (pool_id, name) not in self._added:
+                raise ConflictError(f"pool {pool_id!r} has an expert {name!r} in the configuration", param="name")
+            folder = await asyncio.to_thread(self._find, path)
+            member = await asyncio.to_thread(open_expert, pool, name, folder, cache_dir=self._cache_dir)
+            there = pool.experts.get(name)
+            if there is not None:
+                if there.fingerprint == member.fingerprint:
+                    return there, self._added[pool_id, name], True
+                raise ConflictError(
+                    f"pool {pool_id!r} has another expert {name!r}; delete it first, or choose another name",
+                    param="name",
+                )
+            added = Added(pool_id, name, folder, member.fingerprint, self._clock())
+            grown = replace(pool, experts={**pool.experts, name: member})
+            async with self._database.write() as connection:
+                # the engine first: a model more than the database holds does no harm there, a model less would
+                await self._engines[pool_id].change_pool(grown)
+                await connection.execute(
+                    insert(tables.experts).values(
+                        pool=pool_id,
+                        name=name,
+                        path=str(folder),
+                        fingerprint=member.fingerprint,
+                        added_at=added.added_at,
+                    )
+                )
+            self._pools[pool_id] = grown
+            self._added[pool_id, name] = added
+            service.change_pool(grown)
+            logger.info("expert %s/%s was added", pool_id, name)
+            return member, added, False
+
+    async def _remove(self, pool_id: str, name: str, service: CocktailService, force: bool) -> Member:
+        async with self._changing:
+            pool = self._pool(pool_id)
+            member = pool.member(name)
+            if (pool_id, name) not in self._added:
+                raise ConflictError(
+                    f"{name!r} is of the configuration; take it out there and start the server again", param="name"
+                )
+            users = service.made_of(pool_id, member)
+            if users and not force:
+                raise ConflictError(
+                    f"{len(users)} cocktails are made of {pool_id}/{name}, among them {users[0].id!r}; delete them, or "
+                    "repeat with ?force=true: they are not served any more then",
+                    code="expert_in_use",
+                )
+            async with self._database.write() as connection:
+                table = tables.experts
+                await connection.execute(delete(table).where(table.c.pool == pool_id, table.c.name == name))
+            shrunk = replace(pool, experts={n: each for n, each in pool.experts.items() if n != name})
+            self._pools[pool_id] = shrunk
+            del self._added[pool_id, name]
+            service.change_pool(shrunk)
+            try:
+                await self._engines[pool_id].change_pool(shrunk)
+            except StorageError as error:  # it goes on knowing a model that nobody names any more
+                logger.warning("expert %s/%s stays in the engine until its next start: %s", pool_id, name, error)
+            logger.info("expert %s/%s was removed", pool_id, name)
+            return member
+
+    async def _load(self, added: Added) -> None:
+        pool = self._pool(added.pool_id)
+        if added.name in pool.experts:
+            raise ConflictError("the configuration has an expert of that name now, and wins")
+        folder = await asyncio.to_thread(self._find, str(added.path))
+        member = await asyncio.to_thread(open_expert, pool, added.name, folder, cache_dir=self._cache_dir)
+        if member.fingerprint != added.fingerprint:
+            raise CheckpointError(f"{folder} holds other parameters than when it was added; add it under another name")
+        grown = replace(pool, experts={**pool.experts, added.name: member})
+        await self._engines[pool.id].change_pool(grown)
+        self._pools[pool.id] = grown
+        self._added[added.pool_id, added.name] = added
+
+    def _pool(self, pool_id: str) -> Pool:
+        pool = self._pools.get(pool_id)
+        if pool is None:
+            known = ", ".join(sorted(self._pools))
+            raise NotFoundError(f"there is no pool {pool_id!r}; there are: {known}", code="pool_not_found")
+        return pool
+
+    def _find(self, path: str) -> Path:
+        """The folder that a path leads to; a relative one is looked for under each root. Blocks.
+
+        Whether something exists outside of the roots is not told.
+        """
+        if not self._roots:
+            raise PermissionDeniedError("server.expert_roots is empty, so no expert can be added while the server runs")
+        try:
+            folders = [(root / path).resolve() for root in self._roots]
+            inside = [folder for folder in folders if self._is_inside(folder)]
+            if not inside:
+                raise self._outside(path)
+            folder = next(filter(Path.is_dir, inside), None)
+            if folder is None:
+                raise InvalidRequestError(f"there is no folder {path!r} under server.expert_roots", param="path")
+            if not all(map(self._is_inside, _targets(folder))):
+                raise self._outside(path)
+        except (OSError, ValueError, RuntimeError) as error:
+            raise InvalidRequestError(f"{path!r} is not a path that can be followed", param="path") from error
+        return folder
+
+    def _is_inside(self, path: Path) -> bool:
+        return any(path.is_relative_to(root) for root in self._roots)
+
+    def _outside(self, path: str) -> PermissionDeniedError:
+        return PermissionDeniedError(
+            f"{path!r} lies, or holds a link that leads, outside of the folders of server.expert_roots", param="path"
+        )
+
+
+def _targets(folder: Path) -> Iterable[Path]:
+    """Where all that lies in a folder really is; a linked folder counts as outside: what is in it is not looked at."""
+    for entry in folder.rglob("*"):
+        yield Path("/") if entry.is_symlink() and entry.is_dir() else entry.resolve()
