@@ -211,6 +211,12 @@ class ServerConfig(_Section):
     port: int = Field(8000, ge=0, le=65535, description="Port to listen on; 0 picks a free one.")
     auth: Literal["auto", "required", "off"] = Field("auto", description="auto: off on loopback, required elsewhere.")
     max_request_bytes: ByteSize = Field(ByteSize(32 * 1024**2), description="Larger bodies are refused with 413.")
+    shutdown_grace_s: float = Field(
+        30.0, ge=0, le=3600, description="How long open answers may go on after a signal to stop, seconds."
+    )
+    log_format: Literal["text", "json"] = Field(
+        "text", description="json: one object a line, and one line for each request; neither holds what was asked."
+    )
     expert_roots: list[Path] = Field(
         default_factory=list,
         description="Folders under which `POST /admin/pools/{id}/experts` may find models; none: nothing can be added "

@@ -252,7 +252,10 @@ class SentenceTransformersEngine(Generic[M]):
         return cut
 
     async def _lease(self, recipe: Recipe, background: bool) -> Mixture:
-        if background or self._cache.is_ready(recipe.digest):
+        is_ready = self._cache.is_ready(recipe.digest)
+        self.stats.num_cache_hits += is_ready
+        self.stats.num_cache_misses += not is_ready
+        if background or is_ready:
             return await self._cache.lease(recipe)
         try:
             async with asyncio.timeout(self._config.queue_timeout_s):
@@ -291,7 +294,9 @@ class SentenceTransformersEngine(Generic[M]):
     async def _mix(self, recipe: Recipe) -> Params:
         started_at = time.monotonic()
         params = await self._loop.run_in_executor(self._mixing, self._loaded.mix, recipe, self._folders)
-        self.stats.observe_swap(time.monotonic() - started_at)
+        seconds = time.monotonic() - started_at
+        self.stats.observe_swap(seconds)
+        self.stats.mix.observe(seconds)
         self.stats.num_swaps_by_source["files"] = self.stats.num_swaps_by_source.get("files", 0) + 1
         return params
 

@@ -42,6 +42,8 @@ class EngineStats:
     Attributes:
         wait: seconds between a request's arrival and its admission.
         swap: seconds of each mix that made another recipe resident.
+        mix: seconds of the mixing alone, where the engine tells it apart from the swap around it.
+        num_cache_hits, num_cache_misses: parameters of a mixture found in memory, and those that had to be mixed.
         last_swap_s: seconds of the last of those; None: there was none.
         num_swaps_by_source: where the parameters came from: `cache` or `files`.
         num_drained: streams ended because they outlived `drain_s`.
@@ -52,6 +54,9 @@ class EngineStats:
     wait: Histogram = field(default_factory=lambda: Histogram(WAIT_BOUNDS_S))
     swap: Histogram = field(default_factory=lambda: Histogram(SWAP_BOUNDS_S))
     last_swap_s: float | None = None
+    mix: Histogram = field(default_factory=lambda: Histogram(SWAP_BOUNDS_S))
+    num_cache_hits: int = 0
+    num_cache_misses: int = 0
     num_swaps_by_source: dict[str, int] = field(default_factory=dict)
     num_drained: int = 0
     num_queue_timeouts: int = 0

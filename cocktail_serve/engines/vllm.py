@@ -167,7 +167,11 @@ class VLLMEngine:
             return EngineHealth("restarting", queued=queued, detail={"reason": error.message})
         if status != 200 or body["state"] == "poisoned":
             return EngineHealth("restarting", queued=queued, detail={"reason": f"status {status}: {body}"})
-        detail = {key: body[key] for key in ("mixing_path", "mixing_kernel", "in_flight", "cached") if key in body}
+        detail = {
+            key: body[key]
+            for key in ("mixing_path", "mixing_kernel", "in_flight", "cached", "cached_bytes")
+            if key in body
+        }
         return EngineHealth("ready", resident=body["resident"], queued=queued, detail=detail)
 
     def occupancy(self) -> Occupancy:
@@ -308,6 +312,9 @@ class VLLMEngine:
         if status == 200 and body["resident"] == recipe.digest:
             sources = self.stats.num_swaps_by_source
             sources[body["source"]] = sources.get(body["source"], 0) + 1
+            self.stats.mix.observe(body["seconds"])
+            self.stats.num_cache_hits += body["source"] == "cache"
+            self.stats.num_cache_misses += body["source"] == "files"
             logger.info(
                 "%s: recipe %s from %s in %.3f s", self.pool.id, recipe.digest[:8], body["source"], body["seconds"]
             )

@@ -25,6 +25,7 @@ from cocktail_serve.errors import ConfigError
 from cocktail_serve.finetuning.files import Files
 from cocktail_serve.gateway.authentication import Authenticator
 from cocktail_serve.gateway.error_handlers import add_error_handlers
+from cocktail_serve.gateway.lifecycle import Lifecycle
 from cocktail_serve.gateway.metrics import GatewayMetrics
 from cocktail_serve.gateway.middleware import BodyLimit, RequestBoundary
 from cocktail_serve.gateway.openapi import add_openapi
@@ -73,12 +74,12 @@ def create_app(
             "and none is set: set COCKTAIL_ADMIN_KEY, or listen on 127.0.0.1",
             param="server.auth",
         )
-    metrics = GatewayMetrics()
+    metrics, lifecycle = GatewayMetrics(), Lifecycle()
     app = FastAPI(
         title="cocktail-serve",
         version=cocktail_serve.__version__,
         summary="Task models mixed from fine-tuned models you own, behind the OpenAI API.",
-        lifespan=_lifespan(settings, pools, engines, metrics),
+        lifespan=_lifespan(settings, pools, engines, metrics, lifecycle),
         redoc_url=None,
     )
     for family in (
@@ -114,7 +115,8 @@ def create_app(
     )
     # the last added is the outermost
     app.add_middleware(BodyLimit, max_bytes=settings.server.max_request_bytes)
-    app.add_middleware(RequestBoundary, metrics=metrics)
+    app.add_middleware(RequestBoundary, metrics=metrics, lifecycle=lifecycle)
+    app.state.lifecycle = lifecycle
     return app
 
 
@@ -132,6 +134,7 @@ def _lifespan(
     opened: Mapping[str, Pool] | None,
     built: Mapping[str, Engine] | None,
     metrics: GatewayMetrics,
+    lifecycle: Lifecycle,
 ) -> Lifespan:
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -173,6 +176,7 @@ def _lifespan(
                 experts=experts,
                 files=Files(database),
                 metrics=metrics,
+                lifecycle=lifecycle,
                 tenants=tenants,
                 authenticator=Authenticator(
                     tenants,

@@ -98,6 +98,12 @@ class _Snapshot(Collector):
         swap = HistogramMetricFamily(
             "cocktail_swap_seconds", "Each mix that made another recipe resident.", labels=["pool"]
         )
+        mix = HistogramMetricFamily(
+            "cocktail_mix_seconds", "The mixing alone, of each mix that the engine reports.", labels=["pool"]
+        )
+        lookups = CounterMetricFamily(
+            "cocktail_cache_lookups", "Parameters of a mixture found in memory or not.", labels=["pool", "result"]
+        )
         swaps = CounterMetricFamily(
             "cocktail_swaps", "Mixes, by where parameters came from.", labels=["pool", "source"]
         )
@@ -109,12 +115,15 @@ class _Snapshot(Collector):
         for pool, stats in self.stats.items():
             wait.add_metric([pool], _buckets(stats.wait), sum_value=stats.wait.total)
             swap.add_metric([pool], _buckets(stats.swap), sum_value=stats.swap.total)
+            mix.add_metric([pool], _buckets(stats.mix), sum_value=stats.mix.total)
+            lookups.add_metric([pool, "hit"], stats.num_cache_hits)
+            lookups.add_metric([pool, "miss"], stats.num_cache_misses)
             for source, number in stats.num_swaps_by_source.items():
                 swaps.add_metric([pool, source], number)
             drained.add_metric([pool], stats.num_drained)
             timeouts.add_metric([pool], stats.num_queue_timeouts)
             restarts.add_metric([pool], stats.num_restarts)
-        yield from (wait, swap, swaps, drained, timeouts, restarts)
+        yield from (wait, swap, mix, lookups, swaps, drained, timeouts, restarts)
 
     def _health(self) -> Iterator[Metric]:
         is_ready = GaugeMetricFamily("cocktail_engine_ready", "1 where the engine answers.", labels=["pool"])

@@ -11,8 +11,10 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from cocktail_serve.errors import PayloadTooLargeError
-from cocktail_serve.gateway.error_handlers import internal_error_response
+from cocktail_serve import logs
+from cocktail_serve.errors import ModelNotReadyError, PayloadTooLargeError
+from cocktail_serve.gateway.error_handlers import error_response, internal_error_response
+from cocktail_serve.gateway.lifecycle import OPERATIONS, Lifecycle
 from cocktail_serve.gateway.metrics import GatewayMetrics
 
 logger = logging.getLogger(__name__)
@@ -31,9 +33,10 @@ class RequestBoundary:
     for the counters; routes set it once they know it.
     """
 
-    def __init__(self, app: ASGIApp, *, metrics: GatewayMetrics) -> None:
+    def __init__(self, app: ASGIApp, *, metrics: GatewayMetrics, lifecycle: Lifecycle) -> None:
         self._app = app
         self._metrics = metrics
+        self._lifecycle = lifecycle
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -43,7 +46,9 @@ class RequestBoundary:
         given = Headers(scope=scope).get("x-request-id", "")
         request_id = given if _REQUEST_ID.fullmatch(given) else f"req_{secrets.token_hex(16)}"
         state["request_id"] = request_id
-        state["started_at"] = time.perf_counter()
+        started_at = state["started_at"] = time.perf_counter()
+        logs.request_id.set(request_id)
+        is_work = scope["path"] not in OPERATIONS
         status = CLIENT_GONE
 
         async def send_named(message: Message) -> None:
@@ -53,20 +58,32 @@ class RequestBoundary:
                 MutableHeaders(scope=message)["x-request-id"] = request_id
             await send(message)
 
+        self._lifecycle.num_open += is_work
         try:
-            await self._app(scope, receive, send_named)
+            if is_work and self._lifecycle.is_stopping:
+                await error_response(_stopping())(scope, receive, send_named)
+            else:
+                await self._app(scope, receive, send_named)
         except ClientDisconnect:
             logger.debug("request %s: the client left before its answer was complete", request_id)
         except Exception:
-            logger.exception("request %s: %s %s failed", request_id, scope["method"], scope["path"])
+            logger.exception("request %s: %s %s failed", request_id, scope["method"], _route(scope))
             if status == CLIENT_GONE:  # nothing was sent yet
                 await internal_error_response()(scope, receive, send_named)
         finally:
-            self._metrics.count_request(
-                route=getattr(scope.get("route"), "path", "unknown"),
-                status=status,
-                pool=state.get("pool", ""),
-            )
+            self._lifecycle.num_open -= is_work
+            route, pool = _route(scope), state.get("pool", "")
+            self._metrics.count_request(route=route, status=status, pool=pool)
+            logs.log_request(route=route, status=status, pool=pool, seconds=time.perf_counter() - started_at)
+
+
+def _route(scope: Scope) -> str:
+    """The template that a request matched, of which there are only so many; its own path may hold anything."""
+    return getattr(scope.get("route"), "path", "unknown")
+
+
+def _stopping() -> ModelNotReadyError:
+    return ModelNotReadyError("the server is stopping; ask again")
 
 
 class BodyLimit:

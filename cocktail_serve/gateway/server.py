@@ -5,20 +5,24 @@ from __future__ import annotations
 import errno
 import gc
 import socket
+import time
 from collections.abc import Callable, Mapping
+from types import FrameType
 
 import uvicorn
 
+from cocktail_serve import logs
 from cocktail_serve.config import ServerConfig, Settings
 from cocktail_serve.errors import ConfigError, ServerError
 from cocktail_serve.gateway.app import create_app, open_pools
+from cocktail_serve.gateway.lifecycle import Lifecycle
 from cocktail_serve.pool import Pool
 
 OnListening = Callable[[str], None]
 """Called once with the base URL, when the server answers; engines may still be starting, which `/ready` tells."""
 
-SHUTDOWN_GRACE_S = 30
-"""How long open answers may go on after a signal to stop."""
+LAST_GRACE_S = 1
+"""How long connections have to close once the grace is over, before what is left of answers is ended."""
 
 KEEP_ALIVE_S = 65
 """How long an idle connection is kept. Longer than clients keep theirs (httpx 5 s, most balancers 60 s), so that it is
@@ -66,6 +70,7 @@ def serve(
         ClientError: a pool that cannot be opened.
         ServerError: the app did not start; the log says why.
     """
+    logs.configure(settings.server.log_format)
     with bind(settings.server) as listener:
         app = create_app(settings, pools=pools or open_pools(settings))
         config = uvicorn.Config(
@@ -77,9 +82,15 @@ def serve(
             proxy_headers=False,
             lifespan="on",
             timeout_keep_alive=KEEP_ALIVE_S,
-            timeout_graceful_shutdown=SHUTDOWN_GRACE_S,
+            timeout_graceful_shutdown=LAST_GRACE_S,
+            log_config=None,
         )
-        server = _Server(config, lambda: on_listening and on_listening(_url(settings.server.host, listener)))
+        server = _Server(
+            config,
+            lambda: on_listening and on_listening(_url(settings.server.host, listener)),
+            lifecycle=app.state.lifecycle,
+            grace_s=settings.server.shutdown_grace_s,
+        )
         server.run(sockets=[listener])
         if not server.started:
             raise ServerError("the server did not start; the log above says why")
@@ -91,11 +102,35 @@ each of them is a tenth of what it costs; requests leave few cycles behind."""
 
 
 class _Server(uvicorn.Server):
-    """A uvicorn server that says when it answers."""
+    """A uvicorn server that says when it answers, and ends in two steps.
 
-    def __init__(self, config: uvicorn.Config, on_started: Callable[[], object]) -> None:
+    At the first signal `/ready` turns red and nothing new begins, while the socket still listens: who asks is told to
+    come again instead of being cut off. Once all answers are finished, or `grace_s` is over, uvicorn ends it; answers
+    that are still open then get an error as their last event. A second signal skips the first step.
+    """
+
+    def __init__(
+        self, config: uvicorn.Config, on_started: Callable[[], object], *, lifecycle: Lifecycle, grace_s: float
+    ) -> None:
         super().__init__(config)
         self._on_started = on_started
+        self._lifecycle = lifecycle
+        self._grace_s = grace_s
+        self._ends_at: float | None = None
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        if self._lifecycle.is_stopping or not self.started:
+            super().handle_exit(sig, frame)
+            return
+        self._captured_signals.append(sig)
+        self._lifecycle.is_stopping = True
+        self._ends_at = time.monotonic() + self._grace_s
+
+    async def on_tick(self, counter: int) -> bool:
+        is_over = self._ends_at is not None and time.monotonic() >= self._ends_at
+        if self._lifecycle.is_stopping and (is_over or not self._lifecycle.num_open):
+            self.should_exit = True
+        return await super().on_tick(counter)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)

@@ -19,6 +19,7 @@ from cocktail_serve.engines.base import EmbeddingEngine, Engine, GenerationEngin
 from cocktail_serve.errors import NotFoundError
 from cocktail_serve.finetuning.files import Files
 from cocktail_serve.gateway.authentication import Authenticator, Caller
+from cocktail_serve.gateway.lifecycle import Lifecycle
 from cocktail_serve.gateway.metrics import GatewayMetrics
 from cocktail_serve.pool import Pool
 from cocktail_serve.tenants.store import TenantStore
@@ -39,6 +40,7 @@ class Gateway:
     experts: Experts
     files: Files
     metrics: GatewayMetrics
+    lifecycle: Lifecycle
     tenants: TenantStore
     authenticator: Authenticator
     pool_configs: Mapping[str, PoolConfig] = field(init=False)

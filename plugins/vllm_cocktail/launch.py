@@ -28,6 +28,7 @@ OWN_ARGS = frozenset(
         "api-server-count",
         "data-parallel-size",
         "dtype",
+        "enable-log-requests",
         "enable-lora",
         "host",
         "max-model-len",

@@ -28,13 +28,16 @@ async def health() -> Health:
 )
 async def ready(gateway: GatewayDep, response: Response) -> Readiness:
     """Asks each engine itself, all at once, each within `server.ready_deadline_s`."""
-    answers = await _ask_engines(gateway, deadline_s=gateway.settings.server.ready_deadline_s)
-    is_ready = all(answer.state == "ready" for answer in answers.values())
+    # a probe that comes while the server stops is answered at once: engines may be past answering
+    deadline_s = 0.1 if gateway.lifecycle.is_stopping else gateway.settings.server.ready_deadline_s
+    answers = await _ask_engines(gateway, deadline_s=deadline_s)
+    is_stopping = gateway.lifecycle.is_stopping
+    is_ready = not is_stopping and all(answer.state == "ready" for answer in answers.values())
     if not is_ready:
         response.status_code = 503
         response.headers["retry-after"] = "5"
     return Readiness(
-        status="ready" if is_ready else "not_ready",
+        status="stopping" if is_stopping else "ready" if is_ready else "not_ready",
         pools={pool_id: EngineReadiness.of(answer) for pool_id, answer in answers.items()},
     )
 

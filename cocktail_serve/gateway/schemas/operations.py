@@ -26,5 +26,5 @@ class EngineReadiness(BaseModel):
 
 
 class Readiness(BaseModel):
-    status: Literal["ready", "not_ready"]
+    status: Literal["ready", "not_ready", "stopping"]
     pools: dict[str, EngineReadiness]

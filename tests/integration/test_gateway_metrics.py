@@ -1,0 +1,100 @@
+"""What `/metrics` shows: all that an operator needs, under labels of which there are only so many."""
+
+from __future__ import annotations
+
+import random
+import string
+from collections.abc import Iterator
+
+import httpx
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from tests.gateways import EXAMPLES, LiveGateway
+
+WANTED = {
+    "cocktail_requests_total",
+    "cocktail_tokens_total",
+    "cocktail_time_to_first_token_seconds_count",
+    "cocktail_queue_wait_seconds_count",
+    "cocktail_swaps_total",
+    "cocktail_swap_seconds_sum",
+    "cocktail_mix_seconds_sum",
+    "cocktail_cache_lookups_total",
+    "cocktail_cache_bytes",
+    "cocktail_jobs",
+    "cocktail_engine_ready",
+    "cocktail_queued_requests",
+}
+
+
+@pytest.fixture(scope="module")
+def http(gateway: LiveGateway) -> Iterator[httpx.Client]:
+    with httpx.Client(base_url=gateway.url, timeout=60) as client:
+        yield client
+
+
+def samples(http: httpx.Client) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
+    return {
+        (sample.name, tuple(sorted(sample.labels.items()))): sample.value
+        for family in text_string_to_metric_families(http.get("/metrics").text)
+        for sample in family.samples
+    }
+
+
+def test_all_of_it_is_there_and_counts(http: httpx.Client) -> None:
+    before = samples(http)
+    body = {"name": "metered", "pool": "flan", "examples": EXAMPLES}
+    assert http.post("/v1/cocktails?wait=30", json=body).json()["status"] == "ready"
+    messages = [{"role": "user", "content": "hi"}]
+    chat = {"model": "metered", "messages": messages, "max_tokens": 5}
+    assert http.post("/v1/chat/completions", json=chat).status_code == 200
+    assert http.post("/v1/embeddings", json={"model": "bge/quora", "input": "a"}).status_code == 200
+    after = samples(http)
+    assert {name for name, _ in after} >= WANTED
+
+    def grown(name: str, **labels: str) -> float:
+        key = (name, tuple(sorted(labels.items())))
+        return after[key] - before.get(key, 0.0)
+
+    assert grown("cocktail_requests_total", route="/v1/chat/completions", status="200", pool="flan") == 1
+    assert grown("cocktail_tokens_total", pool="flan", direction="out") == 5
+    assert grown("cocktail_time_to_first_token_seconds_count", pool="flan") == 1
+    assert grown("cocktail_queue_wait_seconds_count", pool="flan") == 1
+    assert grown("cocktail_swap_seconds_count", pool="flan") >= 1
+    assert grown("cocktail_mix_seconds_count", pool="flan") >= 1
+    assert grown("cocktail_cache_lookups_total", pool="flan", result="miss") >= 1
+    assert grown("cocktail_jobs", status="ready") >= 1
+
+
+def test_labels_stay_bounded_whatever_is_asked(http: httpx.Client) -> None:
+    """Two hundred names, paths, keys, methods and ids that nobody has."""
+    pick = random.Random(0)
+
+    def word() -> str:
+        return "".join(pick.choices(string.ascii_lowercase + string.digits, k=12))
+
+    before = set(samples(http))
+    words = []
+    for _ in range(200):
+        words.append(made := word())
+        headers = {"authorization": f"Bearer {word()}", "x-request-id": word()}
+        kind = pick.randrange(6)
+        if kind == 0:
+            http.get(f"/{made}/{word()}", headers=headers)
+        elif kind == 1:
+            http.post("/v1/chat/completions", json={"model": made, "messages": []}, headers=headers)
+        elif kind == 2:
+            http.post("/v1/embeddings", json={"model": f"bge/{made}", "input": "a"}, headers=headers)
+        elif kind == 3:
+            http.get(f"/v1/models/{made}", headers=headers)
+        elif kind == 4:
+            http.delete(f"/v1/cocktails/{made}@12345678", headers=headers)
+        else:
+            http.request(made.upper(), f"/v1/cocktails/{made}", headers=headers)
+    after = samples(http)
+    text = repr(sorted(after))
+    assert not [made for made in words if made in text]
+    routes = {dict(labels)["route"] for name, labels in after if name == "cocktail_requests_total"}
+    assert "unknown" in routes
+    assert len(set(after) - before) <= 40, "a route, status and pool each, and no more with every name"

@@ -1,0 +1,64 @@
+"""Lines of the log: their fields, their request, and what is not in them."""
+
+from __future__ import annotations
+
+import json
+import logging
+
+import pytest
+
+from cocktail_serve import logs
+
+SECRET = "the prompt of somebody"
+
+
+def line_of(formatter: logging.Formatter, *, fails: bool = False, **extra: object) -> str:
+    error = None
+    if fails:
+        try:
+            try:
+                {}[SECRET]
+            except KeyError as inner:
+                raise ValueError(SECRET) from inner
+        except ValueError as outer:
+            error = (type(outer), outer, outer.__traceback__)
+    record = logging.getLogger("cocktail_serve.test").makeRecord(
+        "cocktail_serve.test", logging.ERROR, __file__, 1, "it failed: %s", ("a reason",), error, extra=extra
+    )
+    return formatter.format(record)
+
+
+@pytest.fixture
+def of_request() -> str:
+    logs.request_id.set("req_1")
+    return "req_1"
+
+
+def test_json_lines(of_request: str) -> None:
+    line = json.loads(line_of(logs.JSONFormatter(), route="/v1/models", status=200, pool="", seconds=0.1))
+    assert line.pop("time").endswith("Z")
+    assert line == {
+        "level": "error",
+        "logger": "cocktail_serve.test",
+        "message": "it failed: a reason",
+        "request_id": of_request,
+        "route": "/v1/models",
+        "status": 200,
+        "pool": "",
+        "seconds": 0.1,
+    }
+
+
+def test_text_lines_name_the_request(of_request: str) -> None:
+    assert line_of(logs.TextFormatter()).endswith(f"ERROR cocktail_serve.test: it failed: a reason [{of_request}]")
+
+
+@pytest.mark.parametrize("formatter", [logs.JSONFormatter(), logs.TextFormatter()], ids=["json", "text"])
+def test_an_exception_is_told_by_type_and_place_and_not_by_what_it_says(formatter: logging.Formatter) -> None:
+    line = line_of(formatter, fails=True)
+    assert SECRET not in line
+    assert "ValueError" in line
+    assert "raised from" in line
+    assert "KeyError" in line
+    assert "test_logs.py" in line
+    assert line.count("\n") == (0 if isinstance(formatter, logs.JSONFormatter) else line.count("\n"))
