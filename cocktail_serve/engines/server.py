@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import secrets
 import shutil
 import tempfile
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import Callable, Mapping
+from contextlib import closing
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-import aiohttp
 import orjson
 
+from cocktail_serve.engines.connections import Answer, Connections
 from cocktail_serve.engines.process import ProcessGroup
 from cocktail_serve.errors import EngineError, EngineTimeoutError
 
@@ -48,7 +48,7 @@ class EngineServer:
         self._start_timeout_s = start_timeout_s
         self._folder: Path | None = None
         self._group: ProcessGroup | None = None
-        self._session: aiohttp.ClientSession | None = None
+        self._connections: Connections | None = None
 
     async def __aenter__(self) -> Self:
         """Starts the server and waits until it answers through its engine.
@@ -64,18 +64,8 @@ class EngineServer:
             socket = self._folder / "engine.sock"
             command, env = self._launch(socket, key)
             self._group = await ProcessGroup.start(command, env=env, log=self._log)
-            self._session = aiohttp.ClientSession(
-                "http://engine",
-                # connections are dropped before the server's 5 s are over: a request on one that it is just closing
-                # would fail, and completions are not sent twice
-                connector=aiohttp.UnixConnector(str(socket), limit=0, keepalive_timeout=2.0),
-                headers={"Authorization": f"Bearer {key}"},
-                # an answer may take as long as it takes: queueing and health have deadlines of their own
-                timeout=aiohttp.ClientTimeout(total=None),
-                # the answer goes on as it is
-                auto_decompress=False,
-                cookie_jar=aiohttp.DummyCookieJar(),
-                read_bufsize=2**18,
+            self._connections = Connections(
+                socket, headers={"authorization": f"Bearer {key}", "content-type": "application/json"}
             )
             async with asyncio.timeout(self._start_timeout_s):
                 await self._until_ready(self._group)
@@ -110,26 +100,21 @@ class EngineServer:
         how = f"signal {-returncode}" if returncode < 0 else f"code {returncode}"
         return f"the engine's server exited with {how}; the end of {self._log}:\n{self._tail()}"
 
-    @contextlib.asynccontextmanager
-    async def post(
-        self, path: str, content: bytes, *, headers: Mapping[str, str]
-    ) -> AsyncIterator[aiohttp.ClientResponse]:
-        """Sends a JSON body and yields the answer once its headers are there; leaving closes what was not read.
+    async def post(self, path: str, content: bytes, *, headers: Mapping[str, str]) -> Answer:
+        """Sends a JSON body and returns the answer once its headers are there; an answer may take as long as it takes.
+
+        Closing the answer before its end tells the server to abort the request.
+
+        Args:
+            headers: names in lower case.
 
         Raises:
             EngineError: the connection failed.
         """
         try:
-            response = await self._running_session.post(
-                path, data=content, headers={"Content-Type": "application/json", **headers}
-            )
-        except (aiohttp.ClientError, OSError) as error:
+            return await self._running_connections.send("POST", path, content, headers=headers)
+        except OSError as error:
             raise EngineError(f"the engine did not answer: {error!r}") from error
-        try:
-            yield response
-        finally:
-            # closes the connection unless the answer was read to its end, which tells the server to abort the request
-            response.close()
 
     async def call(
         self,
@@ -146,20 +131,15 @@ class EngineServer:
             EngineError: the connection failed, or the answer is no JSON.
             EngineTimeoutError: no answer in time.
         """
+        content = b"" if body is None else orjson.dumps(body)
         try:
-            async with (
-                asyncio.timeout(timeout_s),
-                self._running_session.request(
-                    method,
-                    path,
-                    data=None if body is None else orjson.dumps(body),
-                    headers={"Content-Type": "application/json", **(headers or {})},
-                ) as response,
-            ):
-                return response.status, orjson.loads(await response.read())
+            async with asyncio.timeout(timeout_s):
+                answer = await self._running_connections.send(method, path, content, headers=headers or {})
+                with closing(answer):
+                    return answer.status, orjson.loads(await answer.read())
         except TimeoutError as error:
             raise EngineTimeoutError(f"the engine did not answer {method} {path} within {timeout_s:g} s") from error
-        except (aiohttp.ClientError, OSError) as error:
+        except OSError as error:
             raise EngineError(f"the engine did not answer {method} {path}: {error!r}") from error
         except orjson.JSONDecodeError as error:
             raise EngineError(f"the engine answered {method} {path} with something that is not JSON") from error
@@ -194,9 +174,9 @@ class EngineServer:
         await asyncio.shield(asyncio.ensure_future(self._end_all()))
 
     async def _end_all(self) -> None:
-        session, self._session = self._session, None
-        if session is not None:
-            await session.close()
+        connections, self._connections = self._connections, None
+        if connections is not None:
+            connections.close()
         if self._group is not None:
             await self._group.kill(grace_s=_STOP_GRACE_S)
         if self._folder is not None:
@@ -206,10 +186,10 @@ class EngineServer:
         return self._group.log_tail() if self._group is not None else "(it never started)"
 
     @property
-    def _running_session(self) -> aiohttp.ClientSession:
-        if self._session is None:
+    def _running_connections(self) -> Connections:
+        if self._connections is None:
             raise EngineError("the engine's server is not running")
-        return self._session
+        return self._connections
 
     @property
     def _running_group(self) -> ProcessGroup:

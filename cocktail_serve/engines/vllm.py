@@ -13,11 +13,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-import aiohttp
 import orjson
 
 from cocktail_serve.config import VLLMEngineConfig
 from cocktail_serve.engines.base import EngineHealth, EngineState, Forwarded
+from cocktail_serve.engines.connections import Answer
 from cocktail_serve.engines.fake import fake_args
 from cocktail_serve.engines.lease import Lease
 from cocktail_serve.engines.occupancy import Occupancy
@@ -225,21 +225,22 @@ class VLLMEngine:
         salt = self._cache_salt(tenant, recipe, body.get("cache_salt"))
         content = _dump({**body, "model": self.pool.id, "cache_salt": salt})
         headers = {RECIPE_HEADER: recipe.digest}
-        async with contextlib.AsyncExitStack() as stack:
-            num_tokens = len(content) // BYTES_PER_TOKEN + _expected_output(body)
-            lease = stack.enter_context(await self._turn(recipe, tenant=tenant, num_tokens=num_tokens))
+        num_tokens = len(content) // BYTES_PER_TOKEN + _expected_output(body)
+        with await self._turn(recipe, tenant=tenant, num_tokens=num_tokens) as lease:
             with lease.interruptible():
-                response = await stack.enter_async_context(self._running.post(path, content, headers=headers))
-                is_stream = response.status == 200 and response.content_type == "text/event-stream"
-                answer = b"" if is_stream else await _read(response)
-            self._check_answer(recipe, response, answer)
-            if is_stream:
-                # the engine must be rid of the request even while our reader is stuck
-                lease.on_end(response.close)
-                yield Forwarded(response.status, None, _events(response, lease), lease.settle)
-            else:
-                lease.release()  # the engine has done its part
-                yield Forwarded(response.status, answer, None, lease.settle)
+                answer = await self._running.post(path, content, headers=headers)
+            with contextlib.closing(answer):
+                if answer.status == 200 and answer.headers.get("content-type", "").startswith("text/event-stream"):
+                    self._check_answer(recipe, answer, b"")
+                    # the engine must be rid of the request even while our reader is stuck
+                    lease.on_end(answer.close)
+                    yield Forwarded(answer.status, None, _events(answer, lease), lease.settle)
+                    return
+                with lease.interruptible():
+                    whole = await _read(answer)
+            self._check_answer(recipe, answer, whole)
+            lease.release()  # the engine has done its part
+            yield Forwarded(answer.status, whole, None, lease.settle)
 
     async def _turn(self, recipe: Recipe, *, tenant: str = "", num_tokens: int = 0, background: bool = False) -> Lease:
         if self._state in ("failed", "stopped"):
@@ -263,18 +264,18 @@ class VLLMEngine:
         """What keeps KV blocks of tenants and recipes apart: part of every block's hash inside the engine."""
         return hmac.digest(self._salt_key, _dump([tenant, recipe.digest, client_salt]), "sha256").hex()
 
-    def _check_answer(self, recipe: Recipe, response: aiohttp.ClientResponse, content: bytes) -> None:
+    def _check_answer(self, recipe: Recipe, answer: Answer, content: bytes) -> None:
         """Lets only answers through that this recipe gave.
 
         Raises:
             EngineError: the engine failed, or it does not hold what we think it does.
         """
-        answered_by = response.headers.get(RECIPE_HEADER)
-        if response.status in (401, 409) or (answered_by is not None and answered_by != recipe.digest):
-            reason = f"the engine answered {response.status} under recipe {answered_by}, expected {recipe.digest}"
+        answered_by = answer.headers.get(RECIPE_HEADER)
+        if answer.status in (401, 409) or (answered_by is not None and answered_by != recipe.digest):
+            reason = f"the engine answered {answer.status} under recipe {answered_by}, expected {recipe.digest}"
             self._lose(reason)
             raise EngineError(reason)
-        if response.status >= 500:
+        if answer.status >= 500:
             raise EngineError(f"the engine failed: {_message_of(content)}")
 
     async def _score_some(self, lease: Lease, recipe: Recipe, tokenized: Sequence[TokenizedExample]) -> list[float]:
@@ -516,14 +517,14 @@ async def _until_exit(server: EngineServer) -> NoReturn:
     raise EngineError(await server.exited())
 
 
-async def _read(response: aiohttp.ClientResponse) -> bytes:
+async def _read(answer: Answer) -> bytes:
     try:
-        return await response.read()
-    except (aiohttp.ClientError, OSError) as error:
+        return await answer.read()
+    except OSError as error:
         raise EngineError(f"the engine's answer broke off: {error!r}") from error
 
 
-async def _events(response: aiohttp.ClientResponse, lease: Lease) -> AsyncIterator[bytes]:
+async def _events(answer: Answer, lease: Lease) -> AsyncIterator[bytes]:
     """Payloads of a stream of server-sent events, without `[DONE]`.
 
     `[DONE]` alone is no success: vLLM sends it after an error too.
@@ -536,7 +537,7 @@ async def _events(response: aiohttp.ClientResponse, lease: Lease) -> AsyncIterat
     is_finished = False
     rest = b""
     try:
-        async for block in response.content.iter_any():
+        async for block in answer:
             *events, rest = (rest + block).split(b"\n\n")
             lease.emitted(len(events))  # about one token each
             for event in events:
@@ -546,8 +547,8 @@ async def _events(response: aiohttp.ClientResponse, lease: Lease) -> AsyncIterat
                 if payload == b"[DONE]":
                     if not is_finished:
                         raise EngineError("the engine ended the stream before its answer was finished")
-                    with contextlib.suppress(aiohttp.ClientError, OSError):
-                        await response.read()  # the end of the body, so that the connection can be used again
+                    with contextlib.suppress(OSError):
+                        await answer.read()  # the end of the body, so that the connection can be used again
                     lease.release()
                     return
                 if payload.startswith(b'{"error"'):
@@ -556,7 +557,7 @@ async def _events(response: aiohttp.ClientResponse, lease: Lease) -> AsyncIterat
                     raise lease.error or EngineError("the engine aborted the request")
                 is_finished = is_finished or _FINISHED in payload
                 yield payload
-    except (aiohttp.ClientError, OSError) as error:
+    except OSError as error:
         raise lease.error or EngineError(f"the engine's stream broke off: {error!r}") from error
     raise lease.error or EngineError("the engine's stream ended before its answer was finished")
 
