@@ -24,6 +24,7 @@ from cocktail_serve.engines.base import Engine, OperatedEngine
 from cocktail_serve.errors import ConfigError
 from cocktail_serve.finetuning.files import Files
 from cocktail_serve.gateway.authentication import Authenticator
+from cocktail_serve.gateway.direct_route import DirectRouting
 from cocktail_serve.gateway.error_handlers import add_error_handlers
 from cocktail_serve.gateway.lifecycle import Lifecycle
 from cocktail_serve.gateway.metrics import GatewayMetrics
@@ -114,6 +115,7 @@ def create_app(
         ),
     )
     # the last added is the outermost
+    app.add_middleware(DirectRouting, routes=app.routes)
     app.add_middleware(BodyLimit, max_bytes=settings.server.max_request_bytes)
     app.add_middleware(RequestBoundary, metrics=metrics, lifecycle=lifecycle)
     app.state.lifecycle = lifecycle

@@ -2,21 +2,42 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterable
 
 from fastapi import Request
 from fastapi.routing import APIRoute
-from starlette.types import Receive, Scope, Send
+from starlette.routing import BaseRoute
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from cocktail_serve.errors import CocktailError
+from cocktail_serve.gateway.error_handlers import error_response
 
 
 class DirectRoute(APIRoute):
-    """A documented route whose endpoint takes the request and nothing else: FastAPI's dependencies, which it has none
-    of, are not solved. Errors are mapped by the app's handlers as everywhere."""
+    """A documented POST route whose path has no parameters and whose endpoint takes the request and nothing else, so
+    that `DirectRouting` can call it."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.app = self._answer
 
-    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
-        response = await self.endpoint(Request(scope, receive, send))
-        await response(scope, receive, send)
+class DirectRouting:
+    """Calls the endpoints of direct routes before the router, FastAPI and what wraps them have been asked.
+
+    The innermost middleware. Other methods on their paths go on to the router, which refuses them.
+    """
+
+    def __init__(self, app: ASGIApp, *, routes: Iterable[BaseRoute]) -> None:
+        self._app = app
+        self._routes = {route.path: route for route in routes if isinstance(route, DirectRoute)}
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        route = None
+        if scope["type"] == "http" and scope["method"] == "POST":
+            route = self._routes.get(scope["path"])
+        if route is None:
+            await self._app(scope, receive, send)
+            return
+        scope["route"] = route  # as the router does
+        try:
+            response = await route.endpoint(Request(scope, receive, send))
+            await response(scope, receive, send)
+        except CocktailError as error:
+            await error_response(error)(scope, receive, send)

@@ -9,18 +9,24 @@ from contextlib import asynccontextmanager
 from starlette.requests import ClientDisconnect
 from starlette.types import Receive
 
+WATCH_AFTER_S = 0.05
+"""When a client begins to be watched. Embeddings and short answers are there before, and a task for each of them would
+be a good part of what they cost here."""
+
 
 @asynccontextmanager
 async def ended_with_client(receive: Receive) -> AsyncIterator[None]:
     """Cancels the block when the client closes its connection, so that what it holds is released at once.
 
-    The body of the request must have been read before: `receive` is consumed.
+    A departure in the first `WATCH_AFTER_S` is noticed at their end. The body of the request must have been read
+    before: `receive` is consumed.
 
     Raises:
         ClientDisconnect: in place of the cancellation, once the block has unwound.
     """
     task = asyncio.current_task()
     assert task is not None
+    watcher: asyncio.Task[None] | None = None
     is_gone = False
 
     async def watch() -> None:
@@ -30,7 +36,11 @@ async def ended_with_client(receive: Receive) -> AsyncIterator[None]:
         is_gone = True
         task.cancel()
 
-    watcher = asyncio.create_task(watch(), name="client-watch")
+    def begin() -> None:
+        nonlocal watcher
+        watcher = asyncio.create_task(watch(), name="client-watch")
+
+    timer = asyncio.get_running_loop().call_later(WATCH_AFTER_S, begin)
     try:
         yield
     except asyncio.CancelledError:
@@ -39,4 +49,6 @@ async def ended_with_client(receive: Receive) -> AsyncIterator[None]:
             raise ClientDisconnect from None
         raise
     finally:
-        watcher.cancel()
+        timer.cancel()
+        if watcher is not None:
+            watcher.cancel()

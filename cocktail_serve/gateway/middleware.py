@@ -7,7 +7,6 @@ import re
 import secrets
 import time
 
-from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -22,7 +21,7 @@ logger = logging.getLogger(__name__)
 CLIENT_GONE = 499
 """Status that metrics show for a request whose client left before an answer; never sent (nginx's convention)."""
 
-_REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
+_REQUEST_ID = re.compile(rb"[\x21-\x7e]{1,128}")
 
 
 class RequestBoundary:
@@ -43,11 +42,11 @@ class RequestBoundary:
             await self._app(scope, receive, send)
             return
         state = scope.setdefault("state", {})
-        given = Headers(scope=scope).get("x-request-id", "")
-        request_id = given if _REQUEST_ID.fullmatch(given) else f"req_{secrets.token_hex(16)}"
-        state["request_id"] = request_id
+        given = _header(scope, b"x-request-id")
+        request_id = given if _REQUEST_ID.fullmatch(given) else b"req_%b" % secrets.token_hex(16).encode()
+        state["request_id"] = request_id.decode()
         started_at = state["started_at"] = time.perf_counter()
-        logs.request_id.set(request_id)
+        logs.request_id.set(state["request_id"])
         is_work = scope["path"] not in OPERATIONS
         status = CLIENT_GONE
 
@@ -55,7 +54,7 @@ class RequestBoundary:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                MutableHeaders(scope=message)["x-request-id"] = request_id
+                message["headers"] = [*message.get("headers", ()), (b"x-request-id", request_id)]
             await send(message)
 
         self._lifecycle.num_open += is_work
@@ -65,9 +64,9 @@ class RequestBoundary:
             else:
                 await self._app(scope, receive, send_named)
         except ClientDisconnect:
-            logger.debug("request %s: the client left before its answer was complete", request_id)
+            logger.debug("request %s: the client left before its answer was complete", state["request_id"])
         except Exception:
-            logger.exception("request %s: %s %s failed", request_id, scope["method"], _route(scope))
+            logger.exception("request %s: %s %s failed", state["request_id"], scope["method"], _route(scope))
             if status == CLIENT_GONE:  # nothing was sent yet
                 await internal_error_response()(scope, receive, send_named)
         finally:
@@ -100,12 +99,12 @@ class BodyLimit:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        declared = Headers(scope=scope).get("content-length", "")
+        declared = _header(scope, b"content-length")
         num_bytes = 0
 
         async def receive_limited() -> Message:
             nonlocal num_bytes
-            if declared.isdecimal() and int(declared) > self._max_bytes:
+            if declared.isdigit() and int(declared) > self._max_bytes:
                 raise self._too_large()
             message = await receive()
             num_bytes += len(message.get("body", b""))
@@ -119,3 +118,11 @@ class BodyLimit:
         return PayloadTooLargeError(
             f"the body is larger than {self._max_bytes} bytes; send less, or raise server.max_request_bytes"
         )
+
+
+def _header(scope: Scope, name: bytes) -> bytes:
+    """The first of a header's values; empty without it."""
+    for key, value in scope["headers"]:
+        if key == name:
+            return bytes(value)
+    return b""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.types import Message
 
 from cocktail_serve.errors import InvalidRequestError
@@ -11,9 +11,12 @@ from cocktail_serve.gateway.json_body import MAX_DEPTH, json_object, parse_as
 from cocktail_serve.gateway.schemas.cocktails import CurrentVersion
 
 
-def request(body: bytes, content_type: str | None = "application/json") -> Request:
+def request(*pieces: bytes, content_type: str | None = "application/json") -> Request:
+    messages: list[Message] = [{"type": "http.request", "body": piece, "more_body": True} for piece in pieces]
+    messages[-1]["more_body"] = False
+
     async def receive() -> Message:
-        return {"type": "http.request", "body": body, "more_body": False}
+        return messages.pop(0)
 
     headers = [] if content_type is None else [(b"content-type", content_type.encode())]
     return Request({"type": "http", "headers": headers}, receive)
@@ -23,7 +26,20 @@ def request(body: bytes, content_type: str | None = "application/json") -> Reque
     "content_type", ["application/json", "Application/JSON; charset=utf-8", "application/merge-patch+json"]
 )
 async def test_json(content_type: str) -> None:
-    assert await json_object(request(b'{"a": [1, 2.5, null]}', content_type)) == {"a": [1, 2.5, None]}
+    assert await json_object(request(b'{"a": [1, 2.5, null]}', content_type=content_type)) == {"a": [1, 2.5, None]}
+
+
+async def test_a_body_in_pieces() -> None:
+    assert await json_object(request(b'{"a"', b"", b": 1}")) == {"a": 1}
+
+
+async def test_a_client_that_leaves_before_the_end_of_its_body() -> None:
+    async def receive() -> Message:
+        return {"type": "http.disconnect"}
+
+    headers = [(b"content-type", b"application/json")]
+    with pytest.raises(ClientDisconnect):
+        await json_object(Request({"type": "http", "headers": headers}, receive))
 
 
 @pytest.mark.parametrize(
@@ -51,7 +67,7 @@ async def test_not_json(body: bytes) -> None:
 @pytest.mark.parametrize("content_type", [None, "text/plain", "application/x-www-form-urlencoded", "jsonish"])
 async def test_other_content_types(content_type: str | None) -> None:
     with pytest.raises(InvalidRequestError) as caught:
-        await json_object(request(b"{}", content_type))
+        await json_object(request(b"{}", content_type=content_type))
     assert caught.value.code == "unsupported_content_type"
 
 
