@@ -3,11 +3,13 @@
     python -m bench.embeddings --workload passages --compare-encode       # starts a server of ours, MiniLM, bf16
     python -m bench.embeddings --workload queries --clients 16
     python -m bench.embeddings --base-url http://127.0.0.1:7997 --model minilm --workload queries --clients 16
+    python -m bench.embeddings --workload queries --clients 16 --beside http://127.0.0.1:7997 --beside-model minilm
     python -m bench.embeddings --in-process --workload queries --clients 16
 
 Clients send one request after the other, bodies made before the clock starts, answers read whole and not parsed. With
 --compare-encode each run is followed by one of `encode` on the same texts in this process, while the server idles, so
-that the ratio is of figures taken minutes apart at most. Prints JSON: medians over the runs, and the machine.
+that the ratio is of figures taken minutes apart at most; with --beside, by one of another server. Prints JSON: medians
+over the runs, and the machine.
 """
 
 from __future__ import annotations
@@ -99,50 +101,71 @@ def encode_baseline(folder: Path, dtype: str, requests: Sequence[list[str]]) -> 
 
 
 async def measure(
-    send: Send, arguments: argparse.Namespace, baseline: Callable[[float], float] | None
+    send: Send, arguments: argparse.Namespace, baseline: Callable[[float], float] | None, beside: Send | None = None
 ) -> dict[str, Any]:
-    await run_clients(send, clients=arguments.clients, seconds=min(3.0, arguments.seconds))  # warm-up
-    runs, encode = [], []
+    """Runs, each followed by one of what is compared with."""
+    for warmed in (send, beside):
+        if warmed is not None:
+            await run_clients(warmed, clients=arguments.clients, seconds=min(3.0, arguments.seconds))
+    runs, encode, others = [], [], []
     for _ in range(arguments.runs):
         runs.append(await run_clients(send, clients=arguments.clients, seconds=arguments.seconds))
         if baseline is not None:
             encode.append(baseline(arguments.seconds))
+        if beside is not None:
+            others.append(await run_clients(beside, clients=arguments.clients, seconds=arguments.seconds))
     figures: dict[str, Any] = {
         name: round(statistics.median(run[name] for run in runs), 1) for name in ("texts_per_s", "p50_ms", "p99_ms")
     }
-    figures["texts_per_s_of_runs"] = [round(run["texts_per_s"], 1) for run in runs]
-    if encode:
-        figures["encode_texts_per_s"] = round(statistics.median(encode), 1)
-        figures["encode_texts_per_s_of_runs"] = [round(rate, 1) for rate in encode]
-        ratios = [run["texts_per_s"] / rate for run, rate in zip(runs, encode, strict=True)]
-        figures["ratio_to_encode"] = round(statistics.median(ratios), 3)
+    rates = [run["texts_per_s"] for run in runs]
+    figures["texts_per_s_of_runs"] = [round(rate, 1) for rate in rates]
+    figures |= compared("encode", rates, encode) if encode else {}
+    figures |= compared("beside", rates, [run["texts_per_s"] for run in others]) if others else {}
     return figures
+
+
+def compared(name: str, rates: Sequence[float], theirs: Sequence[float]) -> dict[str, Any]:
+    """Texts/s of what was run in turn with ours, and the median of the ratios of neighbours."""
+    return {
+        f"{name}_texts_per_s": round(statistics.median(theirs), 1),
+        f"{name}_texts_per_s_of_runs": [round(rate, 1) for rate in theirs],
+        f"ratio_to_{name}": round(statistics.median(a / b for a, b in zip(rates, theirs, strict=True)), 3),
+    }
 
 
 async def measure_http(
     base_url: str, requests: Sequence[list[str]], arguments: argparse.Namespace, baseline: Any
 ) -> dict[str, Any]:
-    options = {"model": arguments.model, "encoding_format": arguments.encoding}
-    bodies = [json.dumps({**options, "input": texts if len(texts) > 1 else texts[0]}).encode() for texts in requests]
     headers = {"content-type": "application/json", "authorization": f"Bearer {arguments.api_key}"}
     async with aiohttp.ClientSession(headers=headers, connector=aiohttp.TCPConnector(limit=0)) as session:
-        url = f"{base_url.rstrip('/')}/embeddings"
+        send = await endpoint(session, base_url, arguments.model, requests, arguments.encoding)
+        beside = None
+        if arguments.beside:
+            beside = await endpoint(session, arguments.beside, arguments.beside_model, requests, arguments.encoding)
+        return await measure(send, arguments, baseline, beside)
 
-        async def send(number: int) -> int:
-            index = number % len(bodies)
-            async with session.post(url, data=bodies[index]) as answer:
-                body = await answer.read()
-                if answer.status != 200:
-                    raise RuntimeError(f"{url} answered {answer.status}: {body[:500]!r}")
-            return len(requests[index])
 
-        async with session.post(url, data=bodies[0]) as answer:
-            first = await answer.json()
-        if len(first.get("data", ())) != len(requests[0]):
-            raise RuntimeError(
-                f"{url} is no embeddings endpoint, or has no model {arguments.model!r}: {str(first)[:500]}"
-            )
-        return await measure(send, arguments, baseline)
+async def endpoint(
+    session: aiohttp.ClientSession, base_url: str, model: str, requests: Sequence[list[str]], encoding: str
+) -> Send:
+    """How requests are sent to an OpenAI endpoint, which has been found to be one."""
+    options = {"model": model, "encoding_format": encoding}
+    bodies = [json.dumps({**options, "input": texts if len(texts) > 1 else texts[0]}).encode() for texts in requests]
+    url = f"{base_url.rstrip('/')}/embeddings"
+
+    async def send(number: int) -> int:
+        index = number % len(bodies)
+        async with session.post(url, data=bodies[index]) as answer:
+            body = await answer.read()
+            if answer.status != 200:
+                raise RuntimeError(f"{url} answered {answer.status}: {body[:500]!r}")
+        return len(requests[index])
+
+    async with session.post(url, data=bodies[0]) as answer:
+        first = await answer.json()
+    if len(first.get("data", ())) != len(requests[0]):
+        raise RuntimeError(f"{url} is no embeddings endpoint, or has no model {model!r}: {str(first)[:500]}")
+    return send
 
 
 async def measure_engine(
@@ -215,6 +238,8 @@ def main() -> None:
     parser.add_argument("--api-key", default="none")
     parser.add_argument("--folder", type=Path, help="sentence-transformers model; default all-MiniLM-L6-v2")
     parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
+    parser.add_argument("--beside", help="base URL of another server, measured in turn")
+    parser.add_argument("--beside-model", default="minilm")
     parser.add_argument("--in-process", action="store_true", help="the engine alone, without HTTP")
     parser.add_argument("--compare-encode", action="store_true")
     arguments = parser.parse_args()
