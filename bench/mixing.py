@@ -286,14 +286,14 @@ def _peak_anonymous(process: int) -> Iterator[dict[str, int]]:
         watcher.join()
 
 
-def run(command: Sequence[str], *, timeout_s: float = 900) -> dict[str, Any]:
+def run(command: Sequence[str], *, timeout_s: float = 900, env: Mapping[str, str] | None = None) -> dict[str, Any]:
     """Runs a process to its end: wall time, peak anonymous memory, and what its last line of JSON says.
 
     Raises:
         RuntimeError: it failed; carries the end of what it said.
     """
     begin_s = time.perf_counter()
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
     with _peak_anonymous(process.pid) as memory:
         out, err = process.communicate(timeout=timeout_s)
     wall_s = time.perf_counter() - begin_s

@@ -90,6 +90,13 @@ class VLLMEngineConfig(_EngineBase):
         ByteSize(2 * 1024**3),
         description="Merged parameters kept in memory by the worker, least recently used go first.",
     )
+    expert_memory: ByteSize = Field(
+        ByteSize(0),
+        description="Memory, on the device of the parameters, for models kept in the engine's own layout: their linear "
+        "mixtures are summed in place instead of read from files. Where the engine packs its parameters, as on most "
+        "CPUs, it is found out at the start and mixtures are streamed. On a GPU it needs a bound of the KV cache in "
+        "args (gpu-memory-utilization or kv-cache-memory-bytes).",
+    )
     start_timeout_s: float = Field(600.0, gt=0, description="How long the server may take to start, seconds.")
     swap_timeout_s: float = Field(
         300.0, gt=0, description="How long one mix may take before the engine counts as hung, seconds."

@@ -155,6 +155,8 @@ class FakeServer:
                 "in_flight": self.fence.in_flight,
                 "mixing_path": "fake",
                 "mixing_kernel": "none",
+                "streams_because": None,
+                "captured": [],
                 "cached": self._cached,
                 "cache_bytes": 0,
                 "weight_version": self.fence.resident,

@@ -45,7 +45,7 @@ class EngineStats:
         mix: seconds of the mixing alone, where the engine tells it apart from the swap around it.
         num_cache_hits, num_cache_misses: parameters of a mixture found in memory, and those that had to be mixed.
         last_swap_s: seconds of the last of those; None: there was none.
-        num_swaps_by_source: where the parameters came from: `cache` or `files`.
+        num_swaps_by_source: where the parameters came from: `experts`, `cache` or `files`.
         num_drained: streams ended because they outlived `drain_s`.
         num_queue_timeouts: requests that were never admitted.
         num_restarts: times the engine was lost and started again.

@@ -89,6 +89,17 @@ SCORE_TOKENS = 4096
 MAX_DRAINED_SCORES = 3
 """Scoring requests of one job ended by `drain_s` in a row before the job fails."""
 
+_REPORTED = (
+    "mixing_path",
+    "streams_because",
+    "captured",
+    "mixing_kernel",
+    "in_flight",
+    "cached",
+    "cached_bytes",
+)
+"""What `/ready` says of a server's own status."""
+
 _FINISHED = b'"finish_reason":"'
 _ABORTED = b'"finish_reason":"abort"'
 
@@ -167,11 +178,7 @@ class VLLMEngine:
             return EngineHealth("restarting", queued=queued, detail={"reason": error.message})
         if status != 200 or body["state"] == "poisoned":
             return EngineHealth("restarting", queued=queued, detail={"reason": f"status {status}: {body}"})
-        detail = {
-            key: body[key]
-            for key in ("mixing_path", "mixing_kernel", "in_flight", "cached", "cached_bytes")
-            if key in body
-        }
+        detail = {key: body[key] for key in _REPORTED if key in body}
         return EngineHealth("ready", resident=body["resident"], queued=queued, detail=detail)
 
     def occupancy(self) -> Occupancy:
@@ -251,7 +258,13 @@ class VLLMEngine:
         )
 
     def _manifest_of(self, pool: Pool) -> Manifest:
-        return Manifest.of_pool(pool, dtype=self.dtype, cache_bytes=int(self._config.cache_bytes), managed=True)
+        return Manifest.of_pool(
+            pool,
+            dtype=self.dtype,
+            cache_bytes=int(self._config.cache_bytes),
+            managed=True,
+            expert_bytes=int(self._config.expert_memory),
+        )
 
     def _write(self, manifest: Manifest) -> None:
         try:
@@ -423,6 +436,7 @@ class VLLMEngine:
                 dtype=self.dtype,
                 max_model_len=config.max_model_len,
                 extra=config.args,
+                expert_bytes=int(config.expert_memory),
             )
         env = server_env(
             manifest=self._manifest_path,

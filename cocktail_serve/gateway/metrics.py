@@ -130,6 +130,9 @@ class _Snapshot(Collector):
         queued = GaugeMetricFamily("cocktail_queued_requests", "Requests that wait for their turn.", labels=["pool"])
         cached = GaugeMetricFamily("cocktail_cached_recipes", "Mixtures kept in memory.", labels=["pool"])
         cached_bytes = GaugeMetricFamily("cocktail_cache_bytes", "Size of the mixtures in memory.", labels=["pool"])
+        captured = GaugeMetricFamily(
+            "cocktail_captured_experts", "Models kept in the engine's layout, to be mixed in place.", labels=["pool"]
+        )
         mixing = GaugeMetricFamily(
             "cocktail_mixing_path",
             "1 for how parameters reach the engine, and what merges them.",
@@ -142,9 +145,11 @@ class _Snapshot(Collector):
                 cached.add_metric([pool], len(health.detail["cached"]))
             if "cached_bytes" in health.detail:
                 cached_bytes.add_metric([pool], health.detail["cached_bytes"])
+            if "captured" in health.detail:
+                captured.add_metric([pool], len(health.detail["captured"]))
             if "mixing_kernel" in health.detail:
                 mixing.add_metric([pool, health.detail["mixing_path"], health.detail["mixing_kernel"]], 1)
-        yield from (is_ready, queued, cached, cached_bytes, mixing)
+        yield from (is_ready, queued, cached, cached_bytes, captured, mixing)
 
 
 def _buckets(histogram: PlainHistogram) -> list[tuple[str, float]]:

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import ThreadPoolExecutor, wait
 from functools import cache
+from queue import Queue
+from typing import TypeVar
+
+T = TypeVar("T")
 
 
 @cache
@@ -72,6 +77,40 @@ def in_parallel(work: Callable[[int, int], None], size: int, chunk: int) -> None
         raise
     for turn in turns:
         turn.result()
+
+
+def made_ahead(items: Iterable[T], *, depth: int) -> Generator[T]:
+    """The same items, made by a thread of their own while those before are used; at most `depth` wait.
+
+    The thread has ended when the iterator has: exhausted, failed or closed.
+
+    Raises:
+        whatever `items` raises, in its turn.
+    """
+    made: Queue[tuple[T] | None] = Queue(depth)
+    is_closed = threading.Event()
+
+    def make() -> None:
+        try:
+            for item in items:
+                made.put((item,))
+                if is_closed.is_set():
+                    return
+        finally:
+            made.put(None)
+
+    with ThreadPoolExecutor(1, thread_name_prefix="mixing-ahead", initializer=_leave_inherited_core) as maker:
+        making = maker.submit(make)
+        got = made.get()
+        try:
+            while got is not None:
+                yield got[0]
+                got = made.get()
+        finally:
+            is_closed.set()
+            while got is not None:  # it may wait for room
+                got = made.get()
+        making.result()
 
 
 def _leave_inherited_core() -> None:

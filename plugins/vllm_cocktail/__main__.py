@@ -40,7 +40,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(error, file=sys.stderr)
         return 2
     dtype = cast(DType, args.dtype or pool.base.dtype)
-    path = Manifest.of_pool(pool, dtype=dtype, cache_bytes=args.cache_bytes, managed=False).write(args.out.resolve())
+    manifest = Manifest.of_pool(
+        pool, dtype=dtype, cache_bytes=args.cache_bytes, managed=False, expert_bytes=args.expert_memory
+    )
+    path = manifest.write(args.out.resolve())
     for member in pool:
         print(f"{member.name:20} {member.fingerprint}  {member.path}")
     print(
@@ -59,6 +62,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--dtype", choices=get_args(DType), help="the engine's dtype; default: as the base is stored")
     parser.add_argument(
         "--cache-bytes", type=_byte_size, default=_byte_size("2GiB"), help="merged parameters kept in memory (2GiB)"
+    )
+    parser.add_argument(
+        "--expert-memory",
+        type=_byte_size,
+        default=0,
+        help="models kept in the engine's own layout, to mix in place; on a GPU bound the KV cache too (0)",
     )
     parser.add_argument(
         "--cache-dir",

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import time
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from cocktail_serve.errors import CapacityError, ConfigError, EngineError, InvalidMixError
 from cocktail_serve.recipe import Recipe
@@ -16,8 +17,13 @@ from vllm_cocktail.manifest import Manifest
 if TYPE_CHECKING:
     from vllm.engine.protocol import EngineClient
 
-MIXING_PATH = "stream"
-"""How parameters reach the engine: in checkpoint format, one tensor at a time, through vLLM's own reload."""
+# a child of vLLM's logger, whose handlers and level it so shares
+logger = logging.getLogger("vllm.cocktail.control")
+
+MixingPath = Literal["in_place", "stream"]
+"""How parameters reach the engine: summed where they lie, from models kept in the engine's own layout; or in checkpoint
+format, one tensor at a time, through vLLM's own reload. In place goes only what is a linear mixture of models that are
+kept; whatever else streams."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +33,7 @@ class Mixed:
     Attributes:
         resident: digest of the recipe that the engine holds now.
         seconds: from the request's turn to the fence's opening.
-        source: `resident` (nothing to do), `cache` or `files`.
+        source: `resident` (nothing to do), `experts` (in place), `cache` or `files`.
     """
 
     resident: str
@@ -49,16 +55,20 @@ class EngineControl:
         self.fence = fence
         self.manifest = manifest
         self._mixing = asyncio.Lock()
+        self._mixing_path: MixingPath = "stream"
+        self._streams_because: str | None = None
         self._num_swaps = 0
         self._tasks: set[asyncio.Task[Mixed]] = set()
 
     async def start(self) -> None:
-        """Probes the workers and opens the fence on what the engine started with.
+        """Probes the workers, has them keep the experts, and opens the fence on what the engine started with.
 
         Raises:
             ConfigError: the worker extension is missing or refuses this engine; says what to start differently.
         """
         try:
+            await self._on_all_ranks("cocktail_probe")
+            await self._capture()
             probed = await self._on_all_ranks("cocktail_probe")
         except EngineError as error:
             raise ConfigError(f"vllm_cocktail: {error.message}") from error
@@ -115,7 +125,10 @@ class EngineControl:
             "resident": self.fence.resident,
             "state": self.fence.state,
             "in_flight": self.fence.in_flight,
-            "mixing_path": MIXING_PATH,
+            "mixing_path": self._mixing_path,
+            "streams_because": self._streams_because,
+            "captured": probed["captured"],
+            "captured_bytes": probed["captured_bytes"],
             "mixing_kernel": probed["mixing_kernel"],
             "cached": probed["cached"],
             "cached_bytes": probed["cached_bytes"],
@@ -124,6 +137,22 @@ class EngineControl:
             "model_dtype": probed["model_dtype"],
             "managed": self.fence.managed,
         }
+
+    async def _capture(self) -> None:
+        """Has all ranks keep their parts of the models, or none.
+
+        Raises:
+            EngineError: a rank failed half-way: the engine is lost.
+        """
+        started = time.perf_counter()
+        replies = await self._call("cocktail_capture")
+        self._streams_because = next((reply["reason"] for reply in replies if reply["reason"] is not None), None)
+        if self._streams_because is None:
+            self._mixing_path = "in_place"
+            logger.info("cocktail: experts captured and verified in %.1f s", time.perf_counter() - started)
+        else:
+            logger.info("cocktail: mixtures are streamed: %s", self._streams_because)
+            await self._on_all_ranks("cocktail_release")
 
     async def _mix(self, recipe: Recipe, drain_s: float) -> Mixed:
         async with self._mixing:
@@ -178,18 +207,27 @@ class EngineControl:
     async def _on_all_ranks(self, method: str, *args: str) -> dict[str, Any]:
         """Calls a method of the worker extension everywhere; the one answer that all ranks gave.
 
+        Raises:
+            EngineError: a rank failed, or the ranks disagree.
+        """
+        replies = await self._call(method, *args)
+        if any(reply != replies[0] for reply in replies):
+            raise EngineError(f"the ranks disagree after {method}: {replies}")
+        return replies[0]
+
+    async def _call(self, method: str, *args: str) -> list[dict[str, Any]]:
+        """The answer of every rank.
+
         No timeout is set: replies that come after one would be taken for those of the next call.
 
         Raises:
-            EngineError: a rank failed, or the ranks disagree.
+            EngineError: a rank failed.
         """
         replies: list[dict[str, Any]] = await self.engine.collective_rpc(method, args=args)
         for rank, reply in enumerate(replies):
             if not reply["ok"]:
                 raise EngineError(reply["error"] if len(replies) == 1 else f"rank {rank}: {reply['error']}")
-        if any(reply != replies[0] for reply in replies):
-            raise EngineError(f"the ranks disagree after {method}: {replies}")
-        return replies[0]
+        return replies
 
     def _settled(self, task: asyncio.Task[Mixed]) -> None:
         """Lets a finished mix go, its outcome marked as seen even if its caller has gone."""

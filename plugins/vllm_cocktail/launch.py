@@ -42,6 +42,8 @@ OWN_ARGS = frozenset(
 )
 """Arguments that a configuration may not set: set here, or refused by the plugin because the fence cannot hold."""
 
+_KV_CACHE_BOUNDS = frozenset({"gpu-memory-utilization", "kv-cache-memory-bytes", "num-gpu-blocks-override"})
+
 OWN_VARIABLES = frozenset({MANIFEST_VARIABLE, OWNER_VARIABLE, "VLLM_API_KEY", "VLLM_SERVER_DEV_MODE"})
 
 _GROUPS = (
@@ -69,6 +71,7 @@ def server_args(
     dtype: DType,
     max_model_len: int | None = None,
     extra: Mapping[str, Any] | None = None,
+    expert_bytes: int = 0,
 ) -> list[str]:
     """Command line of vLLM's OpenAI server on a Unix socket.
 
@@ -80,9 +83,11 @@ def server_args(
         uds: path of the socket. vLLM never unlinks it: a fresh path for every start, in a folder of mode 0700.
         extra: further engine arguments by command-line name without the dashes. `true` is a bare flag, `false` leaves
             a flag out, a list repeats its values, a mapping becomes JSON.
+        expert_bytes: memory that the manifest sets aside for models.
 
     Raises:
-        ConfigError: `extra` sets an argument that is set here or that the plugin cannot work with.
+        ConfigError: `extra` sets an argument that is set here or that the plugin cannot work with, or leaves a KV cache
+            on a GPU unbounded beside models.
     """
     extra = _normalised(extra)
     for name in extra:
@@ -91,6 +96,12 @@ def server_args(
                 f"engine.args may not set {name!r}: cocktail-serve sets it itself or cannot work with it",
                 param=f"engine.args.{name}",
             )
+    if expert_bytes and not is_cpu_build() and not extra.keys() & _KV_CACHE_BOUNDS:
+        raise ConfigError(
+            "engine.expert_memory needs room that vLLM would give to its KV cache, which it sizes before models are "
+            "kept: set kv-cache-memory-bytes, or a lower gpu-memory-utilization, in engine.args",
+            param="engine.expert_memory",
+        )
     if _is_eager(extra):
         extra["enforce-eager"] = True
     args = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]

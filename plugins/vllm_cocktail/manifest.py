@@ -35,6 +35,7 @@ class Manifest:
         cache_bytes: bound of the merged parameters kept in memory, over all ranks of the server together.
         managed: whether a gateway owns the server. Then every request names its recipe and salts its KV blocks;
             otherwise requests may come without, and every mix drops the prefix cache.
+        expert_bytes: bound of the models kept in the engine's layout, over all ranks together; 0 keeps none.
         names: fingerprint by name, for recipes written by hand; `base` and the experts' names.
     """
 
@@ -44,10 +45,11 @@ class Manifest:
     resident: str
     cache_bytes: int
     managed: bool
+    expert_bytes: int = 0
     names: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
-    def of_pool(cls, pool: Pool, *, dtype: DType, cache_bytes: int, managed: bool) -> Manifest:
+    def of_pool(cls, pool: Pool, *, dtype: DType, cache_bytes: int, managed: bool, expert_bytes: int = 0) -> Manifest:
         """The manifest of a pool whose server is started with its base."""
         return cls(
             members={member.fingerprint: member.path for member in pool},
@@ -56,6 +58,7 @@ class Manifest:
             resident=one_hot(pool, pool.base.name, dtype=dtype).digest,
             cache_bytes=cache_bytes,
             managed=managed,
+            expert_bytes=expert_bytes,
             names={member.name: member.fingerprint for member in pool},
         )
 
@@ -75,6 +78,7 @@ class Manifest:
                 resident=str(value["resident"]),
                 cache_bytes=int(value["cache_bytes"]),
                 managed=bool(value["managed"]),
+                expert_bytes=int(value.get("expert_bytes", 0)),
                 names={str(name): str(f) for name, f in value.get("names", {}).items()},
             )
         except OSError as error:
@@ -115,6 +119,7 @@ class Manifest:
             "resident": self.resident,
             "cache_bytes": self.cache_bytes,
             "managed": self.managed,
+            "expert_bytes": self.expert_bytes,
             "names": dict(self.names),
         }
 
@@ -152,5 +157,6 @@ class Manifest:
             raise ConfigError(f"{path}: resident must be {alone}, the recipe of the base alone, got {self.resident!r}")
         if self.names and self.names.get(BASE) != self.base:
             raise ConfigError(f"{path}: names must call the base {BASE!r}")
-        if self.cache_bytes < 0:
-            raise ConfigError(f"{path}: cache_bytes must not be negative, got {self.cache_bytes}")
+        for name in ("cache_bytes", "expert_bytes"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"{path}: {name} must not be negative, got {getattr(self, name)}")

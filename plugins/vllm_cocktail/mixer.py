@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Literal
 from cocktail_serve.checkpoints.mixture import iter_mixture
 from cocktail_serve.checkpoints.reader import CheckpointReader
 from cocktail_serve.errors import ConfigError, InvalidMixError
+from cocktail_serve.merging.threads import made_ahead
 from cocktail_serve.recipe import DType, Recipe
 from vllm_cocktail.cache import MergedParams
 from vllm_cocktail.manifest import Manifest
@@ -17,6 +18,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Source = Literal["cache", "files"]
+
+TENSORS_AHEAD = 4
+"""Mixed tensors that wait for the engine."""
 
 _ITEM_BYTES: dict[DType, int] = {"float32": 4, "float16": 2, "bfloat16": 2}
 
@@ -55,6 +59,25 @@ class Mixer:
         self._learn(recipe)
         iter_mixture(recipe, self.manifest.members)  # checks all it can before the first tensor, which is not asked for
 
+    def why_not_captured(self) -> str | None:
+        """Why no models are kept in the engine's layout, as far as their headers say; None where they may be.
+
+        Raises:
+            CheckpointError: a file that cannot be read.
+        """
+        manifest = self.manifest
+        if not manifest.expert_bytes:
+            return "engine.expert_memory is 0"
+        for fingerprint, folder in manifest.members.items():
+            with CheckpointReader(folder) as reader:
+                dtypes = {info.dtype for info in reader.tensors.values() if info.is_floating}
+            if dtypes != {manifest.dtype}:
+                return (
+                    f"model {fingerprint[:12]} holds {', '.join(sorted(dtypes))}, the engine {manifest.dtype}: "
+                    "it would be rounded twice"
+                )
+        return None
+
     def params(self, recipe: Recipe) -> tuple[Iterator[tuple[str, Tensor]], Source]:
         """The recipe's parameters in checkpoint format, one at a time in the base's file order.
 
@@ -68,7 +91,10 @@ class Mixer:
         kept = self.cache.get(recipe.digest)
         if kept is not None:
             return iter(kept), "cache"
-        fresh = iter_mixture(recipe, self.manifest.members)
+        # vLLM packs and copies a layer while the next is mixed
+        fresh: Iterator[tuple[str, Tensor]] = made_ahead(
+            iter_mixture(recipe, self.manifest.members), depth=TENSORS_AHEAD
+        )
         if recipe.one_hot is None and self.cache.make_room(self._num_bytes(recipe)):
             fresh = self._keeping(recipe.digest, fresh)
         return fresh, "files"

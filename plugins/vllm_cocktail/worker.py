@@ -1,4 +1,4 @@
-"""The worker extension: mixes a recipe into the live parameters, straight from the models' files.
+"""The worker extension: mixes a recipe into the live parameters, from the models' files or from what is kept of them.
 
 vLLM adds the class to its Worker's bases, so every name begins with `cocktail_`. Its methods are called by
 `collective_rpc` on every rank: arguments and results are plain JSON values (no insecure serialisation), and nothing
@@ -10,15 +10,16 @@ from __future__ import annotations
 import functools
 import json
 import logging
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cocktail_serve.errors import CocktailError, ConfigError, IncompatibleModelsError
 from cocktail_serve.merging.native import kernel_name
 from cocktail_serve.recipe import Recipe
+from vllm_cocktail.captured import CapturedExperts, capture
 from vllm_cocktail.manifest import Manifest
-from vllm_cocktail.mixer import Mixer
+from vllm_cocktail.mixer import Mixer, Source
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -56,6 +57,7 @@ class CocktailWorkerExtension:
     # the Worker's __init__ is vLLM's, so `cocktail_probe` sets these
     cocktail_mixer: Mixer | None = None
     cocktail_resident: str | None = None
+    cocktail_experts: CapturedExperts | None = None
 
     @_reply
     def cocktail_probe(self) -> Reply:
@@ -63,7 +65,8 @@ class CocktailWorkerExtension:
 
         Returns:
             `digest` of the resident recipe (null after a failed mix), `cached` digests, `cached_bytes`,
-            `cache_bytes`, `model_dtype`, `mixing_kernel`: `compiled`, or `torch` without a C compiler.
+            `cache_bytes`, `model_dtype`, `mixing_kernel`: `compiled`, or `torch` without a C compiler,
+            `captured` fingerprints and `captured_bytes`.
         """
         if self.cocktail_mixer is None:
             manifest = Manifest.from_environ()
@@ -74,7 +77,7 @@ class CocktailWorkerExtension:
                 manifest, cache_bytes=manifest.cache_bytes // world_size, reread=Manifest.from_environ
             )
             self.cocktail_resident = manifest.resident
-        cache = self.cocktail_mixer.cache
+        cache, experts = self.cocktail_mixer.cache, self.cocktail_experts
         return {
             "digest": self.cocktail_resident,
             "cached": cache.digests,
@@ -82,7 +85,51 @@ class CocktailWorkerExtension:
             "cache_bytes": cache.max_bytes,
             "model_dtype": self.cocktail_mixer.manifest.dtype,
             "mixing_kernel": kernel_name(),
+            "captured": experts.fingerprints if experts else [],
+            "captured_bytes": experts.num_bytes if experts else 0,
         }
+
+    @_reply
+    def cocktail_capture(self) -> Reply:
+        """Keeps the pool's models as this worker holds them, if that is possible. Before the first request.
+
+        `ok: False` means that the engine is lost, as after `cocktail_mix`.
+
+        Returns:
+            `digest` of the base, which is resident again; `reason` why mixtures must be streamed, or null.
+        """
+        mixer = _ready(self.cocktail_mixer)
+        manifest = mixer.manifest
+        reason = mixer.why_not_captured()
+        if reason is None:
+            base = Recipe(manifest.base, ((manifest.base, 1.0),), manifest.dtype)
+            captured = capture(
+                self.model_runner.get_model(),
+                list(manifest.members),
+                base=manifest.base,
+                dtype=manifest.dtype,
+                load=self._cocktail_stream,
+                max_bytes=manifest.expert_bytes // self.vllm_config.parallel_config.world_size,
+                excluded=_tensors_in(getattr(self.model_runner, "kv_caches", [])),
+            )
+            if isinstance(captured, CapturedExperts):
+                self.cocktail_experts = captured
+                captured.mix(base)
+                self.cocktail_resident = base.digest
+            else:
+                reason = captured
+                self._cocktail_stream(base)
+        return {"digest": self.cocktail_resident, "reason": reason}
+
+    @_reply
+    def cocktail_release(self) -> Reply:
+        """Lets go of what `cocktail_capture` kept: another rank could not keep its part.
+
+        Returns:
+            `digest` of the resident recipe.
+        """
+        self.cocktail_experts = None
+        return {"digest": self.cocktail_resident}
 
     @_reply
     def cocktail_check(self, recipe_json: str) -> Reply:
@@ -103,10 +150,21 @@ class CocktailWorkerExtension:
         an exception: the process must end.
 
         Returns:
-            `digest` of the recipe, now resident; `source` of its parameters, `files` or `cache`.
+            `digest` of the recipe, now resident; `source` of its parameters, `experts`, `files` or `cache`.
         """
-        mixer = _ready(self.cocktail_mixer)
         recipe = Recipe.from_json(json.loads(recipe_json))
+        mixer, experts = _ready(self.cocktail_mixer), self.cocktail_experts
+        self.cocktail_resident = None
+        if experts is not None and experts.holds(recipe):
+            mixer.check(recipe)
+            experts.mix(recipe)
+            self.cocktail_resident = recipe.digest
+            return {"digest": recipe.digest, "source": "experts"}
+        return {"digest": recipe.digest, "source": self._cocktail_stream(recipe)}
+
+    def _cocktail_stream(self, recipe: Recipe) -> Source:
+        """Puts a recipe into the engine in checkpoint format, through vLLM's own reload."""
+        mixer = _ready(self.cocktail_mixer)
         self.cocktail_resident = None
         params, source = mixer.params(recipe)
         loaded: list[str] = []
@@ -114,7 +172,7 @@ class CocktailWorkerExtension:
         _require_all_loaded(loaded, mixer.tensor_names)
         _repack_tied_heads(self.model_runner.get_model())
         self.cocktail_resident = recipe.digest
-        return {"digest": recipe.digest, "source": source}
+        return source
 
     @_reply
     def cocktail_forget(self, recipe_digest: str) -> Reply:
@@ -148,6 +206,19 @@ def _require_mixable(vllm_config: Any, manifest: Manifest) -> None:
         raise ConfigError(f"quantisation {model.quantization!r} cannot be mixed in place; serve unquantised models")
     if vllm_config.lora_config is not None:
         raise ConfigError("--enable-lora cannot be combined with mixing full parameters; start the server without it")
+
+
+def _tensors_in(value: Any) -> Iterator[Tensor]:
+    """The tensors of a KV cache: vLLM nests them by layer and kind."""
+    from torch import Tensor
+
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        yield from _tensors_in(list(value.values()))
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _tensors_in(item)
 
 
 def _noted(params: Iterable[tuple[str, Tensor]], names: list[str]) -> Iterator[tuple[str, Tensor]]:

@@ -107,6 +107,7 @@ def running_vllm(
     tied: bool,
     managed: bool,
     cache_bytes: int = 64 * 1024**2,
+    expert_bytes: int = 64 * 1024**2,
     environ: Mapping[str, str] | None = None,
     deadline_s: float = 240.0,
 ) -> Iterator[VLLMServer]:
@@ -120,7 +121,9 @@ def running_vllm(
         "engine": {"type": "vllm"},
     }
     pool = open_pool(PoolConfig.model_validate(config), cache_dir=folder / "cache")
-    manifest = Manifest.of_pool(pool, dtype="float32", cache_bytes=cache_bytes, managed=managed)
+    manifest = Manifest.of_pool(
+        pool, dtype="float32", cache_bytes=cache_bytes, managed=managed, expert_bytes=expert_bytes
+    )
     sockets = Path(tempfile.mkdtemp(prefix="vllm-"))  # mode 0700, and short: a socket's path is limited to 107 bytes
     uds = sockets / "engine.sock"
     args = {"block-size": BLOCK_SIZE, "max-num-seqs": 8}

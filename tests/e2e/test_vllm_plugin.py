@@ -9,8 +9,6 @@ import itertools
 import json
 import time
 from collections.abc import AsyncIterator, Iterator
-from functools import cache
-from pathlib import Path
 from typing import Any
 
 import httpx
@@ -20,7 +18,9 @@ from transformers import LlamaForCausalLM
 
 from cocktail_serve.recipe import make_recipe
 from tests.e2e.conftest import API_KEY, MAX_MODEL_LEN, VLLMServer, completion_body
+from tests.e2e.reference import LOGPROB_TOLERANCE, assert_greedy_of, load_reference, reference
 from tests.merging import merged
+from vllm_cocktail.launch import is_cpu_build
 
 pytestmark = pytest.mark.vllm
 
@@ -35,12 +35,6 @@ MIXTURES = [
     {"base": 0.2, "red": 0.3, "green": 0.5},
     {"base": 1.5, "green": -0.5},
 ]
-
-LOGPROB_TOLERANCE = 2e-3
-"""float32 kernels of vLLM and transformers add in another order; logits of these models reach tens."""
-
-TIE_MARGIN = 1e-2
-"""Where the reference's best two logits are closer, either token may be chosen."""
 
 
 @pytest.fixture(params=["untied_vllm", "tied_vllm"])
@@ -63,39 +57,6 @@ def plain(tied_vllm: VLLMServer) -> VLLMServer:
     return tied_vllm
 
 
-@cache
-def _load(folder: Path) -> LlamaForCausalLM:
-    return LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-
-
-def reference(server: VLLMServer, merging_weights: dict[str, float]) -> LlamaForCausalLM:
-    """transformers on parameters merged here, naively, in float64."""
-    models = {name: _load(server.folders[name]).state_dict() for name in merging_weights}
-    mixed = copy.deepcopy(_load(server.folders["base"]))
-    mixed.load_state_dict(
-        {
-            name: sum(weight * models[model][name].double() for model, weight in merging_weights.items()).float()
-            for name in mixed.state_dict()
-        }
-    )
-    return mixed
-
-
-def assert_greedy_of(model: LlamaForCausalLM, prompt: list[int], choice: dict[str, Any]) -> None:
-    """Every token is the reference's best given the tokens before it, with the reference's log-probability."""
-    answer = choice["token_ids"]
-    assert len(answer) == 16
-    with torch.inference_mode():
-        logits = model(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1].double()
-    log_probs = logits.log_softmax(-1)
-    top = logits.topk(2).values
-    for position, token in enumerate(answer):
-        if top[position, 0] - top[position, 1] > TIE_MARGIN:
-            assert token == int(logits[position].argmax()), f"position {position}"
-        given = choice["logprobs"]["token_logprobs"][position]
-        assert given == pytest.approx(float(log_probs[position, token]), abs=LOGPROB_TOLERANCE), f"position {position}"
-
-
 @pytest.mark.parametrize("merging_weights", MIXTURES, ids=str)
 def test_a_mixture_answers_as_transformers_does(server: VLLMServer, merging_weights: dict[str, float]) -> None:
     server.mix(server.recipe(**merging_weights))
@@ -108,8 +69,8 @@ def test_a_cocktail_of_ties_answers_as_transformers_does(server: VLLMServer) -> 
     """Any method goes the way of the linear mixture: parameters in checkpoint format, one at a time."""
     weights, params = {"red": 0.8, "green": 0.5}, {"density": 0.3, "normalize": True, "lambda": 0.9}
     server.mix(make_recipe(server.pool, weights, dtype="float32", method="ties", method_params=params))
-    states = {name: _load(server.folders[name]).state_dict() for name in ("base", *weights)}
-    model = copy.deepcopy(_load(server.folders["base"]))
+    states = {name: load_reference(server.folders[name]).state_dict() for name in ("base", *weights)}
+    model = copy.deepcopy(load_reference(server.folders["base"]))
     model.load_state_dict(
         {
             key: torch.from_numpy(
@@ -172,6 +133,15 @@ def test_status_tells_what_is_resident(server: VLLMServer) -> None:
     assert status["resident"] == status["weight_version"] == recipe.digest
     assert (status["state"], status["in_flight"], status["model_dtype"]) == ("open", 0, "float32")
     assert 0 < status["cached_bytes"] <= status["cache_bytes"]
+
+
+def test_packed_parameters_are_found_out_and_streamed(server: VLLMServer) -> None:
+    """On a CPU vLLM keeps linear layers in opaque handles, which no sum reaches."""
+    if not is_cpu_build():
+        pytest.skip("parameters are plain on a GPU")
+    status = server.status()
+    assert (status["mixing_path"], status["captured"], status["captured_bytes"]) == ("stream", [], 0)
+    assert "is packed by its layer" in status["streams_because"]
 
 
 def _broken_recipes(server: VLLMServer) -> Iterator[tuple[str, dict[str, Any]]]:

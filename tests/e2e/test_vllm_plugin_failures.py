@@ -13,6 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from bench.plain_linear import python_path
 from tests.e2e.conftest import VLLMServer, accepts, completion_body, running_vllm
 from tests.models import make_decoder
 from vllm_cocktail.launch import server_args, server_env
@@ -55,8 +56,8 @@ def faulty(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FaultyServer]:
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: faults\nVersion: 1.0\n")
     (info / "entry_points.txt").write_text("[vllm.general_plugins]\nfaults = faults:register\n")
-    environ = {"PYTHONPATH": str(folder), "VLLM_PLUGINS": "faults"}
-    with running_vllm(folder, tied=False, managed=True, environ=environ) as server:
+    environ = {"PYTHONPATH": python_path(folder), "VLLM_PLUGINS": "faults"}
+    with running_vllm(folder, tied=False, managed=True, environ=environ, expert_bytes=0) as server:
         yield FaultyServer(server, flag)
 
 

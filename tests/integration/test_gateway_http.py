@@ -384,6 +384,7 @@ class TestOperations:
             r'cocktail_engine_ready\{pool="bge"\} 1',
             r'cocktail_cache_bytes\{pool="bge"\} \d',
             r'cocktail_mixing_path\{kernel="none",path="fake",pool="flan"\} 1',
+            r'cocktail_captured_experts\{pool="flan"\} 0',
             r'cocktail_jobs\{status="ready"\} \d',
         ):
             assert re.search(line, text), line

@@ -58,6 +58,7 @@ def test_names_are_optional(tmp_path: Path) -> None:
         ({"cache_bytes": "much"}, "not a manifest"),
         ({"names": {"base": "0" * 64, "blue": "f" * 64}}, "names"),
         ({"names": {"red": "1" * 64}}, "names"),
+        ({"expert_bytes": -1}, "expert_bytes"),
     ],
 )
 def test_a_manifest_that_is_none_is_refused_by_its_file_and_field(

@@ -56,7 +56,10 @@ class Engine:
             await self.go_on.wait()
             self.resident = Recipe.from_json(json.loads(args[0])).digest
         reply = {"ok": True, "error": None, "digest": self.resident, "source": "files"}
+        if method == "cocktail_capture":
+            reply["reason"] = "engine.expert_memory is 0"
         probed = {"cached": [], "cached_bytes": 0, "model_dtype": "float32", "mixing_kernel": "compiled"}
+        probed |= {"captured": [], "captured_bytes": 0}
         return self.replies.get(method) or [reply | probed for _ in range(self.ranks)]
 
     async def pause_generation(self, *, mode: str, clear_cache: bool) -> None:
@@ -78,6 +81,10 @@ class Engine:
 
     async def reset_encoder_cache(self) -> None:
         self._called("reset encoder")
+
+
+def captured(reason: str | None = None) -> dict[str, Any]:
+    return {"ok": True, "error": None, "digest": BASE.digest, "reason": reason}
 
 
 async def control_of(engine: Engine, *, managed: bool = True) -> EngineControl:
@@ -214,6 +221,38 @@ async def test_the_status_is_what_the_workers_say() -> None:
     assert (status["resident"], status["weight_version"]) == (BASE.digest, BASE.digest)
     assert (status["state"], status["in_flight"], status["mixing_path"]) == ("open", 1, "stream")
     assert status["mixing_kernel"] == "compiled"
+
+
+async def test_experts_are_captured_before_the_first_request() -> None:
+    engine = Engine(ranks=2)
+    engine.replies["cocktail_capture"] = [captured(), captured()]
+    manifest = Manifest.of_pool(POOL, dtype="float32", cache_bytes=0, managed=True, expert_bytes=100)
+    control = EngineControl(engine, Fence(managed=True), manifest)  # type: ignore[arg-type]  # what it uses of it
+    await control.start()
+    assert engine.calls == ["cocktail_probe", "cocktail_capture", "cocktail_probe", "version"]
+    status = await control.status()
+    assert (status["mixing_path"], status["streams_because"]) == ("in_place", None)
+
+
+async def test_where_one_rank_cannot_keep_its_part_none_does() -> None:
+    engine = Engine(ranks=2)
+    engine.replies["cocktail_capture"] = [captured(), captured("no room")]
+    control = EngineControl(
+        engine,  # type: ignore[arg-type]  # what it uses of it
+        Fence(managed=True),
+        Manifest.of_pool(POOL, dtype="float32", cache_bytes=0, managed=True, expert_bytes=100),
+    )
+    await control.start()
+    assert engine.calls.count("cocktail_release") == 1
+    status = await control.status()
+    assert (status["mixing_path"], status["streams_because"]) == ("stream", "no room")
+
+
+async def test_a_capture_that_fails_half_way_ends_the_start() -> None:
+    engine = Engine()
+    engine.replies["cocktail_capture"] = [{"ok": False, "error": "half a layer"}]
+    with pytest.raises(ConfigError, match="half a layer"):
+        await control_of(engine)
 
 
 async def test_workers_that_hold_something_else_than_the_fence_says_poison() -> None:

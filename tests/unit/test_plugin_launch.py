@@ -93,6 +93,25 @@ def test_a_gpu_runs_eagerly_when_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "--enforce-eager" in args_with(enforce_eager=True)
 
 
+@pytest.mark.parametrize("bound", [None, "kv_cache_memory_bytes", "gpu-memory-utilization"])
+def test_experts_on_a_gpu_need_a_bound_of_the_kv_cache(cpu: bool, bound: str | None) -> None:
+    def start() -> list[str]:
+        return server_args(
+            model=Path("m"),
+            uds=Path("s"),
+            served_model_name="n",
+            dtype="float32",
+            extra={bound: 0.5} if bound else {},
+            expert_bytes=2**30,
+        )
+
+    if cpu or bound:
+        assert start()
+    else:
+        with pytest.raises(ConfigError, match="kv-cache-memory-bytes"):
+            start()
+
+
 def test_the_environment_names_manifest_and_owner() -> None:
     env = env_with(owner_pid=42)
     assert env["VLLM_COCKTAIL_MANIFEST"] == str(MANIFEST)

@@ -19,9 +19,11 @@ def run(tmp_path: Path, base: Path, *experts: str, more: tuple[str, ...] = ()) -
 
 def test_it_writes_a_manifest_and_prints_the_start_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folders = make_decoder_pool(tmp_path, ("red",))
-    assert run(tmp_path, folders["base"], f"red={folders['red']}", more=("--cache-bytes", "1MiB")) == 0
+    sizes = ("--cache-bytes", "1MiB", "--expert-memory", "2MiB")
+    assert run(tmp_path, folders["base"], f"red={folders['red']}", more=sizes) == 0
     manifest = Manifest.read(tmp_path / "pool.json")
     assert (manifest.dtype, manifest.cache_bytes, manifest.managed) == ("float32", 2**20, False)
+    assert manifest.expert_bytes == 2**21
     assert set(manifest.names) == {"base", "red"}
     assert manifest.members[manifest.names["red"]] == folders["red"]
     out = capsys.readouterr().out

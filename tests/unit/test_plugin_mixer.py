@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -156,6 +157,16 @@ def test_putting_again_replaces() -> None:
     assert cache.num_bytes == 40
     cache.forget("a")
     assert (cache.num_bytes, cache.get("a")) == (0, None)
+
+
+def test_models_that_are_stored_in_another_dtype_are_not_captured(pool: Pool) -> None:
+    def why_not(**changes: Any) -> str | None:
+        manifest = Manifest.of_pool(pool, dtype="float32", cache_bytes=0, managed=True, expert_bytes=2**30)
+        return Mixer(replace(manifest, **changes), cache_bytes=0).why_not_captured()
+
+    assert why_not() is None
+    assert why_not(expert_bytes=0) == "engine.expert_memory is 0"
+    assert "holds float32, the engine bfloat16" in str(why_not(dtype="bfloat16"))
 
 
 class TestModelsAddedLater:
