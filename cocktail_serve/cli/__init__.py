@@ -10,6 +10,7 @@ import typer
 import cocktail_serve
 from cocktail_serve.cli.demo import demo as demo_command
 from cocktail_serve.cli.doctor import doctor as doctor_command
+from cocktail_serve.cli.eval import evaluate as eval_command
 from cocktail_serve.cli.inspect import inspect as inspect_command
 from cocktail_serve.cli.keys import keys as keys_commands
 from cocktail_serve.cli.mix import mix as mix_command
@@ -29,6 +30,7 @@ app.command("serve")(serve_command)
 app.command("weigh")(weigh_command)
 app.command("mix")(mix_command)
 app.command("inspect")(inspect_command)
+app.command("eval")(eval_command)
 app.command("doctor")(doctor_command)
 app.command("demo")(demo_command)
 app.add_typer(keys_commands)

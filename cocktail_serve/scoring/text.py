@@ -5,9 +5,12 @@ The same tokens are scored inside a running vLLM engine and, offline, with trans
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from cocktail_serve.errors import ContextLengthError, InvalidExamplesError
 from cocktail_serve.examples import ChatExample, ExampleSet, RetrievalExample, TextExample
@@ -62,14 +65,24 @@ def tokenize_examples(
 
 
 def score_with_transformers(model: PreTrainedModel, tokenized: Sequence[TokenizedExample]) -> list[float]:
-    """Mean token cross-entropy (nats) of each example's output, with the model where it is and as it is.
+    """Mean token cross-entropy (nats) of each example's output, with the model where it is and as it is."""
+    return [mean_loss(log_probs) for log_probs in token_log_probs(model, tokenized)]
+
+
+def mean_loss(log_probs: np.ndarray) -> float:
+    """Mean token cross-entropy (nats) of an output from the log-probabilities `[T]` of its tokens."""
+    return -math.fsum(log_probs) / len(log_probs)
+
+
+def token_log_probs(model: PreTrainedModel, tokenized: Sequence[TokenizedExample]) -> list[np.ndarray]:
+    """Log-probability (nats) of each token of each example's output, `[T]` float64.
 
     Log-probabilities are taken in float32 whatever the model's dtype. Examples of like length share a batch of at most
     `MAX_BATCH_TOKENS` tokens, padded on the right, where causal attention cannot see it; so a model needs no pad token.
     """
     import torch
 
-    losses = [0.0] * len(tokenized)
+    log_probs: dict[int, np.ndarray] = {}
     with torch.inference_mode():
         for batch in batches_by_length([len(example.token_ids) for example in tokenized]):
             rows = [torch.tensor(tokenized[index].token_ids, device=model.device) for index in batch]
@@ -81,8 +94,9 @@ def score_with_transformers(model: PreTrainedModel, tokenized: Sequence[Tokenize
             for position, index in enumerate(batch):
                 start, row = tokenized[index].output_start, rows[position]
                 predicted = logits[position, start - 1 : len(row) - 1].float()
-                losses[index] = torch.nn.functional.cross_entropy(predicted, row[start:]).item()
-    return losses
+                losses = torch.nn.functional.cross_entropy(predicted, row[start:], reduction="none")
+                log_probs[index] = -losses.double().cpu().numpy()
+    return [log_probs[index] for index in range(len(tokenized))]
 
 
 class _Row:

@@ -1,0 +1,91 @@
+"""What answers while a system is measured: a pool in memory, or a server. The systems do not know which."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+
+from cocktail_serve.examples import ExampleSet
+from cocktail_serve.pool import Pool
+from cocktail_serve.recipe import DType, Recipe
+from cocktail_serve.scoring.text import TokenizedExample
+
+
+@dataclass(frozen=True, slots=True)
+class Mixed:
+    """A mixture that a backend can be asked under.
+
+    Attributes:
+        about: merging weights, losses, temperature, alpha and entropy, in the API's words.
+    """
+
+    recipe: Recipe
+    merging_weights: Mapping[str, float]
+    about: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A mixture and its share of the answer: 1 for most systems, several parts for an ensemble."""
+
+    recipe: Recipe
+    share: float
+
+
+class Backend(Protocol):
+    """A pool that can be mixed and asked. Closed by `close`."""
+
+    pool: Pool
+    dtype: DType
+
+    def close(self) -> None: ...
+
+    def mix(self, body: Mapping[str, Any]) -> Mixed:
+        """Makes what `POST /v1/cocktails` would of a body without name and pool.
+
+        Raises:
+            ClientError: as the server.
+        """
+        ...
+
+    def losses(self, names: Sequence[str], examples: ExampleSet) -> dict[str, list[float]]:
+        """Loss (nats) of each example by model name, in the order given."""
+        ...
+
+
+class DecoderBackend(Backend, Protocol):
+    """A pool of decoders.
+
+    Attributes:
+        tokenizer: the base's.
+        max_tokens: context length.
+    """
+
+    tokenizer: Any
+    max_tokens: int
+
+    def log_probs(self, recipe: Recipe, tokenized: Sequence[TokenizedExample]) -> list[np.ndarray]:
+        """Log-probability (nats) of each output token, `[T]` float64 for each example."""
+        ...
+
+    def generate(self, parts: Sequence[Part], prompts: Sequence[Sequence[int]], *, max_new_tokens: int) -> list[str]:
+        """What each prompt (token ids) is continued with, greedily, up to the end token or the limit.
+
+        Args:
+            parts: one, or the members of an ensemble, whose next-token probabilities are averaged.
+
+        Raises:
+            InvalidRequestError: this backend cannot join several models while they answer.
+        """
+        ...
+
+
+class EncoderBackend(Backend, Protocol):
+    """A pool of encoders."""
+
+    def embed(self, recipe: Recipe, texts: Sequence[str]) -> np.ndarray:
+        """Embeddings `[N, D]` float32; texts too long for the model are cut."""
+        ...

@@ -1,0 +1,172 @@
+"""Backends over a pool in memory: transformers for decoders, the server's own encoder engine for encoders."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from cocktail_serve.cocktails.request import parse_inline
+from cocktail_serve.cocktails.weighing import recipe_of
+from cocktail_serve.config import PoolConfig, Settings
+from cocktail_serve.errors import CheckpointError
+from cocktail_serve.evaluation.backend import Mixed, Part
+from cocktail_serve.evaluation.cells import CellStore
+from cocktail_serve.examples import ExampleSet
+from cocktail_serve.offline.models import TransformersModels, dtype_of, translated
+from cocktail_serve.offline.weighing import weigh_by
+from cocktail_serve.pool import Pool
+from cocktail_serve.progress import OnProgress
+from cocktail_serve.recipe import Recipe, one_hot
+from cocktail_serve.scoring import contrastive, text
+from cocktail_serve.scoring.text import TokenizedExample, tokenize_examples
+
+TEXTS_PER_CALL = 512
+"""Texts embedded between two reports of progress."""
+
+
+class _InMemory:
+    """What both kinds have in common: weighing, with every loss kept once measured."""
+
+    loss_version: str
+
+    def __init__(
+        self, settings: Settings, config: PoolConfig, pool: Pool, store: CellStore, report: OnProgress
+    ) -> None:
+        self.pool = pool
+        self.dtype = dtype_of(pool, config)
+        self._settings = settings
+        self._config = config
+        self._store = store
+        self._report = report
+
+    def mix(self, body: Mapping[str, Any]) -> Mixed:
+        request = parse_inline(dict(body), pool=self.pool, settings=self._settings)
+        options, examples = request.options, request.examples
+
+        def losses_of(recipe: Recipe, rows: Sequence[int] | None) -> list[float]:
+            assert examples is not None
+            return self._losses(recipe, examples, rows)
+
+        weighing = weigh_by(self.pool, options, None if examples is None else losses_of, self.dtype, self._report)
+        recipe = recipe_of(options, self.pool, weighing.merging_weights, dtype=self.dtype)
+        chosen = weighing.chosen
+        about = {
+            "merging_weights": dict(weighing.merging_weights),
+            "losses": dict(weighing.losses),
+            "temperature": options.temperature if chosen is None else chosen.temperature,
+            "alpha": options.alpha if chosen is None else chosen.alpha,
+            "entropy": weighing.entropy,
+        }
+        return Mixed(recipe, weighing.merging_weights, about)
+
+    def losses(self, names: Sequence[str], examples: ExampleSet) -> dict[str, list[float]]:
+        return {name: self._losses(one_hot(self.pool, name, dtype=self.dtype), examples, None) for name in names}
+
+    def _losses(self, recipe: Recipe, examples: ExampleSet, rows: Sequence[int] | None) -> list[float]:
+        key = {
+            "losses": self.loss_version,
+            "text": self.pool.text_digest,
+            "recipe": recipe.digest,
+            "examples": examples.digest,
+            "rows": None if rows is None else list(rows),
+        }
+        kept = self._store.get(key)
+        if kept is None:
+            kept = self._measure(recipe, examples, rows)
+            self._store.put(key, kept)
+        return [float(loss) for loss in kept]
+
+    def _measure(self, recipe: Recipe, examples: ExampleSet, rows: Sequence[int] | None) -> list[float]:
+        raise NotImplementedError
+
+
+class InMemoryDecoders(_InMemory):
+    """A `DecoderBackend`: one model in memory at a time, except for ensembles that generate."""
+
+    loss_version = text.LOSS_VERSION
+
+    def __init__(
+        self, settings: Settings, config: PoolConfig, pool: Pool, store: CellStore, report: OnProgress
+    ) -> None:
+        super().__init__(settings, config, pool, store, report)
+        self._models = TransformersModels(pool, config)
+        if self._models.max_tokens is None:
+            raise CheckpointError(f"{pool.base.path} does not say its context length; set engine.max_model_len")
+        self.tokenizer = self._models.tokenizer
+        self.max_tokens = self._models.max_tokens
+
+    def close(self) -> None:
+        pass
+
+    def log_probs(self, recipe: Recipe, tokenized: Sequence[TokenizedExample]) -> list[np.ndarray]:
+        model = self._models.use(recipe)
+        with translated(self.pool):
+            return text.token_log_probs(model, tokenized)
+
+    def generate(self, parts: Sequence[Part], prompts: Sequence[Sequence[int]], *, max_new_tokens: int) -> list[str]:
+        from cocktail_serve.evaluation.generation import generate
+
+        if len(parts) == 1:
+            models = [self._models.use(parts[0].recipe)]
+        else:
+            models = [self._models.make(part.recipe) for part in parts]
+        with translated(self.pool):
+            return generate(
+                models,
+                [part.share for part in parts],
+                self.tokenizer,
+                prompts,
+                max_new_tokens=max_new_tokens,
+                max_tokens=self.max_tokens,
+            )
+
+    def _measure(self, recipe: Recipe, examples: ExampleSet, rows: Sequence[int] | None) -> list[float]:
+        asked = examples if rows is None else examples.subset(rows)
+        tokenized = tokenize_examples(self.tokenizer, asked, max_tokens=self.max_tokens - 1)
+        return [text.mean_loss(of_tokens) for of_tokens in self.log_probs(recipe, tokenized)]
+
+
+class InMemoryEncoders(_InMemory):
+    """An `EncoderBackend` over `engines.embedding`."""
+
+    loss_version = contrastive.LOSS_VERSION
+
+    def __init__(
+        self, settings: Settings, config: PoolConfig, pool: Pool, store: CellStore, report: OnProgress
+    ) -> None:
+        from cocktail_serve.engines.embedding import EncoderEngine
+
+        super().__init__(settings, config, pool, store, report)
+        self._runner = asyncio.Runner()
+        self._engine = EncoderEngine(pool, config)
+        self._runner.run(self._engine.start())
+        try:
+            # waits until the model is there, or says why it is not
+            self._runner.run(self._engine.materialise(one_hot(pool, "base", dtype=self.dtype)))
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        self._runner.run(self._engine.stop())
+        self._runner.close()
+
+    def embed(self, recipe: Recipe, texts: Sequence[str]) -> np.ndarray:
+        rows = []
+        for start in range(0, len(texts), TEXTS_PER_CALL):
+            self._report(f"embedding {len(texts)} texts", start, len(texts))
+            rows.append(self._runner.run(self._embed(recipe, texts[start : start + TEXTS_PER_CALL])))
+        self._report(f"embedding {len(texts)} texts", len(texts), len(texts))
+        return np.concatenate(rows)
+
+    async def _embed(self, recipe: Recipe, texts: Sequence[str]) -> np.ndarray:
+        embedded = await self._engine.embed(recipe, texts, truncate_to=self._engine.max_length, background=True)
+        return embedded.vectors
+
+    def _measure(self, recipe: Recipe, examples: ExampleSet, rows: Sequence[int] | None) -> list[float]:
+        texts = contrastive.texts_of(examples, rows)
+        vectors = self._runner.run(self._embed(recipe, texts))
+        return contrastive.contrastive_losses(examples, dict(zip(texts, vectors, strict=True)), rows)

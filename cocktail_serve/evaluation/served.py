@@ -1,0 +1,206 @@
+"""Backends over a running server: systems become cocktails made through its API, and answer through its OpenAI routes.
+
+Prompts are tokenized here and sent as token ids, so a server is asked exactly what the pool in memory would be. The
+configuration must be the server's: recipes name models by the digest of their parameters.
+"""
+
+from __future__ import annotations
+
+import base64
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
+
+import numpy as np
+
+from cocktail_serve.config import PoolConfig
+from cocktail_serve.digest import digest_of
+from cocktail_serve.errors import ConfigError, EngineError, EngineTimeoutError, InvalidRequestError
+from cocktail_serve.evaluation.backend import Mixed, Part
+from cocktail_serve.examples import ExampleSet
+from cocktail_serve.offline.models import TransformersModels, dtype_of
+from cocktail_serve.pool import BASE, Pool
+from cocktail_serve.progress import OnProgress
+from cocktail_serve.recipe import Recipe, one_hot
+from cocktail_serve.scoring.text import TokenizedExample
+
+CONCURRENCY = 16
+"""Requests in flight: enough for an engine to batch them."""
+
+READY_S = 3600.0
+"""How long a cocktail may take to be ready."""
+
+TEXTS_PER_CALL = 256
+
+_T = TypeVar("_T")
+_R = TypeVar("_R")
+
+
+class _Served:
+    """What both kinds have in common: cocktails, and requests that are sent again when the server is busy.
+
+    Args:
+        base_url: as OpenAI's clients take it, `http://127.0.0.1:8000/v1`.
+        api_key: a tenant's key with the scope `create`; None where the server asks for none.
+    """
+
+    def __init__(
+        self, config: PoolConfig, pool: Pool, report: OnProgress, *, base_url: str, api_key: str | None
+    ) -> None:
+        try:
+            import httpx
+        except ImportError as error:
+            raise ConfigError("httpx is not installed: pip install 'cocktail-serve[eval]'") from error
+
+        self.pool = pool
+        self.dtype = dtype_of(pool, config)
+        self._report = report
+        self._http = httpx
+        headers = {} if api_key is None else {"authorization": f"Bearer {api_key}"}
+        self._client = httpx.Client(base_url=f"{base_url.rstrip('/')}/", headers=headers, timeout=600.0)
+        self._threads = ThreadPoolExecutor(CONCURRENCY, thread_name_prefix="eval-request")
+        self._model_ids = {
+            one_hot(pool, member.name, dtype=self.dtype).digest: (
+                pool.id if member.name == BASE else f"{pool.id}/{member.name}"
+            )
+            for member in pool
+        }
+
+    def close(self) -> None:
+        self._threads.shutdown(cancel_futures=True)
+        self._client.close()
+
+    def mix(self, body: Mapping[str, Any]) -> Mixed:
+        """Makes a cocktail named by the digest of its request, so that a run that goes on finds it again."""
+        name = f"eval-{digest_of([self.pool.id, dict(body)])[:16]}"
+        made = self._call("POST", "cocktails", {"name": name, "pool": self.pool.id, **body}, params={"wait": 60})
+        deadline = time.monotonic() + READY_S
+        while made["status"] != "ready":
+            if made["status"] in ("failed", "cancelled"):
+                raise InvalidRequestError(f"the server could not make a cocktail: {made['error']}")
+            if time.monotonic() > deadline:
+                raise EngineTimeoutError(f"the cocktail {made['id']} was not ready in {READY_S:g} s")
+            self._report(f"mixing {made['id']}", round(100 * made["progress"]), 100)
+            time.sleep(0.2)
+            made = self._call("GET", f"cocktails/{made['id']}")
+        recipe = Recipe.from_json({key: value for key, value in made["recipe"].items() if key in _RECIPE_KEYS})
+        if recipe.base != self.pool.base.fingerprint:
+            raise ConfigError(f"the server's pool {self.pool.id!r} has another base than this configuration's")
+        self._model_ids.setdefault(recipe.digest, made["id"])
+        about = {key: made[key] for key in ("merging_weights", "losses", "temperature", "alpha", "entropy")}
+        return Mixed(recipe, made["merging_weights"], about)
+
+    def losses(self, names: Sequence[str], examples: ExampleSet) -> dict[str, list[float]]:
+        """Mean losses, each as often as there are examples: the server tells no more."""
+        body = {
+            "name": "eval-losses",
+            "pool": self.pool.id,
+            "examples": examples.to_json(),
+            "experts": [name for name in names if name != BASE],
+            "weighting": "softmax",
+        }
+        found = self._call("POST", "cocktails", body, params={"dry_run": "true"})["losses"]
+        return {name: [found[name]] * len(examples) for name in names}
+
+    def _model_id(self, recipe: Recipe) -> str:
+        try:
+            return self._model_ids[recipe.digest]
+        except KeyError:
+            raise InvalidRequestError(f"recipe {recipe.digest[:12]} was not made through this server") from None
+
+    def _each(self, call: Callable[[_T], _R], items: Sequence[_T], what: str) -> list[_R]:
+        results = []
+        for done, result in enumerate(self._threads.map(call, items), start=1):
+            results.append(result)
+            self._report(what, done, len(items))
+        return results
+
+    def _call(
+        self, method: str, path: str, body: Any = None, *, params: Mapping[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """An answer's JSON; what the server says will pass is waited for.
+
+        Raises:
+            InvalidRequestError: the server refuses the request.
+            EngineError: it fails, or cannot be reached.
+        """
+        deadline = time.monotonic() + READY_S
+        while True:
+            try:
+                response = self._client.request(method, path, json=body, params=params)
+            except self._http.HTTPError as error:
+                raise EngineError(f"cannot reach {self._client.base_url}: {error}") from error
+            if response.status_code in (429, 503) and time.monotonic() < deadline:
+                time.sleep(float(response.headers.get("retry-after", 1)))
+                continue
+            if response.is_success:
+                answer: dict[str, Any] = response.json()
+                return answer
+            try:
+                message = response.json()["error"]["message"]
+            except (ValueError, KeyError, TypeError):
+                message = response.text[:200]
+            kind = InvalidRequestError if response.status_code < 500 else EngineError
+            raise kind(f"{method} {response.url} answered {response.status_code}: {message}")
+
+
+_RECIPE_KEYS = ("version", "base", "coefficients", "method", "method_params", "dtype")
+
+
+class ServedDecoders(_Served):
+    """A `DecoderBackend` over `/v1/completions`."""
+
+    def __init__(
+        self, config: PoolConfig, pool: Pool, report: OnProgress, *, base_url: str, api_key: str | None = None
+    ) -> None:
+        super().__init__(config, pool, report, base_url=base_url, api_key=api_key)
+        models = TransformersModels(pool, config)  # for the tokenizer: no model is loaded
+        assert models.max_tokens is not None
+        self.tokenizer = models.tokenizer
+        self.max_tokens = models.max_tokens
+
+    def log_probs(self, recipe: Recipe, tokenized: Sequence[TokenizedExample]) -> list[np.ndarray]:
+        model = self._model_id(recipe)
+
+        def ask(example: TokenizedExample) -> np.ndarray:
+            body = {
+                "model": model,
+                "prompt": list(example.token_ids),
+                "echo": True,
+                "logprobs": 1,
+                "max_tokens": 1,
+                "temperature": 0,
+            }
+            told = self._call("POST", "completions", body)["choices"][0]["logprobs"]["token_logprobs"]
+            return np.array(told[example.output_start : len(example.token_ids)], dtype=np.float64)
+
+        return self._each(ask, tokenized, f"scoring {len(tokenized)} texts")
+
+    def generate(self, parts: Sequence[Part], prompts: Sequence[Sequence[int]], *, max_new_tokens: int) -> list[str]:
+        if len(parts) > 1:
+            raise InvalidRequestError("an ensemble generates in memory only: leave --base-url out, or choose metrics")
+        model = self._model_id(parts[0].recipe)
+
+        def ask(prompt: Sequence[int]) -> str:
+            room = max(1, min(max_new_tokens, self.max_tokens - len(prompt)))
+            body = {"model": model, "prompt": list(prompt), "max_tokens": room, "temperature": 0}
+            text: str = self._call("POST", "completions", body)["choices"][0]["text"]
+            return text
+
+        return self._each(ask, prompts, f"answering {len(prompts)} prompts")
+
+
+class ServedEncoders(_Served):
+    """An `EncoderBackend` over `/v1/embeddings`."""
+
+    def embed(self, recipe: Recipe, texts: Sequence[str]) -> np.ndarray:
+        model = self._model_id(recipe)
+
+        def ask(some: Sequence[str]) -> np.ndarray:
+            body = {"model": model, "input": list(some), "encoding_format": "base64", "truncate_prompt_tokens": -1}
+            data = self._call("POST", "embeddings", body)["data"]
+            return np.stack([np.frombuffer(base64.b64decode(row["embedding"]), dtype="<f4") for row in data])
+
+        chunks = [texts[start : start + TEXTS_PER_CALL] for start in range(0, len(texts), TEXTS_PER_CALL)]
+        return np.concatenate(self._each(ask, chunks, f"embedding {len(texts)} texts"))

@@ -1,0 +1,34 @@
+"""The verdict: plain advice from held-out losses, and nothing claimed that chance explains."""
+
+import pytest
+
+from cocktail_serve.weighting.verdict import is_better, verdict
+
+
+@pytest.mark.parametrize(
+    ("mixed", "losses", "advice"),
+    [
+        ([1.0, 1.04], {"base": [2.3, 2.32], "ag-news": [1.1, 1.12]}, "use"),
+        ([1.2, 1.22], {"base": [2.3, 2.32], "ag-news": [1.0, 1.02]}, "use_expert"),
+        ([2.4, 2.42], {"base": [2.3, 2.32], "ag-news": [3.0, 3.02]}, "no_gain"),
+        ([1.0, 3.5], {"base": [2.3, 2.32], "ag-news": [3.0, 3.02]}, "unsure"),
+        ([1.0], {"base": [2.3]}, "use"),
+    ],
+)
+def test_the_advice_follows_from_the_losses(mixed, losses, advice):
+    assert verdict(mixed, losses).advice == advice
+
+
+def test_the_text_says_the_figures():
+    told = verdict([1.02, 1.02], {"base": [2.31, 2.31], "ag-news": [1.1, 1.1], "nq": [4.0, 4.0]})
+    assert told.text == "mixed 1.02, best expert 1.10 (ag-news), base 2.31: use it"
+    assert (told.best_expert, told.best_expert_loss, told.base) == ("ag-news", 1.1, 2.31)
+
+
+def test_a_gain_below_the_least_is_none():
+    assert not is_better([0.99, 0.99], [1.0, 1.0])
+    assert is_better([0.97, 0.97], [1.0, 1.0])
+
+
+def test_losses_that_are_not_finite_are_not_better():
+    assert not is_better([1.0, 1.0], [float("inf"), 1.0])
