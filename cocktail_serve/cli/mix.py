@@ -18,6 +18,7 @@ from cocktail_serve.cli.options import (
     Budget,
     ConfigFile,
     Experts,
+    Judge,
     MethodOption,
     MethodParams,
     OptionalExamplesFile,
@@ -61,6 +62,7 @@ def mix(
     method_param: MethodParams = None,
     expert: Experts = None,
     seed: Seed = None,
+    judge: Judge = True,
     as_json: AsJSON = False,
 ) -> None:
     """Mix a cocktail into a folder, offline: parameters, configuration, tokenizer, recipe and model card."""
@@ -88,7 +90,7 @@ def mix(
     check_free(out)
     started_at = time.monotonic()
     with progress() as report:
-        weighed = weigh_offline(settings, pool, body, report)
+        weighed = weigh_offline(settings, pool, body, report, judge=judge)
         recipe = recipe_of(weighed.request.options, weighed.pool, weighed.weighing.merging_weights, dtype=weighed.dtype)
         save_mixture(
             recipe,
@@ -112,6 +114,8 @@ def mix(
     console = stdout()
     show(console, weighed)
     console.print(", ".join(filter(None, (summary(weighed), f"recipe {recipe.digest[:12]}", f"{seconds:.1f} s"))))
+    if weighed.findings is not None:
+        console.print(weighed.findings.text, style="bold", markup=False)
     console.print(f"written to {out}", markup=False)
 
 

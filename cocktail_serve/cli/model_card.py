@@ -128,6 +128,10 @@ def _reasons(weighing: Mapping[str, Any]) -> str:
         facts.append(f"Entropy of the coefficients: {weighing['entropy']:.3f} nats.")
     if weighing.get("mixed_loss") is not None:
         facts.append(f"Loss of the mixture on the same examples: {weighing['mixed_loss']:.3f} nats.")
+    findings = weighing.get("findings")
+    if findings is not None and findings["text"] is not None:
+        held_out = f", {findings['num_folds']} folds" if findings["num_folds"] else ""
+        facts.append(f"Verdict by cross-validation on the examples{held_out}: **{findings['text']}**.")
     return " ".join(facts) + " The whole report is in `weighing.json`.\n"
 
 

@@ -49,6 +49,13 @@ Experts = Annotated[
     list[str] | None, typer.Option("--expert", help="Weigh only this expert beside the base; may be repeated.")
 ]
 Seed = Annotated[int | None, typer.Option(help="Seed of the sampling when there are too many examples.")]
+Judge = Annotated[
+    bool,
+    typer.Option(
+        "--judge/--no-judge",
+        help="Find out by cross-validation whether the mixture is worth using: at most five mixtures more.",
+    ),
+]
 AsJSON = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
 

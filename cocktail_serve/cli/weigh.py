@@ -13,6 +13,7 @@ from cocktail_serve.cli.options import (
     ConfigFile,
     ExamplesFile,
     Experts,
+    Judge,
     MethodOption,
     MethodParams,
     PoolId,
@@ -47,6 +48,7 @@ def weigh(
     method_param: MethodParams = None,
     expert: Experts = None,
     seed: Seed = None,
+    judge: Judge = True,
     as_json: AsJSON = False,
 ) -> None:
     """Measure each model's loss on the examples and show the merging weights that follow. Nothing is mixed."""
@@ -66,13 +68,15 @@ def weigh(
         seed=seed,
     )
     with progress() as report:
-        weighed = weigh_offline(settings, pool, body, report)
+        weighed = weigh_offline(settings, pool, body, report, judge=judge)
     if as_json:
         print_json(weighing_json(weighed))
         return
     console = stdout()
     show(console, weighed)
     console.print(summary(weighed))
+    if weighed.findings is not None:
+        console.print(weighed.findings.text, style="bold", markup=False)
 
 
 def show(console: Console, weighed: OfflineWeighing) -> None:
@@ -94,6 +98,7 @@ def weighing_json(weighed: OfflineWeighing) -> dict[str, Any]:
         "merging_weights": dict(weighed.weighing.merging_weights),
         "entropy": weighed.weighing.entropy,
         "mixed_loss": weighed.mixed_loss,
+        "findings": None if weighed.findings is None else weighed.findings.to_json(),
         "candidates": [asdict(candidate) for candidate in weighed.weighing.candidates],
         "weighting": options.weighting,
         "temperature": options.temperature if chosen is None else chosen.temperature,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 from cocktail_serve import errors
 from cocktail_serve.cocktails.request import CocktailOptions
@@ -12,6 +12,7 @@ from cocktail_serve.errors import CocktailError
 from cocktail_serve.pool import Kind, Pool
 from cocktail_serve.recipe import Recipe
 from cocktail_serve.weighting.candidates import Candidate, chosen_of
+from cocktail_serve.weighting.verdict import Advice
 
 Status = Literal["queued", "scoring", "mixing", "ready", "failed", "cancelled"]
 
@@ -57,6 +58,32 @@ class Failure:
 
 
 @dataclass(frozen=True, slots=True)
+class Findings:
+    """What a cocktail can be expected to do, or why nothing can be told; see `findings`.
+
+    Attributes:
+        status: `pending` while it is in the making.
+        advice: see `Verdict`; None until ready, and where nothing can be told.
+        text: the verdict in a sentence with its figures; else why there is none.
+        held_out_loss: mean loss (nats) over the examples, each under a mixture that was weighed without it.
+        best_expert: expert of the least mean loss on the examples.
+        best_expert_loss: its loss.
+        num_folds: mixtures that were made to find out.
+    """
+
+    status: Literal["pending", "ready"]
+    advice: Advice | None = None
+    text: str | None = None
+    held_out_loss: float | None = None
+    best_expert: str | None = None
+    best_expert_loss: float | None = None
+    num_folds: int = 0
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True, slots=True)
 class Cocktail:
     """A snapshot of one version of a name, or of an inline cocktail.
 
@@ -79,6 +106,7 @@ class Cocktail:
         owner: id of the gateway whose job it is, as long as it is not final.
         epoch: how often it was given to a gateway: a job of an earlier epoch has lost it.
         change: number of the change that wrote it; a write says which one it goes back to.
+        findings: of its report; None until ready, and where nobody asked for them.
     """
 
     uid: str
@@ -107,6 +135,7 @@ class Cocktail:
     owner: str | None = field(default=None, compare=False)
     epoch: int = field(default=0, compare=False)
     change: int = field(default=0, compare=False)
+    findings: Findings | None = None
 
     @property
     def id(self) -> str:

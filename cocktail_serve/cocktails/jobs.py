@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 from cocktail_serve.cocktails.cocktail import Cocktail, Failure
+from cocktail_serve.cocktails.findings import PENDING
 from cocktail_serve.cocktails.registry import Registry
 from cocktail_serve.cocktails.request import CocktailOptions
 from cocktail_serve.cocktails.scores import Keeping
@@ -113,12 +114,14 @@ class Jobs:
         engines: Mapping[str, Engine],
         *,
         patience: Patience,
+        on_ready: Callable[[Cocktail], None],
     ) -> None:
         self._registry = registry
         self._weigher = weigher
         self._pools = pools
         self._engines = engines
         self._patience = patience
+        self._on_ready = on_ready
         self._slots: defaultdict[str, asyncio.Semaphore] = defaultdict(lambda: asyncio.Semaphore(MAX_RUNNING))
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._epochs: dict[str, int] = {}
@@ -226,7 +229,7 @@ class Jobs:
         await self._update(cocktail, progress=MIXED)
         mixed_loss = await self._mixed_loss(engine, recipe, examples, keeping)
         validation_loss = await self._mixed_loss(engine, recipe, validation, keeping)
-        await self._update(
+        ready = await self._update(
             cocktail,
             status="ready",
             progress=1.0,
@@ -235,7 +238,10 @@ class Jobs:
             validation_loss=validation_loss,
             candidates=_judged(options, weighing.candidates, mixed_loss),
             warnings=(*cocktail.warnings, *_warnings(options, weighing.losses, mixed_loss)),
+            findings=None if cocktail.inline else PENDING,
         )
+        if not cocktail.inline:
+            self._on_ready(ready)
 
     async def _mixed_loss(
         self, engine: Engine, recipe: Recipe, examples: ExampleSet | None, keeping: Keeping
@@ -244,10 +250,12 @@ class Jobs:
             return None
         return mean(await self._patience(lambda: self._weigher.scores.of_mixture(engine, recipe, examples, keeping)))
 
-    async def _update(self, cocktail: Cocktail, **changes: Any) -> None:
+    async def _update(self, cocktail: Cocktail, **changes: Any) -> Cocktail:
         update = self._registry.update
-        if await self._patience(lambda: update(cocktail.uid, epoch=cocktail.epoch, **changes)) is None:
+        updated = await self._patience(lambda: update(cocktail.uid, epoch=cocktail.epoch, **changes))
+        if updated is None:
             raise _LostError
+        return updated
 
     async def _fail(self, cocktail: Cocktail, error: CocktailError) -> None:
         failure = Failure.of(error)

@@ -14,6 +14,7 @@ from cocktail_serve.cocktails.cocktail import (
     DIGEST8,
     Cocktail,
     Failure,
+    Findings,
     ModelEntry,
     Served,
     Status,
@@ -259,6 +260,28 @@ class Registry:
             except StaleError:
                 await self._look()
                 return None
+
+    async def keep_findings(self, uid: str, findings: Findings) -> Cocktail | None:
+        """Writes down what was found out about a ready version. Returns the snapshot, or None where it is gone."""
+        async with self._changing:
+            while True:
+                entry = self._by_uid.get(uid)
+                if entry is None or entry.cocktail.status != "ready":
+                    return None
+                try:
+                    # no witness need hear of it: what the cocktail is stays as it was
+                    self._show(entry, await self._store.update(replace(entry.cocktail, findings=findings)))
+                    return self._snapshot(entry)
+                except StaleError:
+                    await self._look()
+
+    def unreported(self) -> list[Cocktail]:
+        """Ready versions whose findings are pending."""
+        return [
+            entry.cocktail
+            for entry in self._by_uid.values()
+            if entry.cocktail.findings is not None and entry.cocktail.findings.status == "pending"
+        ]
 
     def fail_in_memory(self, uid: str, failure: Failure) -> None:
         """Ends a version whose end the store refused to take. `flush` tries again; after a restart its job goes on."""
@@ -549,7 +572,7 @@ class Registry:
         if warnings is not None:
             changes |= {"status": "queued", "progress": 0.0, "error": None, "losses": {}, "warnings": warnings}
             changes |= {"merging_weights": None, "entropy": None, "recipe": None, "candidates": ()}
-            changes |= {"mixed_loss": None, "validation_loss": None}
+            changes |= {"mixed_loss": None, "validation_loss": None, "findings": None}
             changes |= {"owner": self.owner, "epoch": entry.cocktail.epoch + 1}
         if newest or changes or beside is not None:
             await self._apply(entry, beside, newest=newest, **changes)

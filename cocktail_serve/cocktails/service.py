@@ -16,6 +16,7 @@ from cocktail_serve.cocktails.cocktail import Cocktail, ModelEntry, Served, Stat
 from cocktail_serve.cocktails.jobs import Jobs, Patience, check_examples
 from cocktail_serve.cocktails.peers import Peers
 from cocktail_serve.cocktails.registry import Registry
+from cocktail_serve.cocktails.reports import Reports
 from cocktail_serve.cocktails.request import CocktailRequest
 from cocktail_serve.cocktails.scores import Keeping, Scores, score_items
 from cocktail_serve.cocktails.store import Beside, Store, Witness
@@ -72,7 +73,11 @@ class CocktailService:
         )
         scores = Scores(self._store, self._executor, truncate={pool.id: pool.truncate for pool in settings.pools})
         self._weigher = Weigher(scores, self._executor, self._registry.uses)
-        self._jobs = Jobs(self._registry, self._weigher, pools, engines, patience=patience or Patience())
+        patience = patience or Patience()
+        self._reports = Reports(self._registry, self._weigher, engines, self._examples_of, patience=patience)
+        self._jobs = Jobs(
+            self._registry, self._weigher, pools, engines, patience=patience, on_ready=self._reports.submit
+        )
         self._unbroken = Unbroken()
         self._database = database
         self._peers = Peers(database, place=place, lease_s=settings.store.lease_s)
@@ -98,6 +103,7 @@ class CocktailService:
             await asyncio.wait([self._following])
         await self._unbroken.drain()
         await self._jobs.stop()
+        await self._reports.stop()
         try:
             await self._registry.flush()
             await self._peers.leave()
@@ -216,6 +222,15 @@ class CocktailService:
         """
         return self._registry.get(tenant, ref)
 
+    async def report(self, tenant: str, ref: str) -> Cocktail:
+        """As `look_up`; of a ready cocktail the findings are there or in the making.
+
+        Raises:
+            NotFoundError: unknown, or another tenant's.
+            StorageError: as `look_up`.
+        """
+        return await self._unbroken.run(self._reports.ask(await self.look_up(tenant, ref)))
+
     def list(self, tenant: str, name: str | None = None) -> Sequence[Cocktail]:
         """The tenant's cocktails, newest first, inline ones left out; of one name if given."""
         return self._registry.of_tenant(tenant, name)
@@ -324,6 +339,9 @@ class CocktailService:
             claimed = await self._registry.claim(cocktail.uid)
             if claimed is not None:
                 await self._jobs.resume(claimed, partial(self._stored_examples, claimed))
+        for cocktail in self._registry.unreported():
+            if cocktail.owner not in alive or cocktail.owner == self._peers.me:
+                self._reports.submit(cocktail)
 
     def _heed(self, changed: Sequence[Cocktail], removed: Sequence[Cocktail]) -> None:
         for cocktail in changed:
@@ -343,6 +361,7 @@ class CocktailService:
     def _release(self, removed: Iterable[Cocktail]) -> None:
         for cocktail in removed:
             self._jobs.cancel(cocktail.uid)
+            self._reports.cancel(cocktail.uid)
             engine = self._engines.get(cocktail.pool_id)
             if engine is None or cocktail.recipe is None:
                 continue
@@ -355,6 +374,9 @@ class CocktailService:
                 await check_examples(self._engines[request.options.pool], request.examples, request.validation)
         except (CapacityError, TimeoutError):
             return  # an engine that is still starting says it later, to the job
+
+    async def _examples_of(self, cocktail: Cocktail) -> ExampleSet | None:
+        return (await self._stored_examples(cocktail))[0]
 
     async def _stored_examples(self, cocktail: Cocktail) -> tuple[ExampleSet | None, ExampleSet | None]:
         async def read(*, validation: bool) -> ExampleSet:

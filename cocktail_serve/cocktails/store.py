@@ -11,7 +11,7 @@ from sqlalchemy import Column, ColumnElement, Table, delete, insert, select, tup
 from sqlalchemy.engine import RowMapping
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from cocktail_serve.cocktails.cocktail import DIGEST8, Cocktail, Failure
+from cocktail_serve.cocktails.cocktail import DIGEST8, Cocktail, Failure, Findings
 from cocktail_serve.cocktails.request import CocktailOptions
 from cocktail_serve.database import tables
 from cocktail_serve.database.database import Database, insert_missing, to_the_end
@@ -396,6 +396,7 @@ def _row(cocktail: Cocktail) -> dict[str, Any]:
         "owner": cocktail.owner,
         "epoch": cocktail.epoch,
         "change": cocktail.change,
+        "findings": None if cocktail.findings is None else cocktail.findings.to_json(),
     }
 
 
@@ -409,5 +410,6 @@ def _cocktail(row: RowMapping) -> Cocktail:
             "error": None if values["error"] is None else Failure(**values["error"]),
             "warnings": tuple(values["warnings"]),
             "candidates": tuple(Candidate(**candidate) for candidate in values["candidates"] or ()),
+            "findings": None if values["findings"] is None else Findings(**values["findings"]),
         }
     )

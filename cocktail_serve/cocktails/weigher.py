@@ -7,13 +7,18 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
 from functools import partial
+from typing import TypeVar
 
-from cocktail_serve.cocktails.cocktail import Weighing
+from cocktail_serve.cocktails.cocktail import Findings, Weighing
+from cocktail_serve.cocktails.findings import find
 from cocktail_serve.cocktails.request import CocktailOptions
 from cocktail_serve.cocktails.scores import Attempts, Keeping, Scores, once
 from cocktail_serve.cocktails.weighing import advance, recipe_of, weigh
 from cocktail_serve.engines.base import Engine
 from cocktail_serve.examples import ExampleSet
+from cocktail_serve.weighting.candidates import Candidate, Trial, Trials
+
+_T = TypeVar("_T")
 
 OnProgress = Callable[[Mapping[str, float], float], Awaitable[None]]
 """Awaited with the models' mean losses so far, and the share of the work that is done."""
@@ -66,16 +71,58 @@ class Weigher:
             losses = await self.scores.of_models(
                 engine, options.scored, examples, keeping, attempts=attempts, on_loss=on_loss
             )
-        weighing = weigh(options, losses)
+
+        async def on_trial(share: float) -> None:
+            if on_progress is not None:
+                await on_progress(means, scored + (1.0 - scored) * share)
+
+        return await self._answer_all(
+            weigh(options, losses), engine, options, examples, keeping, attempts=attempts, on_trial=on_trial
+        )
+
+    async def find(
+        self,
+        engine: Engine,
+        options: CocktailOptions,
+        chosen: Candidate | None,
+        examples: ExampleSet | None,
+        keeping: Keeping,
+        *,
+        attempts: Attempts = once,
+    ) -> Findings:
+        """Cross-validates a mixture on its own examples; see `findings.find`.
+
+        Raises:
+            As `Scores.of_models`.
+        """
+        losses: Mapping[str, Sequence[float]] = {}
+        if examples is not None:
+            losses = await self.scores.of_models(engine, options.scored, examples, keeping, attempts=attempts)
+        return await self._answer_all(
+            find(options, losses, chosen), engine, options, examples, keeping, attempts=attempts
+        )
+
+    async def _answer_all(
+        self,
+        trials: Trials[_T],
+        engine: Engine,
+        options: CocktailOptions,
+        examples: ExampleSet | None,
+        keeping: Keeping,
+        *,
+        attempts: Attempts,
+        on_trial: Callable[[float], Awaitable[None]] | None = None,
+    ) -> _T:
+        """Mixes and scores what is asked for until the asker has its result."""
         loop = asyncio.get_running_loop()
         answer: Sequence[float] | None = None
         while True:
-            step = await loop.run_in_executor(self.executor, advance, weighing, answer)
-            if isinstance(step, Weighing):
+            step = await loop.run_in_executor(self.executor, partial(advance, trials, answer))
+            if not isinstance(step, Trial):
                 return step
             assert examples is not None
-            if on_progress is not None:
-                await on_progress(means, scored + (1.0 - scored) * step.progress)
+            if on_trial is not None:
+                await on_trial(step.progress)
             recipe = recipe_of(options, engine.pool, step.merging_weights, dtype=engine.dtype)
             ask = partial(self.scores.of_mixture, engine, recipe, examples, keeping, step.rows)
             try:

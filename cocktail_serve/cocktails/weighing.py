@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import TypeVar
 
 from cocktail_serve.cocktails.cocktail import Weighing
 from cocktail_serve.cocktails.request import CocktailOptions
@@ -14,6 +15,8 @@ from cocktail_serve.weighting.blackbox import BUDGET, blackbox
 from cocktail_serve.weighting.candidates import Candidate, Trial, Trials, mean
 from cocktail_serve.weighting.search import search
 from cocktail_serve.weighting.softmax import entropy, softmax_weights, uniform_weights
+
+_T = TypeVar("_T")
 
 
 def weigh(options: CocktailOptions, losses: Mapping[str, Sequence[float]]) -> Trials[Weighing]:
@@ -49,8 +52,8 @@ def weigh(options: CocktailOptions, losses: Mapping[str, Sequence[float]]) -> Tr
     )
 
 
-def advance(weighing: Trials[Weighing], losses: Sequence[float] | None) -> Trial | Weighing:
-    """The next question of a weighing, or its result.
+def advance(weighing: Trials[_T], losses: Sequence[float] | None) -> Trial | _T:
+    """The next question of a weighing or a cross-validation, or its result.
 
     Args:
         losses: the answer to the previous question; None to begin.
@@ -58,7 +61,7 @@ def advance(weighing: Trials[Weighing], losses: Sequence[float] | None) -> Trial
     try:
         return next(weighing) if losses is None else weighing.send(losses)
     except StopIteration as ended:
-        result: Weighing = ended.value
+        result: _T = ended.value
         return result
 
 
@@ -79,10 +82,30 @@ def _candidates(options: CocktailOptions, losses: Mapping[str, Sequence[float]])
     if options.weighting == "blackbox":
         everything = {name: losses[name] for name in options.scored}
         return (yield from blackbox(everything, budget=options.budget or BUDGET, seed=options.seed))
-    if options.temperature is None:
-        weights = uniform_weights(options.peers)
-    else:
-        means = {name: mean(of_model) for name, of_model in of_peers.items()}
-        weights = softmax_weights(means, temperature=options.temperature)
-    weights = with_target(weights, target=options.target, alpha=options.alpha or 0.0)
+    weights = weights_of(options, losses, rows=None, temperature=options.temperature, alpha=options.alpha)
     return (Candidate(weights, options.temperature, options.alpha, chosen=True),)
+
+
+def weights_of(
+    options: CocktailOptions,
+    losses: Mapping[str, Sequence[float]],
+    *,
+    rows: Sequence[int] | None,
+    temperature: float | None,
+    alpha: float | None,
+) -> dict[str, float]:
+    """Shares by Eq. 2 over the peers and Eq. 1 with the target.
+
+    Args:
+        losses: loss (nats) of each example, at least by peer.
+        rows: examples that are weighed with; None: all.
+        temperature: tau; None: all peers weigh the same.
+    """
+    if temperature is None:
+        shares = uniform_weights(options.peers)
+    else:
+        means = {
+            name: mean(losses[name] if rows is None else [losses[name][row] for row in rows]) for name in options.peers
+        }
+        shares = softmax_weights(means, temperature=temperature)
+    return with_target(shares, target=options.target, alpha=alpha or 0.0)

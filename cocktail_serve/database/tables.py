@@ -54,6 +54,7 @@ cocktails = Table(
     Column("owner", GATEWAY),
     Column("epoch", BigInteger, nullable=False, server_default="0"),
     Column("change", BigInteger, nullable=False, server_default="0"),
+    Column("findings", JSON(none_as_null=True)),
     UniqueConstraint("tenant", "name", "digest"),
     Index("ix_cocktails_change", "change"),
 )

@@ -50,7 +50,7 @@ class _InMemory:
             assert examples is not None
             return self._losses(recipe, examples, rows)
 
-        weighing = weigh_by(self.pool, options, None if examples is None else losses_of, self.dtype, self._report)
+        weighing, _ = weigh_by(self.pool, options, None if examples is None else losses_of, self.dtype, self._report)
         recipe = recipe_of(options, self.pool, weighing.merging_weights, dtype=self.dtype)
         chosen = weighing.chosen
         about = {

@@ -7,9 +7,10 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
-from cocktail_serve.cocktails.cocktail import Weighing
+from cocktail_serve.cocktails.cocktail import Findings, Weighing
+from cocktail_serve.cocktails.findings import find
 from cocktail_serve.cocktails.request import CocktailOptions, CocktailRequest, parse_inline
 from cocktail_serve.cocktails.weighing import advance, recipe_of, weigh
 from cocktail_serve.config import PoolConfig, Settings
@@ -20,7 +21,9 @@ from cocktail_serve.offline.opened import open_with_progress
 from cocktail_serve.pool import Pool
 from cocktail_serve.progress import OnProgress
 from cocktail_serve.recipe import DType, Recipe, one_hot
-from cocktail_serve.weighting.candidates import Trial, mean
+from cocktail_serve.weighting.candidates import Trial, Trials, mean
+
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +33,7 @@ class OfflineWeighing:
     Attributes:
         dtype: of the pool's engine, which recipes of this pool round to.
         mixed_loss: mean loss (nats) of the mixture on the examples; None without examples.
+        findings: whether the mixture is worth using, by cross-validation; None where that was not asked for.
     """
 
     pool: Pool
@@ -37,13 +41,17 @@ class OfflineWeighing:
     weighing: Weighing
     dtype: DType
     mixed_loss: float | None
+    findings: Findings | None = None
 
 
-def weigh_offline(settings: Settings, pool_id: str, body: Mapping[str, Any], report: OnProgress) -> OfflineWeighing:
+def weigh_offline(
+    settings: Settings, pool_id: str, body: Mapping[str, Any], report: OnProgress, *, judge: bool = False
+) -> OfflineWeighing:
     """Does what `POST /v1/cocktails` would, up to the merging weights.
 
     Args:
         body: the fields of the request, without name and pool.
+        judge: whether to find out what the mixture can be expected to do, at the cost of at most five mixtures more.
 
     Raises:
         ClientError: as the server.
@@ -57,16 +65,19 @@ def weigh_offline(settings: Settings, pool_id: str, body: Mapping[str, Any], rep
     request = parse_inline(dict(body), pool=pool, settings=settings)
     dtype = dtype_of(pool, config)
     if request.examples is None:
-        return OfflineWeighing(
-            pool, request, weigh_by(pool, request.options, None, dtype, report), dtype, mixed_loss=None
-        )
+        weighing, _ = weigh_by(pool, request.options, None, dtype, report)
+        return OfflineWeighing(pool, request, weighing, dtype, mixed_loss=None)
     with _opened(pool, config, request.examples) as losses_of:
-        weighing = weigh_by(pool, request.options, losses_of, dtype, report)
+        weighing, losses = weigh_by(pool, request.options, losses_of, dtype, report)
         recipe = recipe_of(request.options, pool, weighing.merging_weights, dtype=dtype)
         report("scoring the mixture", 0, 1)
         mixed_loss = _finite_mean(losses_of(recipe, None), "the mixture", dtype)
         report("scoring the mixture", 1, 1)
-    return OfflineWeighing(pool, request, weighing, dtype, mixed_loss)
+        findings = None
+        if judge:
+            trials = find(request.options, losses, weighing.chosen)
+            findings = _answered(trials, pool, request.options, losses_of, dtype=dtype, report=report, what="judging")
+    return OfflineWeighing(pool, request, weighing, dtype, mixed_loss, findings)
 
 
 LossesOf = Callable[[Recipe, Sequence[int] | None], list[float]]
@@ -75,11 +86,14 @@ LossesOf = Callable[[Recipe, Sequence[int] | None], list[float]]
 
 def weigh_by(
     pool: Pool, options: CocktailOptions, losses_of: LossesOf | None, dtype: DType, report: OnProgress
-) -> Weighing:
+) -> tuple[Weighing, dict[str, list[float]]]:
     """Weighs a request by asking for losses, of the models and of whatever mixtures its weighting tries.
 
     Args:
         losses_of: None where the request has no examples.
+
+    Returns:
+        What came out, and the loss (nats) of each example by model.
 
     Raises:
         InvalidMixError: a model's loss is not finite.
@@ -91,15 +105,28 @@ def weigh_by(
             losses[name] = losses_of(one_hot(pool, name, dtype=dtype), None)
             _finite_mean(losses[name], repr(name), dtype)
         report("scoring", len(losses), len(options.scored))
-    weighing = weigh(options, losses)
-    step = advance(weighing, None)
-    while isinstance(step, Trial):
+    trials = weigh(options, losses)
+    return _answered(trials, pool, options, losses_of, dtype=dtype, report=report, what="searching"), losses
+
+
+def _answered(
+    trials: Trials[_T],
+    pool: Pool,
+    options: CocktailOptions,
+    losses_of: LossesOf | None,
+    *,
+    dtype: DType,
+    report: OnProgress,
+    what: str,
+) -> _T:
+    """Mixes and scores what is asked for until the asker has its result."""
+    answer: Sequence[float] | None = None
+    while isinstance(step := advance(trials, answer), Trial):
         assert losses_of is not None
-        report("searching", round(100 * step.progress), 100)
-        recipe = recipe_of(options, pool, step.merging_weights, dtype=dtype)
-        step = advance(weighing, losses_of(recipe, step.rows))
-    if options.searches:
-        report("searching", 100, 100)
+        report(what, round(100 * step.progress), 100)
+        answer = losses_of(recipe_of(options, pool, step.merging_weights, dtype=dtype), step.rows)
+    if answer is not None:
+        report(what, 100, 100)
     return step
 
 

@@ -112,8 +112,8 @@ async def retrieve_examples(gateway: GatewayDep, tenant: TenantDep, ref: str) ->
 
 @router.get("/v1/cocktails/{ref}/report", responses=error_responses(404))
 async def retrieve_report(gateway: GatewayDep, tenant: TenantDep, ref: str) -> CocktailReport:
-    """Losses beside merging weights, and what the mixture bought."""
-    return report_of(await gateway.service.look_up(tenant, ref))
+    """Losses beside merging weights, what the mixture bought, and whether to use it: made in the background."""
+    return report_of(await gateway.service.report(tenant, ref))
 
 
 @router.patch(

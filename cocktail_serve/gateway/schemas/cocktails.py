@@ -14,6 +14,7 @@ from cocktail_serve.gateway.schemas.errors import ErrorDetail
 from cocktail_serve.pool import Kind
 from cocktail_serve.recipe import Recipe
 from cocktail_serve.weighting.candidates import Candidate
+from cocktail_serve.weighting.verdict import Advice
 
 # many readers of OpenAPI documents do not know `prefixItems`, which pydantic would describe a pair by
 _Coefficient = Annotated[
@@ -183,6 +184,20 @@ class CocktailReport(BaseModel):
     validation_loss: float | None = Field(description="Loss of the mixture on the validation examples.")
     base_loss: float | None
     best_single_loss: float | None = Field(description="Loss of the best of the models that were mixed.")
+    report_status: Literal["pending", "ready"] = Field(
+        description="Whether what follows is known; it is found out in the background once the cocktail is ready."
+    )
+    held_out_loss: float | None = Field(
+        description="Mean loss of the examples, each under a mixture that was weighed without its fold."
+    )
+    best_expert: str | None = Field(description="Expert of the least loss on the examples.")
+    best_expert_loss: float | None
+    num_folds: int = Field(description="Mixtures made to find out, at most five.")
+    advice: Advice | None = Field(
+        description="use: better than the base, and no expert alone beats it; use_expert: an expert alone does; "
+        "unsure: the gain is within chance; no_gain: not better than the base. Null where nothing can be told."
+    )
+    verdict: str | None = Field(description="The advice in a sentence with its figures; else why there is none.")
     seconds: float | None = Field(description="From the request to ready.")
     warnings: list[str]
 

@@ -1,0 +1,111 @@
+"""Finds out in the background what ready cocktails can be expected to do: one at a time on each engine.
+
+Each fold's mixture is a background turn of its own, so traffic goes first and other jobs in between. What is pending
+when the process ends is made in the next one. Inline cocktails are looked into when somebody asks for the report.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import defaultdict
+from collections.abc import Awaitable, Callable, Mapping
+
+from cocktail_serve.cocktails.cocktail import Cocktail, Findings
+from cocktail_serve.cocktails.findings import PENDING, no_findings
+from cocktail_serve.cocktails.registry import Registry
+from cocktail_serve.cocktails.scores import Attempts, Keeping
+from cocktail_serve.cocktails.weigher import Weigher
+from cocktail_serve.engines.base import Engine
+from cocktail_serve.errors import CapacityError, CocktailError, StorageError
+from cocktail_serve.examples import ExampleSet
+
+logger = logging.getLogger(__name__)
+
+LoadExamples = Callable[[Cocktail], Awaitable[ExampleSet | None]]
+
+
+class Reports:
+    """The running investigations, one task each.
+
+    Args:
+        load_examples: reads what a cocktail was made from.
+        patience: how often a call to an engine is tried.
+    """
+
+    def __init__(
+        self,
+        registry: Registry,
+        weigher: Weigher,
+        engines: Mapping[str, Engine],
+        load_examples: LoadExamples,
+        *,
+        patience: Attempts,
+    ) -> None:
+        self._registry = registry
+        self._weigher = weigher
+        self._engines = engines
+        self._load_examples = load_examples
+        self._patience = patience
+        self._turns: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
+        self._tasks: dict[str, asyncio.Task[None]] = {}
+
+    def submit(self, cocktail: Cocktail) -> None:
+        """Begins with a ready cocktail, unless it has begun."""
+        if cocktail.uid in self._tasks:
+            return
+        task = asyncio.get_running_loop().create_task(self._run(cocktail), name=f"report {cocktail.id}")
+        self._tasks[cocktail.uid] = task
+        task.add_done_callback(lambda _: self._tasks.pop(cocktail.uid, None))
+
+    async def ask(self, cocktail: Cocktail) -> Cocktail:
+        """A ready cocktail with findings, pending at least: begins with one that was never looked into."""
+        if cocktail.status != "ready" or (cocktail.findings is not None and cocktail.findings.status == "ready"):
+            return cocktail
+        if cocktail.findings is None:
+            cocktail = await self._registry.keep_findings(cocktail.uid, PENDING) or cocktail
+            self.submit(cocktail)
+        return cocktail
+
+    def cancel(self, uid: str) -> None:
+        """Ends the investigation of a cocktail that is deleted."""
+        task = self._tasks.get(uid)
+        if task is not None:
+            task.cancel()
+
+    async def stop(self) -> None:
+        """Ends all where they are: they stay pending on disk."""
+        tasks = list(self._tasks.values())
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _run(self, cocktail: Cocktail) -> None:
+        async with self._turns[cocktail.pool_id]:
+            try:
+                await self._registry.keep_findings(cocktail.uid, await self._findings(cocktail))
+            except CapacityError:
+                logger.warning("the report of %s waits: its engine is not available", cocktail.id)
+            except StorageError:
+                logger.exception("the report of %s could not be kept", cocktail.id)
+            except Exception:
+                # a fault of ours in a report must not end the server; the report stays pending
+                logger.exception("the report of %s failed by a fault of the server", cocktail.id)
+
+    async def _findings(self, cocktail: Cocktail) -> Findings:
+        engine = self._engines.get(cocktail.pool_id)
+        if engine is None or engine.pool.fingerprint != cocktail.request.pool_fingerprint:
+            return no_findings("the pool's models are no longer those it was made from")
+        try:
+            return await self._weigher.find(
+                engine,
+                cocktail.request,
+                cocktail.chosen,
+                await self._load_examples(cocktail),
+                Keeping(tenant=cocktail.tenant, uid=cocktail.uid),
+                attempts=self._patience,
+            )
+        except CapacityError:
+            raise
+        except CocktailError as error:
+            return no_findings(error.message)
