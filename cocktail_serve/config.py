@@ -289,6 +289,11 @@ class Settings(_Section):
     store: StoreConfig = Field(StoreConfig(), description="What outlives the process.")
     defaults: CocktailDefaults = Field(CocktailDefaults(), description="What requests mean by what they leave out.")
     pools: list[PoolConfig] = Field(min_length=1, description="The models to mix and serve.")
+    reports: bool = Field(
+        True,
+        description="Find out in the background what each ready cocktail can be expected to do, by at most five "
+        "mixtures more; false: only when its report is asked for.",
+    )
     max_inline_cocktails: int = Field(1000, ge=1, description="Inline cocktails kept; least recently used go first.")
     admin_key: SecretStr | None = Field(None, description="The first admin key; from COCKTAIL_ADMIN_KEY only.")
 

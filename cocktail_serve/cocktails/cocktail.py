@@ -135,7 +135,7 @@ class Cocktail:
     owner: str | None = field(default=None, compare=False)
     epoch: int = field(default=0, compare=False)
     change: int = field(default=0, compare=False)
-    findings: Findings | None = None
+    findings: Findings | None = field(default=None, compare=False)
 
     @property
     def id(self) -> str:

@@ -114,7 +114,7 @@ class Jobs:
         engines: Mapping[str, Engine],
         *,
         patience: Patience,
-        on_ready: Callable[[Cocktail], None],
+        on_ready: Callable[[Cocktail], None] | None,
     ) -> None:
         self._registry = registry
         self._weigher = weigher
@@ -238,9 +238,9 @@ class Jobs:
             validation_loss=validation_loss,
             candidates=_judged(options, weighing.candidates, mixed_loss),
             warnings=(*cocktail.warnings, *_warnings(options, weighing.losses, mixed_loss)),
-            findings=None if cocktail.inline else PENDING,
+            findings=None if cocktail.inline or self._on_ready is None else PENDING,
         )
-        if not cocktail.inline:
+        if self._on_ready is not None and not cocktail.inline:
             self._on_ready(ready)
 
     async def _mixed_loss(

@@ -75,9 +75,8 @@ class CocktailService:
         self._weigher = Weigher(scores, self._executor, self._registry.uses)
         patience = patience or Patience()
         self._reports = Reports(self._registry, self._weigher, engines, self._examples_of, patience=patience)
-        self._jobs = Jobs(
-            self._registry, self._weigher, pools, engines, patience=patience, on_ready=self._reports.submit
-        )
+        on_ready = self._reports.submit if settings.reports else None
+        self._jobs = Jobs(self._registry, self._weigher, pools, engines, patience=patience, on_ready=on_ready)
         self._unbroken = Unbroken()
         self._database = database
         self._peers = Peers(database, place=place, lease_s=settings.store.lease_s)

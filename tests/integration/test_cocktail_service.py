@@ -67,6 +67,7 @@ class DoubleEngine:
         self.materialised: list[str] = []
         self.forgotten: list[str] = []
         self.errors: list[CocktailError] = []
+        self.num_waiting = 0
         self.num_dropped = 0
         self.max_length = 40
         self.gate = asyncio.Event()
@@ -94,11 +95,14 @@ class DoubleEngine:
     async def _answer(self) -> None:
         if self.errors:
             raise self.errors.pop(0)
+        self.num_waiting += 1
         try:
             await self.gate.wait()
         except asyncio.CancelledError:
             self.num_dropped += 1
             raise
+        finally:
+            self.num_waiting -= 1
 
 
 class ScoringEngine(DoubleEngine):
@@ -187,6 +191,8 @@ class World:
                     {"id": "flan", "kind": "decoder", "base": "b", "engine": {"type": "fake"}, "max_examples": 4},
                     {"id": "mini", "kind": "encoder", "base": "b", "engine": {"type": "sentence_transformers"}},
                 ],
+                # tests of reports set it: engines are visited for them in the background
+                "reports": False,
                 **settings,
             }
         )

@@ -1,0 +1,160 @@
+"""Reports made in the background: after ready, from the examples alone, across restarts, gone with their cocktail."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+
+from cocktail_serve.cocktails.cocktail import Cocktail
+from cocktail_serve.cocktails.service import CocktailService
+from tests.integration.test_cocktail_service import OTHER_QUERY, QUERY, A, B, C, World, made, until
+
+FAR = {"temperature": 0.1}
+"""Weights so one-sided that the mixture is the best expert."""
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> World:
+    return World(tmp_path, reports=True)
+
+
+@pytest.fixture
+async def service(world: World) -> AsyncIterator[CocktailService]:
+    async with world.service() as service:
+        yield service
+
+
+async def reported(service: CocktailService, ref: str, tenant: str = "acme") -> Cocktail:
+    async with asyncio.timeout(10):
+        while True:
+            cocktail = await service.report(tenant, ref)
+            if cocktail.findings is not None and cocktail.findings.status == "ready":
+                return cocktail
+            await asyncio.sleep(0.005)
+
+
+async def test_each_example_is_predicted_by_a_mixture_weighed_without_it(
+    world: World, service: CocktailService
+) -> None:
+    ready = await made(service, world.request(examples=[A, B, C], temperature=0.5))
+    findings = (await reported(service, ready.id)).findings
+    assert findings is not None
+    # in this engine all examples weigh alike, so that the folds' mixtures are the cocktail's own
+    assert ready.mixed_loss is not None
+    assert findings.held_out_loss == pytest.approx(ready.mixed_loss)
+    assert (findings.num_folds, findings.best_expert) == (3, "ag-news")
+    assert findings.best_expert_loss == pytest.approx(ready.losses["ag-news"])
+    assert findings.advice == "use_expert"
+    assert f"base {ready.losses['base']:.2f}" in (findings.text or "")
+
+
+async def test_a_mixture_as_good_as_the_best_expert_is_to_be_used(world: World, service: CocktailService) -> None:
+    ready = await made(service, world.request(**FAR))
+    findings = (await reported(service, ready.id)).findings
+    assert findings is not None
+    assert findings.advice == "use"
+    assert (findings.text or "").endswith("use it")
+
+
+async def test_ready_does_not_wait_for_the_report(world: World, service: CocktailService) -> None:
+    world.scoring.hold_after = 1  # the mixture's own loss is the last that is answered
+    ready = await made(service, world.request())
+    assert ready.status == "ready"
+    assert ready.findings is not None
+    assert ready.findings.status == "pending"
+    assert service.resolve("acme", "films").model_id == ready.id
+    world.scoring.gate.set()
+    assert (await reported(service, ready.id)).status == "ready"
+
+
+async def test_a_report_survives_a_restart(world: World) -> None:
+    world.scoring.hold_after = 1
+    async with world.service() as service:
+        ready = await made(service, world.request(examples=[A, B, C]))
+    world.scoring.gate.set()
+    async with world.service() as service:
+        found = (await reported(service, ready.id)).findings
+    visits = len(world.scoring.visits)
+    async with world.service() as service:
+        kept = await service.report("acme", ready.id)
+    assert kept.findings == found
+    assert len(world.scoring.visits) == visits, "a report that is there is not made again"
+
+
+async def test_models_are_not_scored_again_and_trials_are_forgotten(world: World, service: CocktailService) -> None:
+    ready = await made(service, world.request(examples=[A, B, C]))
+    await reported(service, ready.id)
+    assert [len(world.scoring.visits_to(name)) for name in ("base", "ag-news", "nq")] == [1, 1, 1]
+    assert ready.recipe is not None
+    assert set(world.scoring.forgotten) == set(world.scoring.tried)
+    assert ready.recipe.digest not in world.scoring.forgotten
+
+
+async def test_what_a_search_tried_is_not_scored_again(world: World, service: CocktailService) -> None:
+    ready = await made(service, world.request(examples=[A, B, C], weighting="search"))
+    before = len(world.scoring.visits_to("mixture"))
+    findings = (await reported(service, ready.id)).findings
+    assert len(world.scoring.visits_to("mixture")) == before
+    assert ready.chosen is not None
+    assert findings is not None
+    assert findings.held_out_loss == pytest.approx(ready.chosen.loss)
+
+
+async def test_an_encoders_folds_are_scored_against_the_passages_of_all(world: World, service: CocktailService) -> None:
+    ready = await made(service, world.request(pool="mini", temperature=0.1))
+    findings = (await reported(service, ready.id)).findings
+    assert findings is not None
+    assert (findings.num_folds, findings.best_expert) == (2, "good")
+    assert findings.advice == "use"
+    passages = {text for row in (QUERY, OTHER_QUERY) for text in (*row["pos"], *row["neg"])}
+    of_folds = [set(texts) for model, texts in world.embedding.embedded if model == "mixture"][-2:]
+    assert all(passages < texts and len(texts) == len(passages) + 1 for texts in of_folds)
+
+
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [
+        ({"examples": [A]}, "one example cannot be held out"),
+        ({"merging_weights": {"base": 0.5, "nq": 0.5}}, "there are no examples"),
+        ({"weighting": "blackbox", "budget": 2}, "searched anew"),
+    ],
+)
+async def test_where_nothing_can_be_told_it_says_why(
+    world: World, service: CocktailService, options: dict[str, object], why: str
+) -> None:
+    ready = await made(service, world.request(**options))
+    findings = (await reported(service, ready.id)).findings
+    assert findings is not None
+    assert findings.advice is None
+    assert why in (findings.text or "")
+
+
+async def test_deletion_ends_a_report_and_takes_what_it_kept(world: World, service: CocktailService) -> None:
+    world.scoring.hold_after = 1
+    ready = await made(service, world.request(examples=[A, B, C]))
+    await until(lambda: world.scoring.num_waiting == 1)  # the first fold is at the engine
+    await service.delete("acme", ready.id)
+    await until(lambda: world.scoring.num_dropped == 1)
+    assert [world.rows(table) for table in ("cocktails", "examples", "items", "losses")] == [[], [], [], []]
+
+
+async def test_an_inline_cocktail_is_looked_into_when_asked(world: World, service: CocktailService) -> None:
+    served = await service.inline("acme", world.inline())
+    assert service.get("acme", served.model_id).findings is None
+    visits = len(world.scoring.visits)
+    await asyncio.sleep(0.05)
+    assert len(world.scoring.visits) == visits
+    first = await service.report("acme", served.model_id)
+    assert first.findings is not None
+    assert (await reported(service, served.model_id)).findings is not None
+
+
+async def test_with_reports_off_they_are_made_when_asked(tmp_path: Path) -> None:
+    world = World(tmp_path, reports=False)
+    async with world.service() as service:
+        ready = await made(service, world.request())
+        assert ready.findings is None
+        assert (await reported(service, ready.id)).findings is not None
