@@ -282,12 +282,36 @@ class CocktailDefaults(_Section):
     alpha: float = Field(0.5, ge=0, le=1, description="Share of the target, where a request names one.")
 
 
+class Limits(_Section):
+    """What one tenant may use. Omitted: no limit. `PUT /admin/tenants/{name}` says otherwise for one tenant."""
+
+    requests_per_minute: int | None = Field(
+        None, ge=1, description="Requests that ask a model, or make, change or delete something; reading is free."
+    )
+    tokens_per_minute: int | None = Field(
+        None, ge=1, description="Tokens in and out of all models; scoring examples is not counted here."
+    )
+    concurrent_requests: int | None = Field(None, ge=1, description="Requests to models in flight, streams included.")
+    cocktails: int | None = Field(
+        None,
+        ge=0,
+        description="Versions kept, whatever their state; of inline ones as many more, least recently used go first.",
+    )
+    example_bytes: ByteSize | None = Field(
+        None, ge=0, description="Size of all examples kept: those of cocktails, inline ones included, and files."
+    )
+    scoring_jobs: int | None = Field(
+        None, ge=0, description="Jobs of cocktails that have not ended, inline ones and dry runs included."
+    )
+
+
 class Settings(_Section):
     """The whole configuration. Build it with `load_settings`."""
 
     server: ServerConfig = Field(ServerConfig(), description="Where the gateway listens, and for whom.")
     store: StoreConfig = Field(StoreConfig(), description="What outlives the process.")
     defaults: CocktailDefaults = Field(CocktailDefaults(), description="What requests mean by what they leave out.")
+    limits: Limits = Field(Limits(), description="What each tenant may use.")
     pools: list[PoolConfig] = Field(min_length=1, description="The models to mix and serve.")
     reports: bool = Field(
         True,
@@ -415,6 +439,7 @@ __all__ = [
     "DType",
     "EngineConfig",
     "FakeEngineConfig",
+    "Limits",
     "OfflineEngineConfig",
     "PoolConfig",
     "SentenceTransformersEngineConfig",

@@ -19,7 +19,8 @@ CocktailError
 │   ├── ModelNotReadyError
 │   ├── QueueTimeoutError
 │   ├── DrainedError
-│   └── RateLimitError
+│   ├── RateLimitError
+│   └── QuotaExceededError
 └── ServerError              nothing the caller can change
     ├── EngineError
     ├── EngineTimeoutError
@@ -173,9 +174,19 @@ class DrainedError(CapacityError):
 
 
 class RateLimitError(CapacityError):
-    """Over a tenant's limit."""
+    """Over a tenant's limit on what it may do a minute or at once; waiting helps."""
 
     code = "rate_limit_exceeded"
+
+
+class QuotaExceededError(CapacityError):
+    """Over a tenant's limit on what is kept for it; waiting does not help, deleting does."""
+
+    code = "rate_limit_exceeded"
+    retryable = False
+
+    def __init__(self, message: str, *, param: str | None = None, code: str | None = None) -> None:
+        super().__init__(message, param=param, code=code, retry_after_s=120.0)
 
 
 class ServerError(CocktailError):

@@ -107,6 +107,8 @@ class Cocktail:
         epoch: how often it was given to a gateway: a job of an earlier epoch has lost it.
         change: number of the change that wrote it; a write says which one it goes back to.
         findings: of its report; None until ready, and where nobody asked for them.
+        key_id: of the key that asked for it first; None where none was asked for.
+        example_bytes: size of its examples in the store.
     """
 
     uid: str
@@ -136,6 +138,8 @@ class Cocktail:
     epoch: int = field(default=0, compare=False)
     change: int = field(default=0, compare=False)
     findings: Findings | None = field(default=None, compare=False)
+    key_id: str | None = None
+    example_bytes: int = 0
 
     @property
     def id(self) -> str:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import time
 import uuid
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Collection, Iterator, Mapping
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -20,8 +22,10 @@ from cocktail_serve.cocktails.cocktail import (
     Status,
     version_id,
 )
+from cocktail_serve.cocktails.quotas import check_cocktails, check_jobs
 from cocktail_serve.cocktails.request import CocktailRequest
 from cocktail_serve.cocktails.store import Beside, News, StaleError, Store
+from cocktail_serve.config import Limits
 from cocktail_serve.errors import (
     CocktailError,
     ConflictError,
@@ -31,6 +35,7 @@ from cocktail_serve.errors import (
 )
 from cocktail_serve.pool import BASE, Member, Pool
 from cocktail_serve.recipe import DType, one_hot
+from cocktail_serve.tenants.limits import UNLIMITED
 
 Admission = Literal["new", "again", "existing"]
 """A version that was not there; one that failed or was cancelled and is queued again; one that is there."""
@@ -102,6 +107,7 @@ class Registry:
         self._inline: OrderedDict[str, _Entry] = OrderedDict()
         self._used: dict[str, float] = {}
         self._unkept: dict[str, Cocktail] = {}
+        self._dry_runs: Counter[str] = Counter()
         self._seen = 0
         self._num_looks = 0
         self._heed: Heed = lambda changed, removed: None
@@ -204,6 +210,8 @@ class Registry:
         *,
         items: tuple[str, ...],
         warnings: tuple[str, ...],
+        limits: Limits = UNLIMITED,
+        key_id: str | None = None,
         beside: Beside | None = None,
     ) -> tuple[Cocktail, Admission, list[Cocktail]]:
         """Finds the version that a request names, or adds it as queued.
@@ -212,6 +220,8 @@ class Registry:
 
         Args:
             items: keys that its scores will be kept under.
+            limits: of the tenant; what is counted and what is added are one step.
+            key_id: of the key that asks.
             beside: writes rows of its own in the transaction that this is done in.
 
         Returns:
@@ -219,12 +229,22 @@ class Registry:
 
         Raises:
             ConflictError: another request of the same name has the same first eight digits of its digest.
+            QuotaExceededError: the tenant keeps as many cocktails, or bytes of examples, as it may.
+            RateLimitError: as many of its jobs as may be have not ended.
         """
         async with self._changing:
             await self._look()
             while True:
                 try:
-                    return await self._admit(tenant, request, items, warnings, beside)
+                    return await self._admit(
+                        tenant,
+                        request,
+                        items=items,
+                        warnings=warnings,
+                        limits=limits,
+                        key_id=key_id,
+                        beside=beside,
+                    )
                 except StaleError:
                     await self._look()
 
@@ -415,15 +435,23 @@ class Registry:
         self,
         tenant: str,
         request: CocktailRequest,
+        *,
         items: tuple[str, ...],
         warnings: tuple[str, ...],
+        limits: Limits,
+        key_id: str | None,
         beside: Beside | None,
     ) -> tuple[Cocktail, Admission, list[Cocktail]]:
         entry = self._version(tenant, request)
         if entry is not None:
             again = entry.cocktail.status in ("failed", "cancelled")
+            if again:
+                self._check_jobs(tenant, limits)
             await self._ask_again(entry, warnings if again else None, beside)
             return self._snapshot(entry), "again" if again else "existing", []
+        self._check_jobs(tenant, limits)
+        # inline ones make room for each other, where there is room for any
+        check_cocktails(0 if request.options.inline else self._count(tenant), limits)
         now = self._clock()
         pool = self._pools[request.options.pool]
         cocktail = Cocktail(
@@ -440,10 +468,16 @@ class Registry:
             warnings=warnings,
             owner=self.owner,
             epoch=1,
+            key_id=key_id,
         )
-        gone = await self._make_room() if cocktail.inline else []
+        gone = await self._make_room(tenant, limits.cocktails) if cocktail.inline else []
         cocktail = await self._store.add(
-            cocktail, request.examples, items, validation=request.validation, beside=beside
+            cocktail,
+            request.examples,
+            items,
+            validation=request.validation,
+            max_example_bytes=limits.example_bytes,
+            beside=beside,
         )
         return self._snapshot(self._insert(cocktail)), "new", gone
 
@@ -600,14 +634,51 @@ class Registry:
         entry.final.set()
         return cocktail if cocktail.is_final else replace(cocktail, status="cancelled")
 
-    async def _make_room(self) -> list[Cocktail]:
-        """Inline cocktails go, least recently used first; one whose job runs has a caller waiting and stays."""
-        surplus = len(self._inline) + 1 - self._max_inline
-        going = [entry for entry in self._inline.values() if entry.cocktail.is_final][: max(surplus, 0)]
+    async def _make_room(self, tenant: str, most: int | None) -> list[Cocktail]:
+        """Inline cocktails go, least recently used first; one whose job runs has a caller waiting and stays.
+
+        Args:
+            most: how many the tenant may have: beyond them its own go, before anybody else's.
+        """
+        own = [entry for entry in self._inline.values() if entry.cocktail.tenant == tenant]
+        surplus = 0 if most is None else max(len(own) + 1 - most, 0)
+        going = [entry for entry in own if entry.cocktail.is_final][:surplus]
+        surplus = max(len(self._inline) - len(going) + 1 - self._max_inline, 0)
+        others = (entry for entry in self._inline.values() if entry.cocktail.is_final and entry not in going)
+        going += itertools.islice(others, surplus)
         gone: list[Cocktail] = []
         for entry in going:
             gone += await self._remove(entry.cocktail.tenant, [entry])
         return gone
+
+    @asynccontextmanager
+    async def dry_run(self, tenant: str, limits: Limits) -> AsyncIterator[None]:
+        """Counts as one of the tenant's jobs while the block runs.
+
+        Raises:
+            RateLimitError: as many of them as may be have not ended.
+        """
+        async with self._changing:
+            self._check_jobs(tenant, limits)
+            self._dry_runs[tenant] += 1
+        try:
+            yield
+        finally:
+            self._dry_runs[tenant] -= 1
+            if not self._dry_runs[tenant]:
+                del self._dry_runs[tenant]
+
+    def _check_jobs(self, tenant: str, limits: Limits) -> None:
+        if limits.scoring_jobs is None:
+            return
+        running = sum(
+            entry.cocktail.tenant == tenant and not entry.cocktail.is_final for entry in self._by_uid.values()
+        )
+        check_jobs(running + self._dry_runs[tenant], limits)
+
+    def _count(self, tenant: str) -> int:
+        """Versions of a tenant, inline ones left out, whatever their state."""
+        return sum(entry.cocktail.tenant == tenant and not entry.cocktail.inline for entry in self._by_uid.values())
 
     def _note_use(self, entry: _Entry) -> None:
         uid = entry.cocktail.uid

@@ -28,6 +28,7 @@ from cocktail_serve.engines.base import Engine
 from cocktail_serve.errors import CapacityError, ModelNotReadyError, NotFoundError, StorageError
 from cocktail_serve.examples import ExampleSet, parse_examples
 from cocktail_serve.pool import Member, Pool
+from cocktail_serve.tenants.limits import LimitsOf, unlimited
 
 logger = logging.getLogger(__name__)
 
@@ -45,6 +46,7 @@ class CocktailService:
         pools: opened pools by id.
         engines: the engine of each pool, by the same ids; the service neither starts nor stops them.
         database: open while the service runs; the service neither opens nor closes it.
+        limits_of: limits of a tenant.
         patience: how long jobs bear with failing engines.
         witnesses: write down what changes of cocktails mean elsewhere.
     """
@@ -56,6 +58,7 @@ class CocktailService:
         engines: Mapping[str, Engine],
         *,
         database: Database,
+        limits_of: LimitsOf = unlimited,
         patience: Patience | None = None,
         place: str | None = None,
         witnesses: Sequence[Witness] = (),
@@ -63,6 +66,7 @@ class CocktailService:
         self._settings = settings
         self._pools = pools
         self._engines = engines
+        self._limits_of = limits_of
         self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="cocktail-scores")
         self._store = Store(database, witnesses=witnesses)
         self._registry = Registry(
@@ -111,7 +115,12 @@ class CocktailService:
         self._executor.shutdown()
 
     async def create(
-        self, tenant: str, request: CocktailRequest, *, beside: Beside | None = None
+        self,
+        tenant: str,
+        request: CocktailRequest,
+        *,
+        key_id: str | None = None,
+        beside: Beside | None = None,
     ) -> tuple[Cocktail, bool]:
         """Makes a cocktail, or finds the one that the same request made.
 
@@ -119,6 +128,7 @@ class CocktailService:
         counts as new.
 
         Args:
+            key_id: of the key that asks.
             beside: writes rows of its own in the transaction that this is done in; both are there or neither.
 
         Returns:
@@ -127,12 +137,13 @@ class CocktailService:
         Raises:
             ContextLengthError: an example is longer than the model's context; nothing is kept.
             ConflictError: another request has the same id.
+            QuotaExceededError, RateLimitError: over a limit of the tenant; nothing is kept.
             StorageError: nothing was kept.
         """
         known = self._registry.version(tenant, request)
         if known is None or known.status in ("failed", "cancelled"):
             await self._check_examples(request)
-        return await self._unbroken.run(self._admit(tenant, request, beside))
+        return await self._unbroken.run(self._admit(tenant, request, key_id, beside))
 
     async def wait(self, tenant: str, ref: str, timeout_s: float) -> Cocktail:
         """The snapshot at the moment it becomes ready, failed or cancelled, or the one after `timeout_s`.
@@ -149,16 +160,25 @@ class CocktailService:
 
         Raises:
             CapacityError, EngineError: from the engine, at once.
+            RateLimitError: as many jobs of the tenant as may be have not ended.
         """
-        await self._check_examples(request)
-        return await self._weigher.weigh(
-            self._engines[request.options.pool],
-            request.options,
-            request.examples,
-            Keeping(tenant=tenant, uid=None),
-        )
+        async with self._registry.dry_run(tenant, self._limits_of(tenant)):
+            await self._check_examples(request)
+            return await self._weigher.weigh(
+                self._engines[request.options.pool],
+                request.options,
+                request.examples,
+                Keeping(tenant=tenant, uid=None),
+            )
 
-    async def inline(self, tenant: str, request: CocktailRequest, *, timeout_s: float = INLINE_TIMEOUT_S) -> Served:
+    async def inline(
+        self,
+        tenant: str,
+        request: CocktailRequest,
+        *,
+        key_id: str | None = None,
+        timeout_s: float = INLINE_TIMEOUT_S,
+    ) -> Served:
         """What a request with a `cocktail` of its own is answered by: mixed now, or found by digest.
 
         Raises:
@@ -168,7 +188,7 @@ class CocktailService:
         known = self._registry.version(tenant, request)
         if known is not None and known.status == "ready":
             return self._registry.resolve(tenant, known.id)
-        created, _ = await self.create(tenant, request)
+        created, _ = await self.create(tenant, request, key_id=key_id)
         made = await self.wait(tenant, created.id, timeout_s)
         if made.status == "failed" and made.error is not None:
             raise made.error.exception()
@@ -285,11 +305,19 @@ class CocktailService:
         """
         return await self._unbroken.run(self._delete(tenant, ref))
 
-    async def _admit(self, tenant: str, request: CocktailRequest, beside: Beside | None) -> tuple[Cocktail, bool]:
+    async def _admit(
+        self, tenant: str, request: CocktailRequest, key_id: str | None, beside: Beside | None
+    ) -> tuple[Cocktail, bool]:
         pool = self._pools[request.options.pool]
         items = score_items(request.examples, pool.kind) + score_items(request.validation, pool.kind)
         cocktail, admission, gone = await self._registry.admit(
-            tenant, request, items=items, warnings=_warnings(request, pool), beside=beside
+            tenant,
+            request,
+            items=items,
+            warnings=_warnings(request, pool),
+            limits=self._limits_of(tenant),
+            key_id=key_id,
+            beside=beside,
         )
         self._release(gone)
         if admission != "existing":

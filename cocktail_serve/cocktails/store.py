@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Protocol, TypeVar
@@ -17,6 +18,7 @@ from cocktail_serve.database import tables
 from cocktail_serve.database.database import Database, insert_missing, to_the_end
 from cocktail_serve.examples import ExampleSet
 from cocktail_serve.recipe import Recipe
+from cocktail_serve.tenants.kept_bytes import check_example_bytes
 from cocktail_serve.weighting.candidates import Candidate
 
 
@@ -137,19 +139,34 @@ class Store:
         items: Sequence[str],
         *,
         validation: ExampleSet | None = None,
+        max_example_bytes: int | None = None,
         beside: Beside | None = None,
     ) -> Cocktail:
         """Writes a new cocktail with its examples and the keys its scores will be kept under.
 
+        Args:
+            max_example_bytes: of all that its tenant keeps; None: no limit.
+
         Returns:
-            The cocktail, which knows its place in the order of changes.
+            The cocktail, which knows its place in the order of changes and the size of its examples.
 
         Raises:
             StaleError: there is one of its id.
+            QuotaExceededError: the tenant would keep more bytes than that; nothing was written.
         """
+        rows_of = {
+            table: [
+                {"uid": cocktail.uid, "position": position, "body": body}
+                for position, body in enumerate(given.to_json())
+            ]
+            for table, given in ((tables.examples, examples), (tables.validation_examples, validation))
+            if given is not None
+        }
+        # as the database's driver writes them
+        num_bytes = sum(len(json.dumps(row["body"])) for rows in rows_of.values() for row in rows)
         async with self._database.write() as connection:
             change = await _number(connection)
-            cocktail = replace(cocktail, change=change, sequence=change)
+            cocktail = replace(cocktail, change=change, sequence=change, example_bytes=num_bytes)
             same = select(tables.cocktails.c.uid).where(
                 tables.cocktails.c.tenant == cocktail.tenant,
                 tables.cocktails.c.name == cocktail.name,
@@ -157,14 +174,12 @@ class Store:
             )
             if (await connection.execute(same)).first() is not None:
                 raise StaleError
+            await check_example_bytes(
+                connection, cocktail.tenant, num_bytes, max_example_bytes, now=cocktail.created_at
+            )
             await connection.execute(insert(tables.cocktails).values(_row(cocktail)))
-            for table, given in ((tables.examples, examples), (tables.validation_examples, validation)):
-                if given is not None:
-                    rows = [
-                        {"uid": cocktail.uid, "position": position, "body": body}
-                        for position, body in enumerate(given.to_json())
-                    ]
-                    await connection.execute(insert(table), rows)
+            for table, rows in rows_of.items():
+                await connection.execute(insert(table), rows)
             if items:
                 await connection.execute(
                     insert(tables.items), [{"uid": cocktail.uid, "item": item} for item in dict.fromkeys(items)]
@@ -397,6 +412,8 @@ def _row(cocktail: Cocktail) -> dict[str, Any]:
         "epoch": cocktail.epoch,
         "change": cocktail.change,
         "findings": None if cocktail.findings is None else cocktail.findings.to_json(),
+        "key_id": cocktail.key_id,
+        "example_bytes": cocktail.example_bytes,
     }
 
 

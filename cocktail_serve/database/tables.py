@@ -25,6 +25,7 @@ metadata = MetaData()
 DIGEST = String(64)
 TENANT = String(255)
 GATEWAY = String(32)
+KEY_ID = String(12)
 
 cocktails = Table(
     "cocktails",
@@ -55,6 +56,8 @@ cocktails = Table(
     Column("epoch", BigInteger, nullable=False, server_default="0"),
     Column("change", BigInteger, nullable=False, server_default="0"),
     Column("findings", JSON(none_as_null=True)),
+    Column("key_id", KEY_ID),
+    Column("example_bytes", BigInteger, nullable=False, server_default="0"),
     UniqueConstraint("tenant", "name", "digest"),
     Index("ix_cocktails_change", "change"),
 )
@@ -133,13 +136,14 @@ tenants = Table(
     metadata,
     Column("name", TENANT, primary_key=True),
     Column("pools", JSON(none_as_null=True)),
+    Column("limits", JSON(none_as_null=True)),
     Column("created_at", Float(53), nullable=False),
 )
 
 keys = Table(
     "keys",
     metadata,
-    Column("id", String(12), primary_key=True),
+    Column("id", KEY_ID, primary_key=True),
     Column("tenant", TENANT, ForeignKey("tenants.name"), nullable=False),
     Column("scopes", JSON, nullable=False),
     Column("digest", DIGEST, nullable=False),

@@ -231,15 +231,13 @@ class FakeServer:
         if num_prompt_tokens + num_tokens > self._max_model_len:
             return _error(400, "context_length_exceeded", f"at most {self._max_model_len} tokens")
         num_choices = body.get("n") or 1
-        usage = {
-            "prompt_tokens": num_prompt_tokens,
-            "completion_tokens": num_tokens * num_choices,
-            "total_tokens": num_prompt_tokens + num_tokens * num_choices,
-        }
+        usage = usage_of(num_prompt_tokens, num_tokens * num_choices)
         answers = [fake_tokens(digest, prompt, choice=index) for index in range(num_choices)]
         if body.get("stream"):
-            include_usage = (body.get("stream_options") or {}).get("include_usage")
-            events = self._events(shape, answers, num_tokens, usage if include_usage else None)
+            options = body.get("stream_options") or {}
+            is_continuous = options.get("include_usage") and options.get("continuous_usage_stats")
+            shape.num_prompt_tokens = num_prompt_tokens if is_continuous else None
+            events = self._events(shape, answers, num_tokens, usage if options.get("include_usage") else None)
             return StreamingResponse(events, media_type="text/event-stream")
         if self._token_delay_s:
             await asyncio.sleep(self._token_delay_s * num_tokens)
@@ -261,7 +259,7 @@ class FakeServer:
                 await asyncio.sleep(self._token_delay_s)
             last = position == num_tokens - 1
             for index, answer in enumerate(answers):
-                yield _event(shape.chunk(index, next(answer), is_first=position == 0, is_last=last))
+                yield _event(shape.chunk(index, next(answer), position=position, is_last=last))
         if usage is not None:
             yield _event(shape.usage_chunk(usage))
         yield b"data: [DONE]\n\n"
@@ -287,24 +285,37 @@ class FakeServer:
         return True
 
 
+def usage_of(num_in: int, num_out: int) -> dict[str, int]:
+    """`usage` of an answer, or of a choice so far."""
+    return {"prompt_tokens": num_in, "completion_tokens": num_out, "total_tokens": num_in + num_out}
+
+
 class _Shape(abc.ABC):
-    """How an answer is dressed."""
+    """How an answer is dressed.
+
+    Attributes:
+        num_prompt_tokens: where every chunk tells the usage of its choice so far; None: none does.
+    """
 
     prefix: ClassVar[str]
     object: ClassVar[str]
     chunk_object: ClassVar[str]
 
     def __init__(self, model: str) -> None:
+        self.num_prompt_tokens: int | None = None
         self._head = {"id": f"{self.prefix}-{secrets.token_hex(8)}", "created": int(time.time()), "model": model}
 
     def whole(self, texts: Sequence[str], usage: Mapping[str, int]) -> dict[str, Any]:
         choices = [self.choice(index, text) for index, text in enumerate(texts)]
         return {**self._head, "object": self.object, "choices": choices, "usage": usage}
 
-    def chunk(self, index: int, token: str, *, is_first: bool, is_last: bool) -> dict[str, Any]:
-        choice = self.delta(index, token, is_first=is_first)
+    def chunk(self, index: int, token: str, *, position: int, is_last: bool) -> dict[str, Any]:
+        choice = self.delta(index, token, is_first=position == 0)
         choice["finish_reason"] = "length" if is_last else None
-        return {**self._head, "object": self.chunk_object, "choices": [choice]}
+        chunk = {**self._head, "object": self.chunk_object, "choices": [choice]}
+        if self.num_prompt_tokens is not None:
+            chunk["usage"] = usage_of(self.num_prompt_tokens, position + 1)
+        return chunk
 
     def usage_chunk(self, usage: Mapping[str, int]) -> dict[str, Any]:
         return {**self._head, "object": self.chunk_object, "choices": [], "usage": usage}

@@ -18,6 +18,8 @@ from cocktail_serve.errors import InvalidExamplesError, InvalidRequestError, Not
 from cocktail_serve.examples import parse_examples, read_jsonl
 from cocktail_serve.finetuning.ids import Order, Page, check_cursor, new_id
 from cocktail_serve.pool import Kind
+from cocktail_serve.tenants.kept_bytes import check_example_bytes
+from cocktail_serve.tenants.limits import LimitsOf, unlimited
 
 PURPOSE: Final = "fine-tune"
 """The one purpose that files have here."""
@@ -94,16 +96,24 @@ class Files:
     """The files of all tenants, in a database that is open.
 
     Args:
+        limits_of: limits of a tenant.
         clock: seconds since the epoch.
     """
 
-    def __init__(self, database: Database, *, clock: Callable[[], float] = time.time) -> None:
+    def __init__(
+        self, database: Database, *, limits_of: LimitsOf = unlimited, clock: Callable[[], float] = time.time
+    ) -> None:
         self._database = database
+        self._limits_of = limits_of
         self._clock = clock
 
     @to_the_end
     async def add(self, tenant: str, filename: str, content: bytes, *, expires_after_s: int | None = None) -> File:
-        """Keeps a file; equal contents of one tenant are kept once. Files that have expired go on this occasion."""
+        """Keeps a file; equal contents of one tenant are kept once. Files that have expired go on this occasion.
+
+        Raises:
+            QuotaExceededError: the tenant would keep more bytes of examples than it may.
+        """
         now = self._clock()
         file = File(
             id=new_id("file"),
@@ -119,6 +129,8 @@ class Files:
             await self._remove(connection, tables.files.c.expires_at <= now)
             known = select(contents.c.digest).where(contents.c.tenant == tenant, contents.c.digest == file.digest)
             if (await connection.execute(known)).first() is None:
+                limit = self._limits_of(tenant).example_bytes
+                await check_example_bytes(connection, tenant, len(content), limit, now=now)
                 row = {"tenant": tenant, "digest": file.digest, "content": content}
                 await connection.execute(insert(contents).values(row))
             await connection.execute(insert(tables.files).values(_row(file)))

@@ -14,23 +14,46 @@ from cocktail_serve.errors import (
     InvalidRequestError,
     ModelNotReadyError,
 )
+from cocktail_serve.gateway.field_policy import Outgoing
 
 
 class AnswerRewriter:
-    """Rewrites the answer of one request.
+    """Rewrites the answer of one request, and counts its tokens as the engine says them.
 
-    Attributes:
-        num_prompt_tokens: tokens read, once the engine has said.
-        num_completion_tokens: tokens generated, likewise.
+    Every chunk of a stream tells how many tokens its choice has so far, so that one that breaks off is counted too.
     """
 
-    __slots__ = ("_model_id", "_shows_usage", "num_completion_tokens", "num_prompt_tokens")
+    __slots__ = ("_model_id", "_num_choices", "_of_choices", "_shows_each", "_shows_usage", "_totals")
 
-    def __init__(self, model_id: str, *, shows_usage: bool) -> None:
+    def __init__(self, model_id: str, outgoing: Outgoing) -> None:
         self._model_id = model_id
-        self._shows_usage = shows_usage
-        self.num_prompt_tokens = 0
-        self.num_completion_tokens = 0
+        self._shows_usage = outgoing.shows_usage
+        self._shows_each = outgoing.shows_usage_in_chunks
+        num_choices = outgoing.body.get("n")
+        self._num_choices = num_choices if isinstance(num_choices, int) and num_choices > 0 else 1
+        self._of_choices: dict[int, tuple[int, int]] = {}
+        self._totals: tuple[int, int] | None = None
+
+    @property
+    def is_counted(self) -> bool:
+        """Whether the engine has said anything of tokens."""
+        return self._totals is not None or bool(self._of_choices)
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        """Tokens read, as far as the engine has said."""
+        if self._totals is not None:
+            return self._totals[0]
+        # several prompts have `n` choices each, which repeat the size of theirs
+        of_prompts = {index // self._num_choices: num_in for index, (num_in, _) in self._of_choices.items()}
+        return sum(of_prompts.values())
+
+    @property
+    def num_completion_tokens(self) -> int:
+        """Tokens generated, as far as the engine has said."""
+        if self._totals is not None:
+            return self._totals[1]
+        return sum(num_out for _, num_out in self._of_choices.values())
 
     def whole(self, status: int, body: bytes) -> bytes:
         """A plain answer.
@@ -42,14 +65,14 @@ class AnswerRewriter:
         if status >= 400 or "error" in answer:
             raise upstream_error(status, answer)
         answer["model"] = self._model_id
-        self._count(answer.get("usage"))
+        self._totals = _num_tokens(answer.get("usage"))
         return orjson.dumps(answer)
 
     def chunk(self, payload: bytes) -> bytes | None:
         """The data of one event; None for the usage chunk that the client did not ask for.
 
         With `include_usage`, OpenAI sends `usage: null` in every chunk but the last and usage without choices in the
-        last; without, no chunk has the field.
+        last; without, no chunk has the field. vLLM's `continuous_usage_stats` puts it into every chunk.
 
         Raises:
             CocktailError: the event is an error.
@@ -58,21 +81,26 @@ class AnswerRewriter:
         if "error" in chunk:
             raise upstream_error(500, chunk)
         chunk["model"] = self._model_id
-        usage = chunk.get("usage")
-        if usage is not None:
-            self._count(usage)
-        if self._shows_usage:
-            chunk.setdefault("usage", None)
-        elif "usage" in chunk:
-            if not chunk.get("choices"):
+        choices = chunk.get("choices")
+        num_tokens = _num_tokens(chunk.get("usage"))
+        if not choices:
+            self._totals = num_tokens or self._totals
+            if num_tokens is not None and not self._shows_usage:
                 return None
-            del chunk["usage"]
+        elif num_tokens is not None:
+            self._of_choices[choices[0]["index"]] = num_tokens
+        if not self._shows_usage:
+            chunk.pop("usage", None)
+        elif choices and not self._shows_each:
+            chunk["usage"] = None
         return orjson.dumps(chunk)
 
-    def _count(self, usage: Any) -> None:
-        if isinstance(usage, dict):
-            self.num_prompt_tokens = usage.get("prompt_tokens") or 0
-            self.num_completion_tokens = usage.get("completion_tokens") or 0
+
+def _num_tokens(usage: Any) -> tuple[int, int] | None:
+    """Tokens read and generated; None where the engine does not say."""
+    if not isinstance(usage, dict):
+        return None
+    return usage.get("prompt_tokens") or 0, usage.get("completion_tokens") or 0
 
 
 def upstream_error(status: int, answer: Mapping[str, Any]) -> CocktailError:

@@ -27,6 +27,7 @@ from cocktail_serve.gateway.authentication import Authenticator
 from cocktail_serve.gateway.direct_route import DirectRouting
 from cocktail_serve.gateway.error_handlers import add_error_handlers
 from cocktail_serve.gateway.lifecycle import Lifecycle
+from cocktail_serve.gateway.metering import Meter
 from cocktail_serve.gateway.metrics import GatewayMetrics
 from cocktail_serve.gateway.middleware import BodyLimit, RequestBoundary
 from cocktail_serve.gateway.openapi import add_openapi
@@ -51,6 +52,8 @@ from cocktail_serve.gateway.schemas.operating import EngineBody, ExpertBody
 from cocktail_serve.gateway.schemas.reranking import RerankRequest
 from cocktail_serve.gateway.state import Gateway
 from cocktail_serve.pool import Pool
+from cocktail_serve.tenants.limit_book import LimitBook
+from cocktail_serve.tenants.limits import Limiter
 from cocktail_serve.tenants.store import TenantStore
 
 Lifespan = Callable[[FastAPI], AbstractAsyncContextManager[None]]
@@ -165,10 +168,13 @@ def _lifespan(
             for pool_id, engine in engines.items():
                 await engine.start()
                 metrics.watch_engine(pool_id, engine)
-            service = CocktailService(settings, pools, engines, database=database, place=place)
+            tenants = TenantStore(database)
+            limits = LimitBook(settings.limits, tenants)
+            stack.push_async_callback(limits.stop)
+            await limits.start()
+            service = CocktailService(settings, pools, engines, database=database, limits_of=limits.of, place=place)
             stack.push_async_callback(service.stop)
             await service.start()
-            tenants = TenantStore(database)
             admin_key = settings.admin_key
             gateway = Gateway(
                 settings=settings,
@@ -176,10 +182,12 @@ def _lifespan(
                 engines=engines,
                 service=service,
                 experts=experts,
-                files=Files(database),
+                files=Files(database, limits_of=limits.of),
                 metrics=metrics,
                 lifecycle=lifecycle,
                 tenants=tenants,
+                limits=limits,
+                meter=Meter(Limiter(limits.of), metrics),
                 authenticator=Authenticator(
                     tenants,
                     required=settings.server.requires_key,

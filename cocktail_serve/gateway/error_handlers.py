@@ -52,6 +52,7 @@ HTTP_ERRORS: Mapping[type[CocktailError], HTTPError] = {
     errors.QueueTimeoutError: HTTPError(503, _SERVER),
     errors.DrainedError: HTTPError(503, _SERVER),
     errors.RateLimitError: HTTPError(429, "rate_limit_error"),
+    errors.QuotaExceededError: HTTPError(429, "rate_limit_error"),
     errors.ServerError: HTTPError(500, _SERVER),
     errors.EngineError: HTTPError(502, _SERVER),
     errors.EngineTimeoutError: HTTPError(504, _SERVER),

@@ -39,6 +39,11 @@ FIELD_POLICY: tuple[FieldRule, ...] = (
         "override",
         "always asked of the engine to count tokens; hidden from the answer unless the request asked for it",
     ),
+    FieldRule(
+        "stream_options.continuous_usage_stats",
+        "override",
+        "always asked of the engine, so that a stream that breaks off is counted; hidden likewise",
+    ),
     FieldRule("priority", "refuse", "the order of requests is the server's to decide"),
     FieldRule("request_id", "refuse", "ids inside the engine are the server's; send the header x-request-id instead"),
     FieldRule("kv_transfer_params", "refuse", "KV blocks never leave the engine that computed them"),
@@ -74,11 +79,13 @@ class Outgoing:
             process and on the recipe in turn.
         stream: whether the answer is a stream of events.
         shows_usage: whether the client asked for usage in its stream.
+        shows_usage_in_chunks: whether it asked for it in every chunk too.
     """
 
     body: dict[str, Any]
     stream: bool
     shows_usage: bool
+    shows_usage_in_chunks: bool = False
 
 
 def apply_field_policy(body: Mapping[str, Any], *, allow_chat_template: bool) -> Outgoing:
@@ -115,9 +122,10 @@ def apply_field_policy(body: Mapping[str, Any], *, allow_chat_template: bool) ->
     if not isinstance(options, Mapping):
         raise InvalidRequestError("stream_options must be an object", param="stream_options")
     shows_usage = _boolean(options, "include_usage", "stream_options.include_usage")
-    # vLLM's usage in every chunk counts only beside include_usage: unasked for, it must not come alive by ours
-    outgoing["stream_options"] = {**options, "include_usage": True} if shows_usage else {"include_usage": True}
-    return Outgoing(outgoing, stream=True, shows_usage=shows_usage)
+    # vLLM's usage in every chunk counts only beside include_usage
+    shows_each = shows_usage and _boolean(options, "continuous_usage_stats", "stream_options.continuous_usage_stats")
+    outgoing["stream_options"] = {**options, "include_usage": True, "continuous_usage_stats": True}
+    return Outgoing(outgoing, stream=True, shows_usage=shows_usage, shows_usage_in_chunks=shows_each)
 
 
 def _lookup(body: Mapping[str, Any], path: tuple[str, ...]) -> Any:

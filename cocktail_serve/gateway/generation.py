@@ -18,6 +18,7 @@ from cocktail_serve.gateway.answers import AnswerRewriter
 from cocktail_serve.gateway.disconnect import ended_with_client
 from cocktail_serve.gateway.error_handlers import error_body
 from cocktail_serve.gateway.field_policy import Outgoing
+from cocktail_serve.gateway.metering import Ticket
 from cocktail_serve.gateway.metrics import GatewayMetrics
 
 logger = logging.getLogger(__name__)
@@ -44,6 +45,7 @@ class GenerationResponse(Response):
         outgoing: Outgoing,
         *,
         tenant: str,
+        ticket: Ticket,
         metrics: GatewayMetrics,
     ) -> None:
         super().__init__()
@@ -52,8 +54,9 @@ class GenerationResponse(Response):
         self._path = path
         self._outgoing = outgoing
         self._tenant = tenant
+        self._ticket = ticket
         self._metrics = metrics
-        self._rewriter = AnswerRewriter(served.model_id, shows_usage=outgoing.shows_usage)
+        self._rewriter = AnswerRewriter(served.model_id, outgoing)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Start and end of every generation, whatever becomes of it: what limits or books generations belongs here."""
@@ -73,10 +76,11 @@ class GenerationResponse(Response):
                 self._observe_first_token(started_at)
                 await Response(body, media_type="application/json")(scope, receive, send)
         finally:
-            num_in, num_out = self._rewriter.num_prompt_tokens, self._rewriter.num_completion_tokens
-            if settle is not None and num_in:  # else the answer broke off before the engine had counted
-                settle(num_in + num_out)
-            self._metrics.count_tokens(self._served.pool.id, num_in=num_in, num_out=num_out)
+            if self._rewriter.is_counted:
+                num_in, num_out = self._rewriter.num_prompt_tokens, self._rewriter.num_completion_tokens
+                if settle is not None:
+                    settle(num_in + num_out)
+                self._ticket.used(self._served, num_in=num_in, num_out=num_out)
 
     async def _send_events(self, events: AsyncIterator[bytes], send: Send, started_at: float) -> None:
         is_started = False

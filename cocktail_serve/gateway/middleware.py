@@ -14,6 +14,7 @@ from cocktail_serve import logs
 from cocktail_serve.errors import ModelNotReadyError, PayloadTooLargeError
 from cocktail_serve.gateway.error_handlers import error_response, internal_error_response
 from cocktail_serve.gateway.lifecycle import OPERATIONS, Lifecycle
+from cocktail_serve.gateway.metering import Ticket
 from cocktail_serve.gateway.metrics import GatewayMetrics
 
 logger = logging.getLogger(__name__)
@@ -28,8 +29,9 @@ class RequestBoundary:
     """Names each request, counts it, and turns what nobody caught into a 500.
 
     Outermost, so that every answer carries `x-request-id`: the client's own where it sent a printable one.
-    Puts into `scope["state"]`: `request_id`, and `started_at` (seconds, `time.perf_counter`). Reads `pool` from there
-    for the counters; routes set it once they know it.
+    Puts into `scope["state"]`: `request_id`, and `started_at` (seconds, `time.perf_counter`). Reads from there what
+    routes set once they know it: `pool` for the counters, `headers` that every answer gets, and the `ticket` of a
+    request to a model, which it closes.
     """
 
     def __init__(self, app: ASGIApp, *, metrics: GatewayMetrics, lifecycle: Lifecycle) -> None:
@@ -49,12 +51,17 @@ class RequestBoundary:
         logs.request_id.set(state["request_id"])
         is_work = scope["path"] not in OPERATIONS
         status = CLIENT_GONE
+        has_client_left = False
 
         async def send_named(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                message["headers"] = [*message.get("headers", ()), (b"x-request-id", request_id)]
+                message["headers"] = [
+                    *message.get("headers", ()),
+                    (b"x-request-id", request_id),
+                    *state.get("headers", ()),
+                ]
             await send(message)
 
         self._lifecycle.num_open += is_work
@@ -64,12 +71,16 @@ class RequestBoundary:
             else:
                 await self._app(scope, receive, send_named)
         except ClientDisconnect:
+            has_client_left = True
             logger.debug("request %s: the client left before its answer was complete", state["request_id"])
         except Exception:
             logger.exception("request %s: %s %s failed", state["request_id"], scope["method"], _route(scope))
             if status == CLIENT_GONE:  # nothing was sent yet
                 await internal_error_response()(scope, receive, send_named)
         finally:
+            ticket: Ticket | None = state.get("ticket")
+            if ticket is not None:
+                ticket.close(has_client_left=has_client_left)
             self._lifecycle.num_open -= is_work
             route, pool = _route(scope), state.get("pool", "")
             self._metrics.count_request(route=route, status=status, pool=pool)

@@ -32,6 +32,17 @@ _HEADERS: dict[int, dict[str, Any]] = {
     503: {"Retry-After": {"schema": {"type": "integer", "minimum": 1, "maximum": 120}}},
 }
 
+_RATE_HEADERS: dict[str, Any] = {
+    f"x-ratelimit-{what}-{of}": {"description": meaning, "schema": {"type": kind}}
+    for of in ("requests", "tokens")
+    for what, kind, meaning in (
+        ("limit", "integer", f"{of.capitalize()} a minute that the tenant may use; sent where it has such a limit."),
+        ("remaining", "integer", "What is left of them now."),
+        ("reset", "string", "How long until all are there again, as `6m0s` or `20ms`."),
+    )
+}
+_HEADERS[429] |= _RATE_HEADERS
+
 _EVERYWHERE = (400, 401, 403, 500)
 _ENGINE = (404, 409, 413, 422, 429, 502, 503, 504)
 

@@ -20,8 +20,10 @@ from cocktail_serve.errors import NotFoundError
 from cocktail_serve.finetuning.files import Files
 from cocktail_serve.gateway.authentication import Authenticator, Caller
 from cocktail_serve.gateway.lifecycle import Lifecycle
+from cocktail_serve.gateway.metering import Meter
 from cocktail_serve.gateway.metrics import GatewayMetrics
 from cocktail_serve.pool import Pool
+from cocktail_serve.tenants.limit_book import LimitBook
 from cocktail_serve.tenants.store import TenantStore
 
 
@@ -43,6 +45,8 @@ class Gateway:
     lifecycle: Lifecycle
     tenants: TenantStore
     authenticator: Authenticator
+    limits: LimitBook
+    meter: Meter
     pool_configs: Mapping[str, PoolConfig] = field(init=False)
     parsing: Executor = field(default_factory=lambda: ThreadPoolExecutor(1, "cocktail-parse"), repr=False)
 
@@ -116,14 +120,16 @@ async def tenant_of(caller: CallerDep) -> str:
 TenantDep = Annotated[str, Depends(tenant_of)]
 
 
-async def creator_of(caller: CallerDep) -> str:
+async def creator_of(request: Request, gateway: GatewayDep, caller: CallerDep) -> str:
     """Whose request it is that makes, changes or deletes something.
 
     Raises:
         AuthenticationError: as `caller_of`.
         PermissionDeniedError: the key lacks the scope `create`.
+        RateLimitError: over the tenant's requests a minute.
     """
     caller.require("create")
+    gateway.meter.admit_change(request, caller)
     return caller.tenant
 
 

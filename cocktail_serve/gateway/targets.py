@@ -55,15 +55,16 @@ async def requested_pool(gateway: Gateway, caller: Caller, body: Mapping[str, An
     return pool
 
 
-async def served_model(gateway: Gateway, tenant: str, body: Mapping[str, Any]) -> Served:
+async def served_model(gateway: Gateway, caller: Caller, body: Mapping[str, Any]) -> Served:
     """The model of a request that passed `requested_pool`; an inline cocktail is mixed on first use.
 
     Raises:
         ModelNotReadyError: it is still being made.
+        QuotaExceededError, RateLimitError: over a limit of the tenant.
         CocktailError: what is wrong with the inline cocktail.
     """
     cocktail = body.get("cocktail")
     if cocktail is None:
-        return gateway.service.resolve(tenant, body["model"])
+        return gateway.service.resolve(caller.tenant, body["model"])
     request = await gateway.parse_inline(cocktail, gateway.pools[body["model"]])
-    return await gateway.service.inline(tenant, request)
+    return await gateway.service.inline(caller.tenant, request, key_id=caller.key_id)

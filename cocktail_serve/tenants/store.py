@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 from sqlalchemy import insert, select, update
 from sqlalchemy.engine import RowMapping
@@ -23,11 +24,16 @@ class Tenant:
     Attributes:
         pools: ids of the pools it may use; None: all.
         created_at: seconds since the epoch.
+        limits: where its limits are not the configuration's, by name; a limit of None: it has none.
     """
 
     name: str
     pools: frozenset[str] | None
     created_at: float
+    limits: Mapping[str, int | None] | None = None
+
+
+Unchanged = Literal["unchanged"]
 
 
 class TenantStore:
@@ -126,31 +132,42 @@ class TenantStore:
         """All tenants by name."""
         async with self._database.read() as connection:
             rows = (await connection.execute(select(tables.tenants).order_by(tables.tenants.c.name))).mappings()
-            return [Tenant(row["name"], _pools(row["pools"]), row["created_at"]) for row in rows]
+            return [_tenant(row) for row in rows]
 
     @to_the_end
-    async def allow_pools(self, tenant: str, pools: Iterable[str] | None) -> Tenant:
-        """Says which pools a tenant may use, None: all; makes the tenant if there is none of that name.
+    async def change_tenant(
+        self,
+        name: str,
+        *,
+        pools: Iterable[str] | Unchanged | None = "unchanged",
+        limits: Mapping[str, int | None] | Unchanged | None = "unchanged",
+    ) -> Tenant:
+        """Changes what a tenant may use; makes the tenant if there is none of that name.
+
+        Args:
+            pools: ids of the pools that are there for it; None: all.
+            limits: those that are not the configuration's, by name; None: all are.
 
         Raises:
             InvalidRequestError: not a tenant's name.
         """
-        check_tenant(tenant)
-        allowed = None if pools is None else sorted(set(pools))
+        check_tenant(name)
+        changes: dict[str, Any] = {}
+        if pools != "unchanged":
+            changes["pools"] = None if pools is None else sorted(set(pools))
+        if limits != "unchanged":
+            changes["limits"] = dict(limits) if limits else None
+        of_name = tables.tenants.c.name == name
         async with self._database.write() as connection:
-            created_at = await self._ensure_tenant(connection, tenant, self._clock())
-            await connection.execute(
-                update(tables.tenants).where(tables.tenants.c.name == tenant).values(pools=allowed)
-            )
-        return Tenant(tenant, _pools(allowed), created_at)
+            await self._ensure_tenant(connection, name, self._clock())
+            if changes:
+                await connection.execute(update(tables.tenants).where(of_name).values(changes))
+            return _tenant((await connection.execute(select(tables.tenants).where(of_name))).mappings().one())
 
-    async def _ensure_tenant(self, connection: AsyncConnection, name: str, now: float) -> float:
-        query = select(tables.tenants.c.created_at).where(tables.tenants.c.name == name)
-        created_at: float | None = (await connection.execute(query)).scalar_one_or_none()
-        if created_at is None:
-            await connection.execute(insert(tables.tenants).values(name=name, pools=None, created_at=now))
-            return now
-        return created_at
+    async def _ensure_tenant(self, connection: AsyncConnection, name: str, now: float) -> None:
+        query = select(tables.tenants.c.name).where(tables.tenants.c.name == name)
+        if (await connection.execute(query)).first() is None:
+            await connection.execute(insert(tables.tenants).values(name=name, created_at=now))
 
     async def _add(
         self, connection: AsyncConnection, tenant: str, scopes: Iterable[Scope], now: float, lifetime_s: float | None
@@ -199,6 +216,10 @@ def _key(row: RowMapping) -> Key:
         expires_at=row["expires_at"],
         revoked_at=row["revoked_at"],
     )
+
+
+def _tenant(row: RowMapping) -> Tenant:
+    return Tenant(row["name"], _pools(row["pools"]), row["created_at"], row["limits"])
 
 
 def _pools(pools: Iterable[str] | None) -> frozenset[str] | None:

@@ -9,7 +9,7 @@ import pytest
 
 from cocktail_serve.errors import ContextLengthError, EngineError, InvalidRequestError, ModelNotReadyError
 from cocktail_serve.gateway.answers import AnswerRewriter, upstream_error
-from cocktail_serve.gateway.field_policy import FIELD_POLICY, apply_field_policy
+from cocktail_serve.gateway.field_policy import FIELD_POLICY, Outgoing, apply_field_policy
 
 CHAT: dict[str, Any] = {"model": "flan", "messages": [{"role": "user", "content": "hi"}]}
 
@@ -60,24 +60,26 @@ def test_all_else_passes_and_the_request_stays_as_it_was() -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "sent", "shows"),
+    ("options", "shows"),
     [
-        (None, {"include_usage": True}, False),
-        ({}, {"include_usage": True}, False),
-        ({"include_usage": None}, {"include_usage": True}, False),
-        ({"include_usage": True}, {"include_usage": True}, True),
-        (
-            {"include_usage": True, "continuous_usage_stats": True},
-            {"include_usage": True, "continuous_usage_stats": True},
-            True,
-        ),
-        ({"include_usage": False, "continuous_usage_stats": True}, {"include_usage": True}, False),
+        (None, (False, False)),
+        ({}, (False, False)),
+        ({"include_usage": None}, (False, False)),
+        ({"include_usage": True}, (True, False)),
+        ({"include_usage": True, "continuous_usage_stats": True}, (True, True)),
+        ({"include_usage": False, "continuous_usage_stats": True}, (False, False)),
+        ({"continuous_usage_stats": False}, (False, False)),
     ],
 )
-def test_usage_is_always_asked_of_the_engine(options: Any, sent: Any, shows: bool) -> None:
+def test_usage_is_always_asked_of_the_engine(options: Any, shows: tuple[bool, bool]) -> None:
     outgoing = apply_field_policy(CHAT | {"stream": True, "stream_options": options}, allow_chat_template=False)
-    assert outgoing.body["stream_options"] == sent
-    assert outgoing.shows_usage is shows
+    assert outgoing.body["stream_options"] == {"include_usage": True, "continuous_usage_stats": True}
+    assert (outgoing.shows_usage, outgoing.shows_usage_in_chunks) == shows
+
+
+def test_other_stream_options_pass() -> None:
+    body = CHAT | {"stream": True, "stream_options": {"new": 1}}
+    assert apply_field_policy(body, allow_chat_template=False).body["stream_options"]["new"] == 1
 
 
 def test_without_a_stream_its_options_are_the_engines_to_judge() -> None:
@@ -93,6 +95,10 @@ def test_without_a_stream_its_options_are_the_engines_to_judge() -> None:
         ({"stream": 1}, "stream"),
         ({"stream": True, "stream_options": [1]}, "stream_options"),
         ({"stream": True, "stream_options": {"include_usage": "yes"}}, "stream_options.include_usage"),
+        (
+            {"stream": True, "stream_options": {"include_usage": True, "continuous_usage_stats": 1}},
+            "stream_options.continuous_usage_stats",
+        ),
         ({"cache_salt": 7}, "cache_salt"),
         ({"cache_salt": ""}, "cache_salt"),
     ],
@@ -103,8 +109,12 @@ def test_fields_of_ours_have_their_types(fields: dict[str, Any], param: str) -> 
     assert caught.value.param == param
 
 
-def rewritten(chunk: dict[str, Any], *, shows_usage: bool) -> dict[str, Any] | None:
-    payload = AnswerRewriter("flan@1a2b3c4d", shows_usage=shows_usage).chunk(orjson.dumps(chunk))
+def make_rewriter(*, shows_usage: bool = False, shows_each: bool = False, n: int = 1) -> AnswerRewriter:
+    return AnswerRewriter("flan@1a2b3c4d", Outgoing({"n": n}, True, shows_usage, shows_each))
+
+
+def rewritten(chunk: dict[str, Any], *, shows_usage: bool, shows_each: bool = False) -> dict[str, Any] | None:
+    payload = make_rewriter(shows_usage=shows_usage, shows_each=shows_each).chunk(orjson.dumps(chunk))
     return None if payload is None else orjson.loads(payload)
 
 
@@ -123,26 +133,44 @@ def test_chunks_name_the_version() -> None:
 def test_usage_hidden() -> None:
     assert rewritten(CHUNK, shows_usage=False) == CHUNK | {"model": "flan@1a2b3c4d"}
     assert rewritten(CHUNK | {"usage": None}, shows_usage=False) == CHUNK | {"model": "flan@1a2b3c4d"}
+    assert rewritten(CHUNK | {"usage": USAGE}, shows_usage=False) == CHUNK | {"model": "flan@1a2b3c4d"}
     assert rewritten(CHUNK | {"choices": [], "usage": USAGE}, shows_usage=False) is None
 
 
 def test_usage_shown() -> None:
-    plain = rewritten(CHUNK, shows_usage=True)
-    assert plain is not None
-    assert plain["usage"] is None
+    for chunk in (CHUNK, CHUNK | {"usage": USAGE}):
+        plain = rewritten(chunk, shows_usage=True)
+        assert plain is not None
+        assert plain["usage"] is None
+    continuous = rewritten(CHUNK | {"usage": USAGE}, shows_usage=True, shows_each=True)
+    assert continuous is not None
+    assert continuous["usage"] == USAGE
     last = rewritten(CHUNK | {"choices": [], "usage": USAGE}, shows_usage=True)
     assert last is not None
     assert last["usage"] == USAGE
 
 
 def test_tokens_are_counted_though_hidden() -> None:
-    rewriter = AnswerRewriter("flan", shows_usage=False)
+    rewriter = make_rewriter()
+    assert not rewriter.is_counted
     rewriter.chunk(orjson.dumps(CHUNK | {"choices": [], "usage": USAGE}))
+    assert rewriter.is_counted
     assert (rewriter.num_prompt_tokens, rewriter.num_completion_tokens) == (3, 5)
 
 
+def test_a_stream_that_broke_off_is_counted_by_what_its_choices_said_last() -> None:
+    rewriter = make_rewriter(n=2)
+    # two prompts of 3 and 4 tokens, two choices each: vLLM numbers the choices through
+    for index, num_in, num_out in ((0, 3, 1), (1, 3, 1), (2, 4, 1), (0, 3, 2), (3, 4, 6)):
+        usage = {"prompt_tokens": num_in, "completion_tokens": num_out}
+        rewriter.chunk(orjson.dumps({"choices": [{"index": index}], "usage": usage}))
+    assert (rewriter.num_prompt_tokens, rewriter.num_completion_tokens) == (7, 10)
+    rewriter.chunk(orjson.dumps({"choices": [], "usage": {"prompt_tokens": 7, "completion_tokens": 11}}))
+    assert (rewriter.num_prompt_tokens, rewriter.num_completion_tokens) == (7, 11), "the engine's total, once there"
+
+
 def test_whole_answers() -> None:
-    rewriter = AnswerRewriter("flan@1a2b3c4d", shows_usage=False)
+    rewriter = make_rewriter()
     answer = {"id": "c", "model": "engine", "choices": [], "usage": USAGE, "kept": [1.5, None]}
     assert orjson.loads(rewriter.whole(200, orjson.dumps(answer))) == answer | {"model": "flan@1a2b3c4d"}
     assert rewriter.num_completion_tokens == 5
@@ -171,9 +199,9 @@ def test_engine_errors(status: int, code: int | str, message: str, expected: typ
 @pytest.mark.parametrize("raw", [b"", b"<html>", b"[]", b'"x"'])
 def test_answers_that_are_no_json_objects(raw: bytes) -> None:
     with pytest.raises(EngineError):
-        AnswerRewriter("flan", shows_usage=False).whole(200, raw)
+        make_rewriter().whole(200, raw)
     with pytest.raises(EngineError):
-        AnswerRewriter("flan", shows_usage=False).chunk(raw)
+        make_rewriter().chunk(raw)
 
 
 def test_errors_inside_streams() -> None:

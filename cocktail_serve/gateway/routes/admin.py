@@ -61,12 +61,14 @@ async def rotate_key(gateway: GatewayDep, key_id: str, body: JSONObject) -> Crea
 @router.get("/tenants", responses=error_responses())
 async def list_tenants(gateway: GatewayDep) -> TenantList:
     """All tenants that have, or had, a key or a limit to certain pools."""
-    return TenantList(data=[TenantView.of(tenant) for tenant in await gateway.tenants.tenants()])
+    return TenantList(
+        data=[TenantView.of(tenant, gateway.limits.of(tenant.name)) for tenant in await gateway.tenants.tenants()]
+    )
 
 
 @router.put("/tenants/{name}", responses=error_responses(404, 413), openapi_extra=json_request(TenantBody))
 async def update_tenant(gateway: GatewayDep, name: str, body: JSONObject) -> TenantView:
-    """Says which pools a tenant may use; for it, others are not there."""
+    """Says which pools a tenant may use (others are not there for it), and which limits it has."""
     wanted = parse_as(TenantBody, body)
     unknown = sorted(set(wanted.pools or ()) - gateway.pools.keys())
     if unknown:
@@ -74,6 +76,7 @@ async def update_tenant(gateway: GatewayDep, name: str, body: JSONObject) -> Ten
         raise NotFoundError(
             f"there is no pool {unknown[0]!r}; there are: {known}", param="pools", code="pool_not_found"
         )
-    tenant = await gateway.tenants.allow_pools(name, wanted.pools)
+    tenant = await gateway.tenants.change_tenant(name, **wanted.changes)
     gateway.authenticator.forget_tenant(name)
-    return TenantView.of(tenant)
+    gateway.limits.set(name, tenant.limits)
+    return TenantView.of(tenant, gateway.limits.of(name))

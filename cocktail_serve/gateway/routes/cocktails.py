@@ -63,7 +63,7 @@ async def create_cocktail(
         response.status_code = 200
         async with ended_with_client(request.receive):
             return WeighingView.of(await gateway.service.dry_run(tenant, wanted))
-    cocktail, existed = await gateway.service.create(tenant, wanted)
+    cocktail, existed = await gateway.service.create(tenant, wanted, key_id=caller.key_id)
     if wait and not cocktail.is_final:
         # the job goes on when the client leaves: only the waiting ends
         async with ended_with_client(request.receive):
@@ -117,7 +117,7 @@ async def retrieve_report(gateway: GatewayDep, tenant: TenantDep, ref: str) -> C
 
 
 @router.patch(
-    "/v1/cocktails/{name}", responses=error_responses(404, 409, 413), openapi_extra=json_request(CurrentVersion)
+    "/v1/cocktails/{name}", responses=error_responses(404, 409, 413, 429), openapi_extra=json_request(CurrentVersion)
 )
 async def update_cocktail(gateway: GatewayDep, tenant: CreatorDep, name: str, body: JSONObject) -> CocktailView:
     """Says which version the name means: a ready one, or null for the newest."""
@@ -125,7 +125,7 @@ async def update_cocktail(gateway: GatewayDep, tenant: CreatorDep, name: str, bo
     return CocktailView.of(await gateway.service.set_current(tenant, name, wanted.current))
 
 
-@router.delete("/v1/cocktails/{ref}", responses=error_responses(403, 404))
+@router.delete("/v1/cocktails/{ref}", responses=error_responses(404, 429))
 async def delete_cocktail(gateway: GatewayDep, tenant: CreatorDep, ref: str) -> CocktailDeleted:
     """Deletes a version, or all versions of a name, with examples and losses."""
     await gateway.service.delete(tenant, ref)

@@ -38,6 +38,7 @@ async def create_embeddings(request: Request) -> Response:
     gateway = await gateway_of(request)
     caller = await caller_of(request)
     body = await json_object(request)
+    ticket = await gateway.meter.admit(request, caller, body)
     wanted = parse_as(EmbeddingRequest, body)
     pool = await requested_pool(gateway, caller, body, kind="encoder")
     request.state.pool = pool.id
@@ -47,7 +48,7 @@ async def create_embeddings(request: Request) -> Response:
     prompt = prompt_of(wanted.prompt_name, config, inputs)
     truncate_to = truncation(wanted.truncate_prompt_tokens, max_length=engine.max_length, truncate=config.truncate)
     dimensions = dimensions_to_keep(wanted.dimensions, full=engine.dimension, pool=config)
-    served = await served_model(gateway, caller.tenant, body)
+    served = await served_model(gateway, caller, body)
     async with ended_with_client(request.receive):
         embedded = await engine.embed(
             served.recipe,
@@ -57,7 +58,7 @@ async def create_embeddings(request: Request) -> Response:
             dimensions=dimensions,
             tenant=caller.tenant,
         )
-    gateway.metrics.count_tokens(pool.id, num_in=embedded.num_tokens)
+    ticket.used(served, num_in=embedded.num_tokens)
     gateway.metrics.observe_first_token(pool.id, time.perf_counter() - request.state.started_at)
     encode = partial(
         encode_answer,

@@ -26,7 +26,7 @@ MAX_FIELDS = 16
 MAX_FILENAME = 255
 
 
-@router.post("/v1/files", responses=error_responses(413), openapi_extra=form_request(FileUpload))
+@router.post("/v1/files", responses=error_responses(413, 429), openapi_extra=form_request(FileUpload))
 async def upload_file(gateway: GatewayDep, tenant: CreatorDep, request: Request) -> FileView:
     """Keeps a JSONL file of examples, once every line of it is one."""
     form = await _form(request)
@@ -83,7 +83,7 @@ async def retrieve_file_content(gateway: GatewayDep, tenant: TenantDep, file_id:
     return Response(await gateway.files.content(tenant, file_id), media_type="application/octet-stream")
 
 
-@router.delete("/v1/files/{file_id}", responses=error_responses(404))
+@router.delete("/v1/files/{file_id}", responses=error_responses(404, 429))
 async def delete_file(gateway: GatewayDep, tenant: CreatorDep, file_id: str) -> FileDeleted:
     """Deletes a file and its content; models made from it stay, with the examples they were made from."""
     await gateway.files.delete(tenant, file_id)

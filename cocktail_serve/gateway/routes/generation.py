@@ -54,12 +54,19 @@ async def _generate(request: Request, path: str) -> Response:
     gateway = await gateway_of(request)
     caller = await caller_of(request)
     body = await json_object(request)
+    ticket = await gateway.meter.admit(request, caller, body)
     pool = await requested_pool(gateway, caller, body, kind="decoder")
     request.state.pool = pool.id
     engine_config = gateway.pool_configs[pool.id].engine
     assert isinstance(engine_config, VLLMEngineConfig)  # the configuration lets no decoder have another
     outgoing = apply_field_policy(body, allow_chat_template=engine_config.allow_chat_template)
-    served = await served_model(gateway, caller.tenant, body)
+    served = await served_model(gateway, caller, body)
     return GenerationResponse(
-        gateway.generation_engine(pool.id), served, path, outgoing, tenant=caller.tenant, metrics=gateway.metrics
+        gateway.generation_engine(pool.id),
+        served,
+        path,
+        outgoing,
+        tenant=caller.tenant,
+        ticket=ticket,
+        metrics=gateway.metrics,
     )

@@ -29,7 +29,7 @@ async def retrieve_model(gateway: GatewayDep, caller: CallerDep, model_id: str) 
     return _view(_entry(gateway, caller, model_id), caller.tenant, gateway.pools)
 
 
-@router.delete("/v1/models/{model_id:path}", responses=error_responses(403, 404))
+@router.delete("/v1/models/{model_id:path}", responses=error_responses(404, 429))
 async def delete_model(gateway: GatewayDep, caller: CallerDep, tenant: CreatorDep, model_id: str) -> ModelDeleted:
     """Deletes a cocktail's version, or all versions of a name."""
     _entry(gateway, caller, model_id)

@@ -32,6 +32,7 @@ async def rerank(request: Request) -> Response:
     gateway = await gateway_of(request)
     caller = await caller_of(request)
     body = await json_object(request)
+    ticket = await gateway.meter.admit(request, caller, body)
     wanted = parse_as(RerankRequest, body)
     pool = await requested_pool(gateway, caller, body, kind="reranker")
     request.state.pool = pool.id
@@ -42,7 +43,7 @@ async def rerank(request: Request) -> Response:
         max_length=engine.max_length,
         truncate=gateway.pool_configs[pool.id].truncate,
     )
-    served = await served_model(gateway, caller.tenant, body)
+    served = await served_model(gateway, caller, body)
     async with ended_with_client(request.receive):
         reranked = await engine.rerank(
             served.recipe,
@@ -52,7 +53,7 @@ async def rerank(request: Request) -> Response:
             use_activation=wanted.use_activation is not False,
             tenant=caller.tenant,
         )
-    gateway.metrics.count_tokens(pool.id, num_in=reranked.num_tokens)
+    ticket.used(served, num_in=reranked.num_tokens)
     gateway.metrics.observe_first_token(pool.id, time.perf_counter() - request.state.started_at)
     answer = encode_answer(
         reranked,

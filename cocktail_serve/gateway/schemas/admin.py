@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import time
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from cocktail_serve.config import Limits
 from cocktail_serve.tenants.keys import DEFAULT_SCOPES, Key, Scope
 from cocktail_serve.tenants.store import Tenant
 
@@ -40,9 +41,24 @@ class RotationBody(_Body):
 
 
 class TenantBody(_Body):
-    """Body of `PUT /admin/tenants/{name}`."""
+    """Body of `PUT /admin/tenants/{name}`. What is left out stays as it is."""
 
-    pools: list[str] | None = Field(description="Ids of the pools it may use; null: all.")
+    pools: list[str] | None = Field(None, description="Ids of the pools it may use; null: all.")
+    limits: Limits | None = Field(
+        None,
+        description="Limits that are not the configuration's: a number, or null for none. Limits left out of it, and "
+        "all with null, are the configuration's.",
+    )
+
+    @property
+    def changes(self) -> dict[str, Any]:
+        """What is to be changed, as `TenantStore.change_tenant` takes it."""
+        changes: dict[str, Any] = {}
+        if "pools" in self.model_fields_set:
+            changes["pools"] = self.pools
+        if "limits" in self.model_fields_set:
+            changes["limits"] = None if self.limits is None else self.limits.model_dump(exclude_unset=True)
+        return changes
 
 
 class KeyView(BaseModel):
@@ -86,12 +102,19 @@ class TenantView(BaseModel):
     object: Literal["tenant"] = "tenant"
     name: str
     pools: list[str] | None = Field(description="Ids of the pools it may use; null: all.")
+    limits: dict[str, int | None] = Field(description="Its limits; null: none.")
+    own_limits: list[str] = Field(description="Those of them that are not the configuration's.")
     created_at: int = Field(description="Unix time, seconds.")
 
     @classmethod
-    def of(cls, tenant: Tenant) -> Self:
-        pools = None if tenant.pools is None else sorted(tenant.pools)
-        return cls(name=tenant.name, pools=pools, created_at=int(tenant.created_at))
+    def of(cls, tenant: Tenant, limits: Limits) -> Self:
+        return cls(
+            name=tenant.name,
+            pools=None if tenant.pools is None else sorted(tenant.pools),
+            limits=limits.model_dump(),
+            own_limits=sorted(tenant.limits or ()),
+            created_at=int(tenant.created_at),
+        )
 
 
 class TenantList(BaseModel):

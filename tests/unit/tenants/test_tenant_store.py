@@ -125,7 +125,7 @@ async def test_pools_of_a_tenant_come_with_its_keys(world: World) -> None:
     assert found is not None
     assert found[1].pools is None
     for pools in (frozenset({"flan", "bge"}), frozenset(), None):
-        await world.store.allow_pools("acme", pools)
+        await world.store.change_tenant("acme", pools=pools)
         found = await world.store.find(key.id)
         assert found is not None
         assert found[1].pools == pools

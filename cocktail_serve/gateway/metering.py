@@ -1,0 +1,113 @@
+"""What a request uses, from its admission to its end: held against the tenant's limits, and counted."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from fastapi import Request
+
+from cocktail_serve.cocktails.cocktail import Served
+from cocktail_serve.gateway.authentication import Caller
+from cocktail_serve.gateway.metrics import GatewayMetrics
+from cocktail_serve.tenants.limits import Admission, Limiter, Rate, Standing
+
+BYTES_PER_TOKEN = 4
+"""Of a request's body, for the estimate that is reserved until the engine has said what it read."""
+
+
+class Ticket:
+    """One request to a model. `RequestBoundary` closes it when the answer has ended, however that came."""
+
+    __slots__ = ("_admission", "_caller", "_meter", "_num_tokens")
+
+    def __init__(self, meter: Meter, caller: Caller, admission: Admission) -> None:
+        self._meter = meter
+        self._caller = caller
+        self._admission = admission
+        self._num_tokens: int | None = None
+
+    def used(self, served: Served, *, num_in: int, num_out: int = 0) -> None:
+        """The engine has read and generated so many tokens; also where the answer broke off."""
+        self._num_tokens = num_in + num_out
+        self._meter.count_tokens(self._caller, served, num_in=num_in, num_out=num_out)
+
+    def close(self, *, has_client_left: bool) -> None:
+        """The request has ended. A client that left before the engine said anything is charged the estimate."""
+        is_unknown = self._num_tokens is None and has_client_left
+        self._admission.end(None if is_unknown else self._num_tokens or 0)
+
+
+class Meter:
+    """Admits requests and counts what they use."""
+
+    def __init__(self, limiter: Limiter, metrics: GatewayMetrics) -> None:
+        self._limiter = limiter
+        self._metrics = metrics
+
+    async def admit(self, request: Request, caller: Caller, body: Mapping[str, Any]) -> Ticket:
+        """A request to a model, whose body was read. To be called before any work is done for it.
+
+        Raises:
+            RateLimitError: over a limit of the tenant.
+        """
+        admission = self._limiter.admit_model_request(
+            caller.tenant, num_tokens=_estimate(body, num_bytes=len(await request.body()))
+        )
+        ticket = Ticket(self, caller, admission)
+        request.state.ticket = ticket
+        _let_in(request, admission)
+        return ticket
+
+    def admit_change(self, request: Request, caller: Caller) -> None:
+        """A request that makes, changes or deletes something.
+
+        Raises:
+            RateLimitError: over a limit of the tenant.
+        """
+        _let_in(request, self._limiter.admit_change(caller.tenant))
+
+    def count_tokens(self, caller: Caller, served: Served, *, num_in: int, num_out: int) -> None:
+        """Adds to the counters."""
+        self._metrics.count_tokens(served.pool.id, num_in=num_in, num_out=num_out)
+
+
+def _let_in(request: Request, admission: Admission) -> None:
+    request.state.headers = list(_headers(admission.standing))
+    if admission.refusal is not None:
+        raise admission.refusal
+
+
+def _estimate(body: Mapping[str, Any], *, num_bytes: int) -> int:
+    """Tokens that a request may read and generate: a quarter of its bytes, and the most that it asks for."""
+    most = body.get("max_completion_tokens") or body.get("max_tokens")
+    choices = body.get("n")
+    num_out = most if isinstance(most, int) and most > 0 else 0
+    return num_bytes // BYTES_PER_TOKEN + num_out * (choices if isinstance(choices, int) and choices > 0 else 1)
+
+
+def _headers(standing: Standing) -> Iterator[tuple[bytes, bytes]]:
+    """OpenAI's headers, for the limits that the tenant has."""
+    for name, rate in (("requests", standing.requests), ("tokens", standing.tokens)):
+        if rate is not None:
+            yield from _headers_of(name, rate)
+
+
+def _headers_of(name: str, rate: Rate) -> Iterator[tuple[bytes, bytes]]:
+    yield f"x-ratelimit-limit-{name}".encode(), str(rate.limit).encode()
+    yield f"x-ratelimit-remaining-{name}".encode(), str(rate.remaining).encode()
+    yield f"x-ratelimit-reset-{name}".encode(), format_duration(rate.reset_s).encode()
+
+
+def format_duration(seconds: float) -> str:
+    """`6m0s`, `1.5s`, `20ms`: as OpenAI writes them. Rounded up to a millisecond, or to a tenth above a second."""
+    milliseconds = int(-(-seconds * 1000 // 1))
+    if milliseconds < 1000:
+        return f"{milliseconds}ms"
+    tenths = -(-milliseconds // 100)
+    minutes, tenths = divmod(tenths, 600)
+    hours, minutes = divmod(minutes, 60)
+    shown = f"{tenths / 10:g}s"
+    if hours:
+        return f"{hours}h{minutes}m{shown}"
+    return f"{minutes}m{shown}" if minutes else shown

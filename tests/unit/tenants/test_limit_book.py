@@ -1,0 +1,110 @@
+"""Which limits a tenant has: the configuration's, the operator's over them, and what holds when the store is gone."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+
+import pytest
+
+from cocktail_serve.config import Limits
+from cocktail_serve.database.database import Database
+from cocktail_serve.errors import StorageError
+from cocktail_serve.tenants import limit_book
+from cocktail_serve.tenants.limit_book import LimitBook
+from cocktail_serve.tenants.store import TenantStore
+
+DEFAULTS = Limits(requests_per_minute=60, cocktails=3)
+
+
+@pytest.fixture
+async def store(database_url: str) -> AsyncIterator[TenantStore]:
+    database = Database(database_url)
+    await database.open()
+    yield TenantStore(database)
+    await database.close()
+
+
+async def eventually(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(10):
+        while not condition():  # noqa: ASYNC110  # what changes tells nobody
+            await asyncio.sleep(0.001)
+
+
+async def test_the_configurations_unless_the_operator_said_otherwise(store: TenantStore) -> None:
+    await store.change_tenant("acme", limits={"requests_per_minute": None, "scoring_jobs": 0})
+    await store.change_tenant("other", pools=["flan"])
+    book = LimitBook(DEFAULTS, store)
+    await book.start()
+    assert book.of("acme") == Limits(cocktails=3, scoring_jobs=0)
+    assert book.of("other") == book.of("never-seen") == DEFAULTS
+    await book.stop()
+
+
+async def test_changing_pools_leaves_limits_and_the_other_way_round(store: TenantStore) -> None:
+    await store.change_tenant("acme", limits={"cocktails": 7})
+    assert (await store.change_tenant("acme", pools=["flan"])).limits == {"cocktails": 7}
+    assert (await store.change_tenant("acme", limits=None)).pools == frozenset({"flan"})
+    assert (await store.tenants())[0].limits is None
+
+
+async def test_a_change_holds_at_once_here_and_soon_elsewhere(
+    store: TenantStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(limit_book, "REFRESH_S", 0.01)
+    here, elsewhere = LimitBook(DEFAULTS, store), LimitBook(DEFAULTS, store)
+    await here.start()
+    await elsewhere.start()
+    await store.change_tenant("acme", limits={"cocktails": 7})
+    here.set("acme", {"cocktails": 7})
+    assert here.of("acme").cocktails == 7
+    await eventually(lambda: elsewhere.of("acme").cocktails == 7)
+    here.set("acme", None)
+    assert here.of("acme") == DEFAULTS
+    await here.stop()
+    await elsewhere.stop()
+
+
+async def test_a_store_that_is_gone_leaves_the_last_known_in_force(
+    store: TenantStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(limit_book, "REFRESH_S", 0.001)
+    await store.change_tenant("acme", limits={"cocktails": 7})
+    book = LimitBook(DEFAULTS, store)
+    await book.start()
+    failures = 0
+
+    async def gone() -> None:
+        nonlocal failures
+        failures += 1
+        raise StorageError("gone")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(store, "tenants", gone)
+        await eventually(lambda: failures >= 3)
+        assert book.of("acme").cocktails == 7
+    await store.change_tenant("acme", limits={"cocktails": 8})
+    await eventually(lambda: book.of("acme").cocktails == 8)
+    await book.stop()
+
+
+async def test_what_was_read_before_a_change_does_not_undo_it(
+    store: TenantStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    book = LimitBook(DEFAULTS, store)
+    read, go_on = asyncio.Event(), asyncio.Event()
+    tenants = store.tenants
+
+    async def slowly() -> object:
+        found = await tenants()
+        read.set()
+        await go_on.wait()
+        return found
+
+    monkeypatch.setattr(store, "tenants", slowly)
+    refreshing = asyncio.create_task(book._refresh())
+    await read.wait()
+    book.set("acme", {"cocktails": 9})
+    go_on.set()
+    await refreshing
+    assert book.of("acme").cocktails == 9
