@@ -31,12 +31,14 @@ class RunningServer:
     Attributes:
         url: `http://127.0.0.1:<port>`.
         process: the gateway.
+        log: its output.
         http: a client whose base URL is `url`.
     """
 
-    def __init__(self, url: str, process: subprocess.Popen[bytes], http: httpx.Client) -> None:
+    def __init__(self, url: str, process: subprocess.Popen[bytes], http: httpx.Client, *, log: Path) -> None:
         self.url = url
         self.process = process
+        self.log = log
         self.http = http
 
     def post(self, path: str, body: Any) -> Any:
@@ -85,7 +87,7 @@ def running_server(
     try:
         with httpx.Client(base_url=url, timeout=300) as http:
             _until_ready(http, process, log, timeout_s)
-            yield RunningServer(url, process, http)
+            yield RunningServer(url, process, http, log=log)
     finally:
         _end(process)
 

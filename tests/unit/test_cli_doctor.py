@@ -1,12 +1,18 @@
 """`doctor`: problems are found before a server is started."""
 
+import asyncio
 import json
 import socket
+import sqlite3
+from contextlib import closing
 
 import pytest
 import yaml
+from sqlalchemy import insert
 
 from cocktail_serve.cli import doctor, main
+from cocktail_serve.database import tables
+from cocktail_serve.database.database import Database
 from cocktail_serve.merging import native
 from tests.models import make_decoder, make_encoder_pool
 
@@ -104,3 +110,48 @@ def test_it_says_what_is_wrong_on_a_screen(write_config, capsys):
     out = capsys.readouterr().out
     assert "✗ configuration" in out
     assert "✓ python" in out
+
+
+def test_roots_of_experts_are_looked_at(write_config, tmp_path, capsys):
+    fine, loose = tmp_path / "fine", tmp_path / "loose"
+    fine.mkdir(mode=0o755)
+    loose.mkdir()
+    loose.chmod(0o777)
+    roots = [str(fine), str(loose), str(tmp_path / "none")]
+    code, checks = run(capsys, write_config(server={"port": 0, "expert_roots": roots}))
+    assert code == 1
+    assert [checks[f"expert root {root}"]["status"] for root in roots] == ["ok", "warning", "problem"]
+
+
+def test_the_registry_is_looked_at_and_none_is_made(write_config, tmp_path, capsys):
+    _, checks = run(capsys, write_config())
+    assert (checks["registry"]["status"], "not there yet" in checks["registry"]["detail"]) == ("ok", True)
+    registry = tmp_path / "cache" / "registry.sqlite"
+    assert not registry.exists()
+    asyncio.run(_make_registry(registry, expert=tmp_path / "gone"))
+    code, checks = run(capsys, write_config(server={"port": 0, "expert_roots": [str(tmp_path)]}))
+    assert (code, checks["registry"]["status"]) == (1, "ok")
+    assert checks["expert bge/new"]["status"] == "problem"
+    with closing(sqlite3.connect(registry)) as connection, connection:
+        connection.execute("UPDATE alembic_version SET version_num = '0001'")
+    _, checks = run(capsys, write_config())
+    assert checks["registry"]["status"] == "warning"
+    with closing(sqlite3.connect(registry)) as connection, connection:
+        connection.execute("UPDATE alembic_version SET version_num = '9999'")
+    code, checks = run(capsys, write_config())
+    assert (code, checks["registry"]["status"]) == (1, "problem")
+
+
+def test_a_store_that_is_not_there_is_a_problem(write_config, capsys):
+    store = {"url": "postgresql://nobody@127.0.0.1:1/none", "cache_bytes": 1000}
+    code, checks = run(capsys, write_config(store=store))
+    assert (code, checks["registry"]["status"]) == (1, "problem")
+
+
+async def _make_registry(path, *, expert):
+    database = Database(f"sqlite:///{path}")
+    await database.open()
+    async with database.write() as connection:
+        row = {"pool": "bge", "name": "new", "path": str(expert), "fingerprint": "0" * 64, "added_at": 0.0}
+        await connection.execute(insert(tables.experts).values(**row))
+    await database.close()

@@ -36,7 +36,8 @@ def needs_change(connection: Connection, *, may_change: bool) -> bool:
     if not may_change and (found or adopted):
         raise StorageError(
             f"the registry's tables are of revision {found or adopted} and this release reads {head}; "
-            "start the server of this release, which brings them up to date, and try again"
+            "start the server of this release, which brings them up to date, and try again",
+            code="registry_outdated",
         )
     return bool(found or adopted)
 
