@@ -1,0 +1,67 @@
+"""Models of a pool one after another in one place: the same parameters as a model made anew."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from cocktail_serve.checkpoints.opening import open_pool
+from cocktail_serve.config import PoolConfig
+from cocktail_serve.offline.models import TransformersModels
+from cocktail_serve.pool import Pool
+from cocktail_serve.recipe import make_recipe
+from tests.models import make_decoder_pool, make_encoder_decoder_pool
+
+MIXTURES = ({"base": 1.0}, {"base": 0.5, "one": 0.5}, {"one": 0.25, "two": 0.75}, {"base": 1.0})
+
+
+def opened(folders: dict[str, Path], kind: str, engine: str, tmp_path: Path) -> tuple[Pool, PoolConfig]:
+    experts = {name: str(folder) for name, folder in folders.items() if name != "base"}
+    config = PoolConfig.model_validate(
+        {"id": "p", "kind": kind, "base": str(folders["base"]), "experts": experts, "engine": {"type": engine}}
+    )
+    return open_pool(config, cache_dir=tmp_path / "cache"), config
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_mixture_filled_in_is_the_mixture_made_anew(tmp_path: Path, tied: bool) -> None:
+    pool, config = opened(make_decoder_pool(tmp_path, ("one", "two"), tied=tied), "decoder", "vllm", tmp_path)
+    models, used = TransformersModels(pool, config), []
+    for weights in MIXTURES:
+        recipe = make_recipe(pool, weights, dtype="float32")
+        model = models.use(recipe)
+        used.append(id(model))
+        expected = models.make(recipe)
+        ids = torch.arange(5, 15)[None]
+        assert torch.equal(model(input_ids=ids).logits, expected(input_ids=ids).logits)
+        for (name, ours), theirs in zip(model.state_dict().items(), expected.state_dict().values(), strict=True):
+            assert torch.equal(ours, theirs), name
+    assert len(set(used)) == 1, "parameters go into the model that is there"
+
+
+def test_a_checkpoint_whose_names_are_not_the_models_is_loaded_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pool, config = opened(make_decoder_pool(tmp_path, ("one", "two")), "decoder", "vllm", tmp_path)
+    models = TransformersModels(pool, config)
+    first = models.use(make_recipe(pool, {"base": 1.0}, dtype="float32"))
+    before = {name: tensor.clone() for name, tensor in first.state_dict().items()}
+    own = first.state_dict()
+    monkeypatch.setattr(first, "state_dict", lambda: {f"model.{name}": tensor for name, tensor in own.items()})
+    recipe = make_recipe(pool, {"one": 1.0}, dtype="float32")
+    second = models.use(recipe)
+    assert second is not first
+    assert all(torch.equal(tensor, before[name]) for name, tensor in own.items()), "nothing was half filled in"
+    assert torch.equal(second.lm_head.weight, models.make(recipe).lm_head.weight)
+
+
+def test_encoder_decoders_share_their_tables_after_a_swap(tmp_path: Path) -> None:
+    pool, config = opened(make_encoder_decoder_pool(tmp_path, ("one", "two")), "encoder_decoder", "offline", tmp_path)
+    models = TransformersModels(pool, config)
+    for weights in MIXTURES:
+        recipe = make_recipe(pool, weights, dtype="float32")
+        model, expected = models.use(recipe), models.make(recipe)
+        for (name, ours), theirs in zip(model.state_dict().items(), expected.state_dict().values(), strict=True):
+            assert torch.equal(ours, theirs), name
