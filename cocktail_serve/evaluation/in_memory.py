@@ -48,7 +48,7 @@ class _InMemory:
 
         def losses_of(recipe: Recipe, rows: Sequence[int] | None) -> list[float]:
             assert examples is not None
-            return self._losses(recipe, examples, rows)
+            return self.losses_of(recipe, examples, rows)
 
         weighing, _ = weigh_by(self.pool, options, None if examples is None else losses_of, self.dtype, self._report)
         recipe = recipe_of(options, self.pool, weighing.merging_weights, dtype=self.dtype)
@@ -63,9 +63,10 @@ class _InMemory:
         return Mixed(recipe, weighing.merging_weights, about)
 
     def losses(self, names: Sequence[str], examples: ExampleSet) -> dict[str, list[float]]:
-        return {name: self._losses(one_hot(self.pool, name, dtype=self.dtype), examples, None) for name in names}
+        return {name: self.losses_of(one_hot(self.pool, name, dtype=self.dtype), examples, None) for name in names}
 
-    def _losses(self, recipe: Recipe, examples: ExampleSet, rows: Sequence[int] | None) -> list[float]:
+    def losses_of(self, recipe: Recipe, examples: ExampleSet, rows: Sequence[int] | None) -> list[float]:
+        """Loss (nats) of each example under a mixture, or of those at the given indices; kept once measured."""
         key = {
             "losses": self.loss_version,
             "text": self.pool.text_digest,

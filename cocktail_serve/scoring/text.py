@@ -5,6 +5,7 @@ The same tokens are scored inside a running vLLM engine and, offline, with trans
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -79,9 +80,11 @@ def token_log_probs(model: PreTrainedModel, tokenized: Sequence[TokenizedExample
 
     Log-probabilities are taken in float32 whatever the model's dtype. Examples of like length share a batch of at most
     `MAX_BATCH_TOKENS` tokens, padded on the right, where causal attention cannot see it; so a model needs no pad token.
+    Logits are computed from the first output token of a batch on, where the model can leave out those before it.
     """
     import torch
 
+    leaves_out = "logits_to_keep" in inspect.signature(model.forward).parameters
     log_probs: dict[int, np.ndarray] = {}
     with torch.inference_mode():
         for batch in batches_by_length([len(example.token_ids) for example in tokenized]):
@@ -89,11 +92,13 @@ def token_log_probs(model: PreTrainedModel, tokenized: Sequence[TokenizedExample
             input_ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=0)
             lengths = torch.tensor([len(row) for row in rows], device=model.device)
             attention_mask = torch.arange(input_ids.shape[1], device=model.device) < lengths[:, None]
-            # [B, T, V]; position t predicts token t + 1
-            logits = model(input_ids=input_ids, attention_mask=attention_mask.long(), use_cache=False).logits
+            first = min(tokenized[index].output_start for index in batch) - 1 if leaves_out else 0
+            kept = {"logits_to_keep": input_ids.shape[1] - first} if leaves_out else {}
+            # [B, T - first, V]; position t predicts token first + t + 1
+            logits = model(input_ids=input_ids, attention_mask=attention_mask.long(), use_cache=False, **kept).logits
             for position, index in enumerate(batch):
                 start, row = tokenized[index].output_start, rows[position]
-                predicted = logits[position, start - 1 : len(row) - 1].float()
+                predicted = logits[position, start - 1 - first : len(row) - 1 - first].float()
                 losses = torch.nn.functional.cross_entropy(predicted, row[start:], reduction="none")
                 log_probs[index] = -losses.double().cpu().numpy()
     return [log_probs[index] for index in range(len(tokenized))]
