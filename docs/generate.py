@@ -21,6 +21,7 @@ from cocktail_serve.cli import app as cli_app
 from cocktail_serve.cocktails.request import CocktailBody
 from cocktail_serve.config import Settings
 from cocktail_serve.errors import CocktailError
+from cocktail_serve.finetuning.request import JobBody
 from cocktail_serve.gateway.app import create_app
 from cocktail_serve.gateway.error_handlers import HTTP_ERRORS
 from cocktail_serve.gateway.field_policy import FIELD_POLICY
@@ -150,6 +151,13 @@ def http_page() -> str:
         for method, operation in operations.items():
             statuses = ", ".join(sorted(operation["responses"]))
             parts.append(f"| `{method.upper()} {path}` | {_first_sentence(operation)} | {statuses} |\n")
+    parts.append(
+        "\n## Body of a fine-tuning job\n\nOf `POST /v1/fine_tuning/jobs`; what a job is and tells: "
+        "[how to fine-tune](../how-to/fine-tuning.md).\n\n| field | meaning |\n|---|---|\n"
+    )
+    for name, field in JobBody.model_fields.items():
+        required = " (required)" if field.is_required() else ""
+        parts.append(f"| `{name}` | {field.description or ''}{required} |\n")
     parts.append(
         "\n## Fields of chat and completion requests\n\nBodies go to vLLM's own OpenAI server. "
         "These fields are decided here; all others are passed on as they are.\n\n"

@@ -7,6 +7,7 @@ import functools
 from sqlalchemy import (
     JSON,
     BigInteger,
+    Boolean,
     Column,
     Float,
     ForeignKey,
@@ -130,6 +131,48 @@ file_contents = Table(
     Column("content", LargeBinary, nullable=False),
 )
 """By content, so that a file uploaded twice lies here once; apart from `files`, so that listing reads no content."""
+
+fine_tuning_jobs = Table(
+    "fine_tuning_jobs",
+    metadata,
+    Column("id", String(40), primary_key=True),
+    Column("tenant", TENANT, nullable=False),
+    Column("uid", String(32), ForeignKey("cocktails.uid", ondelete="SET NULL")),
+    Column("cocktail_id", String(80), nullable=False),
+    Column("request", JSON, nullable=False),
+    Column("request_digest", DIGEST, nullable=False),
+    Column("created_at", Float(53), nullable=False),
+    Column("status", String(16), nullable=False),
+    Column("finished_at", Float(53)),
+    Column("error", JSON(none_as_null=True)),
+    Index("ix_fine_tuning_jobs_tenant", "tenant", "id"),
+    Index("ix_fine_tuning_jobs_digest", "tenant", "request_digest"),
+    Index("ix_fine_tuning_jobs_uid", "uid"),
+)
+"""They outlast their cocktails; `uid` is null where the cocktail has been deleted."""
+
+_id_of_job = functools.partial(ForeignKey, "fine_tuning_jobs.id", ondelete="CASCADE")
+
+fine_tuning_metadata = Table(
+    "fine_tuning_metadata",
+    metadata,
+    Column("job_id", String(40), _id_of_job(), primary_key=True),
+    Column("key", String(64), primary_key=True),
+    Column("value", String(512), nullable=False),
+)
+"""The pairs of a job's request once more, to find jobs by."""
+
+fine_tuning_events = Table(
+    "fine_tuning_events",
+    metadata,
+    Column("job_id", String(40), _id_of_job(), primary_key=True),
+    Column("position", Integer, primary_key=True),
+    Column("created_at", Float(53), nullable=False),
+    Column("level", String(8), nullable=False),
+    Column("message", Text, nullable=False),
+    Column("data", JSON(none_as_null=True)),
+    Column("is_metrics", Boolean, nullable=False),
+)
 
 tenants = Table(
     "tenants",

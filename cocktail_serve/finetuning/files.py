@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import json
+import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -14,18 +16,27 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from cocktail_serve.database import tables
 from cocktail_serve.database.database import Database, to_the_end
-from cocktail_serve.errors import InvalidExamplesError, InvalidRequestError, NotFoundError
-from cocktail_serve.examples import parse_examples, read_jsonl
-from cocktail_serve.finetuning.ids import Order, Page, check_cursor, new_id
+from cocktail_serve.errors import InvalidExamplesError, InvalidRequestError, NotFoundError, StorageError
+from cocktail_serve.examples import parse_examples
+from cocktail_serve.finetuning.ids import Order, Page, check_cursor, is_id, new_id
 from cocktail_serve.pool import Kind
 from cocktail_serve.tenants.kept_bytes import check_example_bytes
 from cocktail_serve.tenants.limits import LimitsOf, unlimited
 
+logger = logging.getLogger(__name__)
+
 PURPOSE: Final = "fine-tune"
 """The one purpose that files have here."""
 
+PREFIX = "file"
+
 MAX_ERRORS = 5
 """Malformed lines that an error names."""
+
+
+SWEEP_S = 600.0
+"""Seconds between two looks for files that have expired. Nobody sees them from their last second on; this is about how
+long their content stays on the disk."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,14 +120,14 @@ class Files:
 
     @to_the_end
     async def add(self, tenant: str, filename: str, content: bytes, *, expires_after_s: int | None = None) -> File:
-        """Keeps a file; equal contents of one tenant are kept once. Files that have expired go on this occasion.
+        """Keeps a file; equal contents of one tenant are kept once.
 
         Raises:
             QuotaExceededError: the tenant would keep more bytes of examples than it may.
         """
         now = self._clock()
         file = File(
-            id=new_id("file"),
+            id=new_id(PREFIX),
             tenant=tenant,
             filename=filename,
             num_bytes=len(content),
@@ -126,7 +137,6 @@ class Files:
         )
         contents = tables.file_contents
         async with self._database.write() as connection:
-            await self._remove(connection, tables.files.c.expires_at <= now)
             known = select(contents.c.digest).where(contents.c.tenant == tenant, contents.c.digest == file.digest)
             if (await connection.execute(known)).first() is None:
                 limit = self._limits_of(tenant).example_bytes
@@ -146,35 +156,33 @@ class Files:
         Raises:
             NotFoundError: unknown, expired or another tenant's.
         """
+        _check_id(file_id, param)
         async with self._database.read() as connection:
             query = select(tables.files).where(*self._of(tenant), tables.files.c.id == file_id)
             row = (await connection.execute(query)).mappings().first()
         if row is None:
-            raise no_file(file_id, param)
+            raise _no_file(file_id, param)
         return File(**row)
 
     @to_the_end
     async def content(self, tenant: str, file_id: str, *, param: str | None = None) -> bytes:
         """What was uploaded, byte for byte; raises as `get`."""
+        _check_id(file_id, param)
         contents = tables.file_contents
         same = (contents.c.tenant == tables.files.c.tenant) & (contents.c.digest == tables.files.c.digest)
         query = select(contents.c.content).join(tables.files, same).where(*self._of(tenant))
         async with self._database.read() as connection:
             content = (await connection.execute(query.where(tables.files.c.id == file_id))).scalar_one_or_none()
         if content is None:
-            raise no_file(file_id, param)
+            raise _no_file(file_id, param)
         return bytes(content)
-
-    async def rows(self, tenant: str, file_id: str, *, param: str) -> Sequence[Any]:
-        """The rows of a file, which were checked when it came; raises as `get`."""
-        return read_jsonl((await self.content(tenant, file_id, param=param)).decode("utf-8-sig"))
 
     @to_the_end
     async def list(
         self, tenant: str, *, after: str | None, limit: int, order: Order, purpose: str | None = None
     ) -> Page[File]:
         """The tenant's files by the moment they came, from behind `after` on."""
-        check_cursor(after, "file")
+        check_cursor(after, PREFIX)
         if purpose not in (None, PURPOSE):
             return Page(data=(), has_more=False)
         key = tables.files.c.id
@@ -189,11 +197,29 @@ class Files:
     @to_the_end
     async def delete(self, tenant: str, file_id: str) -> None:
         """Deletes a file, and its content where no other file of the tenant has it; raises as `get`."""
+        _check_id(file_id, None)
         async with self._database.write() as connection:
             found = await self._remove(connection, *self._of(tenant), tables.files.c.id == file_id)
         if not found:
-            raise no_file(file_id, None)
+            raise _no_file(file_id, None)
         await self._database.truncate_wal()
+
+    @to_the_end
+    async def sweep(self) -> None:
+        """Deletes the files that have expired, with their contents."""
+        async with self._database.write() as connection:
+            found = await self._remove(connection, tables.files.c.expires_at <= self._clock())
+        if found:
+            await self._database.truncate_wal()
+
+    async def keep_swept(self, *, every_s: float = SWEEP_S) -> None:
+        """Sweeps now and then until it is cancelled; bears with a store that refuses."""
+        while True:
+            try:
+                await self.sweep()
+            except StorageError:
+                logger.warning("files that have expired could not be deleted; tried again in %d s", every_s)
+            await asyncio.sleep(every_s)
 
     def _of(self, tenant: str) -> tuple[ColumnElement[bool], ...]:
         expires_at = tables.files.c.expires_at
@@ -211,7 +237,12 @@ class Files:
         return bool(gone)
 
 
-def no_file(file_id: str, param: str | None) -> NotFoundError:
+def _check_id(file_id: str, param: str | None) -> None:
+    if not is_id(file_id, PREFIX):
+        raise _no_file(file_id, param)
+
+
+def _no_file(file_id: str, param: str | None) -> NotFoundError:
     return NotFoundError(
         f"there is no file {file_id!r}; GET /v1/files lists those there are", param=param, code="file_not_found"
     )

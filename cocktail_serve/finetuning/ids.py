@@ -21,13 +21,18 @@ def new_id(prefix: str) -> str:
     return f"{prefix}-{time.time_ns():016x}{secrets.token_hex(6)}"
 
 
+def is_id(value: str, prefix: str) -> bool:
+    """Whether a value can be an id of this kind. What cannot be one need not be looked up."""
+    return re.fullmatch(f"{prefix}-[0-9a-f]{{28}}", value) is not None
+
+
 def check_cursor(after: str | None, prefix: str) -> None:
     """Checks the `after` of a list. It need not exist any more: a client may delete what it has listed.
 
     Raises:
         InvalidRequestError: it cannot be an id of this kind.
     """
-    if after is not None and not re.fullmatch(f"{prefix}-[0-9a-f]{{28}}", after):
+    if after is not None and not is_id(after, prefix):
         raise InvalidRequestError(
             f"after: {after!r} is not an id of this list; give the last one you got", param="after"
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import uuid
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import cast
@@ -23,6 +24,9 @@ from cocktail_serve.engines import build_engine
 from cocktail_serve.engines.base import Engine, OperatedEngine
 from cocktail_serve.errors import ConfigError
 from cocktail_serve.finetuning.files import Files
+from cocktail_serve.finetuning.jobs import JobStore
+from cocktail_serve.finetuning.request import JobBody
+from cocktail_serve.finetuning.service import FineTuning
 from cocktail_serve.gateway.authentication import Authenticator
 from cocktail_serve.gateway.direct_route import DirectRouting
 from cocktail_serve.gateway.error_handlers import add_error_handlers
@@ -36,6 +40,7 @@ from cocktail_serve.gateway.routes import (
     cocktails,
     embeddings,
     files,
+    fine_tuning,
     generation,
     models,
     operating,
@@ -93,6 +98,7 @@ def create_app(
         models,
         cocktails,
         files,
+        fine_tuning,
         pools_routes,
         admin,
         operating,
@@ -112,6 +118,7 @@ def create_app(
             FileUpload,
             EngineBody,
             ExpertBody,
+            JobBody,
             KeyBody,
             RotationBody,
             TenantBody,
@@ -172,9 +179,16 @@ def _lifespan(
             limits = LimitBook(settings.limits, tenants)
             stack.push_async_callback(limits.stop)
             await limits.start()
-            service = CocktailService(settings, pools, engines, database=database, limits_of=limits.of, place=place)
+            jobs = JobStore(database)
+            service = CocktailService(
+                settings, pools, engines, database=database, limits_of=limits.of, place=place, witnesses=[jobs]
+            )
             stack.push_async_callback(service.stop)
             await service.start()
+            files = Files(database, limits_of=limits.of)
+            sweeping = asyncio.create_task(files.keep_swept(), name="expired files")
+            stack.callback(sweeping.cancel)
+            parsing = stack.enter_context(ThreadPoolExecutor(1, "cocktail-parse"))
             admin_key = settings.admin_key
             gateway = Gateway(
                 settings=settings,
@@ -182,7 +196,9 @@ def _lifespan(
                 engines=engines,
                 service=service,
                 experts=experts,
-                files=Files(database, limits_of=limits.of),
+                files=files,
+                fine_tuning=FineTuning(settings, pools, service, files, jobs, parsing),
+                parsing=parsing,
                 metrics=metrics,
                 lifecycle=lifecycle,
                 tenants=tenants,
@@ -194,7 +210,6 @@ def _lifespan(
                     admin_key=None if admin_key is None else admin_key.get_secret_value(),
                 ),
             )
-            stack.callback(gateway.parsing.shutdown)
             app.state.gateway = gateway
             yield
 

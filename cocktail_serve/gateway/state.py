@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping
-from concurrent.futures import Executor, ThreadPoolExecutor
+from concurrent.futures import Executor
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Annotated, Any, cast
@@ -18,6 +18,7 @@ from cocktail_serve.config import PoolConfig, Settings
 from cocktail_serve.engines.base import EmbeddingEngine, Engine, GenerationEngine, OperatedEngine, RerankingEngine
 from cocktail_serve.errors import NotFoundError
 from cocktail_serve.finetuning.files import Files
+from cocktail_serve.finetuning.service import FineTuning
 from cocktail_serve.gateway.authentication import Authenticator, Caller
 from cocktail_serve.gateway.lifecycle import Lifecycle
 from cocktail_serve.gateway.metering import Meter
@@ -41,14 +42,15 @@ class Gateway:
     service: CocktailService
     experts: Experts
     files: Files
+    fine_tuning: FineTuning
     metrics: GatewayMetrics
     lifecycle: Lifecycle
     tenants: TenantStore
     authenticator: Authenticator
     limits: LimitBook
     meter: Meter
+    parsing: Executor
     pool_configs: Mapping[str, PoolConfig] = field(init=False)
-    parsing: Executor = field(default_factory=lambda: ThreadPoolExecutor(1, "cocktail-parse"), repr=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "pool_configs", {pool.id: pool for pool in self.settings.pools})

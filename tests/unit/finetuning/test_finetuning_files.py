@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 
 import pytest
@@ -9,7 +10,7 @@ from sqlalchemy import func, select
 
 from cocktail_serve.database import tables
 from cocktail_serve.database.database import Database
-from cocktail_serve.errors import NotFoundError
+from cocktail_serve.errors import NotFoundError, StorageError
 from cocktail_serve.finetuning.files import Files
 
 CONTENT = b'{"input": "a", "output": "b"}\n'
@@ -62,7 +63,7 @@ async def test_another_tenants_file_does_not_exist(database: Database) -> None:
     assert await files.get("acme", mine.id) == mine
 
 
-async def test_an_expired_file_is_gone_at_once_and_purged_at_the_next_upload(database: Database) -> None:
+async def test_an_expired_file_is_gone_at_once_and_its_content_at_the_next_sweep(database: Database) -> None:
     clock = Clock()
     files = Files(database, clock=clock)
     short = await files.add("acme", "a", CONTENT, expires_after_s=3600)
@@ -73,4 +74,33 @@ async def test_an_expired_file_is_gone_at_once_and_purged_at_the_next_upload(dat
     with pytest.raises(NotFoundError):
         await files.content("acme", short.id)
     await files.add("acme", "b", CONTENT + CONTENT)
+    assert await num_contents(database) == 2
+    await files.sweep()
     assert await num_contents(database) == 1
+    assert len(await listed(files, "acme")) == 1
+
+
+async def test_sweeping_goes_on_after_a_store_that_refused(
+    database: Database, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    clock = Clock()
+    files = Files(database, clock=clock)
+    await files.add("acme", "a", CONTENT, expires_after_s=3600)
+    clock.now += 3600
+    swept = asyncio.Event()
+    sweep = files.sweep
+
+    async def refuse_once() -> None:
+        monkeypatch.setattr(files, "sweep", sweep_and_tell)
+        raise StorageError("the disk is full")
+
+    async def sweep_and_tell() -> None:
+        await sweep()
+        swept.set()
+
+    monkeypatch.setattr(files, "sweep", refuse_once)
+    sweeping = asyncio.create_task(files.keep_swept(every_s=0.001))
+    await asyncio.wait_for(swept.wait(), 10)
+    sweeping.cancel()
+    assert await num_contents(database) == 0
+    assert "could not be deleted" in caplog.text
