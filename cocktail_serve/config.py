@@ -238,6 +238,16 @@ class ServerConfig(_Section):
         return self.auth == "required"
 
 
+class RetentionConfig(_Section):
+    """How long things are kept that nobody deletes. What is deleted by request goes at once."""
+
+    failed_days: float | None = Field(
+        30.0,
+        gt=0,
+        description="Cocktails that failed or were cancelled, since they were last asked for; null: always.",
+    )
+
+
 class StoreConfig(_Section):
     """What outlives the process."""
 
@@ -264,6 +274,8 @@ class StoreConfig(_Section):
     poll_s: float = Field(
         0.5, gt=0, le=60, description="How often a gateway looks for what others on the same store changed, seconds."
     )
+
+    retention: RetentionConfig = Field(RetentionConfig(), description="How long things are kept that nobody deletes.")
 
     @property
     def database_url(self) -> str:

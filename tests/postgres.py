@@ -5,23 +5,52 @@ from __future__ import annotations
 import os
 import pwd
 import shutil
+import signal
 import subprocess
 import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 DEADLINE_S = 60.0
 
 
-@dataclass(frozen=True)
 class Postgres:
-    """A server that listens on a Unix socket in `folder`."""
+    """A server that listens on a Unix socket in `folder`.
 
-    folder: Path
-    user: str
+    Attributes:
+        user: the database's superuser.
+    """
+
+    def __init__(self, folder: Path, user: str, *, binaries: Path, runs_as: str | None) -> None:
+        self.folder = folder
+        self.user = user
+        self._binaries = binaries
+        self._runs_as = runs_as
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        """Begins to serve; returns when it answers."""
+        with (self.folder / "log").open("ab") as log:
+            self._process = subprocess.Popen(
+                [
+                    *(self._binaries / "postgres", "-D", self.folder / "data", "-k", self.folder),
+                    *("-c", "listen_addresses=", "-c", "fsync=off"),
+                ],
+                user=self._runs_as,
+                cwd=self.folder,
+                stdout=log,
+                stderr=log,
+            )
+        _until_ready(self._binaries, self.folder, self._process)
+
+    def stop(self) -> None:
+        """Ends it at once, as a crash does: connections break, what was committed stays."""
+        process, self._process = self._process, None
+        if process is not None:
+            process.send_signal(signal.SIGQUIT)
+            process.wait(DEADLINE_S)
 
     def url(self, database: str, *, driver: str = "postgresql") -> str:
         """What store.url calls a database of it."""
@@ -59,20 +88,12 @@ def running_postgres(binaries: Path) -> Iterator[Postgres]:
             capture_output=True,
             timeout=DEADLINE_S,
         )
-        with (folder / "log").open("wb") as log:
-            server = subprocess.Popen(
-                [binaries / "postgres", "-D", data, "-k", folder, "-c", "listen_addresses=", "-c", "fsync=off"],
-                user=user,
-                cwd=folder,
-                stdout=log,
-                stderr=log,
-            )
+        server = Postgres(folder, superuser, binaries=binaries, runs_as=user)
+        server.start()
         try:
-            _until_ready(binaries, folder, server)
-            yield Postgres(folder, superuser)
+            yield server
         finally:
-            server.terminate()
-            server.wait(DEADLINE_S)
+            server.stop()
     finally:
         shutil.rmtree(folder)
 

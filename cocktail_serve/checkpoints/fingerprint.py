@@ -72,7 +72,7 @@ def fingerprint_folder(folder: Path, *, cache_dir: Path, progress: Callable[[int
         with FileLock(entry.with_suffix(".lock")):
             state = _state_of(folder)
             known = _read_entry(entry)
-            if known.get("state") == state and isinstance(known.get("fingerprint"), str):
+            if known.get("state") == state:
                 return str(known["fingerprint"])
             fingerprint = _compute(folder, progress)
             if _state_of(folder) != state:
@@ -100,17 +100,26 @@ def _state_of(folder: Path) -> list[list[str | int]]:
 
 
 def _read_entry(entry: Path) -> dict[str, object]:
+    """What was written, or nothing where the file is not what was written: a wrong fingerprint would be believed."""
     try:
         value = json.loads(entry.read_bytes())
-    except (OSError, ValueError, RecursionError):
+        if isinstance(value, dict) and value.pop("digest", None) == digest_of(value):
+            return value
+    except FileNotFoundError:
         return {}
-    return value if isinstance(value, dict) else {}
+    except (OSError, ValueError, RecursionError):
+        pass
+    logger.warning("the kept fingerprint %s is not what was written; it is made again", entry)
+    return {}
 
 
 def _write_entry(entry: Path, value: dict[str, object]) -> None:
     temporary = entry.with_suffix(f".{os.getpid()}.tmp")
     try:
-        temporary.write_text(json.dumps(value))
+        with temporary.open("w") as file:
+            json.dump({**value, "digest": digest_of(value)}, file)
+            file.flush()
+            os.fsync(file.fileno())
         temporary.replace(entry)
     finally:
         temporary.unlink(missing_ok=True)

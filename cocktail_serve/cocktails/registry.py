@@ -353,6 +353,18 @@ class Registry:
                 raise _no_cocktail(ref)
             return await self._remove(tenant, entries)
 
+    async def remove_failed(self, *, older_than_s: float) -> list[Cocktail]:
+        """Deletes the versions that failed or were cancelled and have not been asked for since; the last snapshots."""
+        before = self._clock() - older_than_s
+        async with self._changing:
+            await self._look()
+            removed = []
+            for entry in list(self._by_uid.values()):
+                is_over = entry.cocktail.status in ("failed", "cancelled") and entry.cocktail.uid not in self._unkept
+                if is_over and entry.cocktail.used_at < before:
+                    removed += await self._remove(entry.cocktail.tenant, [entry])
+            return removed
+
     def uses(self, pool_id: str, recipe_digest: str) -> bool:
         """Whether a model of a pool, or a cocktail of any tenant, is this recipe."""
         return any(
@@ -607,7 +619,7 @@ class Registry:
             changes |= {"status": "queued", "progress": 0.0, "error": None, "losses": {}, "warnings": warnings}
             changes |= {"merging_weights": None, "entropy": None, "recipe": None, "candidates": ()}
             changes |= {"mixed_loss": None, "validation_loss": None, "findings": None}
-            changes |= {"owner": self.owner, "epoch": entry.cocktail.epoch + 1}
+            changes |= {"owner": self.owner, "epoch": entry.cocktail.epoch + 1, "used_at": self._clock()}
         if newest or changes or beside is not None:
             await self._apply(entry, beside, newest=newest, **changes)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -13,6 +12,7 @@ from functools import partial
 from typing import Any
 
 from cocktail_serve.cocktails.cocktail import Cocktail, ModelEntry, Served, Status, Weighing
+from cocktail_serve.cocktails.following import Following, Sweep
 from cocktail_serve.cocktails.jobs import Jobs, Patience, check_examples
 from cocktail_serve.cocktails.peers import Peers
 from cocktail_serve.cocktails.registry import Registry
@@ -30,10 +30,11 @@ from cocktail_serve.examples import ExampleSet, parse_examples
 from cocktail_serve.pool import Member, Pool
 from cocktail_serve.tenants.limits import LimitsOf, unlimited
 
-logger = logging.getLogger(__name__)
-
 CHECK_TIMEOUT_S = 5.0
 """How long a creation waits to hear that its examples fit the model's context; after that its job hears it."""
+
+REMOVALS_KEPT = 10_000
+"""Changes for which the store knows what was removed; a gateway further behind reads everything anew."""
 
 INLINE_TIMEOUT_S = 60.0
 """How long a request with an inline cocktail waits for it before it is told to come again."""
@@ -61,6 +62,7 @@ class CocktailService:
         limits_of: LimitsOf = unlimited,
         patience: Patience | None = None,
         place: str | None = None,
+        sweeps: Sequence[Sweep] = (),
         witnesses: Sequence[Witness] = (),
     ) -> None:
         self._settings = settings
@@ -82,10 +84,19 @@ class CocktailService:
         on_ready = self._reports.submit if settings.reports else None
         self._jobs = Jobs(self._registry, self._weigher, pools, engines, patience=patience, on_ready=on_ready)
         self._unbroken = Unbroken()
-        self._database = database
-        self._peers = Peers(database, place=place, lease_s=settings.store.lease_s)
-        self._following: asyncio.Task[None] | None = None
+        self._sweeps = sweeps
         self._registry.listen(self._heed)
+        self._following = Following(
+            database,
+            Peers(database, place=place, lease_s=settings.store.lease_s),
+            self._registry,
+            self._jobs,
+            pools,
+            examples_of=lambda cocktail: partial(self._stored_examples, cocktail),
+            report=self._reports.submit,
+            sweep=self._sweep,
+            poll_s=settings.store.poll_s,
+        )
 
     async def start(self) -> None:
         """Reads the registry, goes on with the jobs that nobody works on, and follows what other gateways do.
@@ -93,25 +104,15 @@ class CocktailService:
         Raises:
             StorageError: the registry cannot be read.
         """
-        await self._peers.join()
-        self._registry.owner = self._peers.me
-        await self._registry.load()
-        await self._adopt(await self._peers.alive())
-        self._following = asyncio.create_task(self._follow(), name="other gateways")
+        await self._following.start()
 
     async def stop(self) -> None:
         """Ends jobs where they are; engines are not touched. May be called twice."""
-        if self._following is not None:
-            self._following.cancel()
-            await asyncio.wait([self._following])
+        await self._following.pause()
         await self._unbroken.drain()
         await self._jobs.stop()
         await self._reports.stop()
-        try:
-            await self._registry.flush()
-            await self._peers.leave()
-        except StorageError as error:
-            logger.warning("the store was not told that this gateway ends: %s", error.message)
+        await self._following.leave()
         self._executor.shutdown()
 
     async def create(
@@ -324,51 +325,14 @@ class CocktailService:
             self._jobs.submit(cocktail, request.examples, request.validation)
         return cocktail, admission == "existing"
 
-    async def _follow(self) -> None:
-        """Learns what other gateways do, and tells them that this one is there."""
-        loop = asyncio.get_running_loop()
-        beat_at = loop.time()
-        while True:
-            await asyncio.sleep(self._settings.store.poll_s)
-            try:
-                if loop.time() >= beat_at:
-                    beat_at = loop.time() + self._peers.beat_s
-                    await self._beat()
-                else:
-                    await self._registry.learn()
-            except StorageError:
-                # said in the log by the database; the store may be gone for a while
-                await asyncio.sleep(self._peers.beat_s)
-            except Exception:
-                logger.exception("following the other gateways failed")
-                await asyncio.sleep(self._peers.beat_s)
-
-    async def _beat(self) -> None:
-        await self._database.hold()
-        if not await self._peers.beat():
-            logger.warning("this gateway gave no sign of life for too long; others may have taken its jobs over")
-            await self._peers.join()
-            self._registry.owner = self._peers.me
-        await self._registry.learn()
-        # whoever is an owner by now joined before it became one, so it is among these
-        await self._adopt(await self._peers.alive())
-        await self._registry.flush()
-
-    async def _adopt(self, alive: frozenset[str]) -> None:
-        """Goes on with the jobs whose gateway is gone."""
-        for cocktail in self._registry.unfinished():
-            if cocktail.owner in alive and (cocktail.owner != self._peers.me or self._jobs.is_running(cocktail.uid)):
-                continue
-            pool = self._pools.get(cocktail.pool_id)
-            fits = pool is not None and pool.fingerprint == cocktail.request.pool_fingerprint
-            if not fits and len(alive) > 1:
-                continue  # another gateway may have the pool as it was
-            claimed = await self._registry.claim(cocktail.uid)
-            if claimed is not None:
-                await self._jobs.resume(claimed, partial(self._stored_examples, claimed))
-        for cocktail in self._registry.unreported():
-            if cocktail.owner not in alive or cocktail.owner == self._peers.me:
-                self._reports.submit(cocktail)
+    async def _sweep(self) -> None:
+        """Removes what has been kept as long as `store.retention` says."""
+        await self._store.forget_removals(keep=REMOVALS_KEPT)
+        days = self._settings.store.retention.failed_days
+        if days is not None:
+            self._release(await self._registry.remove_failed(older_than_s=days * 86_400))
+        for sweep in self._sweeps:
+            await sweep()
 
     def _heed(self, changed: Sequence[Cocktail], removed: Sequence[Cocktail]) -> None:
         for cocktail in changed:

@@ -21,6 +21,7 @@ from cocktail_serve.errors import EngineError, EngineTimeoutError
 
 logger = logging.getLogger(__name__)
 
+_SOCKET_PREFIX = "cocktail-"
 STATUS_PATH = "/v1/cocktail/status"
 _POLL_S = 0.1
 _POLL_TIMEOUT_S = 10.0
@@ -28,6 +29,14 @@ _STOP_GRACE_S = 5.0
 
 Launch = Callable[[Path, str], tuple[list[str], dict[str, str]]]
 """Command line and whole environment of a server that listens on this Unix socket and is guarded by this key."""
+
+
+def sweep_sockets(run_dir: Path) -> None:
+    """Removes the folders of sockets that a killed process left behind, and its notes of them in `run_dir`."""
+    for link in run_dir.glob(f"{_SOCKET_PREFIX}*"):
+        if link.is_symlink():
+            shutil.rmtree(link.readlink(), ignore_errors=True)
+            link.unlink()
 
 
 class EngineServer:
@@ -38,7 +47,8 @@ class EngineServer:
 
     Args:
         launch: how to start the server.
-        log: file for the server's output, kept over lives, bounded in size.
+        log: file for the server's output, kept over lives, bounded in size. Beside it lies a link to the folder of the
+            socket, for `sweep_sockets`.
         start_timeout_s: how long the server may take until it answers through its engine.
     """
 
@@ -60,7 +70,9 @@ class EngineServer:
         key = secrets.token_hex(32)
         try:
             # a short path: a socket's is limited to 107 bytes
-            self._folder = Path(tempfile.mkdtemp(prefix="cocktail-"))
+            self._folder = Path(tempfile.mkdtemp(prefix=_SOCKET_PREFIX))
+            # if this process is killed, its successor finds the folder by this
+            (self._log.parent / self._folder.name).symlink_to(self._folder)
             socket = self._folder / "engine.sock"
             command, env = self._launch(socket, key)
             self._group = await ProcessGroup.start(command, env=env, log=self._log)
@@ -181,6 +193,7 @@ class EngineServer:
             await self._group.kill(grace_s=_STOP_GRACE_S)
         if self._folder is not None:
             shutil.rmtree(self._folder, ignore_errors=True)
+            (self._log.parent / self._folder.name).unlink(missing_ok=True)
 
     def _tail(self) -> str:
         return self._group.log_tail() if self._group is not None else "(it never started)"

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
 import json
-import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,15 +13,13 @@ from sqlalchemy import ColumnElement, delete, exists, insert, or_, select
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from cocktail_serve.database import tables
-from cocktail_serve.database.database import Database, to_the_end
-from cocktail_serve.errors import InvalidExamplesError, InvalidRequestError, NotFoundError, StorageError
+from cocktail_serve.database.database import Database, insert_missing, to_the_end
+from cocktail_serve.errors import InvalidExamplesError, InvalidRequestError, NotFoundError
 from cocktail_serve.examples import parse_examples
 from cocktail_serve.finetuning.ids import Order, Page, check_cursor, is_id, new_id
 from cocktail_serve.pool import Kind
 from cocktail_serve.tenants.kept_bytes import check_example_bytes
 from cocktail_serve.tenants.limits import LimitsOf, unlimited
-
-logger = logging.getLogger(__name__)
 
 PURPOSE: Final = "fine-tune"
 """The one purpose that files have here."""
@@ -32,11 +28,6 @@ PREFIX = "file"
 
 MAX_ERRORS = 5
 """Malformed lines that an error names."""
-
-
-SWEEP_S = 600.0
-"""Seconds between two looks for files that have expired. Nobody sees them from their last second on; this is about how
-long their content stays on the disk."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,7 +133,7 @@ class Files:
                 limit = self._limits_of(tenant).example_bytes
                 await check_example_bytes(connection, tenant, len(content), limit, now=now)
                 row = {"tenant": tenant, "digest": file.digest, "content": content}
-                await connection.execute(insert(contents).values(row))
+                await connection.execute(insert_missing(connection, contents).values(row))
             await connection.execute(insert(tables.files).values(_row(file)))
         return file
 
@@ -211,15 +202,6 @@ class Files:
             found = await self._remove(connection, tables.files.c.expires_at <= self._clock())
         if found:
             await self._database.truncate_wal()
-
-    async def keep_swept(self, *, every_s: float = SWEEP_S) -> None:
-        """Sweeps now and then until it is cancelled; bears with a store that refuses."""
-        while True:
-            try:
-                await self.sweep()
-            except StorageError:
-                logger.warning("files that have expired could not be deleted; tried again in %d s", every_s)
-            await asyncio.sleep(every_s)
 
     def _of(self, tenant: str) -> tuple[ColumnElement[bool], ...]:
         expires_at = tables.files.c.expires_at

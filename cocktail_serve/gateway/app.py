@@ -22,6 +22,7 @@ from cocktail_serve.config import Settings
 from cocktail_serve.database.database import Database
 from cocktail_serve.engines import build_engine
 from cocktail_serve.engines.base import Engine, OperatedEngine
+from cocktail_serve.engines.server import sweep_sockets
 from cocktail_serve.errors import ConfigError
 from cocktail_serve.finetuning.files import Files
 from cocktail_serve.finetuning.jobs import JobStore
@@ -180,14 +181,19 @@ def _lifespan(
             stack.push_async_callback(limits.stop)
             await limits.start()
             jobs = JobStore(database)
+            files = Files(database, limits_of=limits.of)
             service = CocktailService(
-                settings, pools, engines, database=database, limits_of=limits.of, place=place, witnesses=[jobs]
+                settings,
+                pools,
+                engines,
+                database=database,
+                limits_of=limits.of,
+                place=place,
+                sweeps=[files.sweep],
+                witnesses=[jobs],
             )
             stack.push_async_callback(service.stop)
             await service.start()
-            files = Files(database, limits_of=limits.of)
-            sweeping = asyncio.create_task(files.keep_swept(), name="expired files")
-            stack.callback(sweeping.cancel)
             parsing = stack.enter_context(ThreadPoolExecutor(1, "cocktail-parse"))
             admin_key = settings.admin_key
             gateway = Gateway(
@@ -237,6 +243,7 @@ def _own_run_dir(settings: Settings, stack: AsyncExitStack) -> Path:
             param="store.cache_dir",
         ) from None
     stack.callback(lock.release)
+    sweep_sockets(run_dir)
     return run_dir
 
 

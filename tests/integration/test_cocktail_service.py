@@ -176,7 +176,9 @@ class EmbedEngine(DoubleEngine):
 class World:
     """Pools, doubles and a registry file; services on it come and go."""
 
-    def __init__(self, folder: Path, *, url: str | None = None, **settings: Any) -> None:
+    def __init__(
+        self, folder: Path, *, url: str | None = None, retention: Mapping[str, Any] | None = None, **settings: Any
+    ) -> None:
         self.path = folder / "registry.sqlite"
         self.pools = {
             "flan": make_pool("flan", "decoder", ["ag-news", "nq"]),
@@ -186,7 +188,12 @@ class World:
         self.embedding = EmbedEngine(self.pools["mini"])
         self.settings = Settings.model_validate(
             {
-                "store": {"url": url or f"sqlite:///{self.path}", "lease_s": 0.5, "poll_s": 0.02},
+                "store": {
+                    "url": url or f"sqlite:///{self.path}",
+                    "lease_s": 0.5,
+                    "poll_s": 0.02,
+                    "retention": retention or {},
+                },
                 "pools": [
                     {"id": "flan", "kind": "decoder", "base": "b", "engine": {"type": "fake"}, "max_examples": 4},
                     {"id": "mini", "kind": "encoder", "base": "b", "engine": {"type": "sentence_transformers"}},
@@ -1202,3 +1209,41 @@ async def test_the_hot_path_needs_no_event_loop(world: World) -> None:
         ready = await made(service, world.request())
         resolved = await asyncio.get_running_loop().run_in_executor(None, service.resolve, "acme", "films")
         assert resolved.recipe == ready.recipe
+
+
+async def test_what_failed_is_removed_after_its_time_and_nothing_else(
+    world: World, service: CocktailService, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    days = 0.0
+    start = service._registry.now()
+    monkeypatch.setattr(service._registry, "_clock", lambda: start + days * 86_400)
+    ready = await made(service, world.request("ready"))
+    world.scoring.errors = [InvalidMixError("torn")]
+    failed = await made(service, world.request("failed", examples=[C]))
+    world.scoring.gate.clear()
+    cancelled, _ = await service.create("acme", world.request("cancelled", examples=[B, C]))
+    await service.cancel("acme", cancelled.id)
+    world.scoring.gate.set()
+    days = 29.0
+    await service._sweep()
+    assert {cocktail.name for cocktail in service.list("acme")} == {"ready", "failed", "cancelled"}
+    world.scoring.errors = [InvalidMixError("torn again")]
+    assert (await made(service, world.request("failed", examples=[C]))).status == "failed"
+    days = 31.0
+    await service._sweep()
+    assert {cocktail.name for cocktail in service.list("acme")} == {"ready", "failed"}, "asked for two days ago"
+    days = 60.0
+    await service._sweep()
+    assert [cocktail.id for cocktail in service.list("acme")] == [ready.id]
+    assert {row[0] for row in world.rows("examples")} == {ready.uid}
+    assert failed.uid not in {row[0] for row in world.rows("items")}
+
+
+async def test_retention_can_be_turned_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    world = World(tmp_path, retention={"failed_days": None})
+    async with world.service() as service:
+        world.scoring.errors = [InvalidMixError("torn")]
+        failed = await made(service, world.request())
+        monkeypatch.setattr(service._registry, "_clock", lambda: failed.created_at + 1e9)
+        await service._sweep()
+        assert service.get("acme", failed.id).status == "failed"

@@ -29,9 +29,7 @@ async def pair(tmp_path: Path, database_url: str) -> AsyncIterator[Pair]:
 
 async def silenced(service: CocktailService) -> None:
     """What others see of a process that stands still: it learns nothing and gives no sign of life."""
-    assert service._following is not None
-    service._following.cancel()
-    await asyncio.wait([service._following])
+    await service._following.pause()
 
 
 async def test_what_one_makes_the_other_serves(pair: Pair) -> None:
@@ -100,8 +98,10 @@ async def test_cancelling_and_deleting_ends_the_others_job(pair: Pair) -> None:
         await until(lambda: pair.one.get("acme", "films").status == "scoring")
         dropped = pair.here.scoring.num_dropped
         await pair.other.look_up("acme", created.id)
+        waiting = asyncio.create_task(pair.one.wait("acme", created.id, 10.0))
+        await asyncio.sleep(0)
         await end("acme", created.id)
-        assert (await pair.one.wait("acme", created.id, 10.0)).status == "cancelled"
+        assert (await waiting).status == "cancelled"
         await until(lambda before=dropped: pair.here.scoring.num_dropped == before + 3)
 
 
@@ -127,14 +127,14 @@ async def test_a_job_is_taken_over_when_its_owner_stands_still_and_the_owner_can
 
 async def test_who_was_taken_for_dead_joins_again_and_owns_its_new_jobs(pair: Pair) -> None:
     await silenced(pair.one)
-    before = pair.one._peers.me
-    await until(lambda: before not in pair.other._peers._beats)
-    await pair.one._beat()
-    assert pair.one._peers.me != before
+    before = pair.one._following._peers.me
+    await until(lambda: before not in pair.other._following._peers._beats)
+    await pair.one._following.beat()
+    assert pair.one._following._peers.me != before
     pair.here.scoring.gate.clear()
     created, _ = await pair.one.create("acme", pair.here.request())
     await until(lambda: pair.one._jobs.is_running(created.uid))
-    assert (await pair.other.look_up("acme", created.id)).owner == pair.one._peers.me
+    assert (await pair.other.look_up("acme", created.id)).owner == pair.one._following._peers.me
     pair.here.scoring.gate.set()
     assert (await pair.one.wait("acme", created.id, 10.0)).status == "ready"
 
@@ -196,3 +196,23 @@ async def test_two_that_change_at_once_lose_nothing(pair: Pair) -> None:
     kept = {pair.here.request(seed=seed).digest for seed in range(4)}
     assert kept <= {cocktail.digest for cocktail in shown}
     assert all(cocktail.status == "ready" for cocktail in shown if cocktail.digest in kept)
+
+
+async def test_one_of_them_sweeps(tmp_path: Path, database_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cocktail_serve.cocktails.following.SWEEP_S", 0.0)
+    swept: list[str] = []
+
+    async def note(self: CocktailService) -> None:
+        swept.append(self._following._peers.me)
+
+    monkeypatch.setattr(CocktailService, "_sweep", note)
+    worlds = [World(tmp_path / name, url=database_url) for name in ("here", "there")]
+    async with worlds[0].service(place="here") as one, worlds[1].service(place="there") as other:
+        both = {service._following._peers.me: service for service in (one, other)}
+        swept.clear()
+        await until(lambda: len(swept) >= 4)
+        (sweeper,) = set(swept)
+        await silenced(both.pop(sweeper))
+        swept.clear()
+        await until(lambda: len(swept) >= 2)
+        assert set(swept) == set(both), "another one, when it is dead"

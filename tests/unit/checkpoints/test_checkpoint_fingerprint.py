@@ -132,6 +132,16 @@ def test_a_corrupt_cache_costs_time_alone(decoders: Folders, tmp_path: Path, con
     assert fingerprint_folder(decoders["nq"], cache_dir=tmp_path) == expected
 
 
+def test_an_entry_in_which_a_digit_changed_is_found_and_made_again(decoders: Folders, tmp_path: Path) -> None:
+    expected = fingerprint_folder(decoders["nq"], cache_dir=tmp_path)
+    (entry,) = (tmp_path / "fingerprints").glob("*.json")
+    written = entry.read_text()
+    wrong = ("1" if expected[0] == "0" else "0") + expected[1:]
+    entry.write_text(written.replace(expected, wrong))
+    assert fingerprint_folder(decoders["nq"], cache_dir=tmp_path) == expected
+    assert entry.read_text() == written
+
+
 def test_a_cache_that_cannot_be_written_costs_time_alone(decoders: Folders, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("not a folder")
     assert fingerprint_folder(decoders["nq"], cache_dir=tmp_path / "file") == fingerprint(decoders["nq"])
