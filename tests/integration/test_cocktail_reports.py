@@ -10,15 +10,29 @@ import pytest
 
 from cocktail_serve.cocktails.cocktail import Cocktail
 from cocktail_serve.cocktails.service import CocktailService
-from tests.integration.test_cocktail_service import OTHER_QUERY, QUERY, A, B, C, World, made, until
+from cocktail_serve.examples import TextExample
+from cocktail_serve.weighting.softmax import softmax_weights
+from tests.integration.test_cocktail_service import OTHER_QUERY, QUERY, A, B, C, ScoringEngine, World, made, until
 
 FAR = {"temperature": 0.1}
 """Weights so one-sided that the mixture is the best expert."""
 
 
+class UnevenEngine(ScoringEngine):
+    """Examples tell models apart more or less, so that each fold's mixture is another one."""
+
+    def loss(self, of_model: float, example: TextExample) -> float:
+        return of_model * (1 + EASE[example.output])
+
+
+EASE = {"positive": 0.1, "negative": 0.2, "neutral": 0.4}
+
+
 @pytest.fixture
 def world(tmp_path: Path) -> World:
-    return World(tmp_path, reports=True)
+    world = World(tmp_path, reports=True)
+    world.scoring = UnevenEngine(world.pools["flan"], {"base": 2.0, "ag-news": 1.0, "nq": 3.0})
+    return world
 
 
 @pytest.fixture
@@ -42,9 +56,14 @@ async def test_each_example_is_predicted_by_a_mixture_weighed_without_it(
     ready = await made(service, world.request(examples=[A, B, C], temperature=0.5))
     findings = (await reported(service, ready.id)).findings
     assert findings is not None
-    # in this engine all examples weigh alike, so that the folds' mixtures are the cocktail's own
-    assert ready.mixed_loss is not None
-    assert findings.held_out_loss == pytest.approx(ready.mixed_loss)
+    held_out = []
+    for ease in EASE.values():  # three examples are three folds
+        factor = 1 + (sum(EASE.values()) - ease) / 2
+        losses = {name: world.loss(name) for name in ("base", "ag-news", "nq")}
+        weights = softmax_weights({name: loss * factor for name, loss in losses.items()}, temperature=0.5)
+        held_out.append(sum(weights[name] * loss for name, loss in losses.items()) * (1 + ease))
+    assert findings.held_out_loss == pytest.approx(sum(held_out) / 3)
+    assert findings.held_out_loss != pytest.approx(ready.mixed_loss, rel=1e-4)
     assert (findings.num_folds, findings.best_expert) == (3, "ag-news")
     assert findings.best_expert_loss == pytest.approx(ready.losses["ag-news"])
     assert findings.advice == "use_expert"
@@ -89,6 +108,7 @@ async def test_models_are_not_scored_again_and_trials_are_forgotten(world: World
     await reported(service, ready.id)
     assert [len(world.scoring.visits_to(name)) for name in ("base", "ag-news", "nq")] == [1, 1, 1]
     assert ready.recipe is not None
+    assert len(set(world.scoring.tried)) == 3
     assert set(world.scoring.forgotten) == set(world.scoring.tried)
     assert ready.recipe.digest not in world.scoring.forgotten
 

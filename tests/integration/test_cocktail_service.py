@@ -123,7 +123,10 @@ class ScoringEngine(DoubleEngine):
         if len(self.visits_to("mixture")) == self.hold_after:
             self.gate.clear()
         loss = sum(weight * self.loss_of[fingerprint] for fingerprint, weight in recipe.coefficients)
-        return [loss + len(example.output) / 100 for example in examples if isinstance(example, TextExample)]
+        return [self.loss(loss, example) for example in examples if isinstance(example, TextExample)]
+
+    def loss(self, of_model: float, example: TextExample) -> float:
+        return of_model + len(example.output) / 100
 
     @asynccontextmanager
     async def forward(
