@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cocktail_serve.checkpoints.adapter import is_adapter, read_expert
 from cocktail_serve.checkpoints.layout import read_config, read_modules
 from cocktail_serve.checkpoints.model_config import load_model_config
 from cocktail_serve.checkpoints.reader import CheckpointReader, TensorInfo
@@ -88,13 +89,13 @@ def compare(base: Path, expert: Path) -> CompatibilityReport:
     Raises:
         CheckpointError: one of the folders cannot be read as a checkpoint.
     """
-    with CheckpointReader(base) as base_reader, CheckpointReader(expert) as expert_reader:
+    with CheckpointReader(base) as base_reader, read_expert(expert, base_reader) as expert_reader:
         problems = [
-            *_compare_configs(base, expert),
             *_compare_tensors(base_reader.tensors, expert_reader.tensors),
             *_compare_tokenization(base, expert),
-            *_compare_modules(base, expert),
         ]
+        if not is_adapter(expert):  # which has no configuration of its own
+            problems = [*_compare_configs(base, expert), *problems, *_compare_modules(base, expert)]
     return CompatibilityReport(Path(base), Path(expert), tuple(problems))
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from blake3 import blake3
 from filelock import FileLock
 
+from cocktail_serve.checkpoints.adapter import AdapterReader
 from cocktail_serve.checkpoints.layout import CONFIG, model_folder, weight_files
 from cocktail_serve.checkpoints.reader import CheckpointReader
 from cocktail_serve.digest import digest_of
@@ -54,6 +55,19 @@ def fingerprint_parameters(reader: CheckpointReader, *, progress: Callable[[int,
             if progress:
                 progress(done, total)
     return digest_of({"version": FINGERPRINT_VERSION, "tensors": sorted(rows)})
+
+
+def fingerprint_adapter(reader: AdapterReader, base: str) -> str:
+    """SHA-256 over the base's fingerprint, the factors' names, dtypes, shapes and BLAKE3 digests, and their scaling.
+
+    It names the full model that adapter and base make; a full checkpoint of the same values has another.
+    """
+    rows = [
+        [name, info.dtype, list(info.shape), blake3(reader.factor_bytes(name)).hexdigest()]
+        for name, info in sorted(reader.factors.items())
+    ]
+    identity = {"version": FINGERPRINT_VERSION, "base": base, "factors": rows, "adapter": reader.identity()}
+    return digest_of(identity)
 
 
 def fingerprint_folder(folder: Path, *, cache_dir: Path, progress: Callable[[int, int], None] | None = None) -> str:

@@ -220,7 +220,7 @@ def _write_shards(
             places |= {name: (file, len(header) + offset) for name, offset in offsets.items()}
         writer = _Writer(places, total, progress)
         kernel = load_kernel()
-        if isinstance(kernel, Kernel) and mixture.method.name == "linear":
+        if isinstance(kernel, Kernel) and mixture.method.name == "linear" and mixture.is_mapped:
             _write_chunks(kernel, mixture, writer)
         else:
             _write_tensors(mixture, writer)

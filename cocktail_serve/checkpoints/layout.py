@@ -50,8 +50,8 @@ def check_folder(folder: Path) -> None:
         raise CheckpointError(f"there is no model folder {folder}")
     if (folder / "adapter_config.json").is_file():
         raise CheckpointError(
-            f"{folder} holds an adapter (adapter_config.json), not a full checkpoint; pools of adapters are not "
-            "supported: merge it into its base and save that (peft: merge_and_unload), then name the result"
+            f"{folder} holds an adapter (adapter_config.json), not a full checkpoint: it is an expert in a pool of its "
+            "base and nothing alone; or merge it into its base with peft (merge_and_unload) and name the result"
         )
     config = read_config(folder)
     if config.get("quantization_config") or config.get("compression_config"):

@@ -9,6 +9,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
+from cocktail_serve.checkpoints.adapter import AdapterReader, read_expert
 from cocktail_serve.checkpoints.compatibility import check_tensors
 from cocktail_serve.checkpoints.reader import CheckpointReader, TensorInfo
 from cocktail_serve.errors import IncompatibleModelsError, InvalidMixError
@@ -51,10 +52,14 @@ class Mixture:
         self.weights = [coefficient for _, coefficient in recipe.coefficients]
         with ExitStack() as stack:
             self.base = stack.enter_context(CheckpointReader(folders[recipe.base]))
-            self._readers = [
-                self.base if fingerprint == recipe.base else stack.enter_context(CheckpointReader(folders[fingerprint]))
-                for fingerprint in fingerprints
-            ]
+            self._readers: list[CheckpointReader | AdapterReader] = []
+            for fingerprint in fingerprints:
+                if fingerprint == recipe.base:
+                    self._readers.append(self.base)
+                    continue
+                reader = read_expert(folders[fingerprint], self.base)
+                stack.callback(reader.close)
+                self._readers.append(reader)
             for reader in self._readers:
                 if reader is not self.base:
                     check_tensors(self.base.tensors, reader.tensors, name=str(reader.folder))
@@ -81,6 +86,11 @@ class Mixture:
                 yield name, merge(name, [reader.get(name) for reader in self._readers])
             else:
                 yield name, self.base.get(name).clone()
+
+    @property
+    def is_mapped(self) -> bool:
+        """Whether all elements lie in files as they are summed, so that any part of them can be summed apart."""
+        return not any(isinstance(reader, AdapterReader) for reader in self._readers)
 
     def operands(self, name: str) -> tuple[list[Operand], list[memoryview]]:
         """A floating tensor of every model as the compiled kernel takes it, and what keeps it in memory."""
@@ -115,7 +125,7 @@ def address_of(content: memoryview) -> int:
     return ctypes.addressof(ctypes.c_char.from_buffer(content))
 
 
-def _check_integers(base: CheckpointReader, expert: CheckpointReader) -> None:
+def _check_integers(base: CheckpointReader, expert: CheckpointReader | AdapterReader) -> None:
     names = [name for name, info in base.tensors.items() if not info.is_floating and name in expert.tensors]
     if not names:
         return

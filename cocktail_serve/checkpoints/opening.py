@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+from cocktail_serve.checkpoints.adapter import AdapterReader, is_adapter
 from cocktail_serve.checkpoints.compatibility import compare
-from cocktail_serve.checkpoints.fingerprint import fingerprint_folder
+from cocktail_serve.checkpoints.fingerprint import fingerprint_adapter, fingerprint_folder
 from cocktail_serve.checkpoints.layout import read_config, read_modules
 from cocktail_serve.checkpoints.reader import CheckpointReader
 from cocktail_serve.checkpoints.text_files import text_digest
@@ -35,12 +36,12 @@ def open_pool(config: PoolConfig, *, cache_dir: Path, progress: Callable[[str, i
     for name, folder in folders.items():
         if name != BASE:
             _check_fits(config.id, base, name, folder)
-    members = {name: _member(name, folder, cache_dir, progress) for name, folder in folders.items()}
+    first = _member(BASE, folders.pop(BASE), cache_dir, progress)
     return Pool(
         id=config.id,
         kind=config.kind,
-        base=members.pop(BASE),
-        experts=members,
+        base=first,
+        experts={name: _expert(name, folder, first, cache_dir, progress) for name, folder in folders.items()},
         text_digest=text_digest(base, prompts=config.prompts),
     )
 
@@ -53,7 +54,7 @@ def open_expert(pool: Pool, name: str, folder: Path, *, cache_dir: Path) -> Memb
         IncompatibleModelsError: it cannot be mixed with the base; names the tensor or setting.
     """
     _check_fits(pool.id, pool.base.path, name, folder)
-    return _member(name, folder, cache_dir, None)
+    return _expert(name, folder, pool.base, cache_dir, None)
 
 
 def _check_fits(pool_id: str, base: Path, name: str, folder: Path) -> None:
@@ -61,6 +62,21 @@ def _check_fits(pool_id: str, base: Path, name: str, folder: Path) -> None:
         compare(base, folder).raise_if_incompatible()
     except IncompatibleModelsError as error:
         raise IncompatibleModelsError(f"pool {pool_id!r}, expert {name!r}: {error.message}") from error
+
+
+def _expert(
+    name: str, folder: Path, base: Member, cache_dir: Path, progress: Callable[[str, int, int], None] | None
+) -> Member:
+    if not is_adapter(folder):
+        return _member(name, folder, cache_dir, progress)
+    with CheckpointReader(base.path) as base_reader, AdapterReader(folder, base_reader) as reader:
+        return Member(
+            name=name,
+            path=folder,
+            fingerprint=fingerprint_adapter(reader, base.fingerprint),
+            dtype=base.dtype,
+            num_bytes=reader.num_bytes,
+        )
 
 
 def _member(name: str, folder: Path, cache_dir: Path, progress: Callable[[str, int, int], None] | None) -> Member:

@@ -67,7 +67,7 @@ class TensorInfo:
         return f"{self.dtype}{list(self.shape)}"
 
 
-class _Source(Protocol):
+class TensorSource(Protocol):
     """An open file of parameters."""
 
     def get_tensor(self, name: str) -> Tensor: ...
@@ -97,7 +97,7 @@ class CheckpointReader:
     def __init__(self, folder: Path) -> None:
         self.folder = Path(folder)
         check_folder(self.folder)
-        self._get: dict[str, tuple[_Source, str]] = {}
+        self._get: dict[str, tuple[TensorSource, str]] = {}
         self._prefixes: dict[str, str] = {}
         tensors: dict[str, TensorInfo] = {}
         for file in weight_files(self.folder):
@@ -160,19 +160,14 @@ class CheckpointReader:
         """Size of the parameters as stored."""
         return sum(info.num_bytes for info in self.tensors.values())
 
-    def _find(self, name: str) -> tuple[_Source, str]:
+    def _find(self, name: str) -> tuple[TensorSource, str]:
         try:
             return self._get[name]
         except KeyError:
             raise CheckpointError(f"{self.folder} holds no tensor {name!r}") from None
 
     def _open(self, file: WeightFile) -> dict[str, TensorInfo]:
-        source: _Source
-        if file.path.suffix == ".safetensors":
-            source = _Safetensors(file.path)
-            infos = source.infos
-        else:
-            source, infos = _open_bin(file.path)
+        source, infos = open_tensors(file.path)
         if file.names is not None and file.names != infos.keys():
             odd = sorted(file.names ^ infos.keys())[0]
             place = "is not in it" if odd in file.names else "is in it and not in the index"
@@ -224,9 +219,26 @@ class _StateDict:
         return self._tensors[name].detach()
 
     def get_bytes(self, name: str) -> memoryview:
-        import torch
+        return tensor_bytes(self.get_tensor(name))
 
-        return self.get_tensor(name).contiguous().reshape(-1).view(torch.uint8).numpy().data
+
+def tensor_bytes(tensor: Tensor) -> memoryview:
+    """A tensor's elements in C order."""
+    import torch
+
+    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
+
+
+def open_tensors(path: Path) -> tuple[TensorSource, dict[str, TensorInfo]]:
+    """Opens one file of tensors, safetensors or a `.bin` of tensors alone, and says what is in it.
+
+    Raises:
+        CheckpointError: it is corrupt, or holds anything else.
+    """
+    if path.suffix == ".safetensors":
+        source = _Safetensors(path)
+        return source, source.infos
+    return _open_bin(path)
 
 
 def _read_header(path: Path, content: memoryview) -> tuple[dict[str, TensorInfo], dict[str, tuple[int, int]]]:

@@ -111,11 +111,12 @@ def _blockers(folder: Path, *, has_tokenizer: bool) -> Iterator[str]:
 
 def _changes(base: Path, expert: Path, report: OnProgress) -> Iterator[dict[str, Any]]:
     """How far the expert moved, group of layers by group: the norm of the difference over the norm of the base."""
+    from cocktail_serve.checkpoints.adapter import read_expert
     from cocktail_serve.checkpoints.reader import CheckpointReader
 
     squares: dict[str, list[float]] = {}
     counts: dict[str, int] = {}
-    with CheckpointReader(base) as mine, CheckpointReader(expert) as theirs:
+    with CheckpointReader(base) as mine, read_expert(expert, mine) as theirs:
         names = [name for name, info in mine.tensors.items() if info.is_floating and name in theirs.tensors]
         for done, name in enumerate(names, start=1):
             before, after = mine.get(name).double(), theirs.get(name).double()

@@ -7,6 +7,7 @@ from typing import Any
 
 import yaml
 
+from cocktail_serve.checkpoints.adapter import is_adapter
 from cocktail_serve.pool import BASE, Pool
 from cocktail_serve.recipe import Recipe
 
@@ -28,6 +29,10 @@ def mergekit_yaml(recipe: Recipe, pool: Pool, sources: Mapping[str, str]) -> str
     names: dict[str, str] = {}
     for member in pool:
         names.setdefault(member.fingerprint, member.name)
+    sources = {
+        member.name: f"{sources[BASE]}+{sources[member.name]}" if is_adapter(member.path) else sources[member.name]
+        for member in pool
+    }
     coefficients = {names[fingerprint]: coefficient for fingerprint, coefficient in recipe.coefficients}
     build = {"linear": _linear, "slerp": _slerp}.get(recipe.method, _task_vectors)
     config = {

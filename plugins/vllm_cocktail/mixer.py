@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Literal
 
+from cocktail_serve.checkpoints.adapter import read_expert
 from cocktail_serve.checkpoints.mixture import iter_mixture
 from cocktail_serve.checkpoints.reader import CheckpointReader
 from cocktail_serve.errors import ConfigError, InvalidMixError
@@ -69,7 +70,7 @@ class Mixer:
         if not manifest.expert_bytes:
             return "engine.expert_memory is 0"
         for fingerprint, folder in manifest.members.items():
-            with CheckpointReader(folder) as reader:
+            with CheckpointReader(manifest.members[manifest.base]) as base, read_expert(folder, base) as reader:
                 dtypes = {info.dtype for info in reader.tensors.values() if info.is_floating}
             if dtypes != {manifest.dtype}:
                 return (

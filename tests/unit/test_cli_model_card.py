@@ -1,5 +1,6 @@
 """Model card and mergekit configuration of recipes that need no parameters to be described."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -70,6 +71,15 @@ def test_the_reasons_of_a_weighed_mixture():
 def test_a_target_without_examples():
     text = card_of({"base": 0.5, "nq": 0.5}, BY_HAND | {"target": "nq", "alpha": 0.5})
     assert "the target `nq` is mixed with the base, alpha 0.5" in text
+
+
+def test_an_adapter_for_mergekit(tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text("{}")
+    pool = replace(POOL, experts={"nq": replace(MEMBERS["nq"], path=tmp_path)})
+    recipe = make_recipe(pool, {"nq": 1.0}, dtype="bfloat16")
+    written = yaml.safe_load(mergekit_yaml(recipe, pool, sources_of(CONFIG)))
+    base = "meta-llama/Llama-2-7b-chat-hf"
+    assert [model["model"] for model in written["models"]] == [base, f"{base}+Shitao/llama2-nq@3f2a9c1"]
 
 
 def test_linear_for_mergekit():

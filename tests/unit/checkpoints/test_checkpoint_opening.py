@@ -128,9 +128,9 @@ def test_a_decoder_with_embedding_modules_may_be_an_encoder(
     assert opened({"base": base}, "encoder").kind == "encoder"
 
 
-def test_an_adapter_says_that_it_is_not_supported(decoders: Folders, opened: Open, tmp_path: Path) -> None:
+def test_an_adapter_without_factors_is_no_expert(decoders: Folders, opened: Open, tmp_path: Path) -> None:
     adapter = tmp_path / "adapter"
     adapter.mkdir()
     (adapter / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 8}))
-    with pytest.raises(CheckpointError, match="pools of adapters are not supported"):
+    with pytest.raises(CheckpointError, match="holds no factors"):
         opened({**decoders, "lora": adapter})
