@@ -21,10 +21,11 @@ from typing import Any
 
 import yaml
 
-from cocktail_serve.cli.terminal import OnProgress, print_error, progress, stdout
+from cocktail_serve.cli.terminal import print_error, progress, stdout
 from cocktail_serve.errors import CheckpointError, ClientError, CocktailError, InvalidRequestError
 from cocktail_serve.examples import ExampleSet, parse_examples, read_jsonl
 from cocktail_serve.pool import BASE, NAME_PATTERN
+from cocktail_serve.progress import OnProgress
 from examples.train_experts.settings import TrainSettings
 
 MULTITASK = "multitask"

@@ -9,9 +9,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast, Trainer, TrainingArguments
 from transformers import set_seed as set_all_seeds
 
-from cocktail_serve.cli.terminal import OnProgress
 from cocktail_serve.errors import ContextLengthError, InvalidExamplesError
 from cocktail_serve.examples import ExampleSet
+from cocktail_serve.progress import OnProgress
 from cocktail_serve.scoring.text import TokenizedExample, tokenize_examples
 from examples.train_experts.settings import Reporter, TrainSettings
 

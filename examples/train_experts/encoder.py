@@ -16,8 +16,8 @@ from sentence_transformers.base.sampler import BatchSamplers
 from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
 from transformers import set_seed as set_all_seeds
 
-from cocktail_serve.cli.terminal import OnProgress
 from cocktail_serve.examples import ExampleSet
+from cocktail_serve.progress import OnProgress
 from cocktail_serve.scoring.retrieval import retrieval_example
 from examples.train_experts.settings import Reporter, TrainSettings
 

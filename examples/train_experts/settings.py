@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from cocktail_serve.cli.terminal import OnProgress
+from cocktail_serve.progress import OnProgress
 
 
 @dataclass(frozen=True, slots=True)

@@ -165,3 +165,20 @@ def test_wrong_input_is_told_before_anything_is_trained(
     assert code == 2
     assert told in capsys.readouterr().err
     assert not (tmp_path / "pool").exists()
+
+
+@pytest.mark.parametrize("kind", ["decoder", "encoder"])
+def test_an_adapter_that_was_kept_folds_to_the_same_expert(tmp_path: Path, kind: str) -> None:
+    from examples.train_experts.fold import fold
+
+    base = make_decoder(tmp_path / "base") if kind == "decoder" else make_encoder(tmp_path / "base")
+    rows = TASKS if kind == "decoder" else PAIRS
+    steps = ["--max-steps", "3", "--learning-rate", "1e-2", "--lora-rank", "2"]
+    config = train(tmp_path, kind, base, {"cards": rows["cards"]}, *steps)
+    expert = opened(config, tmp_path).experts["cards"]
+    again = config.parent / "again"
+    fold(kind, base, expert.path / "adapter", again)
+    text = yaml.safe_load(config.read_text())
+    text["pools"][0]["experts"]["again"] = "again"
+    config.write_text(yaml.safe_dump(text))
+    assert opened(config, tmp_path).experts["again"].fingerprint == expert.fingerprint

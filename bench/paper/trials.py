@@ -1,0 +1,149 @@
+"""How often the report's verdict is right: many small cocktails, judged by their examples and then by the test rows.
+
+A trial draws a few examples of a task, weighs a cocktail with them, asks `cocktails.findings` what its report would
+say, and measures the cocktail and the base on the task's test rows. Right is a `use` whose cocktail loses less than the
+base there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from bench.paper.session import Session, System
+from cocktail_serve.cocktails.findings import find
+from cocktail_serve.cocktails.request import parse_inline
+from cocktail_serve.cocktails.weighing import advance, recipe_of
+from cocktail_serve.evaluation.backend import Part
+from cocktail_serve.evaluation.in_memory import InMemoryDecoders, InMemoryEncoders
+from cocktail_serve.evaluation.systems import Contender
+from cocktail_serve.offline.weighing import weigh_by
+from cocktail_serve.pool import BASE
+from cocktail_serve.recipe import Recipe
+from cocktail_serve.weighting.candidates import Trial
+
+SIZES = (5, 10, 20)
+
+
+@dataclass(frozen=True, slots=True)
+class Judged:
+    """One trial.
+
+    Attributes:
+        with_own: whether the expert fine-tuned for the task was among the peers.
+        advice: of the report.
+        gain: share of the base's loss on the examples that the held-out mixture takes off.
+        errors: that gain in standard errors of the differences example by example.
+        test_gain: share of the base's loss on the test rows that the mixture takes off; of a retrieval task, what
+            NDCG@10 gains, in parts of 1.
+        score_gain: what the task's score gains on the test rows, in parts of 1.
+    """
+
+    task: str
+    num_examples: int
+    seed: int
+    with_own: bool
+    advice: str
+    gain: float
+    errors: float
+    test_gain: float
+    score_gain: float
+
+
+def judge(
+    session: Session, task: str, *, num: int, seed: int, with_own: bool, options: dict[str, Any]
+) -> Judged | None:
+    """One trial; None where the task has not so many examples.
+
+    Args:
+        options: of the cocktail: weighting, temperature.
+    """
+    backend = session.evaluation.backend
+    assert isinstance(backend, InMemoryDecoders | InMemoryEncoders)
+    examples = session.examples(task, seed=seed, num=num)
+    if len(examples) < num:
+        return None
+    left_out = {session.evaluation.multitask, None if with_own else session.pool.targets.get(task)}
+    peers = [name for name in backend.pool.experts if name not in left_out]
+    body = {"examples": examples.to_json(), "experts": peers, "seed": seed, **options}
+    request = parse_inline(body, pool=backend.pool, settings=session.evaluation.settings)
+    assert request.examples is not None
+    given = request.examples
+
+    def losses_of(recipe: Recipe, rows: Sequence[int] | None) -> list[float]:
+        return backend.losses_of(recipe, given, rows)
+
+    weighing, losses = weigh_by(backend.pool, request.options, losses_of, backend.dtype, lambda *_, **__: None)
+    trials = find(request.options, losses, weighing.chosen)
+    held_out: dict[int, float] = {}
+    step = advance(trials, None)
+    while isinstance(step, Trial):
+        recipe = recipe_of(request.options, backend.pool, step.merging_weights, dtype=backend.dtype)
+        answer = losses_of(recipe, step.rows)
+        held_out.update(zip(step.rows, answer, strict=True))
+        step = advance(trials, answer)
+    recipe = recipe_of(request.options, backend.pool, weighing.merging_weights, dtype=backend.dtype)
+    mixed = session.measure(Contender((Part(recipe, 1.0),)), task)
+    base = session.measure(session.make(System(BASE, BASE), task, seed=0), task)
+    differences = np.array([losses[BASE][row] - held_out[row] for row in range(len(examples))])
+    error = float(differences.std(ddof=1)) / len(differences) ** 0.5
+    score_gain = float(np.mean(mixed.score) - np.mean(base.score))
+    if mixed.loss is None or base.loss is None:
+        test_gain = score_gain
+    else:
+        test_gain = 1.0 - float(np.mean(mixed.loss)) / float(np.mean(base.loss))
+    return Judged(
+        task,
+        num,
+        seed,
+        with_own,
+        str(step.advice),
+        float(differences.mean()) / float(np.mean(losses[BASE])),
+        float(differences.mean()) / error if error else 0.0,
+        test_gain,
+        score_gain,
+    )
+
+
+def trials(session: Session, seeds: Sequence[int], options: dict[str, Any]) -> dict[str, Any]:
+    """All trials of a pool: unseen tasks, tasks whose own expert is left out, and the same with their own expert."""
+    targets = session.pool.targets
+    kinds = [*((task, False) for task in (*session.pool.unseen, *targets)), *((task, True) for task in targets)]
+    wanted = [(task, own, num, seed) for num in SIZES for seed in seeds for task, own in kinds]
+    judged = []
+    for number, (task, own, num, seed) in enumerate(wanted):
+        session.report("trials of the verdict", number, len(wanted))
+        one = judge(session, task, num=num, seed=seed, with_own=own, options=options)
+        judged += [] if one is None else [one]
+    session.report("trials of the verdict", len(wanted), len(wanted))
+    return {"options": options, "summary": summary(judged), "trials": [_rounded(one) for one in judged]}
+
+
+def summary(judged: Sequence[Judged]) -> dict[str, Any]:
+    """How often each advice was given, and how often the mixture was better than the base on the test rows then."""
+    groups = {
+        "all": judged,
+        "own expert among the peers": [one for one in judged if one.with_own],
+        "no expert of the task": [one for one in judged if not one.with_own],
+        **{f"{num} examples": [one for one in judged if one.num_examples == num] for num in SIZES},
+    }
+    return {name: _counted(group) for name, group in groups.items() if group}
+
+
+def _counted(judged: Sequence[Judged]) -> dict[str, Any]:
+    by_advice = {}
+    for advice in ("use", "use_expert", "unsure", "no_gain"):
+        group = [one for one in judged if one.advice == advice]
+        by_advice[advice] = {
+            "given": len(group),
+            "better": sum(one.test_gain > 0.0 for one in group),
+            "not_worse_by_score": sum(one.score_gain >= 0.0 for one in group),
+        }
+    return {"trials": len(judged), "better": sum(one.test_gain > 0.0 for one in judged), "advice": by_advice}
+
+
+def _rounded(one: Judged) -> dict[str, Any]:
+    return {name: round(value, 4) if isinstance(value, float) else value for name, value in asdict(one).items()}

@@ -1,0 +1,61 @@
+"""Folds a LoRA adapter into its base: a full checkpoint, as pools take them.
+
+python -m examples.train_experts.fold --kind encoder --base models/base --adapter models/lora --out models/expert
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import tempfile
+from pathlib import Path
+
+
+def fold(kind: str, base: Path, adapter: Path, out: Path) -> None:
+    """Writes the base with `W + scale * B A` in every adapted layer, summed in float32 and stored in the base's dtype.
+
+    Whole or not at all; does nothing where `out` holds a model.
+    """
+    if (out / "config.json").is_file():
+        return
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as partial:
+        folder = Path(partial) / out.name
+        (_fold_decoder if kind == "decoder" else _fold_encoder)(base, adapter, folder)
+        shutil.rmtree(out, ignore_errors=True)
+        folder.rename(out)
+
+
+def _fold_decoder(base: Path, adapter: Path, out: Path) -> None:
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from examples.train_experts.decoder import LOCAL_ONLY
+
+    model = AutoModelForCausalLM.from_pretrained(base, **LOCAL_ONLY)
+    dtype = model.dtype
+    PeftModel.from_pretrained(model.float(), str(adapter)).merge_and_unload().to(dtype).save_pretrained(out)
+    AutoTokenizer.from_pretrained(base, **LOCAL_ONLY).save_pretrained(out)
+
+
+def _fold_encoder(base: Path, adapter: Path, out: Path) -> None:
+    from peft import PeftModel
+    from sentence_transformers import SentenceTransformer
+
+    model = SentenceTransformer(str(base), device="cpu", local_files_only=True)
+    dtype = next(model.parameters()).dtype
+    model[0].auto_model = PeftModel.from_pretrained(model.float()[0].auto_model, str(adapter)).merge_and_unload()
+    model.to(dtype).save(str(out), create_model_card=False)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kind", choices=("decoder", "encoder"), required=True)
+    for name in ("base", "adapter", "out"):
+        parser.add_argument(f"--{name}", type=Path, required=True)
+    options = parser.parse_args()
+    fold(options.kind, options.base, options.adapter, options.out)
+
+
+if __name__ == "__main__":
+    main()
