@@ -16,7 +16,7 @@ MAX_DEPTH = 100
 
 
 async def json_object(request: Request) -> dict[str, Any]:
-    """The body of a request as a JSON object.
+    """The body of a request as a JSON object; notes its size as `request.state.num_bytes`.
 
     Raises:
         InvalidRequestError: not declared as JSON, not JSON (NaN and Infinity are not), no object, or nested too deeply.
@@ -29,6 +29,7 @@ async def json_object(request: Request) -> dict[str, Any]:
             code="unsupported_content_type",
         )
     raw = await _body(request)
+    request.state.num_bytes = len(raw)
     try:
         body = orjson.loads(raw)
     except orjson.JSONDecodeError as error:

@@ -45,14 +45,14 @@ class Meter:
         self._limiter = limiter
         self._metrics = metrics
 
-    async def admit(self, request: Request, caller: Caller, body: Mapping[str, Any]) -> Ticket:
+    def admit(self, request: Request, caller: Caller, body: Mapping[str, Any]) -> Ticket:
         """A request to a model, whose body was read. To be called before any work is done for it.
 
         Raises:
             RateLimitError: over a limit of the tenant.
         """
         admission = self._limiter.admit_model_request(
-            caller.tenant, num_tokens=_estimate(body, num_bytes=len(await request.body()))
+            caller.tenant, num_tokens=_estimate(body, num_bytes=request.state.num_bytes)
         )
         ticket = Ticket(self, caller, admission)
         request.state.ticket = ticket

@@ -38,7 +38,7 @@ async def create_embeddings(request: Request) -> Response:
     gateway = await gateway_of(request)
     caller = await caller_of(request)
     body = await json_object(request)
-    ticket = await gateway.meter.admit(request, caller, body)
+    ticket = gateway.meter.admit(request, caller, body)
     wanted = parse_as(EmbeddingRequest, body)
     pool = await requested_pool(gateway, caller, body, kind="encoder")
     request.state.pool = pool.id

@@ -54,7 +54,7 @@ async def _generate(request: Request, path: str) -> Response:
     gateway = await gateway_of(request)
     caller = await caller_of(request)
     body = await json_object(request)
-    ticket = await gateway.meter.admit(request, caller, body)
+    ticket = gateway.meter.admit(request, caller, body)
     pool = await requested_pool(gateway, caller, body, kind="decoder")
     request.state.pool = pool.id
     engine_config = gateway.pool_configs[pool.id].engine

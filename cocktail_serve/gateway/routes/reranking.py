@@ -32,7 +32,7 @@ async def rerank(request: Request) -> Response:
     gateway = await gateway_of(request)
     caller = await caller_of(request)
     body = await json_object(request)
-    ticket = await gateway.meter.admit(request, caller, body)
+    ticket = gateway.meter.admit(request, caller, body)
     wanted = parse_as(RerankRequest, body)
     pool = await requested_pool(gateway, caller, body, kind="reranker")
     request.state.pool = pool.id
