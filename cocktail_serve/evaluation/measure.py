@@ -1,10 +1,10 @@
 """One system on one task: from its answers to the metrics of every row.
 
-Likelihood: each choice is scored behind the prompt as examples are when models are weighed (`scoring.text`: one space
-between, closed by the end token), and the largest counts as the answer. `sum` compares log-probabilities of the whole
-choice, end token included, which are those of exactly this answer: the default. `token` divides by the number of
-tokens (then long choices are not punished, and easy ends count), `byte` by the choice's bytes of UTF-8, as
-lm-evaluation-harness does for `acc_norm`.
+Likelihood: each choice is scored behind the prompt as examples are when models are weighed (`scoring.text`, one space
+between), and the largest counts as the answer. The end token that closes examples is left out, as lm-evaluation-harness
+does: only fine-tuned models know that an answer ends there, and the base would be judged by that alone. `sum` compares
+log-probabilities of the whole choice: the default, the harness's `acc`. `token` divides by the number of tokens, `byte`
+by the choice's bytes of UTF-8, the harness's `acc_norm`.
 
 Generation: greedy, up to the end token or `max_new_tokens`; what stands before the first line break is the answer.
 
@@ -129,7 +129,7 @@ class Meter:
             about["num_shots"] = num_shots
         metrics: dict[Metric, list[float]] = {}
         if {"accuracy", "loss"} & set(wanted):
-            norm = {"choice_norm": self._how.choice_norm}
+            norm = {"choice_norm": self._how.choice_norm, "end_token": False}
             metrics |= self._kept(
                 contender, task, "likelihood", norm, lambda: self._likelihoods(contender, task, rows, prompts)
             )
@@ -154,13 +154,18 @@ class Meter:
             for recipe in (part.recipe for part in contender.parts)
         ]
         told = iter(averaged(of_parts, contender.parts))
+        eos = backend.tokenizer.eos_token_id
+        is_closed = iter([example.token_ids[-1] == eos for example in tokenized])
         right: list[float] = []
         losses: list[float] = []
         for row, of_row in zip(rows, candidates, strict=True):
             log_probs = [next(told) for _ in of_row]
             output = of_row.index(row.output)
             losses.append(mean_loss(log_probs[output]))
-            scores = [self._score(values, text) for values, text in zip(log_probs, of_row, strict=True)]
+            scores = [
+                self._score(values[:-1] if next(is_closed) and len(values) > 1 else values, text)
+                for values, text in zip(log_probs, of_row, strict=True)
+            ]
             right.append(float(scores.index(max(scores)) == output))
         return {"accuracy": right, "loss": losses} if task.has_choices else {"loss": losses}
 

@@ -15,11 +15,11 @@ import pytest
 import yaml
 
 from cocktail_serve.config import load_settings
-from cocktail_serve.evaluation.runs import open_evaluation
+from cocktail_serve.evaluation.backend import Part
+from cocktail_serve.evaluation.runs import Evaluation, open_evaluation
 from cocktail_serve.evaluation.systems import Contender
 from cocktail_serve.evaluation.tasks import load_task
-from cocktail_serve.examples import ExampleSet, TextExample
-from cocktail_serve.scoring.text import tokenize_examples
+from cocktail_serve.recipe import one_hot
 from tests.conftest import Stack
 from tests.e2e.test_evaluation import DECODER, ENCODER, make_config, make_tasks
 
@@ -56,25 +56,16 @@ def harness(*words: str, folder: Path) -> str:
 def test_lm_evaluation_harness_finds_what_we_find(stack: Stack, tmp_path: Path) -> None:
     tasks = make_tasks(tmp_path)
     (tmp_path / "own.yaml").write_text(snippet("yaml"))
-    rows = load_task(tasks / DECODER, "decoder").rows
     (tmp_path / "test.jsonl").write_text((tasks / DECODER / "test.jsonl").read_text())
     words = "-m lm_eval --model local-completions --tasks own --include_path . --output_path out --model_args".split()
     model = f"model=tied/north,base_url={stack.base_url}/completions,tokenizer={stack.decoders['tied']['base']}"
     harness(*words, f"{model},num_concurrent=4", folder=tmp_path)
     told = json.loads(next((tmp_path / "out").rglob("results*.json")).read_text())["results"]["own"]["acc,none"]
 
+    task = load_task(tasks / DECODER, "decoder")
     with open_evaluation(load_settings(make_config(stack, tmp_path)), "tied") as evaluation:
-        backend = evaluation.backend
-        examples = ExampleSet.of(TextExample(row.input, choice) for row in rows for choice in row.choices)
-        tokenized = tokenize_examples(backend.tokenizer, examples, max_tokens=127)
-        recipe = next(part.recipe for part in _single(evaluation, "north").parts)
-        # the harness does not score the end token
-        sums = iter([float(values[:-1].sum()) for values in backend.log_probs(recipe, tokenized)])
-    right = []
-    for row in rows:
-        scores = [next(sums) for _ in row.choices]
-        right.append(row.choices[scores.index(max(scores))] == row.output)
-    assert told == pytest.approx(sum(right) / len(right))
+        cell = evaluation.measure("north", _single(evaluation, "north"), task)
+    assert told == pytest.approx(cell.mean("accuracy"))
 
 
 def test_mteb_finds_what_we_find(stack: Stack, tmp_path: Path) -> None:
@@ -88,10 +79,7 @@ def test_mteb_finds_what_we_find(stack: Stack, tmp_path: Path) -> None:
     assert told["ndcg@10"] == pytest.approx(cell.mean("ndcg@10"), abs=1e-4)
 
 
-def _single(evaluation, name: str) -> Contender:
-    from cocktail_serve.evaluation.backend import Part
-    from cocktail_serve.recipe import one_hot
-
+def _single(evaluation: Evaluation, name: str) -> Contender:
     return Contender((Part(one_hot(evaluation.pool, name, dtype=evaluation.backend.dtype), 1.0),))
 
 
