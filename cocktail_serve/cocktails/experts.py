@@ -6,13 +6,14 @@ import asyncio
 import logging
 import re
 import time
-from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from sqlalchemy import delete, insert, select
 
 from cocktail_serve.checkpoints.opening import open_expert
+from cocktail_serve.cocktails.expert_roots import ExpertRoots
 from cocktail_serve.cocktails.service import CocktailService
 from cocktail_serve.database import tables
 from cocktail_serve.database.database import Database
@@ -24,12 +25,14 @@ from cocktail_serve.errors import (
     ConflictError,
     InvalidRequestError,
     NotFoundError,
-    PermissionDeniedError,
     StorageError,
 )
 from cocktail_serve.pool import BASE, NAME_PATTERN, Member, Pool
 
 logger = logging.getLogger(__name__)
+
+LEARN_S = 5.0
+"""How often a server looks for experts that another server on the same database has added or removed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,12 +78,15 @@ class Experts:
         self._database = database
         self._pools = pools
         self._engines = engines
-        self._roots = [root.resolve() for root in roots]
+        self._roots = ExpertRoots(roots)
         self._cache_dir = cache_dir
         self._clock = clock
         self._added: dict[tuple[str, str], Added] = {}
+        self._left_out: dict[tuple[str, str], str] = {}
         self._changing = asyncio.Lock()
         self._unbroken = Unbroken()
+        self._service: CocktailService | None = None
+        self._learning: asyncio.Task[None] | None = None
 
     async def load(self) -> Mapping[str, str]:
         """Puts the experts that were added earlier into their pools and engines, before anything is served.
@@ -88,17 +94,20 @@ class Experts:
         Returns:
             Why, by model id, of those that are left out.
         """
-        left_out = {}
-        async with self._database.read() as connection:
-            rows = (await connection.execute(select(tables.experts))).mappings().all()
-        for row in sorted(rows, key=lambda row: row["added_at"]):
-            added = Added(row["pool"], row["name"], Path(row["path"]), row["fingerprint"], row["added_at"])
-            try:
-                await self._load(added)
-            except ClientError as error:
-                left_out[f"{added.pool_id}/{added.name}"] = error.message
-                logger.error("expert %s/%s is left out: %s", added.pool_id, added.name, error.message)
-        return left_out
+        await self._catch_up()
+        return {f"{pool_id}/{name}": why for (pool_id, name), why in self._left_out.items()}
+
+    def start(self, service: CocktailService) -> None:
+        """Tells the service of changes from now on, those that other servers on the database make among them."""
+        self._service = service
+        self._learning = asyncio.create_task(self._learn(), name="experts")
+
+    async def stop(self) -> None:
+        """Ends what `start` began; a change that was begun is made."""
+        await self._unbroken.drain()
+        if self._learning is not None:
+            self._learning.cancel()
+            await asyncio.gather(self._learning, return_exceptions=True)
 
     def of(self, pool_id: str) -> Sequence[tuple[Member, Added | None]]:
         """The experts of a pool, and how each came in; None: by the configuration.
@@ -109,7 +118,7 @@ class Experts:
         pool = self._pool(pool_id)
         return [(member, self._added.get((pool_id, name))) for name, member in pool.experts.items()]
 
-    async def add(self, pool_id: str, name: str, path: str, service: CocktailService) -> tuple[Member, Added, bool]:
+    async def add(self, pool_id: str, name: str, path: str) -> tuple[Member, Added, bool]:
         """Takes a model in: checked, written down, and then shown.
 
         Returns:
@@ -123,10 +132,10 @@ class Experts:
             CheckpointError, IncompatibleModelsError: the model cannot be read, or mixed; nothing has changed.
             StorageError: the database or the engine could not be told; nothing has changed.
         """
-        return await self._unbroken.run(self._add(pool_id, name, path, service))
+        return await self._unbroken.run(self._add(pool_id, name, path))
 
-    async def remove(self, pool_id: str, name: str, service: CocktailService, *, force: bool) -> Member:
-        """Takes an added expert out. Its files stay where they are.
+    async def remove(self, pool_id: str, name: str, *, force: bool) -> None:
+        """Takes an added expert out, one that is left out too. Its files stay where they are.
 
         Args:
             force: though cocktails are made of it; those are no longer served then.
@@ -136,9 +145,9 @@ class Experts:
             ConflictError: it is of the configuration, or cocktails are made of it.
             StorageError: as `add`.
         """
-        return await self._unbroken.run(self._remove(pool_id, name, service, force))
+        await self._unbroken.run(self._remove(pool_id, name, force=force))
 
-    async def _add(self, pool_id: str, name: str, path: str, service: CocktailService) -> tuple[Member, Added, bool]:
+    async def _add(self, pool_id: str, name: str, path: str) -> tuple[Member, Added, bool]:
         self._pool(pool_id)
         if not re.fullmatch(NAME_PATTERN, name) or name == BASE:
             raise InvalidRequestError(
@@ -148,7 +157,7 @@ class Experts:
             pool = self._pool(pool_id)
             if name in pool.experts and (pool_id, name) not in self._added:
                 raise ConflictError(f"pool {pool_id!r} has an expert {name!r} in the configuration", param="name")
-            folder = await asyncio.to_thread(self._find, path)
+            folder = await asyncio.to_thread(self._roots.find, path)
             member = await asyncio.to_thread(open_expert, pool, name, folder, cache_dir=self._cache_dir)
             there = pool.experts.get(name)
             if there is not None:
@@ -161,6 +170,10 @@ class Experts:
             added = Added(pool_id, name, folder, member.fingerprint, self._clock())
             grown = replace(pool, experts={**pool.experts, name: member})
             async with self._database.write() as connection:
+                table = tables.experts
+                query = select(table.c.name).where(table.c.pool == pool_id, table.c.name == name)
+                if (await connection.execute(query)).first() is not None:
+                    raise ConflictError(f"{name!r} was just added by another server, or is left out here", param="name")
                 # the engine first: a model more than the database holds does no harm there, a model less would
                 await self._engines[pool_id].change_pool(grown)
                 await connection.execute(
@@ -172,53 +185,96 @@ class Experts:
                         added_at=added.added_at,
                     )
                 )
-            self._pools[pool_id] = grown
+            self._show(grown)
             self._added[pool_id, name] = added
-            service.change_pool(grown)
+            self._left_out.pop((pool_id, name), None)
             logger.info("expert %s/%s was added", pool_id, name)
             return member, added, False
 
-    async def _remove(self, pool_id: str, name: str, service: CocktailService, force: bool) -> Member:
+    async def _remove(self, pool_id: str, name: str, *, force: bool) -> None:
         async with self._changing:
             pool = self._pool(pool_id)
-            member = pool.member(name)
-            if (pool_id, name) not in self._added:
-                raise ConflictError(
-                    f"{name!r} is of the configuration; take it out there and start the server again", param="name"
-                )
-            users = service.made_of(pool_id, member)
-            if users and not force:
-                raise ConflictError(
-                    f"{len(users)} cocktails are made of {pool_id}/{name}, among them {users[0].id!r}; delete them, or "
-                    "repeat with ?force=true: they are not served any more then",
-                    code="expert_in_use",
-                )
+            if (pool_id, name) not in self._left_out:
+                member = pool.member(name)
+                if (pool_id, name) not in self._added:
+                    raise ConflictError(
+                        f"{name!r} is of the configuration; take it out there and start the server again", param="name"
+                    )
+                users = [] if self._service is None else self._service.made_of(pool_id, member)
+                if users and not force:
+                    raise ConflictError(
+                        f"{len(users)} cocktails are made of {pool_id}/{name}, among them {users[0].id!r}; delete "
+                        "them, or repeat with ?force=true: they are not served any more then",
+                        code="expert_in_use",
+                    )
             async with self._database.write() as connection:
                 table = tables.experts
                 await connection.execute(delete(table).where(table.c.pool == pool_id, table.c.name == name))
-            shrunk = replace(pool, experts={n: each for n, each in pool.experts.items() if n != name})
-            self._pools[pool_id] = shrunk
-            del self._added[pool_id, name]
-            service.change_pool(shrunk)
+            if self._left_out.pop((pool_id, name), None) is None:
+                await self._unload(pool_id, name)
+
+    async def _learn(self) -> None:
+        """Follows what other servers on the database do."""
+        while True:
+            await asyncio.sleep(LEARN_S)
             try:
-                await self._engines[pool_id].change_pool(shrunk)
-            except StorageError as error:  # it goes on knowing a model that nobody names any more
-                logger.warning("expert %s/%s stays in the engine until its next start: %s", pool_id, name, error)
-            logger.info("expert %s/%s was removed", pool_id, name)
-            return member
+                await self._catch_up()
+            except StorageError as error:
+                logger.warning("the registry's experts could not be read: %s", error.message)
+            except Exception:
+                logger.exception("the registry's experts could not be followed")
+
+    async def _catch_up(self) -> None:
+        async with self._changing:
+            async with self._database.read() as connection:
+                rows = (await connection.execute(select(tables.experts))).mappings().all()
+            found = {
+                (row["pool"], row["name"]): Added(
+                    row["pool"], row["name"], Path(row["path"]), row["fingerprint"], row["added_at"]
+                )
+                for row in sorted(rows, key=lambda row: row["added_at"])
+            }
+            for key, added in list(self._added.items()):
+                if found.get(key) != added:
+                    await self._unload(*key)
+            self._left_out = {key: why for key, why in self._left_out.items() if key in found}
+            for key, added in found.items():
+                if key in self._added or key in self._left_out:
+                    continue
+                try:
+                    await self._load(added)
+                except ClientError as error:
+                    self._left_out[key] = error.message
+                    logger.error("expert %s/%s is left out: %s", *key, error.message)
+
+    async def _unload(self, pool_id: str, name: str) -> None:
+        pool = self._pools[pool_id]
+        shrunk = replace(pool, experts={n: each for n, each in pool.experts.items() if n != name})
+        self._show(shrunk)
+        del self._added[pool_id, name]
+        try:
+            await self._engines[pool_id].change_pool(shrunk)
+        except StorageError as error:  # it goes on knowing a model that nobody names any more
+            logger.warning("expert %s/%s stays in the engine until its next start: %s", pool_id, name, error)
+        logger.info("expert %s/%s was removed", pool_id, name)
+
+    def _show(self, pool: Pool) -> None:
+        self._pools[pool.id] = pool
+        if self._service is not None:
+            self._service.change_pool(pool)
 
     async def _load(self, added: Added) -> None:
         pool = self._pool(added.pool_id)
         if added.name in pool.experts:
             raise ConflictError("the configuration has an expert of that name now, and wins")
-        folder = await asyncio.to_thread(self._find, str(added.path))
+        folder = await asyncio.to_thread(self._roots.find, str(added.path))
         member = await asyncio.to_thread(open_expert, pool, added.name, folder, cache_dir=self._cache_dir)
         if member.fingerprint != added.fingerprint:
             raise CheckpointError(f"{folder} holds other parameters than when it was added; add it under another name")
         grown = replace(pool, experts={**pool.experts, added.name: member})
         if pool.id in self._engines:
             await self._engines[pool.id].change_pool(grown)
-        self._pools[pool.id] = grown
+        self._show(grown)
         self._added[added.pool_id, added.name] = added
 
     def _pool(self, pool_id: str) -> Pool:
@@ -227,38 +283,3 @@ class Experts:
             known = ", ".join(sorted(self._pools))
             raise NotFoundError(f"there is no pool {pool_id!r}; there are: {known}", code="pool_not_found")
         return pool
-
-    def _find(self, path: str) -> Path:
-        """The folder that a path leads to; a relative one is looked for under each root. Blocks.
-
-        Whether something exists outside of the roots is not told.
-        """
-        if not self._roots:
-            raise PermissionDeniedError("server.expert_roots is empty, so no expert can be added while the server runs")
-        try:
-            folders = [(root / path).resolve() for root in self._roots]
-            inside = [folder for folder in folders if self._is_inside(folder)]
-            if not inside:
-                raise self._outside(path)
-            folder = next(filter(Path.is_dir, inside), None)
-            if folder is None:
-                raise InvalidRequestError(f"there is no folder {path!r} under server.expert_roots", param="path")
-            if not all(map(self._is_inside, _targets(folder))):
-                raise self._outside(path)
-        except (OSError, ValueError, RuntimeError) as error:
-            raise InvalidRequestError(f"{path!r} is not a path that can be followed", param="path") from error
-        return folder
-
-    def _is_inside(self, path: Path) -> bool:
-        return any(path.is_relative_to(root) for root in self._roots)
-
-    def _outside(self, path: str) -> PermissionDeniedError:
-        return PermissionDeniedError(
-            f"{path!r} lies, or holds a link that leads, outside of the folders of server.expert_roots", param="path"
-        )
-
-
-def _targets(folder: Path) -> Iterable[Path]:
-    """Where all that lies in a folder really is; a linked folder counts as outside: what is in it is not looked at."""
-    for entry in folder.rglob("*"):
-        yield Path("/") if entry.is_symlink() and entry.is_dir() else entry.resolve()

@@ -195,6 +195,8 @@ def _lifespan(
             stack.push_async_callback(service.stop)
             await service.start()
             parsing = stack.enter_context(ThreadPoolExecutor(1, "cocktail-parse"))
+            stack.push_async_callback(experts.stop)
+            experts.start(service)
             admin_key = settings.admin_key
             gateway = Gateway(
                 settings=settings,

@@ -71,7 +71,7 @@ async def list_experts(gateway: GatewayDep, pool_id: str) -> ExpertList:
 async def add_expert(gateway: GatewayDep, pool_id: str, body: JSONObject, response: Response) -> ExpertView:
     """Takes a model of `server.expert_roots` into a pool, for good. Existing cocktails stay what they are."""
     wanted = parse_as(ExpertBody, body)
-    member, added, was_there = await gateway.experts.add(pool_id, wanted.name, wanted.path, gateway.service)
+    member, added, was_there = await gateway.experts.add(pool_id, wanted.name, wanted.path)
     if was_there:
         response.status_code = 200
     return ExpertView.of(pool_id, member, added)
@@ -80,7 +80,7 @@ async def add_expert(gateway: GatewayDep, pool_id: str, body: JSONObject, respon
 @router.delete("/pools/{pool_id}/experts/{name}", responses=error_responses(404, 409))
 async def remove_expert(gateway: GatewayDep, pool_id: str, name: str, force: bool = False) -> DeletedExpert:
     """Takes an added model out of a pool: 409 while cocktails are made of it, unless forced. Its files stay."""
-    await gateway.experts.remove(pool_id, name, gateway.service, force=force)
+    await gateway.experts.remove(pool_id, name, force=force)
     return DeletedExpert(id=f"{pool_id}/{name}")
 
 
