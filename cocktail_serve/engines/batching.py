@@ -27,6 +27,10 @@ CONTENDED_SHARE = 4
 """While several tenants ask (within so many seconds), a pass holds a fraction of its tokens: whoever is next waits for
 the passes that run, and on a CPU a quarter of a full pass already costs little more per token."""
 
+GATHER_S = 0.002
+"""How long a thread waits for company for a few short inputs while another computes. The answers of a pass bring their
+callers' next requests within a millisecond or two, one by one: the first of them would start a pass for itself."""
+
 BACKGROUND_EVERY = 16
 """At least one batch in this many is background work, where any waits: traffic delays it, but never starves it."""
 
@@ -38,7 +42,7 @@ class PassLimits:
     Attributes:
         max_tokens: inputs times longest input, padding included. A single longer input still gets a pass of its own.
         pass_tokens: what starting one more pass costs, in tokens computed meanwhile: padding up to this much is
-            cheaper than a second pass.
+            cheaper than a second pass, and inputs of less wait for company where others compute.
     """
 
     max_tokens: int
@@ -54,7 +58,7 @@ class Job:
         tenant: whose it is.
         key: jobs of equal key may share a pass: same parameters, same features beside the tokens.
         token_ids: the inputs, in the caller's order; set with `set_inputs` before the job is queued.
-        started_at: `time.monotonic()` of the first pass.
+        queued_at, started_at: `time.monotonic()` when it was queued, and of the first pass.
         abandoned: the caller has gone; what has not started is dropped.
         error: why it failed; the rest of it is dropped.
         vectors: `[N, D]` float32, filled batch by batch, in the caller's order.
@@ -66,6 +70,7 @@ class Job:
     token_ids: Sequence[Sequence[int]] = field(default=(), init=False)
     pending: list[int] = field(default_factory=list, init=False)
     num_missing: int = field(default=0, init=False)
+    queued_at: float = field(default=0.0, init=False)
     started_at: float | None = field(default=None, init=False)
     abandoned: bool = field(default=False, init=False)
     error: Exception | None = field(default=None, init=False)
@@ -183,6 +188,17 @@ class _Lane(Generic[J]):
         self._turns.clear()
         return jobs
 
+    def waits_for_company(self, now: float) -> float:
+        """Seconds that the jobs here should be given to become more; 0: none."""
+        num_tokens, since = 0, now
+        for job in chain.from_iterable(chain.from_iterable(turns.values() for turns in self._turns.values())):
+            since = min(since, job.queued_at)
+            some = islice(job.pending, self._limits.pass_tokens)  # enough, if they are so many
+            num_tokens += sum(len(job.token_ids[index]) for index in some)
+            if num_tokens >= self._limits.pass_tokens:
+                return 0.0
+        return max(0.0, since + GATHER_S - now) if num_tokens else 0.0
+
     def next_batch(self) -> Batch[J] | None:
         now = time.monotonic()
         while self._turns:
@@ -251,6 +267,7 @@ class BatchQueue(Generic[J]):
         self._background: _Lane[J] = _Lane(limits)
         self._calls: tuple[deque[Call], ...] = tuple(deque() for _ in range(num_takers))
         self._condition = threading.Condition()
+        self._computing: set[int] = set()
         self._traffic_in_a_row = 0
         self._is_closed = False
 
@@ -259,6 +276,7 @@ class BatchQueue(Generic[J]):
         with self._condition:
             if self._is_closed:
                 return False
+            job.queued_at = time.monotonic()
             (self._background if job.background else self._traffic).add(job)
             self._condition.notify()
         return True
@@ -282,13 +300,16 @@ class BatchQueue(Generic[J]):
             taker: which of the threads asks.
         """
         with self._condition:
+            self._computing.discard(taker)
             while not self._is_closed:
                 if self._calls[taker]:
                     return self._calls[taker].popleft()
-                batch = self._next_batch()
+                pause_s = self._traffic.waits_for_company(time.monotonic()) if self._computing else 0.0
+                batch = None if pause_s else self._next_batch()
                 if batch is not None:
+                    self._computing.add(taker)
                     return batch
-                self._condition.wait()
+                self._condition.wait(pause_s or None)
         return None
 
     def close(self) -> list[J]:

@@ -1,10 +1,13 @@
 import random
 import threading
 from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 import pytest
 
+from cocktail_serve.engines import batching
 from cocktail_serve.engines.batching import (
     BACKGROUND_EVERY,
     CONTENDED_SHARE,
@@ -228,3 +231,50 @@ class TestTenants:
         limits = PassLimits(max_tokens=CONTENDED_SHARE * 32, pass_tokens=8)
         queue = queue_of(job([8], tenant="a"), job([8], tenant="b"), limits=limits)
         assert {each.tenant for each in take(queue).jobs} == {"a", "b"}
+
+
+class TestGathering:
+    """Two threads compute; the first is busy."""
+
+    @pytest.fixture
+    def queue(self, monkeypatch: pytest.MonkeyPatch) -> BatchQueue[Job]:
+        monkeypatch.setattr(batching, "GATHER_S", 30.0)
+        queue: BatchQueue[Job] = BatchQueue(LIMITS, num_takers=2)
+        queue.put(job([2]))
+        assert isinstance(queue.take(0), Batch)  # nobody computes: at once
+        return queue
+
+    @pytest.fixture
+    def second(self, queue: BatchQueue[Job]) -> Iterator[Future[Batch[Job] | Call | None]]:
+        queue.put(job([2]))
+        with ThreadPoolExecutor(1) as thread:
+            taking = thread.submit(queue.take, 1)
+            with pytest.raises(TimeoutError):
+                taking.result(0.05)
+            yield taking
+            queue.close()
+
+    def test_a_few_tokens_wait_for_company(self, queue: BatchQueue[Job], second: Future[Batch[Job]]) -> None:
+        queue.put(job([3]))
+        with pytest.raises(TimeoutError):
+            second.result(0.05)
+        queue.put(job([3]))
+        assert sorted(map(len, second.result(10).token_ids)) == [2, 3, 3]
+
+    def test_not_once_nobody_computes(self, queue: BatchQueue[Job], second: Future[Batch[Job]]) -> None:
+        assert isinstance(queue.take(0), Batch)
+        queue.put(job([20]))
+        assert isinstance(second.result(10), Batch)
+
+    def test_calls_do_not_wait(self, queue: BatchQueue[Job], second: Future[Batch[Job]]) -> None:
+        queue.call_each([lambda: None, lambda: None])
+        assert isinstance(second.result(10), Call)
+
+    def test_many_tokens_never_wait(self, queue: BatchQueue[Job]) -> None:
+        queue.put(job([1] * 1000))
+        assert isinstance(queue.take(1), Batch)
+
+    def test_no_longer_than_is_worth_it(self, queue: BatchQueue[Job], monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(batching, "GATHER_S", 0.01)
+        queue.put(job([2]))
+        assert isinstance(queue.take(1), Batch)
