@@ -1,15 +1,12 @@
-"""What the gateway adds to a request's time, and what it leaves of a real engine's throughput.
+"""What the gateway adds to a request's time.
 
-    python -m bench.gateway                                        # added latency at 200 requests/s, fake engine
+    python -m bench.gateway                                        # 200 requests/s, fake engine
     python -m bench.gateway --stream
-    python -m bench.gateway --target http://127.0.0.1:8001 --target-model base \
-                            --gateway http://127.0.0.1:8000 --gateway-model flan --clients 16
 
-The first form starts a gateway with a fake-engine pool, and the same fake server once more by itself. Requests arrive
-at a fixed rate whether or not earlier ones were answered (open loop), in turn at the fake's own port and at the
-gateway's; a run's added latency is the difference of the two distributions' percentiles. The second form asks a plain
-vLLM server and a gateway over the same model, in turn, from a fixed number of clients (closed loop), and reports the
-ratio of tokens per second. Start those two yourself, with cores pinned as you wish to report.
+Starts a gateway with a fake-engine pool, and the same fake server once more by itself. Requests arrive at a fixed rate
+whether or not earlier ones were answered (open loop), in turn at the fake's own port and at the gateway's; a run's
+added latency is the difference of the two distributions' percentiles. What the gateway leaves of a real engine's
+throughput is the matter of `bench.throughput`.
 
 Prints JSON: medians over the runs, every run, and the machine.
 """
@@ -142,54 +139,6 @@ async def added_latency(
     }
 
 
-async def closed_loop(url: str, body: bytes, *, clients: int, seconds: float) -> dict[str, float]:
-    """Each client sends one request after the other; requests and generated tokens per second."""
-    num_tokens = 0
-    num_requests = 0
-    deadline = time.perf_counter() + seconds
-
-    async def client(session: aiohttp.ClientSession) -> None:
-        nonlocal num_tokens, num_requests
-        while time.perf_counter() < deadline:
-            async with session.post(CHAT, data=body, headers={"Content-Type": "application/json"}) as response:
-                if response.status != 200:
-                    raise RuntimeError(f"{url} answered {response.status}: {await response.text()}")
-                answer = await response.json()
-            num_tokens += answer["usage"]["completion_tokens"]
-            num_requests += 1
-
-    async with aiohttp.ClientSession(url, connector=aiohttp.TCPConnector(limit=0)) as session:
-        started = time.perf_counter()
-        await asyncio.gather(*(client(session) for _ in range(clients)))
-        elapsed = time.perf_counter() - started
-    return {"requests_per_s": num_requests / elapsed, "tokens_per_s": num_tokens / elapsed}
-
-
-async def throughput_ratio(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Runs against the plain server and the gateway, in turn."""
-    targets = {
-        "target": (
-            arguments.target,
-            request_body(arguments.target_model, stream=False, max_tokens=arguments.max_tokens),
-        ),
-        "gateway": (
-            arguments.gateway,
-            request_body(arguments.gateway_model, stream=False, max_tokens=arguments.max_tokens),
-        ),
-    }
-    for url, body in targets.values():
-        await closed_loop(url, body, clients=arguments.clients, seconds=2)
-    runs = []
-    for _ in range(arguments.runs):
-        run = {
-            name: await closed_loop(url, body, clients=arguments.clients, seconds=arguments.seconds)
-            for name, (url, body) in targets.items()
-        }
-        runs.append(run)
-    ratios = [run["gateway"]["tokens_per_s"] / run["target"]["tokens_per_s"] for run in runs]
-    return {"ratio_median": round(statistics.median(ratios), 3), "ratios": [round(r, 3) for r in ratios], "runs": runs}
-
-
 def write_config(folder: Path) -> Path:
     """A configuration of one pool behind the fake engine."""
     models = make_decoder_pool(folder / "models", ("expert",))
@@ -251,14 +200,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--runs", type=int, default=5, help="of each kind, in turn")
     parser.add_argument("--max-tokens", type=int, default=16)
     parser.add_argument("--stream", action="store_true", help="answers as server-sent events")
-    parser.add_argument("--target", help="base URL of a plain server; measures throughput instead")
-    parser.add_argument("--target-model", default="base")
-    parser.add_argument("--gateway", default="http://127.0.0.1:8000", help="base URL of a gateway over the same model")
-    parser.add_argument("--gateway-model", default=POOL)
-    parser.add_argument("--clients", type=int, default=16, help="of the throughput measurement")
     arguments = parser.parse_args(argv)
-    workload = {key: value for key, value in vars(arguments).items() if value is not None}
-    result = asyncio.run(throughput_ratio(arguments)) if arguments.target else measure_added_latency(arguments)
+    workload = vars(arguments)
+    result = measure_added_latency(arguments)
     print(json.dumps({"machine": describe_machine(), "workload": workload, **result}, indent=2))
 
 
