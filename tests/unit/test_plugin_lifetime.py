@@ -111,3 +111,16 @@ def test_registering_in_a_plain_process_is_harmless(monkeypatch: pytest.MonkeyPa
     register()
     register()
     assert OWNER_VARIABLE not in os.environ
+
+
+def test_every_process_asks_for_amx(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without it vLLM's attention dies of SIGILL on a CPU with AMX, at a first prompt that is short."""
+    import torch
+
+    from vllm_cocktail import register
+
+    asked: list[bool] = []
+    monkeypatch.delenv(OWNER_VARIABLE, raising=False)
+    monkeypatch.setattr(torch.cpu, "_init_amx", lambda: asked.append(True))
+    register()
+    assert asked == [True]
