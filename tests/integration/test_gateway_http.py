@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import time
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -52,6 +53,17 @@ def http(gateway: LiveGateway) -> Iterator[httpx.Client]:
     hooks = {"response": [check_documented(gateway.app.openapi())]}
     with httpx.Client(base_url=gateway.url, timeout=60, event_hooks=hooks) as client:
         yield client
+
+
+def until_reported(http: httpx.Client, ref: str) -> dict[str, Any]:
+    """The report once what is found out in the background is there."""
+    deadline = time.monotonic() + 30
+    while True:
+        report: dict[str, Any] = http.get(f"/v1/cocktails/{ref}/report").json()
+        if report["report_status"] == "ready":
+            return report
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
 
 
 def error_of(response: httpx.Response) -> dict[str, Any]:
@@ -145,6 +157,9 @@ class TestCocktails:
             weights = [model["merging_weight"] for model in report["models"]]
             assert weights == sorted(weights, reverse=True)
             assert 1.0 <= report["effective_models"] <= 3.0 + 1e-9
+            report = until_reported(http, ref)
+            assert (report["advice"] is None) == (report["held_out_loss"] is None)
+            assert report["verdict"]
 
     @pytest.mark.parametrize("method", ["task_arithmetic", "ties", "dare_linear", "dare_ties"])
     @pytest.mark.parametrize(

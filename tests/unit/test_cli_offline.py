@@ -447,3 +447,66 @@ def test_an_unknown_pool_lists_the_known(config, examples, capsys):
 def test_a_missing_configuration_is_bad_input(tmp_path, examples, capsys):
     code, _, err = run(capsys, "weigh", tmp_path / "no.yaml", "--pool", "x", "--examples", examples(DECODER_ROWS))
     assert (code, "no.yaml" in err) == (2, True)
+
+
+THREE_ROWS = [{"input": f"the capital of {place} is", "output": word} for place, word in ("ab", "cd", "ef")]
+
+
+def test_weigh_tells_whether_the_mixture_is_worth_using(config, examples, capsys):
+    words = ["weigh", config, "--pool", "flan", "--examples", examples(THREE_ROWS), "--temperature", 0.5]
+    _, shown, _ = run(capsys, *words)
+    _, out, _ = run(capsys, *words, "--json")
+    told = json.loads(out)
+    findings = told["findings"]
+    assert findings["num_folds"] == 3
+    assert findings["text"] in " ".join(shown.split())
+    assert f"base {told['losses']['base']:.2f}: " in findings["text"]
+    assert findings["best_expert_loss"] == pytest.approx(min(told["losses"]["ag-news"], told["losses"]["nq"]))
+    # three mixtures weighed on two examples each: not the mixture that is weighed on all
+    assert findings["held_out_loss"] != pytest.approx(told["mixed_loss"], rel=1e-6)
+
+
+def test_held_out_losses_are_those_of_mixtures_weighed_without_them(config, examples, capsys):
+    words = ["--pool", "flan", "--temperature", 0.5, "--json", "--no-judge"]
+    held_out = []
+    for left_out in THREE_ROWS:
+        others = [row for row in THREE_ROWS if row is not left_out]
+        _, out, _ = run(capsys, "weigh", config, *words, "--examples", examples(others))
+        assert json.loads(out)["findings"] is None
+        weights = ",".join(f"{name}={weight!r}" for name, weight in json.loads(out)["merging_weights"].items())
+        folder = config.parent / f"fold-{left_out['output']}"
+        run(capsys, "mix", config, "--pool", "flan", "--weights", weights, "--out", folder)
+        held_out.append(_loss(folder, left_out))
+    _, out, _ = run(
+        capsys, "weigh", config, "--pool", "flan", "--temperature", 0.5, "--json", "--examples", examples(THREE_ROWS)
+    )
+    assert json.loads(out)["findings"]["held_out_loss"] == pytest.approx(sum(held_out) / 3, rel=1e-4)
+
+
+def _loss(folder, row):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder).eval()
+    start = len(tokenizer(row["input"]).input_ids)
+    ids = [*tokenizer(f"{row['input']} {row['output']}").input_ids, tokenizer.eos_token_id]
+    labels = torch.tensor([[-100] * start + ids[start:]])
+    with torch.inference_mode():
+        return model(torch.tensor([ids]), labels=labels).loss.item()
+
+
+def test_an_encoders_verdict_and_the_model_card(config, examples, tmp_path, capsys):
+    rows = [*PAIR_ROWS, {"query": "happy dog", "pos": ["good dog"], "neg": ["bad cat"]}]
+    out = tmp_path / "mixture"
+    code, shown, _ = run(capsys, "mix", config, "--pool", "bge", "--examples", examples(rows), "--out", out)
+    assert code == 0
+    findings = json.loads((out / "weighing.json").read_text())["findings"]
+    assert findings["num_folds"] == 3
+    assert findings["text"] in " ".join(shown.split())
+    assert f"**{findings['text']}**" in (out / "README.md").read_text()
+
+
+def test_without_a_verdict_it_is_said_why(config, examples, capsys):
+    _, out, _ = run(capsys, "weigh", config, "--pool", "flan", "--examples", examples(DECODER_ROWS[:1]), "--json")
+    findings = json.loads(out)["findings"]
+    assert findings["advice"] is None
+    assert "one example cannot be held out" in findings["text"]
