@@ -16,6 +16,7 @@ from cocktail_serve.cli.keys import keys as keys_commands
 from cocktail_serve.cli.mix import mix as mix_command
 from cocktail_serve.cli.serve import serve as serve_command
 from cocktail_serve.cli.terminal import print_error
+from cocktail_serve.cli.usage import usage as usage_command
 from cocktail_serve.cli.weigh import weigh as weigh_command
 from cocktail_serve.errors import ClientError, CocktailError
 
@@ -33,6 +34,7 @@ app.command("inspect")(inspect_command)
 app.command("eval")(eval_command)
 app.command("doctor")(doctor_command)
 app.command("demo")(demo_command)
+app.command("usage")(usage_command)
 app.add_typer(keys_commands)
 
 

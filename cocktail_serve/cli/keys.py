@@ -112,10 +112,12 @@ def rotate(
 def _in_store(config: Path, work: Callable[[TenantStore], Awaitable[_T]]) -> _T:
     from cocktail_serve.database.database import Database
     from cocktail_serve.tenants.store import TenantStore
+    from cocktail_serve.usage.audit import CLI, acting
 
     settings = load_settings(config)
 
     async def run() -> _T:
+        acting.set(CLI)
         database = Database(settings.store.database_url)
         await database.open(as_server=False)
         try:

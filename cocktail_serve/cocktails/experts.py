@@ -28,6 +28,7 @@ from cocktail_serve.errors import (
     StorageError,
 )
 from cocktail_serve.pool import BASE, NAME_PATTERN, Member, Pool
+from cocktail_serve.usage.audit import record
 
 logger = logging.getLogger(__name__)
 
@@ -185,6 +186,8 @@ class Experts:
                         added_at=added.added_at,
                     )
                 )
+                detail = {"fingerprint": member.fingerprint, "path": str(folder)}
+                await record(connection, "expert.added", f"{pool_id}/{name}", tenant=None, detail=detail)
             self._show(grown)
             self._added[pool_id, name] = added
             self._left_out.pop((pool_id, name), None)
@@ -210,6 +213,7 @@ class Experts:
             async with self._database.write() as connection:
                 table = tables.experts
                 await connection.execute(delete(table).where(table.c.pool == pool_id, table.c.name == name))
+                await record(connection, "expert.removed", f"{pool_id}/{name}", tenant=None)
             if self._left_out.pop((pool_id, name), None) is None:
                 await self._unload(pool_id, name)
 

@@ -7,6 +7,7 @@ import logging
 from collections import defaultdict
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, TypeVar
 
 from cocktail_serve.cocktails.cocktail import Cocktail, Failure
@@ -17,6 +18,7 @@ from cocktail_serve.cocktails.scores import Keeping
 from cocktail_serve.cocktails.weigher import Weigher
 from cocktail_serve.cocktails.weighing import recipe_of
 from cocktail_serve.engines.base import Engine
+from cocktail_serve.engines.effort import Effort, measured
 from cocktail_serve.errors import (
     CapacityError,
     CocktailError,
@@ -82,6 +84,9 @@ class Patience:
             delay = min(2 * delay, self.max_delay_s)
 
 
+OnSpent = Callable[[Cocktail, Effort], None]
+"""Is told how long engines worked for a cocktail."""
+
 LoadExamples = Callable[[], Awaitable[tuple[ExampleSet | None, ExampleSet | None]]]
 """Reads the examples of a cocktail, and those of its validation."""
 
@@ -115,6 +120,7 @@ class Jobs:
         *,
         patience: Patience,
         on_ready: Callable[[Cocktail], None] | None,
+        on_spent: OnSpent,
     ) -> None:
         self._registry = registry
         self._weigher = weigher
@@ -122,6 +128,7 @@ class Jobs:
         self._engines = engines
         self._patience = patience
         self._on_ready = on_ready
+        self._on_spent = on_spent
         self._slots: defaultdict[str, asyncio.Semaphore] = defaultdict(lambda: asyncio.Semaphore(MAX_RUNNING))
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._epochs: dict[str, int] = {}
@@ -180,7 +187,8 @@ class Jobs:
         if previous is not None:
             await asyncio.wait([previous])
         async with self._slots[cocktail.pool_id]:
-            await self._run(cocktail, examples, validation)
+            with measured(partial(self._on_spent, cocktail)):
+                await self._run(cocktail, examples, validation)
 
     async def _run(self, cocktail: Cocktail, examples: ExampleSet | None, validation: ExampleSet | None) -> None:
         try:

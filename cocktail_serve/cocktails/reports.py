@@ -10,13 +10,16 @@ import asyncio
 import logging
 from collections import defaultdict
 from collections.abc import Awaitable, Callable, Mapping
+from functools import partial
 
 from cocktail_serve.cocktails.cocktail import Cocktail, Findings
 from cocktail_serve.cocktails.findings import PENDING, no_findings
+from cocktail_serve.cocktails.jobs import OnSpent
 from cocktail_serve.cocktails.registry import Registry
 from cocktail_serve.cocktails.scores import Attempts, Keeping
 from cocktail_serve.cocktails.weigher import Weigher
 from cocktail_serve.engines.base import Engine
+from cocktail_serve.engines.effort import measured
 from cocktail_serve.errors import CapacityError, CocktailError, StorageError
 from cocktail_serve.examples import ExampleSet
 
@@ -41,12 +44,14 @@ class Reports:
         load_examples: LoadExamples,
         *,
         patience: Attempts,
+        on_spent: OnSpent,
     ) -> None:
         self._registry = registry
         self._weigher = weigher
         self._engines = engines
         self._load_examples = load_examples
         self._patience = patience
+        self._on_spent = on_spent
         self._turns: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
         self._tasks: dict[str, asyncio.Task[None]] = {}
 
@@ -83,7 +88,9 @@ class Reports:
     async def _run(self, cocktail: Cocktail) -> None:
         async with self._turns[cocktail.pool_id]:
             try:
-                await self._registry.keep_findings(cocktail.uid, await self._findings(cocktail))
+                with measured(partial(self._on_spent, cocktail)):
+                    findings = await self._findings(cocktail)
+                await self._registry.keep_findings(cocktail.uid, findings)
             except CapacityError:
                 logger.warning("the report of %s waits: its engine is not available", cocktail.id)
             except StorageError:

@@ -25,10 +25,14 @@ from cocktail_serve.config import Settings
 from cocktail_serve.database.database import Database
 from cocktail_serve.database.unbroken import Unbroken
 from cocktail_serve.engines.base import Engine
+from cocktail_serve.engines.effort import Effort, measured
 from cocktail_serve.errors import CapacityError, ModelNotReadyError, NotFoundError, StorageError
 from cocktail_serve.examples import ExampleSet, parse_examples
 from cocktail_serve.pool import Member, Pool
 from cocktail_serve.tenants.limits import LimitsOf, unlimited
+from cocktail_serve.usage.account import Use
+from cocktail_serve.usage.audit import acting
+from cocktail_serve.usage.ledger import Ledger
 
 CHECK_TIMEOUT_S = 5.0
 """How long a creation waits to hear that its examples fit the model's context; after that its job hears it."""
@@ -50,6 +54,7 @@ class CocktailService:
         limits_of: limits of a tenant.
         patience: how long jobs bear with failing engines.
         witnesses: write down what changes of cocktails mean elsewhere.
+        ledger: counts what jobs use; None: nobody does.
     """
 
     def __init__(
@@ -64,7 +69,9 @@ class CocktailService:
         place: str | None = None,
         sweeps: Sequence[Sweep] = (),
         witnesses: Sequence[Witness] = (),
+        ledger: Ledger | None = None,
     ) -> None:
+        self._ledger = ledger
         self._settings = settings
         self._pools = pools
         self._engines = engines
@@ -80,9 +87,13 @@ class CocktailService:
         scores = Scores(self._store, self._executor, truncate={pool.id: pool.truncate for pool in settings.pools})
         self._weigher = Weigher(scores, self._executor, self._registry.uses)
         patience = patience or Patience()
-        self._reports = Reports(self._registry, self._weigher, engines, self._examples_of, patience=patience)
+        self._reports = Reports(
+            self._registry, self._weigher, engines, self._examples_of, patience=patience, on_spent=self._count
+        )
         on_ready = self._reports.submit if settings.reports else None
-        self._jobs = Jobs(self._registry, self._weigher, pools, engines, patience=patience, on_ready=on_ready)
+        self._jobs = Jobs(
+            self._registry, self._weigher, pools, engines, patience=patience, on_ready=on_ready, on_spent=self._count
+        )
         self._unbroken = Unbroken()
         self._sweeps = sweeps
         self._registry.listen(self._heed)
@@ -120,7 +131,6 @@ class CocktailService:
         tenant: str,
         request: CocktailRequest,
         *,
-        key_id: str | None = None,
         beside: Beside | None = None,
     ) -> tuple[Cocktail, bool]:
         """Makes a cocktail, or finds the one that the same request made.
@@ -129,7 +139,6 @@ class CocktailService:
         counts as new.
 
         Args:
-            key_id: of the key that asks.
             beside: writes rows of its own in the transaction that this is done in; both are there or neither.
 
         Returns:
@@ -144,7 +153,7 @@ class CocktailService:
         known = self._registry.version(tenant, request)
         if known is None or known.status in ("failed", "cancelled"):
             await self._check_examples(request)
-        return await self._unbroken.run(self._admit(tenant, request, key_id, beside))
+        return await self._unbroken.run(self._admit(tenant, request, beside))
 
     async def wait(self, tenant: str, ref: str, timeout_s: float) -> Cocktail:
         """The snapshot at the moment it becomes ready, failed or cancelled, or the one after `timeout_s`.
@@ -165,19 +174,17 @@ class CocktailService:
         """
         async with self._registry.dry_run(tenant, self._limits_of(tenant)):
             await self._check_examples(request)
-            return await self._weigher.weigh(
-                self._engines[request.options.pool],
-                request.options,
-                request.examples,
-                Keeping(tenant=tenant, uid=None),
-            )
+            pool_id = request.options.pool
+            with measured(partial(self._count_use, tenant, acting.get().key_id, pool_id, pool_id)):
+                return await self._weigher.weigh(
+                    self._engines[pool_id], request.options, request.examples, Keeping(tenant=tenant, uid=None)
+                )
 
     async def inline(
         self,
         tenant: str,
         request: CocktailRequest,
         *,
-        key_id: str | None = None,
         timeout_s: float = INLINE_TIMEOUT_S,
     ) -> Served:
         """What a request with a `cocktail` of its own is answered by: mixed now, or found by digest.
@@ -189,7 +196,7 @@ class CocktailService:
         known = self._registry.version(tenant, request)
         if known is not None and known.status == "ready":
             return self._registry.resolve(tenant, known.id)
-        created, _ = await self.create(tenant, request, key_id=key_id)
+        created, _ = await self.create(tenant, request)
         made = await self.wait(tenant, created.id, timeout_s)
         if made.status == "failed" and made.error is not None:
             raise made.error.exception()
@@ -306,9 +313,7 @@ class CocktailService:
         """
         return await self._unbroken.run(self._delete(tenant, ref))
 
-    async def _admit(
-        self, tenant: str, request: CocktailRequest, key_id: str | None, beside: Beside | None
-    ) -> tuple[Cocktail, bool]:
+    async def _admit(self, tenant: str, request: CocktailRequest, beside: Beside | None) -> tuple[Cocktail, bool]:
         pool = self._pools[request.options.pool]
         items = score_items(request.examples, pool.kind) + score_items(request.validation, pool.kind)
         cocktail, admission, gone = await self._registry.admit(
@@ -317,7 +322,7 @@ class CocktailService:
             items=items,
             warnings=_warnings(request, pool),
             limits=self._limits_of(tenant),
-            key_id=key_id,
+            key_id=acting.get().key_id,
             beside=beside,
         )
         self._release(gone)
@@ -348,6 +353,14 @@ class CocktailService:
         removed = await self._registry.remove(tenant, ref)
         self._release(removed)
         return removed
+
+    def _count(self, cocktail: Cocktail, effort: Effort) -> None:
+        self._count_use(cocktail.tenant, cocktail.key_id, cocktail.id, cocktail.pool_id, effort)
+
+    def _count_use(self, tenant: str, key_id: str | None, model: str, pool_id: str, effort: Effort) -> None:
+        if self._ledger is not None:
+            use = Use(scoring_s=effort.scoring_s, mixing_s=effort.mixing_s)
+            self._ledger.add(tenant, key_id, model, pool_id, use)
 
     def _release(self, removed: Iterable[Cocktail]) -> None:
         for cocktail in removed:

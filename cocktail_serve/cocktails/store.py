@@ -12,6 +12,7 @@ from sqlalchemy import Column, ColumnElement, Table, delete, insert, select, tup
 from sqlalchemy.engine import RowMapping
 from sqlalchemy.ext.asyncio import AsyncConnection
 
+from cocktail_serve.cocktails import history
 from cocktail_serve.cocktails.cocktail import DIGEST8, Cocktail, Failure, Findings
 from cocktail_serve.cocktails.request import CocktailOptions
 from cocktail_serve.database import tables
@@ -184,6 +185,7 @@ class Store:
                 await connection.execute(
                     insert(tables.items), [{"uid": cocktail.uid, "item": item} for item in dict.fromkeys(items)]
                 )
+            await history.made(connection, cocktail)
             if beside is not None:
                 await beside(connection, cocktail)
         return cocktail
@@ -221,6 +223,7 @@ class Store:
             if not updated.rowcount:
                 raise StaleError
             if before is not None:
+                await history.changed(connection, before, changed)
                 for witness in self._witnesses:
                     await witness.changed(connection, before, changed)
             if beside is not None:
@@ -254,8 +257,12 @@ class Store:
             await connection.execute(
                 delete(tables.pins).where(tables.pins.c.tenant == tenant, tables.pins.c.name == name)
             )
+            digest = None
             if uid is not None:
                 await connection.execute(insert(tables.pins).values(tenant=tenant, name=name, uid=uid))
+                of_version = select(tables.cocktails.c.digest).where(tables.cocktails.c.uid == uid)
+                digest = (await connection.execute(of_version)).scalar_one()
+            await history.pinned(connection, tenant, name, digest)
 
     @to_the_end
     async def delete(self, tenant: str, uids: Sequence[str]) -> None:
@@ -263,8 +270,9 @@ class Store:
         async with self._database.write() as connection:
             change = await _number(connection)
             for some in _chunks(uids):
-                rows = select(tables.cocktails.c.uid).where(tables.cocktails.c.uid.in_(some))
-                await connection.execute(rows.with_for_update())
+                names = select(tables.cocktails.c.name, tables.cocktails.c.digest)
+                rows = await connection.execute(names.where(tables.cocktails.c.uid.in_(some)).with_for_update())
+                await history.deleted(connection, tenant, [(row.name, row.digest) for row in rows])
                 removals = [{"uid": uid, "change": change} for uid in some]
                 await connection.execute(insert_missing(connection, tables.removals), removals)
                 for witness in self._witnesses:

@@ -9,6 +9,7 @@ from sqlalchemy import (
     BigInteger,
     Boolean,
     Column,
+    Date,
     Float,
     ForeignKey,
     Index,
@@ -233,3 +234,44 @@ experts = Table(
     Column("added_at", Float(53), nullable=False),
 )
 """Those added while the server ran; those of the configuration are in the configuration."""
+
+usage = Table(
+    "usage",
+    metadata,
+    Column("tenant", TENANT, primary_key=True),
+    Column("day", Date, primary_key=True),
+    Column("key_id", KEY_ID, primary_key=True),
+    Column("model", String(160), primary_key=True),
+    Column("pool", String(64), nullable=False),
+    Column("requests", BigInteger, nullable=False),
+    Column("tokens_in", BigInteger, nullable=False),
+    Column("tokens_out", BigInteger, nullable=False),
+    Column("scoring_s", Float(53), nullable=False),
+    Column("mixing_s", Float(53), nullable=False),
+    Index("ix_usage_day", "day"),
+)
+"""Sums by day; a batch adds to them."""
+
+usage_writers = Table(
+    "usage_writers",
+    metadata,
+    Column("writer", String(32), primary_key=True),
+    Column("last", BigInteger, nullable=False),
+    Column("written_at", Float(53), nullable=False),
+)
+"""The number of the last batch that each process added, so that none is added twice."""
+
+audit = Table(
+    "audit",
+    metadata,
+    Column("id", String(40), primary_key=True),
+    Column("at", Float(53), nullable=False),
+    Column("actor_tenant", TENANT),
+    Column("actor_key", KEY_ID),
+    Column("action", String(32), nullable=False),
+    Column("tenant", TENANT),
+    Column("subject", String(255), nullable=False),
+    Column("detail", JSON, nullable=False),
+    Index("ix_audit_tenant", "tenant", "id"),
+)
+"""Nothing refers to it, and it to nothing: it outlives what it tells of."""

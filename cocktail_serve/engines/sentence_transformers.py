@@ -20,6 +20,7 @@ import torch
 from cocktail_serve.config import PoolConfig, SentenceTransformersEngineConfig
 from cocktail_serve.engines.base import EngineHealth, EngineState
 from cocktail_serve.engines.batching import PassLimits
+from cocktail_serve.engines.effort import spend
 from cocktail_serve.engines.occupancy import OPERATOR_RETRY_S, Occupancy
 from cocktail_serve.engines.parameter_cache import Mixture, ParameterCache, Params
 from cocktail_serve.engines.pipeline import ModelRequest, Pipeline
@@ -166,7 +167,9 @@ class SentenceTransformersEngine(Generic[M]):
     async def materialise(self, recipe: Recipe) -> None:
         await self._ready()
         self._check_recipe(recipe)
+        started = time.monotonic()
         self._cache.release(await self._cache.lease(recipe))
+        spend(mixing_s=time.monotonic() - started)
 
     def forget(self, recipe_digest: str) -> None:
         if self._model is not None:
@@ -197,6 +200,8 @@ class SentenceTransformersEngine(Generic[M]):
                 rows = await self._run(request, arrived_at)
             finally:
                 self._cache.release(mixture)
+            if background and request.started_at is not None:
+                spend(scoring_s=time.monotonic() - request.started_at)
         return rows, request.num_tokens
 
     @property

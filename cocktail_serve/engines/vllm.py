@@ -8,7 +8,8 @@ import hmac
 import logging
 import os
 import secrets
-from collections.abc import AsyncIterator, Mapping, Sequence
+import time
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -18,6 +19,7 @@ import orjson
 from cocktail_serve.config import VLLMEngineConfig
 from cocktail_serve.engines.base import EngineHealth, EngineState, Forwarded
 from cocktail_serve.engines.connections import Answer
+from cocktail_serve.engines.effort import spend
 from cocktail_serve.engines.fake import fake_args
 from cocktail_serve.engines.lease import Lease
 from cocktail_serve.engines.occupancy import Occupancy
@@ -104,6 +106,15 @@ _FINISHED = b'"finish_reason":"'
 _ABORTED = b'"finish_reason":"abort"'
 
 
+@contextlib.contextmanager
+def _scoring() -> Iterator[None]:
+    started = time.monotonic()
+    try:
+        yield
+    finally:
+        spend(scoring_s=time.monotonic() - started)
+
+
 class VLLMEngine:
     """A `GenerationEngine` over vLLM's OpenAI server with the cocktail plugin, or over the fake of it.
 
@@ -135,6 +146,7 @@ class VLLMEngine:
         self._forgetting: set[asyncio.Task[None]] = set()
         self._tokenizing = ThreadPoolExecutor(1, thread_name_prefix=f"tokenizer-{pool.id}")
         self._tokenizer: asyncio.Future[PreTrainedTokenizerFast] | None = None
+        self._last_mix_s = 0.0
         self._residency = Residency(
             self._mix,
             slice_s=config.slice_s,
@@ -206,7 +218,7 @@ class VLLMEngine:
         num_drained = 0
         while len(losses) < len(tokenized):
             try:
-                with await self._turn(recipe, background=True) as lease:
+                with await self._turn(recipe, background=True) as lease, _scoring():
                     losses += await self._score_some(lease, recipe, tokenized[len(losses) :])
                 num_drained = 0
             except DrainedError:
@@ -253,9 +265,13 @@ class VLLMEngine:
         if self._state in ("failed", "stopped"):
             raise ModelNotReadyError(f"the engine of pool {self.pool.id!r} is not available ({self._state})")
         timeout_s = None if background else self._config.queue_timeout_s
-        return await self._residency.acquire(
+        num_mixes = self.stats.swap.count
+        lease = await self._residency.acquire(
             recipe, tenant=tenant, num_tokens=num_tokens, background=background, timeout_s=timeout_s
         )
+        if background and self.stats.swap.count > num_mixes:
+            spend(mixing_s=self._last_mix_s)  # the last mix is the one that this turn began with
+        return lease
 
     def _manifest_of(self, pool: Pool) -> Manifest:
         return Manifest.of_pool(
@@ -327,6 +343,7 @@ class VLLMEngine:
             sources = self.stats.num_swaps_by_source
             sources[body["source"]] = sources.get(body["source"], 0) + 1
             self.stats.mix.observe(body["seconds"])
+            self._last_mix_s = float(body["seconds"])
             self.stats.num_cache_hits += body["source"] == "cache"
             self.stats.num_cache_misses += body["source"] == "files"
             logger.info(

@@ -49,6 +49,7 @@ from cocktail_serve.gateway.routes import (
     reranking,
 )
 from cocktail_serve.gateway.routes import pools as pools_routes
+from cocktail_serve.gateway.routes import usage as usage_routes
 from cocktail_serve.gateway.schemas.admin import KeyBody, RotationBody, TenantBody
 from cocktail_serve.gateway.schemas.cocktails import CurrentVersion
 from cocktail_serve.gateway.schemas.embeddings import EmbeddingRequest
@@ -61,6 +62,9 @@ from cocktail_serve.pool import Pool
 from cocktail_serve.tenants.limit_book import LimitBook
 from cocktail_serve.tenants.limits import Limiter
 from cocktail_serve.tenants.store import TenantStore
+from cocktail_serve.usage.audit import AuditLog
+from cocktail_serve.usage.ledger import Ledger
+from cocktail_serve.usage.store import UsageStore
 
 Lifespan = Callable[[FastAPI], AbstractAsyncContextManager[None]]
 
@@ -100,6 +104,7 @@ def create_app(
         cocktails,
         files,
         fine_tuning,
+        usage_routes,
         pools_routes,
         admin,
         operating,
@@ -180,6 +185,10 @@ def _lifespan(
             limits = LimitBook(settings.limits, tenants)
             stack.push_async_callback(limits.stop)
             await limits.start()
+            usage = UsageStore(database)
+            ledger = Ledger(usage)
+            stack.push_async_callback(ledger.stop)
+            ledger.start()
             jobs = JobStore(database)
             files = Files(database, limits_of=limits.of)
             service = CocktailService(
@@ -191,6 +200,7 @@ def _lifespan(
                 place=place,
                 sweeps=[files.sweep],
                 witnesses=[jobs],
+                ledger=ledger,
             )
             stack.push_async_callback(service.stop)
             await service.start()
@@ -211,7 +221,10 @@ def _lifespan(
                 lifecycle=lifecycle,
                 tenants=tenants,
                 limits=limits,
-                meter=Meter(Limiter(limits.of), metrics),
+                ledger=ledger,
+                usage=usage,
+                audit=AuditLog(database),
+                meter=Meter(Limiter(limits.of), ledger, metrics),
                 authenticator=Authenticator(
                     tenants,
                     required=settings.server.requires_key,

@@ -11,6 +11,8 @@ from cocktail_serve.cocktails.cocktail import Served
 from cocktail_serve.gateway.authentication import Caller
 from cocktail_serve.gateway.metrics import GatewayMetrics
 from cocktail_serve.tenants.limits import Admission, Limiter, Rate, Standing
+from cocktail_serve.usage.account import Use
+from cocktail_serve.usage.ledger import Ledger
 
 BYTES_PER_TOKEN = 4
 """Of a request's body, for the estimate that is reserved until the engine has said what it read."""
@@ -41,8 +43,9 @@ class Ticket:
 class Meter:
     """Admits requests and counts what they use."""
 
-    def __init__(self, limiter: Limiter, metrics: GatewayMetrics) -> None:
+    def __init__(self, limiter: Limiter, ledger: Ledger, metrics: GatewayMetrics) -> None:
         self._limiter = limiter
+        self._ledger = ledger
         self._metrics = metrics
 
     def admit(self, request: Request, caller: Caller, body: Mapping[str, Any]) -> Ticket:
@@ -68,7 +71,9 @@ class Meter:
         _let_in(request, self._limiter.admit_change(caller.tenant))
 
     def count_tokens(self, caller: Caller, served: Served, *, num_in: int, num_out: int) -> None:
-        """Adds to the counters."""
+        """Adds to the ledger and the counters."""
+        use = Use(requests=1, tokens_in=num_in, tokens_out=num_out)
+        self._ledger.add(caller.tenant, caller.key_id, served.model_id, served.pool.id, use)
         self._metrics.count_tokens(served.pool.id, num_in=num_in, num_out=num_out)
 
 

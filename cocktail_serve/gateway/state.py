@@ -26,6 +26,9 @@ from cocktail_serve.gateway.metrics import GatewayMetrics
 from cocktail_serve.pool import Pool
 from cocktail_serve.tenants.limit_book import LimitBook
 from cocktail_serve.tenants.store import TenantStore
+from cocktail_serve.usage.audit import Actor, AuditLog, acting
+from cocktail_serve.usage.ledger import Ledger
+from cocktail_serve.usage.store import UsageStore
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +51,9 @@ class Gateway:
     tenants: TenantStore
     authenticator: Authenticator
     limits: LimitBook
+    ledger: Ledger
+    usage: UsageStore
+    audit: AuditLog
     meter: Meter
     parsing: Executor
     pool_configs: Mapping[str, PoolConfig] = field(init=False)
@@ -108,6 +114,7 @@ async def caller_of(request: Request) -> Caller:
     gateway = await gateway_of(request)
     caller = await gateway.authenticator.caller(request.headers.get("authorization", ""))
     caller.require("use")
+    acting.set(Actor(caller.tenant, caller.key_id))
     return caller
 
 
@@ -146,4 +153,6 @@ async def admin_of(request: Request) -> Caller:
         PermissionDeniedError: the key lacks the scope `admin`.
     """
     gateway = await gateway_of(request)
-    return await gateway.authenticator.admin(request.headers.get("authorization", ""))
+    caller = await gateway.authenticator.admin(request.headers.get("authorization", ""))
+    acting.set(Actor(caller.tenant, caller.key_id))
+    return caller

@@ -67,4 +67,4 @@ async def served_model(gateway: Gateway, caller: Caller, body: Mapping[str, Any]
     if cocktail is None:
         return gateway.service.resolve(caller.tenant, body["model"])
     request = await gateway.parse_inline(cocktail, gateway.pools[body["model"]])
-    return await gateway.service.inline(caller.tenant, request, key_id=caller.key_id)
+    return await gateway.service.inline(caller.tenant, request)

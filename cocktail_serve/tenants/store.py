@@ -15,6 +15,7 @@ from cocktail_serve.database import tables
 from cocktail_serve.database.database import Database, to_the_end
 from cocktail_serve.errors import ConflictError, NotFoundError
 from cocktail_serve.tenants.keys import Key, Scope, check_tenant, digest_of, make_key
+from cocktail_serve.usage.audit import Action, record
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +66,9 @@ class TenantStore:
         now = self._clock()
         async with self._database.write() as connection:
             await self._ensure_tenant(connection, tenant, now)
-            return await self._add(connection, tenant, scopes, now, lifetime_s)
+            made = await self._add(connection, tenant, scopes, now, lifetime_s)
+            await _record(connection, "key.created", made[0])
+        return made
 
     @to_the_end
     async def keys(self, tenant: str | None = None) -> Sequence[Key]:
@@ -101,6 +104,7 @@ class TenantStore:
             key = await self._get(connection, key_id, tenant)
             if key.revoked_at is not None:
                 return key
+            await _record(connection, "key.revoked", key)
             return await self._end(connection, key, revoked_at=self._clock())
 
     @to_the_end
@@ -125,6 +129,7 @@ class TenantStore:
             else:
                 ends_at = now + overlap_s if old.expires_at is None else min(old.expires_at, now + overlap_s)
                 await self._end(connection, old, expires_at=ends_at)
+            await _record(connection, "key.rotated", made[0], replaces=old.id, overlap_s=overlap_s)
         return made
 
     @to_the_end
@@ -162,6 +167,7 @@ class TenantStore:
             await self._ensure_tenant(connection, name, self._clock())
             if changes:
                 await connection.execute(update(tables.tenants).where(of_name).values(changes))
+                await record(connection, "tenant.changed", name, tenant=name, detail=changes)
             return _tenant((await connection.execute(select(tables.tenants).where(of_name))).mappings().one())
 
     async def _ensure_tenant(self, connection: AsyncConnection, name: str, now: float) -> None:
@@ -204,6 +210,11 @@ class TenantStore:
     async def _end(self, connection: AsyncConnection, key: Key, **ends: float) -> Key:
         await connection.execute(update(tables.keys).where(tables.keys.c.id == key.id).values(**ends))
         return replace(key, **ends)  # type: ignore[arg-type]  # the two moments of a key
+
+
+async def _record(connection: AsyncConnection, action: Action, key: Key, **detail: Any) -> None:
+    told = {"scopes": sorted(key.scopes), "expires_at": key.expires_at, **detail}
+    await record(connection, action, key.id, tenant=key.tenant, detail=told)
 
 
 def _key(row: RowMapping) -> Key:

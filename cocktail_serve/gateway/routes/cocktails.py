@@ -63,7 +63,7 @@ async def create_cocktail(
         response.status_code = 200
         async with ended_with_client(request.receive):
             return WeighingView.of(await gateway.service.dry_run(tenant, wanted))
-    cocktail, existed = await gateway.service.create(tenant, wanted, key_id=caller.key_id)
+    cocktail, existed = await gateway.service.create(tenant, wanted)
     if wait and not cocktail.is_final:
         # the job goes on when the client leaves: only the waiting ends
         async with ended_with_client(request.receive):

@@ -1,0 +1,73 @@
+"""`usage`: what tenants used, from the store itself. Works beside a running server, which writes every second."""
+
+from __future__ import annotations
+
+import asyncio
+from datetime import datetime
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+from cocktail_serve.cli.options import AsJSON
+from cocktail_serve.cli.terminal import print_json, stdout
+from cocktail_serve.config import load_settings
+from cocktail_serve.usage.days import usage_days
+from cocktail_serve.usage.store import AMOUNTS, GROUPS, UsageRow
+
+_DAY = ["%Y-%m-%d"]
+
+
+def usage(
+    *,
+    config: Annotated[
+        Path, typer.Option("--config", metavar="CONFIG", help="The configuration file (YAML).", show_default=False)
+    ],
+    tenant: Annotated[str | None, typer.Option(help="Whose; omitted: of all.", show_default=False)] = None,
+    start: Annotated[
+        datetime | None, typer.Option(formats=_DAY, help="First day, UTC; omitted: 29 days before the last one.")
+    ] = None,
+    end: Annotated[datetime | None, typer.Option(formats=_DAY, help="Last day, included; omitted: today.")] = None,
+    group_by: Annotated[str, typer.Option(help=f"Some of {', '.join(GROUPS)}.")] = "day,tenant",
+    as_csv: Annotated[bool, typer.Option("--csv", help="Print CSV.")] = False,
+    as_json: AsJSON = False,
+) -> None:
+    """Show tokens, scoring and mixing seconds by day and tenant, or by what you say."""
+    from cocktail_serve.gateway.schemas.usage import UsageList, UsageView, usage_csv
+
+    if as_csv and as_json:
+        raise typer.BadParameter("give one of --csv and --json", param_hint="--csv")
+    wanted = [part.strip() for part in group_by.split(",") if part.strip()]
+    groups = [group for group in GROUPS if group in wanted]
+    unknown = sorted(set(wanted) - set(GROUPS))
+    if unknown:
+        raise typer.BadParameter(f"{unknown[0]!r} is none of {', '.join(GROUPS)}", param_hint="--group-by")
+    first, last = usage_days(start.date() if start else None, end.date() if end else None)
+
+    async def read() -> list[UsageRow]:
+        from cocktail_serve.database.database import Database
+        from cocktail_serve.usage.store import UsageStore
+
+        database = Database(load_settings(config).store.database_url)
+        await database.open(as_server=False)
+        try:
+            return await UsageStore(database).sums(first, last, group_by=groups, tenant=tenant)
+        finally:
+            await database.close()
+
+    rows = asyncio.run(read())
+    if as_csv:
+        typer.echo(usage_csv(rows, groups), nl=False)
+        return
+    views = [UsageView.of(row) for row in rows]
+    if as_json:
+        print_json(UsageList(data=views).model_dump())
+        return
+    table = Table(*groups, box=None, pad_edge=False)
+    for amount in AMOUNTS:
+        table.add_column(amount, justify="right")
+    for view in views:
+        shown = view.model_dump()
+        table.add_row(*(str(shown[group]) for group in groups), *(f"{shown[amount]:,}" for amount in AMOUNTS))
+    stdout().print(table)

@@ -1,0 +1,166 @@
+"""Who changed what: written in the transaction of the change, so that both are there or neither.
+
+Never a key, an example or metadata is in it: ids, digests, names of models and numbers only.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+from sqlalchemy import insert, select
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from cocktail_serve.database import tables
+from cocktail_serve.database.database import Database, to_the_end
+from cocktail_serve.finetuning.ids import Order, Page, check_cursor, new_id
+
+Action = Literal[
+    "cocktail.created",
+    "cocktail.ready",
+    "cocktail.pinned",
+    "cocktail.deleted",
+    "key.created",
+    "key.revoked",
+    "key.rotated",
+    "tenant.changed",
+    "expert.added",
+    "expert.removed",
+]
+
+ACTIONS: tuple[Action, ...] = get_args(Action)
+
+
+@dataclass(frozen=True, slots=True)
+class Actor:
+    """Who does something.
+
+    Attributes:
+        tenant: whose key it is; None: nobody's, the operator works on the store itself.
+        key_id: None where no key was asked for; `admin` is COCKTAIL_ADMIN_KEY, `cli` the command line, `server` the
+            server by itself.
+    """
+
+    tenant: str | None
+    key_id: str | None
+
+
+SERVER = Actor(None, "server")
+
+CLI = Actor(None, "cli")
+
+acting: ContextVar[Actor] = ContextVar("acting", default=SERVER)
+"""Who the current request is from. What a request starts and does not wait for goes on in its name."""
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """One change.
+
+    Attributes:
+        at: seconds since the epoch.
+        tenant: whom it concerns; None: all.
+        subject: id of what was changed: a version, a name, a key, a tenant, an expert.
+        detail: what tells more, by action.
+    """
+
+    id: str
+    at: float
+    actor: Actor
+    action: Action
+    tenant: str | None
+    subject: str
+    detail: Mapping[str, Any]
+
+
+async def record(
+    connection: AsyncConnection,
+    action: Action,
+    subject: str,
+    *,
+    tenant: str | None,
+    detail: Mapping[str, Any] | None = None,
+    actor: Actor | None = None,
+) -> None:
+    """Writes a change down, in the transaction that it is made in.
+
+    Args:
+        actor: who made it; None: whose request this is.
+    """
+    by = actor or acting.get()
+    await connection.execute(
+        insert(tables.audit).values(
+            id=new_id("audit"),
+            at=time.time(),
+            actor_tenant=by.tenant,
+            actor_key=by.key_id,
+            action=action,
+            tenant=tenant,
+            subject=subject,
+            detail=dict(detail or {}),
+        )
+    )
+
+
+class AuditLog:
+    """The log in a database that is open. Every method raises StorageError when the database refuses."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+
+    @to_the_end
+    async def record(
+        self, action: Action, subject: str, *, tenant: str | None = None, detail: Mapping[str, Any] | None = None
+    ) -> None:
+        """Writes down a change that is made elsewhere than in the database, before it is announced."""
+        async with self._database.write() as connection:
+            await record(connection, action, subject, tenant=tenant, detail=detail)
+
+    @to_the_end
+    async def list(
+        self,
+        *,
+        after: str | None = None,
+        limit: int = 100,
+        order: Order = "desc",
+        tenant: str | None = None,
+        action: Action | None = None,
+    ) -> Page[Event]:
+        """Events by the moment they happened, from behind `after` on.
+
+        Args:
+            tenant: only those that concern it.
+            action: only those.
+
+        Raises:
+            InvalidRequestError: `after` is no id of an event.
+        """
+        check_cursor(after, "audit")
+        audit = tables.audit
+        query = select(audit).order_by(audit.c.id.asc() if order == "asc" else audit.c.id.desc()).limit(limit + 1)
+        if after is not None:
+            query = query.where(audit.c.id > after if order == "asc" else audit.c.id < after)
+        if tenant is not None:
+            query = query.where(audit.c.tenant == tenant)
+        if action is not None:
+            query = query.where(audit.c.action == action)
+        async with self._database.read() as connection:
+            rows = (await connection.execute(query)).mappings().all()
+        return Page.of(
+            [
+                Event(
+                    id=row["id"],
+                    at=row["at"],
+                    actor=Actor(row["actor_tenant"], row["actor_key"]),
+                    action=row["action"],
+                    tenant=row["tenant"],
+                    subject=row["subject"],
+                    detail=row["detail"],
+                )
+                for row in rows
+            ],
+            limit,
+        )

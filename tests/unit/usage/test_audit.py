@@ -1,0 +1,95 @@
+"""The audit log on both kinds of database: who did what, in order, page by page, and nothing that is secret."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+
+import pytest
+from sqlalchemy import select
+
+from cocktail_serve.database import tables
+from cocktail_serve.database.database import Database
+from cocktail_serve.errors import ConflictError, InvalidRequestError
+from cocktail_serve.tenants.store import TenantStore
+from cocktail_serve.usage.audit import CLI, SERVER, Actor, AuditLog, acting
+
+ALICE = Actor("acme", "0123456789ab")
+
+
+@dataclass
+class World:
+    database: Database
+    log: AuditLog = field(init=False)
+    tenants: TenantStore = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.log = AuditLog(self.database)
+        self.tenants = TenantStore(self.database)
+
+
+@pytest.fixture
+async def world(database_url: str) -> AsyncIterator[World]:
+    database = Database(database_url)
+    await database.open()
+    yield World(database)
+    await database.close()
+
+
+async def test_who_did_what(world: World) -> None:
+    await world.log.record("expert.added", "flan/new", detail={"fingerprint": "f"})
+    token = acting.set(ALICE)
+    await world.log.record("cocktail.pinned", "films", tenant="acme")
+    acting.reset(token)
+    pinned, added = (await world.log.list()).data
+    assert (added.actor, added.action, added.tenant, added.subject) == (SERVER, "expert.added", None, "flan/new")
+    assert added.detail == {"fingerprint": "f"}
+    assert (pinned.actor, pinned.tenant) == (ALICE, "acme")
+    assert added.at <= pinned.at
+
+
+async def test_pages(world: World) -> None:
+    for number in range(5):
+        await world.log.record("cocktail.created", f"n{number}", tenant="acme" if number % 2 else "other")
+    first = await world.log.list(limit=2)
+    assert [event.subject for event in first.data] == ["n4", "n3"]
+    assert first.has_more
+    rest = await world.log.list(limit=10, after=first.data[-1].id)
+    assert [event.subject for event in rest.data] == ["n2", "n1", "n0"]
+    assert not rest.has_more
+    assert [event.subject for event in (await world.log.list(order="asc", limit=1)).data] == ["n0"]
+    assert [event.subject for event in (await world.log.list(tenant="acme")).data] == ["n3", "n1"]
+    assert (await world.log.list(action="key.created")).data == []
+    with pytest.raises(InvalidRequestError):
+        await world.log.list(after="nonsense")
+
+
+async def test_keys_and_tenants_are_written_down_with_their_changes(world: World) -> None:
+    acting.set(CLI)
+    key, secret = await world.tenants.create_key("acme", {"use"})
+    rotated, other_secret = await world.tenants.rotate(key.id, overlap_s=0)
+    await world.tenants.revoke(rotated.id)
+    await world.tenants.revoke(rotated.id)
+    await world.tenants.change_tenant("acme", pools=["flan"], limits={"cocktails": 3})
+    events = (await world.log.list(order="asc")).data
+    assert [(event.action, event.subject) for event in events] == [
+        ("key.created", key.id),
+        ("key.rotated", rotated.id),
+        ("key.revoked", rotated.id),
+        ("tenant.changed", "acme"),
+    ], "revoking what has ended changes nothing"
+    assert {event.actor for event in events} == {CLI}
+    assert events[1].detail["replaces"] == key.id
+    assert events[3].detail == {"pools": ["flan"], "limits": {"cocktails": 3}}
+    async with world.database.read() as connection:
+        written = repr((await connection.execute(select(tables.audit))).all())
+    for kept_secret in (secret.split("-", 2)[2], other_secret.split("-", 2)[2], key.digest):
+        assert kept_secret not in written
+
+
+async def test_what_was_not_done_is_not_written(world: World) -> None:
+    key, _ = await world.tenants.create_key("acme", {"use"})
+    await world.tenants.revoke(key.id)
+    with pytest.raises(ConflictError):
+        await world.tenants.rotate(key.id, overlap_s=0)
+    assert [event.action for event in (await world.log.list()).data] == ["key.revoked", "key.created"]
