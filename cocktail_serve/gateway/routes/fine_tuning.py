@@ -55,7 +55,7 @@ async def retrieve_job(gateway: GatewayDep, tenant: TenantDep, job_id: str) -> J
     return JobView.of(await gateway.fine_tuning.jobs.get(tenant, job_id))
 
 
-@router.post("/v1/fine_tuning/jobs/{job_id}/cancel", responses=error_responses(404))
+@router.post("/v1/fine_tuning/jobs/{job_id}/cancel", responses=error_responses(404, 429))
 async def cancel_job(gateway: GatewayDep, tenant: CreatorDep, job_id: str) -> JobView:
     """Ends an unfinished job; 400 for one that has succeeded or failed."""
     return JobView.of(await gateway.fine_tuning.cancel(tenant, job_id))
@@ -77,14 +77,14 @@ async def list_checkpoints(gateway: GatewayDep, tenant: TenantDep, job_id: str) 
     return CheckpointList.of([], has_more=False)
 
 
-@router.post("/v1/fine_tuning/jobs/{job_id}/pause", responses=error_responses(404))
+@router.post("/v1/fine_tuning/jobs/{job_id}/pause", responses=error_responses(404, 429))
 async def pause_job(gateway: GatewayDep, tenant: CreatorDep, job_id: str) -> JobView:
     """Not served: 400."""
     await gateway.fine_tuning.jobs.get(tenant, job_id)
     raise _not_paused()
 
 
-@router.post("/v1/fine_tuning/jobs/{job_id}/resume", responses=error_responses(404))
+@router.post("/v1/fine_tuning/jobs/{job_id}/resume", responses=error_responses(404, 429))
 async def resume_job(gateway: GatewayDep, tenant: CreatorDep, job_id: str) -> JobView:
     """Not served: 400."""
     await gateway.fine_tuning.jobs.get(tenant, job_id)
