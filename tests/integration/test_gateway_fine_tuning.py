@@ -490,3 +490,14 @@ def test_another_tenants_files_jobs_and_events_are_not_there(tmp_path: Path) -> 
                     refused(job.id)
             with pytest.raises(openai.PermissionDeniedError):
                 reader.fine_tuning.jobs.create(model="flan", training_file=file)
+
+
+def test_a_tenants_limits_hold_for_jobs(tmp_path: Path) -> None:
+    with live_gateway(tmp_path, limits={"cocktails": 1}) as live, strict(live) as client:
+        file = upload(client, *EXAMPLES)
+        first = succeeded(client, training_file=file, suffix="first")
+        with pytest.raises(openai.RateLimitError, match="the limit is 1"):
+            client.fine_tuning.jobs.create(model="flan", training_file=file, suffix="second")
+        assert [job.id for job in client.fine_tuning.jobs.list()] == [first.id], "what was refused left no job"
+        client.models.delete("first")
+        succeeded(client, training_file=file, suffix="second")
