@@ -105,9 +105,12 @@ def recipe_of(*coefficients: tuple[str, float], dtype: DType = "bfloat16", **cha
     return Recipe(BASE, coefficients, dtype, **changes)
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
-def test_a_sum_in_place_gives_the_bits_of_a_reload(dtype: DType) -> None:
-    engine = Engine(dtype)
+def test_a_sum_in_place_gives_the_bits_of_a_reload(dtype: DType, device: str) -> None:
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no GPU")
+    engine = Engine(dtype).to(device)
     experts = captured(engine)
     assert isinstance(experts, CapturedExperts)
     assert experts.fingerprints == list(MEMBERS)
@@ -125,7 +128,7 @@ def test_a_sum_in_place_gives_the_bits_of_a_reload(dtype: DType) -> None:
         in_place = engine.contents()
         assert all(torch.equal(in_place[name], streamed[name]) for name in streamed)
     assert {name: parameter.data_ptr() for name, parameter in engine.named_parameters()} == addresses
-    assert torch.equal(engine.attention.rotary, torch.arange(12, dtype=torch.float32).cos())
+    assert torch.equal(engine.attention.rotary.cpu(), torch.arange(12, dtype=torch.float32).cos())
     assert not engine.attention.kv_cache.any()
 
 

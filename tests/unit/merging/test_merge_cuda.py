@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import subprocess
 import sys
+from types import ModuleType
 
 import pytest
 import torch
+from torch import Tensor
 
 from cocktail_serve.merging.linear import merge_param
 
@@ -40,21 +43,48 @@ def test_interpreted_it_gives_the_bits_of_the_cpu() -> None:
     assert ran.stdout.strip() == "equal", ran.stderr[-2000:]
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize("is_pinned", [False, True], ids=["on the device", "pinned on the host"])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
-def test_on_a_gpu_it_gives_the_bits_of_the_cpu(
-    dtype: torch.dtype, is_pinned: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+DTYPES = [torch.bfloat16, torch.float16, torch.float32]
+WEIGHTS = [0.7 - 0.13 * number for number in range(10)]  # of either sign
+
+
+@pytest.fixture
+def cuda() -> ModuleType:
     if not torch.cuda.is_available():
         pytest.skip("no GPU")
-    cuda = pytest.importorskip("cocktail_serve.merging.cuda")
-    monkeypatch.setattr(cuda, "STAGED_NUMEL", 10_000)
+    return pytest.importorskip("cocktail_serve.merging.cuda")
+
+
+def some_models(dtype: torch.dtype, numel: int = 100_003) -> list[Tensor]:
     generator = torch.Generator().manual_seed(0)
-    params = [torch.randn(100_003, generator=generator).to(dtype) for _ in range(10)]
-    weights = [0.1 + 0.01 * number for number in range(10)]
-    expected = merge_param(params, weights, out_dtype=dtype)
+    return [torch.randn(numel, generator=generator).to(dtype) for _ in WEIGHTS]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("staged_numel", [1, 7_001, 1 << 24])
+@pytest.mark.parametrize("is_pinned", [False, True], ids=["on the device", "pinned on the host"])
+@pytest.mark.parametrize(("dtype", "out_dtype"), [*itertools.product(DTYPES, DTYPES)], ids=str)
+def test_on_a_gpu_it_gives_the_bits_of_the_cpu(
+    cuda: ModuleType, dtype: torch.dtype, out_dtype: torch.dtype, is_pinned: bool, staged_numel: int
+) -> None:
+    """Which lie within 0.51 ulp of float64; whatever the parts that are copied."""
+    params = some_models(dtype, 101 if staged_numel == 1 else 100_003)
+    expected = merge_param(params, WEIGHTS, out_dtype=out_dtype)
     given = [param.pin_memory() if is_pinned else param.cuda() for param in params]
-    out = torch.empty(100_003, dtype=dtype, device="cuda")
+    out = torch.empty(expected.shape, dtype=out_dtype, device="cuda")
     assert cuda.is_mergeable(given, out)
-    assert torch.equal(merge_param(given, weights, out_dtype=dtype, out=out).cpu(), expected)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(cuda, "STAGED_NUMEL", staged_numel)
+        assert torch.equal(merge_param(given, WEIGHTS, out_dtype=out_dtype, out=out).cpu(), expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_on_a_gpu_every_element_is_within_051_ulp_of_float64(cuda: ModuleType, dtype: torch.dtype) -> None:
+    params = [param.abs() for param in some_models(dtype)]
+    weights = [abs(weight) for weight in WEIGHTS]
+    exact = sum((w * p.double() for w, p in zip(weights, params, strict=True)), torch.zeros((), dtype=torch.float64))
+    merged = merge_param([param.cuda() for param in params], weights, out_dtype=dtype).cpu()
+    bits = {torch.bfloat16: 8, torch.float16: 11, torch.float32: 24}[dtype]
+    _, exponent = torch.frexp(exact)
+    unit = torch.ldexp(torch.ones_like(exact), exponent - bits)
+    assert ((merged.double() - exact).abs() / unit).max() <= 0.51
