@@ -27,9 +27,9 @@ CONTENDED_SHARE = 4
 """While several tenants ask (within so many seconds), a pass holds a fraction of its tokens: whoever is next waits for
 the passes that run, and on a CPU a quarter of a full pass already costs little more per token."""
 
-GATHER_S = 0.002
+GATHER_S = 0.004
 """How long a thread waits for company for a few short inputs while another computes. The answers of a pass bring their
-callers' next requests within a millisecond or two, one by one: the first of them would start a pass for itself."""
+callers' next requests within milliseconds, one by one: the first of them would start a pass for itself."""
 
 BACKGROUND_EVERY = 16
 """At least one batch in this many is background work, where any waits: traffic delays it, but never starves it."""
