@@ -172,14 +172,15 @@ def measure(folder: Path, size: Size, *, runs: int, plain: bool, http: bool) -> 
         "runs": runs,
         "packed": engine("packed", 0, {}),
     }
-    if plain:
-        environ = plain_parameters(folder)
-        result["plain_streamed"] = engine("plain_streamed", 0, environ)
-        everything = 2 * size.num_parameters * (size.num_models + 1)
-        result["plain_in_place"] = engine("plain_in_place", everything, environ)
     if http:
         seconds = over_http(folder, manifest("http", 0), pool, recipe, runs)
         result["packed_over_http"] = {"seconds": seconds, "medians": _medians(seconds)}
+        print(f"packed_over_http: {seconds}", file=sys.stderr, flush=True)
+    if plain:
+        environ = plain_parameters(folder)
+        everything = 2 * size.num_parameters * (size.num_models + 1)
+        result["plain_in_place"] = engine("plain_in_place", everything, environ)
+        result["plain_streamed"] = engine("plain_streamed", 0, environ)
     result["ratios_to_reload"] = {
         name: {
             what: round(seconds / _reload_of(name, result)["medians"]["reload"], 2)

@@ -110,9 +110,10 @@ def running_vllm(
     expert_bytes: int = 64 * 1024**2,
     environ: Mapping[str, str] | None = None,
     deadline_s: float = 240.0,
+    folders: Mapping[str, Path] | None = None,
 ) -> Iterator[VLLMServer]:
-    """Starts a server on a new pool and ends its whole process group afterwards."""
-    folders = make_decoder_pool(folder / "pool", ("red", "green"), tied=tied)
+    """Starts a server on a new pool, or on models that are there, and ends its whole process group afterwards."""
+    folders = folders or make_decoder_pool(folder / "pool", ("red", "green"), tied=tied)
     config = {
         "id": MODEL,
         "kind": "decoder",

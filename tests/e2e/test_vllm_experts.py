@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from bench.plain_linear import plain_parameters
+from cocktail_serve.checkpoints.folder import save_mixture
 from cocktail_serve.recipe import make_recipe
 from tests.e2e.conftest import VLLMServer, running_vllm
-from tests.e2e.reference import assert_greedy_of, reference
+from tests.e2e.reference import assert_greedy_of, load_reference, reference
 from vllm_cocktail.launch import is_cpu_build
 
 pytestmark = pytest.mark.vllm
@@ -61,3 +63,11 @@ def test_what_is_kept_and_what_is_streamed_take_turns(plain: VLLMServer) -> None
     assert answer_of(plain) != before
     assert plain.mix(recipe)["source"] == "experts"
     assert answer_of(plain) == before
+
+
+@pytest.mark.full
+def test_a_folder_that_mix_wrote_is_served_as_it_is(plain: VLLMServer, tmp_path: Path) -> None:
+    mixed = tmp_path / "mixed"
+    save_mixture(plain.recipe(base=0.2, red=0.3, green=0.5), plain.pool, mixed)
+    with running_vllm(tmp_path, tied=False, managed=True, folders={"base": mixed}) as server:
+        assert_greedy_of(load_reference(mixed), PROMPT, server.complete(PROMPT))
