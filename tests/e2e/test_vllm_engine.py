@@ -231,12 +231,13 @@ async def test_whichever_process_dies_the_engine_comes_back(running: Running, ro
     recipe = running.recipe(base=0.5, red=0.5)
     before = await running.complete(recipe)
     processes, num_restarts, first = running.everything(), running.engine.stats.num_restarts, asyncio.Event()
-    victim = running.processes()[role]  # looked up before the stream: reading /proc of a busy process can take seconds
+    # looked up before the stream, and killed by number: reading /proc of a busy process can take seconds
+    victim = running.processes()[role].pid
     streaming = asyncio.create_task(running.stream(recipe, max_tokens=MAX_MODEL_LEN - 50, first=first))
     await first.wait()
     waiting = asyncio.create_task(running.complete(running.recipe(green=1.0)))
     await asyncio.sleep(0)
-    victim.send_signal(signal.SIGKILL)
+    os.kill(victim, signal.SIGKILL)
     with pytest.raises(EngineError):
         await asyncio.wait_for(streaming, timeout=20)
     await eventually(lambda: _is_not(running.engine), deadline_s=20)
