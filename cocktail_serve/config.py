@@ -246,6 +246,11 @@ class RetentionConfig(_Section):
         gt=0,
         description="Cocktails that failed or were cancelled, since they were last asked for; null: always.",
     )
+    jobs_days: float | None = Field(
+        90.0,
+        gt=0,
+        description="Fine-tuning jobs and their events, since they ended; what they made stays; null: always.",
+    )
 
 
 class StoreConfig(_Section):

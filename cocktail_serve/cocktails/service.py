@@ -215,6 +215,14 @@ class CocktailService:
         """
         return self._registry.resolve(tenant, model_id)
 
+    async def learn(self) -> None:
+        """Brings what other gateways have done before this call into memory.
+
+        Raises:
+            StorageError: the store cannot be asked.
+        """
+        await self._registry.learn()
+
     async def find(self, tenant: str, model_id: str) -> Served:
         """As `resolve`, and where that finds nothing to serve, looks for what another gateway has made just now.
 
@@ -284,7 +292,7 @@ class CocktailService:
 
     async def examples(self, tenant: str, ref: str) -> Sequence[Mapping[str, Any]]:
         """The examples a cocktail was made from, as JSON rows; empty where it was made without."""
-        return await self._store.examples(self._registry.get(tenant, ref).uid)
+        return await self._store.examples((await self.look_up(tenant, ref)).uid)
 
     async def set_current(self, tenant: str, name: str, ref: str | None) -> Cocktail:
         """Pins a name to a ready version; None removes the pin. Returns what the name means then.
@@ -297,7 +305,7 @@ class CocktailService:
 
     async def cancel(self, tenant: str, ref: str) -> Cocktail:
         """Ends an unfinished job and keeps the cocktail as cancelled; leaves a finished one as it is."""
-        return await self._unbroken.run(self._cancel(self._registry.get(tenant, ref)))
+        return await self._unbroken.run(self._cancel(await self.look_up(tenant, ref)))
 
     async def delete(self, tenant: str, ref: str) -> Sequence[Cocktail]:
         """Deletes a version, or all versions of a name, with their examples and scores.

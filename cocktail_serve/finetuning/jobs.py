@@ -98,6 +98,18 @@ class JobStore:
         await connection.execute(update(_jobs).where(_jobs.c.id.in_(job_ids)).values(uid=None))
 
     @to_the_end
+    async def sweep(self, *, older_than_s: float) -> None:
+        """Removes jobs that ended longer ago than that, with their events; what they made stays."""
+        old = _jobs.c.finished_at <= self._clock() - older_than_s
+        async with self._database.write() as connection:
+            job_ids = select(_jobs.c.id).where(old).scalar_subquery()
+            for table in (_events, _pairs):
+                await connection.execute(delete(table).where(table.c.job_id.in_(job_ids)))
+            found = await connection.execute(delete(_jobs).where(old))
+        if found.rowcount:
+            await self._database.truncate_wal()
+
+    @to_the_end
     async def recent(self, tenant: str, digest: str) -> Job | None:
         """The tenant's job of an identical request, made in the last ten minutes; None where it failed, was cancelled,
         or its model has been deleted."""

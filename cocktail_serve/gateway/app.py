@@ -7,6 +7,7 @@ import uuid
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
+from functools import partial
 from pathlib import Path
 from typing import cast
 
@@ -16,6 +17,7 @@ from filelock import FileLock, Timeout
 import cocktail_serve
 from cocktail_serve.checkpoints.opening import open_pool
 from cocktail_serve.cocktails.experts import Experts
+from cocktail_serve.cocktails.following import Sweep
 from cocktail_serve.cocktails.request import CocktailBody
 from cocktail_serve.cocktails.service import CocktailService
 from cocktail_serve.config import Settings
@@ -198,7 +200,7 @@ def _lifespan(
                 database=database,
                 limits_of=limits.of,
                 place=place,
-                sweeps=[files.sweep],
+                sweeps=_sweeps(settings, files, jobs),
                 witnesses=[jobs],
                 ledger=ledger,
             )
@@ -235,6 +237,14 @@ def _lifespan(
             yield
 
     return lifespan
+
+
+def _sweeps(settings: Settings, files: Files, jobs: JobStore) -> list[Sweep]:
+    sweeps: list[Sweep] = [files.sweep]
+    days = settings.store.retention.jobs_days
+    if days is not None:
+        sweeps.append(partial(jobs.sweep, older_than_s=days * 86_400))
+    return sweeps
 
 
 async def _stop_all(engines: Iterable[Engine]) -> None:

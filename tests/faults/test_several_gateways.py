@@ -43,7 +43,9 @@ def test_both_serve_what_either_made(pair: tuple[GatewayProcess, GatewayProcess]
     for number, (maker, server) in enumerate([(one, other), (other, one)]):
         made = maker.http.post("/v1/cocktails?wait=30", json=request(number))
         assert made.status_code == 201, made.text
-        check_answer(server, made.json())  # at once: no time to poll in between
+        # at once: no time to poll in between
+        assert server.http.get(f"/v1/models/{made.json()['id']}").status_code == 200
+        check_answer(server, made.json())
         assert server.http.post("/v1/cocktails", json=request(number)).status_code == 200
         assert maker.http.delete(f"/v1/cocktails/fruit-{number}").status_code == 200
         assert server.http.get(f"/v1/cocktails/fruit-{number}").status_code == 404

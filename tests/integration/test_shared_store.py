@@ -39,6 +39,8 @@ async def test_what_one_makes_the_other_serves(pair: Pair) -> None:
     assert await pair.other.look_up("acme", ready.id) == ready
     assert pair.other.list("acme") == [ready]
     assert pair.there.scoring.visits == [], "nothing was measured again"
+    other = await made(pair.one, pair.here.request("books", examples=[C]))
+    assert await pair.other.examples("acme", other.id) == [C]
     with pytest.raises(NotFoundError):
         await pair.other.find("another", "films")
 

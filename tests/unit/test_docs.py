@@ -31,8 +31,9 @@ def test_links_between_pages_lead_somewhere(page: Path) -> None:
             assert (page.parent / target).exists(), f"{page} links to {target}, which is not there"
 
 
-def test_the_security_page_names_tests_that_are_there() -> None:
-    named = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", (ROOT / "docs/explanation/security.md").read_text())
-    assert len(named) >= 15
+@pytest.mark.parametrize(("page", "least"), [("security", 15), ("durability", 12)])
+def test_a_page_of_promises_names_tests_that_are_there(page: str, least: int) -> None:
+    named = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", (ROOT / f"docs/explanation/{page}.md").read_text())
+    assert len(named) >= least
     for path, test in named:
         assert re.search(rf"def {test}\(", (ROOT / path).read_text()), f"{path} has no {test}"

@@ -26,13 +26,13 @@ async def list_models(gateway: GatewayDep, caller: CallerDep) -> ModelList:
 @router.get("/v1/models/{model_id:path}", responses=error_responses(404))
 async def retrieve_model(gateway: GatewayDep, caller: CallerDep, model_id: str) -> Model:
     """One model."""
-    return _view(_entry(gateway, caller, model_id), caller.tenant, gateway.pools)
+    return _view(await _entry(gateway, caller, model_id), caller.tenant, gateway.pools)
 
 
 @router.delete("/v1/models/{model_id:path}", responses=error_responses(404, 429))
 async def delete_model(gateway: GatewayDep, caller: CallerDep, tenant: CreatorDep, model_id: str) -> ModelDeleted:
     """Deletes a cocktail's version, or all versions of a name."""
-    _entry(gateway, caller, model_id)
+    await _entry(gateway, caller, model_id)
     await gateway.service.delete(tenant, model_id)
     return ModelDeleted(id=model_id)
 
@@ -41,11 +41,17 @@ def _entries(gateway: Gateway, caller: Caller) -> Iterator[ModelEntry]:
     return (entry for entry in gateway.service.models(caller.tenant) if caller.sees(entry.pool))
 
 
-def _entry(gateway: Gateway, caller: Caller, model_id: str) -> ModelEntry:
-    for entry in _entries(gateway, caller):
-        if entry.id == model_id:
-            return entry
-    raise no_model(model_id)
+async def _entry(gateway: Gateway, caller: Caller, model_id: str) -> ModelEntry:
+    def find() -> ModelEntry | None:
+        return next((entry for entry in _entries(gateway, caller) if entry.id == model_id), None)
+
+    entry = find()
+    if entry is None:
+        await gateway.service.learn()
+        entry = find()
+    if entry is None:
+        raise no_model(model_id)
+    return entry
 
 
 def _view(entry: ModelEntry, tenant: str, pools: Mapping[str, Pool]) -> Model:

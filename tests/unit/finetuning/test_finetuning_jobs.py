@@ -231,3 +231,18 @@ async def test_another_tenants_job_does_not_exist(world: World) -> None:
         assert (await world.jobs.list(tenant, after=None, limit=9)).data == [job]
         assert (await world.jobs.list(tenant, after=None, limit=9, metadata={"owner": "é"})).data == [job]
     assert (await world.jobs.list("acme", after=None, limit=9, metadata={})).data == []
+
+
+async def test_a_sweep_removes_jobs_that_ended_long_ago(world: World) -> None:
+    ended = await world.enlist(cocktail("1"), request(), is_new=True)
+    await world.change(cocktail("1"), status="failed", error=Failure("EngineError", "engine_error", "it died"))
+    running = await world.enlist(cocktail("2"), request(seed=1), is_new=True)
+    world.clock.now += 3600
+    await world.jobs.sweep(older_than_s=3601)
+    assert (await world.jobs.get("acme", ended.id)).status == "failed"
+    await world.jobs.sweep(older_than_s=3600)
+    with pytest.raises(NotFoundError):
+        await world.jobs.get("acme", ended.id)
+    assert await world.told(ended) == []
+    assert (await world.jobs.get("acme", running.id)).status == "queued"
+    assert len((await world.cocktails.load()).cocktails) == 2, "what they made stays"
