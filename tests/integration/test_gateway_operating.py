@@ -218,6 +218,9 @@ def test_an_expert_comes_stays_and_goes(folder: Path, tmp_path: Path) -> None:
         assert (expert["id"], expert["source"]) == ("bge/new", "admin")
         again = http.post("/admin/pools/bge/experts", json={"name": "new", "path": "encoder-new"})
         assert again.status_code == 200
+        (event,) = made(http.get("/admin/audit", params={"action": "expert.added"}))["data"]
+        assert (event["subject"], event["actor"]["key"]) == ("bge/new", "admin"), "once, though it was asked twice"
+        assert event["detail"]["fingerprint"] == expert["fingerprint"]
         # what was there is what it was
         assert made(http.get(f"/v1/cocktails/{old['id']}"))["status"] == "ready"
         assert embedding(http, "old") == before
