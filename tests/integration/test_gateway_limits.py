@@ -319,6 +319,22 @@ class TestScoringJobs:
         assert failing.status_code == 400
         assert http.post("/v1/cocktails", params={"dry_run": "true"}, json=body("dry")).status_code == 200
 
+    def test_fine_tuning_jobs_are_no_way_around(self, tenants: Tenants) -> None:
+        http = limited(tenants, "fine-tuning")
+        content = b'{"input": "is a plum a fruit?", "output": "yes"}\n'
+        file = http.post("/v1/files", files={"file": ("f.jsonl", content)}, data={"purpose": "fine-tune"}).json()
+        job = {"model": "flan", "training_file": file["id"], "suffix": "fruits"}
+        for limits, is_permanent in (
+            ({"scoring_jobs": 0}, False),
+            ({"cocktails": 0}, True),
+            ({"example_bytes": 60}, True),
+        ):
+            limited(tenants, "fine-tuning", **limits)
+            check_refused(http.post("/v1/fine_tuning/jobs", json=job), is_permanent=is_permanent)
+            assert http.get("/v1/fine_tuning/jobs").json()["data"] == []
+        limited(tenants, "fine-tuning")
+        assert http.post("/v1/fine_tuning/jobs", json=job).status_code == 200
+
     def test_an_encoders_jobs_count_too(self, tenants: Tenants) -> None:
         http = limited(tenants, "encoder-jobs", scoring_jobs=0)
         check_refused(http.post("/v1/cocktails", json={"name": "pairs", "pool": "bge", "examples": PAIRS}))
