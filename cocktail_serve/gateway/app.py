@@ -193,6 +193,7 @@ def _lifespan(
             ledger.start()
             jobs = JobStore(database)
             files = Files(database, limits_of=limits.of)
+            audit = AuditLog(database)
             service = CocktailService(
                 settings,
                 pools,
@@ -200,7 +201,7 @@ def _lifespan(
                 database=database,
                 limits_of=limits.of,
                 place=place,
-                sweeps=_sweeps(settings, files, jobs),
+                sweeps=_sweeps(settings, files, jobs, audit),
                 witnesses=[jobs],
                 ledger=ledger,
             )
@@ -225,7 +226,7 @@ def _lifespan(
                 limits=limits,
                 ledger=ledger,
                 usage=usage,
-                audit=AuditLog(database),
+                audit=audit,
                 meter=Meter(Limiter(limits.of), ledger, metrics),
                 authenticator=Authenticator(
                     tenants,
@@ -239,11 +240,12 @@ def _lifespan(
     return lifespan
 
 
-def _sweeps(settings: Settings, files: Files, jobs: JobStore) -> list[Sweep]:
+def _sweeps(settings: Settings, files: Files, jobs: JobStore, audit: AuditLog) -> list[Sweep]:
+    retention = settings.store.retention
     sweeps: list[Sweep] = [files.sweep]
-    days = settings.store.retention.jobs_days
-    if days is not None:
-        sweeps.append(partial(jobs.sweep, older_than_s=days * 86_400))
+    for sweep, days in ((jobs.sweep, retention.jobs_days), (audit.sweep, retention.audit_days)):
+        if days is not None:
+            sweeps.append(partial(sweep, older_than_s=days * 86_400))
     return sweeps
 
 

@@ -6,12 +6,12 @@ Never a key, an example or metadata is in it: ids, digests, names of models and 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-from sqlalchemy import insert, select
+from sqlalchemy import delete, insert, select
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from cocktail_serve.database import tables
@@ -106,10 +106,15 @@ async def record(
 
 
 class AuditLog:
-    """The log in a database that is open. Every method raises StorageError when the database refuses."""
+    """The log in a database that is open. Every method raises StorageError when the database refuses.
 
-    def __init__(self, database: Database) -> None:
+    Args:
+        clock: seconds since the epoch.
+    """
+
+    def __init__(self, database: Database, *, clock: Callable[[], float] = time.time) -> None:
         self._database = database
+        self._clock = clock
 
     @to_the_end
     async def record(
@@ -118,6 +123,12 @@ class AuditLog:
         """Writes down a change that is made elsewhere than in the database, before it is announced."""
         async with self._database.write() as connection:
             await record(connection, action, subject, tenant=tenant, detail=detail)
+
+    @to_the_end
+    async def sweep(self, *, older_than_s: float) -> None:
+        """Removes what happened longer ago than that."""
+        async with self._database.write() as connection:
+            await connection.execute(delete(tables.audit).where(tables.audit.c.at <= self._clock() - older_than_s))
 
     @to_the_end
     async def list(

@@ -93,3 +93,13 @@ async def test_what_was_not_done_is_not_written(world: World) -> None:
     with pytest.raises(ConflictError):
         await world.tenants.rotate(key.id, overlap_s=0)
     assert [event.action for event in (await world.log.list()).data] == ["key.revoked", "key.created"]
+
+
+async def test_a_sweep_removes_what_happened_long_ago(world: World) -> None:
+    await world.log.record("cocktail.created", "old", tenant="acme")
+    (event,) = (await world.log.list()).data
+    later = AuditLog(world.database, clock=lambda: event.at + 3600)
+    await later.sweep(older_than_s=3601)
+    assert len((await world.log.list()).data) == 1
+    await later.sweep(older_than_s=3600)
+    assert not (await world.log.list()).data
