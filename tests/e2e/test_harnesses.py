@@ -59,7 +59,7 @@ def test_lm_evaluation_harness_finds_what_we_find(stack: Stack, tmp_path: Path) 
     (tmp_path / "test.jsonl").write_text((tasks / DECODER / "test.jsonl").read_text())
     words = "-m lm_eval --model local-completions --tasks own --include_path . --output_path out --model_args".split()
     model = f"model=tied/north,base_url={stack.base_url}/completions,tokenizer={stack.decoders['tied']['base']}"
-    harness(*words, f"{model},num_concurrent=4", folder=tmp_path)
+    harness(*words, f"{model},add_bos_token=True,num_concurrent=4", folder=tmp_path)
     told = json.loads(next((tmp_path / "out").rglob("results*.json")).read_text())["results"]["own"]["acc,none"]
 
     task = load_task(tasks / DECODER, "decoder")
