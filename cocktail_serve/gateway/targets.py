@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from cocktail_serve.cocktails.cocktail import Served
-from cocktail_serve.cocktails.registry import no_model
+from cocktail_serve.cocktails.serving import no_model
 from cocktail_serve.errors import InvalidRequestError, NotFoundError, WrongModelKindError
 from cocktail_serve.gateway.authentication import Caller
 from cocktail_serve.gateway.state import Gateway

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from fastapi import APIRouter
 
 from cocktail_serve.cocktails.cocktail import ModelEntry
-from cocktail_serve.cocktails.registry import no_model
+from cocktail_serve.cocktails.serving import no_model
 from cocktail_serve.gateway.authentication import Caller
 from cocktail_serve.gateway.openapi import error_responses
 from cocktail_serve.gateway.schemas.models import Model, ModelDeleted, ModelList

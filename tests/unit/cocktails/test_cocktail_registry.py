@@ -52,7 +52,7 @@ async def ready(registry: Registry, wanted: CocktailRequest) -> str:
 @pytest.fixture
 def one_digit_ids(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ids of one hexadecimal digit, so that among seventeen requests two collide."""
-    monkeypatch.setattr("cocktail_serve.cocktails.registry.DIGEST8", 1)
+    monkeypatch.setattr("cocktail_serve.cocktails.entries.DIGEST8", 1)
     monkeypatch.setattr("cocktail_serve.cocktails.cocktail.DIGEST8", 1)
 
 
