@@ -151,3 +151,8 @@ class Entries:
         uid = entry.cocktail.uid
         self.inline.move_to_end(uid)
         self.used[uid] = now
+
+    def order_inline(self) -> None:
+        """Puts inline cocktails in the order of the uses that are written down."""
+        for uid, _ in sorted(self.inline.items(), key=lambda item: item[1].cocktail.used_at):
+            self.inline.move_to_end(uid)

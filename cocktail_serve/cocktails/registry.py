@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import itertools
 import time
 import uuid
@@ -15,9 +14,10 @@ from typing import Any, Literal
 from cocktail_serve.cocktails.cocktail import Cocktail, Failure, Findings
 from cocktail_serve.cocktails.entries import Entry, Name
 from cocktail_serve.cocktails.index import Index, no_cocktail
+from cocktail_serve.cocktails.learning import Heed, Learning
 from cocktail_serve.cocktails.quotas import check_cocktails, check_jobs
 from cocktail_serve.cocktails.request import CocktailRequest
-from cocktail_serve.cocktails.store import Beside, News, StaleError, Store
+from cocktail_serve.cocktails.store import Beside, StaleError, Store
 from cocktail_serve.config import Limits
 from cocktail_serve.errors import ConflictError, NotFoundError, PermissionDeniedError
 from cocktail_serve.pool import Pool
@@ -26,9 +26,6 @@ from cocktail_serve.tenants.limits import UNLIMITED
 
 Admission = Literal["new", "again", "existing"]
 """A version that was not there; one that failed or was cancelled and is queued again; one that is there."""
-
-Heed = Callable[[list[Cocktail], list[Cocktail]], None]
-"""Told of cocktails that others changed, and of those that they removed (unfinished ones as cancelled)."""
 
 
 class Registry(Index):
@@ -59,46 +56,36 @@ class Registry(Index):
         super().__init__(pools, dtypes, clock=clock)
         self._store = store
         self._max_inline = max_inline
-        self._changing = asyncio.Lock()
+        self._learning = Learning(store, self._entries, self._serving)
         self._unkept: dict[str, Cocktail] = {}
         self._dry_runs: Counter[str] = Counter()
-        self._seen = 0
-        self._num_looks = 0
-        self._heed: Heed = lambda changed, removed: None
         self.owner: str | None = None
 
     async def load(self) -> None:
         """Reads the store into memory."""
-        async with self._changing:
-            self._take_in(await self._store.load())
-            for uid, _ in sorted(self._entries.inline.items(), key=lambda item: item[1].cocktail.used_at):
-                self._entries.inline.move_to_end(uid)
+        await self._learning.load()
 
     def listen(self, heed: Heed) -> None:
         """Has a function called, at once, with the cocktails that other gateways changed and those they removed."""
-        self._heed = heed
+        self._learning.listen(heed)
 
     async def learn(self) -> None:
         """Brings what other gateways changed before this call into memory."""
-        before = self._num_looks
-        async with self._changing:
-            # one look serves all who came before it
-            if self._num_looks == before:
-                await self._look()
+        await self._learning.learn()
 
     async def flush(self) -> None:
         """Writes what the hot path only noted, when inline cocktails were last used, and ends not kept so far."""
         if self._entries.used:
             noted, self._entries.used = self._entries.used, {}
             await self._store.touch(noted)
-        async with self._changing:
+        async with self._learning.changing:
             for uid, before in list(self._unkept.items()):
                 entry = self._entries.by_uid(uid)
                 try:
                     if entry is not None and entry.cocktail.change == before.change:
                         await self._apply(entry, before=before)
                 except StaleError:
-                    await self._look()
+                    await self._learning.look()
                 self._unkept.pop(uid, None)
 
     async def admit(
@@ -130,21 +117,13 @@ class Registry(Index):
             QuotaExceededError: the tenant keeps as many cocktails, or bytes of examples, as it may.
             RateLimitError: as many of its jobs as may be have not ended.
         """
-        async with self._changing:
-            await self._look()
-            while True:
-                try:
-                    return await self._admit(
-                        tenant,
-                        request,
-                        items=items,
-                        warnings=warnings,
-                        limits=limits,
-                        key_id=key_id,
-                        beside=beside,
-                    )
-                except StaleError:
-                    await self._look()
+        async with self._learning.changing:
+            await self._learning.look()
+            return await self._learning.decided(
+                lambda: self._admit(
+                    tenant, request, items=items, warnings=warnings, limits=limits, key_id=key_id, beside=beside
+                )
+            )
 
     async def update(self, uid: str, *, epoch: int | None = None, **changes: Any) -> Cocktail | None:
         """Changes a version, in the store first.
@@ -155,20 +134,20 @@ class Registry(Index):
         Returns:
             The snapshot, or None where it has been deleted, is final, or is no longer the job's.
         """
-        async with self._changing:
-            while True:
-                entry = self._entries.by_uid(uid)
-                if entry is None or entry.cocktail.is_final or epoch not in (None, entry.cocktail.epoch):
-                    return None
-                try:
-                    await self._apply(entry, **changes)
-                    return self._entries.snapshot(entry)
-                except StaleError:
-                    await self._look()
+
+        async def decide() -> Cocktail | None:
+            entry = self._entries.by_uid(uid)
+            if entry is None or entry.cocktail.is_final or epoch not in (None, entry.cocktail.epoch):
+                return None
+            await self._apply(entry, **changes)
+            return self._entries.snapshot(entry)
+
+        async with self._learning.changing:
+            return await self._learning.decided(decide)
 
     async def claim(self, uid: str) -> Cocktail | None:
         """Gives an unfinished cocktail to this gateway, in a new epoch; None: another was first, or it has ended."""
-        async with self._changing:
+        async with self._learning.changing:
             entry = self._entries.by_uid(uid)
             if entry is None or entry.cocktail.is_final:
                 return None
@@ -176,22 +155,22 @@ class Registry(Index):
                 await self._apply(entry, owner=self.owner, epoch=entry.cocktail.epoch + 1)
                 return self._entries.snapshot(entry)
             except StaleError:
-                await self._look()
+                await self._learning.look()
                 return None
 
     async def keep_findings(self, uid: str, findings: Findings) -> Cocktail | None:
         """Writes down what was found out about a ready version. Returns the snapshot, or None where it is gone."""
-        async with self._changing:
-            while True:
-                entry = self._entries.by_uid(uid)
-                if entry is None or entry.cocktail.status != "ready":
-                    return None
-                try:
-                    # no witness need hear of it: what the cocktail is stays as it was
-                    self._entries.show(entry, await self._store.update(replace(entry.cocktail, findings=findings)))
-                    return self._entries.snapshot(entry)
-                except StaleError:
-                    await self._look()
+
+        async def decide() -> Cocktail | None:
+            entry = self._entries.by_uid(uid)
+            if entry is None or entry.cocktail.status != "ready":
+                return None
+            # no witness need hear of it: what the cocktail is stays as it was
+            self._entries.show(entry, await self._store.update(replace(entry.cocktail, findings=findings)))
+            return self._entries.snapshot(entry)
+
+        async with self._learning.changing:
+            return await self._learning.decided(decide)
 
     def fail_in_memory(self, uid: str, failure: Failure) -> None:
         """Ends a version whose end the store refused to take. `flush` tries again; after a restart its job goes on."""
@@ -207,18 +186,17 @@ class Registry(Index):
             NotFoundError: no such name, or no such version of it.
             ConflictError: the version is not ready.
         """
-        async with self._changing:
-            await self._look()
-            while True:
-                versions, entry = self._pinnable(tenant, name, ref)
-                try:
-                    await self._store.pin(tenant, name, None if entry is None else entry.cocktail.uid)
-                except StaleError:
-                    await self._look()
-                    continue
-                versions.pinned = entry
-                versions.settle_current()
-                return self._entries.snapshot(self._entry(tenant, name))
+
+        async def decide() -> Cocktail:
+            versions, entry = self._pinnable(tenant, name, ref)
+            await self._store.pin(tenant, name, None if entry is None else entry.cocktail.uid)
+            versions.pinned = entry
+            versions.settle_current()
+            return self._entries.snapshot(self._entry(tenant, name))
+
+        async with self._learning.changing:
+            await self._learning.look()
+            return await self._learning.decided(decide)
 
     async def remove(self, tenant: str, ref: str) -> list[Cocktail]:
         """Deletes a version, or all versions of a name. From then on they are unknown.
@@ -232,8 +210,8 @@ class Registry(Index):
         """
         if ref in self._serving.models:
             raise PermissionDeniedError(f"{ref!r} is the operator's; it can only be taken out of the configuration")
-        async with self._changing:
-            await self._look()
+        async with self._learning.changing:
+            await self._learning.look()
             if "@" in ref:
                 entries = [self._entry(tenant, ref)]
             else:
@@ -246,8 +224,8 @@ class Registry(Index):
     async def remove_failed(self, *, older_than_s: float) -> list[Cocktail]:
         """Deletes the versions that failed or were cancelled and have not been asked for since; the last snapshots."""
         before = self._clock() - older_than_s
-        async with self._changing:
-            await self._look()
+        async with self._learning.changing:
+            await self._learning.look()
             removed = []
             for entry in list(self._entries):
                 is_over = entry.cocktail.status in ("failed", "cancelled") and entry.cocktail.uid not in self._unkept
@@ -324,38 +302,6 @@ class Registry(Index):
             )
         return versions, entry
 
-    async def _look(self) -> None:
-        """Brings the news of the store into memory. Called while nothing else changes either."""
-        self._num_looks += 1
-        news = await self._store.news(self._seen)
-        if news is not None:
-            changed, removed = self._take_in(news)
-            self._heed(changed, removed)
-
-    def _take_in(self, news: News) -> tuple[list[Cocktail], list[Cocktail]]:
-        removed = set(news.removed)
-        if news.is_all:
-            removed = self._entries.uids() - {cocktail.uid for cocktail in news.cocktails}
-        gone = [self._entries.drop(entry) for entry in map(self._entries.by_uid, removed) if entry is not None]
-        changed = []
-        for stored in news.cocktails:
-            entry = self._entries.by_uid(stored.uid)
-            if stored.uid in removed or (entry is not None and entry.cocktail.change >= stored.change):
-                continue
-            cocktail = self._serving.adopt(stored)
-            if entry is None:
-                self._entries.insert(cocktail)
-            else:
-                self._entries.show(entry, cocktail)
-            changed.append(cocktail)
-        for key in {(cocktail.tenant, cocktail.name) for cocktail in news.cocktails}:
-            versions = self._entries.names.get(key)
-            if versions is not None:
-                versions.pinned = self._entries.by_uid(news.pins.get(key, ""))
-                versions.settle_current()
-        self._seen = news.last
-        return changed, gone
-
     async def _apply(
         self,
         entry: Entry,
@@ -413,7 +359,7 @@ class Registry(Index):
         Raises:
             RateLimitError: as many of them as may be have not ended.
         """
-        async with self._changing:
+        async with self._learning.changing:
             self._check_jobs(tenant, limits)
             self._dry_runs[tenant] += 1
         try:
