@@ -1,0 +1,111 @@
+"""Imports go one way: each package imports only what lies below it, and a framework stays where it belongs."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PACKAGE = ROOT / "cocktail_serve"
+PLUGIN = ROOT / "plugins" / "vllm_cocktail"
+
+NOUNS = {"errors", "digest", "dtypes", "pool", "recipe", "examples", "progress"}
+"""Modules that import nothing but each other, and the table of methods that a recipe names."""
+
+MATHS = {"merging", "weighting"}
+BYTES = {"checkpoints", "scoring"}
+STORED = {"database", "tenants", "usage"}
+
+BELOW: dict[str, set[str]] = {
+    "merging": NOUNS,
+    "weighting": NOUNS,
+    "scoring": NOUNS,
+    "config": NOUNS,
+    "checkpoints": NOUNS | {"config", "merging"},
+    "database": {"errors"},
+    "engines": NOUNS | BYTES | MATHS | {"config"},
+    # what a tenant keeps and uses is asked of the tables, and of the types that are kept in them
+    "tenants": NOUNS | STORED | {"config"},
+    "usage": NOUNS | STORED | {"finetuning"},
+    "cocktails": NOUNS | MATHS | BYTES | STORED | {"config", "engines"},
+    "finetuning": NOUNS | STORED | {"config", "cocktails"},
+    "offline": NOUNS | MATHS | BYTES | {"config", "engines", "cocktails"},
+    "evaluation": NOUNS | MATHS | BYTES | {"config", "engines", "cocktails", "offline"},
+    "gateway": NOUNS | MATHS | BYTES | STORED | {"config", "engines", "cocktails", "finetuning", "logs"},
+    # the maths of a recipe, and the errors and bounds that both sides name
+    "vllm_cocktail": NOUNS | {"merging", "checkpoints", "config"},
+}
+"""What each package may import of the others; the command line may import all."""
+
+AT_HOME: dict[str, set[str]] = {
+    "fastapi": {"gateway", "vllm_cocktail"},  # vLLM's own app takes the plugin's routes
+    "vllm": {"vllm_cocktail"},
+    "sentence_transformers": {"engines"},
+    "transformers": {"checkpoints", "engines", "scoring", "offline", "evaluation"},
+    "sqlalchemy": {"database", "cocktails", "finetuning", "tenants", "usage"},
+    "typer": {"cli"},
+}
+"""Where a framework may be imported."""
+
+
+def imports(source: str) -> Iterator[str]:
+    """All that a module imports, inside functions and for type checkers too; `from a import b` as `a.b`."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.module is not None, "imports are absolute"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def files_of(package: str) -> list[Path]:
+    folder = PLUGIN if package == PLUGIN.name else PACKAGE / package
+    return sorted(folder.rglob("*.py")) or [folder.with_suffix(".py")]
+
+
+def imported(package: str) -> Iterator[tuple[str, list[str]]]:
+    """The file and the parts of each import."""
+    for path in files_of(package):
+        for name in imports(path.read_text(encoding="utf-8")):
+            yield str(path.relative_to(ROOT)), name.split(".")
+
+
+def packages() -> set[str]:
+    folders = {path.parent.name for path in PACKAGE.glob("*/__init__.py")}
+    return folders | {PLUGIN.name}
+
+
+def test_every_package_has_its_place() -> None:
+    assert packages() - {"cli"} <= BELOW.keys()
+
+
+@pytest.mark.parametrize("package", BELOW)
+def test_a_package_imports_only_what_lies_below_it(package: str) -> None:
+    wrong = [
+        (file, ".".join(parts))
+        for file, parts in imported(package)
+        if parts[0] == PACKAGE.name and len(parts) > 1 and parts[1] not in BELOW[package] | {package, "__version__"}
+    ]
+    assert not wrong
+
+
+@pytest.mark.parametrize("framework", AT_HOME)
+def test_a_framework_is_imported_only_where_it_is_at_home(framework: str) -> None:
+    found = {package for package in packages() for _, parts in imported(package) if parts[0] == framework}
+    assert found <= AT_HOME[framework]
+
+
+@pytest.mark.parametrize(
+    ("source", "found"),
+    [
+        ("import fastapi.routing", ["fastapi.routing"]),
+        ("from cocktail_serve import errors", ["cocktail_serve.errors"]),
+        ("def load():\n    from vllm.config import ModelConfig as Config", ["vllm.config.ModelConfig"]),
+        ("if TYPE_CHECKING:\n    import torch", ["torch"]),
+    ],
+)
+def test_imports_are_found_wherever_they_stand(source: str, found: list[str]) -> None:
+    assert list(imports(source)) == found
