@@ -58,6 +58,9 @@ WORDS = (
 
 DEFAULT_MAX_TOKENS = 16
 
+MAX_CHOICES = 16_384
+"""As vLLM's."""
+
 
 def fake_tokens(recipe_digest: str, prompt: str, *, choice: int = 0) -> Iterator[str]:
     """The endless answer of a recipe to a prompt, one word with a leading space at a time."""
@@ -211,7 +214,7 @@ class FakeServer:
     async def _chat(self, request: Request) -> Response:
         body = orjson.loads(await request.body())
         messages = body.get("messages")
-        if not isinstance(messages, list) or not messages:
+        if not isinstance(messages, list) or not messages or not all(isinstance(each, dict) for each in messages):
             return _error(400, "invalid_request", "messages: a list with at least one message is needed")
         prompt = "\n".join(f"{message.get('role')}: {_text_of(message.get('content'))}" for message in messages)
         return await self._answer(_ChatShape(self._name), prompt, body)
@@ -227,10 +230,15 @@ class FakeServer:
             os.kill(os.getpid(), signal.SIGKILL)
         digest = self.fence.resident or ""
         num_tokens = body.get("max_completion_tokens") or body.get("max_tokens") or DEFAULT_MAX_TOKENS
+        num_choices = body.get("n") or 1
+        # as vLLM does; an engine that tried would never come back from a billion choices
+        if not isinstance(num_tokens, int) or num_tokens < 1:
+            return _error(400, "invalid_request", "max_tokens: a whole number above 0 is needed")
+        if not isinstance(num_choices, int) or not 1 <= num_choices <= MAX_CHOICES:
+            return _error(400, "invalid_request", f"n: a whole number from 1 to {MAX_CHOICES} is needed")
         num_prompt_tokens = len(prompt.split())
         if num_prompt_tokens + num_tokens > self._max_model_len:
             return _error(400, "context_length_exceeded", f"at most {self._max_model_len} tokens")
-        num_choices = body.get("n") or 1
         usage = usage_of(num_prompt_tokens, num_tokens * num_choices)
         answers = [fake_tokens(digest, prompt, choice=index) for index in range(num_choices)]
         if body.get("stream"):

@@ -97,6 +97,7 @@ def create_app(
         summary="Task models mixed from fine-tuned models you own, behind the OpenAI API.",
         lifespan=_lifespan(settings, pools, engines, metrics, lifecycle),
         redoc_url=None,
+        redirect_slashes=False,  # a path that is not there gets the error that every other gets
     )
     for family in (
         generation,

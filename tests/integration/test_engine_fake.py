@@ -218,6 +218,18 @@ async def test_bad_requests_come_back_as_the_engine_answers_them(pool: Pool, tmp
             assert "messages" in json.loads(answer.body)["error"]["message"]
 
 
+@pytest.mark.parametrize(
+    "fields", [{"n": 2**63}, {"n": -1}, {"n": "x"}, {"max_tokens": -1}, {"max_tokens": 1.5}, {"messages": [[]]}]
+)
+async def test_numbers_that_no_engine_serves_are_refused(pool: Pool, tmp_path: Path, fields: dict[str, Any]) -> None:
+    async with running(pool, tmp_path) as engine:
+        recipe = mixture(pool, 0.5)
+        async with engine.forward(recipe, CHAT, {"messages": [{"role": "user", "content": "a"}]} | fields, tenant="t") as answer:
+            assert answer.status == 400
+            assert answer.body is not None
+            assert next(iter(fields)) in json.loads(answer.body)["error"]["message"]
+
+
 @pytest.mark.parametrize("value", [2**70, "\ud800"])
 async def test_what_is_no_json_is_the_clients_fault(pool: Pool, tmp_path: Path, value: Any) -> None:
     engine = VLLMEngine(pool, FakeEngineConfig(), run_dir=tmp_path)

@@ -421,6 +421,11 @@ class TestOperations:
         assert (wrong.status_code, error_of(wrong)["code"]) == (405, "method_not_allowed")
         assert wrong.headers["allow"] == "POST"
 
+    @pytest.mark.parametrize("path", ["/v1/cocktails/", "/v1/files/", "/v1/cocktails/x/", "/admin/keys/", "/health/"])
+    def test_nobody_is_sent_elsewhere(self, http: httpx.Client, path: str) -> None:
+        missing = http.get(path)
+        assert (missing.status_code, error_of(missing)["code"]) == (404, "route_not_found")
+
 
 @pytest.fixture(scope="module")
 def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveGateway]:
