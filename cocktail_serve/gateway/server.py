@@ -14,7 +14,8 @@ import uvicorn
 from cocktail_serve import logs
 from cocktail_serve.config import ServerConfig, Settings
 from cocktail_serve.errors import ConfigError, ServerError
-from cocktail_serve.gateway.app import create_app, open_pools
+from cocktail_serve.gateway.app import create_app
+from cocktail_serve.gateway.assembly import open_pools
 from cocktail_serve.gateway.lifecycle import Lifecycle
 from cocktail_serve.pool import Pool
 

@@ -1,0 +1,188 @@
+"""Puts together all that lives as long as the app does, in order; what was begun ends in the opposite order."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AsyncExitStack, asynccontextmanager
+from functools import partial
+from typing import cast
+
+from cocktail_serve.checkpoints.opening import open_pool
+from cocktail_serve.cocktails.experts import Experts
+from cocktail_serve.cocktails.following import Sweep
+from cocktail_serve.cocktails.service import CocktailService
+from cocktail_serve.config import Settings
+from cocktail_serve.database.database import Database
+from cocktail_serve.engines import build_engine
+from cocktail_serve.engines.base import Engine, OperatedEngine
+from cocktail_serve.finetuning.files import Files
+from cocktail_serve.finetuning.jobs import JobStore
+from cocktail_serve.finetuning.service import FineTuning
+from cocktail_serve.gateway.authentication import Authenticator
+from cocktail_serve.gateway.lifecycle import Lifecycle
+from cocktail_serve.gateway.metering import Meter
+from cocktail_serve.gateway.metrics import GatewayMetrics
+from cocktail_serve.gateway.run_dir import own_run_dir, place_of
+from cocktail_serve.gateway.state import Gateway
+from cocktail_serve.pool import Pool
+from cocktail_serve.tenants.limit_book import LimitBook
+from cocktail_serve.tenants.limits import Limiter
+from cocktail_serve.tenants.store import TenantStore
+from cocktail_serve.usage.audit import AuditLog
+from cocktail_serve.usage.ledger import Ledger
+from cocktail_serve.usage.store import UsageStore
+
+
+def open_pools(settings: Settings) -> dict[str, Pool]:
+    """Opens all pools of a configuration: resolves sources, checks that their models can be mixed. Blocking.
+
+    Raises:
+        ClientError: a model is missing, unreadable or does not fit its base; names it.
+    """
+    return {config.id: open_pool(config, cache_dir=settings.store.cache_dir) for config in settings.pools}
+
+
+@asynccontextmanager
+async def assembled(
+    settings: Settings,
+    opened: Mapping[str, Pool] | None,
+    built: Mapping[str, Engine] | None,
+    metrics: GatewayMetrics,
+    lifecycle: Lifecycle,
+) -> AsyncIterator[Gateway]:
+    """The gateway, with all its parts running.
+
+    Args:
+        opened: pools that are open already; None: opened from the configuration.
+        built: one engine for each pool, not started yet; None: built from the configuration.
+    """
+    async with AsyncExitStack() as stack:
+        # changed when experts are added or removed: all that reads it is given this one mapping
+        pools = dict(await asyncio.to_thread(open_pools, settings) if opened is None else opened)
+        engines, place = _engines(settings, pools, built, stack)
+        database = await _database(settings, stack)
+        experts = await _experts(settings, database, pools, engines)
+        await _start(engines, metrics)
+        tenants = TenantStore(database)
+        limits = await _limits(settings, tenants, stack)
+        usage = UsageStore(database)
+        ledger = _ledger(usage, stack)
+        jobs = JobStore(database)
+        files = Files(database, limits_of=limits.of)
+        audit = AuditLog(database)
+        service = CocktailService(
+            settings,
+            pools,
+            engines,
+            database=database,
+            limits_of=limits.of,
+            place=place,
+            sweeps=_sweeps(settings, files, jobs, audit),
+            witnesses=[jobs],
+            ledger=ledger,
+        )
+        stack.push_async_callback(service.stop)
+        await service.start()
+        parsing = stack.enter_context(ThreadPoolExecutor(1, "cocktail-parse"))
+        stack.push_async_callback(experts.stop)
+        experts.start(service)
+        yield Gateway(
+            settings=settings,
+            pools=pools,
+            engines=engines,
+            service=service,
+            experts=experts,
+            files=files,
+            fine_tuning=FineTuning(settings, pools, service, files, jobs, parsing),
+            parsing=parsing,
+            metrics=metrics,
+            lifecycle=lifecycle,
+            tenants=tenants,
+            limits=limits,
+            ledger=ledger,
+            usage=usage,
+            audit=audit,
+            meter=Meter(Limiter(limits.of), ledger, metrics),
+            authenticator=_authenticator(settings, tenants),
+        )
+
+
+def _engines(
+    settings: Settings, pools: Mapping[str, Pool], built: Mapping[str, Engine] | None, stack: AsyncExitStack
+) -> tuple[dict[str, Engine], str | None]:
+    """The engines, not started yet, and the name of the folder they write to; None where others built them."""
+    place = None
+    if built is None:
+        run_dir = own_run_dir(settings, stack)
+        place = place_of(run_dir)
+        engines = {pool.id: build_engine(pools[pool.id], pool, run_dir=run_dir) for pool in settings.pools}
+    else:
+        engines = dict(built)
+    stack.push_async_callback(_stop_all, engines.values())
+    return engines, place
+
+
+async def _database(settings: Settings, stack: AsyncExitStack) -> Database:
+    database = Database(settings.store.database_url)
+    stack.push_async_callback(database.close)
+    await database.open()
+    return database
+
+
+async def _experts(
+    settings: Settings, database: Database, pools: dict[str, Pool], engines: Mapping[str, Engine]
+) -> Experts:
+    """The experts that were added while a server ran: in the pools before the engines start."""
+    experts = Experts(
+        database,
+        pools,
+        cast("Mapping[str, OperatedEngine]", engines),
+        roots=settings.server.expert_roots,
+        cache_dir=settings.store.cache_dir,
+    )
+    await experts.load()
+    return experts
+
+
+async def _start(engines: Mapping[str, Engine], metrics: GatewayMetrics) -> None:
+    for pool_id, engine in engines.items():
+        await engine.start()
+        metrics.watch_engine(pool_id, engine)
+
+
+async def _limits(settings: Settings, tenants: TenantStore, stack: AsyncExitStack) -> LimitBook:
+    limits = LimitBook(settings.limits, tenants)
+    stack.push_async_callback(limits.stop)
+    await limits.start()
+    return limits
+
+
+def _ledger(usage: UsageStore, stack: AsyncExitStack) -> Ledger:
+    ledger = Ledger(usage)
+    stack.push_async_callback(ledger.stop)
+    ledger.start()
+    return ledger
+
+
+def _authenticator(settings: Settings, tenants: TenantStore) -> Authenticator:
+    key = settings.admin_key
+    return Authenticator(
+        tenants,
+        required=settings.server.requires_key,
+        admin_key=None if key is None else key.get_secret_value(),
+    )
+
+
+def _sweeps(settings: Settings, files: Files, jobs: JobStore, audit: AuditLog) -> list[Sweep]:
+    retention = settings.store.retention
+    sweeps: list[Sweep] = [files.sweep]
+    for sweep, days in ((jobs.sweep, retention.jobs_days), (audit.sweep, retention.audit_days)):
+        if days is not None:
+            sweeps.append(partial(sweep, older_than_s=days * 86_400))
+    return sweeps
+
+
+async def _stop_all(engines: Iterable[Engine]) -> None:
+    await asyncio.gather(*(engine.stop() for engine in engines))
