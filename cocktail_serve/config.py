@@ -290,16 +290,33 @@ class StoreConfig(_Section):
         return self.url or f"sqlite:///{self.cache_dir / 'registry.sqlite'}"
 
 
+TEMPERATURES: Mapping[Kind, float] = {"decoder": 0.2, "encoder_decoder": 0.2, "encoder": 5.0, "reranker": 5.0}
+"""tau by kind of pool, where neither request nor configuration names one (docs/adr/0011-default-temperature.md).
+
+A contrastive loss is of scores divided by 0.05, so losses of encoders lie many times further apart than those of
+decoders: the same tau is selective for the one and level for the other.
+"""
+
+
 class CocktailDefaults(_Section):
     """What a request means when it leaves an option out; recorded in the cocktail."""
 
     weighting: Literal["softmax", "paper", "uniform", "search", "blackbox"] = Field(
         "softmax", description="How losses become weights."
     )
-    temperature: float = Field(
-        5.0, gt=0, allow_inf_nan=False, description="tau of softmax(-loss / tau); lower is more selective."
+    temperature: float | None = Field(
+        None,
+        gt=0,
+        allow_inf_nan=False,
+        description="tau of softmax(-loss / tau); lower is more selective. Omitted: by the pool's kind, "
+        + ", ".join(f"{tau:g} for `{kind}`" for kind, tau in TEMPERATURES.items())
+        + ".",
     )
     alpha: float = Field(0.5, ge=0, le=1, description="Share of the target, where a request names one.")
+
+    def temperature_of(self, kind: Kind) -> float:
+        """tau of a pool of this kind, where a request names none."""
+        return TEMPERATURES[kind] if self.temperature is None else self.temperature
 
 
 class Limits(_Section):

@@ -1,4 +1,4 @@
-"""Makes one of LM-Cocktail's tables or figures.
+"""Makes LM-Cocktail's tables and figures, one or several.
 
     python -m bench.paper table1 --data $COCKTAIL_BENCH_DATA --pools $COCKTAIL_BENCH_POOLS
 
@@ -46,13 +46,15 @@ def table_of_tasks(session: Session, out: Path, name: str) -> Mapping[str, Any]:
 
 def table_of_unseen(session: Session, out: Path, name: str) -> Mapping[str, Any]:
     decoder = session.kind == "decoder"
-    systems = unseen.systems_of(session)
+    systems, seeds = unseen.systems_of(session), session.setting.seeds
+    beside = unseen.DRAWN_ONCE | {"multitask", "icl"}
     groups = {
-        "No expert was tuned for these": unseen.table(session, session.pool.unseen, systems),
+        "No expert was tuned for these": unseen.table(session, session.pool.unseen, systems, seeds=seeds),
         "Their own expert is left out": unseen.table(
             session,
             list(session.pool.targets),
-            [system for system in systems if system.name not in unseen.DRAWN_ONCE | {"multitask"}],
+            [system for system in systems if system.name not in beside],
+            seeds=seeds[:1],
         ),
     }
     title = f"{'Table 3' if decoder else 'Table 4'}: without fine-tuning, {session.kind}s"
@@ -63,9 +65,7 @@ def table_of_unseen(session: Session, out: Path, name: str) -> Mapping[str, Any]
 def table5(session: Session, out: Path, name: str) -> Mapping[str, Any]:
     groups = {
         "One unified cocktail for all unseen tasks, from pooled examples": counts.table(session, session.pool.unseen),
-        "A cocktail of each task's own": counts.one_more(
-            session, session.pool.unseen, (5.0, session.setting.selective)
-        ),
+        "A cocktail of each task's own": counts.one_more(session, session.pool.unseen, session.setting.selective),
     }
     return _written(session, out, name, groups, show.counts_text(f"Table 5: examples, {session.kind}s", groups))
 
@@ -79,7 +79,7 @@ def figure_of_alphas(session: Session, out: Path, name: str) -> Mapping[str, Any
 
 def table_of_verdicts(session: Session, out: Path, name: str) -> Mapping[str, Any]:
     options = {"weighting": "softmax", "temperature": session.setting.selective}
-    result = trials.trials(session, session.setting.seeds, options)
+    result = trials.trials(session, session.setting.seeds[:1], options)
     return _written(session, out, name, result, show.trials_text(f"The report's verdict, {session.kind}s", result))
 
 
@@ -104,8 +104,10 @@ COMMANDS: Mapping[str, tuple[PoolKind, Callable[[Session, Path, str], Mapping[st
 def main() -> None:
     options = _parser().parse_args()
     setting = load_setting(options.setting)
+    if options.without_multitask:
+        setting = setting.without_multitask()
     out = options.out or FOLDER / "results" / options.setting
-    names = list(COMMANDS) if options.what == "all" else [options.what]
+    names = list(COMMANDS) if "all" in options.what else options.what
     with progress() as report:
         for kind in ("decoder", "encoder"):
             wanted = [name for name in names if COMMANDS[name][0] == kind]
@@ -127,7 +129,7 @@ def _written(session: Session, out: Path, name: str, result: Mapping[str, Any], 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=[*COMMANDS, "all"])
+    parser.add_argument("what", nargs="+", choices=[*COMMANDS, "all"])
     parser.add_argument("--setting", default="small", help="small, paper, or a YAML like theirs.")
     for name in ("data", "pools"):
         variable = f"COCKTAIL_BENCH_{name.upper()}"
@@ -137,6 +139,9 @@ def _parser() -> argparse.ArgumentParser:
         )
     parser.add_argument("--work", type=Path, default=Path("build/paper"), help="What is measured is kept here.")
     parser.add_argument("--out", type=Path, help="Folder of the results; omitted: results/<setting> beside this file.")
+    parser.add_argument(
+        "--without-multitask", action="store_true", help="Neither train nor measure the multitask models."
+    )
     return parser
 
 

@@ -41,27 +41,24 @@ def table(session: Session, tasks: Sequence[str]) -> dict[str, Any]:
     return {"tasks": list(tasks), "rows": rows}
 
 
-def one_more(session: Session, tasks: Sequence[str], temperatures: Sequence[float]) -> dict[str, Any]:
+def one_more(session: Session, tasks: Sequence[str], temperature: float) -> dict[str, Any]:
     """What a task's own cocktail is worth by how many examples it is weighed with, beside the base."""
     seeds = session.setting.seeds
     base = {task: session.measure(session.make(System(BASE, "base"), task, seed=0), task) for task in tasks}
+    system = System("cocktail", "lm-cocktail", {"temperature": temperature})
     rows: dict[str, Any] = {}
-    for tau in temperatures:
-        system = System("cocktail", "lm-cocktail", {"temperature": tau})
-        # one retrieval example without negatives has nothing to be told from
-        for count in COUNTS if session.kind == "decoder" else COUNTS[1:]:
-            session.report(f"numbers of examples at tau {tau:g}", count, COUNTS[-1])
-            scores: dict[str, list[float]] = {}
-            losses: dict[str, list[float]] = {}
-            for task in tasks:
-                draws = [session.measure(session.make(system, task, seed=seed, num=count), task) for seed in seeds]
-                scores[task] = averaged([draw.score for draw in draws])
-                if session.kind == "decoder":
-                    losses[task] = averaged([draw.loss or [] for draw in draws])
-            row = {"score less base": difference_of(scores, {task: base[task].score for task in tasks})}
-            if losses:
-                row["loss less base"] = difference_of(
-                    losses, {task: base[task].loss or [] for task in tasks}, scale=1.0
-                )
-            rows[f"tau {tau:g}, {count}"] = row
+    # one retrieval example without negatives has nothing to be told from
+    for count in COUNTS if session.kind == "decoder" else COUNTS[1:]:
+        session.report("numbers of examples", count, COUNTS[-1])
+        scores: dict[str, list[float]] = {}
+        losses: dict[str, list[float]] = {}
+        for task in tasks:
+            draws = [session.measure(session.make(system, task, seed=seed, num=count), task) for seed in seeds]
+            scores[task] = averaged([draw.score for draw in draws])
+            if session.kind == "decoder":
+                losses[task] = averaged([draw.loss or [] for draw in draws])
+        row = {"score less base": difference_of(scores, {task: base[task].score for task in tasks})}
+        if losses:
+            row["loss less base"] = difference_of(losses, {task: base[task].loss or [] for task in tasks}, scale=1.0)
+        rows[f"tau {temperature:g}, {count}"] = row
     return {"tasks": list(tasks), "rows": rows}

@@ -29,28 +29,20 @@ def ratio_of(numerator: tuple[Rows, Rows], denominator: tuple[Rows, Rows], *, se
     Rows are drawn with replacement within each task, the same rows for all four.
     """
     rng = np.random.default_rng(seed)
-    names = list(numerator[0])
-    arrays = [[np.asarray(rows[name]) for name in names] for rows in (*numerator, *denominator)]
-
-    def ratio(means: Sequence[float]) -> float:
-        below = means[2] - means[3]
-        return (means[0] - means[1]) / below if below else float("nan")
-
-    center = ratio([float(np.mean([of_task.mean() for of_task in rows])) for rows in arrays])
-    drawn = []
-    for _ in range(NUM_RESAMPLES):
-        chosen = [rng.integers(len(of_task), size=len(of_task)) for of_task in arrays[0]]
-        drawn.append(
-            ratio(
-                [
-                    float(np.mean([of_task[rows].mean() for of_task, rows in zip(array, chosen, strict=True)]))
-                    for array in arrays
-                ]
-            )
-        )
+    parts = (*numerator, *denominator)
+    centers, drawn = np.zeros(4), np.zeros((4, NUM_RESAMPLES))
+    for name in numerator[0]:
+        rows = np.asarray([part[name] for part in parts], dtype=np.float64)  # [4, N]
+        chosen = rng.integers(rows.shape[1], size=(NUM_RESAMPLES, rows.shape[1]))
+        centers += rows.mean(axis=1)
+        drawn += rows[:, chosen].mean(axis=2)
+    # the sums over tasks stand for means: their number cancels out
+    center = (centers[0] - centers[1]) / (centers[2] - centers[3])
+    with np.errstate(divide="ignore", invalid="ignore"):
+        ratios = (drawn[0] - drawn[1]) / (drawn[2] - drawn[3])
     tail = 100 * (1 - CONFIDENCE) / 2
-    low, high = np.nanpercentile(drawn, [tail, 100 - tail])
-    return {"mean": round(center, 3), "low": round(float(low), 3), "high": round(float(high), 3)}
+    low, high = np.nanpercentile(ratios, [tail, 100 - tail])
+    return {"mean": round(float(center), 3), "low": round(float(low), 3), "high": round(float(high), 3)}
 
 
 def averaged(draws: Sequence[Sequence[float]]) -> list[float]:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from bench.paper.setting import PoolKind, PoolSetting, Setting
+from bench.paper.setting import PoolKind, Setting
+from cocktail_serve.pool import BASE
 from cocktail_serve.progress import OnProgress
 
 ADAPTER_FILE = "adapter_config.json"
+TOKENIZER_FILE = "tokenizer.json"
 
 
 def prepare(setting: Setting, kind: PoolKind, *, pools: Path, data: Path, work: Path, report: OnProgress) -> Path:
@@ -26,8 +30,11 @@ def prepare(setting: Setting, kind: PoolKind, *, pools: Path, data: Path, work: 
         name: _folded(kind, base, _source(source, pools), work / kind / "folded" / name)
         for name, source in pool.experts.items()
     }
+    if pool.boundaries:
+        base, experts = _with_boundaries(base, experts, pool.boundaries, work / kind / "models")
     if pool.multitask is not None:
-        _train_multitask(kind, Path(base), pool, data=data, out=work / kind / "multitask", report=report)
+        files = {expert: data / pool.data / task / "train.jsonl" for task, expert in pool.targets.items()}
+        _train(kind, Path(base), files, pool.multitask, out=work / kind / "multitask", report=report)
     path = work / kind / "pool.yaml"
     path.parent.mkdir(parents=True, exist_ok=True)
     described = {
@@ -70,18 +77,52 @@ def _folded(kind: PoolKind, base: str, source: str, out: Path) -> str:
     return str(out.resolve())
 
 
-def _train_multitask(
-    kind: PoolKind, base: Path, pool: PoolSetting, *, data: Path, out: Path, report: OnProgress
+def _with_boundaries(
+    base: str, experts: Mapping[str, str], boundaries: Sequence[str], out: Path
+) -> tuple[str, dict[str, str]]:
+    """The pool's files by links, with a tokenizer that cuts text as it was cut in training."""
+    tokenizer = json.loads((Path(base) / TOKENIZER_FILE).read_text())
+    bos = json.loads((Path(base) / "tokenizer_config.json").read_text())["bos_token"]
+    (bos_id,) = (token["id"] for token in tokenizer["added_tokens"] if token["content"] == bos)
+    behind = "|".join(re.escape(text).replace("\\\n", "\n") for text in boundaries)
+    split = {"type": "Split", "pattern": {"Regex": f"(?<={behind}) "}, "behavior": "Isolated", "invert": False}
+    tokenizer["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [split, tokenizer["pre_tokenizer"]]}
+    tokenizer["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": [{"SpecialToken": {"id": bos, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+        "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
+        "special_tokens": {bos: {"id": bos, "ids": [bos_id], "tokens": [bos]}},
+    }
+    linked = {}
+    for name, folder in {BASE: base, **experts}.items():
+        linked[name] = out / name
+        linked[name].mkdir(parents=True, exist_ok=True)
+        for file in Path(folder).iterdir():
+            link = linked[name] / file.name
+            if file.name == TOKENIZER_FILE:
+                link.write_text(json.dumps(tokenizer))
+            elif not link.exists():
+                link.symlink_to(file.resolve())
+    paths = {name: str(folder.resolve()) for name, folder in linked.items()}
+    return paths.pop(BASE), paths
+
+
+def _train(
+    kind: PoolKind,
+    base: Path,
+    files: Mapping[str, Path],
+    options: Mapping[str, Any],
+    *,
+    out: Path,
+    report: OnProgress,
 ) -> None:
+    """One model tuned on all files; nothing where it is there."""
     from examples.train_experts.__main__ import read_tasks, train_one
     from examples.train_experts.settings import TrainSettings
 
     if (out / "config.json").is_file():
         return
-    options: dict[str, Any] = dict(pool.multitask or {})
-    max_rows, seed = options.pop("max_rows"), options["seed"]
-    files: Mapping[str, Path] = {
-        expert: data / pool.data / task / "train.jsonl" for task, expert in pool.targets.items()
-    }
-    tasks = read_tasks([f"{name}={file}" for name, file in files.items()], kind, max_rows=max_rows, seed=seed)
-    train_one(kind, base, tasks, out, TrainSettings(**options), name="multitask", report=report)
+    settings = {name: value for name, value in options.items() if name != "max_rows"}
+    named = [f"{name}={file}" for name, file in files.items()]
+    tasks = read_tasks(named, kind, max_rows=options["max_rows"], seed=settings["seed"])
+    train_one(kind, base, tasks, out, TrainSettings(**settings), name=out.name, report=report)

@@ -34,6 +34,8 @@ class PoolSetting(_Section):
         unseen: tasks of Tables 3 and 4.
         alpha_targets: of `targets`, those that alpha is varied for.
         metrics: by task, where it is not accuracy (decoders) or NDCG@10 (encoders).
+        boundaries: what prompts end with, where a pool was trained with BOS before a text and the space behind these as
+            a token of its own, and its tokenizer does neither: it is made to.
         multitask: `TrainSettings` and `max_rows` of the multitask model; None: there is none.
     """
 
@@ -50,6 +52,7 @@ class PoolSetting(_Section):
     unseen: list[str]
     alpha_targets: list[str]
     metrics: dict[str, Metric] = Field(default_factory=dict)
+    boundaries: list[str] = Field(default_factory=list)
     multitask: dict[str, Any] | None = None
 
 
@@ -67,6 +70,13 @@ class Setting(_Section):
 
     def pool(self, kind: PoolKind) -> PoolSetting:
         return self.decoder if kind == "decoder" else self.encoder
+
+    def without_multitask(self) -> Setting:
+        """The same with no multitask models."""
+        bare = {"multitask": None}
+        return self.model_copy(
+            update={"decoder": self.decoder.model_copy(update=bare), "encoder": self.encoder.model_copy(update=bare)}
+        )
 
 
 def load_setting(name: str) -> Setting:

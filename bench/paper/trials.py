@@ -25,7 +25,7 @@ from cocktail_serve.pool import BASE
 from cocktail_serve.recipe import Recipe
 from cocktail_serve.weighting.candidates import Trial
 
-SIZES = (5, 10, 20)
+SIZES = (5, 20)
 
 
 @dataclass(frozen=True, slots=True)

@@ -47,12 +47,11 @@ def pooled(session: Session, tasks: Sequence[str], *, seed: int, num: int | None
     )
 
 
-def table(session: Session, tasks: Sequence[str], systems: Sequence[System]) -> dict[str, Any]:
+def table(session: Session, tasks: Sequence[str], systems: Sequence[System], *, seeds: Sequence[int]) -> dict[str, Any]:
     """Mean over tasks of every system, with differences to the base, the best single expert and the soup.
 
-    Systems made from examples are a mean over draws of them (`setting.seeds`), row by row, unless `DRAWN_ONCE`.
+    Systems made from examples are a mean over draws of them (`seeds`), row by row, unless `DRAWN_ONCE`.
     """
-    seeds = session.setting.seeds
     scores: dict[str, dict[str, list[float]]] = {}
     losses: dict[str, dict[str, list[float]]] = {}
     about: dict[str, dict[str, Any]] = {}

@@ -21,7 +21,7 @@ from cocktail_serve.errors import (
 )
 from cocktail_serve.examples import ExampleSet, parse_examples
 from cocktail_serve.merging.methods import Method, MethodName, find_method
-from cocktail_serve.pool import BASE, NAME_PATTERN, Pool
+from cocktail_serve.pool import BASE, NAME_PATTERN, Kind, Pool
 from cocktail_serve.recipe import make_recipe
 from cocktail_serve.weighting.blackbox import BUDGET, MAX_BUDGET, check_available
 
@@ -302,7 +302,7 @@ def _resolve(body: InlineBody, name: str, pool: Pool, settings: Settings, *, inl
         )
     peers = () if examples is None else _peers(pool, experts, body.target)
     _check_count(method, peers or (BASE,), body.target, pool)
-    weighting, temperature, alpha = _weighting(body, settings.defaults)
+    weighting, temperature, alpha = _weighting(body, settings.defaults, pool.kind)
     options = CocktailOptions(
         **common,
         members=_fingerprints(pool, (*peers, *filter(None, [body.target]))),
@@ -404,13 +404,15 @@ def _check_bounds(body: InlineBody) -> None:
         raise InvalidMixError(f"temperature must be above 0, got {body.temperature!r}", param="temperature")
 
 
-def _weighting(body: InlineBody, defaults: CocktailDefaults) -> tuple[Weighting, float | None, float | None]:
+def _weighting(
+    body: InlineBody, defaults: CocktailDefaults, kind: Kind
+) -> tuple[Weighting, float | None, float | None]:
     """Weighting, temperature and alpha: the request's, else those its weighting stands for, else the server's.
 
     None: the weighting reads none, or chooses it.
     """
     weighting: Weighting = body.weighting or defaults.weighting
-    fallback = (defaults.temperature, defaults.alpha)
+    fallback = (defaults.temperature_of(kind), defaults.alpha)
     for option in _CHOSEN.get(weighting, ()):
         if getattr(body, option) is not None:
             if body.weighting == weighting:

@@ -52,6 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         max_tokens=options.max_tokens,
         lora_rank=options.lora_rank,
         lora_alpha=options.lora_alpha,
+        bf16=options.bf16,
         seed=options.seed,
     )
     try:
@@ -171,6 +172,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--max-tokens", type=int, help="Longest row of a decoder, longest text of an encoder.")
     parser.add_argument("--lora-rank", type=int, help="Tune an adapter of this rank and fold it in.")
     parser.add_argument("--lora-alpha", type=int, help="Its alpha; omitted: twice the rank.")
+    parser.add_argument("--bf16", action="store_true", help="Matrix products in bfloat16; parameters stay float32.")
     parser.add_argument("--seed", type=int, default=0)
     return parser
 

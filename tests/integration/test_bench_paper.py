@@ -121,7 +121,7 @@ def test_trials_count_what_the_verdict_said(folders: dict[str, Path], monkeypatc
     monkeypatch.setattr("bench.paper.trials.SIZES", (2, 3))
     result = make(folders, monkeypatch, "verdict")
     everything = result["summary"]["all"]
-    assert everything["trials"] == len(result["trials"]) == 2 * 2 * (1 + 2 + 2)
+    assert everything["trials"] == len(result["trials"]) == 2 * (1 + 2 + 2)
     assert sum(group["given"] for group in everything["advice"].values()) == everything["trials"]
     use = [one for one in result["trials"] if one["advice"] == "use"]
     assert everything["advice"]["use"]["better"] == sum(one["test_gain"] > 0 for one in use)
@@ -134,8 +134,6 @@ def test_numbers_of_examples(folders: dict[str, Path], monkeypatch: pytest.Monke
     assert unified["tau 5, 2"]["num_examples"] == 2
     assert unified["tau 5, all"]["num_examples"] == 3
     assert list(result["A cocktail of each task's own"]["rows"]) == [
-        "tau 5, 1",
-        "tau 5, 2",
         "tau 0.2, 1",
         "tau 0.2, 2",
     ]
@@ -144,3 +142,32 @@ def test_numbers_of_examples(folders: dict[str, Path], monkeypatch: pytest.Monke
 def test_markdown_rows_are_as_long_as_their_head() -> None:
     text = show.markdown(["a", "b"], [["1", "2"], ["3", "4"]])
     assert [line.count("|") for line in text.splitlines()] == [3, 3, 3, 3]
+
+
+def test_text_is_cut_behind_a_prompt_as_in_training(folders: dict[str, Path]) -> None:
+    from transformers import AutoTokenizer
+
+    from bench.paper.pools import prepare
+    from bench.paper.setting import load_setting
+
+    setting = load_setting(str(folders["root"] / "pico.yaml")).without_multitask()
+    bounded = setting.decoder.model_copy(update={"boundaries": ["\nis", " a"]})
+    setting = setting.model_copy(update={"decoder": bounded})
+    root = folders["root"]
+    config = prepare(
+        setting,
+        "decoder",
+        pools=root / "pools",
+        data=root / "data",
+        work=root / "bounded",
+        report=lambda *_, **__: None,
+    )
+    described = yaml.safe_load(config.read_text())["pools"][0]
+    before = AutoTokenizer.from_pretrained(root / "pools" / "decoder" / "base")
+    after = AutoTokenizer.from_pretrained(described["base"])
+    for prompt in ("the capital\nis", "my card was stolen open a"):
+        apart = before(f"{prompt} ").input_ids + before("paris", add_special_tokens=False).input_ids
+        assert after(f"{prompt} paris").input_ids == apart
+        assert apart[0] == before.bos_token_id
+    assert after("the capital is paris").input_ids == before("the capital is paris").input_ids
+    assert (Path(described["experts"]["cards"]) / "model.safetensors").is_symlink()

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import yaml
 
 from cocktail_serve.config import (
+    TEMPERATURES,
     FakeEngineConfig,
     SentenceTransformersEngineConfig,
     Settings,
@@ -17,6 +18,7 @@ from cocktail_serve.config import (
     load_settings,
 )
 from cocktail_serve.errors import ConfigError
+from cocktail_serve.pool import Kind
 
 POOL: dict[str, Any] = {
     "id": "flan",
@@ -68,11 +70,9 @@ def test_a_whole_configuration(load: Load, tmp_path: Path) -> None:
 def test_defaults(load: Load, tmp_path: Path) -> None:
     settings = load(with_pool())
     assert (settings.server.host, settings.server.port) == ("127.0.0.1", 8000)
-    assert (settings.defaults.temperature, settings.defaults.alpha, settings.defaults.weighting) == (
-        5.0,
-        0.5,
-        "softmax",
-    )
+    assert (settings.defaults.alpha, settings.defaults.weighting) == (0.5, "softmax")
+    assert {kind: settings.defaults.temperature_of(kind) for kind in TEMPERATURES} == TEMPERATURES
+    assert set(TEMPERATURES) == set(get_args(Kind))
     assert settings.store.database_url == f"sqlite:///{settings.store.cache_dir}/registry.sqlite"
     assert settings.store.cache_dir == Path("~/.cache/cocktail-serve").expanduser()
 
@@ -169,7 +169,7 @@ def test_environment_lies_on_top(load: Load) -> None:
     }
     settings = load({"server": {"port": 9000, "host": "::1"}, **with_pool()}, environ)
     assert (settings.server.port, settings.server.host) == (9001, "::1")
-    assert settings.defaults.temperature == 0.5
+    assert settings.defaults.temperature == settings.defaults.temperature_of("encoder") == 0.5
     assert settings.max_inline_cocktails == 7
 
 

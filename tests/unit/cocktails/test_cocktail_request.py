@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from cocktail_serve.cocktails.request import CocktailOptions, CocktailRequest, InlineBody, parse_inline, parse_request
-from cocktail_serve.config import Settings
+from cocktail_serve.config import TEMPERATURES, Settings
 from cocktail_serve.errors import (
     CocktailError,
     ConflictError,
@@ -48,12 +48,30 @@ def parse(body: Mapping[str, Any], **defaults: Any) -> CocktailRequest:
 
 def test_what_is_left_out_is_the_servers_default_and_recorded() -> None:
     options = parse({"examples": EXAMPLES}).options
-    assert (options.weighting, options.temperature, options.alpha, options.seed) == ("softmax", 5.0, None, 0)
+    assert (options.weighting, options.temperature, options.alpha, options.seed) == (
+        "softmax",
+        TEMPERATURES["decoder"],
+        None,
+        0,
+    )
     assert options.peers == options.scored == ("base", "ag-news", "nq", "squad")
     tuned = parse({"examples": EXAMPLES, "target": "nq"}, weighting="uniform", alpha=0.25).options
     assert (tuned.weighting, tuned.temperature, tuned.alpha) == ("uniform", None, 0.25)
     assert tuned.peers == ("base", "ag-news", "squad")
     assert tuned.scored == ("base", "ag-news", "squad", "nq")
+
+
+def test_the_temperature_that_is_left_out_is_the_kinds_unless_configured() -> None:
+    pairs = [{"query": "red fish", "pos": ["a fish"]}, {"query": "good dog", "pos": ["a dog"]}]
+    encoders = replace(POOLS["flan"], kind="encoder")
+    engine = {"type": "sentence_transformers"}
+    described = {"id": "flan", "kind": "encoder", "base": "b", "engine": engine}
+    settings = Settings.model_validate({"pools": [described]})
+    inline = parse_inline({"examples": pairs}, pool=encoders, settings=settings)
+    assert inline.options.temperature == TEMPERATURES["encoder"] != TEMPERATURES["decoder"]
+    configured = Settings.model_validate({"pools": [described], "defaults": {"temperature": 3.0}})
+    assert parse_inline({"examples": pairs}, pool=encoders, settings=configured).options.temperature == 3.0
+    assert parse({"examples": EXAMPLES}, temperature=3.0).options.temperature == 3.0
 
 
 def test_null_means_left_out() -> None:
@@ -100,7 +118,7 @@ def test_whatever_decides_the_mixture_is_in_the_digest(other: dict[str, Any]) ->
         {"metadata": {"a": "b"}},
         {"alpha": 0.9},
         {"experts": ["squad", "nq", "ag-news"]},
-        {"temperature": 5},
+        {"temperature": TEMPERATURES["decoder"]},
         {"method": "linear", "method_params": {}},
         {"examples": [{"prompt": "a", "completion": "b"}, {"input": "c", "output": "d", "id": 7}]},
     ],
