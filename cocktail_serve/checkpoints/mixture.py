@@ -33,6 +33,7 @@ class Mixture:
             others as the base has them. Tied tensors once.
         method: what the recipe's method is.
         weights: coefficients in the order of accumulation.
+        readers: the recipe's models by fingerprint, in that order; closed with the mixture.
 
     Raises:
         InvalidMixError: a model has no folder, or the method is not known.
@@ -52,15 +53,15 @@ class Mixture:
         self.weights = [coefficient for _, coefficient in recipe.coefficients]
         with ExitStack() as stack:
             self.base = stack.enter_context(CheckpointReader(folders[recipe.base]))
-            self._readers: list[CheckpointReader | AdapterReader] = []
+            self.readers: dict[str, CheckpointReader | AdapterReader] = {}
             for fingerprint in fingerprints:
                 if fingerprint == recipe.base:
-                    self._readers.append(self.base)
+                    self.readers[fingerprint] = self.base
                     continue
                 reader = read_expert(folders[fingerprint], self.base)
                 stack.callback(reader.close)
-                self._readers.append(reader)
-            for reader in self._readers:
+                self.readers[fingerprint] = reader
+            for reader in self.readers.values():
                 if reader is not self.base:
                     check_tensors(self.base.tensors, reader.tensors, name=str(reader.folder))
                     _check_integers(self.base, reader)
@@ -83,21 +84,21 @@ class Mixture:
         merge = merger(self.recipe)
         for name, info in self.base.tensors.items():
             if info.is_floating:
-                yield name, merge(name, [reader.get(name) for reader in self._readers])
+                yield name, merge(name, [reader.get(name) for reader in self.readers.values()])
             else:
                 yield name, self.base.get(name).clone()
 
     @property
     def is_mapped(self) -> bool:
         """Whether all elements lie in files as they are summed, so that any part of them can be summed apart."""
-        return not any(isinstance(reader, AdapterReader) for reader in self._readers)
+        return not any(isinstance(reader, AdapterReader) for reader in self.readers.values())
 
     def operands(self, name: str) -> tuple[list[Operand], list[memoryview]]:
         """A floating tensor of every model as the compiled kernel takes it, and what keeps it in memory."""
-        contents = [reader.get_bytes(name) for reader in self._readers]
+        contents = [reader.get_bytes(name) for reader in self.readers.values()]
         operands = [
             Operand(address_of(content), reader.tensors[name].dtype)
-            for reader, content in zip(self._readers, contents, strict=True)
+            for reader, content in zip(self.readers.values(), contents, strict=True)
         ]
         return operands, contents
 

@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 import math
 import mmap
+import os
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType, TracebackType
-from typing import TYPE_CHECKING, Any, Protocol, Self
+from typing import TYPE_CHECKING, Any, BinaryIO, Protocol, Self
+from weakref import WeakValueDictionary
 
 from safetensors import SafetensorError, safe_open
 
@@ -187,8 +190,7 @@ class _Safetensors:
         try:
             # checks lengths, offsets (no overlap, no hole) and that the file is as long as the header says
             with safe_open(path, framework="numpy"), path.open("rb") as file:
-                # private and so writable, which torch wants; nothing is written, so nothing is copied
-                self._mapped = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY))
+                self._mapped = memoryview(_map_file(file))
         except (SafetensorError, OSError, ValueError) as error:
             raise CheckpointError(
                 f"{path} is not a whole safetensors file ({error}): it is truncated or corrupt, fetch it again"
@@ -207,6 +209,22 @@ class _Safetensors:
         if not content:
             return torch.empty(info.shape, dtype=dtype)
         return torch.frombuffer(content, dtype=dtype).view(info.shape)
+
+
+_mapped_files: WeakValueDictionary[tuple[int, ...], mmap.mmap] = WeakValueDictionary()
+_mapping = threading.Lock()
+
+
+def _map_file(file: BinaryIO) -> mmap.mmap:
+    """The whole file in memory, once for all who hold it: what one has touched costs the next no page fault."""
+    status = os.fstat(file.fileno())
+    version = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
+    with _mapping:
+        mapped = _mapped_files.get(version)
+        if mapped is None:
+            # private and so writable, which torch wants; nothing is written, so nothing is copied
+            mapped = _mapped_files[version] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+    return mapped
 
 
 class _StateDict:

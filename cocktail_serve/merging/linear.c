@@ -17,9 +17,10 @@
 
 enum { FLOAT32, FLOAT16, BFLOAT16, FLOAT64 };
 
-#define BLOCK 4096 /* elements summed before the next: each input is read in runs long enough for the prefetchers */
-#define RUNS 5     /* inputs summed in one pass over a block's sums */
+#define BLOCK 1024 /* elements summed before they are rounded: their sums stay in the first cache */
+#define RUNS 10    /* inputs summed in one pass over a block's sums */
 #define STEP 32    /* elements per turn of the innermost loop, four vectors of sums */
+#define AHEAD 1024 /* bytes that each input is fetched ahead: no prefetcher of a core follows ten of them */
 
 typedef uint32_t u32x8 __attribute__((vector_size(32)));
 typedef int32_t i32x8 __attribute__((vector_size(32)));
@@ -133,31 +134,32 @@ INLINE void load(int layout, const char *input, f64x8 values[4]) {
 
 static const size_t ITEM_BYTES[] = {[FLOAT32] = 4, [FLOAT16] = 2, [BFLOAT16] = 2, [FLOAT64] = 8, [PAIRS] = 2};
 
-/* Adds `count` inputs to the sums of `size` elements, a multiple of STEP, while those in `next` are fetched. */
+/* Adds `count` inputs to the sums of `size` elements, a multiple of STEP. What is fetched beyond the end is the next
+ * block's, or nobody's: a prefetch never faults. */
 INLINE void add(int layout, int count, int is_first, const char *const *inputs, const double *weights,
-                const char *const *next, f64x8 *sums, size_t size) {
+                f64x8 *sums, size_t size) {
     const size_t bytes = STEP * ITEM_BYTES[layout];
-    const char *input[RUNS], *ahead[RUNS];
+    const char *input[RUNS];
     f64x8 weight[RUNS];
-#pragma GCC unroll 5
+#pragma GCC unroll 10
     for (int m = 0; m < count; m++) {
-        input[m] = inputs[m], ahead[m] = next[m];
+        input[m] = inputs[m];
         weight[m] = (f64x8){weights[m], weights[m], weights[m], weights[m],
                             weights[m], weights[m], weights[m], weights[m]};
     }
     for (size_t at = 0, offset = 0; at < size; at += STEP, offset += bytes, sums += 4) {
-#pragma GCC unroll 5
+#pragma GCC unroll 10
         for (int m = 0; m < count; m++)
 #pragma GCC unroll 4
             for (size_t line = 0; line < bytes; line += 64)
-                __builtin_prefetch(ahead[m] + offset + line);
+                __builtin_prefetch(input[m] + offset + line + AHEAD);
         f64x8 a, b, c, d, values[4];
         if (is_first) {
             a = b = c = d = -(f64x8){0}; /* -0.0 leaves the first term as it is, whatever its sign */
         } else {
             a = sums[0], b = sums[1], c = sums[2], d = sums[3];
         }
-#pragma GCC unroll 5
+#pragma GCC unroll 10
         for (int m = 0; m < count; m++) {
             load(layout, input[m] + offset, values);
             a = a + weight[m] * values[0];
@@ -169,16 +171,18 @@ INLINE void add(int layout, int count, int is_first, const char *const *inputs, 
     }
 }
 
-#define ARGUMENTS                                                                                              \
-    int count, int is_first, const char *const *inputs, const double *weights, const char *const *next,        \
-        f64x8 *sums, size_t size
-#define ADD(LAYOUT, COUNT)                                                                                     \
-    case COUNT:                                                                                                \
-        add(LAYOUT, COUNT, is_first, inputs, weights, next, sums, size);                           \
+#define ARGUMENTS \
+    int count, int is_first, const char *const *inputs, const double *weights, f64x8 *sums, size_t size
+#define ADD(LAYOUT, COUNT)                                               \
+    case COUNT:                                                          \
+        add(LAYOUT, COUNT, is_first, inputs, weights, sums, size);       \
         break;
-#define DEFINE(LAYOUT)                                                                                         \
-    static void add_##LAYOUT(ARGUMENTS) {                                                                      \
-        switch (count) { ADD(LAYOUT, 1) ADD(LAYOUT, 2) ADD(LAYOUT, 3) ADD(LAYOUT, 4) ADD(LAYOUT, 5) }          \
+#define DEFINE(LAYOUT)                                                                             \
+    static void add_##LAYOUT(ARGUMENTS) {                                                          \
+        switch (count) {                                                                           \
+            ADD(LAYOUT, 1) ADD(LAYOUT, 2) ADD(LAYOUT, 3) ADD(LAYOUT, 4) ADD(LAYOUT, 5)             \
+            ADD(LAYOUT, 6) ADD(LAYOUT, 7) ADD(LAYOUT, 8) ADD(LAYOUT, 9) ADD(LAYOUT, 10)            \
+        }                                                                                          \
     }
 DEFINE(FLOAT32)
 DEFINE(FLOAT16)
@@ -230,7 +234,7 @@ static void store(int layout, const f64x8 *sums, char *out, size_t size) {
     }
 }
 
-/* A pass over consecutive inputs of one layout, as even in length as can be: ten are summed as five and five. */
+/* A pass over consecutive inputs of one layout, as even in length as can be: eleven are summed as six and five. */
 static size_t pass_length(const uint8_t *dtypes, size_t first, size_t models) {
     size_t same = 1;
     while (first + same < models && dtypes[first + same] == dtypes[first])
@@ -241,20 +245,14 @@ static size_t pass_length(const uint8_t *dtypes, size_t first, size_t models) {
 
 /* `size` elements from `at` on, a multiple of STEP up to BLOCK. */
 static void merge_block(const char *const *inputs, const uint8_t *dtypes, const double *weights, size_t models,
-                        char *out, int out_dtype, int is_pairs, size_t at, size_t size, size_t total) {
+                        char *out, int out_dtype, int is_pairs, size_t at, size_t size) {
     f64x8 sums[BLOCK / 8];
-    const char *runs[RUNS], *next[RUNS];
+    const char *runs[RUNS];
     for (size_t m = 0; m < models;) {
         size_t count = pass_length(dtypes, m, models);
         for (size_t i = 0; i < count; i++)
             runs[i] = inputs[m + i] + at * ITEM_BYTES[dtypes[m]];
-        /* what comes next: further inputs, or the first ones of the next block */
-        size_t after = m + count < models ? m + count : 0;
-        size_t from = after ? at : at + size;
-        size_t next_count = from < total ? pass_length(dtypes, after, models) : 0;
-        for (size_t i = 0; i < count; i++)
-            next[i] = i < next_count ? inputs[after + i] + from * ITEM_BYTES[dtypes[after]] : runs[i];
-        ADDERS[is_pairs ? PAIRS : dtypes[m]](count, m == 0, runs, weights + m, next, sums, size);
+        ADDERS[is_pairs ? PAIRS : dtypes[m]](count, m == 0, runs, weights + m, sums, size);
         m += count;
     }
     store(is_pairs ? PAIRS : out_dtype, sums, out + at * ITEM_BYTES[out_dtype], size);
@@ -270,7 +268,7 @@ static void merge_rest(const char *const *inputs, const uint8_t *dtypes, const d
         size_t item_bytes = ITEM_BYTES[dtypes[m]];
         memset(copy, 0, sizeof copy);
         memcpy(copy, inputs[m] + at * item_bytes, size * item_bytes);
-        ADDERS[dtypes[m]](1, m == 0, &run, weights + m, &run, sums, STEP);
+        ADDERS[dtypes[m]](1, m == 0, &run, weights + m, sums, STEP);
     }
     store(out_dtype, sums, copy, STEP);
     memcpy(out + at * ITEM_BYTES[out_dtype], copy, size * ITEM_BYTES[out_dtype]);
@@ -287,7 +285,7 @@ void cocktail_merge(const char *const *inputs, const uint8_t *dtypes, const doub
     size_t at = 0, whole = size / STEP * STEP;
     for (; at < whole; at += BLOCK)
         merge_block(inputs, dtypes, weights, models, out, out_dtype, is_pairs, at,
-                    whole - at < BLOCK ? whole - at : BLOCK, whole);
+                    whole - at < BLOCK ? whole - at : BLOCK);
     if (whole < size)
         merge_rest(inputs, dtypes, weights, models, out, out_dtype, whole, size - whole);
     fesetenv(&callers);

@@ -6,8 +6,8 @@ import math
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Literal
 
-from cocktail_serve.checkpoints.adapter import read_expert
-from cocktail_serve.checkpoints.mixture import iter_mixture
+from cocktail_serve.checkpoints.adapter import AdapterReader, read_expert
+from cocktail_serve.checkpoints.mixture import Mixture
 from cocktail_serve.checkpoints.reader import CheckpointReader
 from cocktail_serve.errors import ConfigError, InvalidMixError
 from cocktail_serve.merging.threads import made_ahead
@@ -29,6 +29,9 @@ _ITEM_BYTES: dict[DType, int] = {"float32": 4, "float16": 2, "bfloat16": 2}
 class Mixer:
     """Mixes what the manifest allows, and keeps merged parameters within its byte budget.
 
+    The files of the models that were mixed stay mapped while the manifest names them, so that the next mix finds their
+    pages in place: mapping ten models of 0.5 GB anew costs more than a million page table entries.
+
     Args:
         manifest: the models, the engine's dtype.
         cache_bytes: this rank's share of `manifest.cache_bytes`.
@@ -39,26 +42,19 @@ class Mixer:
         self.manifest = manifest
         self._reread = reread
         self.cache = MergedParams(cache_bytes)
+        self._readers: dict[str, CheckpointReader | AdapterReader] = {}
 
     def check(self, recipe: Recipe) -> None:
-        """Finds what is wrong with a recipe from headers alone.
+        """Finds what is wrong with a recipe from headers alone; what is kept needs no files and was right before.
 
         Raises:
             InvalidMixError: another base or dtype than the engine's, a model that the manifest lacks, another method.
             CheckpointError: a file that cannot be read.
             IncompatibleModelsError: tensors that differ in name or shape; names the tensor and both shapes.
         """
-        manifest = self.manifest
-        if recipe.base != manifest.base:
-            raise InvalidMixError(f"the recipe's base is {recipe.base}, the engine was started on {manifest.base}")
-        if recipe.dtype != manifest.dtype:
-            raise InvalidMixError(
-                f"the recipe rounds to {recipe.dtype}, the engine holds {manifest.dtype}: it would round twice"
-            )
-        if not recipe.coefficients:
-            raise InvalidMixError("the recipe has no coefficients: there is nothing to mix")
-        self._learn(recipe)
-        iter_mixture(recipe, self.manifest.members)  # checks all it can before the first tensor, which is not asked for
+        self._require_ours(recipe)
+        if recipe.digest not in self.cache:
+            self._open(recipe)
 
     def why_not_captured(self) -> str | None:
         """Why no models are kept in the engine's layout, as far as their headers say; None where they may be.
@@ -88,14 +84,12 @@ class Mixer:
         Raises:
             what `check` raises, before the first tensor.
         """
-        self.check(recipe)
+        self._require_ours(recipe)
         kept = self.cache.get(recipe.digest)
         if kept is not None:
             return iter(kept), "cache"
         # vLLM packs and copies a layer while the next is mixed
-        fresh: Iterator[tuple[str, Tensor]] = made_ahead(
-            iter_mixture(recipe, self.manifest.members), depth=TENSORS_AHEAD
-        )
+        fresh: Iterator[tuple[str, Tensor]] = made_ahead(self._open(recipe).params(), depth=TENSORS_AHEAD)
         if recipe.one_hot is None and self.cache.make_room(self._num_bytes(recipe)):
             fresh = self._keeping(recipe.digest, fresh)
         return fresh, "files"
@@ -105,6 +99,27 @@ class Mixer:
         """Names of all tensors of the base, and so of every mixture."""
         with CheckpointReader(self.manifest.members[self.manifest.base]) as reader:
             return frozenset(reader.tensors)
+
+    def _require_ours(self, recipe: Recipe) -> None:
+        """Raises what `check` says of the recipe itself."""
+        manifest = self.manifest
+        if recipe.base != manifest.base:
+            raise InvalidMixError(f"the recipe's base is {recipe.base}, the engine was started on {manifest.base}")
+        if recipe.dtype != manifest.dtype:
+            raise InvalidMixError(
+                f"the recipe rounds to {recipe.dtype}, the engine holds {manifest.dtype}: it would round twice"
+            )
+        if not recipe.coefficients:
+            raise InvalidMixError("the recipe has no coefficients: there is nothing to mix")
+        self._learn(recipe)
+
+    def _open(self, recipe: Recipe) -> Mixture:
+        """The recipe over its models' files as they are now, checked by their headers; its readers are held."""
+        members = self.manifest.members
+        mixture = Mixture(recipe, members)
+        readers = {**self._readers, **mixture.readers}
+        self._readers = {fingerprint: reader for fingerprint, reader in readers.items() if fingerprint in members}
+        return mixture
 
     def _learn(self, recipe: Recipe) -> None:
         """Reads the manifest again for models that it lacked; of what else it says nothing may change.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -140,6 +142,44 @@ def test_files_that_no_longer_fit_are_found_before_the_first_tensor(pool: Pool, 
     (red / "model.safetensors").unlink()
     with pytest.raises(CheckpointError, match="red"):
         mixer.check(recipe)
+
+
+def test_what_is_kept_needs_no_files(pool: Pool, tmp_path: Path) -> None:
+    recipe = recipe_of(pool, base=0.5, red=0.5)
+    red = tmp_path / "red"
+    shutil.copytree(pool.experts["red"].path, red)
+    mixer = mixer_of(replace(pool, experts={**pool.experts, "red": replace(pool.experts["red"], path=red)}))
+    params = dict(mixer.params(recipe)[0])
+    shutil.rmtree(red)
+    mixer.check(recipe)
+    kept, source = mixer.params(recipe)
+    assert source == "cache"
+    assert all(torch.equal(tensor, params[name]) for name, tensor in kept)
+    mixer.cache.forget(recipe.digest)
+    with pytest.raises(CheckpointError, match="red"):
+        mixer.check(recipe)
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="the system does not say what is mapped")
+def test_files_stay_mapped_once_between_mixes(pool: Pool, tmp_path: Path) -> None:
+    """Mapped again for every mix, each of their pages would fault again."""
+    red = tmp_path / "red"
+    shutil.copytree(pool.experts["red"].path, red)
+
+    def mapped() -> list[str]:
+        maps = Path("/proc/self/maps").read_text().splitlines()
+        return [line.split()[0] for line in maps if line.endswith(str(red / "model.safetensors"))]
+
+    mixer = mixer_of(replace(pool, experts={**pool.experts, "red": replace(pool.experts["red"], path=red)}))
+    dict(mixer.params(recipe_of(pool, base=0.5, red=0.5))[0])
+    first = mapped()
+    assert len(first) == 1
+    dict(mixer.params(recipe_of(pool, base=0.2, red=0.8))[0])
+    dict(mixer.params(recipe_of(pool, green=1.0))[0])
+    assert mapped() == first
+    del mixer
+    gc.collect()
+    assert mapped() == []
 
 
 def test_a_cache_of_nothing_keeps_nothing() -> None:
