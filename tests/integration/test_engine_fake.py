@@ -223,8 +223,8 @@ async def test_bad_requests_come_back_as_the_engine_answers_them(pool: Pool, tmp
 )
 async def test_numbers_that_no_engine_serves_are_refused(pool: Pool, tmp_path: Path, fields: dict[str, Any]) -> None:
     async with running(pool, tmp_path) as engine:
-        recipe = mixture(pool, 0.5)
-        async with engine.forward(recipe, CHAT, {"messages": [{"role": "user", "content": "a"}]} | fields, tenant="t") as answer:
+        body = {"messages": [{"role": "user", "content": "a"}]} | fields
+        async with engine.forward(mixture(pool, 0.5), CHAT, body, tenant="t") as answer:
             assert answer.status == 400
             assert answer.body is not None
             assert next(iter(fields)) in json.loads(answer.body)["error"]["message"]
