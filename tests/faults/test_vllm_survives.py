@@ -26,10 +26,15 @@ def text_of(server: RunningServer, model: str) -> str:
     return text
 
 
-def killed(server: RunningServer) -> None:
-    """SIGKILL of the gateway; vLLM's processes are three, and none of them is told."""
+def engine_of(server: RunningServer) -> list[psutil.Process]:
+    """vLLM's processes, three at least. To be found before the moment that counts: it takes a while."""
     below = psutil.Process(server.process.pid).children(recursive=True)
     assert len(below) >= 3
+    return below
+
+
+def killed(server: RunningServer, below: list[psutil.Process]) -> None:
+    """SIGKILL of the gateway; none of the engine's processes is told."""
     server.process.kill()
     server.process.wait()
     assert until_gone(below, timeout_s=20.0) == []
@@ -45,9 +50,10 @@ def test_killed_while_a_job_is_scored_and_mixed(tmp_path: Path) -> None:
         base = text_of(server, "untied")
         of_kept = text_of(server, kept["id"])
         fresh = request | {"examples": [{"input": f"{row['input']} really?", "output": "no"} for row in EXAMPLES]}
+        below = engine_of(server)
         asked = server.post("/v1/cocktails", fresh)
         assert asked["status"] in ("queued", "scoring", "mixing")
-        killed(server)
+        killed(server, below)
     with running_server(config, log=log) as server:
         deadline = time.monotonic() + 60
         while (found := server.http.get(f"/v1/cocktails/{asked['id']}").json())["status"] != "ready":
@@ -60,10 +66,11 @@ def test_killed_while_a_job_is_scored_and_mixed(tmp_path: Path) -> None:
         again = server.post("/v1/cocktails?wait=60", fresh | {"name": "again"})
         assert again["merging_weights"] == pytest.approx(found["merging_weights"], abs=1e-5)
         assert text_of(server, again["id"]) == made
-        body = {"model": "untied", **BODY, "max_tokens": 200, "stream": True}
+        body = {"model": "untied", **BODY, "max_tokens": 240, "ignore_eos": True, "stream": True}
+        below = engine_of(server)
         with server.http.stream("POST", "/v1/completions", json=body) as response:
             lines = response.iter_lines()
             next(lines)
-            killed(server)
+            killed(server, below)
             with pytest.raises(httpx.TransportError):
                 list(lines)

@@ -115,7 +115,7 @@ def only_raises(errors: type[Exception], parse: Callable[[], object]) -> None:
     json.dumps(message).encode()  # and can be sent
 
 
-@settings(max_examples=300)
+@settings(max_examples=300, deadline=None)
 @given(
     rows=st.lists(st.sampled_from(ROWS).flatmap(changed) | st.sampled_from(ROWS), max_size=4) | JSON,
     kind=st.sampled_from(get_args(Kind)),
@@ -126,7 +126,7 @@ def test_examples(rows: Any, kind: Kind) -> None:
     only_raises(InvalidExamplesError, lambda: parse_examples(rows, kind, max_examples=3, seed=1))
 
 
-@settings(max_examples=300)
+@settings(max_examples=300, deadline=None)
 @given(
     lines=st.lists(
         TEXT | st.sampled_from(ROWS).flatmap(changed).map(json.dumps) | st.sampled_from(ROWS).map(json.dumps),
@@ -138,7 +138,7 @@ def test_jsonl(lines: list[str], newline: str) -> None:
     only_raises(InvalidExamplesError, lambda: read_jsonl(newline.join(lines)))
 
 
-@settings(max_examples=300)
+@settings(max_examples=300, deadline=None)
 @given(
     st.binary(max_size=64) | st.lists(st.sampled_from(ROWS).flatmap(changed).map(json.dumps), max_size=4).map(joined)
 )
@@ -146,26 +146,26 @@ def test_uploaded_files(content: bytes) -> None:
     only_raises(InvalidRequestError, lambda: check_jsonl(content))
 
 
-@settings(max_examples=300)
+@settings(max_examples=300, deadline=None)
 @given(changed(COCKTAIL))
 def test_cocktail_requests(body: Any) -> None:
     body = body if isinstance(body, dict) else {"name": body}
     only_raises(ClientError, lambda: parse_request(body, settings=SETTINGS, pools={"flan": POOL}, visible=None))
 
 
-@settings(max_examples=300)
+@settings(max_examples=300, deadline=None)
 @given(changed({key: value for key, value in COCKTAIL.items() if key not in ("name", "pool")}))
 def test_inline_cocktails(cocktail: Any) -> None:
     only_raises(ClientError, lambda: parse_inline(cocktail, pool=POOL, settings=SETTINGS))
 
 
-@settings(max_examples=300)
+@settings(max_examples=300, deadline=None)
 @given(changed(make_recipe(POOL, {"base": 0.25, "nq": 0.75}, dtype="bfloat16").to_json()))
 def test_recipes(value: Any) -> None:
     only_raises(ClientError, lambda: Recipe.from_json(value).digest)
 
 
-@settings(max_examples=300)
+@settings(max_examples=300, deadline=None)
 @given(config=changed(CONFIG), environment=st.dictionaries(st.sampled_from(VARIABLES), TEXT, max_size=2))
 def test_configurations(tmp_path_factory: pytest.TempPathFactory, config: Any, environment: dict[str, str]) -> None:
     path = tmp_path_factory.getbasetemp() / "fuzzed.yaml"
@@ -173,7 +173,7 @@ def test_configurations(tmp_path_factory: pytest.TempPathFactory, config: Any, e
     only_raises(ConfigError, lambda: load_settings(path, environ=environment))
 
 
-@settings(max_examples=300)
+@settings(max_examples=300, deadline=None)
 @given(content=st.binary(max_size=80) | st.text(alphabet=" \n\t:-{}[]&*!|>'\"%@`#,?ab1", max_size=60).map(str.encode))
 def test_files_that_are_no_configuration(tmp_path_factory: pytest.TempPathFactory, content: bytes) -> None:
     path = tmp_path_factory.getbasetemp() / "noise.yaml"
