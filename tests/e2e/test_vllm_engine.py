@@ -89,16 +89,21 @@ class Running:
             token_ids: list[int] = json.loads(answer.body)["choices"][0]["token_ids"]
             return token_ids
 
-    async def stream(self, recipe: Recipe, *, max_tokens: int, first: asyncio.Event | None = None) -> list[int]:
+    async def stream(
+        self, recipe: Recipe, *, max_tokens: int, n: int = 1, on_first: Callable[[], object] = lambda: None
+    ) -> list[int]:
+        """Token ids of all `n` answers; `on_first` is called at the first event, before another is read."""
         token_ids: list[int] = []
-        body = completion(max_tokens=max_tokens, stream=True)
+        is_first = True
+        body = completion(max_tokens=max_tokens, n=n, stream=True)
         async with self.engine.forward(recipe, COMPLETIONS, body, tenant="t") as answer:
             assert answer.events is not None, answer.body
             async for payload in answer.events:
                 for choice in json.loads(payload)["choices"]:
                     token_ids += choice.get("token_ids") or []
-                if first is not None:
-                    first.set()
+                if is_first:
+                    on_first()
+                is_first = False
         return token_ids
 
 
@@ -230,22 +235,25 @@ async def test_a_bad_request_is_answered_by_vllm(running: Running) -> None:
 async def test_whichever_process_dies_the_engine_comes_back(running: Running, role: str) -> None:
     recipe = running.recipe(base=0.5, red=0.5)
     before = await running.complete(recipe)
-    processes, num_restarts, first = running.everything(), running.engine.stats.num_restarts, asyncio.Event()
+    processes, num_restarts = running.everything(), running.engine.stats.num_restarts
     # looked up before the stream, and killed by number: reading /proc of a busy process can take seconds
     victim = running.processes()[role].pid
-    streaming = asyncio.create_task(running.stream(recipe, max_tokens=MAX_MODEL_LEN - 50, first=first))
-    await first.wait()
-    waiting = asyncio.create_task(running.complete(running.recipe(green=1.0)))
-    await asyncio.sleep(0)
-    os.kill(victim, signal.SIGKILL)
+    waiting: list[asyncio.Task[list[int]]] = []
+
+    def kill() -> None:
+        waiting.append(asyncio.create_task(running.complete(running.recipe(green=1.0))))
+        os.kill(victim, signal.SIGKILL)
+
+    # many answers at once, so that there is plenty left to generate however late this process comes to read
     with pytest.raises(EngineError):
-        await asyncio.wait_for(streaming, timeout=20)
+        await asyncio.wait_for(running.stream(recipe, max_tokens=MAX_MODEL_LEN - 50, n=8, on_first=kill), timeout=60)
     await eventually(lambda: _is_not(running.engine), deadline_s=20)
     assert await survivors(processes, timeout_s=30) == [], "orphans"
     await eventually(lambda: is_ready(running.engine), deadline_s=START_S)
     assert running.engine.stats.num_restarts == num_restarts + 1
     # whoever waited got its own recipe's answer, and so does the next
-    assert await waiting == reference_greedy(running.folders["green"], await waiting)
+    answer = await waiting[0]
+    assert answer == reference_greedy(running.folders["green"], answer)
     assert await running.complete(recipe) == before
 
 
