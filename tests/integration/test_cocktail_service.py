@@ -361,7 +361,7 @@ async def test_a_search_can_be_cancelled(world: World, service: CocktailService)
     cancelled = await service.cancel("acme", queued.id)
     assert cancelled.status == "cancelled"
     world.scoring.gate.set()
-    again = await made(service, world.request("others"))
+    again = await made(service, world.request("others", temperature=5.0))
     assert again.status == "ready"
     assert len(world.scoring.visits_to("mixture")) == 3, (
         "the search went no further, and its first trial is this mixture"
@@ -606,9 +606,9 @@ async def test_fifty_identical_creations_at_once_are_one_job(world: World, servi
 
 
 async def test_only_new_examples_are_scored(world: World, service: CocktailService) -> None:
-    await made(service, world.request(examples=[A, B]))
+    await made(service, world.request(examples=[A, B], temperature=5.0))
     world.scoring.visits.clear()
-    await made(service, world.request(examples=[A, B, C]))
+    await made(service, world.request(examples=[A, B, C], temperature=5.0))
     new = example_digest(TextExample(C["input"], C["output"]))
     for name in ("base", "ag-news", "nq"):
         assert world.scoring.visits_to(name) == [(new,)]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 import string
-import time
 from collections.abc import Iterator
 
 import httpx
@@ -52,11 +51,6 @@ def test_all_of_it_is_there_and_counts(http: httpx.Client) -> None:
     assert http.post("/v1/chat/completions", json=chat).status_code == 200
     assert http.post("/v1/embeddings", json={"model": "bge/quora", "input": "a"}).status_code == 200
     after = samples(http)
-    # an engine's own counters come with its health, which a scrape waits a second for, and no longer
-    lookups = ("cocktail_cache_lookups_total", (("pool", "flan"), ("result", "miss")))
-    deadline = time.monotonic() + 30
-    while after.get(lookups, 0.0) == before.get(lookups, 0.0) and time.monotonic() < deadline:
-        after = samples(http)
     assert {name for name, _ in after} >= WANTED
 
     def grown(name: str, **labels: str) -> float:
@@ -69,7 +63,8 @@ def test_all_of_it_is_there_and_counts(http: httpx.Client) -> None:
     assert grown("cocktail_queue_wait_seconds_count", pool="flan") == 1
     assert grown("cocktail_swap_seconds_count", pool="flan") >= 1
     assert grown("cocktail_mix_seconds_count", pool="flan") >= 1
-    assert grown("cocktail_cache_lookups_total", pool="flan", result="miss") >= 1
+    # a hit where another test on this gateway mixed the same recipe before
+    assert sum(grown("cocktail_cache_lookups_total", pool="flan", result=result) for result in ("hit", "miss")) >= 1
     assert grown("cocktail_jobs", status="ready") >= 1
 
 
