@@ -44,17 +44,17 @@ PROMPT = "what is the capital of france"
 TORN_MIX = """
     # every process of the server runs this at its start: a mix breaks after some tensors while the fault file is there
     import pathlib
-    import cocktail_serve.checkpoints.mixture as mixture
+    from cocktail_serve.checkpoints.mixture import Mixture
 
-    whole = mixture.iter_mixture
+    whole = Mixture.params
 
-    def torn(*args, **kwargs):
-        for number, item in enumerate(whole(*args, **kwargs)):
+    def torn(mixture):
+        for number, item in enumerate(whole(mixture)):
             if number == 5 and pathlib.Path({fault!r}).exists():
                 raise OSError("the disk has gone")
             yield item
 
-    mixture.iter_mixture = torn
+    Mixture.params = torn
 """
 
 
@@ -95,7 +95,8 @@ class Running:
         """Token ids of all `n` answers; `on_first` is called at the first event, before another is read."""
         token_ids: list[int] = []
         is_first = True
-        body = completion(max_tokens=max_tokens, n=n, stream=True)
+        # vLLM refuses several greedy answers to one prompt, since they would be the same
+        body = completion(max_tokens=max_tokens, n=n, stream=True, temperature=0.0 if n == 1 else 1.0)
         async with self.engine.forward(recipe, COMPLETIONS, body, tenant="t") as answer:
             assert answer.events is not None, answer.body
             async for payload in answer.events:

@@ -24,17 +24,17 @@ FAULTS = """
     from pathlib import Path
 
     def register():
-        from vllm_cocktail import mixer
+        from cocktail_serve.checkpoints.mixture import Mixture
 
-        whole = mixer.iter_mixture
+        whole = Mixture.params
 
-        def failing(recipe, folders):
-            for number, item in enumerate(whole(recipe, folders)):
+        def failing(mixture):
+            for number, item in enumerate(whole(mixture)):
                 if number == 7 and Path({flag!r}).exists():
                     raise OSError("Input/output error")
                 yield item
 
-        mixer.iter_mixture = failing
+        Mixture.params = failing
 """
 
 
