@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from cocktail_serve.digest import digest_of
 from cocktail_serve.errors import InvalidMixError
-from cocktail_serve.merging.methods import SUM_TOLERANCE, Method, find_method
+from cocktail_serve.methods import SUM_TOLERANCE, Method, find_method
 from cocktail_serve.pool import BASE, Pool
 
 DType = Literal["float32", "float16", "bfloat16"]
@@ -29,7 +29,7 @@ class Recipe:
             takes part, then by fingerprint. Their order is the order of accumulation, so it is part of the digest. In
             a method of task vectors the base always takes part, with 1; slerp keeps its two models, zero or not.
         method: `linear`, the weighted sum of parameters (LM-Cocktail, arXiv 2311.13534), or another of
-            `merging.methods.METHODS`.
+            `methods.METHODS`.
         method_params: further parameters of the method, all of them.
         dtype: dtype of the mixed parameters, reached by one rounding from the accumulated sum.
     """

@@ -26,7 +26,7 @@ from cocktail_serve.gateway.app import create_app
 from cocktail_serve.gateway.error_handlers import HTTP_ERRORS
 from cocktail_serve.gateway.field_policy import FIELD_POLICY
 from cocktail_serve.gateway.schemas.cocktails import CocktailView
-from cocktail_serve.merging.methods import METHODS, SUM_TOLERANCE
+from cocktail_serve.methods import METHODS, SUM_TOLERANCE
 from cocktail_serve.pool import BASE
 
 REFERENCE = Path(__file__).parent / "reference"

@@ -13,8 +13,8 @@ from cocktail_serve.checkpoints.adapter import AdapterReader, read_expert
 from cocktail_serve.checkpoints.compatibility import check_tensors
 from cocktail_serve.checkpoints.reader import CheckpointReader, TensorInfo
 from cocktail_serve.errors import IncompatibleModelsError, InvalidMixError
-from cocktail_serve.merging.methods import find_method
 from cocktail_serve.merging.native import Operand
+from cocktail_serve.methods import find_method
 from cocktail_serve.recipe import Recipe
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ import yaml
 import cocktail_serve
 from cocktail_serve.cli.mergekit import MERGEKIT_FILE
 from cocktail_serve.config import PoolConfig
-from cocktail_serve.merging.methods import METHODS
+from cocktail_serve.methods import METHODS
 from cocktail_serve.pool import BASE, Kind, Pool
 from cocktail_serve.recipe import Recipe
 

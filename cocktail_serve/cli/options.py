@@ -11,7 +11,7 @@ import typer
 
 from cocktail_serve.errors import InvalidExamplesError
 from cocktail_serve.examples import read_jsonl
-from cocktail_serve.merging.methods import METHODS
+from cocktail_serve.methods import METHODS
 
 ConfigFile = Annotated[
     Path, typer.Argument(metavar="CONFIG", help="The configuration file (YAML).", show_default=False)

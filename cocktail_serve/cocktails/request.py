@@ -20,7 +20,7 @@ from cocktail_serve.errors import (
     NotFoundError,
 )
 from cocktail_serve.examples import ExampleSet, parse_examples
-from cocktail_serve.merging.methods import Method, MethodName, find_method
+from cocktail_serve.methods import Method, MethodName, find_method
 from cocktail_serve.pool import BASE, NAME_PATTERN, Kind, Pool
 from cocktail_serve.recipe import make_recipe
 from cocktail_serve.weighting.blackbox import BUDGET, MAX_BUDGET, check_available

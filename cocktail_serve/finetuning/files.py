@@ -16,7 +16,7 @@ from cocktail_serve.database import tables
 from cocktail_serve.database.database import Database, insert_missing, to_the_end
 from cocktail_serve.errors import InvalidExamplesError, InvalidRequestError, NotFoundError
 from cocktail_serve.examples import parse_examples
-from cocktail_serve.finetuning.ids import Order, Page, check_cursor, is_id, new_id
+from cocktail_serve.ids import Order, Page, check_cursor, is_id, new_id
 from cocktail_serve.pool import Kind
 from cocktail_serve.tenants.kept_bytes import check_example_bytes
 from cocktail_serve.tenants.limits import LimitsOf, unlimited

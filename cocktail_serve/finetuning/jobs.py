@@ -15,7 +15,6 @@ from cocktail_serve.cocktails.cocktail import Cocktail, Failure
 from cocktail_serve.database import tables
 from cocktail_serve.database.database import Database, to_the_end
 from cocktail_serve.errors import InvalidRequestError, NotFoundError
-from cocktail_serve.finetuning.ids import Page, check_cursor, is_id, new_id
 from cocktail_serve.finetuning.job import (
     JOB_STATUS,
     UNFINISHED,
@@ -27,6 +26,7 @@ from cocktail_serve.finetuning.job import (
     first_events,
 )
 from cocktail_serve.finetuning.request import JobRequest
+from cocktail_serve.ids import Page, check_cursor, is_id, new_id
 
 SAME_JOB_S = 600.0
 """How long an identical request of a tenant means the job that is there: clients repeat what they got no answer to."""

@@ -18,10 +18,10 @@ from cocktail_serve.config import Settings
 from cocktail_serve.errors import CocktailError, InvalidRequestError, NotFoundError
 from cocktail_serve.examples import read_jsonl
 from cocktail_serve.finetuning.files import Files
-from cocktail_serve.finetuning.ids import Page
 from cocktail_serve.finetuning.job import Job, ListedEvent
 from cocktail_serve.finetuning.jobs import JobStore
 from cocktail_serve.finetuning.request import JobBody, JobRequest, param_of_job
+from cocktail_serve.ids import Page
 from cocktail_serve.pool import Pool
 
 

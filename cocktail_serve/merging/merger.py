@@ -9,10 +9,10 @@ from torch import Tensor
 
 from cocktail_serve.merging.dare import mask_key, merge_dare
 from cocktail_serve.merging.linear import merge_param
-from cocktail_serve.merging.methods import MethodName, find_method
 from cocktail_serve.merging.slerp import merge_slerp
 from cocktail_serve.merging.task_arithmetic import merge_task_arithmetic
 from cocktail_serve.merging.ties import merge_ties
+from cocktail_serve.methods import MethodName, find_method
 from cocktail_serve.recipe import Recipe
 
 Merge = Callable[[str, Sequence[Tensor]], Tensor]

@@ -16,7 +16,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from cocktail_serve.database import tables
 from cocktail_serve.database.database import Database, to_the_end
-from cocktail_serve.finetuning.ids import Order, Page, check_cursor, new_id
+from cocktail_serve.ids import Order, Page, check_cursor, new_id
 
 Action = Literal[
     "cocktail.created",

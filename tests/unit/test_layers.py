@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ast
+from collections import defaultdict
 from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -12,14 +14,15 @@ ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "cocktail_serve"
 PLUGIN = ROOT / "plugins" / "vllm_cocktail"
 
-NOUNS = {"errors", "digest", "dtypes", "pool", "recipe", "examples", "progress"}
-"""Modules that import nothing but each other, and the table of methods that a recipe names."""
+NOUNS = {"errors", "digest", "dtypes", "ids", "pool", "methods", "recipe", "examples", "progress"}
+"""Modules that import nothing but each other."""
 
 MATHS = {"merging", "weighting"}
 BYTES = {"checkpoints", "scoring"}
 STORED = {"database", "tenants", "usage"}
 
 BELOW: dict[str, set[str]] = {
+    **dict.fromkeys(NOUNS, NOUNS),
     "merging": NOUNS,
     "weighting": NOUNS,
     "scoring": NOUNS,
@@ -27,9 +30,8 @@ BELOW: dict[str, set[str]] = {
     "checkpoints": NOUNS | {"config", "merging"},
     "database": {"errors"},
     "engines": NOUNS | BYTES | MATHS | {"config"},
-    # what a tenant keeps and uses is asked of the tables, and of the types that are kept in them
-    "tenants": NOUNS | STORED | {"config"},
-    "usage": NOUNS | STORED | {"finetuning"},
+    "usage": NOUNS | {"database"},
+    "tenants": NOUNS | {"config", "database", "usage"},
     "cocktails": NOUNS | MATHS | BYTES | STORED | {"config", "engines"},
     "finetuning": NOUNS | STORED | {"config", "cocktails"},
     "offline": NOUNS | MATHS | BYTES | {"config", "engines", "cocktails"},
@@ -90,6 +92,32 @@ def test_a_package_imports_only_what_lies_below_it(package: str) -> None:
         if parts[0] == PACKAGE.name and len(parts) > 1 and parts[1] not in BELOW[package] | {package, "__version__"}
     ]
     assert not wrong
+
+
+def first_ring(arrows: dict[str, set[str]]) -> list[str]:
+    """Packages that import each other in a ring, the first named again at the end; empty if there is none."""
+    try:
+        TopologicalSorter(arrows).prepare()
+    except CycleError as error:
+        ring: list[str] = error.args[1]
+        return ring
+    return []
+
+
+def test_no_packages_import_each_other_in_a_ring() -> None:
+    """Of what is imported, not of what the table allows: a ring goes unseen in either package alone."""
+    modules = {path.stem for path in PACKAGE.glob("*.py")} - {"__init__"}
+    arrows: defaultdict[str, set[str]] = defaultdict(set)
+    for package in packages() | modules:
+        for _, (root, *inner) in imported(package):
+            targets = inner[:1] if root == PACKAGE.name else [root] if root == PLUGIN.name else []
+            arrows[package] |= set(targets) - {package}
+    assert arrows["gateway"] >= {"cocktails", "engines"}
+    assert not first_ring(arrows)
+
+
+def test_a_ring_is_found() -> None:
+    assert set(first_ring({"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": {"a"}})) == {"a", "b", "c"}
 
 
 @pytest.mark.parametrize("framework", AT_HOME)

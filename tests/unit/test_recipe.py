@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cocktail_serve.errors import InvalidMixError, NotFoundError
-from cocktail_serve.merging.methods import METHODS
+from cocktail_serve.methods import METHODS
 from cocktail_serve.pool import Member, Pool
 from cocktail_serve.recipe import Recipe, make_recipe, one_hot, with_target
 

@@ -17,10 +17,10 @@ from cocktail_serve.merging import linear, task_vectors
 from cocktail_serve.merging.dare import keep_mask, mask_key, merge_dare
 from cocktail_serve.merging.linear import merge_param
 from cocktail_serve.merging.merger import merger
-from cocktail_serve.merging.methods import METHODS
 from cocktail_serve.merging.slerp import merge_slerp
 from cocktail_serve.merging.task_arithmetic import merge_task_arithmetic
 from cocktail_serve.merging.ties import merge_ties
+from cocktail_serve.methods import METHODS
 from cocktail_serve.recipe import Recipe
 from tests.merging import Array, elected, interpolated, largest
 
