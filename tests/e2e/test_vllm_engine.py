@@ -31,8 +31,8 @@ from tests.processes import is_alive, survivors
 
 pytestmark = [pytest.mark.vllm, pytest.mark.asyncio(loop_scope="module")]
 
-MAX_MODEL_LEN = 2048
-"""Longer than the pico models' own, so that a stream lasts for seconds; rotary positions go on."""
+MAX_MODEL_LEN = 16384
+"""Longer than the pico models' own, so that a stream lasts for many seconds; rotary positions go on."""
 
 START_S = 240.0
 LOSS_TOLERANCE = 2e-3
