@@ -15,6 +15,7 @@ from cocktail_serve.cocktails.findings import PENDING
 from cocktail_serve.cocktails.registry import Registry
 from cocktail_serve.cocktails.request import CocktailOptions
 from cocktail_serve.cocktails.scores import Keeping
+from cocktail_serve.cocktails.tasks import Tasks
 from cocktail_serve.cocktails.weigher import Weigher
 from cocktail_serve.cocktails.weighing import recipe_of
 from cocktail_serve.engines.base import Engine
@@ -130,20 +131,12 @@ class Jobs:
         self._on_ready = on_ready
         self._on_spent = on_spent
         self._slots: defaultdict[str, asyncio.Semaphore] = defaultdict(lambda: asyncio.Semaphore(MAX_RUNNING))
-        self._tasks: dict[str, asyncio.Task[None]] = {}
-        self._epochs: dict[str, int] = {}
+        self._tasks = Tasks("cocktail")
 
     def submit(self, cocktail: Cocktail, examples: ExampleSet | None, validation: ExampleSet | None) -> None:
         """Starts the job of a cocktail that is not final."""
-        previous = self._tasks.get(cocktail.uid)
-        if previous is not None:
-            previous.cancel()
-        task = asyncio.get_running_loop().create_task(
-            self._after(previous, cocktail, examples, validation), name=f"cocktail {cocktail.id}"
-        )
-        self._tasks[cocktail.uid] = task
-        self._epochs[cocktail.uid] = cocktail.epoch
-        task.add_done_callback(lambda ended: self._ended(cocktail.uid, ended))
+        previous = self._tasks.cancel(cocktail.uid)
+        self._tasks.start(cocktail, self._after(previous, cocktail, examples, validation))
 
     async def resume(self, cocktail: Cocktail, load_examples: LoadExamples) -> None:
         """Goes on with a job that another process left; one whose examples no longer read ends as failed."""
@@ -160,21 +153,16 @@ class Jobs:
 
     def heed(self, cocktail: Cocktail) -> None:
         """Ends the job of a cocktail that another gateway ended, or took over."""
-        if cocktail.is_final or self._epochs.get(cocktail.uid) != cocktail.epoch:
+        if cocktail.is_final or self._tasks.epoch_of(cocktail.uid) != cocktail.epoch:
             self.cancel(cocktail.uid)
 
     def cancel(self, uid: str) -> None:
         """Ends a job, if there is one; its cocktail is deleted or cancelled already."""
-        task = self._tasks.get(uid)
-        if task is not None:
-            task.cancel()
+        self._tasks.cancel(uid)
 
     async def stop(self) -> None:
         """Ends all jobs where they are: their cocktails stay unfinished on disk."""
-        tasks = list(self._tasks.values())
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await self._tasks.stop()
 
     async def _after(
         self,
@@ -272,10 +260,6 @@ class Jobs:
         except StorageError:
             logger.exception("the failure of cocktail %s could not be kept", cocktail.id)
             self._registry.fail_in_memory(cocktail.uid, failure)
-
-    def _ended(self, uid: str, task: asyncio.Task[None]) -> None:
-        if self._tasks.get(uid) is task:
-            del self._tasks[uid], self._epochs[uid]
 
 
 def _judged(

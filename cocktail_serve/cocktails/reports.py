@@ -17,6 +17,7 @@ from cocktail_serve.cocktails.findings import PENDING, no_findings
 from cocktail_serve.cocktails.jobs import OnSpent
 from cocktail_serve.cocktails.registry import Registry
 from cocktail_serve.cocktails.scores import Attempts, Keeping
+from cocktail_serve.cocktails.tasks import Tasks
 from cocktail_serve.cocktails.weigher import Weigher
 from cocktail_serve.engines.base import Engine
 from cocktail_serve.engines.effort import measured
@@ -53,15 +54,12 @@ class Reports:
         self._patience = patience
         self._on_spent = on_spent
         self._turns: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
-        self._tasks: dict[str, asyncio.Task[None]] = {}
+        self._tasks = Tasks("report")
 
     def submit(self, cocktail: Cocktail) -> None:
         """Begins with a ready cocktail, unless it has begun."""
-        if cocktail.uid in self._tasks:
-            return
-        task = asyncio.get_running_loop().create_task(self._run(cocktail), name=f"report {cocktail.id}")
-        self._tasks[cocktail.uid] = task
-        task.add_done_callback(lambda _: self._tasks.pop(cocktail.uid, None))
+        if cocktail.uid not in self._tasks:
+            self._tasks.start(cocktail, self._run(cocktail))
 
     async def ask(self, cocktail: Cocktail) -> Cocktail:
         """A ready cocktail with findings, pending at least: begins with one that was never looked into."""
@@ -74,16 +72,11 @@ class Reports:
 
     def cancel(self, uid: str) -> None:
         """Ends the investigation of a cocktail that is deleted."""
-        task = self._tasks.get(uid)
-        if task is not None:
-            task.cancel()
+        self._tasks.cancel(uid)
 
     async def stop(self) -> None:
         """Ends all where they are: they stay pending on disk."""
-        tasks = list(self._tasks.values())
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await self._tasks.stop()
 
     async def _run(self, cocktail: Cocktail) -> None:
         async with self._turns[cocktail.pool_id]:
