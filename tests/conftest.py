@@ -11,6 +11,7 @@ import pytest
 
 from bench import invariant
 from bench.server import RunningServer, running_server
+from cocktail_serve.database.database import Database
 from tests.models import make_encoder_pool
 from tests.postgres import Postgres, find_binaries, running_postgres
 
@@ -81,6 +82,15 @@ async def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncI
         await admin.execute(f"DROP DATABASE {name} WITH (FORCE)")
     finally:
         await admin.close()
+
+
+@pytest.fixture
+async def database(database_url: str) -> AsyncIterator[Database]:
+    """The database of `database_url`, open."""
+    database = Database(database_url)
+    await database.open()
+    yield database
+    await database.close()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -2,50 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
 from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from cocktail_serve.cocktails.cocktail import Cocktail, Failure
-from cocktail_serve.cocktails.request import CocktailOptions
+from cocktail_serve.cocktails.cocktail import Failure
 from cocktail_serve.cocktails.store import ScoreKey, StaleError, Store
 from cocktail_serve.database.database import Database
 from cocktail_serve.errors import StorageError
 from cocktail_serve.examples import ExampleSet, TextExample
 from cocktail_serve.recipe import Recipe
+from tests.cocktails import queued_cocktail
 
 KEY = ScoreKey(model="m", variant="v")
 
 
-def cocktail(uid: str, tenant: str = "acme", **changes: object) -> Cocktail:
-    options = CocktailOptions(name="films", pool="flan", pool_fingerprint="fp", peers=("base",), experts=("nq",))
-    made = Cocktail(
-        uid=uid,
-        tenant=tenant,
-        name="films",
-        pool_id="flan",
-        kind="decoder",
-        digest=uid * 8,
-        request=options,
-        created_at=1700000000.123456,
-        sequence=int(uid, 16),
-    )
-    return replace(made, **changes)  # type: ignore[arg-type]
-
-
 @pytest.fixture
-async def store(database_url: str) -> AsyncIterator[Store]:
-    database = Database(database_url)
-    await database.open()
-    yield Store(database)
-    await database.close()
+async def store(database: Database) -> Store:
+    return Store(database)
 
 
 async def test_a_cocktail_comes_back_equal(store: Store) -> None:
-    queued = cocktail("1")
-    ready = cocktail(
+    queued = queued_cocktail("1")
+    ready = queued_cocktail(
         "2",
         status="ready",
         progress=1.0,
@@ -57,7 +37,7 @@ async def test_a_cocktail_comes_back_equal(store: Store) -> None:
         recipe=Recipe("fp", (("fp", 1 / 3), ("fq", 2 / 3)), "bfloat16"),
         warnings=("one", "two"),
     )
-    failed = cocktail("3", status="failed", error=Failure("EngineError", "engine_error", "it died", None))
+    failed = queued_cocktail("3", status="failed", error=Failure("EngineError", "engine_error", "it died", None))
     for each in (queued, ready, failed):
         await store.add(each, None, [])
     news = await store.load()
@@ -67,22 +47,22 @@ async def test_a_cocktail_comes_back_equal(store: Store) -> None:
 
 
 async def test_an_update_of_what_was_deleted_does_not_bring_it_back(store: Store) -> None:
-    await store.add(cocktail("1"), None, [])
+    await store.add(queued_cocktail("1"), None, [])
     await store.delete("acme", ["1"])
     with pytest.raises(StaleError):
-        await store.update(cocktail("1", status="ready", change=1))
+        await store.update(queued_cocktail("1", status="ready", change=1))
     assert (await store.load()).cocktails == []
 
 
 async def test_examples_keep_their_order(store: Store) -> None:
     examples = ExampleSet(tuple(TextExample(f"in {n}", f"out {n}") for n in range(12)), num_given=12)
-    await store.add(cocktail("1"), examples, ["i"])
+    await store.add(queued_cocktail("1"), examples, ["i"])
     assert await store.examples("1") == examples.to_json()
     assert await store.examples("2") == []
 
 
 async def test_scores_are_kept_apart_by_tenant_model_and_variant(store: Store) -> None:
-    await store.add(cocktail("1"), None, ["i"])
+    await store.add(queued_cocktail("1"), None, ["i"])
     await store.keep_losses("1", KEY, {"i": 1.25})
     assert await store.losses("acme", KEY, ["i", "j"]) == {"i": 1.25}
     assert await store.losses("other", KEY, ["i"]) == {}
@@ -94,7 +74,7 @@ async def test_scores_are_kept_apart_by_tenant_model_and_variant(store: Store) -
 
 async def test_more_items_than_a_statement_takes(store: Store) -> None:
     items = [f"{number:064x}" for number in range(1201)]
-    await store.add(cocktail("1"), None, items)
+    await store.add(queued_cocktail("1"), None, items)
     await store.keep_losses("1", KEY, {item: float(number) for number, item in enumerate(items)})
     kept = await store.losses("acme", KEY, items)
     assert len(kept) == 1201
@@ -103,7 +83,7 @@ async def test_more_items_than_a_statement_takes(store: Store) -> None:
 
 async def test_embeddings_come_back_bit_for_bit(store: Store) -> None:
     vector = np.random.default_rng(0).normal(size=384).astype(np.float32)
-    await store.add(cocktail("1"), None, ["t"])
+    await store.add(queued_cocktail("1"), None, ["t"])
     await store.keep_embeddings("1", KEY, {"t": vector})
     kept = await store.embeddings("acme", KEY, ["t"])
     assert kept["t"].dtype == np.float32
@@ -112,7 +92,7 @@ async def test_embeddings_come_back_bit_for_bit(store: Store) -> None:
 
 async def test_deletion_keeps_the_scores_another_cocktail_of_the_tenant_needs(store: Store) -> None:
     for uid, tenant, items in (("1", "acme", ["a", "b"]), ("2", "acme", ["b", "c"]), ("3", "other", ["a"])):
-        await store.add(cocktail(uid, tenant), None, items)
+        await store.add(queued_cocktail(uid, tenant), None, items)
         await store.keep_losses(uid, KEY, dict.fromkeys(items, 1.0))
     await store.delete("acme", ["1"])
     assert set(await store.losses("acme", KEY, ["a", "b", "c"])) == {"b", "c"}
@@ -121,7 +101,7 @@ async def test_deletion_keeps_the_scores_another_cocktail_of_the_tenant_needs(st
 
 async def test_a_pin_is_replaced_removed_and_goes_with_its_version(store: Store) -> None:
     for uid in "12":
-        await store.add(cocktail(uid), None, [])
+        await store.add(queued_cocktail(uid), None, [])
     await store.pin("acme", "films", "1")
     await store.pin("acme", "films", "2")
     assert (await store.load()).pins == {("acme", "films"): "2"}
@@ -134,17 +114,17 @@ async def test_a_pin_is_replaced_removed_and_goes_with_its_version(store: Store)
 
 async def test_messages_carry_no_examples(store: Store) -> None:
     secret = ExampleSet((TextExample("the vault opens at dawn", "quietly"),), num_given=1)
-    await store.add(cocktail("1"), secret, [])
+    await store.add(queued_cocktail("1"), secret, [])
     with pytest.raises(StorageError) as caught:
-        await store.add(cocktail("1", name="books"), secret, [])
+        await store.add(queued_cocktail("1", name="books"), secret, [])
     assert "vault" not in caught.value.message
     assert await store.examples("1") == secret.to_json()
 
 
 async def test_news_are_what_changed_since(store: Store) -> None:
     assert await store.news(0) is None
-    first = await store.add(cocktail("1"), None, [])
-    second = await store.add(cocktail("2", digest="b" * 8), None, [])
+    first = await store.add(queued_cocktail("1"), None, [])
+    second = await store.add(queued_cocktail("2", digest="b" * 8), None, [])
     news = await store.news(first.change)
     assert news is not None
     assert (news.cocktails, news.removed, news.is_all) == ([second], [], False)
@@ -158,7 +138,7 @@ async def test_news_are_what_changed_since(store: Store) -> None:
 
 
 async def test_a_write_that_goes_back_to_something_older_is_refused(store: Store) -> None:
-    added = await store.add(cocktail("1"), None, [])
+    added = await store.add(queued_cocktail("1"), None, [])
     scoring = await store.update(replace(added, status="scoring"))
     with pytest.raises(StaleError):
         await store.update(replace(added, status="ready"))
@@ -168,16 +148,16 @@ async def test_a_write_that_goes_back_to_something_older_is_refused(store: Store
 
 
 async def test_one_id_is_added_once(store: Store) -> None:
-    await store.add(cocktail("1", digest="a" * 8 + "1"), None, [])
+    await store.add(queued_cocktail("1", digest="a" * 8 + "1"), None, [])
     with pytest.raises(StaleError):
-        await store.add(cocktail("2", digest="a" * 8 + "2"), None, [])
-    await store.add(cocktail("3", "other", digest="a" * 8 + "2"), None, [])
+        await store.add(queued_cocktail("2", digest="a" * 8 + "2"), None, [])
+    await store.add(queued_cocktail("3", "other", digest="a" * 8 + "2"), None, [])
     assert [one.uid for one in (await store.load()).cocktails] == ["1", "3"]
 
 
 async def test_who_missed_removals_that_are_no_longer_known_reads_everything(store: Store) -> None:
     for uid in "123":
-        await store.add(cocktail(uid), None, [])
+        await store.add(queued_cocktail(uid), None, [])
     await store.delete("acme", ["1"])
     await store.delete("acme", ["2"])
     await store.forget_removals(keep=1)

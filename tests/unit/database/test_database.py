@@ -26,14 +26,6 @@ FIRST_RELEASE = Path(__file__).with_name("version_0_1_0.sql")
 
 
 @pytest.fixture
-async def database(database_url: str) -> AsyncIterator[Database]:
-    database = Database(database_url)
-    await database.open()
-    yield database
-    await database.close()
-
-
-@pytest.fixture
 async def sqlite(tmp_path: Path) -> AsyncIterator[Database]:
     database = Database(f"sqlite:///{tmp_path / 'deep' / 'registry.sqlite'}")
     await database.open()

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
 from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from cocktail_serve.cocktails.cocktail import Cocktail, Failure
-from cocktail_serve.cocktails.request import CocktailOptions
 from cocktail_serve.cocktails.store import Store
 from cocktail_serve.database.database import Database
 from cocktail_serve.errors import InvalidRequestError, NotFoundError
 from cocktail_serve.finetuning.job import Job, ListedEvent
 from cocktail_serve.finetuning.jobs import SAME_JOB_S, JobStore
 from cocktail_serve.finetuning.request import JobRequest
+from tests.cocktails import queued_cocktail
 
 
 class Clock:
@@ -62,28 +61,8 @@ class World:
 
 
 @pytest.fixture
-async def world(database_url: str) -> AsyncIterator[World]:
-    database = Database(database_url)
-    await database.open()
-    yield World(database)
-    await database.close()
-
-
-def cocktail(uid: str = "1", tenant: str = "acme") -> Cocktail:
-    options = CocktailOptions(
-        name="films", pool="flan", pool_fingerprint="fp", peers=("base", "nq"), examples_digest="e", num_examples=2
-    )
-    return Cocktail(
-        uid=uid,
-        tenant=tenant,
-        name="films",
-        pool_id="flan",
-        kind="decoder",
-        digest=uid * 8,
-        request=options,
-        created_at=1_700_000_000.0,
-        sequence=int(uid, 16),
-    )
+async def world(database: Database) -> World:
+    return World(database)
 
 
 def request(**changes: Any) -> JobRequest:
@@ -101,7 +80,7 @@ def request(**changes: Any) -> JobRequest:
 
 async def test_a_job_follows_its_cocktail(world: World) -> None:
     asked = request(hyperparameters={"n_epochs": 3, "batch_size": "auto", "learning_rate_multiplier": 0.5})
-    of = cocktail()
+    of = queued_cocktail()
     job = await world.enlist(of, asked, is_new=True)
     assert await world.jobs.get("acme", job.id) == job
     assert (job.status, job.finished_at, job.request, job.cocktail_id) == ("queued", None, asked, of.id)
@@ -135,7 +114,7 @@ async def test_a_job_follows_its_cocktail(world: World) -> None:
 
 
 async def test_a_search_tells_its_progress_now_and_then(world: World) -> None:
-    of = cocktail()
+    of = queued_cocktail()
     job = await world.enlist(of, request(), is_new=True)
     of = await world.change(of, status="scoring", losses={"base": 2.0, "nq": 1.0}, progress=0.32)
     for step in range(40):
@@ -144,7 +123,7 @@ async def test_a_search_tells_its_progress_now_and_then(world: World) -> None:
 
 
 async def test_a_failure_names_the_field_of_the_job(world: World) -> None:
-    of = cocktail()
+    of = queued_cocktail()
     job = await world.enlist(of, request(), is_new=True)
     await world.change(of, status="failed", error=Failure("InvalidExamplesError", "invalid_examples", "no", "examples"))
     failed = await world.jobs.get("acme", job.id)
@@ -155,7 +134,7 @@ async def test_a_failure_names_the_field_of_the_job(world: World) -> None:
 
 
 async def test_what_is_finished_does_not_change(world: World) -> None:
-    of = cocktail()
+    of = queued_cocktail()
     job = await world.enlist(of, request(), is_new=True)
     of = await world.change(of, status="cancelled")
     cancelled, told = await world.jobs.get("acme", job.id), await world.messages(job)
@@ -169,7 +148,7 @@ async def test_what_is_finished_does_not_change(world: World) -> None:
 
 
 async def test_an_identical_request_is_the_same_job_for_ten_minutes(world: World) -> None:
-    of = cocktail()
+    of = queued_cocktail()
     job = await world.enlist(of, request(), is_new=True)
     world.clock.now += SAME_JOB_S - 1
     assert (await world.enlist(of, request())).id == job.id
@@ -182,7 +161,7 @@ async def test_an_identical_request_is_the_same_job_for_ten_minutes(world: World
 
 
 async def test_a_deletion_takes_what_was_measured_and_ends_what_is_unfinished(world: World) -> None:
-    ready, working = cocktail("1"), cocktail("2")
+    ready, working = queued_cocktail("1"), queued_cocktail("2")
     done = await world.enlist(ready, request(), is_new=True)
     scored = await world.change(ready, status="scoring", losses={"base": 2.0}, progress=0.4)
     await world.change(scored, status="ready", mixed_loss=0.5, warnings=("0.5 is more than base alone",))
@@ -202,7 +181,7 @@ async def test_a_deletion_takes_what_was_measured_and_ends_what_is_unfinished(wo
 
 
 async def test_events_come_in_pages_that_do_not_shift(world: World) -> None:
-    of = cocktail()
+    of = queued_cocktail()
     job = await world.enlist(of, request(), is_new=True)
     of = await world.change(of, status="scoring", losses={"base": 2.0})
     first = await world.jobs.events(job, after=None, limit=2)
@@ -222,8 +201,8 @@ async def test_events_come_in_pages_that_do_not_shift(world: World) -> None:
 
 
 async def test_another_tenants_job_does_not_exist(world: World) -> None:
-    mine = await world.enlist(cocktail("1"), request(), is_new=True)
-    theirs = await world.enlist(cocktail("2", tenant="other"), request(), is_new=True)
+    mine = await world.enlist(queued_cocktail("1"), request(), is_new=True)
+    theirs = await world.enlist(queued_cocktail("2", tenant="other"), request(), is_new=True)
     assert mine.id != theirs.id
     with pytest.raises(NotFoundError):
         await world.jobs.get("other", mine.id)
@@ -234,9 +213,9 @@ async def test_another_tenants_job_does_not_exist(world: World) -> None:
 
 
 async def test_a_sweep_removes_jobs_that_ended_long_ago(world: World) -> None:
-    ended = await world.enlist(cocktail("1"), request(), is_new=True)
-    await world.change(cocktail("1"), status="failed", error=Failure("EngineError", "engine_error", "it died"))
-    running = await world.enlist(cocktail("2"), request(seed=1), is_new=True)
+    ended = await world.enlist(queued_cocktail("1"), request(), is_new=True)
+    await world.change(queued_cocktail("1"), status="failed", error=Failure("EngineError", "engine_error", "it died"))
+    running = await world.enlist(queued_cocktail("2"), request(seed=1), is_new=True)
     world.clock.now += 3600
     await world.jobs.sweep(older_than_s=3601)
     assert (await world.jobs.get("acme", ended.id)).status == "failed"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 
 import pytest
 
@@ -18,11 +18,8 @@ DEFAULTS = Limits(requests_per_minute=60, cocktails=3)
 
 
 @pytest.fixture
-async def store(database_url: str) -> AsyncIterator[TenantStore]:
-    database = Database(database_url)
-    await database.open()
-    yield TenantStore(database)
-    await database.close()
+async def store(database: Database) -> TenantStore:
+    return TenantStore(database)
 
 
 async def eventually(condition: Callable[[], bool]) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 
 import pytest
@@ -34,11 +33,8 @@ class World:
 
 
 @pytest.fixture
-async def world(database_url: str) -> AsyncIterator[World]:
-    database = Database(database_url)
-    await database.open()
-    yield World(database)
-    await database.close()
+async def world(database: Database) -> World:
+    return World(database)
 
 
 async def test_only_a_digest_of_a_key_is_kept(world: World) -> None:

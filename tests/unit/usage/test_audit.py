@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 
 import pytest
@@ -29,11 +28,8 @@ class World:
 
 
 @pytest.fixture
-async def world(database_url: str) -> AsyncIterator[World]:
-    database = Database(database_url)
-    await database.open()
-    yield World(database)
-    await database.close()
+async def world(database: Database) -> World:
+    return World(database)
 
 
 async def test_who_did_what(world: World) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, date, datetime, timedelta
 from typing import Any
@@ -62,11 +62,8 @@ class World:
 
 
 @pytest.fixture
-async def world(database_url: str) -> AsyncIterator[World]:
-    database = Database(database_url)
-    await database.open()
-    yield World(database)
-    await database.close()
+async def world(database: Database) -> World:
+    return World(database)
 
 
 async def test_what_is_counted_comes_out_by_day_key_and_model(world: World) -> None:
