@@ -13,27 +13,15 @@ import typer
 from cocktail_serve.cli.mergekit import MERGEKIT_FILE, mergekit_yaml
 from cocktail_serve.cli.model_card import CARD_FILE, model_card, sources_of
 from cocktail_serve.cli.options import (
-    Alpha,
     AsJSON,
-    Budget,
     ConfigFile,
-    Experts,
-    Judge,
-    MethodOption,
-    MethodParams,
+    MixtureOptions,
     OptionalExamplesFile,
     PoolId,
-    Seed,
-    Target,
-    Temperature,
-    WeightingOption,
-    given,
-    parse_method_params,
-    parse_weights,
-    read_examples,
+    with_mixture_options,
 )
 from cocktail_serve.cli.terminal import print_json, progress, stdout
-from cocktail_serve.cli.weigh import show, summary, weighing_json
+from cocktail_serve.cli.weigh import show, weighing_json
 from cocktail_serve.config import PoolConfig, load_settings
 
 if TYPE_CHECKING:
@@ -43,6 +31,7 @@ if TYPE_CHECKING:
 REPORT_FILE = "weighing.json"
 
 
+@with_mixture_options
 def mix(
     context: typer.Context,
     config: ConfigFile,
@@ -53,34 +42,13 @@ def mix(
     weights: Annotated[
         str | None, typer.Option("--weights", help="Merging weights by hand instead, as base=0.5,ag-news=0.5.")
     ] = None,
-    target: Target = None,
-    alpha: Alpha = None,
-    temperature: Temperature = None,
-    weighting: WeightingOption = None,
-    budget: Budget = None,
-    method: MethodOption = None,
-    method_param: MethodParams = None,
-    expert: Experts = None,
-    seed: Seed = None,
-    judge: Judge = True,
+    options: MixtureOptions,
     as_json: AsJSON = False,
 ) -> None:
     """Mix a cocktail into a folder, offline: parameters, configuration, tokenizer, recipe and model card."""
-    if examples is None and weights is None and target is None:
+    if examples is None and weights is None and options.target is None:
         raise typer.BadParameter("give --examples, --weights or --target: there is nothing to mix")
-    body = given(
-        examples=None if examples is None else read_examples(examples),
-        merging_weights=None if weights is None else parse_weights(weights),
-        target=target,
-        alpha=alpha,
-        temperature=temperature,
-        weighting=weighting,
-        budget=budget,
-        method=method,
-        method_params=parse_method_params(method_param),
-        experts=expert or None,
-        seed=seed,
-    )
+    body = options.body(examples=examples, merging_weights=weights)
     settings = load_settings(config)
 
     from cocktail_serve.checkpoints.folder import check_free, save_mixture
@@ -90,7 +58,7 @@ def mix(
     check_free(out)
     started_at = time.monotonic()
     with progress() as report:
-        weighed = weigh_offline(settings, pool, body, report, judge=judge)
+        weighed = weigh_offline(settings, pool, body, report, judge=options.judge)
         recipe = recipe_of(weighed.request.options, weighed.pool, weighed.weighing.merging_weights, dtype=weighed.dtype)
         save_mixture(
             recipe,
@@ -112,10 +80,7 @@ def mix(
         )
         return
     console = stdout()
-    show(console, weighed)
-    console.print(", ".join(filter(None, (summary(weighed), f"recipe {recipe.digest[:12]}", f"{seconds:.1f} s"))))
-    if weighed.findings is not None:
-        console.print(weighed.findings.text, style="bold", markup=False)
+    show(console, weighed, f"recipe {recipe.digest[:12]}", f"{seconds:.1f} s")
     console.print(f"written to {out}", markup=False)
 
 

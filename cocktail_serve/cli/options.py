@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from functools import wraps
+from inspect import Parameter, signature
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_type_hints
 
 import typer
 
@@ -112,6 +116,67 @@ def parse_method_params(pairs: list[str] | None) -> dict[str, Any] | None:
     return params or None
 
 
-def given(**options: Any) -> dict[str, Any]:
-    """The options that were given: what was left out means the configuration's default."""
-    return {name: value for name, value in options.items() if value is not None}
+@dataclass(frozen=True, kw_only=True)
+class MixtureOptions:
+    """How a cocktail is weighed and mixed: the options of `weigh` and `mix`, as the command line gives them."""
+
+    target: Target = None
+    alpha: Alpha = None
+    temperature: Temperature = None
+    weighting: WeightingOption = None
+    budget: Budget = None
+    method: MethodOption = None
+    method_param: MethodParams = None
+    expert: Experts = None
+    seed: Seed = None
+    judge: Judge = True
+
+    def body(self, *, examples: Path | None = None, merging_weights: str | None = None) -> dict[str, Any]:
+        """The fields of a request. One that is not there means the configuration's default.
+
+        Args:
+            examples: file of the examples.
+            merging_weights: as `base=0.5,ag-news=0.5`.
+
+        Raises:
+            InvalidExamplesError: the file does not read.
+            typer.BadParameter: weights or parameters of another form.
+        """
+        values = {
+            "examples": None if examples is None else read_examples(examples),
+            "merging_weights": None if merging_weights is None else parse_weights(merging_weights),
+            "target": self.target,
+            "alpha": self.alpha,
+            "temperature": self.temperature,
+            "weighting": self.weighting,
+            "budget": self.budget,
+            "method": self.method,
+            "method_params": parse_method_params(self.method_param),
+            "experts": self.expert or None,
+            "seed": self.seed,
+        }
+        return {name: value for name, value in values.items() if value is not None}
+
+
+def with_mixture_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Gives a command the options of `MixtureOptions` where it takes one as `options`.
+
+    Typer reads options off a signature, so this writes one: each field stands where `options` stood.
+    """
+    hints = get_type_hints(MixtureOptions, include_extras=True)
+    own = signature(command, eval_str=True)
+    options = [
+        Parameter(field.name, Parameter.KEYWORD_ONLY, default=field.default, annotation=hints[field.name])
+        for field in fields(MixtureOptions)
+    ]
+    parameters: list[Parameter] = []
+    for parameter in own.parameters.values():
+        parameters += options if parameter.name == "options" else [parameter]
+
+    @wraps(command)
+    def run(*args: Any, **values: Any) -> None:
+        chosen = MixtureOptions(**{field.name: values.pop(field.name) for field in fields(MixtureOptions)})
+        command(*args, options=chosen, **values)
+
+    run.__signature__ = own.replace(parameters=parameters)  # type: ignore[attr-defined]  # inspect's own protocol
+    return run

@@ -7,23 +7,12 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from cocktail_serve.cli.options import (
-    Alpha,
     AsJSON,
-    Budget,
     ConfigFile,
     ExamplesFile,
-    Experts,
-    Judge,
-    MethodOption,
-    MethodParams,
+    MixtureOptions,
     PoolId,
-    Seed,
-    Target,
-    Temperature,
-    WeightingOption,
-    given,
-    parse_method_params,
-    read_examples,
+    with_mixture_options,
 )
 from cocktail_serve.cli.terminal import candidates_table, print_json, progress, stdout, weighing_table
 from cocktail_serve.config import load_settings
@@ -34,57 +23,36 @@ if TYPE_CHECKING:
     from cocktail_serve.offline.weighing import OfflineWeighing
 
 
+@with_mixture_options
 def weigh(
-    config: ConfigFile,
-    *,
-    pool: PoolId,
-    examples: ExamplesFile,
-    target: Target = None,
-    alpha: Alpha = None,
-    temperature: Temperature = None,
-    weighting: WeightingOption = None,
-    budget: Budget = None,
-    method: MethodOption = None,
-    method_param: MethodParams = None,
-    expert: Experts = None,
-    seed: Seed = None,
-    judge: Judge = True,
-    as_json: AsJSON = False,
+    config: ConfigFile, *, pool: PoolId, examples: ExamplesFile, options: MixtureOptions, as_json: AsJSON = False
 ) -> None:
     """Measure each model's loss on the examples and show the merging weights that follow. Nothing is mixed."""
     from cocktail_serve.offline.weighing import weigh_offline
 
     settings = load_settings(config)
-    body = given(
-        examples=read_examples(examples),
-        target=target,
-        alpha=alpha,
-        temperature=temperature,
-        weighting=weighting,
-        budget=budget,
-        method=method,
-        method_params=parse_method_params(method_param),
-        experts=expert or None,
-        seed=seed,
-    )
+    body = options.body(examples=examples)
     with progress() as report:
-        weighed = weigh_offline(settings, pool, body, report, judge=judge)
+        weighed = weigh_offline(settings, pool, body, report, judge=options.judge)
     if as_json:
         print_json(weighing_json(weighed))
         return
-    console = stdout()
-    show(console, weighed)
-    console.print(summary(weighed))
-    if weighed.findings is not None:
-        console.print(weighed.findings.text, style="bold", markup=False)
+    show(stdout(), weighed)
 
 
-def show(console: Console, weighed: OfflineWeighing) -> None:
-    """The candidates of a search, then losses and merging weights by model."""
+def show(console: Console, weighed: OfflineWeighing, *more: str) -> None:
+    """The candidates of a search, losses and merging weights by model, one line of the rest, and what was found.
+
+    Args:
+        more: what that line holds besides.
+    """
     if len(weighed.weighing.candidates) > 1:
         console.print(candidates_table(weighed.weighing.candidates))
         console.print()
     console.print(weighing_table(weighed.weighing.losses, weighed.weighing.merging_weights))
+    console.print(", ".join([*_summary(weighed), *more]))
+    if weighed.findings is not None:
+        console.print(weighed.findings.text, style="bold", markup=False)
 
 
 def weighing_json(weighed: OfflineWeighing) -> dict[str, Any]:
@@ -111,8 +79,8 @@ def weighing_json(weighed: OfflineWeighing) -> dict[str, Any]:
     }
 
 
-def summary(weighed: OfflineWeighing) -> str:
-    """What the table does not show, in one line."""
+def _summary(weighed: OfflineWeighing) -> list[str]:
+    """What the table does not show."""
     options, entropy, chosen = weighed.request.options, weighed.weighing.entropy, weighed.weighing.chosen
     temperature = options.temperature if chosen is None else chosen.temperature
     alpha = options.alpha if chosen is None else chosen.alpha
@@ -125,4 +93,4 @@ def summary(weighed: OfflineWeighing) -> str:
     if entropy is not None:
         parts.append(f"entropy {entropy:.2f} nats (as {math.exp(entropy):.1f} equally weighed models)")
     parts += [f"loss of the mixture {weighed.mixed_loss:.3f}"] if weighed.mixed_loss is not None else []
-    return ", ".join(parts)
+    return parts
