@@ -30,7 +30,7 @@ from openai import AsyncOpenAI
 
 from bench.machine import describe_machine
 from bench.server import RunningServer, running_server
-from tests.models import make_decoder_pool
+from tests.models import make_decoder_pool, pool_section
 
 EPSILON = 1e-3
 """Least distance of the reference's two best logits at which the choice must be the same."""
@@ -90,16 +90,9 @@ def write_config(
     config = {
         "store": {"cache_dir": str(folder / "cache")},
         "pools": [
-            {
-                "id": pool_id,
-                "kind": "decoder",
-                "base": str(models["base"]),
-                "experts": {name: str(path) for name, path in models.items() if name != "base"},
-                "engine": engine,
-            }
-            for pool_id, models in pools.items()
-        ]
-        + list(more_pools),
+            *(pool_section(pool_id, "decoder", models, engine) for pool_id, models in pools.items()),
+            *more_pools,
+        ],
     }
     path = folder / "config.yaml"
     path.write_text(yaml.safe_dump(config))

@@ -33,7 +33,7 @@ from cocktail_serve.checkpoints.opening import open_pool
 from cocktail_serve.config import PoolConfig
 from cocktail_serve.pool import Pool
 from cocktail_serve.recipe import DType, make_recipe
-from tests.models import make_decoder
+from tests.models import make_decoder, pool_section
 
 MERGEKIT = "mergekit==0.1.5"
 
@@ -168,15 +168,8 @@ def _make_pool(folder: Path, *, dtype: DType, perturbation: float) -> dict[str, 
 
 
 def _open(folders: Mapping[str, Path], cache: Path) -> Pool:
-    experts = {name: str(path) for name, path in folders.items() if name != "base"}
-    config = {
-        "id": "p",
-        "kind": "decoder",
-        "base": str(folders["base"]),
-        "experts": experts,
-        "engine": {"type": "fake"},
-    }
-    return open_pool(PoolConfig.model_validate(config), cache_dir=cache)
+    config = PoolConfig.model_validate(pool_section("p", "decoder", folders, {"type": "fake"}))
+    return open_pool(config, cache_dir=cache)
 
 
 def _load(folder: Path) -> dict[str, Tensor]:

@@ -37,7 +37,7 @@ from openai import AsyncOpenAI
 from bench import invariant
 from bench.machine import describe_machine
 from bench.server import RunningServer, running_server
-from tests.models import make_encoder_pool
+from tests.models import make_encoder_pool, pool_section
 
 ADMIN_KEY = "soak-operator"
 POOL, ENCODERS = "tied", "mini"
@@ -366,13 +366,7 @@ async def soak(server: RunningServer, tenants: Sequence[Tenant], *, seconds: flo
 
 def write_config(folder: Path, decoders: Mapping[str, Path], encoders: Mapping[str, Path]) -> Path:
     """The pools, keys required."""
-    mini = {
-        "id": ENCODERS,
-        "kind": "encoder",
-        "base": str(encoders["base"]),
-        "experts": {name: str(path) for name, path in encoders.items() if name != "base"},
-        "engine": {"type": "sentence_transformers", "dtype": "float32"},
-    }
+    mini = pool_section(ENCODERS, "encoder", encoders, {"type": "sentence_transformers", "dtype": "float32"})
     path = invariant.write_config(folder, {POOL: decoders}, slice_s=0.5, more_pools=[mini])
     config = yaml.safe_load(path.read_text()) | {"server": {"auth": "required"}}
     path.write_text(yaml.safe_dump(config))

@@ -12,7 +12,7 @@ import pytest
 from bench import invariant
 from bench.server import RunningServer, running_server
 from cocktail_serve.database.database import Database
-from tests.models import make_encoder_pool
+from tests.models import make_encoder_pool, pool_section
 from tests.postgres import Postgres, find_binaries, running_postgres
 
 
@@ -41,13 +41,7 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
     folder = tmp_path_factory.mktemp("stack")
     decoders = invariant.make_pools(folder)
     encoders = make_encoder_pool(folder / "mini", ("faq", "code"))
-    mini = {
-        "id": "mini",
-        "kind": "encoder",
-        "base": str(encoders["base"]),
-        "experts": {name: str(path) for name, path in encoders.items() if name != "base"},
-        "engine": {"type": "sentence_transformers", "dtype": "float32"},
-    }
+    mini = pool_section("mini", "encoder", encoders, {"type": "sentence_transformers", "dtype": "float32"})
     config = invariant.write_config(folder, decoders, slice_s=0.3, more_pools=[mini])
     with running_server(config, log=folder / "server.log") as server:
         model_ids = invariant.create_cocktails(server, decoders)

@@ -9,9 +9,9 @@ from __future__ import annotations
 import contextlib
 import math
 import string
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     import torch
@@ -131,16 +131,7 @@ def make_decoder_pool(
     dtype: torch.dtype | None = None,
 ) -> dict[str, Path]:
     """`base` and experts that share its initialisation, each in `folder/<name>`."""
-    return {
-        name: make_decoder(
-            folder / name,
-            seed=seed,
-            tie_word_embeddings=tied,
-            dtype=dtype,
-            perturbation_seed=None if index == 0 else seed + index,
-        )
-        for index, name in enumerate(["base", *names])
-    }
+    return _make_pool(make_decoder, folder, names, seed=seed, tie_word_embeddings=tied, dtype=dtype)
 
 
 def make_encoder_tokenizer() -> PreTrainedTokenizerFast:
@@ -229,17 +220,7 @@ def make_encoder_pool(
     dtype: torch.dtype | None = None,
 ) -> dict[str, Path]:
     """`base` and experts that share its initialisation, each in `folder/<name>`."""
-    return {
-        name: make_encoder(
-            folder / name,
-            seed=seed,
-            pooling=pooling,
-            normalize=normalize,
-            dtype=dtype,
-            perturbation_seed=None if index == 0 else seed + index,
-        )
-        for index, name in enumerate(["base", *names])
-    }
+    return _make_pool(make_encoder, folder, names, seed=seed, pooling=pooling, normalize=normalize, dtype=dtype)
 
 
 def make_reranker(
@@ -304,16 +285,7 @@ def make_reranker_pool(
     dtype: torch.dtype | None = None,
 ) -> dict[str, Path]:
     """`base` and experts that share its initialisation, each in `folder/<name>`."""
-    return {
-        name: make_reranker(
-            folder / name,
-            seed=seed,
-            architecture=architecture,
-            dtype=dtype,
-            perturbation_seed=None if index == 0 else seed + index,
-        )
-        for index, name in enumerate(["base", *names])
-    }
+    return _make_pool(make_reranker, folder, names, seed=seed, architecture=architecture, dtype=dtype)
 
 
 def make_encoder_decoder(
@@ -363,10 +335,23 @@ def make_encoder_decoder_pool(
     dtype: torch.dtype | None = None,
 ) -> dict[str, Path]:
     """`base` and experts that share its initialisation, each in `folder/<name>`."""
+    return _make_pool(make_encoder_decoder, folder, names, seed=seed, dtype=dtype)
+
+
+def pool_section(
+    pool_id: str, kind: str, folders: Mapping[str, Path], engine: Mapping[str, Any], **more: Any
+) -> dict[str, Any]:
+    """A pool of the configuration: `base`, and whatever else is there as its experts."""
+    experts = {name: str(folder) for name, folder in folders.items() if name != "base"}
+    base = str(folders["base"])
+    return {"id": pool_id, "kind": kind, "base": base, "experts": experts, "engine": dict(engine), **more}
+
+
+def _make_pool(
+    make: Callable[..., Path], folder: Path, names: Sequence[str], *, seed: int, **options: Any
+) -> dict[str, Path]:
     return {
-        name: make_encoder_decoder(
-            folder / name, seed=seed, dtype=dtype, perturbation_seed=None if index == 0 else seed + index
-        )
+        name: make(folder / name, seed=seed, perturbation_seed=None if index == 0 else seed + index, **options)
         for index, name in enumerate(["base", *names])
     }
 

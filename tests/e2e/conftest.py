@@ -22,7 +22,7 @@ from cocktail_serve.checkpoints.opening import open_pool
 from cocktail_serve.config import PoolConfig
 from cocktail_serve.pool import Pool
 from cocktail_serve.recipe import Recipe, make_recipe
-from tests.models import make_decoder_pool
+from tests.models import make_decoder_pool, pool_section
 from vllm_cocktail.launch import is_cpu_build, server_args, server_env
 from vllm_cocktail.manifest import Manifest
 
@@ -114,14 +114,8 @@ def running_vllm(
 ) -> Iterator[VLLMServer]:
     """Starts a server on a new pool, or on models that are there, and ends its whole process group afterwards."""
     folders = folders or make_decoder_pool(folder / "pool", ("red", "green"), tied=tied)
-    config = {
-        "id": MODEL,
-        "kind": "decoder",
-        "base": str(folders["base"]),
-        "experts": {name: str(path) for name, path in folders.items() if name != "base"},
-        "engine": {"type": "vllm"},
-    }
-    pool = open_pool(PoolConfig.model_validate(config), cache_dir=folder / "cache")
+    config = PoolConfig.model_validate(pool_section(MODEL, "decoder", folders, {"type": "vllm"}))
+    pool = open_pool(config, cache_dir=folder / "cache")
     manifest = Manifest.of_pool(
         pool, dtype="float32", cache_bytes=cache_bytes, managed=managed, expert_bytes=expert_bytes
     )

@@ -36,7 +36,7 @@ from cocktail_serve.errors import (
 from cocktail_serve.examples import parse_examples
 from cocktail_serve.recipe import Recipe, make_recipe, one_hot
 from tests.merging import merged
-from tests.models import ENCODER_WORDS, make_encoder, make_encoder_pool
+from tests.models import ENCODER_WORDS, make_encoder, make_encoder_pool, pool_section
 
 WORDS = ENCODER_WORDS.split()
 TEXTS = ["the dog", "my card was stolen at the bank", "what is the capital of france", "cat"]
@@ -49,16 +49,8 @@ def texts(number: int, *, seed: int = 0, max_words: int = 40) -> list[str]:
 
 
 def config_of(folders: dict[str, Path], *, pool: dict[str, Any] | None = None, **engine: Any) -> PoolConfig:
-    return PoolConfig.model_validate(
-        {
-            "id": "mini",
-            "kind": "encoder",
-            "base": str(folders["base"]),
-            "experts": {name: str(folder) for name, folder in folders.items() if name != "base"},
-            "engine": {"type": "sentence_transformers", "dtype": "float32", "device": "cpu", **engine},
-            **(pool or {}),
-        }
-    )
+    engine = {"type": "sentence_transformers", "dtype": "float32", "device": "cpu", **engine}
+    return PoolConfig.model_validate(pool_section("mini", "encoder", folders, engine, **(pool or {})))
 
 
 @asynccontextmanager

@@ -16,7 +16,7 @@ from cocktail_serve.evaluation.report import Report
 from cocktail_serve.evaluation.runs import Entry, open_evaluation, run
 from cocktail_serve.evaluation.systems import SYSTEMS, NotMade, find_systems
 from cocktail_serve.evaluation.tasks import load_task, sample_examples
-from tests.models import make_decoder, make_decoder_pool, make_encoder_pool
+from tests.models import make_decoder, make_decoder_pool, make_encoder_pool, pool_section
 
 WORDS = ("paris", "berlin", "madrid")
 
@@ -28,17 +28,13 @@ def folder(tmp_path_factory) -> Path:
     encoders = make_encoder_pool(folder / "bge")
     make_decoder(folder / "many", perturbation_seed=9)
 
-    def pool(pool_id, kind, folders, engine):
-        experts = {name: str(path) for name, path in folders.items() if name != "base"}
-        return {"id": pool_id, "kind": kind, "base": str(folders["base"]), "experts": experts, "engine": engine}
-
     (folder / "config.yaml").write_text(
         yaml.safe_dump(
             {
                 "store": {"cache_dir": "cache"},
                 "pools": [
-                    pool("flan", "decoder", decoders, {"type": "vllm", "max_model_len": 64}),
-                    pool("bge", "encoder", encoders, {"type": "sentence_transformers"}),
+                    pool_section("flan", "decoder", decoders, {"type": "vllm", "max_model_len": 64}),
+                    pool_section("bge", "encoder", encoders, {"type": "sentence_transformers"}),
                 ],
             }
         )

@@ -6,20 +6,14 @@ import pytest
 import yaml
 
 from cocktail_serve.cli import main
-from tests.models import make_decoder_pool
+from tests.models import make_decoder_pool, pool_section
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("eval")
     folders = make_decoder_pool(folder / "flan")
-    pool = {
-        "id": "flan",
-        "kind": "decoder",
-        "base": str(folders["base"]),
-        "experts": {name: str(path) for name, path in folders.items() if name != "base"},
-        "engine": {"type": "vllm", "max_model_len": 64},
-    }
+    pool = pool_section("flan", "decoder", folders, {"type": "vllm", "max_model_len": 64})
     (folder / "config.yaml").write_text(yaml.safe_dump({"store": {"cache_dir": "cache"}, "pools": [pool]}))
     (folder / "nq").mkdir()
     rows = [

@@ -13,7 +13,13 @@ from cocktail_serve.checkpoints.reader import CheckpointReader
 from cocktail_serve.cli import main
 from cocktail_serve.weighting.softmax import softmax_weights
 from tests.merging import merged
-from tests.models import make_decoder_pool, make_encoder_decoder_pool, make_encoder_pool, make_reranker_pool
+from tests.models import (
+    make_decoder_pool,
+    make_encoder_decoder_pool,
+    make_encoder_pool,
+    make_reranker_pool,
+    pool_section,
+)
 
 DECODER_ROWS = [
     {"input": "the capital of france is", "output": "paris"},
@@ -47,20 +53,15 @@ def config(tmp_path_factory) -> Path:
             {
                 "store": {"cache_dir": "cache"},
                 "pools": [
-                    _pool("flan", "decoder", decoders, {"type": "vllm", "max_model_len": 64}),
-                    _pool("bge", "encoder", encoders, {"type": "sentence_transformers"}),
-                    _pool("ranker", "reranker", rerankers, {"type": "sentence_transformers"}),
-                    _pool("t5", "encoder_decoder", encoder_decoders, {"type": "offline"}),
+                    pool_section("flan", "decoder", decoders, {"type": "vllm", "max_model_len": 64}),
+                    pool_section("bge", "encoder", encoders, {"type": "sentence_transformers"}),
+                    pool_section("ranker", "reranker", rerankers, {"type": "sentence_transformers"}),
+                    pool_section("t5", "encoder_decoder", encoder_decoders, {"type": "offline"}),
                 ],
             }
         )
     )
     return path
-
-
-def _pool(pool_id: str, kind: str, folders: dict[str, Path], engine: dict[str, object]) -> dict[str, object]:
-    experts = {name: str(path) for name, path in folders.items() if name != "base"}
-    return {"id": pool_id, "kind": kind, "base": str(folders["base"]), "experts": experts, "engine": engine}
 
 
 @pytest.fixture

@@ -14,13 +14,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from cocktail_serve.checkpoints.mixture import iter_mixture
-from cocktail_serve.checkpoints.opening import open_pool
-from cocktail_serve.config import PoolConfig
 from cocktail_serve.errors import CheckpointError, ConfigError, IncompatibleModelsError, InvalidMixError
 from cocktail_serve.pool import Pool
 from cocktail_serve.recipe import Recipe, make_recipe
 from tests.merging import merged
-from tests.models import make_decoder_pool
+from tests.plugin import make_plugin_pool, recipe_of
 from vllm_cocktail.cache import MergedParams
 from vllm_cocktail.manifest import Manifest
 from vllm_cocktail.mixer import Mixer
@@ -28,25 +26,12 @@ from vllm_cocktail.mixer import Mixer
 
 @pytest.fixture(scope="module")
 def pool(tmp_path_factory: pytest.TempPathFactory) -> Pool:
-    folder = tmp_path_factory.mktemp("pool")
-    folders = make_decoder_pool(folder, ("red", "green"))
-    config = {
-        "id": "pico",
-        "kind": "decoder",
-        "base": str(folders["base"]),
-        "experts": {name: str(path) for name, path in folders.items() if name != "base"},
-        "engine": {"type": "vllm"},
-    }
-    return open_pool(PoolConfig.model_validate(config), cache_dir=folder / "cache")
+    return make_plugin_pool(tmp_path_factory.mktemp("pool"))
 
 
 def mixer_of(pool: Pool, *, cache_bytes: int = 2**30) -> Mixer:
     manifest = Manifest.of_pool(pool, dtype="float32", cache_bytes=cache_bytes, managed=True)
     return Mixer(manifest, cache_bytes=cache_bytes)
-
-
-def recipe_of(pool: Pool, **merging_weights: float) -> Recipe:
-    return make_recipe(pool, merging_weights, dtype="float32")
 
 
 def test_the_second_time_comes_from_memory_with_the_same_bits(pool: Pool) -> None:

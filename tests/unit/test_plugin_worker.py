@@ -14,11 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from cocktail_serve.checkpoints.mixture import iter_mixture
-from cocktail_serve.checkpoints.opening import open_pool
-from cocktail_serve.config import PoolConfig
 from cocktail_serve.pool import Pool
-from cocktail_serve.recipe import Recipe, make_recipe
-from tests.models import make_decoder_pool
+from cocktail_serve.recipe import Recipe
+from tests.plugin import make_plugin_pool, recipe_of
 from vllm_cocktail.manifest import MANIFEST_VARIABLE, Manifest
 from vllm_cocktail.worker import CocktailWorkerExtension
 
@@ -75,16 +73,7 @@ class Worker(CocktailWorkerExtension):
 
 @pytest.fixture(scope="module")
 def pool(tmp_path_factory: pytest.TempPathFactory) -> Pool:
-    folder = tmp_path_factory.mktemp("pool")
-    folders = make_decoder_pool(folder, ("red", "green"))
-    config = {
-        "id": "pico",
-        "kind": "decoder",
-        "base": str(folders["base"]),
-        "experts": {name: str(path) for name, path in folders.items() if name != "base"},
-        "engine": {"type": "vllm"},
-    }
-    return open_pool(PoolConfig.model_validate(config), cache_dir=folder / "cache")
+    return make_plugin_pool(tmp_path_factory.mktemp("pool"))
 
 
 @pytest.fixture
@@ -95,10 +84,6 @@ def worker(pool: Pool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Worke
     layers.__dict__.update(ParallelLMHead=Head, VocabParallelEmbedding=Embedding)
     monkeypatch.setitem(sys.modules, "vllm.model_executor.layers.vocab_parallel_embedding", layers)
     return Worker(pool.base.path)
-
-
-def recipe_of(pool: Pool, **merging_weights: float) -> Recipe:
-    return make_recipe(pool, merging_weights, dtype="float32")
 
 
 def text_of(recipe: Recipe) -> str:

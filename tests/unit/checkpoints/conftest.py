@@ -13,7 +13,7 @@ import pytest
 from cocktail_serve.checkpoints.opening import open_pool
 from cocktail_serve.config import PoolConfig
 from cocktail_serve.pool import Pool
-from tests.models import make_decoder_pool, make_encoder_pool
+from tests.models import make_decoder_pool, make_encoder_pool, pool_section
 
 Folders = Mapping[str, Path]
 
@@ -66,8 +66,7 @@ def opened(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Pool]:
 
     def opened(folders: Folders, kind: str = "decoder", **options: Any) -> Pool:
         engine = {"type": "fake" if kind == "decoder" else "sentence_transformers"}
-        experts = {name: str(path) for name, path in folders.items() if name != "base"}
-        config = {"id": "pico", "kind": kind, "base": str(folders["base"]), "experts": experts, "engine": engine}
-        return open_pool(PoolConfig.model_validate(config), cache_dir=cache, **options)
+        config = PoolConfig.model_validate(pool_section("pico", kind, folders, engine))
+        return open_pool(config, cache_dir=cache, **options)
 
     return opened

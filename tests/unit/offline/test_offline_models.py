@@ -12,16 +12,13 @@ from cocktail_serve.config import PoolConfig
 from cocktail_serve.offline.models import TransformersModels
 from cocktail_serve.pool import Pool
 from cocktail_serve.recipe import make_recipe
-from tests.models import make_decoder_pool, make_encoder_decoder_pool
+from tests.models import make_decoder_pool, make_encoder_decoder_pool, pool_section
 
 MIXTURES = ({"base": 1.0}, {"base": 0.5, "one": 0.5}, {"one": 0.25, "two": 0.75}, {"base": 1.0})
 
 
 def opened(folders: dict[str, Path], kind: str, engine: str, tmp_path: Path) -> tuple[Pool, PoolConfig]:
-    experts = {name: str(folder) for name, folder in folders.items() if name != "base"}
-    config = PoolConfig.model_validate(
-        {"id": "p", "kind": kind, "base": str(folders["base"]), "experts": experts, "engine": {"type": engine}}
-    )
+    config = PoolConfig.model_validate(pool_section("p", kind, folders, {"type": engine}))
     return open_pool(config, cache_dir=tmp_path / "cache"), config
 
 
