@@ -65,7 +65,7 @@ def table_of_unseen(session: Session, out: Path, name: str) -> Mapping[str, Any]
 def table5(session: Session, out: Path, name: str) -> Mapping[str, Any]:
     groups = {
         "One unified cocktail for all unseen tasks, from pooled examples": counts.table(session, session.pool.unseen),
-        "A cocktail of each task's own": counts.one_more(session, session.pool.unseen, session.setting.selective),
+        "A cocktail of each task's own": counts.one_more(session, session.pool.unseen, session.default_temperature),
     }
     return _written(session, out, name, groups, show.counts_text(f"Table 5: examples, {session.kind}s", groups))
 
@@ -78,8 +78,8 @@ def figure_of_alphas(session: Session, out: Path, name: str) -> Mapping[str, Any
 
 
 def table_of_verdicts(session: Session, out: Path, name: str) -> Mapping[str, Any]:
-    options = {"weighting": "softmax", "temperature": session.setting.selective}
-    result = trials.trials(session, session.setting.seeds[:1], options)
+    options = {"weighting": "softmax", "temperature": session.default_temperature}
+    result = trials.trials(session, session.setting.seeds, options)
     return _written(session, out, name, result, show.trials_text(f"The report's verdict, {session.kind}s", result))
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from bench.paper.pools import multitask_folder, prepare
 from bench.paper.setting import PoolKind, PoolSetting, Setting
-from cocktail_serve.config import load_settings
+from cocktail_serve.config import TEMPERATURES, load_settings
 from cocktail_serve.evaluation.measure import Measuring
 from cocktail_serve.evaluation.runs import Entry, Evaluation, open_evaluation
 from cocktail_serve.evaluation.systems import SYSTEMS, Contender
@@ -56,6 +56,7 @@ class Session:
     Attributes:
         pool: of the setting.
         evaluation: of the library.
+        default_temperature: the server's, where a request to a pool of this kind names none.
     """
 
     def __init__(
@@ -65,6 +66,7 @@ class Session:
         self.kind = kind
         self.pool: PoolSetting = setting.pool(kind)
         self.evaluation = evaluation
+        self.default_temperature = TEMPERATURES[kind]
         self.report = report
         self._data = data / self.pool.data
         self._tasks: dict[tuple[str, bool], Task] = {}

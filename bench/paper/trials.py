@@ -7,7 +7,7 @@ base there.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -24,8 +24,16 @@ from cocktail_serve.offline.weighing import weigh_by
 from cocktail_serve.pool import BASE
 from cocktail_serve.recipe import Recipe
 from cocktail_serve.weighting.candidates import Trial
+from cocktail_serve.weighting.verdict import MIN_ERRORS, MIN_GAIN
 
 SIZES = (5, 20)
+
+AIM = 0.9
+"""Share of the mixtures said to be better than the base that should be."""
+
+GAINS = (0.0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.4)
+ERRORS = (0.0, 1.0, 2.0, 4.0)
+"""Thresholds that are tried beside `MIN_GAIN` and `MIN_ERRORS` of `weighting.verdict`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,7 +127,15 @@ def trials(session: Session, seeds: Sequence[int], options: dict[str, Any]) -> d
         one = judge(session, task, num=num, seed=seed, with_own=own, options=options)
         judged += [] if one is None else [one]
     session.report("trials of the verdict", len(wanted), len(wanted))
-    return {"options": options, "summary": summary(judged), "trials": [_rounded(one) for one in judged]}
+    return {
+        "options": options,
+        "summary": summary(judged),
+        "thresholds": {
+            "by loss or NDCG@10": thresholds(judged, _is_better),
+            "by score": thresholds(judged, _is_no_worse),
+        },
+        "trials": [_rounded(one) for one in judged],
+    }
 
 
 def summary(judged: Sequence[Judged]) -> dict[str, Any]:
@@ -133,16 +149,52 @@ def summary(judged: Sequence[Judged]) -> dict[str, Any]:
     return {name: _counted(group) for name, group in groups.items() if group}
 
 
+def thresholds(judged: Sequence[Judged], is_right: Callable[[Judged], bool]) -> dict[str, Any]:
+    """How often a mixture said to be better than the base is: as shipped, and with thresholds picked on other tasks.
+
+    For each task the thresholds are those that let most trials of all other tasks through with at least `AIM` of them
+    right, the smallest of equals; then they are tried on the task. Where none reach the aim nothing is let through.
+    """
+    grid = [(gain, errors) for gain in GAINS for errors in ERRORS]
+    let_through: list[Judged] = []
+    picked: dict[str, tuple[float, float] | None] = {}
+    for task in dict.fromkeys(one.task for one in judged):
+        others = [one for one in judged if one.task != task]
+        found = {pair: _passing(others, *pair) for pair in grid}
+        good = [pair for pair, passing in found.items() if passing and np.mean([*map(is_right, passing)]) >= AIM]
+        best = picked[task] = max(good, key=lambda pair: len(found[pair]), default=None)
+        if best is not None:
+            let_through += _passing([one for one in judged if one.task == task], *best)
+    shipped = _passing(judged, MIN_GAIN, MIN_ERRORS)
+    return {
+        "shipped": {"given": len(shipped), "right": sum(map(is_right, shipped))},
+        "picked on the other tasks": {"given": len(let_through), "right": sum(map(is_right, let_through))},
+        "picked": picked,
+    }
+
+
+def _passing(judged: Sequence[Judged], min_gain: float, min_errors: float) -> list[Judged]:
+    return [one for one in judged if 0.0 < one.gain >= min_gain and one.errors >= min_errors]
+
+
+def _is_better(one: Judged) -> bool:
+    return one.test_gain > 0.0
+
+
+def _is_no_worse(one: Judged) -> bool:
+    return one.score_gain >= 0.0
+
+
 def _counted(judged: Sequence[Judged]) -> dict[str, Any]:
     by_advice = {}
     for advice in ("use", "use_expert", "unsure", "no_gain"):
         group = [one for one in judged if one.advice == advice]
         by_advice[advice] = {
             "given": len(group),
-            "better": sum(one.test_gain > 0.0 for one in group),
-            "not_worse_by_score": sum(one.score_gain >= 0.0 for one in group),
+            "better": sum(map(_is_better, group)),
+            "not_worse_by_score": sum(map(_is_no_worse, group)),
         }
-    return {"trials": len(judged), "better": sum(one.test_gain > 0.0 for one in judged), "advice": by_advice}
+    return {"trials": len(judged), "better": sum(map(_is_better, judged)), "advice": by_advice}
 
 
 def _rounded(one: Judged) -> dict[str, Any]:

@@ -121,7 +121,7 @@ def test_trials_count_what_the_verdict_said(folders: dict[str, Path], monkeypatc
     monkeypatch.setattr("bench.paper.trials.SIZES", (2, 3))
     result = make(folders, monkeypatch, "verdict")
     everything = result["summary"]["all"]
-    assert everything["trials"] == len(result["trials"]) == 2 * (1 + 2 + 2)
+    assert everything["trials"] == len(result["trials"]) == 2 * 2 * (1 + 2 + 2), "two sizes, two draws"
     assert sum(group["given"] for group in everything["advice"].values()) == everything["trials"]
     use = [one for one in result["trials"] if one["advice"] == "use"]
     assert everything["advice"]["use"]["better"] == sum(one["test_gain"] > 0 for one in use)
