@@ -9,6 +9,7 @@ from typing import Any
 
 from bench.paper import published
 from bench.paper.figures import told
+from bench.paper.unseen import REFERENCES
 
 NOTE = "Hundredths of accuracy, exact match, F1, ROUGE-L or NDCG@10; 95 % paired bootstrap intervals over rows."
 
@@ -75,19 +76,24 @@ def unseen_text(title: str, groups: Mapping[str, Mapping[str, Any]], theirs: Map
     parts = [f"# {title}\n\n{NOTE} Published: {published.SOURCE}, another model on other tasks.\n"]
     for heading, result in groups.items():
         has_loss = any("loss" in row for row in result["rows"].values())
-        head = ["system", "score", "less base", "less best single", "less soup"]
-        head += [*(["loss", "loss less base"] if has_loss else []), "published"]
+        head = ["system", "score", *(f"less {name}" for name in REFERENCES), "published"]
         rows = []
         for label, row in result["rows"].items():
             line = [label, told(row["score"])]
-            line += [
-                told(row[f"less {name}"]) if f"less {name}" in row else ""
-                for name in ("base", "best single expert", "uniform soup")
-            ]
-            if has_loss:
-                line += [told(row["loss"], 3), told(row["loss less base"], 3)]
+            line += [told(row[f"less {name}"]) if f"less {name}" in row else "" for name in REFERENCES]
             rows.append([*line, f"{theirs[label]:.1f}" if label in theirs else ""])
         parts.append(f"\n## {heading}\n\n{', '.join(result['tasks'])}\n\n{markdown(head, rows)}")
+        if has_loss:
+            head = ["system", "loss", *(f"less {name}" for name in REFERENCES)]
+            rows = [
+                [
+                    label,
+                    told(row["loss"], 3),
+                    *(told(row[f"loss less {name}"], 3) if name != label else "" for name in REFERENCES),
+                ]
+                for label, row in result["rows"].items()
+            ]
+            parts.append(f"\nThe same by loss, nats per token: less is better.\n\n{markdown(head, rows)}")
     return "".join(parts)
 
 

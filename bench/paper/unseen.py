@@ -14,6 +14,10 @@ from cocktail_serve.examples import ExampleSet
 
 BEST, SOUP = "best single expert", "uniform soup"
 COCKTAIL, UNIFIED = "LM-Cocktail, tau {:g}", "LM-Cocktail unified, tau {:g}"
+PAPERS = COCKTAIL.format(5.0)
+
+REFERENCES = (BASE, BEST, SOUP, PAPERS)
+"""What every row is compared with, where the table has it."""
 
 DRAWN_ONCE = frozenset({"blackbox", "ensemble", "ties", "dare", "unified"})
 """Systems measured for the first draw of examples alone: dear, or beside the question."""
@@ -48,7 +52,7 @@ def pooled(session: Session, tasks: Sequence[str], *, seed: int, num: int | None
 
 
 def table(session: Session, tasks: Sequence[str], systems: Sequence[System], *, seeds: Sequence[int]) -> dict[str, Any]:
-    """Mean over tasks of every system, with differences to the base, the best single expert and the soup.
+    """Mean over tasks of every system, less the base's, the best single expert's, the soup's, and the paper's tau's.
 
     Systems made from examples are a mean over draws of them (`seeds`), row by row, unless `DRAWN_ONCE`.
     """
@@ -76,13 +80,17 @@ def table(session: Session, tasks: Sequence[str], systems: Sequence[System], *, 
         }
         row |= {
             f"less {reference}": difference_of(of_tasks, scores[reference])
-            for reference in (BASE, BEST, SOUP)
+            for reference in REFERENCES
             if reference != label and reference in scores
         }
         if label in losses:
             row["loss"] = mean_of(losses[label], scale=1.0)
             row["task_losses"] = {task: round(float(np.mean(values)), 4) for task, values in losses[label].items()}
-            row["loss less base"] = difference_of(losses[label], losses[BASE], scale=1.0)
+            row |= {
+                f"loss less {reference}": difference_of(losses[label], losses[reference], scale=1.0)
+                for reference in REFERENCES
+                if reference in losses
+            }
         rows[label] = row
     return {"tasks": list(tasks), "rows": rows, "about": about}
 
