@@ -12,11 +12,18 @@ def register() -> None:
 
     Without an owner (plain vLLM) it only asks for AMX, so any process may load it.
     """
+    import os
+
     import torch
 
+    from vllm_cocktail.launch import is_cpu_build
     from vllm_cocktail.lifetime import die_with_owner
+    from vllm_cocktail.manifest import OWNER_VARIABLE
+    from vllm_cocktail.waiting import nap_while_waiting
 
     if hasattr(torch.cpu, "_init_amx"):
         # the kernels of vLLM use AMX tiles, which Linux grants per process and only when asked (else SIGILL)
         torch.cpu._init_amx()
     die_with_owner()
+    if OWNER_VARIABLE in os.environ and is_cpu_build():
+        nap_while_waiting()
