@@ -16,6 +16,7 @@ from cocktail_serve.cocktails.registry import Registry
 from cocktail_serve.cocktails.request import CocktailOptions
 from cocktail_serve.cocktails.scores import Keeping
 from cocktail_serve.cocktails.tasks import Tasks
+from cocktail_serve.cocktails.warnings import warnings_of_losses
 from cocktail_serve.cocktails.weigher import Weigher
 from cocktail_serve.cocktails.weighing import recipe_of
 from cocktail_serve.engines.base import Engine
@@ -233,7 +234,7 @@ class Jobs:
             mixed_loss=mixed_loss,
             validation_loss=validation_loss,
             candidates=_judged(options, weighing.candidates, mixed_loss),
-            warnings=(*cocktail.warnings, *_warnings(options, weighing.losses, mixed_loss)),
+            warnings=(*cocktail.warnings, *warnings_of_losses(options, weighing.losses, mixed_loss)),
             findings=None if cocktail.inline or self._on_ready is None else PENDING,
         )
         if self._on_ready is not None and not cocktail.inline:
@@ -269,17 +270,3 @@ def _judged(
     if options.searches:
         return candidates
     return tuple(replace(candidate, loss=mixed_loss) for candidate in candidates)
-
-
-def _warnings(options: CocktailOptions, losses: Mapping[str, float], mixed_loss: float | None) -> list[str]:
-    if mixed_loss is None or not losses:
-        return []
-    if options.weighting == "search" and options.num_examples == 1:
-        return ["one example cannot be held out, so nothing was searched: temperature and alpha are the paper's"]
-    best = min(losses, key=losses.__getitem__)
-    if mixed_loss <= losses[best]:
-        return []
-    return [
-        f"the mixture's loss {mixed_loss:.4g} is above that of {best!r} alone, {losses[best]:.4g}: "
-        "try a lower temperature, or that model itself"
-    ]

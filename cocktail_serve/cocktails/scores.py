@@ -10,7 +10,7 @@ from concurrent.futures import Executor
 from dataclasses import dataclass
 from typing import Protocol, TypeVar, cast
 
-from cocktail_serve.cocktails.store import ScoreKey, Store
+from cocktail_serve.cocktails.score_store import ScoreKey, ScoreStore
 from cocktail_serve.digest import digest_of
 from cocktail_serve.engines.base import EmbeddingEngine, Engine, ScoringEngine
 from cocktail_serve.errors import InvalidMixError
@@ -75,7 +75,7 @@ class Scores:
         truncate: by pool id, whether encoder inputs that are too long are cut.
     """
 
-    def __init__(self, store: Store, executor: Executor, *, truncate: Mapping[str, bool]) -> None:
+    def __init__(self, store: ScoreStore, executor: Executor, *, truncate: Mapping[str, bool]) -> None:
         self._store = store
         self._executor = executor
         self._truncate = truncate

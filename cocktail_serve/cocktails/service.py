@@ -1,34 +1,34 @@
-"""The one door to cocktails: made, followed, found, pinned and deleted, each tenant its own."""
+"""The one door to cocktails: made, followed, pinned and deleted, each tenant its own; found as in `catalog`."""
 
 from __future__ import annotations
 
 import asyncio
-from collections import Counter
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import replace
 from functools import partial
-from typing import Any
 
-from cocktail_serve.cocktails.cocktail import Cocktail, ModelEntry, Served, Status, Weighing
+from cocktail_serve.cocktails.catalog import Catalog
+from cocktail_serve.cocktails.cocktail import Cocktail, Served, Weighing
 from cocktail_serve.cocktails.following import Following, Sweep
 from cocktail_serve.cocktails.jobs import Jobs, Patience, check_examples
 from cocktail_serve.cocktails.peers import Peers
 from cocktail_serve.cocktails.registry import Registry
 from cocktail_serve.cocktails.reports import Reports
 from cocktail_serve.cocktails.request import CocktailRequest
+from cocktail_serve.cocktails.score_store import ScoreStore
 from cocktail_serve.cocktails.scores import Keeping, Scores, score_items
 from cocktail_serve.cocktails.store import Beside, Store, Witness
+from cocktail_serve.cocktails.warnings import warnings_of_request
 from cocktail_serve.cocktails.weigher import Weigher
 from cocktail_serve.config import Settings
 from cocktail_serve.database.database import Database
 from cocktail_serve.database.unbroken import Unbroken
 from cocktail_serve.engines.base import Engine
 from cocktail_serve.engines.effort import Effort, measured
-from cocktail_serve.errors import CapacityError, ModelNotReadyError, NotFoundError, StorageError
-from cocktail_serve.examples import ExampleSet, parse_examples
-from cocktail_serve.pool import Member, Pool
+from cocktail_serve.errors import CapacityError
+from cocktail_serve.examples import ExampleSet
+from cocktail_serve.pool import Pool
 from cocktail_serve.tenants.limits import LimitsOf, unlimited
 from cocktail_serve.usage.account import Use
 from cocktail_serve.usage.audit import acting
@@ -44,7 +44,7 @@ INLINE_TIMEOUT_S = 60.0
 """How long a request with an inline cocktail waits for it before it is told to come again."""
 
 
-class CocktailService:
+class CocktailService(Catalog):
     """Cocktails of all tenants over the operator's pools.
 
     Args:
@@ -71,20 +71,18 @@ class CocktailService:
         witnesses: Sequence[Witness] = (),
         ledger: Ledger | None = None,
     ) -> None:
+        store = Store(database, witnesses=witnesses)
+        dtypes = {pool_id: engine.dtype for pool_id, engine in engines.items()}
+        super().__init__(Registry(store, pools, dtypes, max_inline=settings.max_inline_cocktails), store)
         self._ledger = ledger
         self._settings = settings
         self._pools = pools
         self._engines = engines
         self._limits_of = limits_of
         self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="cocktail-scores")
-        self._store = Store(database, witnesses=witnesses)
-        self._registry = Registry(
-            self._store,
-            pools,
-            {pool_id: engine.dtype for pool_id, engine in engines.items()},
-            max_inline=settings.max_inline_cocktails,
+        scores = Scores(
+            ScoreStore(database), self._executor, truncate={pool.id: pool.truncate for pool in settings.pools}
         )
-        scores = Scores(self._store, self._executor, truncate={pool.id: pool.truncate for pool in settings.pools})
         self._weigher = Weigher(scores, self._executor, self._registry.uses)
         patience = patience or Patience()
         self._reports = Reports(
@@ -103,7 +101,7 @@ class CocktailService:
             self._registry,
             self._jobs,
             pools,
-            examples_of=lambda cocktail: partial(self._stored_examples, cocktail),
+            examples_of=lambda cocktail: partial(self._kept_examples, cocktail),
             report=self._reports.submit,
             sweep=self._sweep,
             poll_s=settings.store.poll_s,
@@ -206,57 +204,6 @@ class CocktailService:
             raise self._registry.why_not_served(made)
         return served
 
-    def resolve(self, tenant: str, model_id: str) -> Served:
-        """What a model id means now. Synchronous: the hot path of every request.
-
-        Raises:
-            NotFoundError: `model_not_found`: unknown, another tenant's, failed or deleted.
-            ModelNotReadyError: its job has not ended.
-        """
-        return self._registry.resolve(tenant, model_id)
-
-    async def learn(self) -> None:
-        """Brings what other gateways have done before this call into memory.
-
-        Raises:
-            StorageError: the store cannot be asked.
-        """
-        await self._registry.learn()
-
-    async def find(self, tenant: str, model_id: str) -> Served:
-        """As `resolve`, and where that finds nothing to serve, looks for what another gateway has made just now.
-
-        Raises:
-            StorageError: it is not known here, and the store cannot be asked.
-        """
-        try:
-            return self._registry.resolve(tenant, model_id)
-        except (NotFoundError, ModelNotReadyError):
-            await self._registry.learn()
-        return self._registry.resolve(tenant, model_id)
-
-    async def look_up(self, tenant: str, ref: str) -> Cocktail:
-        """As `get`, with what other gateways have done just now.
-
-        Raises:
-            StorageError: it is not known here, and the store cannot be asked.
-        """
-        try:
-            await self._registry.learn()
-        except StorageError:
-            with suppress(NotFoundError):
-                return self._registry.get(tenant, ref)
-            raise
-        return self._registry.get(tenant, ref)
-
-    def get(self, tenant: str, ref: str) -> Cocktail:
-        """A snapshot by `name@digest8`, or by name: the current version, else the newest.
-
-        Raises:
-            NotFoundError: unknown, or another tenant's.
-        """
-        return self._registry.get(tenant, ref)
-
     async def report(self, tenant: str, ref: str) -> Cocktail:
         """As `look_up`; of a ready cocktail the findings are there or in the making.
 
@@ -266,33 +213,9 @@ class CocktailService:
         """
         return await self._unbroken.run(self._reports.ask(await self.look_up(tenant, ref)))
 
-    def list(self, tenant: str, name: str | None = None) -> Sequence[Cocktail]:
-        """The tenant's cocktails, newest first, inline ones left out; of one name if given."""
-        return self._registry.of_tenant(tenant, name)
-
-    def models(self, tenant: str) -> Sequence[ModelEntry]:
-        """The model list of a tenant, sorted by id."""
-        return self._registry.models(tenant)
-
-    def statuses(self) -> Counter[Status]:
-        """How many cocktails of all tenants, inline ones included, are in each state."""
-        return self._registry.statuses()
-
-    def named(self, pool_id: str, recipe_digests: Collection[str]) -> Mapping[str, Sequence[tuple[str | None, str]]]:
-        """Tenant (None: a model of the pool itself) and model id of all that each recipe is served as."""
-        return self._registry.named(pool_id, recipe_digests)
-
-    def made_of(self, pool_id: str, member: Member) -> Sequence[Cocktail]:
-        """Cocktails of all tenants that a model of a pool is in, or may be in once their jobs end."""
-        return self._registry.made_of(pool_id, member)
-
     def change_pool(self, pool: Pool) -> None:
         """The pool has other experts now; whoever changes it has changed the mapping of pools too."""
         self._registry.change_pool(pool)
-
-    async def examples(self, tenant: str, ref: str) -> Sequence[Mapping[str, Any]]:
-        """The examples a cocktail was made from, as JSON rows; empty where it was made without."""
-        return await self._store.examples((await self.look_up(tenant, ref)).uid)
 
     async def set_current(self, tenant: str, name: str, ref: str | None) -> Cocktail:
         """Pins a name to a ready version; None removes the pin. Returns what the name means then.
@@ -328,7 +251,7 @@ class CocktailService:
             tenant,
             request,
             items=items,
-            warnings=_warnings(request, pool),
+            warnings=warnings_of_request(request, pool),
             limits=self._limits_of(tenant),
             key_id=acting.get().key_id,
             beside=beside,
@@ -388,39 +311,5 @@ class CocktailService:
             return  # an engine that is still starting says it later, to the job
 
     async def _examples_of(self, cocktail: Cocktail) -> ExampleSet | None:
-        return (await self._stored_examples(cocktail))[0]
-
-    async def _stored_examples(self, cocktail: Cocktail) -> tuple[ExampleSet | None, ExampleSet | None]:
-        async def read(*, validation: bool) -> ExampleSet:
-            rows = await self._store.examples(cocktail.uid, validation=validation)
-            return parse_examples(rows, cocktail.kind, max_examples=len(rows))
-
-        options = cocktail.request
-        return (
-            None if options.examples_digest is None else await read(validation=False),
-            None if options.validation_digest is None else await read(validation=True),
-        )
-
-
-def _warnings(request: CocktailRequest, pool: Pool) -> tuple[str, ...]:
-    options = request.options
-    warnings = []
-    if options.num_examples < options.num_examples_given:
-        warnings.append(
-            f"{options.num_examples} of {options.num_examples_given} examples were sampled with seed {options.seed}; "
-            "more do not fit the pool's max_examples"
-        )
-    if request.validation is not None and len(request.validation) < request.validation.num_given:
-        warnings.append(
-            f"{len(request.validation)} of {request.validation.num_given} validation examples were sampled with seed "
-            f"{options.seed}; more do not fit the pool's max_examples"
-        )
-    names_of: dict[str, list[str]] = {}
-    for name in options.scored:
-        names_of.setdefault(pool.member(name).fingerprint, []).append(name)
-    warnings.extend(
-        f"{' and '.join(map(repr, same))} have the same parameters, which therefore count {len(same)} times"
-        for same in names_of.values()
-        if len(same) > 1
-    )
-    return tuple(warnings)
+        examples, _ = await self._kept_examples(cocktail)
+        return examples

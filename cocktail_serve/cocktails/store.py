@@ -1,39 +1,23 @@
-"""What must survive a restart: cocktails, their examples, pins, and the scores kept to be used again."""
+"""What must survive a restart: cocktails, their examples and pins."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
-from typing import Any, Protocol, TypeVar
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
 
-import numpy as np
-from sqlalchemy import Column, ColumnElement, Table, delete, insert, select, tuple_, update
-from sqlalchemy.engine import RowMapping
+from sqlalchemy import ColumnElement, delete, insert, select, tuple_, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from cocktail_serve.cocktails import history
-from cocktail_serve.cocktails.cocktail import DIGEST8, Cocktail, Failure, Findings
-from cocktail_serve.cocktails.request import CocktailOptions
+from cocktail_serve.cocktails.cocktail import DIGEST8, Cocktail
+from cocktail_serve.cocktails.rows import from_row, to_row
+from cocktail_serve.cocktails.score_store import forget_scores
 from cocktail_serve.database import tables
-from cocktail_serve.database.database import Database, insert_missing, to_the_end
+from cocktail_serve.database.database import Database, chunks, insert_missing, to_the_end
 from cocktail_serve.examples import ExampleSet
-from cocktail_serve.recipe import Recipe
 from cocktail_serve.tenants.kept_bytes import check_example_bytes
-from cocktail_serve.weighting.candidates import Candidate
-
-
-@dataclass(frozen=True, slots=True)
-class ScoreKey:
-    """What a score depends on besides the text.
-
-    Attributes:
-        model: fingerprint of the parameters.
-        variant: digest of how it was made: version of the loss, tokenizer and modules, dtype, truncation.
-    """
-
-    model: str
-    variant: str
 
 
 class Witness(Protocol):
@@ -75,14 +59,8 @@ class News:
     is_all: bool = False
 
 
-_IN_CLAUSE = 500
-"""Parameters of one IN list: well under SQLite's and PostgreSQL's limits on bound variables."""
-
-_T = TypeVar("_T")
-
-
 class Store:
-    """The tables of cocktails and scores in a database that is open, beside other gateways that change them.
+    """The tables of cocktails in a database that is open, beside other gateways that change them.
 
     Changes of cocktails are numbered in the order in which they are committed, so that who has seen one has seen all
     before it. A write names the change that it goes back to, and does nothing if there was another since.
@@ -110,7 +88,7 @@ class Store:
                 cocktails = await _cocktails(connection, tables.cocktails.c.change > seen)
                 names = list({(cocktail.tenant, cocktail.name) for cocktail in cocktails})
                 pins: dict[tuple[str, str], str] = {}
-                for some in _chunks(names):
+                for some in chunks(names):
                     pins |= await _pins(connection, tuple_(tables.pins.c.tenant, tables.pins.c.name).in_(some))
                 gone = select(tables.removals.c.uid).where(tables.removals.c.change > seen)
                 removed = list((await connection.execute(gone)).scalars())
@@ -178,7 +156,7 @@ class Store:
             await check_example_bytes(
                 connection, cocktail.tenant, num_bytes, max_example_bytes, now=cocktail.created_at
             )
-            await connection.execute(insert(tables.cocktails).values(_row(cocktail)))
+            await connection.execute(insert(tables.cocktails).values(to_row(cocktail)))
             for table, rows in rows_of.items():
                 await connection.execute(insert(table), rows)
             if items:
@@ -214,7 +192,7 @@ class Store:
         async with self._database.write() as connection:
             change = await _number(connection)
             changed = replace(cocktail, change=change, sequence=change if newest else cocktail.sequence)
-            row = _row(changed)
+            row = to_row(changed)
             updated = await connection.execute(
                 update(tables.cocktails)
                 .where(tables.cocktails.c.uid == row.pop("uid"), tables.cocktails.c.change == cocktail.change)
@@ -269,7 +247,7 @@ class Store:
         """Deletes cocktails of a tenant with their examples, and the scores that no other of its cocktails needs."""
         async with self._database.write() as connection:
             change = await _number(connection)
-            for some in _chunks(uids):
+            for some in chunks(uids):
                 names = select(tables.cocktails.c.name, tables.cocktails.c.digest)
                 rows = await connection.execute(names.where(tables.cocktails.c.uid.in_(some)).with_for_update())
                 await history.deleted(connection, tenant, [(row.name, row.digest) for row in rows])
@@ -277,18 +255,7 @@ class Store:
                 await connection.execute(insert_missing(connection, tables.removals), removals)
                 for witness in self._witnesses:
                     await witness.deleted(connection, some)
-                going = select(tables.items.c.item).where(tables.items.c.uid.in_(some))
-                staying = (
-                    select(tables.items.c.item)
-                    .join(tables.cocktails, tables.cocktails.c.uid == tables.items.c.uid)
-                    .where(tables.cocktails.c.tenant == tenant, tables.cocktails.c.uid.not_in(some))
-                )
-                for scores in (tables.losses, tables.embeddings):
-                    await connection.execute(
-                        delete(scores).where(
-                            scores.c.tenant == tenant, scores.c.item.in_(going), scores.c.item.not_in(staying)
-                        )
-                    )
+                await forget_scores(connection, tenant, some)
                 for table in (
                     tables.pins,
                     tables.items,
@@ -311,54 +278,6 @@ class Store:
         async with self._database.read() as connection:
             return list((await connection.execute(query)).scalars())
 
-    @to_the_end
-    async def losses(self, tenant: str, key: ScoreKey, items: Sequence[str]) -> dict[str, float]:
-        """Losses kept for these examples of one model, by example digest."""
-        return await self._kept(tables.losses, tables.losses.c.loss, tenant=tenant, key=key, items=items)
-
-    @to_the_end
-    async def keep_losses(self, uid: str, key: ScoreKey, losses: Mapping[str, float]) -> None:
-        """Keeps losses measured for a cocktail; nothing where it has been deleted meanwhile."""
-        await self._keep(tables.losses, "loss", uid=uid, key=key, values=losses)
-
-    @to_the_end
-    async def embeddings(self, tenant: str, key: ScoreKey, items: Sequence[str]) -> dict[str, np.ndarray]:
-        """Embeddings kept for these texts under one model, `[D]` float32, by text digest."""
-        kept = await self._kept(tables.embeddings, tables.embeddings.c.vector, tenant=tenant, key=key, items=items)
-        return {item: np.frombuffer(vector, dtype="<f4") for item, vector in kept.items()}
-
-    @to_the_end
-    async def keep_embeddings(self, uid: str, key: ScoreKey, vectors: Mapping[str, np.ndarray]) -> None:
-        """Keeps embeddings made for a cocktail; nothing where it has been deleted meanwhile."""
-        packed = {item: np.ascontiguousarray(vector, dtype="<f4").tobytes() for item, vector in vectors.items()}
-        await self._keep(tables.embeddings, "vector", uid=uid, key=key, values=packed)
-
-    async def _kept(
-        self, table: Table, value: Column[Any], *, tenant: str, key: ScoreKey, items: Sequence[str]
-    ) -> dict[str, Any]:
-        kept: dict[str, Any] = {}
-        async with self._database.read() as connection:
-            for some in _chunks(items):
-                query = select(table.c.item, value).where(*_score_key(table, tenant, key, some))
-                kept.update((row[0], row[1]) for row in await connection.execute(query))
-        return kept
-
-    async def _keep(self, table: Table, column: str, *, uid: str, key: ScoreKey, values: Mapping[str, Any]) -> None:
-        async with self._database.write() as connection:
-            there = select(tables.cocktails.c.tenant).where(tables.cocktails.c.uid == uid)
-            # a deletion through another gateway comes before this, or after it and finds what this wrote
-            owner = await connection.execute(there.with_for_update(read=True))
-            tenant = owner.scalar_one_or_none()
-            if tenant is None:
-                return
-            rows = [
-                {"tenant": tenant, "item": item, "model": key.model, "variant": key.variant, column: value}
-                for item, value in values.items()
-            ]
-            if rows:
-                # two jobs may have measured the same: the first to come keeps its value
-                await connection.execute(insert_missing(connection, table), rows)
-
 
 async def _number(connection: AsyncConnection) -> int:
     """The number of the change that this transaction makes. Until it ends, no other can get one: so whoever sees a
@@ -370,71 +289,9 @@ async def _number(connection: AsyncConnection) -> int:
 
 async def _cocktails(connection: AsyncConnection, *conditions: ColumnElement[bool]) -> list[Cocktail]:
     query = select(tables.cocktails).where(*conditions).order_by(tables.cocktails.c.sequence)
-    return [_cocktail(row) for row in (await connection.execute(query)).mappings()]
+    return [from_row(row) for row in (await connection.execute(query)).mappings()]
 
 
 async def _pins(connection: AsyncConnection, *conditions: ColumnElement[bool]) -> dict[tuple[str, str], str]:
     rows = await connection.execute(select(tables.pins).where(*conditions))
     return {(pin.tenant, pin.name): pin.uid for pin in rows}
-
-
-def _chunks(values: Sequence[_T]) -> Iterator[Sequence[_T]]:
-    for start in range(0, len(values), _IN_CLAUSE):
-        yield values[start : start + _IN_CLAUSE]
-
-
-def _score_key(table: Table, tenant: str, key: ScoreKey, items: Sequence[str]) -> list[Any]:
-    return [
-        table.c.tenant == tenant,
-        table.c.model == key.model,
-        table.c.variant == key.variant,
-        table.c.item.in_(items),
-    ]
-
-
-def _row(cocktail: Cocktail) -> dict[str, Any]:
-    return {
-        "uid": cocktail.uid,
-        "tenant": cocktail.tenant,
-        "name": cocktail.name,
-        "pool_id": cocktail.pool_id,
-        "kind": cocktail.kind,
-        "digest": cocktail.digest,
-        "request": cocktail.request.to_json(),
-        "created_at": cocktail.created_at,
-        "ready_at": cocktail.ready_at,
-        "used_at": cocktail.used_at,
-        "sequence": cocktail.sequence,
-        "status": cocktail.status,
-        "progress": cocktail.progress,
-        "losses": dict(cocktail.losses),
-        "merging_weights": None if cocktail.merging_weights is None else dict(cocktail.merging_weights),
-        "entropy": cocktail.entropy,
-        "mixed_loss": cocktail.mixed_loss,
-        "validation_loss": cocktail.validation_loss,
-        "recipe": None if cocktail.recipe is None else cocktail.recipe.to_json(),
-        "error": None if cocktail.error is None else cocktail.error.to_json(),
-        "warnings": list(cocktail.warnings),
-        "candidates": [asdict(candidate) for candidate in cocktail.candidates],
-        "owner": cocktail.owner,
-        "epoch": cocktail.epoch,
-        "change": cocktail.change,
-        "findings": None if cocktail.findings is None else cocktail.findings.to_json(),
-        "key_id": cocktail.key_id,
-        "example_bytes": cocktail.example_bytes,
-    }
-
-
-def _cocktail(row: RowMapping) -> Cocktail:
-    values = dict(row)
-    return Cocktail(
-        **{
-            **values,
-            "request": CocktailOptions.from_json(values["request"]),
-            "recipe": None if values["recipe"] is None else Recipe.from_json(values["recipe"]),
-            "error": None if values["error"] is None else Failure(**values["error"]),
-            "warnings": tuple(values["warnings"]),
-            "candidates": tuple(Candidate(**candidate) for candidate in values["candidates"] or ()),
-            "findings": None if values["findings"] is None else Findings(**values["findings"]),
-        }
-    )

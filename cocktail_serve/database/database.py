@@ -8,7 +8,7 @@ import functools
 import logging
 import os
 import sqlite3
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
 from contextlib import asynccontextmanager, closing, contextmanager
 from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
@@ -37,6 +37,9 @@ _CONNECT_S = 10.0
 _STATEMENT_S = 30.0
 _IDLE_IN_TRANSACTION_S = 10.0
 """A process that is stopped in the middle of a transaction holds rows that others need: PostgreSQL ends it then."""
+
+_IN_CLAUSE = 500
+"""Parameters of one IN list: well under SQLite's and PostgreSQL's limits on bound variables."""
 
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
@@ -300,6 +303,12 @@ def insert_missing(connection: AsyncConnection, table: Table) -> postgresql.Inse
     if connection.dialect.name == "sqlite":
         return sqlite.insert(table).on_conflict_do_nothing()
     return postgresql.insert(table).on_conflict_do_nothing()
+
+
+def chunks(values: Sequence[_T]) -> Iterator[Sequence[_T]]:
+    """Parts of a list that one IN clause takes."""
+    for start in range(0, len(values), _IN_CLAUSE):
+        yield values[start : start + _IN_CLAUSE]
 
 
 _BEGIN = "cocktail_begin"

@@ -22,7 +22,7 @@ from cocktail_serve.cocktails.cocktail import Cocktail
 from cocktail_serve.cocktails.jobs import Patience
 from cocktail_serve.cocktails.request import CocktailRequest, parse_inline, parse_request
 from cocktail_serve.cocktails.service import CocktailService
-from cocktail_serve.cocktails.store import ScoreKey, Witness
+from cocktail_serve.cocktails.store import Witness
 from cocktail_serve.config import Settings
 from cocktail_serve.database.database import Database
 from cocktail_serve.engines.base import Embedded, EngineHealth, Forwarded
@@ -902,14 +902,6 @@ async def test_deletion_cancels_an_unfinished_job_and_answers_who_waits(world: W
     again = await made(service, world.request())
     assert (again.status, again.id) == ("ready", created.id)
     assert again.uid != created.uid
-
-
-async def test_scores_that_arrive_after_the_deletion_are_not_kept(world: World, service: CocktailService) -> None:
-    ready = await made(service, world.request(examples=[A]))
-    row = world.rows("losses")[0]
-    await service.delete("acme", ready.id)
-    await service._store.keep_losses(ready.uid, ScoreKey(row[2], row[3]), {row[1]: 1.0})
-    assert world.rows("losses") == []
 
 
 async def test_only_the_last_user_of_a_recipe_frees_its_parameters(world: World, service: CocktailService) -> None:

@@ -1,21 +1,18 @@
-"""Cocktails and scores in the database, of either kind: what is written comes back equal."""
+"""Cocktails in the database, of either kind: what is written comes back equal."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 
-import numpy as np
 import pytest
 
 from cocktail_serve.cocktails.cocktail import Failure
-from cocktail_serve.cocktails.store import ScoreKey, StaleError, Store
+from cocktail_serve.cocktails.store import StaleError, Store
 from cocktail_serve.database.database import Database
 from cocktail_serve.errors import StorageError
 from cocktail_serve.examples import ExampleSet, TextExample
 from cocktail_serve.recipe import Recipe
 from tests.cocktails import queued_cocktail
-
-KEY = ScoreKey(model="m", variant="v")
 
 
 @pytest.fixture
@@ -59,44 +56,6 @@ async def test_examples_keep_their_order(store: Store) -> None:
     await store.add(queued_cocktail("1"), examples, ["i"])
     assert await store.examples("1") == examples.to_json()
     assert await store.examples("2") == []
-
-
-async def test_scores_are_kept_apart_by_tenant_model_and_variant(store: Store) -> None:
-    await store.add(queued_cocktail("1"), None, ["i"])
-    await store.keep_losses("1", KEY, {"i": 1.25})
-    assert await store.losses("acme", KEY, ["i", "j"]) == {"i": 1.25}
-    assert await store.losses("other", KEY, ["i"]) == {}
-    assert await store.losses("acme", ScoreKey("m2", "v"), ["i"]) == {}
-    assert await store.losses("acme", ScoreKey("m", "v2"), ["i"]) == {}
-    await store.keep_losses("1", KEY, {"i": 9.0, "j": 2.0})
-    assert await store.losses("acme", KEY, ["i", "j"]) == {"i": 1.25, "j": 2.0}, "the first to come stays"
-
-
-async def test_more_items_than_a_statement_takes(store: Store) -> None:
-    items = [f"{number:064x}" for number in range(1201)]
-    await store.add(queued_cocktail("1"), None, items)
-    await store.keep_losses("1", KEY, {item: float(number) for number, item in enumerate(items)})
-    kept = await store.losses("acme", KEY, items)
-    assert len(kept) == 1201
-    assert kept[items[777]] == 777.0
-
-
-async def test_embeddings_come_back_bit_for_bit(store: Store) -> None:
-    vector = np.random.default_rng(0).normal(size=384).astype(np.float32)
-    await store.add(queued_cocktail("1"), None, ["t"])
-    await store.keep_embeddings("1", KEY, {"t": vector})
-    kept = await store.embeddings("acme", KEY, ["t"])
-    assert kept["t"].dtype == np.float32
-    np.testing.assert_array_equal(kept["t"], vector)
-
-
-async def test_deletion_keeps_the_scores_another_cocktail_of_the_tenant_needs(store: Store) -> None:
-    for uid, tenant, items in (("1", "acme", ["a", "b"]), ("2", "acme", ["b", "c"]), ("3", "other", ["a"])):
-        await store.add(queued_cocktail(uid, tenant), None, items)
-        await store.keep_losses(uid, KEY, dict.fromkeys(items, 1.0))
-    await store.delete("acme", ["1"])
-    assert set(await store.losses("acme", KEY, ["a", "b", "c"])) == {"b", "c"}
-    assert set(await store.losses("other", KEY, ["a"])) == {"a"}
 
 
 async def test_a_pin_is_replaced_removed_and_goes_with_its_version(store: Store) -> None:

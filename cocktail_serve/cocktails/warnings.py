@@ -1,0 +1,55 @@
+"""What whoever makes a cocktail should hear although nothing failed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from cocktail_serve.cocktails.request import CocktailOptions, CocktailRequest
+from cocktail_serve.pool import Pool
+
+
+def warnings_of_request(request: CocktailRequest, pool: Pool) -> tuple[str, ...]:
+    """What the request itself gives cause for."""
+    options = request.options
+    warnings = []
+    if options.num_examples < options.num_examples_given:
+        warnings.append(
+            f"{options.num_examples} of {options.num_examples_given} examples were sampled with seed {options.seed}; "
+            "more do not fit the pool's max_examples"
+        )
+    if request.validation is not None and len(request.validation) < request.validation.num_given:
+        warnings.append(
+            f"{len(request.validation)} of {request.validation.num_given} validation examples were sampled with seed "
+            f"{options.seed}; more do not fit the pool's max_examples"
+        )
+    names_of: dict[str, list[str]] = {}
+    for name in options.scored:
+        names_of.setdefault(pool.member(name).fingerprint, []).append(name)
+    warnings.extend(
+        f"{' and '.join(map(repr, same))} have the same parameters, which therefore count {len(same)} times"
+        for same in names_of.values()
+        if len(same) > 1
+    )
+    return tuple(warnings)
+
+
+def warnings_of_losses(
+    options: CocktailOptions, losses: Mapping[str, float], mixed_loss: float | None
+) -> tuple[str, ...]:
+    """What the measured losses give cause for.
+
+    Args:
+        losses: mean loss (nats) by model.
+        mixed_loss: of the mixture; None: there were no examples.
+    """
+    if mixed_loss is None or not losses:
+        return ()
+    if options.weighting == "search" and options.num_examples == 1:
+        return ("one example cannot be held out, so nothing was searched: temperature and alpha are the paper's",)
+    best = min(losses, key=losses.__getitem__)
+    if mixed_loss <= losses[best]:
+        return ()
+    return (
+        f"the mixture's loss {mixed_loss:.4g} is above that of {best!r} alone, {losses[best]:.4g}: "
+        "try a lower temperature, or that model itself",
+    )
