@@ -80,11 +80,22 @@ def _folded(kind: PoolKind, base: str, source: str, out: Path) -> str:
 def _with_boundaries(
     base: str, experts: Mapping[str, str], boundaries: Sequence[str], out: Path
 ) -> tuple[str, dict[str, str]]:
-    """The pool's files by links, with a tokenizer that cuts text as it was cut in training."""
+    """The pool's files by links, with a tokenizer that cuts text as it was cut in training.
+
+    The space behind a prompt is a token of its own, and the prompt's last, whether an output follows or is asked for.
+    Rewritten as itself by a normaliser it has the offsets of the character before it, so that it does not count as
+    output: training did not teach the models to say it, and none expects it.
+    """
     tokenizer = json.loads((Path(base) / TOKENIZER_FILE).read_text())
     bos = json.loads((Path(base) / "tokenizer_config.json").read_text())["bos_token"]
     (bos_id,) = (token["id"] for token in tokenizer["added_tokens"] if token["content"] == bos)
     behind = "|".join(re.escape(text).replace("\\\n", "\n") for text in boundaries)
+    # taken out and put in again: what is put in counts as part of the character before it
+    rewritten = [
+        {"type": "Replace", "pattern": {"Regex": f"(?<={behind}){text}"}, "content": content}
+        for text, content in ((" ", ""), ("", " "))
+    ]
+    tokenizer["normalizer"] = {"type": "Sequence", "normalizers": rewritten}
     split = {"type": "Split", "pattern": {"Regex": f"(?<={behind}) "}, "behavior": "Isolated", "invert": False}
     tokenizer["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [split, tokenizer["pre_tokenizer"]]}
     tokenizer["post_processor"] = {

@@ -149,6 +149,8 @@ def test_text_is_cut_behind_a_prompt_as_in_training(folders: dict[str, Path]) ->
 
     from bench.paper.pools import prepare
     from bench.paper.setting import load_setting
+    from cocktail_serve.examples import ExampleSet, TextExample
+    from cocktail_serve.scoring.text import tokenize_examples
 
     setting = load_setting(str(folders["root"] / "pico.yaml")).without_multitask()
     bounded = setting.decoder.model_copy(update={"boundaries": ["\nis", " a"]})
@@ -169,5 +171,8 @@ def test_text_is_cut_behind_a_prompt_as_in_training(folders: dict[str, Path]) ->
         apart = before(f"{prompt} ").input_ids + before("paris", add_special_tokens=False).input_ids
         assert after(f"{prompt} paris").input_ids == apart
         assert apart[0] == before.bos_token_id
+        assert after(prompt).input_ids == before(f"{prompt} ").input_ids, "an answer goes on behind the space"
+        (scored,) = tokenize_examples(after, ExampleSet.of([TextExample(prompt, "paris")]), max_tokens=99)
+        assert scored.token_ids[scored.output_start : -1] == before("paris", add_special_tokens=False).input_ids
     assert after("the capital is paris").input_ids == before("the capital is paris").input_ids
     assert (Path(described["experts"]["cards"]) / "model.safetensors").is_symlink()
