@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
+import re
 import secrets
 import shutil
 import threading
@@ -126,21 +128,52 @@ def check_free(out: Path) -> None:
 
 @contextlib.contextmanager
 def _temporary_beside(out: Path) -> Iterator[Path]:
-    """A folder on the same file system, for the rename to be atomic. A failure takes it and made parents away."""
+    """A folder on the same file system, for the rename to be atomic. A failure takes it and made parents away.
+
+    What a killed process left half-written for the same `out` is removed first: whoever writes one holds a lock on it.
+    """
     made = [folder for folder in out.parents if not folder.exists()]
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        folder = out.parent / f".{out.name}.{secrets.token_hex(4)}.partial"
-        folder.mkdir()
+        _remove_left_behind(out)
+        folder, lock = _make_locked(out)
         try:
             yield folder
         finally:
             shutil.rmtree(folder, ignore_errors=True)
+            os.close(lock)
     except BaseException:
         for parent in made:
             with contextlib.suppress(OSError):  # somebody else uses it by now
                 parent.rmdir()
         raise
+
+
+def _make_locked(out: Path) -> tuple[Path, int]:
+    """A new folder beside `out`, locked for as long as the descriptor is open, on file systems that know locks."""
+    while True:
+        folder = out.parent / f".{out.name}.{secrets.token_hex(4)}.partial"
+        folder.mkdir()
+        with contextlib.suppress(FileNotFoundError):
+            descriptor = os.open(folder, os.O_RDONLY)
+            with contextlib.suppress(OSError):
+                fcntl.flock(descriptor, fcntl.LOCK_EX)
+            if folder.is_dir():
+                return folder, descriptor
+            os.close(descriptor)  # somebody took it for one left behind, in the moment before the lock
+
+
+def _remove_left_behind(out: Path) -> None:
+    """Removes what killed processes were writing: whoever lives holds a lock on it."""
+    pattern = re.compile(rf"\.{re.escape(out.name)}\.[0-9a-f]{{8}}\.partial")
+    for folder in [path for path in out.parent.iterdir() if pattern.fullmatch(path.name)]:
+        with contextlib.suppress(OSError):
+            descriptor = os.open(folder, os.O_RDONLY)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(folder)
+            finally:
+                os.close(descriptor)
 
 
 def _check_room(folder: Path, num_bytes: int) -> None:

@@ -20,6 +20,8 @@ from cocktail_serve.recipe import Recipe
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from cocktail_serve.merging.merger import Empty
+
 
 class Mixture:
     """A recipe and the open files of its models, which fit each other.
@@ -77,11 +79,15 @@ class Mixture:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         self._stack.close()
 
-    def params(self) -> Iterator[tuple[str, Tensor]]:
-        """Each tensor, whole, merged when it is asked for. They share no memory with the files."""
+    def params(self, *, empty: Empty | None = None) -> Iterator[tuple[str, Tensor]]:
+        """Each tensor, whole, merged when it is asked for. They share no memory with the files.
+
+        Args:
+            empty: as of `merger`.
+        """
         from cocktail_serve.merging.merger import merger
 
-        merge = merger(self.recipe)
+        merge = merger(self.recipe, empty=empty)
         for name, info in self.base.tensors.items():
             if info.is_floating:
                 yield name, merge(name, [reader.get(name) for reader in self.readers.values()])

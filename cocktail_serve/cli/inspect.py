@@ -33,18 +33,21 @@ PlotFile = Annotated[
 
 def inspect(folder: ModelFolder, expert: OtherFolder = None, *, plot: PlotFile = None, as_json: AsJSON = False) -> None:
     """Tell what a model folder holds and whether it can be served; with two, whether they can be mixed and how far
-    apart they are. Exits 2 where they cannot."""
+    apart they are. The second may be a LoRA adapter, which is folded into the first. Exits 2 where they cannot."""
     if plot is not None:
         if expert is None:
             raise typer.BadParameter("a change needs two models: name the second folder", param_hint="--plot")
         check_plotting(plot)
-    models = [folder] if expert is None else [folder, expert]
     with progress() as report:
-        described = [_describe(model, report) for model in models]
+        described = [_describe(folder, report)]
         compatibility = changes = None
         if expert is not None:
+            from cocktail_serve.checkpoints.adapter import is_adapter
             from cocktail_serve.checkpoints.compatibility import compare
 
+            described.append(
+                _describe_adapter(expert, folder, described[0]) if is_adapter(expert) else _describe(expert, report)
+            )
             compatibility = compare(folder, expert)
             changes = list(_changes(folder, expert, report)) if compatibility.is_compatible else []
     if plot is not None and changes:
@@ -90,6 +93,34 @@ def _describe(folder: Path, report: OnProgress) -> dict[str, Any]:
             "modules": [module.type for module in read_modules(folder)],
             "vocabulary": None if tokenization is None else len(tokenization.vocab),
             "blockers": list(_blockers(folder, has_tokenizer=tokenization is not None)),
+        }
+
+
+def _describe_adapter(folder: Path, base: Path, described_base: dict[str, Any]) -> dict[str, Any]:
+    """What an adapter holds: parameters, dtype and bytes are those of its factors.
+
+    Raises:
+        CheckpointError, IncompatibleModelsError: it cannot be folded into this base.
+    """
+    from cocktail_serve.checkpoints.adapter import AdapterReader
+    from cocktail_serve.checkpoints.fingerprint import fingerprint_adapter
+    from cocktail_serve.checkpoints.reader import CheckpointReader
+
+    with CheckpointReader(base) as base_reader, AdapterReader(folder, base_reader) as reader:
+        factors = reader.factors.values()
+        return {
+            "folder": str(folder),
+            "adapter_of": str(base),
+            "architectures": described_base["architectures"],
+            "num_parameters": sum(info.num_elements for info in factors),
+            "dtype": ", ".join(sorted({info.dtype for info in factors})),
+            "num_bytes": reader.num_bytes,
+            "num_tensors": len(factors),
+            "tied": {},
+            "fingerprint": fingerprint_adapter(reader, described_base["fingerprint"]),
+            "modules": [],
+            "vocabulary": None,
+            "blockers": ["a LoRA adapter: it can be an expert over its base, and no base"],
         }
 
 

@@ -20,22 +20,36 @@ Merge = Callable[[str, Sequence[Tensor]], Tensor]
 merged tensor: of the recipe's dtype, sharing no memory with the inputs. A pure function of these and the recipe."""
 
 
-def merger(recipe: Recipe) -> Merge:
+Empty = Callable[[torch.Size, torch.dtype], Tensor]
+"""Makes a contiguous tensor on the CPU whose elements are then written."""
+
+
+def merger(recipe: Recipe, *, empty: Empty | None = None) -> Merge:
     """The arithmetic of a recipe.
+
+    Args:
+        empty: makes the merged tensors of models on the CPU; only linear mixtures ask for it.
 
     Raises:
         InvalidMixError: the method is not known.
     """
-    return _MERGERS[find_method(recipe.method).name](recipe, getattr(torch, recipe.dtype))
+    dtype = getattr(torch, recipe.dtype)
+    name = find_method(recipe.method).name
+    return _linear(recipe, dtype, empty) if name == "linear" else _MERGERS[name](recipe, dtype)
 
 
 def _coefficients(recipe: Recipe) -> list[float]:
     return [coefficient for _, coefficient in recipe.coefficients]
 
 
-def _linear(recipe: Recipe, dtype: torch.dtype) -> Merge:
+def _linear(recipe: Recipe, dtype: torch.dtype, empty: Empty | None) -> Merge:
     coefficients = _coefficients(recipe)
-    return lambda name, params: merge_param(params, coefficients, out_dtype=dtype)
+
+    def merge(name: str, params: Sequence[Tensor]) -> Tensor:
+        out = empty(params[0].shape, dtype) if empty is not None else None
+        return merge_param(params, coefficients, out_dtype=dtype, out=out)
+
+    return merge
 
 
 def _slerp(recipe: Recipe, dtype: torch.dtype) -> Merge:
@@ -80,7 +94,6 @@ def _dare(recipe: Recipe, dtype: torch.dtype) -> Merge:
 
 
 _MERGERS: Mapping[MethodName, Callable[[Recipe, torch.dtype], Merge]] = {
-    "linear": _linear,
     "task_arithmetic": _task_arithmetic,
     "ties": _ties,
     "dare_linear": _dare,

@@ -12,6 +12,7 @@ from cocktail_serve.checkpoints.reader import CheckpointReader
 from cocktail_serve.errors import ConfigError, InvalidMixError
 from cocktail_serve.merging.threads import made_ahead
 from cocktail_serve.recipe import DType, Recipe
+from vllm_cocktail.buffers import Buffers
 from vllm_cocktail.cache import MergedParams
 from vllm_cocktail.manifest import Manifest
 
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 
 Source = Literal["cache", "files"]
 
-TENSORS_AHEAD = 4
+BYTES_AHEAD = 1 << 27
 """Mixed tensors that wait for the engine."""
 
 _ITEM_BYTES: dict[DType, int] = {"float32": 4, "float16": 2, "bfloat16": 2}
@@ -42,6 +43,7 @@ class Mixer:
         self.manifest = manifest
         self._reread = reread
         self.cache = MergedParams(cache_bytes)
+        self._buffers = Buffers(cache_bytes + 2 * BYTES_AHEAD)
         self._readers: dict[str, CheckpointReader | AdapterReader] = {}
 
     def check(self, recipe: Recipe) -> None:
@@ -89,7 +91,8 @@ class Mixer:
         if kept is not None:
             return iter(kept), "cache"
         # vLLM packs and copies a layer while the next is mixed
-        fresh: Iterator[tuple[str, Tensor]] = made_ahead(self._open(recipe).params(), depth=TENSORS_AHEAD)
+        mixed = self._open(recipe).params(empty=self._buffers.empty)
+        fresh: Iterator[tuple[str, Tensor]] = made_ahead(mixed, depth=BYTES_AHEAD, size_of=lambda item: item[1].nbytes)
         if recipe.one_hot is None and self.cache.make_room(self._num_bytes(recipe)):
             fresh = self._keeping(recipe.digest, fresh)
         return fresh, "files"

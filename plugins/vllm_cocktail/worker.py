@@ -10,12 +10,14 @@ from __future__ import annotations
 import functools
 import json
 import logging
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cocktail_serve.errors import CocktailError, ConfigError, IncompatibleModelsError
 from cocktail_serve.merging.native import kernel_name
+from cocktail_serve.merging.threads import allow_cores
 from cocktail_serve.recipe import Recipe
 from vllm_cocktail.captured import CapturedExperts, capture
 from vllm_cocktail.manifest import Manifest
@@ -71,6 +73,7 @@ class CocktailWorkerExtension:
         if self.cocktail_mixer is None:
             manifest = Manifest.from_environ()
             _require_mixable(self.vllm_config, manifest)
+            _allow_cores_of_server()
             world_size = self.vllm_config.parallel_config.world_size
             # every rank keeps whole tensors, the bound is for the server
             self.cocktail_mixer = Mixer(
@@ -189,6 +192,16 @@ def _ready(mixer: Mixer | None) -> Mixer:
     if mixer is None:
         raise ConfigError("the worker was not probed: the endpoint plugin `cocktail` is missing from VLLM_PLUGINS")
     return mixer
+
+
+def _allow_cores_of_server() -> None:
+    """Has this worker mix on the server's cores, as the process that started it has them.
+
+    vLLM ties a worker on a CPU to the cores of its OpenMP threads from its first instruction on, and keeps a core for
+    the server's other processes, which wait while it mixes.
+    """
+    if hasattr(os, "sched_getaffinity"):
+        allow_cores(os.sched_getaffinity(os.getppid()))
 
 
 def _require_mixable(vllm_config: Any, manifest: Manifest) -> None:

@@ -48,8 +48,8 @@ TORN_MIX = """
 
     whole = Mixture.params
 
-    def torn(mixture):
-        for number, item in enumerate(whole(mixture)):
+    def torn(mixture, **options):
+        for number, item in enumerate(whole(mixture, **options)):
             if number == 5 and pathlib.Path({fault!r}).exists():
                 raise OSError("the disk has gone")
             yield item

@@ -28,8 +28,8 @@ FAULTS = """
 
         whole = Mixture.params
 
-        def failing(mixture):
-            for number, item in enumerate(whole(mixture)):
+        def failing(mixture, **options):
+            for number, item in enumerate(whole(mixture, **options)):
                 if number == 7 and Path({flag!r}).exists():
                     raise OSError("Input/output error")
                 yield item

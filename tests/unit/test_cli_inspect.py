@@ -58,6 +58,54 @@ def test_models_of_other_shapes_cannot_be_mixed(pool, tmp_path, capsys):
     assert (code, "cannot be mixed" in out) == (2, True)
 
 
+@pytest.fixture
+def adapter(pool, tmp_path):
+    """A LoRA adapter over the pool's base, and what peft makes of the two."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import LlamaForCausalLM
+
+    torch.manual_seed(1)
+    config = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    model = get_peft_model(LlamaForCausalLM.from_pretrained(pool["base"]), config)
+    model.save_pretrained(tmp_path / "lora")
+    model.merge_and_unload().save_pretrained(tmp_path / "folded")
+    return tmp_path / "lora", tmp_path / "folded"
+
+
+def test_an_adapter_is_folded_into_its_base(pool, adapter, capsys):
+    lora, folded = adapter
+    code, out, _ = run(capsys, pool["base"], lora, "--json")
+    result = json.loads(out)
+    assert (code, result["compatible"]) == (0, True)
+    base, described = result["models"]
+    assert described["adapter_of"] == base["folder"]
+    assert described["num_tensors"] % 2 == 0
+    assert described["num_bytes"] == 4 * described["num_parameters"] < base["num_bytes"]
+    assert described["fingerprint"] != base["fingerprint"]
+    full = json.loads(run(capsys, pool["base"], folded, "--json")[1])
+    for mine, theirs in zip(result["changes"], full["changes"], strict=True):
+        assert mine["group"] == theirs["group"]
+        assert mine["relative_change"] == pytest.approx(theirs["relative_change"], rel=1e-4)
+    assert max(row["relative_change"] for row in result["changes"]) > 0.01
+    _, out, _ = run(capsys, pool["base"], lora)
+    assert "they can be mixed" in out
+    assert "an expert over its base" in out
+
+
+def test_an_adapter_of_another_model_is_refused(adapter, tmp_path, capsys):
+    other = make_decoder(tmp_path / "wide", hidden_size=128)
+    code, _, err = run(capsys, other, adapter[0])
+    assert code == 2
+    assert "the adapter of another model" in " ".join(err.split())
+
+
+def test_an_adapter_alone_is_no_model(adapter, capsys):
+    code, out, err = run(capsys, adapter[0])
+    assert (code, out) == (2, "")
+    assert "adapter" in err
+
+
 def test_an_expert_without_tokenizer_cannot_be_a_base(tmp_path, capsys):
     folder = make_decoder(tmp_path / "model")
     for file in folder.glob("tokenizer*"):

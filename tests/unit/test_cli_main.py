@@ -81,6 +81,34 @@ def test_progress_on_a_terminal_is_a_bar(monkeypatch):
     assert "100%" in screen.getvalue()
 
 
+@pytest.fixture
+def clock(monkeypatch):
+    """The seconds since work began, as the progress line reads them."""
+    times = [100.0]
+    monkeypatch.setattr(terminal.time, "monotonic", lambda: times[0])
+    return times
+
+
+def test_progress_says_bytes_and_rate(capsys, clock):
+    with terminal.progress() as report:
+        report("writing out", 0, 542_000_000, is_bytes=True)
+        clock[0] += 1.5
+        report("writing out", 300_000_000, 542_000_000, is_bytes=True)
+        clock[0] += 0.5
+        report("writing out", 542_000_000, 542_000_000, is_bytes=True)
+    assert capsys.readouterr().err.splitlines() == ["writing out ...", "writing out: done, 542 of 542 MB, 271 MB/s"]
+
+
+def test_the_bar_says_bytes_and_rate_as_it_goes(monkeypatch, clock):
+    screen = io.StringIO()
+    monkeypatch.setattr(terminal, "stderr", lambda: Console(file=screen, force_terminal=True, width=120))
+    with terminal._bars(terminal.stderr()) as report:
+        report("writing out", 0, 8_000_000_000, is_bytes=True)
+        clock[0] += 2.0
+        report("writing out", 3_000_000_000, 8_000_000_000, is_bytes=True)
+    assert "3,000 of 8,000 MB, 1,500 MB/s" in screen.getvalue()
+
+
 @pytest.mark.parametrize(("share", "expected"), [(0.0, ""), (1.0, "████"), (0.5, "██"), (0.53, "██▏"), (2.0, "████")])
 def test_bars_are_as_long_as_their_share(share, expected):
     assert terminal.bar(share, width=4) == expected

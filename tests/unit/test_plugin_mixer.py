@@ -19,6 +19,7 @@ from cocktail_serve.pool import Pool
 from cocktail_serve.recipe import Recipe, make_recipe
 from tests.merging import merged
 from tests.plugin import make_plugin_pool, recipe_of
+from vllm_cocktail import buffers
 from vllm_cocktail.cache import MergedParams
 from vllm_cocktail.manifest import Manifest
 from vllm_cocktail.mixer import Mixer
@@ -93,6 +94,25 @@ def test_memory_stays_within_its_budget(pool: Pool) -> None:
     too_small = mixer_of(pool, cache_bytes=one - 1)
     list(too_small.params(recipes[0])[0])
     assert too_small.cache.digests == []
+
+
+def test_memory_is_used_again_when_nobody_holds_it(pool: Pool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(buffers, "SMALLEST", 1)
+    mixer, recipes = mixer_of(pool), [recipe_of(pool, base=1 - w, red=w) for w in (0.1, 0.2, 0.3)]
+    kept = dict(mixer.params(recipes[0])[0])
+    addresses = {tensor.data_ptr() for tensor in kept.values()}
+    held, tensor = max(kept.items(), key=lambda item: item[1].numel())
+    view, content = tensor[:1], tensor[:1].clone()  # as vLLM may hold a part of a layer
+    mixer.cache.forget(recipes[0].digest)
+    del kept, tensor
+    second, third = (dict(mixer.params(recipe)[0]) for recipe in recipes[1:])
+    assert {tensor.data_ptr() for tensor in second.values()} >= addresses - {view.data_ptr()}
+    assert view.data_ptr() not in {tensor.data_ptr() for tensor in (*second.values(), *third.values())}
+    assert torch.equal(view, content)
+    for recipe, params in zip(recipes[1:], (second, third), strict=True):
+        for name, expected in iter_mixture(recipe, mixer.manifest.members):
+            assert torch.equal(params[name], expected)
+    assert second[held].data_ptr() != third[held].data_ptr()
 
 
 def broken(pool: Pool) -> Iterator[tuple[Recipe, str]]:
