@@ -293,8 +293,8 @@ class StoreConfig(_Section):
 TEMPERATURES: Mapping[Kind, float] = {"decoder": 0.2, "encoder_decoder": 0.2, "encoder": 5.0, "reranker": 5.0}
 """tau by kind of pool, where neither request nor configuration names one (docs/adr/0011-default-temperature.md).
 
-A contrastive loss is of scores divided by 0.05, so losses of encoders lie many times further apart than those of
-decoders: the same tau is selective for the one and level for the other.
+The same tau means other weights for other losses: near 0 for every encoder where a few examples are easily told apart,
+nats apart where they are not, and tenths apart for related decoders. These measured best, as far as anything did.
 """
 
 

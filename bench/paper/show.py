@@ -127,9 +127,11 @@ def trials_text(title: str, result: Mapping[str, Any]) -> str:
     rows = [
         [name, str(group["trials"]), f"{group['better']}"]
         + [f"{group['advice'][a]['better']} of {group['advice'][a]['given']}" for a in advices]
+        + [f"{group['advice']['use_expert']['expert_better']} of {group['advice']['use_expert']['given']}"]
         for name, group in result["summary"].items()
     ]
     head = ["trials", "number", "mixture better than base", *(f"better where `{advice}`" for advice in advices)]
+    head += ["expert better still where `use_expert`"]
     by_score = [
         [name, *(f"{group['advice'][a]['not_worse_by_score']} of {group['advice'][a]['given']}" for a in advices)]
         for name, group in result["summary"].items()

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from bench.paper.session import Session, System
+from bench.paper.session import Scores, Session, System
 from cocktail_serve.cocktails.findings import find
 from cocktail_serve.cocktails.request import parse_inline
 from cocktail_serve.cocktails.weighing import advance, recipe_of
@@ -22,7 +22,7 @@ from cocktail_serve.evaluation.in_memory import InMemoryDecoders, InMemoryEncode
 from cocktail_serve.evaluation.systems import Contender
 from cocktail_serve.offline.weighing import weigh_by
 from cocktail_serve.pool import BASE
-from cocktail_serve.recipe import Recipe
+from cocktail_serve.recipe import Recipe, one_hot
 from cocktail_serve.weighting.candidates import Trial
 from cocktail_serve.weighting.verdict import MIN_ERRORS, MIN_GAIN
 
@@ -48,6 +48,8 @@ class Judged:
         test_gain: share of the base's loss on the test rows that the mixture takes off; of a retrieval task, what
             NDCG@10 gains, in parts of 1.
         score_gain: what the task's score gains on the test rows, in parts of 1.
+        expert_gain: where the advice is `use_expert`, what that expert takes off the mixture's loss on the test rows,
+            as `test_gain`; else None.
     """
 
     task: str
@@ -59,6 +61,7 @@ class Judged:
     errors: float
     test_gain: float
     score_gain: float
+    expert_gain: float | None = None
 
 
 def judge(
@@ -98,11 +101,10 @@ def judge(
     base = session.measure(session.make(System(BASE, BASE), task, seed=0), task)
     differences = np.array([losses[BASE][row] - held_out[row] for row in range(len(examples))])
     error = float(differences.std(ddof=1)) / len(differences) ** 0.5
-    score_gain = float(np.mean(mixed.score) - np.mean(base.score))
-    if mixed.loss is None or base.loss is None:
-        test_gain = score_gain
-    else:
-        test_gain = 1.0 - float(np.mean(mixed.loss)) / float(np.mean(base.loss))
+    expert_gain = None
+    if step.advice == "use_expert" and step.best_expert is not None:
+        alone = one_hot(backend.pool, step.best_expert, dtype=backend.dtype)
+        expert_gain = _gain(session.measure(Contender((Part(alone, 1.0),)), task), mixed)
     return Judged(
         task,
         num,
@@ -111,9 +113,17 @@ def judge(
         str(step.advice),
         float(differences.mean()) / float(np.mean(losses[BASE])),
         float(differences.mean()) / error if error else 0.0,
-        test_gain,
-        score_gain,
+        _gain(mixed, base),
+        float(np.mean(mixed.score) - np.mean(base.score)),
+        expert_gain,
     )
+
+
+def _gain(ours: Scores, theirs: Scores) -> float:
+    """Share of their loss that ours is less; of a retrieval task, by how much NDCG@10 is more, in parts of 1."""
+    if ours.loss is None or theirs.loss is None:
+        return float(np.mean(ours.score) - np.mean(theirs.score))
+    return 1.0 - float(np.mean(ours.loss)) / float(np.mean(theirs.loss))
 
 
 def trials(session: Session, seeds: Sequence[int], options: dict[str, Any]) -> dict[str, Any]:
@@ -185,6 +195,10 @@ def _is_no_worse(one: Judged) -> bool:
     return one.score_gain >= 0.0
 
 
+def _is_expert_better(one: Judged) -> bool:
+    return one.expert_gain is not None and one.expert_gain > 0.0
+
+
 def _counted(judged: Sequence[Judged]) -> dict[str, Any]:
     by_advice = {}
     for advice in ("use", "use_expert", "unsure", "no_gain"):
@@ -194,6 +208,7 @@ def _counted(judged: Sequence[Judged]) -> dict[str, Any]:
             "better": sum(map(_is_better, group)),
             "not_worse_by_score": sum(map(_is_no_worse, group)),
         }
+    by_advice["use_expert"]["expert_better"] = sum(_is_expert_better(one) for one in judged)
     return {"trials": len(judged), "better": sum(map(_is_better, judged)), "advice": by_advice}
 
 

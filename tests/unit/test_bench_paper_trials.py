@@ -16,6 +16,7 @@ def is_better(one: Judged) -> bool:
 def test_trials_are_counted_by_what_was_advised() -> None:
     told = summary([trial("a", 0.3, 0.2), trial("a", 0.3, -0.1), trial("b", -0.1, 0.0, "no_gain")])["all"]
     assert told["advice"]["use"] == {"given": 2, "better": 1, "not_worse_by_score": 1}
+    assert told["advice"]["use_expert"]["expert_better"] == 0
     assert told["advice"]["no_gain"] == {"given": 1, "better": 0, "not_worse_by_score": 1}
     assert told["better"] == 1
 
