@@ -8,7 +8,8 @@ Builds the pool of `bench.mixing` and its merged folder, starts vLLM on it, and 
 - `reload`: `reload_weights` of the merged folder, vLLM's own way.
 
 Times are those of the collective RPC, seen by its caller. `--plain` measures again on linear layers as plain tensors
-(what a GPU has), streamed and in place; `--http` the whole control route too. Prints JSON.
+(what a GPU has), streamed and in place; `--http` the whole control route too; `--profile` says where the time goes.
+Prints JSON.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,12 +43,13 @@ from vllm_cocktail.manifest import Manifest
 
 CACHE_BYTES = 2 << 30
 MAX_MODEL_LEN = 256
+PROFILED_WORKER = "bench.engine_profile.ProfiledWorker"
 PAUSE_S = 1.5
 """Between two calls over HTTP: a vLLM worker spins for a second after each."""
 
 
-def child(folder: str, recipe_json: str, expert_json: str, runs: int) -> dict[str, Any]:
-    """vLLM in a process of its own: seconds of each call."""
+def child(folder: str, recipe_json: str, expert_json: str, runs: int, is_profiled: bool) -> dict[str, Any]:
+    """vLLM in a process of its own: seconds of each call, and where they went."""
     from vllm import LLM
 
     llm = LLM(
@@ -55,7 +57,7 @@ def child(folder: str, recipe_json: str, expert_json: str, runs: int) -> dict[st
         dtype="bfloat16",
         enforce_eager=True,
         max_model_len=MAX_MODEL_LEN,
-        worker_extension_cls=WORKER_EXTENSION,
+        worker_extension_cls=PROFILED_WORKER if is_profiled else WORKER_EXTENSION,
     )
     digest = Recipe.from_json(json.loads(recipe_json)).digest
 
@@ -67,22 +69,41 @@ def child(folder: str, recipe_json: str, expert_json: str, runs: int) -> dict[st
             raise SystemExit(reply["error"])
         return {"seconds": time.perf_counter() - begin_s, "source": reply.get("source"), **reply}
 
+    def mix(recipe: str) -> dict[str, Any]:
+        return call("cocktail_profile", "mix", recipe) if is_profiled else call("cocktail_mix", recipe)
+
+    def reload(merged: str) -> dict[str, Any]:
+        if is_profiled:
+            return call("cocktail_profile", "reload", merged)
+        return call("reload_weights", weights_path=merged)
+
     call("cocktail_probe")
     captured = call("cocktail_capture")
     found: dict[str, list[dict[str, Any]]] = {"mix": [], "kept": [], "expert": [], "reload": []}
     for _ in range(runs + 1):
         call("cocktail_forget", digest)
-        found["mix"].append(call("cocktail_mix", recipe_json))
-        found["reload"].append(call("reload_weights", weights_path=str(Path(folder) / "merged")))
-        found["kept"].append(call("cocktail_mix", recipe_json))
-        found["expert"].append(call("cocktail_mix", expert_json))
+        found["mix"].append(mix(recipe_json))
+        found["reload"].append(reload(str(Path(folder) / "merged")))
+        found["kept"].append(mix(recipe_json))
+        found["expert"].append(mix(expert_json))
     return {
         "streams_because": captured["reason"],
         "capture_s": captured["seconds"],
         "sources": {what: rows[-1]["source"] for what, rows in found.items()},
         # the first round maps files and warms allocators
         "seconds": {what: [round(row["seconds"], 4) for row in rows[1:]] for what, rows in found.items()},
+        "first_mix_s": round(found["mix"][0]["seconds"], 4),
+        **({"profile": {what: _profile(rows[1:]) for what, rows in found.items()}} if is_profiled else {}),
     }
+
+
+def _profile(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Medians of what a profiled call says."""
+    profile: dict[str, Any] = {
+        key: _medians({part: [row[key].get(part, 0.0) for row in rows] for part in rows[0][key]})
+        for key in ("parts", "beside")
+    }
+    return profile | _medians({key: [row[key] for row in rows] for key in ("user_s", "system_s", "page_faults")})
 
 
 def over_http(folder: Path, manifest: Path, pool: Pool, recipe: Recipe, runs: int) -> dict[str, list[float]]:
@@ -148,11 +169,11 @@ def prepare(folder: Path, size: Size) -> tuple[Pool, Recipe]:
     return pool, recipe
 
 
-def measure(folder: Path, size: Size, *, runs: int, plain: bool, http: bool) -> dict[str, Any]:
+def measure(folder: Path, size: Size, *, runs: int, plain: bool, http: bool, profile: bool) -> dict[str, Any]:
     """Everything; each engine in a process of its own."""
     pool, recipe = prepare(folder, size)
     expert = one_hot(pool, next(iter(pool.experts)), dtype="bfloat16")
-    arguments = [str(folder), json.dumps(recipe.to_json()), json.dumps(expert.to_json()), runs]
+    arguments = [str(folder), json.dumps(recipe.to_json()), json.dumps(expert.to_json()), runs, profile]
 
     def manifest(name: str, expert_bytes: int) -> Path:
         made = Manifest.of_pool(
@@ -161,7 +182,12 @@ def measure(folder: Path, size: Size, *, runs: int, plain: bool, http: bool) -> 
         return made.write(folder / f"{name}.json")
 
     def engine(name: str, expert_bytes: int, environ: Mapping[str, str]) -> dict[str, Any]:
-        env = server_env(manifest=manifest(name, expert_bytes), api_key="bench", environ={**os.environ, **environ})
+        env = server_env(
+            manifest=manifest(name, expert_bytes),
+            api_key="bench",
+            owner_pid=os.getpid(),  # as a gateway starts it: its processes nap while they wait for each other
+            environ={**os.environ, **environ},
+        )
         found = run([sys.executable, "-m", "bench.engine_mixing", "--child", json.dumps(arguments)], env=env)
         print(f"{name}: {found}", file=sys.stderr, flush=True)
         return {**found, "medians": _medians(found["seconds"])}
@@ -213,6 +239,7 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--plain", action="store_true", help="Also with plain tensors, streamed and in place.")
     parser.add_argument("--http", action="store_true", help="Also over the control route.")
+    parser.add_argument("--profile", action="store_true", help="Take the times of the RPCs apart.")
     parser.add_argument("--folder", type=Path, help="Where the pool is built; a temporary folder there is removed.")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -222,7 +249,14 @@ def main() -> None:
         return
     size = Size(arguments.models, arguments.hidden, arguments.intermediate, arguments.layers, arguments.vocab)
     with tempfile.TemporaryDirectory(prefix="engine-mixing-", dir=arguments.folder) as folder:
-        found = measure(Path(folder), size, runs=arguments.runs, plain=arguments.plain, http=arguments.http)
+        found = measure(
+            Path(folder),
+            size,
+            runs=arguments.runs,
+            plain=arguments.plain,
+            http=arguments.http,
+            profile=arguments.profile,
+        )
     print(json.dumps(found, indent=2))
 
 

@@ -58,6 +58,9 @@ class EngineControl:
         self._mixing_path: MixingPath = "stream"
         self._streams_because: str | None = None
         self._num_swaps = 0
+        self._kept: frozenset[str] = (
+            frozenset()
+        )  # digests whose parameters the workers hold: only calls of ours change it
         self._tasks: set[asyncio.Task[Mixed]] = set()
 
     async def start(self) -> None:
@@ -101,6 +104,7 @@ class EngineControl:
         Raises:
             EngineError: a worker could not.
         """
+        self._kept -= {recipe_digest}
         await self._on_all_ranks("cocktail_forget", recipe_digest)
 
     async def status(self) -> dict[str, Any]:
@@ -165,10 +169,11 @@ class EngineControl:
             if recipe.digest == previous:
                 return Mixed(previous, time.perf_counter() - started, "resident")
             recipe_json = json.dumps(recipe.to_json())
-            try:
-                await self._on_all_ranks("cocktail_check", recipe_json)
-            except EngineError as error:
-                raise InvalidMixError(error.message, param="recipe", code="invalid_recipe") from error
+            if recipe.digest not in self._kept:  # what is kept was right before
+                try:
+                    await self._on_all_ranks("cocktail_check", recipe_json)
+                except EngineError as error:
+                    raise InvalidMixError(error.message, param="recipe", code="invalid_recipe") from error
             self.fence.close()
             if not await self.fence.drained(drain_s):
                 in_flight = self.fence.in_flight
@@ -192,8 +197,9 @@ class EngineControl:
         """
         self._num_swaps += 1
         # with salts, blocks of every recipe stay valid; without, they would be read by the next one
-        await self.engine.pause_generation(mode="abort", clear_cache=not self.fence.managed)
+        await self._pause(clear_cache=not self.fence.managed)
         mixed = await self._on_all_ranks("cocktail_mix", recipe_json)
+        self._kept = frozenset(mixed["cached"])
         if mixed["digest"] != recipe.digest:
             raise EngineError(f"the workers mixed {mixed['digest']} instead of {recipe.digest}")
         await self.engine.update_weight_version(recipe.digest)
@@ -203,6 +209,18 @@ class EngineControl:
             await self.engine.reset_encoder_cache()
         await self.engine.resume_generation()
         return str(mixed["source"])
+
+    async def _pause(self, *, clear_cache: bool) -> None:
+        """Pauses vLLM and returns when it is idle.
+
+        `pause_generation` asks the engine for that and then waits another 20 ms, so that callers see the last answers
+        of requests in flight before it returns. Here none is in flight: the engine itself is asked, where it can be.
+        """
+        core: Any = getattr(self.engine, "engine_core", None)
+        if clear_cache or not hasattr(core, "pause_scheduler_async"):
+            await self.engine.pause_generation(mode="abort", clear_cache=clear_cache)
+        else:
+            await core.pause_scheduler_async(mode="abort", clear_cache=False)
 
     async def _on_all_ranks(self, method: str, *args: str) -> dict[str, Any]:
         """Calls a method of the worker extension everywhere; the one answer that all ranks gave.

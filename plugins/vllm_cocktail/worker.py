@@ -153,7 +153,8 @@ class CocktailWorkerExtension:
         an exception: the process must end.
 
         Returns:
-            `digest` of the recipe, now resident; `source` of its parameters, `experts`, `files` or `cache`.
+            `digest` of the recipe, now resident; `source` of its parameters, `experts`, `files` or `cache`; `cached`
+            digests.
         """
         recipe = Recipe.from_json(json.loads(recipe_json))
         mixer, experts = _ready(self.cocktail_mixer), self.cocktail_experts
@@ -162,8 +163,10 @@ class CocktailWorkerExtension:
             mixer.check(recipe)
             experts.mix(recipe)
             self.cocktail_resident = recipe.digest
-            return {"digest": recipe.digest, "source": "experts"}
-        return {"digest": recipe.digest, "source": self._cocktail_stream(recipe)}
+            source = "experts"
+        else:
+            source = self._cocktail_stream(recipe)
+        return {"digest": recipe.digest, "source": source, "cached": mixer.cache.digests}
 
     def _cocktail_stream(self, recipe: Recipe) -> Source:
         """Puts a recipe into the engine in checkpoint format, through vLLM's own reload."""

@@ -43,6 +43,8 @@ class Engine:
         self.mixing = asyncio.Event()
         self.go_on = asyncio.Event()
         self.go_on.set()
+        self.kept: list[str] = []
+        self.engine_core: Any = None
 
     def _called(self, name: str) -> None:
         self.calls.append(name)
@@ -58,7 +60,7 @@ class Engine:
         reply = {"ok": True, "error": None, "digest": self.resident, "source": "files"}
         if method == "cocktail_capture":
             reply["reason"] = "engine.expert_memory is 0"
-        probed = {"cached": [], "cached_bytes": 0, "model_dtype": "float32", "mixing_kernel": "compiled"}
+        probed = {"cached": self.kept, "cached_bytes": 0, "model_dtype": "float32", "mixing_kernel": "compiled"}
         probed |= {"captured": [], "captured_bytes": 0}
         return self.replies.get(method) or [reply | probed for _ in range(self.ranks)]
 
@@ -118,6 +120,41 @@ async def test_what_a_multimodal_model_made_of_its_inputs_goes_too() -> None:
     engine = Engine(multimodal=True)
     await (await control_of(engine)).mix(RED, drain_s=0)
     assert engine.calls[3:] == ["version", "reset mm", "reset encoder", "resume"]
+
+
+async def test_what_the_workers_keep_is_not_checked_again() -> None:
+    engine = Engine(ranks=2)
+    control = await control_of(engine)
+    engine.kept = [HALF.digest]
+    await control.mix(HALF, drain_s=0)
+    await control.mix(RED, drain_s=0)
+    await control.mix(HALF, drain_s=0)
+    assert engine.calls.count("cocktail_check") == 2
+    assert engine.calls[-4:] == ["pause abort", "cocktail_mix", "version", "resume"]
+    await control.mix(BASE, drain_s=0)
+    await control.forget(HALF.digest)
+    engine.calls.clear()
+    await control.mix(HALF, drain_s=0)
+    assert engine.calls[0] == "cocktail_check"
+
+
+async def test_vllms_core_is_paused_without_the_wait_for_callers() -> None:
+    engine = Engine()
+    control = await control_of(engine)
+    paused: list[tuple[str, bool]] = []
+
+    async def pause_scheduler_async(*, mode: str, clear_cache: bool) -> None:
+        paused.append((mode, clear_cache))
+
+    engine.engine_core = SimpleNamespace(pause_scheduler_async=pause_scheduler_async)
+    await control.mix(RED, drain_s=0)
+    assert paused == [("abort", False)]
+    assert "pause abort" not in engine.calls
+    other = Engine()
+    other.engine_core = engine.engine_core
+    await (await control_of(other, managed=False)).mix(RED, drain_s=0)  # whose caches vLLM's own pause clears
+    assert other.calls[1] == "pause abort"
+    assert paused == [("abort", False)]
 
 
 async def test_the_resident_recipe_is_left_alone() -> None:

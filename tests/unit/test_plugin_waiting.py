@@ -12,7 +12,15 @@ import pytest
 
 from vllm_cocktail import register, waiting
 from vllm_cocktail.manifest import OWNER_VARIABLE
-from vllm_cocktail.waiting import NAP_S, SAME_WAIT_S, SPIN_S, Pauses, nap_while_waiting
+from vllm_cocktail.waiting import (
+    LONG_NAP_S,
+    LONG_WAIT_S,
+    NAP_S,
+    SAME_WAIT_S,
+    SPIN_S,
+    Pauses,
+    nap_while_waiting,
+)
 
 
 class Clock:
@@ -48,6 +56,22 @@ def test_a_wait_spins_for_a_moment_and_then_sleeps(clock: Clock) -> None:
         pause()
     assert clock.num_yields in (10, 11)  # by how the tenths add up
     assert clock.naps == [NAP_S] * (100 - clock.num_yields)
+
+
+def test_a_long_wait_sleeps_longer(clock: Clock) -> None:
+    pause = Pauses(clock.give_way)
+    begun = clock.now
+    while clock.now < begun + LONG_WAIT_S:
+        pause()
+    assert set(clock.naps) == {NAP_S}
+    for _ in range(10):
+        pause()
+    assert clock.naps[-10:] == [LONG_NAP_S] * 10
+    clock.now += 2 * SAME_WAIT_S
+    num_naps = len(clock.naps)
+    for _ in range(12):
+        pause()
+    assert set(clock.naps[num_naps:]) == {NAP_S}  # the next wait begins anew
 
 
 def test_the_next_wait_spins_again(clock: Clock) -> None:

@@ -101,7 +101,9 @@ def test_a_mix_replaces_every_parameter_and_says_so(worker: Worker, pool: Pool) 
     assert (probed["ok"], probed["digest"]) == (True, recipe_of(pool, base=1.0).digest)
     recipe = recipe_of(pool, base=0.3, red=0.7)
     reply = worker.cocktail_mix(text_of(recipe))
-    assert json.loads(json.dumps(reply)) == {"ok": True, "error": None, "digest": recipe.digest, "source": "files"}
+    kept = worker.cocktail_probe()["cached"]
+    said = {"ok": True, "error": None, "digest": recipe.digest, "source": "files", "cached": kept}
+    assert json.loads(json.dumps(reply)) == said
     expected = dict(iter_mixture(recipe, {member.fingerprint: member.path for member in pool}))
     assert worker.live.keys() == expected.keys()
     assert all(torch.equal(worker.live[name], tensor) for name, tensor in expected.items())
