@@ -20,6 +20,7 @@ from cocktail_serve.errors import (
     NotFoundError,
 )
 from cocktail_serve.examples import ExampleSet, parse_examples
+from cocktail_serve.kept_text import check_text
 from cocktail_serve.methods import Method, MethodName, find_method
 from cocktail_serve.pool import BASE, NAME_PATTERN, Kind, Pool
 from cocktail_serve.recipe import make_recipe
@@ -455,14 +456,5 @@ def _metadata(pairs: Mapping[str, str]) -> dict[str, str]:
                 f"{key[:MAX_METADATA_KEY]!r} does not",
                 param="metadata",
             )
-        if not _is_encodable(key + value):
-            raise InvalidRequestError("metadata holds a lone surrogate, which is no text", param="metadata")
+        check_text(key + value, param="metadata")
     return dict(pairs)
-
-
-def _is_encodable(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True

@@ -21,7 +21,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_en
 
 from cocktail_serve.database.migrations import migrate, needs_change
 from cocktail_serve.database.unbroken import Unbroken
-from cocktail_serve.errors import ConfigError, StorageError
+from cocktail_serve.errors import ConfigError, InvalidRequestError, StorageError
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +37,9 @@ _CONNECT_S = 10.0
 _STATEMENT_S = 30.0
 _IDLE_IN_TRANSACTION_S = 10.0
 """A process that is stopped in the middle of a transaction holds rows that others need: PostgreSQL ends it then."""
+
+_NUL_IN_TEXT = "22021"
+"""What PostgreSQL says of a NUL character, `character_not_in_repertoire`; SQLite takes it."""
 
 _IN_CLAUSE = 500
 """Parameters of one IN list: well under SQLite's and PostgreSQL's limits on bound variables."""
@@ -351,9 +354,15 @@ def _set_up_sqlite(connection: Any, _record: Any) -> None:
 def _translated() -> Iterator[None]:
     try:
         yield
+    except UnicodeEncodeError as error:
+        raise InvalidRequestError("a text holds a lone surrogate, which is no text. Nothing was changed.") from error
     except Exception as error:
         if not _is_the_databases(error):
             raise
+        if getattr(getattr(error, "orig", None), "sqlstate", None) == _NUL_IN_TEXT:
+            raise InvalidRequestError(
+                "a text holds a NUL character, which PostgreSQL does not take. Nothing was changed."
+            ) from error
         # the statement and its parameters, and the second line of PostgreSQL's messages, would carry examples into the
         # message and the log
         cause = str(getattr(error, "orig", None) or f"{type(error).__name__}: {error}").partition("\n")[0]

@@ -145,8 +145,6 @@ class JobStore:
             metadata: only jobs that have these pairs among theirs; empty: only those that have none; None: all.
         """
         check_cursor(after, PREFIX)
-        if any("\0" in key + value for key, value in (metadata or {}).items()):
-            return Page(data=(), has_more=False)  # in no job's metadata, and PostgreSQL would refuse to look for it
         query = select(_jobs).where(_jobs.c.tenant == tenant).order_by(_jobs.c.id.desc()).limit(limit + 1)
         if after is not None:
             query = query.where(_jobs.c.id < after)

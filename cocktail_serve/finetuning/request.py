@@ -13,6 +13,7 @@ from pydantic_core import PydanticCustomError
 
 from cocktail_serve.digest import digest_of
 from cocktail_serve.errors import InvalidRequestError, NotFoundError
+from cocktail_serve.kept_text import check_text
 from cocktail_serve.pool import BASE, NAME_PATTERN, Pool
 
 AUTO: Final = "auto"
@@ -123,10 +124,7 @@ class JobRequest:
         if body.integrations:
             raise InvalidRequestError("no integrations are served; leave them out", param="integrations")
         for key, value in (body.metadata or {}).items():
-            if "\0" in key + value:
-                raise InvalidRequestError(
-                    "metadata holds a NUL character, which not every store takes", param="metadata"
-                )
+            check_text(key + value, param="metadata")
         given = {} if hyperparameters is None else hyperparameters.model_dump(exclude_none=True)
         return cls(
             model=body.model,

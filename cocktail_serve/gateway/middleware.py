@@ -11,7 +11,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from cocktail_serve import logs
-from cocktail_serve.errors import ModelNotReadyError, PayloadTooLargeError
+from cocktail_serve.errors import InvalidRequestError, ModelNotReadyError, PayloadTooLargeError
 from cocktail_serve.gateway.error_handlers import error_response, internal_error_response
 from cocktail_serve.gateway.lifecycle import OPERATIONS, Lifecycle
 from cocktail_serve.gateway.metering import Ticket
@@ -68,6 +68,8 @@ class RequestBoundary:
         try:
             if is_work and self._lifecycle.is_stopping:
                 await error_response(_stopping())(scope, receive, send_named)
+            elif is_work and _holds_nul(scope):
+                await error_response(_no_text())(scope, receive, send_named)
             else:
                 await self._app(scope, receive, send_named)
         except ClientDisconnect:
@@ -90,6 +92,15 @@ class RequestBoundary:
 def _route(scope: Scope) -> str:
     """The template that a request matched, of which there are only so many; its own path may hold anything."""
     return getattr(scope.get("route"), "path", "unknown")
+
+
+def _holds_nul(scope: Scope) -> bool:
+    """Whether its path or its query does: no name does, and PostgreSQL would refuse to look for one."""
+    return "\0" in scope["path"] or b"%00" in scope["query_string"]
+
+
+def _no_text() -> InvalidRequestError:
+    return InvalidRequestError("the URL holds a NUL character (%00), which no name and no value does; leave it out")
 
 
 def _stopping() -> ModelNotReadyError:

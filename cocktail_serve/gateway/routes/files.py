@@ -16,6 +16,7 @@ from cocktail_serve.gateway.openapi import error_responses, form_request
 from cocktail_serve.gateway.schemas.files import FileDeleted, FileList, FileUpload, FileView
 from cocktail_serve.gateway.state import CreatorDep, GatewayDep, TenantDep
 from cocktail_serve.ids import Order
+from cocktail_serve.kept_text import check_text
 
 router = APIRouter(tags=["files"])
 
@@ -45,7 +46,7 @@ async def upload_file(gateway: GatewayDep, tenant: CreatorDep, request: Request)
             if isinstance(part, UploadFile):
                 await part.close()
     await asyncio.get_running_loop().run_in_executor(gateway.parsing, check_jsonl, content)
-    filename = (upload.file.filename or "examples.jsonl")[:MAX_FILENAME]
+    filename = check_text((upload.file.filename or "examples.jsonl")[:MAX_FILENAME], param="file")
     return FileView.of(await gateway.files.add(tenant, filename, content, expires_after_s=upload.expires_after_s))
 
 

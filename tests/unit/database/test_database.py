@@ -17,7 +17,7 @@ from sqlalchemy import Connection, insert, inspect, make_url, select, text
 
 from cocktail_serve.database import migrations, tables
 from cocktail_serve.database.database import Database, async_url, insert_missing
-from cocktail_serve.errors import ConfigError, StorageError
+from cocktail_serve.errors import ConfigError, InvalidRequestError, StorageError
 from tests.postgres import Postgres
 
 PIN = {"tenant": "acme", "name": "films", "uid": "1"}
@@ -295,3 +295,14 @@ def test_a_url_that_cannot_be_used_is_a_configuration_error(url: str) -> None:
     with pytest.raises(ConfigError) as caught:
         Database(url)
     assert caught.value.param == "store.url"
+
+
+@pytest.mark.parametrize("odd", ["\0", "\ud800"])
+async def test_what_is_no_text_is_the_callers_fault_and_nothing_is_written(database: Database, odd: str) -> None:
+    if odd == "\0" and database.is_sqlite:
+        pytest.skip("SQLite takes it")
+    with pytest.raises(InvalidRequestError, match="Nothing was changed"):
+        async with database.write() as connection:
+            await connection.execute(insert(tables.tenants).values(name=f"a{odd}", created_at=0.0))
+    async with database.read() as connection:
+        assert (await connection.execute(select(tables.tenants))).all() == []
