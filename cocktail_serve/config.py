@@ -320,7 +320,7 @@ class CocktailDefaults(_Section):
 
 
 class Limits(_Section):
-    """What one tenant may use. Omitted: no limit. `PUT /admin/tenants/{name}` says otherwise for one tenant."""
+    """What one tenant may use. Omitted: no limit. `cocktail-serve limits` says otherwise for one tenant."""
 
     requests_per_minute: int | None = Field(
         None, ge=1, description="Requests that ask a model, or make, change or delete something; reading is free."

@@ -13,6 +13,7 @@ from cocktail_serve.cli.doctor import doctor as doctor_command
 from cocktail_serve.cli.eval import evaluate as eval_command
 from cocktail_serve.cli.inspect import inspect as inspect_command
 from cocktail_serve.cli.keys import keys as keys_commands
+from cocktail_serve.cli.limits import limits as limits_commands
 from cocktail_serve.cli.mix import mix as mix_command
 from cocktail_serve.cli.serve import serve as serve_command
 from cocktail_serve.cli.terminal import print_error
@@ -36,6 +37,7 @@ app.command("doctor")(doctor_command)
 app.command("demo")(demo_command)
 app.command("usage")(usage_command)
 app.add_typer(keys_commands)
+app.add_typer(limits_commands)
 
 
 def main(args: Sequence[str] | None = None) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import re
 import time
 from collections.abc import Awaitable, Callable
@@ -12,7 +11,8 @@ from typing import TYPE_CHECKING, Annotated, TypeVar
 import typer
 from rich.table import Table
 
-from cocktail_serve.cli.options import AsJSON
+from cocktail_serve.cli.in_store import in_store
+from cocktail_serve.cli.options import AsJSON, Config
 from cocktail_serve.cli.terminal import print_json, stderr, stdout
 from cocktail_serve.config import load_settings
 from cocktail_serve.tenants.keys import DEFAULT_SCOPES, Key, check_scopes
@@ -22,9 +22,6 @@ if TYPE_CHECKING:
 
 keys = typer.Typer(name="keys", help="Make, list, revoke and rotate the tenants' API keys.", no_args_is_help=True)
 
-Config = Annotated[
-    Path, typer.Option("--config", metavar="CONFIG", help="The configuration file (YAML).", show_default=False)
-]
 Tenant = Annotated[str, typer.Option(help="Whose key.", show_default=False)]
 OptionalTenant = Annotated[str | None, typer.Option(help="Whose key.", show_default=False)]
 KeyId = Annotated[str, typer.Argument(metavar="ID", help="The visible part of the key: ck-ID-...", show_default=False)]
@@ -110,22 +107,9 @@ def rotate(
 
 
 def _in_store(config: Path, work: Callable[[TenantStore], Awaitable[_T]]) -> _T:
-    from cocktail_serve.database.database import Database
     from cocktail_serve.tenants.store import TenantStore
-    from cocktail_serve.usage.audit import CLI, acting
 
-    settings = load_settings(config)
-
-    async def run() -> _T:
-        acting.set(CLI)
-        database = Database(settings.store.database_url)
-        await database.open(as_server=False)
-        try:
-            return await work(TenantStore(database))
-        finally:
-            await database.close()
-
-    return asyncio.run(run())
+    return in_store(load_settings(config), lambda database: work(TenantStore(database)))
 
 
 def _show_created(key: Key, secret: str, as_json: bool) -> None:

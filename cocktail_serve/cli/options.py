@@ -20,6 +20,9 @@ from cocktail_serve.methods import METHODS
 ConfigFile = Annotated[
     Path, typer.Argument(metavar="CONFIG", help="The configuration file (YAML).", show_default=False)
 ]
+Config = Annotated[
+    Path, typer.Option("--config", metavar="CONFIG", help="The configuration file (YAML).", show_default=False)
+]
 PoolId = Annotated[str, typer.Option("--pool", help="Id of the pool in the configuration.", show_default=False)]
 ExamplesFile = Annotated[
     Path,

@@ -2,28 +2,25 @@
 
 from __future__ import annotations
 
-import asyncio
 from datetime import datetime
-from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.table import Table
 
-from cocktail_serve.cli.options import AsJSON
+from cocktail_serve.cli.in_store import in_store
+from cocktail_serve.cli.options import AsJSON, Config
 from cocktail_serve.cli.terminal import print_json, stdout
 from cocktail_serve.config import load_settings
 from cocktail_serve.usage.days import usage_days
-from cocktail_serve.usage.store import AMOUNTS, GROUPS, UsageRow
+from cocktail_serve.usage.store import AMOUNTS, GROUPS, UsageStore
 
 _DAY = ["%Y-%m-%d"]
 
 
 def usage(
     *,
-    config: Annotated[
-        Path, typer.Option("--config", metavar="CONFIG", help="The configuration file (YAML).", show_default=False)
-    ],
+    config: Config,
     tenant: Annotated[str | None, typer.Option(help="Whose; omitted: of all.", show_default=False)] = None,
     start: Annotated[
         datetime | None, typer.Option(formats=_DAY, help="First day, UTC; omitted: 29 days before the last one.")
@@ -45,18 +42,8 @@ def usage(
         raise typer.BadParameter(f"{unknown[0]!r} is none of {', '.join(GROUPS)}", param_hint="--group-by")
     first, last = usage_days(start.date() if start else None, end.date() if end else None)
 
-    async def read() -> list[UsageRow]:
-        from cocktail_serve.database.database import Database
-        from cocktail_serve.usage.store import UsageStore
-
-        database = Database(load_settings(config).store.database_url)
-        await database.open(as_server=False)
-        try:
-            return await UsageStore(database).sums(first, last, group_by=groups, tenant=tenant)
-        finally:
-            await database.close()
-
-    rows = asyncio.run(read())
+    settings = load_settings(config)
+    rows = in_store(settings, lambda database: UsageStore(database).sums(first, last, group_by=groups, tenant=tenant))
     if as_csv:
         typer.echo(usage_csv(rows, groups), nl=False)
         return

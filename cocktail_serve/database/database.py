@@ -354,15 +354,13 @@ def _set_up_sqlite(connection: Any, _record: Any) -> None:
 def _translated() -> Iterator[None]:
     try:
         yield
-    except UnicodeEncodeError as error:
-        raise InvalidRequestError("a text holds a lone surrogate, which is no text. Nothing was changed.") from error
     except Exception as error:
+        if _is_about_text(error):
+            raise InvalidRequestError(
+                "a text holds a NUL character or a lone surrogate, which no registry takes. Nothing was changed."
+            ) from error
         if not _is_the_databases(error):
             raise
-        if getattr(getattr(error, "orig", None), "sqlstate", None) == _NUL_IN_TEXT:
-            raise InvalidRequestError(
-                "a text holds a NUL character, which PostgreSQL does not take. Nothing was changed."
-            ) from error
         # the statement and its parameters, and the second line of PostgreSQL's messages, would carry examples into the
         # message and the log
         cause = str(getattr(error, "orig", None) or f"{type(error).__name__}: {error}").partition("\n")[0]
@@ -379,3 +377,12 @@ def _translated() -> Iterator[None]:
 def _is_the_databases(error: Exception) -> bool:
     """SQLAlchemy hands on unwrapped what asyncpg raises while it connects."""
     return isinstance(error, SQLAlchemyError | sqlite3.Error | OSError) or type(error).__module__.startswith("asyncpg.")
+
+
+def _is_about_text(error: BaseException | None) -> bool:
+    """Whether a value is no text: asyncpg says of a surrogate only by its cause that it could not be encoded."""
+    while error is not None:
+        if isinstance(error, UnicodeEncodeError) or getattr(error, "sqlstate", None) == _NUL_IN_TEXT:
+            return True
+        error = error.__cause__
+    return False

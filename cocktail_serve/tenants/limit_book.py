@@ -8,6 +8,7 @@ from collections.abc import Mapping
 
 from cocktail_serve.config import Limits
 from cocktail_serve.errors import StorageError
+from cocktail_serve.tenants.limits import merged
 from cocktail_serve.tenants.store import TenantStore
 
 logger = logging.getLogger(__name__)
@@ -54,7 +55,7 @@ class LimitBook:
         self._num_changes += 1
         self._of_tenant.pop(tenant, None)
         if changed:
-            self._of_tenant[tenant] = self._merged(changed)
+            self._of_tenant[tenant] = merged(self._defaults, changed)
 
     async def _keep_fresh(self) -> None:
         while True:
@@ -68,7 +69,4 @@ class LimitBook:
         num_changes = self._num_changes
         changed = {tenant.name: tenant.limits for tenant in await self._store.tenants() if tenant.limits}
         if num_changes == self._num_changes:  # else what was read may be older than what was set
-            self._of_tenant = {tenant: self._merged(limits) for tenant, limits in changed.items()}
-
-    def _merged(self, changed: Mapping[str, int | None]) -> Limits:
-        return self._defaults.model_copy(update=dict(changed))
+            self._of_tenant = {tenant: merged(self._defaults, limits) for tenant, limits in changed.items()}

@@ -7,7 +7,7 @@ Two token buckets per tenant, one of requests and one of tokens: each holds a mi
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from cocktail_serve.config import Limits
@@ -24,6 +24,11 @@ UNLIMITED = Limits()
 def unlimited(tenant: str) -> Limits:
     """No limits for anybody."""
     return UNLIMITED
+
+
+def merged(defaults: Limits, own: Mapping[str, int | None] | None) -> Limits:
+    """The configuration's limits, and over them what the operator said for one tenant, by name."""
+    return defaults.model_copy(update=dict(own or {}))
 
 
 class Bucket:

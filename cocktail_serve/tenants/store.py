@@ -162,13 +162,35 @@ class TenantStore:
             changes["pools"] = None if pools is None else sorted(set(pools))
         if limits != "unchanged":
             changes["limits"] = dict(limits) if limits else None
-        of_name = tables.tenants.c.name == name
         async with self._database.write() as connection:
             await self._ensure_tenant(connection, name, self._clock())
-            if changes:
-                await connection.execute(update(tables.tenants).where(of_name).values(changes))
-                await record(connection, "tenant.changed", name, tenant=name, detail=changes)
-            return _tenant((await connection.execute(select(tables.tenants).where(of_name))).mappings().one())
+            return await self._change(connection, name, changes)
+
+    @to_the_end
+    async def change_limits(
+        self, name: str, changed: Callable[[Mapping[str, int | None]], Mapping[str, int | None]]
+    ) -> Tenant:
+        """Changes the limits that a tenant has of its own, as they stand; makes the tenant if there is none.
+
+        Args:
+            changed: from those that are there to those that are to be, by name.
+
+        Raises:
+            InvalidRequestError: not a tenant's name.
+        """
+        check_tenant(name)
+        async with self._database.write() as connection:
+            await self._ensure_tenant(connection, name, self._clock())
+            query = select(tables.tenants.c.limits).where(tables.tenants.c.name == name).with_for_update()
+            own = (await connection.execute(query)).scalar_one()
+            return await self._change(connection, name, {"limits": dict(changed(own or {})) or None})
+
+    async def _change(self, connection: AsyncConnection, name: str, changes: Mapping[str, Any]) -> Tenant:
+        of_name = tables.tenants.c.name == name
+        if changes:
+            await connection.execute(update(tables.tenants).where(of_name).values(changes))
+            await record(connection, "tenant.changed", name, tenant=name, detail=changes)
+        return _tenant((await connection.execute(select(tables.tenants).where(of_name))).mappings().one())
 
     async def _ensure_tenant(self, connection: AsyncConnection, name: str, now: float) -> None:
         query = select(tables.tenants.c.name).where(tables.tenants.c.name == name)

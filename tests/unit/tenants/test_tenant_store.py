@@ -139,3 +139,12 @@ def test_scopes_that_are_none(scopes: list[str]) -> None:
     with pytest.raises(InvalidRequestError) as caught:
         check_scopes(scopes)
     assert caught.value.param == "scopes"
+
+
+async def test_limits_are_changed_as_they_stand(world: World) -> None:
+    await world.store.change_tenant("acme", limits={"cocktails": 3})
+    changed = await world.store.change_limits("acme", lambda own: {**own, "scoring_jobs": None})
+    assert changed.limits == {"cocktails": 3, "scoring_jobs": None}
+    cleared = await world.store.change_limits("acme", lambda own: {})
+    assert cleared.limits is None
+    assert (await world.store.change_limits("new", lambda own: {**own, "cocktails": 1})).limits == {"cocktails": 1}

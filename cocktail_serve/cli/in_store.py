@@ -1,0 +1,35 @@
+"""Commands that work on the store itself, beside a running server, which follows within seconds."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import TYPE_CHECKING, TypeVar
+
+from cocktail_serve.config import Settings
+
+if TYPE_CHECKING:
+    from cocktail_serve.database.database import Database
+
+_T = TypeVar("_T")
+
+
+def in_store(settings: Settings, work: Callable[[Database], Awaitable[_T]]) -> _T:
+    """The result of some work on the open store; what it changes is written down as the command line's doing.
+
+    Raises:
+        ConfigError, StorageError: the store cannot be opened or used.
+    """
+    from cocktail_serve.database.database import Database
+    from cocktail_serve.usage.audit import CLI, acting
+
+    async def run() -> _T:
+        acting.set(CLI)
+        database = Database(settings.store.database_url)
+        await database.open(as_server=False)
+        try:
+            return await work(database)
+        finally:
+            await database.close()
+
+    return asyncio.run(run())
