@@ -73,8 +73,9 @@ class CocktailWorkerExtension:
         if self.cocktail_mixer is None:
             manifest = Manifest.from_environ()
             _require_mixable(self.vllm_config, manifest)
-            _allow_cores_of_server()
             world_size = self.vllm_config.parallel_config.world_size
+            if world_size == 1:  # several keep to their own, whose memory is near
+                _allow_cores_of_server()
             # every rank keeps whole tensors, the bound is for the server
             self.cocktail_mixer = Mixer(
                 manifest, cache_bytes=manifest.cache_bytes // world_size, reread=Manifest.from_environ

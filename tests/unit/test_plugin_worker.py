@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -94,6 +95,19 @@ def test_every_name_is_its_own() -> None:
     names = {name for name in vars(CocktailWorkerExtension) if not name.startswith("__")}
     assert names
     assert [name for name in names if not name.removeprefix("_").startswith("cocktail_")] == []
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_a_worker_alone_mixes_on_all_cores_of_the_server(
+    worker: Worker, monkeypatch: pytest.MonkeyPatch, world_size: int
+) -> None:
+    """The process that starts it has them; a worker is tied to its own from the first instruction on."""
+    allowed: list[set[int]] = []
+    monkeypatch.setattr("vllm_cocktail.worker.allow_cores", allowed.append)
+    monkeypatch.setattr(os, "sched_getaffinity", {os.getppid(): {0, 1, 2, 3}}.get)
+    worker.vllm_config.parallel_config.world_size = world_size
+    assert worker.cocktail_probe()["ok"]
+    assert allowed == ([{0, 1, 2, 3}] if world_size == 1 else [])
 
 
 def test_a_mix_replaces_every_parameter_and_says_so(worker: Worker, pool: Pool) -> None:
