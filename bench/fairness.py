@@ -7,6 +7,7 @@ is answered. In each case `one` is measured alone, beside the flood, and alone a
     same recipe     both ask the same model
     other recipes   the flood asks three other models, so that turns have to be given
     queries         encoder: `one` embeds single queries, the flood batches of 32 passages
+    spaced queries  the same, but `one` waits 10 to 50 ms after each answer, so that its queries come at any moment
     passages        encoder: both embed batches of 32 passages
 
     python -m bench.fairness
@@ -27,7 +28,7 @@ import secrets
 import tempfile
 import time
 from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -48,10 +49,15 @@ WORDS = "the quick brown fox film card bank paris capital joy bore answer input 
 
 @dataclass(frozen=True)
 class Ask:
-    """What a client sends: a path and the bodies it picks from."""
+    """What a client sends: a path and the bodies it picks from, and how long it waits after each answer.
+
+    Attributes:
+        pause_s: at least and at most; drawn anew each time.
+    """
 
     path: str
     bodies: Sequence[bytes]
+    pause_s: tuple[float, float] = (0.0, 0.0)
 
     @classmethod
     def chat(cls, model: str, *, max_tokens: int) -> Ask:
@@ -127,6 +133,7 @@ class Tenant:
         """One client; seconds of each answer."""
         latencies = []
         number = 0
+        rng = random.Random(0)
         while time.perf_counter() < until:
             started = time.perf_counter()
             async with self._session.post(ask.path, data=ask.bodies[number % len(ask.bodies)]) as response:
@@ -135,6 +142,8 @@ class Tenant:
                     raise RuntimeError(f"{ask.path} answered {response.status}: {text[:500]!r}")
             latencies.append(time.perf_counter() - started)
             number += 1
+            if ask.pause_s[1]:
+                await asyncio.sleep(rng.uniform(*ask.pause_s))
         return latencies
 
     async def flood(self, asks: Sequence[Ask], *, clients: int, until: float) -> int:
@@ -203,6 +212,7 @@ async def run(url: str, admin_key: str, arguments: argparse.Namespace) -> dict[s
         "same recipe": (mine, [mine], arguments.clients),
         "other recipes": (mine, list(chats.values()), arguments.clients),
         "queries": (queries, [passages], arguments.encoder_clients),
+        "spaced queries": (replace(queries, pause_s=(0.01, 0.05)), [passages], arguments.encoder_clients),
         "passages": (passages, [passages], arguments.encoder_clients),
     }
     results = {}
