@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import OrderedDict, deque
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from itertools import chain, islice
@@ -26,6 +26,11 @@ CONTENDED_S = 1.0
 CONTENDED_SHARE = 4
 """While several tenants ask (within so many seconds), a pass holds a fraction of its tokens: whoever is next waits for
 the passes that run, and on a CPU a quarter of a full pass already costs little more per token."""
+
+HOLD_S = 0.006
+"""How long the last thread that is free is kept for a tenant who is behind and has just been served, while the others
+compute for all who wait. A client that sends one request after the other is between two of them only for milliseconds,
+and each would otherwise find all threads in the middle of a pass."""
 
 GATHER_S = 0.004
 """How long a thread waits for company for a few short inputs while another computes. The answers of a pass bring their
@@ -199,35 +204,83 @@ class _Lane(Generic[J]):
                 return 0.0
         return max(0.0, since + GATHER_S - now) if num_tokens else 0.0
 
-    def next_batch(self) -> Batch[J] | None:
+    def held_for_s(self, computed: Collection[str], overtaking: Collection[str], now: float) -> float:
+        """Seconds that the last free thread should be kept for a tenant who is behind; 0: for none.
+
+        Args:
+            computed: tenants for whom the other threads compute.
+            overtaking: tenants for whom the one that overtakes does.
+        """
+        waiting = [name for name, turns in self._turns.items() if _has_work(turns)]
+        if not waiting or not set(waiting).issubset(computed):
+            return 0.0
+        least = min(self._accounts.of(name, now).recent(now) for name in waiting)
+        left_s = 0.0
+        for name, account in self._accounts.items():
+            kept_s = HOLD_S if name in overtaking else account.left_at + HOLD_S - now
+            if kept_s > left_s and name not in computed and account.recent(now) < least:
+                left_s = kept_s
+        return left_s
+
+    def answered(self, batch: Batch[J]) -> None:
+        """A pass has ended."""
         now = time.monotonic()
+        for job in batch.jobs:
+            self._accounts.of(job.tenant, now).left_at = now
+
+    def next_batch(self) -> Batch[J] | None:
+        """The next pass, filled up with inputs of all tenants."""
+        now = time.monotonic()
+        tenant = self._next_tenant(now)
+        if tenant is None:
+            return None
+        key, jobs = next(iter(self._turns[tenant].items()))
+        others = (queues.get(key, ()) for other, queues in self._turns.items() if other != tenant)
+        company = islice(chain.from_iterable(others), MAX_WINDOW)
+        limits = self._contended_limits if self._is_contended(now) else self._limits
+        return self._take(tenant, key, [*jobs, *company], limits, now)
+
+    def next_overtaking(self, computed: Collection[str]) -> Batch[J] | None:
+        """A small pass for the next tenant alone; None where one of its passes is computed already.
+
+        Args:
+            computed: tenants for whom passes are computed now.
+        """
+        now = time.monotonic()
+        tenant = self._next_tenant(now)
+        if tenant is None or tenant in computed:
+            return None
+        key, jobs = next(iter(self._turns[tenant].items()))
+        return self._take(tenant, key, [*jobs], self._contended_limits, now)
+
+    def _next_tenant(self, now: float) -> str | None:
+        """The tenant served least lately of those who wait, with a job that is not over at the head of its turns."""
         while self._turns:
             tenant = min(self._turns, key=lambda name: self._accounts.of(name, now).recent(now))
             turns = self._turns[tenant]
             key, jobs = next(iter(turns.items()))
             while jobs and jobs[0].is_over:
                 jobs.popleft()
-            if not jobs:
-                del turns[key]
-                if not turns:
-                    del self._turns[tenant]
-                continue
-            others = (queues.get(key, ()) for other, queues in self._turns.items() if other != tenant)
-            company = islice(chain.from_iterable(others), MAX_WINDOW)
-            batch = self._form(key, [*jobs, *company], now)
-            jobs.rotate(-1)
-            turns.move_to_end(key)
-            return batch
+            if jobs:
+                return tenant
+            del turns[key]
+            if not turns:
+                del self._turns[tenant]
         return None
+
+    def _take(self, tenant: str, key: Hashable, jobs: Sequence[J], limits: PassLimits, now: float) -> Batch[J]:
+        batch = self._form(key, jobs, limits, now)
+        self._turns[tenant][key].rotate(-1)
+        self._turns[tenant].move_to_end(key)
+        return batch
 
     def _is_contended(self, now: float) -> bool:
         """Whether several tenants have been served lately, or wait."""
         others = sum(now - account.left_at < CONTENDED_S for account in self._accounts)
         return others > 1 or len(self._turns) > 1
 
-    def _form(self, key: Hashable, jobs: Sequence[J], now: float) -> Batch[J]:
+    def _form(self, key: Hashable, jobs: Sequence[J], limits: PassLimits, now: float) -> Batch[J]:
         """The pass that holds the longest input of the first job, filled up with inputs of like length."""
-        limits = self._contended_limits if self._is_contended(now) else self._limits
         anchor = jobs[0]
         window: list[tuple[int, J, int]] = []
         for job in jobs:
@@ -259,15 +312,33 @@ class _Lane(Generic[J]):
         return Batch(key, list(chosen.items()))
 
 
-class BatchQueue(Generic[J]):
-    """Jobs in from any thread, batches out to as many threads as there are passes at once."""
+def _has_work(turns: Mapping[Hashable, Iterable[Job]]) -> bool:
+    return any(not job.is_over for job in chain.from_iterable(turns.values()))
 
-    def __init__(self, limits: PassLimits, *, num_takers: int = 1) -> None:
+
+def _tenants(batches: Iterable[Batch[Any]]) -> set[str]:
+    return {job.tenant for batch in batches for job in batch.jobs}
+
+
+class BatchQueue(Generic[J]):
+    """Jobs in from any thread, batches out to as many threads as there are passes at once.
+
+    Args:
+        num_takers: threads that take.
+        overtakes: one thread more, the last, computes while all others do, and only for the tenant who is next and has
+            no pass of its own among those: it would have to wait for the end of another's. The cores are shared out
+            between the passes by the kernel then.
+    """
+
+    def __init__(self, limits: PassLimits, *, num_takers: int = 1, overtakes: bool = False) -> None:
         self._traffic: _Lane[J] = _Lane(limits)
         self._background: _Lane[J] = _Lane(limits)
-        self._calls: tuple[deque[Call], ...] = tuple(deque() for _ in range(num_takers))
-        self._condition = threading.Condition()
-        self._computing: set[int] = set()
+        self._num_takers = num_takers
+        self._calls: tuple[deque[Call], ...] = tuple(deque() for _ in range(num_takers + overtakes))
+        lock = threading.RLock()
+        self._condition = threading.Condition(lock)
+        self._overtaking = threading.Condition(lock)  # what the last thread waits on
+        self._computing: dict[int, Batch[J]] = {}  # by taker
         self._traffic_in_a_row = 0
         self._is_closed = False
 
@@ -278,7 +349,10 @@ class BatchQueue(Generic[J]):
                 return False
             job.queued_at = time.monotonic()
             (self._background if job.background else self._traffic).add(job)
-            self._condition.notify()
+            if self._num_free:
+                self._condition.notify()
+            else:
+                self._overtaking.notify()
         return True
 
     def call_each(self, functions: Sequence[Callable[[], Any]]) -> list[Future[Any]]:
@@ -290,7 +364,7 @@ class BatchQueue(Generic[J]):
                     call.future.cancel()
                 else:
                     waiting.append(call)
-            self._condition.notify_all()
+            self._wake_all()
         return [call.future for call in calls]
 
     def take(self, taker: int = 0) -> Batch[J] | Call | None:
@@ -300,16 +374,21 @@ class BatchQueue(Generic[J]):
             taker: which of the threads asks.
         """
         with self._condition:
-            self._computing.discard(taker)
+            self._end_pass(taker)
             while not self._is_closed:
                 if self._calls[taker]:
                     return self._calls[taker].popleft()
-                pause_s = self._traffic.waits_for_company(time.monotonic()) if self._computing else 0.0
-                batch = None if pause_s else self._next_batch()
+                if taker == self._num_takers:
+                    pause_s, batch, woken = 0.0, self._next_overtaking(), self._overtaking
+                else:
+                    pause_s, woken = self._pause_s(), self._condition
+                    batch = None if pause_s else self._next_batch()
                 if batch is not None:
-                    self._computing.add(taker)
+                    self._computing[taker] = batch
+                    if not self._num_free:
+                        self._overtaking.notify()  # for who else waits
                     return batch
-                self._condition.wait(pause_s or None)
+                woken.wait(pause_s or None)
         return None
 
     def close(self) -> list[J]:
@@ -320,8 +399,37 @@ class BatchQueue(Generic[J]):
                 for call in calls:
                     call.future.cancel()
                 calls.clear()
-            self._condition.notify_all()
+            self._wake_all()
             return self._traffic.drain() + self._background.drain()
+
+    def _end_pass(self, taker: int) -> None:
+        batch = self._computing.pop(taker, None)
+        if batch is not None and not batch.jobs[0].background:
+            self._traffic.answered(batch)
+
+    @property
+    def _num_free(self) -> int:
+        """Threads that do not compute, the one that overtakes left out."""
+        return self._num_takers - len(self._computing) + (self._num_takers in self._computing)
+
+    def _wake_all(self) -> None:
+        self._condition.notify_all()
+        self._overtaking.notify_all()
+
+    def _pause_s(self) -> float:
+        """How long a thread should wait, while others compute, before it takes what is there."""
+        if not self._computing:
+            return 0.0
+        now = time.monotonic()
+        held_s = 0.0
+        if self._num_free == 1:
+            overtaking = [batch for taker, batch in self._computing.items() if taker == self._num_takers]
+            others = [batch for taker, batch in self._computing.items() if taker != self._num_takers]
+            held_s = self._traffic.held_for_s(_tenants(others), _tenants(overtaking), now)
+        return max(held_s, self._traffic.waits_for_company(now))
+
+    def _next_overtaking(self) -> Batch[J] | None:
+        return None if self._num_free else self._traffic.next_overtaking(_tenants(self._computing.values()))
 
     def _next_batch(self) -> Batch[J] | None:
         if self._traffic_in_a_row < BACKGROUND_EVERY - 1:

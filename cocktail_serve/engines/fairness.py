@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 HALF_LIFE_S = 30.0
 """After this long a token counts half: whoever was idle is owed what it missed lately, not what it missed all day."""
@@ -55,6 +55,10 @@ class Accounts:
 
     def __iter__(self) -> Iterator[Account]:
         return iter(self._by_tenant.values())
+
+    def items(self) -> Iterable[tuple[str, Account]]:
+        """Tenants with their accounts."""
+        return self._by_tenant.items()
 
     def _drop_idle(self, now: float) -> None:
         self._by_tenant = {

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 import threading
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
@@ -17,6 +19,11 @@ from torch import Tensor
 from cocktail_serve.engines.batching import Batch, BatchQueue, Call, Job, PassLimits
 from cocktail_serve.engines.swappable import SwappableModel
 from cocktail_serve.errors import CocktailError, EngineError, InvalidRequestError, ModelNotReadyError
+
+COMPUTING_NICE = 10
+"""How much the threads that compute for everybody give way to this process's others: the event loop, the tokenizer and
+the thread that overtakes, which have short work that somebody waits for. On Linux, where each thread has a niceness of
+its own."""
 
 M = TypeVar("M", bound=SwappableModel)
 T = TypeVar("T")
@@ -73,6 +80,7 @@ class Pipeline(Generic[M, R]):
         name: of the threads.
         load: loads the model, on the first of the threads that compute.
         num_passes: passes computed at once, each on a thread and a replica of the model's modules of its own.
+        overtakes: whether there is a thread more for who is next while all compute for others; see `BatchQueue`.
         threads_per_pass: torch's threads for each.
         on_loaded, on_failed: called once, on such a thread: one when the model is loaded; the other when it cannot be,
             or when a thread ends for a reason that is not a request's.
@@ -87,6 +95,7 @@ class Pipeline(Generic[M, R]):
         *,
         limits: PassLimits,
         num_passes: int,
+        overtakes: bool,
         threads_per_pass: int,
         max_request_tokens: int,
         on_loaded: Callable[[M], None],
@@ -100,11 +109,13 @@ class Pipeline(Generic[M, R]):
         self._on_failed = on_failed
         self._on_over = on_over
         self._threads_per_pass = threads_per_pass
-        self._batches: BatchQueue[R] = BatchQueue(limits, num_takers=num_passes)
+        self._num_passes = num_passes
+        self._overtakes = overtakes
+        self._batches: BatchQueue[R] = BatchQueue(limits, num_takers=num_passes, overtakes=overtakes)
         self._tokenizing = ThreadPoolExecutor(1, thread_name_prefix=f"{name}-tokenizer")
         self._threads = [
             threading.Thread(target=self._compute, args=(number,), name=f"{name}-model-{number}", daemon=True)
-            for number in range(num_passes)
+            for number in range(num_passes + overtakes)
         ]
         self._storing = threading.Lock()  # of rows and errors: a request's passes may end at the same moment
         self._is_settled = threading.Event()
@@ -176,6 +187,8 @@ class Pipeline(Generic[M, R]):
                 self._on_loaded(model)
                 self._is_settled.set()
             self._is_settled.wait()
+            if self._overtakes and number < self._num_passes and sys.platform == "linux":
+                os.nice(COMPUTING_NICE)
             with torch.inference_mode():  # per thread
                 while (work := self._batches.take(number)) is not None:
                     work.run() if isinstance(work, Call) else self._run(work, self._replicas[number])

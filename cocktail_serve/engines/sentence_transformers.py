@@ -87,6 +87,7 @@ class SentenceTransformersEngine(Generic[M]):
             pool.id,
             self._load,
             num_passes=num_passes,
+            overtakes=self._device.type == "cpu",  # a GPU computes what it is given in order
             threads_per_pass=threads_per_pass,
             limits=_pass_limits(self._device, config.max_batch_tokens),
             max_request_tokens=config.max_input_tokens,

@@ -278,3 +278,114 @@ class TestGathering:
         monkeypatch.setattr(batching, "GATHER_S", 0.01)
         queue.put(job([2]))
         assert isinstance(queue.take(1), Batch)
+
+
+class TestFloods:
+    """Two threads compute, and a third may overtake them. A tenant floods."""
+
+    @pytest.fixture
+    def queue(self, monkeypatch: pytest.MonkeyPatch) -> Iterator[BatchQueue[Job]]:
+        monkeypatch.setattr(batching, "HOLD_S", 30.0)
+        queue: BatchQueue[Job] = BatchQueue(LIMITS, num_takers=2, overtakes=True)
+        for _ in range(20):
+            queue.put(job([60], tenant="flood"))
+        yield queue
+        queue.close()
+
+    @pytest.fixture
+    def threads(self, queue: BatchQueue[Job]) -> Iterator[ThreadPoolExecutor]:
+        with ThreadPoolExecutor(3) as threads:
+            yield threads
+            queue.close()  # before the executor waits for those that take
+
+    def take(self, queue: BatchQueue[Job], taker: int) -> set[str]:
+        batch = queue.take(taker)
+        assert isinstance(batch, Batch)
+        for each in batch.jobs:
+            each.num_missing = 0
+        return {each.tenant for each in batch.jobs}
+
+    def test_a_tenant_overtakes_the_passes_of_another(self, queue: BatchQueue[Job]) -> None:
+        assert [self.take(queue, taker) for taker in (0, 1)] == [{"flood"}, {"flood"}]
+        queue.put(job([5], tenant="one"))
+        assert self.take(queue, 2) == {"one"}
+
+    def test_the_flood_overtakes_nobody(self, queue: BatchQueue[Job], threads: ThreadPoolExecutor) -> None:
+        self.take(queue, 0), self.take(queue, 1)
+        third = threads.submit(self.take, queue, 2)
+        queue.put(job([60], tenant="flood"))
+        with pytest.raises(TimeoutError):
+            third.result(0.05)
+        queue.put(job([5], tenant="one"))
+        assert third.result(10) == {"one"}
+
+    def test_nobody_overtakes_while_a_thread_is_free(self, queue: BatchQueue[Job], threads: ThreadPoolExecutor) -> None:
+        self.take(queue, 0)
+        third = threads.submit(self.take, queue, 2)
+        queue.put(job([5], tenant="one"))
+        with pytest.raises(TimeoutError):
+            third.result(0.05)
+        queue.put(job([5], key="b", tenant="two"))
+        first = self.take(queue, 1)
+        assert first | third.result(10) == {"one", "two"}  # the last free thread has woken it
+
+    def test_a_tenant_has_one_pass_that_overtakes_and_it_is_small(
+        self, queue: BatchQueue[Job], threads: ThreadPoolExecutor
+    ) -> None:
+        self.take(queue, 0), self.take(queue, 1)
+        queue.put(job([8] * 20, tenant="one"))
+        batch = queue.take(2)
+        assert isinstance(batch, Batch)
+        assert len(batch.token_ids) == 64 // CONTENDED_SHARE // 8
+        assert self.take(queue, 0) == {"one"}
+        third = threads.submit(self.take, queue, 2)
+        with pytest.raises(TimeoutError):
+            third.result(0.05)
+
+    def test_a_thread_is_kept_for_the_next_request_of_a_tenant_who_is_behind(
+        self, queue: BatchQueue[Job], threads: ThreadPoolExecutor
+    ) -> None:
+        assert self.take(queue, 0) == {"flood"}
+        queue.put(job([5], tenant="one"))
+        assert self.take(queue, 1) == {"one"}
+        second = threads.submit(self.take, queue, 1)
+        with pytest.raises(TimeoutError):
+            second.result(0.05)
+        queue.put(job([5], tenant="one"))
+        assert second.result(10) == {"one"}
+
+    def test_a_thread_is_kept_while_the_tenant_overtakes(
+        self, queue: BatchQueue[Job], threads: ThreadPoolExecutor
+    ) -> None:
+        self.take(queue, 0), self.take(queue, 1)
+        queue.put(job([5], tenant="one"))
+        assert self.take(queue, 2) == {"one"}
+        second = threads.submit(self.take, queue, 1)
+        with pytest.raises(TimeoutError):
+            second.result(0.05)
+
+    def test_only_one_is_kept(self, queue: BatchQueue[Job]) -> None:
+        self.take(queue, 0)
+        queue.put(job([5], tenant="one"))
+        assert self.take(queue, 1) == {"one"}
+        assert self.take(queue, 0) == {"flood"}  # the other goes on with the flood
+
+    def test_none_is_kept_while_somebody_waits_for_whom_nobody_computes(self, queue: BatchQueue[Job]) -> None:
+        self.take(queue, 0)
+        queue.put(job([5], tenant="one"))
+        assert self.take(queue, 1) == {"one"}
+        queue.put(job([50], tenant="other"))
+        assert self.take(queue, 1) == {"other"}
+
+    def test_none_is_kept_for_long(self, queue: BatchQueue[Job], monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(batching, "HOLD_S", 0.01)
+        self.take(queue, 0)
+        queue.put(job([5], tenant="one"))
+        assert self.take(queue, 1) == {"one"}
+        assert self.take(queue, 1) == {"flood"}
+
+    def test_none_is_kept_for_a_tenant_that_is_not_behind(self, queue: BatchQueue[Job]) -> None:
+        self.take(queue, 0)
+        queue.put(job([64], tenant="one"))
+        assert self.take(queue, 1) == {"one"}
+        assert self.take(queue, 1) == {"flood"}
