@@ -14,8 +14,8 @@ from cocktail_serve.config import TEMPERATURES, load_settings
 from cocktail_serve.evaluation.measure import Measuring
 from cocktail_serve.evaluation.runs import Entry, Evaluation, open_evaluation
 from cocktail_serve.evaluation.systems import SYSTEMS, Contender
-from cocktail_serve.evaluation.tasks import Task, load_task, sample_examples
-from cocktail_serve.examples import ExampleSet
+from cocktail_serve.evaluation.tasks import DecoderTask, Task, load_task, sample_examples
+from cocktail_serve.examples import ExampleSet, parse_examples
 from cocktail_serve.progress import OnProgress
 
 TASK_SEED = 0
@@ -91,6 +91,18 @@ class Session:
         if key not in self._examples:
             self._examples[key] = sample_examples(self._data / task, self.kind, num=key[2], seed=seed)
         return self._examples[key]
+
+    def fresh_examples(self, task: str, *, seed: int, num: int) -> ExampleSet | None:
+        """Examples from a decoder task's test rows that are not measured: no expert was trained on them.
+
+        None where there are not so many.
+        """
+        measured, everything = self.task(task), load_task(self._data / task, "decoder", name=task)
+        assert isinstance(measured, DecoderTask)
+        assert isinstance(everything, DecoderTask)
+        taken = {row.input for row in measured.rows}
+        rows = [{"input": row.input, "output": row.output} for row in everything.rows if row.input not in taken]
+        return None if len(rows) < num else parse_examples(rows, "decoder", max_examples=num, seed=seed)
 
     def make(
         self,

@@ -42,6 +42,7 @@ class Judged:
 
     Attributes:
         with_own: whether the expert fine-tuned for the task was among the peers.
+        fresh: whether the examples are none that it was trained on.
         advice: of the report.
         gain: share of the base's loss on the examples that the held-out mixture takes off.
         errors: that gain in standard errors of the differences example by example.
@@ -62,10 +63,11 @@ class Judged:
     test_gain: float
     score_gain: float
     expert_gain: float | None = None
+    fresh: bool = False
 
 
 def judge(
-    session: Session, task: str, *, num: int, seed: int, with_own: bool, options: dict[str, Any]
+    session: Session, task: str, *, num: int, seed: int, with_own: bool, options: dict[str, Any], fresh: bool = False
 ) -> Judged | None:
     """One trial; None where the task has not so many examples.
 
@@ -74,8 +76,9 @@ def judge(
     """
     backend = session.evaluation.backend
     assert isinstance(backend, InMemoryDecoders | InMemoryEncoders)
-    examples = session.examples(task, seed=seed, num=num)
-    if len(examples) < num:
+    draw = session.fresh_examples if fresh else session.examples
+    examples = draw(task, seed=seed, num=num)
+    if examples is None or len(examples) < num:
         return None
     left_out = {session.evaluation.multitask, None if with_own else session.pool.targets.get(task)}
     peers = [name for name in backend.pool.experts if name not in left_out]
@@ -116,6 +119,7 @@ def judge(
         _gain(mixed, base),
         float(np.mean(mixed.score) - np.mean(base.score)),
         expert_gain,
+        fresh,
     )
 
 
@@ -127,14 +131,21 @@ def _gain(ours: Scores, theirs: Scores) -> float:
 
 
 def trials(session: Session, seeds: Sequence[int], options: dict[str, Any]) -> dict[str, Any]:
-    """All trials of a pool: unseen tasks, tasks whose own expert is left out, and the same with their own expert."""
+    """All trials of a pool: unseen tasks, tasks whose own expert is left out, and the same with their own expert.
+
+    Examples are drawn from what the own expert was trained on, as everywhere; those of decoders from test rows as well.
+    """
     targets = session.pool.targets
-    kinds = [*((task, False) for task in (*session.pool.unseen, *targets)), *((task, True) for task in targets)]
-    wanted = [(task, own, num, seed) for num in SIZES for seed in seeds for task, own in kinds]
+    kinds = [
+        *((task, False, False) for task in (*session.pool.unseen, *targets)),
+        *((task, True, False) for task in targets),
+        *((task, True, True) for task in targets if session.kind == "decoder"),
+    ]
+    wanted = [(*kind, num, seed) for num in SIZES for seed in seeds for kind in kinds]
     judged = []
-    for number, (task, own, num, seed) in enumerate(wanted):
+    for number, (task, own, fresh, num, seed) in enumerate(wanted):
         session.report("trials of the verdict", number, len(wanted))
-        one = judge(session, task, num=num, seed=seed, with_own=own, options=options)
+        one = judge(session, task, num=num, seed=seed, with_own=own, options=options, fresh=fresh)
         judged += [] if one is None else [one]
     session.report("trials of the verdict", len(wanted), len(wanted))
     return {
@@ -152,7 +163,8 @@ def summary(judged: Sequence[Judged]) -> dict[str, Any]:
     """How often each advice was given, and how often the mixture was better than the base on the test rows then."""
     groups = {
         "all": judged,
-        "own expert among the peers": [one for one in judged if one.with_own],
+        "own expert among the peers": [one for one in judged if one.with_own and not one.fresh],
+        "the same, examples it was not trained on": [one for one in judged if one.fresh],
         "no expert of the task": [one for one in judged if not one.with_own],
         **{f"{num} examples": [one for one in judged if one.num_examples == num] for num in SIZES},
     }
