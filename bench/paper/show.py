@@ -131,7 +131,7 @@ def trials_text(title: str, result: Mapping[str, Any]) -> str:
         for name, group in result["summary"].items()
     ]
     head = ["trials", "number", "mixture better than base", *(f"better where `{advice}`" for advice in advices)]
-    head += ["expert better still where `use_expert`"]
+    head += ["that expert better than the mixture where `use_expert`"]
     by_score = [
         [name, *(f"{group['advice'][a]['not_worse_by_score']} of {group['advice'][a]['given']}" for a in advices)]
         for name, group in result["summary"].items()
@@ -154,7 +154,7 @@ def trials_text(title: str, result: Mapping[str, Any]) -> str:
         f"on the test rows (decoders), higher NDCG@10 (encoders).\n\n{markdown(head, rows)}\n"
         "The same by the task's score: no worse than the base's.\n\n"
         f"{markdown(['trials', *(f'no worse where `{advice}`' for advice in advices)], by_score)}\n"
-        "How often a mixture said to be better than the base (`use`, or an expert better still) is right: with the "
+        "How often a mixture said to be better than the base is right: with the "
         "thresholds as they are, and with those picked, for each task, on the trials of all other tasks.\n\n"
         f"{markdown(['right', 'as they are', 'picked on the other tasks'], picked)}"
     )

@@ -49,8 +49,10 @@ class Judged:
         test_gain: share of the base's loss on the test rows that the mixture takes off; of a retrieval task, what
             NDCG@10 gains, in parts of 1.
         score_gain: what the task's score gains on the test rows, in parts of 1.
-        expert_gain: where the advice is `use_expert`, what that expert takes off the mixture's loss on the test rows,
-            as `test_gain`; else None.
+        expert_lead: share of the held-out mixture's loss on the examples that the best expert takes off.
+        expert_errors: that lead in standard errors.
+        expert_gain: what that expert takes off the mixture's loss on the test rows, as `test_gain`; None where it has
+            no lead.
     """
 
     task: str
@@ -62,6 +64,8 @@ class Judged:
     errors: float
     test_gain: float
     score_gain: float
+    expert_lead: float = 0.0
+    expert_errors: float = 0.0
     expert_gain: float | None = None
     fresh: bool = False
 
@@ -102,25 +106,36 @@ def judge(
     recipe = recipe_of(request.options, backend.pool, weighing.merging_weights, dtype=backend.dtype)
     mixed = session.measure(Contender((Part(recipe, 1.0),)), task)
     base = session.measure(session.make(System(BASE, BASE), task, seed=0), task)
-    differences = np.array([losses[BASE][row] - held_out[row] for row in range(len(examples))])
-    error = float(differences.std(ddof=1)) / len(differences) ** 0.5
-    expert_gain = None
-    if step.advice == "use_expert" and step.best_expert is not None:
-        alone = one_hot(backend.pool, step.best_expert, dtype=backend.dtype)
-        expert_gain = _gain(session.measure(Contender((Part(alone, 1.0),)), task), mixed)
+    of_mixture = [held_out[row] for row in range(len(examples))]
+    gain, errors = _lead(of_mixture, losses[BASE])
+    lead, lead_errors, expert_gain = 0.0, 0.0, None
+    if step.best_expert is not None:
+        lead, lead_errors = _lead(losses[step.best_expert], of_mixture)
+        if lead > 0.0:
+            alone = one_hot(backend.pool, step.best_expert, dtype=backend.dtype)
+            expert_gain = _gain(session.measure(Contender((Part(alone, 1.0),)), task), mixed)
     return Judged(
         task,
         num,
         seed,
         with_own,
         str(step.advice),
-        float(differences.mean()) / float(np.mean(losses[BASE])),
-        float(differences.mean()) / error if error else 0.0,
+        gain,
+        errors,
         _gain(mixed, base),
         float(np.mean(mixed.score) - np.mean(base.score)),
+        lead,
+        lead_errors,
         expert_gain,
         fresh,
     )
+
+
+def _lead(ours: Sequence[float], theirs: Sequence[float]) -> tuple[float, float]:
+    """Share of their mean loss that ours is less, and that in standard errors of the differences."""
+    differences = np.array(theirs) - np.array(ours)
+    mean, error = float(differences.mean()), float(differences.std(ddof=1)) / len(differences) ** 0.5
+    return mean / float(np.mean(theirs)), mean / error if error else 0.0
 
 
 def _gain(ours: Scores, theirs: Scores) -> float:
@@ -220,7 +235,9 @@ def _counted(judged: Sequence[Judged]) -> dict[str, Any]:
             "better": sum(map(_is_better, group)),
             "not_worse_by_score": sum(map(_is_no_worse, group)),
         }
-    by_advice["use_expert"]["expert_better"] = sum(_is_expert_better(one) for one in judged)
+    by_advice["use_expert"]["expert_better"] = sum(
+        _is_expert_better(one) for one in judged if one.advice == "use_expert"
+    )
     return {"trials": len(judged), "better": sum(map(_is_better, judged)), "advice": by_advice}
 
 

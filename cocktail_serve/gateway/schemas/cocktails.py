@@ -194,7 +194,7 @@ class CocktailReport(BaseModel):
     best_expert_loss: float | None
     num_folds: int = Field(description="Mixtures made to find out, at most five.")
     advice: Advice | None = Field(
-        description="use: better than the base, and no expert alone beats it; use_expert: an expert alone does; "
+        description="use: better than the base; use_expert: an expert alone is, the mixture is not; "
         "unsure: the gain is within chance; no_gain: not better than the base. Null where nothing can be told."
     )
     verdict: str | None = Field(description="The advice in a sentence with its figures; else why there is none.")

@@ -9,7 +9,9 @@ from cocktail_serve.weighting.verdict import is_better, verdict
     ("mixed", "losses", "advice"),
     [
         ([1.0, 1.04], {"base": [2.3, 2.32], "ag-news": [1.1, 1.12]}, "use"),
-        ([1.2, 1.22], {"base": [2.3, 2.32], "ag-news": [1.0, 1.02]}, "use_expert"),
+        ([1.2, 1.22], {"base": [2.3, 2.32], "ag-news": [1.0, 1.02]}, "use"),
+        ([2.4, 2.42], {"base": [2.3, 2.32], "ag-news": [1.0, 1.02]}, "use_expert"),
+        ([2.0, 2.4], {"base": [2.3, 2.32], "ag-news": [1.0, 1.02]}, "use_expert"),
         ([2.4, 2.42], {"base": [2.3, 2.32], "ag-news": [3.0, 3.02]}, "no_gain"),
         ([1.0, 3.5], {"base": [2.3, 2.32], "ag-news": [3.0, 3.02]}, "unsure"),
         ([1.0], {"base": [2.3]}, "use"),
@@ -23,6 +25,11 @@ def test_the_text_says_the_figures():
     told = verdict([1.02, 1.02], {"base": [2.31, 2.31], "ag-news": [1.1, 1.1], "nq": [4.0, 4.0]})
     assert told.text == "mixed 1.02, best expert 1.10 (ag-news), base 2.31: use it"
     assert (told.best_expert, told.best_expert_loss, told.base) == ("ag-news", 1.1, 2.31)
+
+
+def test_an_experts_lead_over_a_good_mixture_is_told():
+    told = verdict([1.2, 1.22], {"base": [2.3, 2.32], "ag-news": [1.0, 1.02]})
+    assert told.text.endswith("use it; ag-news alone loses less here, which says little if it knows the examples")
 
 
 def test_a_gain_below_the_least_is_none():
