@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import uuid
 from collections.abc import AsyncIterator, Iterator, Mapping
 from dataclasses import dataclass
@@ -14,6 +15,10 @@ from bench.server import RunningServer, running_server
 from cocktail_serve.database.database import Database
 from tests.models import make_encoder_pool, pool_section
 from tests.postgres import Postgres, find_binaries, running_postgres
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    # a shell has what runs in the background ignore interrupts, and so would all that tests start and interrupt
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -17,6 +17,7 @@ from cocktail_serve.config import Limits, Settings, load_settings
 from cocktail_serve.tenants.limits import merged
 
 if TYPE_CHECKING:
+    from cocktail_serve.database.database import Database
     from cocktail_serve.tenants.store import Tenant
 
 limits = typer.Typer(name="limits", help="Show, set and unset what each tenant may use.", no_args_is_help=True)
@@ -38,16 +39,11 @@ def show(
     as_json: AsJSON = False,
 ) -> None:
     """Show the limits that hold, those of the configuration included."""
-    from cocktail_serve.errors import NotFoundError
     from cocktail_serve.tenants.store import TenantStore
 
     settings = load_settings(config)
     found = in_store(settings, lambda database: TenantStore(database).tenants())
-    if tenant is not None:
-        found = [each for each in found if each.name == tenant]
-        if not found:
-            raise NotFoundError(f"there is no tenant {tenant!r}; its first key or limit makes it", param="tenant")
-    _print(settings, found, as_json=as_json)
+    _print(settings, found if tenant is None else [_named(tenant, found)], as_json=as_json)
 
 
 @limits.command("set")
@@ -82,7 +78,13 @@ def unset(
 ) -> None:
     """Go back to what the configuration says."""
     gone = [_known(name) for name in names or NAMES]
-    _change(config, tenant, lambda own: {name: own[name] for name in own if name not in gone}, as_json=as_json)
+    _change(
+        config,
+        tenant,
+        lambda own: {name: own[name] for name in own if name not in gone},
+        as_json=as_json,
+        makes_tenant=False,
+    )
 
 
 def parse_limits(pairs: Sequence[str]) -> dict[str, int | None]:
@@ -110,12 +112,26 @@ def _known(name: str) -> str:
     return name
 
 
-def _change(config: Path, tenant: str, changed: Changed, *, as_json: bool) -> None:
+def _named(tenant: str, found: Iterable[Tenant]) -> Tenant:
+    from cocktail_serve.errors import NotFoundError
+
+    for each in found:
+        if each.name == tenant:
+            return each
+    raise NotFoundError(f"there is no tenant {tenant!r}; its first key or limit makes it", param="tenant")
+
+
+def _change(config: Path, tenant: str, changed: Changed, *, as_json: bool, makes_tenant: bool = True) -> None:
     from cocktail_serve.tenants.store import TenantStore
 
+    async def change(database: Database) -> Tenant:
+        store = TenantStore(database)
+        if not makes_tenant:
+            _named(tenant, await store.tenants())
+        return await store.change_limits(tenant, changed)
+
     settings = load_settings(config)
-    after = in_store(settings, lambda database: TenantStore(database).change_limits(tenant, changed))
-    _print(settings, [after], as_json=as_json)
+    _print(settings, [in_store(settings, change)], as_json=as_json)
 
 
 def _print(settings: Settings, tenants: Sequence[Tenant], *, as_json: bool) -> None:

@@ -385,8 +385,7 @@ class BatchQueue(Generic[J]):
                     batch = None if pause_s else self._next_batch()
                 if batch is not None:
                     self._computing[taker] = batch
-                    if not self._num_free:
-                        self._overtaking.notify()  # for who else waits
+                    (self._condition if self._num_free else self._overtaking).notify()  # for what is left
                     return batch
                 woken.wait(pause_s or None)
         return None

@@ -29,6 +29,12 @@ M = TypeVar("M", bound=SwappableModel)
 T = TypeVar("T")
 
 
+def give_way() -> None:
+    """Has the calling thread, and those that it starts, compute at `COMPUTING_NICE`. To be called once in a thread."""
+    if sys.platform == "linux":
+        os.nice(COMPUTING_NICE)
+
+
 @dataclass(eq=False, slots=True, kw_only=True)
 class ModelRequest(Job, Generic[M]):
     """Something to compute under one recipe, from its arrival to its rows of numbers.
@@ -187,8 +193,8 @@ class Pipeline(Generic[M, R]):
                 self._on_loaded(model)
                 self._is_settled.set()
             self._is_settled.wait()
-            if self._overtakes and number < self._num_passes and sys.platform == "linux":
-                os.nice(COMPUTING_NICE)
+            if self._overtakes and number < self._num_passes:
+                give_way()
             with torch.inference_mode():  # per thread
                 while (work := self._batches.take(number)) is not None:
                     work.run() if isinstance(work, Call) else self._run(work, self._replicas[number])

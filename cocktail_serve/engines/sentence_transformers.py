@@ -23,7 +23,7 @@ from cocktail_serve.engines.batching import PassLimits
 from cocktail_serve.engines.effort import spend
 from cocktail_serve.engines.occupancy import OPERATOR_RETRY_S, Occupancy
 from cocktail_serve.engines.parameter_cache import Mixture, ParameterCache, Params
-from cocktail_serve.engines.pipeline import ModelRequest, Pipeline
+from cocktail_serve.engines.pipeline import ModelRequest, Pipeline, give_way
 from cocktail_serve.engines.stats import EngineStats
 from cocktail_serve.engines.swappable import SwappableModel
 from cocktail_serve.errors import (
@@ -83,11 +83,12 @@ class SentenceTransformersEngine(Generic[M]):
         self._base_recipe = one_hot(pool, BASE, dtype=self.dtype)
         self._folders = {member.fingerprint: member.path for member in pool}
         num_passes, threads_per_pass = _passes(self._device, config.concurrent_passes)
+        overtakes = self._device.type == "cpu"  # a GPU computes what it is given in order
         self._pipeline: Pipeline[M, ModelRequest[M]] = Pipeline(
             pool.id,
             self._load,
             num_passes=num_passes,
-            overtakes=self._device.type == "cpu",  # a GPU computes what it is given in order
+            overtakes=overtakes,
             threads_per_pass=threads_per_pass,
             limits=_pass_limits(self._device, config.max_batch_tokens),
             max_request_tokens=config.max_input_tokens,
@@ -98,9 +99,8 @@ class SentenceTransformersEngine(Generic[M]):
         self._mixing = ThreadPoolExecutor(
             1,
             thread_name_prefix=f"{pool.id}-mixer",
-            # of its own: torch gives a new thread the number that was set last, which is a pass's
-            initializer=torch.set_num_threads,
-            initargs=(_NUM_THREADS,),
+            initializer=_prepare_to_mix,
+            initargs=(overtakes,),
         )
         self._state: EngineState = "stopped"
         self._failure: BaseException | None = None
@@ -363,6 +363,17 @@ def _device(name: str) -> torch.device:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:
         raise ConfigError(f"engine.device {name!r} cannot be used: {error}", param="engine.device") from error
+
+
+def _prepare_to_mix(beside_passes: bool) -> None:
+    """Of the thread that mixes.
+
+    Args:
+        beside_passes: whether passes compute on the same cores: sums must not take those from them.
+    """
+    torch.set_num_threads(_NUM_THREADS)  # torch gives a new thread the number that was set last, which is a pass's
+    if beside_passes:
+        give_way()
 
 
 def _passes(device: torch.device, num_passes: int | None) -> tuple[int, int]:

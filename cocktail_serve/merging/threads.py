@@ -180,7 +180,9 @@ class _Help:
         Raises:
             whatever it raised.
         """
-        if not self._outcome.cancel():
+        if self._outcome.cancel():
+            del self._work  # this may lie in a queue for long, and the work holds what it works on
+        else:
             self._outcome.result()
 
 

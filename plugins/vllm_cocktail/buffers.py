@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import mmap
 import weakref
@@ -62,7 +63,9 @@ class Buffers:
 
 
 def _new_buffer(size: int) -> mmap.mmap:
-    buffer = mmap.mmap(-1, size)
+    # private: the kernel joins neighbours to one mapping, of which a process may have some 65,000
+    buffer = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_HUGEPAGE"):
-        buffer.madvise(mmap.MADV_HUGEPAGE)
+        with contextlib.suppress(OSError):  # a kernel built without them
+            buffer.madvise(mmap.MADV_HUGEPAGE)
     return buffer

@@ -106,6 +106,7 @@ class EngineControl:
         """
         self._kept -= {recipe_digest}
         await self._on_all_ranks("cocktail_forget", recipe_digest)
+        self._kept -= {recipe_digest}  # a mix that was on its way has told what was kept before
 
     async def status(self) -> dict[str, Any]:
         """What the fence and the workers hold. Asks the workers through the engine: a hung engine gives no answer.

@@ -20,6 +20,7 @@ from cocktail_serve.merging.native import kernel_name
 from cocktail_serve.merging.threads import allow_cores
 from cocktail_serve.recipe import Recipe
 from vllm_cocktail.captured import CapturedExperts, capture
+from vllm_cocktail.launch import is_cpu_build
 from vllm_cocktail.manifest import Manifest
 from vllm_cocktail.mixer import Mixer, Source
 
@@ -74,7 +75,7 @@ class CocktailWorkerExtension:
             manifest = Manifest.from_environ()
             _require_mixable(self.vllm_config, manifest)
             world_size = self.vllm_config.parallel_config.world_size
-            if world_size == 1:  # several keep to their own, whose memory is near
+            if world_size == 1 and is_cpu_build():  # several keep to their own, whose memory is near
                 _allow_cores_of_server()
             # every rank keeps whole tensors, the bound is for the server
             self.cocktail_mixer = Mixer(

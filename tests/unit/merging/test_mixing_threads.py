@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import threading
+import time
+import weakref
 from collections.abc import Iterator
 
 import pytest
@@ -154,6 +156,30 @@ def test_help_that_nobody_gives_is_not_waited_for(tied: int) -> None:
     assert next(ahead) == 0
     ahead.close()
     assert not threads_ahead()
+
+
+def test_help_that_was_not_given_keeps_nothing(tied: int) -> None:
+    class Temporary:
+        pass
+
+    alive: list[weakref.ref[Temporary]] = []
+
+    def items() -> Iterator[int]:
+        for number in range(3):
+            temporary = Temporary()
+            alive.append(weakref.ref(temporary))
+            in_parallel(lambda begin, end, held=temporary: None, 40, 10)  # type: ignore[misc]
+            yield number
+
+    ahead = made_ahead(items(), depth=10)
+    assert next(ahead) == 0
+    while len(alive) < 3:
+        time.sleep(0.001)
+    deadline = time.monotonic() + 10
+    while any(ref() is not None for ref in alive) and time.monotonic() < deadline:
+        time.sleep(0.001)
+    assert [ref() for ref in alive] == [None] * 3
+    ahead.close()
 
 
 def test_cores_may_be_allowed_that_no_thread_is_on(monkeypatch: pytest.MonkeyPatch) -> None:
