@@ -20,7 +20,7 @@ from cocktail_serve.engines.batching import Batch, BatchQueue, Call, Job, PassLi
 from cocktail_serve.engines.swappable import SwappableModel
 from cocktail_serve.errors import CocktailError, EngineError, InvalidRequestError, ModelNotReadyError
 
-COMPUTING_NICE = 10
+COMPUTING_NICE = 3
 """How much the threads that compute for everybody give way to this process's others: the event loop, the tokenizer and
 the thread that overtakes, which have short work that somebody waits for. On Linux, where each thread has a niceness of
 its own."""
