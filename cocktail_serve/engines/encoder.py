@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -45,17 +45,20 @@ class Encoder(SwappableModel):
         self.dimension: int = self._model.get_embedding_dimension()
         self._is_normalizing = any(isinstance(module, Normalize) for module in self._model)
         self._excludes_prompt = not all(pooling.include_prompt for pooling in poolings)
-        # a GPU is not busy with what short texts save
-        self._packing = Packing.of(self._transformer) if device.type == "cpu" and not self._pads_left else None
+        self._packs = device.type == "cpu" and not self._pads_left  # a GPU is not busy with what short texts save
+        self._packing = Packing.of(self._transformer) if self._packs else None
+
+    def replicate(self) -> Self:
+        twin = super().replicate()
+        twin._packing = Packing.of(twin._transformer) if self._packs else None
+        return twin
 
     def forward(self, token_ids: Sequence[Sequence[int]], *, prompt_length: int | None = None) -> np.ndarray:
         """Embeddings `[N, D]` float32 of N inputs in one pass, under the bound parameters."""
-        packing = self._packing
-        is_packed = packing is not None and packing.is_worth_it(list(map(len, token_ids)))
-        features = self._packed_features(token_ids) if is_packed else self._features(token_ids)
+        features = self._features(token_ids) if self._packing is None else self._packed_features(token_ids)
         if prompt_length is not None:
             features["prompt_length"] = prompt_length
-        for module in list(self._model)[1:] if is_packed else [self._model]:
+        for module in [self._model] if self._packing is None else list(self._model)[1:]:
             features = module(features)
         vectors: Tensor = features["sentence_embedding"]
         rows: np.ndarray = vectors.float().cpu().numpy()
@@ -66,7 +69,7 @@ class Encoder(SwappableModel):
         assert self._packing is not None
         lengths = torch.tensor(list(map(len, token_ids)))
         return {
-            "token_embeddings": self._packing.token_embeddings(self._transformer, token_ids),
+            "token_embeddings": self._packing.token_embeddings(token_ids),
             "attention_mask": (torch.arange(int(lengths.max()))[None, :] < lengths[:, None]).long(),
         }
 

@@ -26,7 +26,7 @@ def make(kind: str, **options: Any) -> torch.nn.Module:
     }
     config, model = classes[kind]
     torch.manual_seed(0)
-    module: torch.nn.Module = model(config(**SHAPE, **options)).eval().requires_grad_(False)
+    module: torch.nn.Module = model(config(**(SHAPE | options))).eval().requires_grad_(False)
     return module
 
 
@@ -37,7 +37,7 @@ def test_gives_each_text_what_it_gets_alone(kind: str) -> None:
     assert packing is not None
     rng = np.random.default_rng(0)
     token_ids = [rng.integers(5, 99, length).tolist() for length in LENGTHS]
-    packed = packing.token_embeddings(model, token_ids)
+    packed = packing.token_embeddings(token_ids)
     assert packed.shape == (4, 17, 32)
     for row, ids in zip(packed, token_ids, strict=True):
         alone = model(input_ids=torch.tensor([ids])).last_hidden_state[0]
@@ -53,9 +53,71 @@ def test_other_attention_or_another_architecture_is_left_alone() -> None:
     assert Packing.of(other) is None
 
 
-def test_is_worth_it_where_padding_costs_more_than_longer_rows() -> None:
-    packing = Packing(first_position=0, width=384)
-    assert packing.is_worth_it([14, 6, 6, 6])
-    assert not packing.is_worth_it([10, 10, 10])
-    assert not packing.is_worth_it([10])
-    assert not packing.is_worth_it([140] * 6 + [120])  # hardly any padding, and rows of 960
+def test_runs_as_torchscript_with_whatever_the_parameters_are_bound_to() -> None:
+    model = make("bert")
+    packing = Packing.of(model)
+    assert packing is not None
+    assert isinstance(packing._forward, torch.jit.ScriptModule)
+    token_ids = [[7, 8, 9], [10, 11]]
+    before = packing.token_embeddings(token_ids)
+    own = [parameter.data for parameter in model.parameters()]
+    for parameter in model.parameters():
+        parameter.data = torch.randn_like(parameter)
+    other = packing.token_embeddings(token_ids)
+    torch.testing.assert_close(other[0], model(input_ids=torch.tensor([[7, 8, 9]])).last_hidden_state[0])
+    assert not torch.allclose(other, before)
+    for parameter, tensor in zip(model.parameters(), own, strict=True):
+        parameter.data = tensor
+    assert torch.equal(packing.token_embeddings(token_ids), before)
+
+
+def test_a_model_whose_trace_is_another_function_runs_as_it_is() -> None:
+    model = make("bert")
+    whole = model.forward
+
+    def forward(**inputs: Any) -> Any:
+        output = whole(**inputs)
+        if inputs["input_ids"].shape[1] > 5:  # what a trace with a shorter row does not see
+            output.last_hidden_state = output.last_hidden_state + 1
+        return output
+
+    model.forward = forward
+    packing = Packing.of(model)
+    assert packing is not None
+    assert not isinstance(packing._forward, torch.jit.ScriptModule)
+    alone = whole(input_ids=torch.arange(5, 12)[None]).last_hidden_state
+    torch.testing.assert_close(packing.token_embeddings([[*range(5, 12)]]), alone + 1)
+
+
+def test_a_torch_without_tracing_runs_the_model_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(torch.jit, "trace")
+    packing = Packing.of(make("bert"))
+    assert packing is not None
+    assert packing.token_embeddings([[7, 8, 9], [10]]).shape == (2, 3, 32)
+
+
+def rows_of(lengths: list[int]) -> list[list[int]]:
+    packing = Packing.of(make("bert", hidden_size=384, num_attention_heads=12))
+    assert packing is not None
+    return packing.rows_of(lengths)
+
+
+@pytest.mark.parametrize("lengths", [[10], [140] * 6 + [120], [100, 100]])
+def test_texts_have_rows_of_their_own_where_sharing_would_not_pay(lengths: list[int]) -> None:
+    assert rows_of(lengths) == [[index] for index in range(len(lengths))]
+
+
+def test_short_texts_fill_rows_evenly() -> None:
+    rng = np.random.default_rng(0)
+    lengths = rng.integers(6, 15, 32).tolist()
+    rows = rows_of(lengths)
+    assert sorted(index for row in rows for index in row) == list(range(32))
+    sums = [sum(lengths[index] for index in row) for row in rows]
+    assert max(sums) < 64
+    assert max(sums) - min(sums) <= 14
+    assert len(rows) * max(sums) < 1.1 * sum(lengths)
+    assert len(rows_of([10] * 8)) < 8
+
+
+def test_short_texts_share_what_a_long_one_leaves() -> None:
+    assert rows_of([512, 200, 200]) == [[0], [1, 2]]
