@@ -197,6 +197,8 @@ class _Lane(Generic[J]):
         """Seconds that the jobs here should be given to become more; 0: none."""
         num_tokens, since = 0, now
         for job in chain.from_iterable(chain.from_iterable(turns.values() for turns in self._turns.values())):
+            if job.is_over:
+                continue
             since = min(since, job.queued_at)
             some = islice(job.pending, self._limits.pass_tokens)  # enough, if they are so many
             num_tokens += sum(len(job.token_ids[index]) for index in some)

@@ -262,6 +262,13 @@ class TestGathering:
         queue.put(job([3]))
         assert sorted(map(len, second.result(10).token_ids)) == [2, 3, 3]
 
+    def test_whose_caller_has_gone_is_no_company(self, queue: BatchQueue[Job], second: Future[Batch[Job]]) -> None:
+        gone = job([3] * 20)
+        gone.abandoned = True
+        queue.put(gone)
+        with pytest.raises(TimeoutError):
+            second.result(0.05)
+
     def test_not_once_nobody_computes(self, queue: BatchQueue[Job], second: Future[Batch[Job]]) -> None:
         assert isinstance(queue.take(0), Batch)
         queue.put(job([20]))
