@@ -9,7 +9,7 @@ from typing import Any, Self
 import numpy as np
 import torch
 from sentence_transformers import SentenceTransformer
-from sentence_transformers.sentence_transformer.modules import Normalize, Pooling
+from sentence_transformers.sentence_transformer.modules import Dense, LayerNorm, Normalize, Pooling
 from torch import Tensor
 
 from cocktail_serve.checkpoints.layout import read_modules
@@ -17,6 +17,12 @@ from cocktail_serve.engines.packing import Packing
 from cocktail_serve.engines.swappable import SwappableModel
 from cocktail_serve.errors import ConfigError
 from cocktail_serve.recipe import DType
+
+_LAST_HIDDEN_STATE = {"method": "forward", "method_output_name": "last_hidden_state"}
+"""What sentence-transformers makes token embeddings of, unless it is told otherwise."""
+
+_READ_EMBEDDINGS = {Pooling, Normalize, Dense, LayerNorm}
+"""Modules that read embeddings and their mask alone, and not token ids or the states of other layers."""
 
 
 class Encoder(SwappableModel):
@@ -45,13 +51,21 @@ class Encoder(SwappableModel):
         self.dimension: int = self._model.get_embedding_dimension()
         self._is_normalizing = any(isinstance(module, Normalize) for module in self._model)
         self._excludes_prompt = not all(pooling.include_prompt for pooling in poolings)
-        self._packs = device.type == "cpu" and not self._pads_left  # a GPU is not busy with what short texts save
-        self._packing = Packing.of(self._transformer) if self._packs else None
+        self._packing = self._packed()
 
     def replicate(self) -> Self:
         twin = super().replicate()
-        twin._packing = Packing.of(twin._transformer) if self._packs else None
+        twin._packing = twin._packed()
         return twin
+
+    def _packed(self) -> Packing | None:
+        """How texts share rows; None where they are not packed."""
+        transformer, *others = self._model
+        if self._device.type != "cpu" or self._pads_left:  # a GPU is not busy with what short texts save
+            return None
+        if transformer.modality_config["text"] != _LAST_HIDDEN_STATE or not {*map(type, others)} <= _READ_EMBEDDINGS:
+            return None
+        return Packing.of(self._transformer)
 
     def forward(self, token_ids: Sequence[Sequence[int]], *, prompt_length: int | None = None) -> np.ndarray:
         """Embeddings `[N, D]` float32 of N inputs in one pass, under the bound parameters."""

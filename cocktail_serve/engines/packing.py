@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+import threading
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -11,9 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-_FIRST_POSITION = {"bert": 0, "roberta": None, "xlm-roberta": None}
+_COUNTS_PADDING = {"bert": True, "roberta": False, "xlm-roberta": False}
 """Architectures whose words know each other by attention and their place by an absolute position alone, so that a mask
-and positions of our own keep texts apart; and where those positions begin (None: behind the padding's index)."""
+and positions of our own keep texts apart; and whether a padding token in a text has a place like any other. Where it
+has not, positions begin behind the padding's id, and that is the position of all padding."""
 
 _ROW_TOKENS = 48
 """About how long rows are. Attention is fastest per token in rows of 25 to 35; longer ones are filled more evenly."""
@@ -35,26 +37,27 @@ class Packing:
     Every token costs the same in a transformer's linear layers, padding included, so rows without any are faster.
 
     Args:
-        first_position: position id of a text's first token.
+        transformer: one of `_COUNTS_PADDING`, with PyTorch's own attention.
     """
 
-    def __init__(self, transformer: nn.Module, *, first_position: int) -> None:
+    def __init__(self, transformer: nn.Module) -> None:
         config: Any = transformer.config
         self._width: int = config.hidden_size
         self._num_heads: int = config.num_attention_heads
-        self._first_position = first_position
+        self._uncounted: int | None = None if _COUNTS_PADDING[config.model_type] else config.pad_token_id
         self._forward = _traced(_Hidden(transformer))
 
     @classmethod
     def of(cls, transformer: nn.Module) -> Packing | None:
         """How this transformer is packed; None where it is not known to be packable."""
         config: Any = transformer.config
-        if config.model_type not in _FIRST_POSITION or config._attn_implementation != "sdpa":
+        if config.model_type not in _COUNTS_PADDING or config._attn_implementation != "sdpa":
             return None
         if getattr(config, "position_embedding_type", "absolute") != "absolute" or getattr(config, "is_decoder", False):
             return None
-        first = _FIRST_POSITION[config.model_type]
-        return cls(transformer, first_position=config.pad_token_id + 1 if first is None else first)
+        if config.chunk_size_feed_forward:  # takes only rows of a multiple of it
+            return None
+        return cls(transformer)
 
     def rows_of(self, lengths: Sequence[int]) -> list[list[int]]:
         """Which texts share a row: about as many in each, or one in each where that costs less."""
@@ -74,24 +77,33 @@ class Packing:
         lengths = list(map(len, token_ids))
         rows = self.rows_of(lengths)
         shape = len(rows), _width(rows, lengths)
-        ids, position = np.zeros(shape, dtype=np.int64), np.full(shape, self._first_position, dtype=np.int64)
-        text = np.full(shape, -1, dtype=np.int64)  # padding sees padding: a row of the mask must not be empty
+        ids, position = np.zeros(shape, dtype=np.int64), np.zeros(shape, dtype=np.int64)
+        text, place = np.full(shape, -1, dtype=np.int64), np.zeros(shape, dtype=np.int64)
         for number, row in enumerate(rows):
             start = 0
             for index in row:
-                end = start + lengths[index]
-                ids[number, start:end] = token_ids[index]
-                position[number, start:end] += np.arange(end - start)
-                text[number, start:end] = index
-                start = end
-        mask = torch.from_numpy(text[:, None, :, None] == text[:, None, None, :])
+                columns = slice(start, start + lengths[index])
+                ids[number, columns] = token_ids[index]
+                text[number, columns] = index
+                place[number, columns] = np.arange(lengths[index])
+                position[number, columns] = self._positions(ids[number, columns])
+                start = columns.stop
+        mask = torch.from_numpy(
+            text[:, None, :, None] == text[:, None, None, :]
+        )  # padding sees padding: no row is empty
         hidden = self._forward(torch.from_numpy(ids), mask, torch.from_numpy(position))
-        padded = hidden.new_zeros((len(lengths), max(lengths), hidden.shape[-1]))
         is_text = text >= 0
-        padded[torch.from_numpy(text[is_text]), torch.from_numpy(position[is_text] - self._first_position)] = hidden[
-            torch.from_numpy(is_text)
-        ]
+        padded = hidden.new_zeros((len(lengths), max(lengths), hidden.shape[-1]))
+        padded[torch.from_numpy(text[is_text]), torch.from_numpy(place[is_text])] = hidden[torch.from_numpy(is_text)]
         return padded
+
+    def _positions(self, ids: np.ndarray) -> np.ndarray:
+        """Position ids of a text's tokens, both `[L]` int64."""
+        if self._uncounted is None:
+            return np.arange(len(ids))
+        is_counted = ids != self._uncounted
+        positions: np.ndarray = np.cumsum(is_counted) * is_counted + self._uncounted
+        return positions
 
 
 def _filled_evenly(lengths: Sequence[int], num_rows: int) -> list[list[int]]:
@@ -118,9 +130,19 @@ class _Hidden(nn.Module):
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor) -> Tensor:
         hidden: Tensor = self._transformer(
-            input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            token_type_ids=torch.zeros_like(
+                input_ids
+            ),  # a model's own are as many as its positions, a row may be longer
+            return_dict=True,
         ).last_hidden_state
         return hidden
+
+
+_TRACING = threading.Lock()
+"""What silences warnings, and tracing itself, change the state of the process; pools are loaded side by side."""
 
 
 def _traced(module: _Hidden) -> Forward:
@@ -133,13 +155,12 @@ def _traced(module: _Hidden) -> Forward:
         mask = torch.ones(num_rows, 1, width, width, dtype=torch.bool).tril()
         return places, mask, places
 
-    with torch.no_grad(), warnings.catch_warnings():
+    with _TRACING, torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # deprecated, and it names each size that it takes for a constant
         try:
             traced: Forward = torch.jit.trace(module, inputs(2, 3), check_trace=False)  # type: ignore[no-untyped-call]
-            is_same = all(
-                torch.equal(traced(*sample), module(*sample)) for sample in map(inputs, (1, 5, 3, 2), (7, 1, 4, 3))
-            )
-        except (AttributeError, RuntimeError):
+            shapes = (1, 7), (5, 1), (3, 4), (2, 3)
+            is_same = all(torch.equal(traced(*inputs(*shape)), module(*inputs(*shape))) for shape in shapes)
+        except (AttributeError, IndexError, RuntimeError):  # no such function any more, or a model of fewer positions
             return module
     return traced if is_same else module

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import json
 import random
 import threading
 from collections.abc import AsyncIterator, Callable
@@ -15,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 from sentence_transformers import SentenceTransformer
-from sentence_transformers.sentence_transformer.modules import Dense, Normalize
+from sentence_transformers.sentence_transformer.modules import Dense, Normalize, WordWeights
 
 from cocktail_serve.checkpoints.opening import open_pool
 from cocktail_serve.config import PoolConfig
@@ -485,6 +486,24 @@ class TestEncoder:
         expected = self.load(folders["base"])
         assert encoder.own_params.keys() == expected.own_params.keys()
         assert all(torch.equal(value, expected.own_params[name]) for name, value in encoder.own_params.items())
+
+    @pytest.mark.parametrize("kind", ["another layer's states", "weights of words"])
+    def test_computes_what_packing_does_not_know(self, tmp_path: Path, kind: str) -> None:
+        folder = make_encoder(tmp_path / "base")
+        if kind == "another layer's states":
+            path = folder / "sentence_bert_config.json"
+            settings = json.loads(path.read_text())
+            settings["modality_config"]["text"]["method_output_name"] = ["hidden_states", -2]
+            path.write_text(json.dumps(settings))
+        else:
+            model = SentenceTransformer(str(folder), device="cpu")
+            vocab = sorted(model.tokenizer.get_vocab(), key=model.tokenizer.get_vocab().__getitem__)
+            model.insert(1, WordWeights(vocab, {word: 1.0 + number % 5 for number, word in enumerate(vocab)}))
+            model.save(str(folder), create_model_card=False)
+        expected = SentenceTransformer(str(folder), device="cpu").encode(TEXTS)
+        encoder = self.load(folder)
+        rows = encoder.forward(encoder.tokenizer.encode(TEXTS, truncate_to=None))
+        np.testing.assert_allclose(rows, expected, rtol=1e-4, atol=1e-5)
 
 
 def num_bytes(folders: dict[str, Path]) -> int:

@@ -1,3 +1,5 @@
+import warnings
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -45,9 +47,39 @@ def test_gives_each_text_what_it_gets_alone(kind: str) -> None:
         assert not row[len(ids) :].any()
 
 
+def test_a_row_may_be_longer_than_the_model_has_positions() -> None:
+    model = make("bert")
+    packing = Packing.of(model)
+    assert packing is not None
+    token_ids = [[*range(5, 45)], [50, 51], [52]]
+    assert packing.rows_of([40, 2, 1]) == [[0, 1, 2]]
+    alone = model(input_ids=torch.tensor(token_ids[:1])).last_hidden_state[0]
+    torch.testing.assert_close(packing.token_embeddings(token_ids)[0], alone, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["bert", "roberta", "xlm-roberta"])
+def test_a_padding_token_in_a_text_has_the_place_that_the_model_gives_it(kind: str) -> None:
+    model = make(kind)
+    packing = Packing.of(model)
+    assert packing is not None
+    pad = model.config.pad_token_id  # type: ignore[union-attr]
+    text = [7, pad, 8, 9, pad]
+    alone = model(input_ids=torch.tensor([text]), attention_mask=torch.ones(1, 5)).last_hidden_state[0]
+    torch.testing.assert_close(packing.token_embeddings([[5, 6], text])[1], alone, rtol=1e-4, atol=1e-5)
+
+
+def test_a_model_that_returns_tuples_is_packed() -> None:
+    model = make("bert", return_dict=False)
+    packing = Packing.of(model)
+    assert packing is not None
+    alone = model(input_ids=torch.tensor([[7, 8]]))[0][0]
+    torch.testing.assert_close(packing.token_embeddings([[5], [7, 8]])[1], alone, rtol=1e-4, atol=1e-5)
+
+
 def test_other_attention_or_another_architecture_is_left_alone() -> None:
     assert Packing.of(make("bert", attn_implementation="eager")) is None
     assert Packing.of(make("bert", is_decoder=True)) is None
+    assert Packing.of(make("bert", chunk_size_feed_forward=2)) is None
     other = make("bert")
     other.config.model_type = "modernbert"
     assert Packing.of(other) is None
@@ -94,6 +126,16 @@ def test_a_torch_without_tracing_runs_the_model_as_it_is(monkeypatch: pytest.Mon
     packing = Packing.of(make("bert"))
     assert packing is not None
     assert packing.token_embeddings([[7, 8, 9], [10]]).shape == (2, 3, 32)
+
+
+def test_models_loaded_side_by_side_leave_warnings_as_they_were() -> None:
+    models = [make("bert") for _ in range(3)]
+    before = list(warnings.filters)
+    for _ in range(5):
+        with ThreadPoolExecutor(len(models)) as threads:
+            packings = list(threads.map(Packing.of, models))
+        assert all(packing and isinstance(packing._forward, torch.jit.ScriptModule) for packing in packings)
+        assert warnings.filters == before
 
 
 def rows_of(lengths: list[int]) -> list[list[int]]:
