@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
+
+from fastapi import Request
 
 from cocktail_serve.cocktails.cocktail import Served
 from cocktail_serve.cocktails.serving import no_model
 from cocktail_serve.errors import InvalidRequestError, NotFoundError, WrongModelKindError
 from cocktail_serve.gateway.authentication import Caller
-from cocktail_serve.gateway.state import Gateway
+from cocktail_serve.gateway.json_body import json_object
+from cocktail_serve.gateway.metering import Ticket
+from cocktail_serve.gateway.state import Gateway, caller_of, gateway_of
 from cocktail_serve.pool import Kind, Pool, with_article
 
 _ROUTES: dict[Kind, str] = {
@@ -19,8 +23,35 @@ _ROUTES: dict[Kind, str] = {
 }
 
 
-async def requested_pool(gateway: Gateway, caller: Caller, body: Mapping[str, Any], *, kind: Kind) -> Pool:
-    """The pool of the model that a request names. Cheap: what is wrong with the rest is found before anything is mixed.
+@dataclass(frozen=True, slots=True)
+class Admitted:
+    """A request to a model, let in."""
+
+    request: Request
+    gateway: Gateway
+    caller: Caller
+    body: dict[str, Any]
+    ticket: Ticket
+
+
+async def admitted(request: Request) -> Admitted:
+    """How every request to a model begins: who sends it, what it says, whether the tenant may ask now.
+
+    Raises:
+        AuthenticationError, PermissionDeniedError: as `caller_of`.
+        InvalidRequestError, PayloadTooLargeError: as `json_object`.
+        RateLimitError: over a limit of the tenant.
+    """
+    gateway = await gateway_of(request)
+    caller = await caller_of(request)
+    body = await json_object(request)
+    return Admitted(request, gateway, caller, body, gateway.meter.admit(request, caller, body))
+
+
+async def requested_pool(asked: Admitted, *, kind: Kind) -> Pool:
+    """The pool of the model that a request names, which its figures are counted under from now on.
+
+    Cheap: what is wrong with the rest is found before anything is mixed.
 
     Raises:
         InvalidRequestError: no model named.
@@ -30,10 +61,11 @@ async def requested_pool(gateway: Gateway, caller: Caller, body: Mapping[str, An
         ModelNotReadyError: it is still being made.
         StorageError: it is not known here, and the store cannot be asked.
     """
-    model = body.get("model")
+    gateway, caller = asked.gateway, asked.caller
+    model = asked.body.get("model")
     if not isinstance(model, str) or not model:
         raise InvalidRequestError("model is required: name one of GET /v1/models", param="model")
-    if body.get("cocktail") is None:
+    if asked.body.get("cocktail") is None:
         pool = (await gateway.service.find(caller.tenant, model)).pool
         if not caller.sees(pool.id):
             raise no_model(model)
@@ -52,10 +84,11 @@ async def requested_pool(gateway: Gateway, caller: Caller, body: Mapping[str, An
         raise WrongModelKindError(
             f"model {model!r} is {with_article(pool.kind)}; it answers {_ROUTES[pool.kind]}", param="model"
         )
+    asked.request.state.pool = pool.id
     return pool
 
 
-async def served_model(gateway: Gateway, caller: Caller, body: Mapping[str, Any]) -> Served:
+async def served_model(asked: Admitted) -> Served:
     """The model of a request that passed `requested_pool`; an inline cocktail is mixed on first use.
 
     Raises:
@@ -63,8 +96,9 @@ async def served_model(gateway: Gateway, caller: Caller, body: Mapping[str, Any]
         QuotaExceededError, RateLimitError: over a limit of the tenant.
         CocktailError: what is wrong with the inline cocktail.
     """
-    cocktail = body.get("cocktail")
+    gateway, tenant, model = asked.gateway, asked.caller.tenant, asked.body["model"]
+    cocktail = asked.body.get("cocktail")
     if cocktail is None:
-        return gateway.service.resolve(caller.tenant, body["model"])
-    request = await gateway.parse_inline(cocktail, gateway.pools[body["model"]])
-    return await gateway.service.inline(caller.tenant, request)
+        return gateway.service.resolve(tenant, model)
+    request = await gateway.parse_inline(cocktail, gateway.pools[model])
+    return await gateway.service.inline(tenant, request)

@@ -17,11 +17,10 @@ from cocktail_serve.gateway.embedding import (
     encode_answer,
     prompt_of,
 )
-from cocktail_serve.gateway.json_body import json_object, parse_as
+from cocktail_serve.gateway.json_body import parse_as
 from cocktail_serve.gateway.openapi import engine_errors, json_request
 from cocktail_serve.gateway.schemas.embeddings import EmbeddingList, EmbeddingRequest
-from cocktail_serve.gateway.state import caller_of, gateway_of
-from cocktail_serve.gateway.targets import requested_pool, served_model
+from cocktail_serve.gateway.targets import admitted, requested_pool, served_model
 from cocktail_serve.gateway.truncation import truncation
 
 router = APIRouter(tags=["embeddings"], route_class=DirectRoute)
@@ -35,20 +34,17 @@ router = APIRouter(tags=["embeddings"], route_class=DirectRoute)
 )
 async def create_embeddings(request: Request) -> Response:
     """Embeddings of up to 2048 texts, as OpenAI's."""
-    gateway = await gateway_of(request)
-    caller = await caller_of(request)
-    body = await json_object(request)
-    ticket = gateway.meter.admit(request, caller, body)
-    wanted = parse_as(EmbeddingRequest, body)
-    pool = await requested_pool(gateway, caller, body, kind="encoder")
-    request.state.pool = pool.id
+    asked = await admitted(request)
+    gateway = asked.gateway
+    wanted = parse_as(EmbeddingRequest, asked.body)
+    pool = await requested_pool(asked, kind="encoder")
     config = gateway.pool_configs[pool.id]
     engine = gateway.embedding_engine(pool.id)
     inputs = check_inputs(wanted.input, token_inputs=config.token_inputs)
     prompt = prompt_of(wanted.prompt_name, config, inputs)
     truncate_to = truncation(wanted.truncate_prompt_tokens, max_length=engine.max_length, truncate=config.truncate)
     dimensions = dimensions_to_keep(wanted.dimensions, full=engine.dimension, pool=config)
-    served = await served_model(gateway, caller, body)
+    served = await served_model(asked)
     async with ended_with_client(request.receive):
         embedded = await engine.embed(
             served.recipe,
@@ -56,9 +52,9 @@ async def create_embeddings(request: Request) -> Response:
             prompt=prompt,
             truncate_to=truncate_to,
             dimensions=dimensions,
-            tenant=caller.tenant,
+            tenant=asked.caller.tenant,
         )
-    ticket.used(served, num_in=embedded.num_tokens)
+    asked.ticket.used(served, num_in=embedded.num_tokens)
     gateway.metrics.observe_first_token(pool.id, time.perf_counter() - request.state.started_at)
     encode = partial(
         encode_answer,

@@ -10,7 +10,6 @@ from cocktail_serve.config import VLLMEngineConfig
 from cocktail_serve.gateway.direct_route import DirectRoute
 from cocktail_serve.gateway.field_policy import apply_field_policy
 from cocktail_serve.gateway.generation import GenerationResponse
-from cocktail_serve.gateway.json_body import json_object
 from cocktail_serve.gateway.openapi import engine_errors, json_request
 from cocktail_serve.gateway.schemas.generation import (
     ChatCompletion,
@@ -18,8 +17,7 @@ from cocktail_serve.gateway.schemas.generation import (
     Completion,
     CompletionRequest,
 )
-from cocktail_serve.gateway.state import caller_of, gateway_of
-from cocktail_serve.gateway.targets import requested_pool, served_model
+from cocktail_serve.gateway.targets import admitted, requested_pool, served_model
 
 router = APIRouter(tags=["generation"], route_class=DirectRoute)
 
@@ -51,22 +49,19 @@ async def create_completion(request: Request) -> Response:
 
 
 async def _generate(request: Request, path: str) -> Response:
-    gateway = await gateway_of(request)
-    caller = await caller_of(request)
-    body = await json_object(request)
-    ticket = gateway.meter.admit(request, caller, body)
-    pool = await requested_pool(gateway, caller, body, kind="decoder")
-    request.state.pool = pool.id
+    asked = await admitted(request)
+    gateway = asked.gateway
+    pool = await requested_pool(asked, kind="decoder")
     engine_config = gateway.pool_configs[pool.id].engine
     assert isinstance(engine_config, VLLMEngineConfig)  # the configuration lets no decoder have another
-    outgoing = apply_field_policy(body, allow_chat_template=engine_config.allow_chat_template)
-    served = await served_model(gateway, caller, body)
+    outgoing = apply_field_policy(asked.body, allow_chat_template=engine_config.allow_chat_template)
+    served = await served_model(asked)
     return GenerationResponse(
         gateway.generation_engine(pool.id),
         served,
         path,
         outgoing,
-        tenant=caller.tenant,
-        ticket=ticket,
+        tenant=asked.caller.tenant,
+        ticket=asked.ticket,
         metrics=gateway.metrics,
     )

@@ -8,12 +8,11 @@ from fastapi import APIRouter, Request, Response
 
 from cocktail_serve.gateway.direct_route import DirectRoute
 from cocktail_serve.gateway.disconnect import ended_with_client
-from cocktail_serve.gateway.json_body import json_object, parse_as
+from cocktail_serve.gateway.json_body import parse_as
 from cocktail_serve.gateway.openapi import engine_errors, json_request
 from cocktail_serve.gateway.reranking import check_documents, encode_answer
 from cocktail_serve.gateway.schemas.reranking import RerankAnswer, RerankRequest
-from cocktail_serve.gateway.state import caller_of, gateway_of
-from cocktail_serve.gateway.targets import requested_pool, served_model
+from cocktail_serve.gateway.targets import admitted, requested_pool, served_model
 from cocktail_serve.gateway.truncation import truncation
 
 router = APIRouter(tags=["reranking"], route_class=DirectRoute)
@@ -29,13 +28,10 @@ router = APIRouter(tags=["reranking"], route_class=DirectRoute)
 )
 async def rerank(request: Request) -> Response:
     """Documents in the order of their relevance to a query, as vLLM's; `/rerank` and `/v2/rerank` are the same."""
-    gateway = await gateway_of(request)
-    caller = await caller_of(request)
-    body = await json_object(request)
-    ticket = gateway.meter.admit(request, caller, body)
-    wanted = parse_as(RerankRequest, body)
-    pool = await requested_pool(gateway, caller, body, kind="reranker")
-    request.state.pool = pool.id
+    asked = await admitted(request)
+    gateway = asked.gateway
+    wanted = parse_as(RerankRequest, asked.body)
+    pool = await requested_pool(asked, kind="reranker")
     engine = gateway.reranking_engine(pool.id)
     documents = check_documents(wanted.documents)
     truncate_to = truncation(
@@ -43,7 +39,7 @@ async def rerank(request: Request) -> Response:
         max_length=engine.max_length,
         truncate=gateway.pool_configs[pool.id].truncate,
     )
-    served = await served_model(gateway, caller, body)
+    served = await served_model(asked)
     async with ended_with_client(request.receive):
         reranked = await engine.rerank(
             served.recipe,
@@ -51,9 +47,9 @@ async def rerank(request: Request) -> Response:
             documents,
             truncate_to=truncate_to,
             use_activation=wanted.use_activation is not False,
-            tenant=caller.tenant,
+            tenant=asked.caller.tenant,
         )
-    ticket.used(served, num_in=reranked.num_tokens)
+    asked.ticket.used(served, num_in=reranked.num_tokens)
     gateway.metrics.observe_first_token(pool.id, time.perf_counter() - request.state.started_at)
     answer = encode_answer(
         reranked,
