@@ -15,7 +15,7 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from cocktail_serve.cli import main
+from tests.command_line import run
 from tests.models import make_decoder, make_decoder_pool, make_encoder
 
 PARAMS = "model.safetensors"
@@ -129,10 +129,8 @@ def test_it_is_told_and_nothing_stays(
 ) -> None:
     damage(config.parent / "models" / "nq")
     before = files(config.parent)
-    with pytest.raises(SystemExit) as exited:
-        main(doors(config)[door])
-    out, err = capsys.readouterr()
-    assert (exited.value.code, out) == (2, "")
+    code, out, err = run(capsys, *doors(config)[door])
+    assert (code, out) == (2, "")
     message = " ".join(err.split())
     assert [word for word in DAMAGES[damage] if word not in message] == [], message
     assert "Traceback" not in err

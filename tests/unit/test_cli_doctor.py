@@ -10,11 +10,12 @@ import pytest
 import yaml
 from sqlalchemy import insert
 
-from cocktail_serve.cli import doctor, main
+from cocktail_serve.cli import doctor
 from cocktail_serve.database import tables
 from cocktail_serve.database.database import Database
 from cocktail_serve.merging import native
-from tests.models import make_decoder, make_encoder_pool
+from tests import command_line
+from tests.models import make_decoder, make_encoder_pool, pool_section
 
 
 @pytest.fixture
@@ -25,15 +26,7 @@ def write_config(tmp_path):
         content = {
             "server": {"port": 0},
             "store": {"cache_dir": str(tmp_path / "cache"), "cache_bytes": 1000},
-            "pools": [
-                {
-                    "id": "bge",
-                    "kind": "encoder",
-                    "base": str(pool["base"]),
-                    "experts": {"quora": str(pool["quora"])},
-                    "engine": {"type": "sentence_transformers"},
-                }
-            ],
+            "pools": [pool_section("bge", "encoder", pool, {"type": "sentence_transformers"})],
         }
         path = tmp_path / "config.yaml"
         path.write_text(yaml.safe_dump(content | changes))
@@ -43,10 +36,8 @@ def write_config(tmp_path):
 
 
 def run(capsys, *args: object) -> tuple[int, dict[str, dict[str, str]]]:
-    with pytest.raises(SystemExit) as exited:
-        main(["doctor", *map(str, args), "--json"])
-    checks = json.loads(capsys.readouterr().out)["checks"]
-    return int(exited.value.code or 0), {check["name"]: check for check in checks}
+    code, out, _ = command_line.run(capsys, "doctor", *args, "--json")
+    return code, {check["name"]: check for check in json.loads(out)["checks"]}
 
 
 def test_a_working_configuration_has_no_problem(write_config, capsys):
@@ -105,9 +96,7 @@ def test_it_says_which_mixing_kernel_is_used(monkeypatch, capsys):
 
 
 def test_it_says_what_is_wrong_on_a_screen(write_config, capsys):
-    with pytest.raises(SystemExit):
-        main(["doctor", str(write_config(sevrer={}))])
-    out = capsys.readouterr().out
+    _, out, _ = command_line.run(capsys, "doctor", write_config(sevrer={}))
     assert "✗ configuration" in out
     assert "✓ python" in out
 

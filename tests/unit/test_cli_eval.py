@@ -5,7 +5,7 @@ import json
 import pytest
 import yaml
 
-from cocktail_serve.cli import main
+from tests.command_line import run
 from tests.models import make_decoder_pool, pool_section
 
 
@@ -22,13 +22,6 @@ def folder(tmp_path_factory):
     for name in ("train", "test"):
         (folder / "nq" / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
-
-
-def run(capsys, *args: object) -> tuple[int, str, str]:
-    with pytest.raises(SystemExit) as exited:
-        main([str(arg) for arg in args])
-    out, err = capsys.readouterr()
-    return int(exited.value.code or 0), out, err
 
 
 def test_a_table_and_files(folder, tmp_path, capsys):

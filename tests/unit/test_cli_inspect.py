@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from cocktail_serve.cli import main
+from tests.command_line import run
 from tests.models import make_decoder, make_decoder_pool
 
 
@@ -14,15 +14,8 @@ def pool(tmp_path_factory):
     return make_decoder_pool(tmp_path_factory.mktemp("pool"), ("nq",))
 
 
-def run(capsys, *args: object) -> tuple[int, str, str]:
-    with pytest.raises(SystemExit) as exited:
-        main(["inspect", *map(str, args)])
-    out, err = capsys.readouterr()
-    return int(exited.value.code or 0), out, err
-
-
 def test_a_folder_is_described(pool, capsys):
-    code, out, _ = run(capsys, pool["base"], "--json")
+    code, out, _ = run(capsys, "inspect", pool["base"], "--json")
     assert code == 0
     (model,) = json.loads(out)["models"]
     assert model["architectures"] == ["LlamaForCausalLM"]
@@ -33,7 +26,7 @@ def test_a_folder_is_described(pool, capsys):
 
 
 def test_the_change_of_an_expert_is_that_of_its_noise(pool, capsys):
-    _, out, _ = run(capsys, pool["base"], pool["nq"], "--json")
+    _, out, _ = run(capsys, "inspect", pool["base"], pool["nq"], "--json")
     result = json.loads(out)
     assert result["compatible"]
     changes = {row["group"]: row["relative_change"] for row in result["changes"]}
@@ -42,7 +35,7 @@ def test_the_change_of_an_expert_is_that_of_its_noise(pool, capsys):
 
 
 def test_a_model_compared_with_itself_has_not_moved(pool, capsys):
-    code, out, _ = run(capsys, pool["base"], pool["base"])
+    code, out, _ = run(capsys, "inspect", pool["base"], pool["base"])
     assert code == 0
     assert "they can be mixed" in out
     assert "0.0000" in out
@@ -50,11 +43,11 @@ def test_a_model_compared_with_itself_has_not_moved(pool, capsys):
 
 def test_models_of_other_shapes_cannot_be_mixed(pool, tmp_path, capsys):
     other = make_decoder(tmp_path / "wide", hidden_size=128)
-    code, out, _ = run(capsys, pool["base"], other, "--json")
+    code, out, _ = run(capsys, "inspect", pool["base"], other, "--json")
     result = json.loads(out)
     assert (code, result["compatible"]) == (2, False)
     assert any("embed_tokens" in problem["subject"] for problem in result["problems"])
-    code, out, _ = run(capsys, pool["base"], other)
+    code, out, _ = run(capsys, "inspect", pool["base"], other)
     assert (code, "cannot be mixed" in out) == (2, True)
 
 
@@ -75,7 +68,7 @@ def adapter(pool, tmp_path):
 
 def test_an_adapter_is_folded_into_its_base(pool, adapter, capsys):
     lora, folded = adapter
-    code, out, _ = run(capsys, pool["base"], lora, "--json")
+    code, out, _ = run(capsys, "inspect", pool["base"], lora, "--json")
     result = json.loads(out)
     assert (code, result["compatible"]) == (0, True)
     base, described = result["models"]
@@ -83,25 +76,25 @@ def test_an_adapter_is_folded_into_its_base(pool, adapter, capsys):
     assert described["num_tensors"] % 2 == 0
     assert described["num_bytes"] == 4 * described["num_parameters"] < base["num_bytes"]
     assert described["fingerprint"] != base["fingerprint"]
-    full = json.loads(run(capsys, pool["base"], folded, "--json")[1])
+    full = json.loads(run(capsys, "inspect", pool["base"], folded, "--json")[1])
     for mine, theirs in zip(result["changes"], full["changes"], strict=True):
         assert mine["group"] == theirs["group"]
         assert mine["relative_change"] == pytest.approx(theirs["relative_change"], rel=1e-4)
     assert max(row["relative_change"] for row in result["changes"]) > 0.01
-    _, out, _ = run(capsys, pool["base"], lora)
+    _, out, _ = run(capsys, "inspect", pool["base"], lora)
     assert "they can be mixed" in out
     assert "an expert over its base" in out
 
 
 def test_an_adapter_of_another_model_is_refused(adapter, tmp_path, capsys):
     other = make_decoder(tmp_path / "wide", hidden_size=128)
-    code, _, err = run(capsys, other, adapter[0])
+    code, _, err = run(capsys, "inspect", other, adapter[0])
     assert code == 2
     assert "the adapter of another model" in " ".join(err.split())
 
 
 def test_an_adapter_alone_is_no_model(adapter, capsys):
-    code, out, err = run(capsys, adapter[0])
+    code, out, err = run(capsys, "inspect", adapter[0])
     assert (code, out) == (2, "")
     assert "adapter" in err
 
@@ -110,12 +103,12 @@ def test_an_expert_without_tokenizer_cannot_be_a_base(tmp_path, capsys):
     folder = make_decoder(tmp_path / "model")
     for file in folder.glob("tokenizer*"):
         file.unlink()
-    _, out, _ = run(capsys, folder)
+    _, out, _ = run(capsys, "inspect", folder)
     assert "can be served  no: no tokenizer.json" in out
 
 
 def test_what_is_no_model_is_bad_input(tmp_path, capsys):
-    code, out, err = run(capsys, tmp_path)
+    code, out, err = run(capsys, "inspect", tmp_path)
     assert (code, out) == (2, "")
     assert "config.json is missing" in err
 
@@ -124,8 +117,8 @@ def test_the_change_is_drawn(pool, tmp_path, capsys):
     from matplotlib.image import imread
 
     drawn, still = tmp_path / "change.png", tmp_path / "none.png"
-    assert run(capsys, pool["base"], pool["nq"], "--plot", drawn)[0] == 0
-    assert run(capsys, pool["base"], pool["base"], "--plot", still)[0] == 0
+    assert run(capsys, "inspect", pool["base"], pool["nq"], "--plot", drawn)[0] == 0
+    assert run(capsys, "inspect", pool["base"], pool["base"], "--plot", still)[0] == 0
 
     def num_colored(file) -> int:
         image = imread(file)[..., :3]
@@ -137,18 +130,18 @@ def test_the_change_is_drawn(pool, tmp_path, capsys):
 
 @pytest.mark.parametrize(("name", "message"), [("change.svg", ".png"), ("missing/change.png", "cannot write")])
 def test_a_picture_that_cannot_be_drawn(pool, tmp_path, capsys, name, message):
-    code, _, err = run(capsys, pool["base"], pool["nq"], "--plot", tmp_path / name)
+    code, _, err = run(capsys, "inspect", pool["base"], pool["nq"], "--plot", tmp_path / name)
     assert code in (1, 2)
     assert message in " ".join(err.split())
 
 
 def test_one_model_has_no_change_to_draw(pool, tmp_path, capsys):
-    code, _, err = run(capsys, pool["base"], "--plot", tmp_path / "change.png")
+    code, _, err = run(capsys, "inspect", pool["base"], "--plot", tmp_path / "change.png")
     assert (code, "two models" in err) == (2, True)
 
 
 def test_without_matplotlib_the_extra_is_named(pool, tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    code, _, err = run(capsys, pool["base"], pool["nq"], "--plot", tmp_path / "change.png")
+    code, _, err = run(capsys, "inspect", pool["base"], pool["nq"], "--plot", tmp_path / "change.png")
     assert (code, "cocktail-serve[plot]" in err) == (2, True)
-    assert run(capsys, pool["base"], pool["nq"])[0] == 0
+    assert run(capsys, "inspect", pool["base"], pool["nq"])[0] == 0

@@ -3,62 +3,48 @@
 from __future__ import annotations
 
 import asyncio
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
-from cocktail_serve import cli
 from cocktail_serve.database.database import Database
 from cocktail_serve.tenants.store import TenantStore
+from tests.command_line import answer, exit_code, write_config
 
 
 @pytest.fixture
 def config(tmp_path: Path) -> Path:
-    path = tmp_path / "config.yaml"
-    pool = {"id": "flan", "kind": "decoder", "base": "b", "engine": {"type": "fake"}}
-    path.write_text(yaml.safe_dump({"store": {"cache_dir": "cache"}, "pools": [pool]}))
-    return path
+    return write_config(tmp_path)
 
 
-def run(*args: object) -> int:
-    try:
-        cli.main(["keys", *map(str, args)])
-    except SystemExit as exited:
-        return int(exited.code or 0)
-    return 0
-
-
-def answer(capsys: pytest.CaptureFixture[str], *args: object) -> Any:
-    assert run(*args, "--json") == 0
-    return json.loads(capsys.readouterr().out)
+def keys(capsys: pytest.CaptureFixture[str], *words: object) -> Any:
+    return answer(capsys, "keys", *words)
 
 
 def test_the_life_of_a_key(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    made = answer(capsys, "create", "--config", config, "--tenant", "acme", "--scopes", "use,admin", "--expires", "90d")
+    made = keys(capsys, "create", "--config", config, "--tenant", "acme", "--scopes", "use,admin", "--expires", "90d")
     assert made["key"].startswith(f"ck-{made['id']}-")
     assert (made["tenant"], made["scopes"], made["status"]) == ("acme", ["admin", "use"], "active")
     assert made["expires_at"] - made["created_at"] == pytest.approx(90 * 86400, abs=1)
-    listed = answer(capsys, "list", "--config", config)["data"]
+    listed = keys(capsys, "list", "--config", config)["data"]
     assert listed == [{name: value for name, value in made.items() if name != "key"}]
-    rotated = answer(capsys, "rotate", made["id"], "--config", config, "--overlap", "0")
+    rotated = keys(capsys, "rotate", made["id"], "--config", config, "--overlap", "0")
     assert rotated["key"] != made["key"]
-    assert answer(capsys, "revoke", rotated["id"], "--config", config, "--tenant", "acme")["status"] == "revoked"
+    assert keys(capsys, "revoke", rotated["id"], "--config", config, "--tenant", "acme")["status"] == "revoked"
     statuses = {
-        key["id"]: key["status"] for key in answer(capsys, "list", "--config", config, "--tenant", "acme")["data"]
+        key["id"]: key["status"] for key in keys(capsys, "list", "--config", config, "--tenant", "acme")["data"]
     }
     assert statuses == {made["id"]: "revoked", rotated["id"]: "revoked"}
 
 
 def test_the_key_alone_is_on_stdout(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run("create", "--config", config, "--tenant", "acme") == 0
+    assert exit_code("keys", "create", "--config", config, "--tenant", "acme") == 0
     out, err = capsys.readouterr()
     assert out.startswith("ck-")
     assert out.count("\n") == 1
     assert "not shown again" in err
-    assert run("list", "--config", config) == 0
+    assert exit_code("keys", "list", "--config", config) == 0
     out, _ = capsys.readouterr()
     assert "create,use" in out
     assert "active" in out
@@ -68,7 +54,7 @@ def test_it_works_beside_a_server(config: Path, capsys: pytest.CaptureFixture[st
     async def serve() -> list[str]:
         database = Database(f"sqlite:///{config.parent / 'cache' / 'registry.sqlite'}")
         await database.open()
-        assert await asyncio.to_thread(run, "create", "--config", config, "--tenant", "acme") == 0
+        assert await asyncio.to_thread(exit_code, "keys", "create", "--config", config, "--tenant", "acme") == 0
         seen = [key.tenant for key in await TenantStore(database).keys()]
         await database.close()
         return seen
@@ -91,8 +77,8 @@ def test_it_works_beside_a_server(config: Path, capsys: pytest.CaptureFixture[st
 def test_wrong_usage_exits_2_and_writes_nothing(
     args: tuple[str, ...], config: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert run(*args, "--config", config) == 2
+    assert exit_code("keys", *args, "--config", config) == 2
     out, err = capsys.readouterr()
     assert out == ""
     assert err
-    assert answer(capsys, "list", "--config", config)["data"] == []
+    assert keys(capsys, "list", "--config", config)["data"] == []

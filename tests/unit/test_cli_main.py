@@ -9,16 +9,11 @@ import cocktail_serve
 from cocktail_serve import cli
 from cocktail_serve.cli import terminal
 from cocktail_serve.errors import ConfigError, EngineError
-
-
-def run(*args: str) -> int:
-    with pytest.raises(SystemExit) as exited:
-        cli.main(args)
-    return int(exited.value.code or 0)
+from tests.command_line import exit_code
 
 
 def test_the_version_is_the_packages(capsys):
-    assert run("--version") == 0
+    assert exit_code("--version") == 0
     assert capsys.readouterr().out.strip() == cocktail_serve.__version__
 
 
@@ -27,13 +22,13 @@ def test_the_version_is_the_packages(capsys):
     ["serve", "weigh", "mix", "inspect", "doctor", "demo", "keys create", "keys list", "keys revoke", "keys rotate"],
 )
 def test_every_command_has_help_and_json(command, capsys):
-    assert run(*command.split(), "--help") == 0
+    assert exit_code(*command.split(), "--help") == 0
     assert "--json" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("args", [("fly",), ("serve",), ("weigh", "--wings"), ("serve", "c.yaml", "--port", "70000")])
 def test_wrong_usage_exits_2(args, capsys):
-    assert run(*args) == 2
+    assert exit_code(*args) == 2
     out, err = capsys.readouterr()
     assert out == ""
     assert err
@@ -47,7 +42,7 @@ def test_errors_are_told_in_one_line(error, code, monkeypatch, capsys):
         raise error
 
     monkeypatch.setattr(cli, "app", fail)
-    assert run("serve", "x") == code
+    assert exit_code("serve", "x") == code
     out, err = capsys.readouterr()
     assert out == ""
     assert err.startswith("error: ")

@@ -10,8 +10,8 @@ import yaml
 from safetensors.torch import load_file
 
 from cocktail_serve.checkpoints.reader import CheckpointReader
-from cocktail_serve.cli import main
 from cocktail_serve.weighting.softmax import softmax_weights
+from tests.command_line import run
 from tests.merging import merged
 from tests.models import (
     make_decoder_pool,
@@ -72,13 +72,6 @@ def examples(tmp_path):
         return path
 
     return write
-
-
-def run(capsys, *args: object) -> tuple[int, str, str]:
-    with pytest.raises(SystemExit) as exited:
-        main([str(arg) for arg in args])
-    out, err = capsys.readouterr()
-    return int(exited.value.code or 0), out, err
 
 
 @pytest.mark.parametrize(

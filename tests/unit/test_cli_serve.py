@@ -12,7 +12,7 @@ import httpx
 import pytest
 import yaml
 
-from tests.models import make_encoder_pool
+from tests.models import make_encoder_pool, pool_section
 
 
 @pytest.fixture(scope="module")
@@ -20,22 +20,8 @@ def config(tmp_path_factory):
     folder = tmp_path_factory.mktemp("serve")
     pool = make_encoder_pool(folder / "bge", ("quora",))
     path = folder / "config.yaml"
-    path.write_text(
-        yaml.safe_dump(
-            {
-                "store": {"cache_dir": "cache"},
-                "pools": [
-                    {
-                        "id": "bge",
-                        "kind": "encoder",
-                        "base": str(pool["base"]),
-                        "experts": {"quora": str(pool["quora"])},
-                        "engine": {"type": "sentence_transformers"},
-                    }
-                ],
-            }
-        )
-    )
+    section = pool_section("bge", "encoder", pool, {"type": "sentence_transformers"})
+    path.write_text(yaml.safe_dump({"store": {"cache_dir": "cache"}, "pools": [section]}))
     return path
 
 
