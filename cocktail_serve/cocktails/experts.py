@@ -230,8 +230,7 @@ class Experts:
 
     async def _catch_up(self) -> None:
         async with self._changing:
-            async with self._database.read() as connection:
-                rows = (await connection.execute(select(tables.experts))).mappings().all()
+            rows = await self._database.rows(select(tables.experts))
             found = {
                 (row["pool"], row["name"]): Added(
                     row["pool"], row["name"], Path(row["path"]), row["fingerprint"], row["added_at"]

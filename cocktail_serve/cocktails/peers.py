@@ -73,8 +73,7 @@ class Peers:
     async def alive(self) -> frozenset[str]:
         """Ids of the gateways that are there, this one among them; the dead are struck off."""
         gateways = tables.gateways
-        async with self._database.read() as connection:
-            rows = (await connection.execute(select(gateways.c.id, gateways.c.beat))).all()
+        rows = await self._database.rows(select(gateways.c.id, gateways.c.beat))
         now = self._clock()
         if now - self._looked_at > self._lease_s / 2:
             # this gateway stood still, or the store was gone: then it did not see the others beat, and cannot tell
@@ -82,8 +81,8 @@ class Peers:
         self._looked_at = now
         before, self._beats = self._beats, {}
         for row in rows:
-            beat, since = before.get(row.id, (None, now))
-            self._beats[row.id] = (row.beat, since if beat == row.beat else now)
+            beat, since = before.get(row["id"], (None, now))
+            self._beats[row["id"]] = (row["beat"], since if beat == row["beat"] else now)
         for gateway, (beat, since) in list(self._beats.items()):
             if gateway != self.me and now - since >= self._lease_s and await self._strike_off(gateway, beat):
                 del self._beats[gateway]

@@ -11,11 +11,11 @@ import sqlite3
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
 from contextlib import asynccontextmanager, closing, contextmanager
 from pathlib import Path
-from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
+from typing import Any, Concatenate, Literal, ParamSpec, Protocol, TypeVar
 
-from sqlalchemy import Connection, Table, event, text
+from sqlalchemy import ColumnElement, Connection, Select, Table, event, text
 from sqlalchemy.dialects import postgresql, sqlite
-from sqlalchemy.engine import URL, make_url
+from sqlalchemy.engine import URL, RowMapping, make_url
 from sqlalchemy.exc import ArgumentError, NoSuchModuleError, SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 
@@ -134,6 +134,12 @@ class Database:
         with _translated():
             async with self._engine.connect() as connection:
                 yield connection
+
+    async def rows(self, query: Select[Any]) -> Sequence[RowMapping]:
+        """All that one query finds."""
+        async with self.read() as connection:
+            found: Sequence[RowMapping] = (await connection.execute(query)).mappings().all()
+        return found
 
     @asynccontextmanager
     async def write(self) -> AsyncIterator[AsyncConnection]:
@@ -301,11 +307,29 @@ def async_url(url: str) -> URL:
     return parsed.set(drivername=drivers.get(parsed.drivername, parsed.drivername))
 
 
+def insert_or(connection: AsyncConnection, table: Table) -> postgresql.Insert | sqlite.Insert:
+    """An INSERT that can be told, by its `on_conflict_...`, what becomes of rows whose key is there already."""
+    return sqlite.insert(table) if connection.dialect.name == "sqlite" else postgresql.insert(table)
+
+
 def insert_missing(connection: AsyncConnection, table: Table) -> postgresql.Insert | sqlite.Insert:
     """An INSERT that leaves out rows whose key is there already: another process may have written them just now."""
-    if connection.dialect.name == "sqlite":
-        return sqlite.insert(table).on_conflict_do_nothing()
-    return postgresql.insert(table).on_conflict_do_nothing()
+    return insert_or(connection, table).on_conflict_do_nothing()
+
+
+def page_of(
+    query: Select[Any], key: ColumnElement[Any], *, after: Any, limit: int, order: Literal["asc", "desc"] = "desc"
+) -> Select[Any]:
+    """A query for a part of its rows, and for one more, which tells that there are further ones.
+
+    Args:
+        key: what the rows are in order of.
+        after: of the row to begin behind; None: at the first.
+    """
+    is_rising = order == "asc"
+    if after is not None:
+        query = query.where(key > after if is_rising else key < after)
+    return query.order_by(key.asc() if is_rising else key.desc()).limit(limit + 1)
 
 
 def chunks(values: Sequence[_T]) -> Iterator[Sequence[_T]]:

@@ -13,7 +13,7 @@ from sqlalchemy import ColumnElement, delete, exists, insert, or_, select
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from cocktail_serve.database import tables
-from cocktail_serve.database.database import Database, insert_missing, to_the_end
+from cocktail_serve.database.database import Database, insert_missing, page_of, to_the_end
 from cocktail_serve.errors import InvalidExamplesError, InvalidRequestError, NotFoundError
 from cocktail_serve.examples import parse_examples
 from cocktail_serve.ids import Order, Page, check_cursor, is_id, new_id
@@ -176,14 +176,9 @@ class Files:
         check_cursor(after, PREFIX)
         if purpose not in (None, PURPOSE):
             return Page(data=(), has_more=False)
-        key = tables.files.c.id
-        query = select(tables.files).where(*self._of(tenant))
-        query = query.order_by(key.asc() if order == "asc" else key.desc()).limit(limit + 1)
-        if after is not None:
-            query = query.where(key > after if order == "asc" else key < after)
-        async with self._database.read() as connection:
-            rows = (await connection.execute(query)).mappings().all()
-        return Page.of([File(**row) for row in rows], limit)
+        of_tenant = select(tables.files).where(*self._of(tenant))
+        query = page_of(of_tenant, tables.files.c.id, after=after, limit=limit, order=order)
+        return Page.of([File(**row) for row in await self._database.rows(query)], limit)
 
     @to_the_end
     async def delete(self, tenant: str, file_id: str) -> None:

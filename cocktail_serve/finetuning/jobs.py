@@ -13,7 +13,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from cocktail_serve.cocktails.cocktail import Cocktail, Failure
 from cocktail_serve.database import tables
-from cocktail_serve.database.database import Database, to_the_end
+from cocktail_serve.database.database import Database, page_of, to_the_end
 from cocktail_serve.errors import InvalidRequestError, NotFoundError
 from cocktail_serve.finetuning.job import (
     JOB_STATUS,
@@ -145,17 +145,13 @@ class JobStore:
             metadata: only jobs that have these pairs among theirs; empty: only those that have none; None: all.
         """
         check_cursor(after, PREFIX)
-        query = select(_jobs).where(_jobs.c.tenant == tenant).order_by(_jobs.c.id.desc()).limit(limit + 1)
-        if after is not None:
-            query = query.where(_jobs.c.id < after)
+        query = page_of(select(_jobs).where(_jobs.c.tenant == tenant), _jobs.c.id, after=after, limit=limit)
         if metadata is not None and not metadata:
             query = query.where(~exists().where(_pairs.c.job_id == _jobs.c.id))
         for key, value in (metadata or {}).items():
             same = (_pairs.c.job_id == _jobs.c.id) & (_pairs.c.key == key) & (_pairs.c.value == value)
             query = query.where(exists().where(same))
-        async with self._database.read() as connection:
-            rows = (await connection.execute(query)).mappings().all()
-        return Page.of([_job(row) for row in rows], limit)
+        return Page.of([_job(row) for row in await self._database.rows(query)], limit)
 
     @to_the_end
     async def events(self, job: Job, *, after: str | None, limit: int) -> Page[ListedEvent]:
@@ -164,12 +160,10 @@ class JobStore:
         Raises:
             InvalidRequestError: `after` is not an event of this job.
         """
-        query = select(_events).where(_events.c.job_id == job.id).order_by(_events.c.position.desc()).limit(limit + 1)
-        if after is not None:
-            query = query.where(_events.c.position < _position(after, job.id))
-        async with self._database.read() as connection:
-            rows = (await connection.execute(query)).mappings().all()
-        return Page.of([_listed(row) for row in rows], limit)
+        position = None if after is None else _position(after, job.id)
+        of_job = select(_events).where(_events.c.job_id == job.id)
+        query = page_of(of_job, _events.c.position, after=position, limit=limit)
+        return Page.of([_listed(row) for row in await self._database.rows(query)], limit)
 
     async def _recent(self, connection: AsyncConnection, tenant: str, digest: str) -> Job | None:
         query = select(_jobs).where(

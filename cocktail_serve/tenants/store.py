@@ -76,8 +76,7 @@ class TenantStore:
         query = select(tables.keys).order_by(tables.keys.c.created_at, tables.keys.c.id)
         if tenant is not None:
             query = query.where(tables.keys.c.tenant == tenant)
-        async with self._database.read() as connection:
-            return [_key(row) for row in (await connection.execute(query)).mappings()]
+        return [_key(row) for row in await self._database.rows(query)]
 
     @to_the_end
     async def find(self, key_id: str) -> tuple[Key, Tenant] | None:
@@ -135,9 +134,9 @@ class TenantStore:
     @to_the_end
     async def tenants(self) -> Sequence[Tenant]:
         """All tenants by name."""
-        async with self._database.read() as connection:
-            rows = (await connection.execute(select(tables.tenants).order_by(tables.tenants.c.name))).mappings()
-            return [_tenant(row) for row in rows]
+        return [
+            _tenant(row) for row in await self._database.rows(select(tables.tenants).order_by(tables.tenants.c.name))
+        ]
 
     @to_the_end
     async def change_tenant(

@@ -15,7 +15,7 @@ from sqlalchemy import delete, insert, select
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from cocktail_serve.database import tables
-from cocktail_serve.database.database import Database, to_the_end
+from cocktail_serve.database.database import Database, page_of, to_the_end
 from cocktail_serve.ids import Order, Page, check_cursor, new_id
 
 Action = Literal[
@@ -151,15 +151,11 @@ class AuditLog:
         """
         check_cursor(after, "audit")
         audit = tables.audit
-        query = select(audit).order_by(audit.c.id.asc() if order == "asc" else audit.c.id.desc()).limit(limit + 1)
-        if after is not None:
-            query = query.where(audit.c.id > after if order == "asc" else audit.c.id < after)
+        query = page_of(select(audit), audit.c.id, after=after, limit=limit, order=order)
         if tenant is not None:
             query = query.where(audit.c.tenant == tenant)
         if action is not None:
             query = query.where(audit.c.action == action)
-        async with self._database.read() as connection:
-            rows = (await connection.execute(query)).mappings().all()
         return Page.of(
             [
                 Event(
@@ -171,7 +167,7 @@ class AuditLog:
                     subject=row["subject"],
                     detail=row["detail"],
                 )
-                for row in rows
+                for row in await self._database.rows(query)
             ],
             limit,
         )

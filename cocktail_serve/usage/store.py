@@ -13,7 +13,7 @@ from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from cocktail_serve.database import tables
-from cocktail_serve.database.database import Database, to_the_end
+from cocktail_serve.database.database import Database, insert_or, to_the_end
 from cocktail_serve.usage.account import Account, Use
 
 Group = Literal["day", "tenant", "key", "model", "pool"]
@@ -90,8 +90,6 @@ class UsageStore:
         if tenant is not None:
             query = query.where(usage.c.tenant == tenant)
         query = query.group_by(*columns).order_by(*columns).having(func.count() > 0)
-        async with self._database.read() as connection:
-            found = (await connection.execute(query)).mappings().all()
         return [
             UsageRow(
                 Use(
@@ -103,7 +101,7 @@ class UsageStore:
                 ),
                 **{group: row[group] for group in group_by},
             )
-            for row in found
+            for row in await self._database.rows(query)
         ]
 
     async def _is_new(self, connection: AsyncConnection, writer: str, number: int) -> bool:
@@ -124,7 +122,6 @@ class UsageStore:
 
 
 def _adding(connection: AsyncConnection) -> postgresql.Insert | sqlite.Insert:
-    is_sqlite = connection.dialect.name == "sqlite"
-    adding = sqlite.insert(tables.usage) if is_sqlite else postgresql.insert(tables.usage)
+    adding = insert_or(connection, tables.usage)
     added = {amount: tables.usage.c[amount] + adding.excluded[amount] for amount in AMOUNTS}
     return adding.on_conflict_do_update(index_elements=tables.usage.primary_key.columns, set_=added)
