@@ -88,9 +88,8 @@ class Packing:
                 place[number, columns] = np.arange(lengths[index])
                 position[number, columns] = self._positions(ids[number, columns])
                 start = columns.stop
-        mask = torch.from_numpy(
-            text[:, None, :, None] == text[:, None, None, :]
-        )  # padding sees padding: no row is empty
+        # padding sees padding, so that no line of the mask is empty
+        mask = torch.from_numpy(text[:, None, :, None] == text[:, None, None, :])
         hidden = self._forward(torch.from_numpy(ids), mask, torch.from_numpy(position))
         is_text = text >= 0
         padded = hidden.new_zeros((len(lengths), max(lengths), hidden.shape[-1]))
@@ -133,9 +132,7 @@ class _Hidden(nn.Module):
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            token_type_ids=torch.zeros_like(
-                input_ids
-            ),  # a model's own are as many as its positions, a row may be longer
+            token_type_ids=torch.zeros_like(input_ids),  # a model's own end where its positions do, rows may go on
             return_dict=True,
         ).last_hidden_state
         return hidden
