@@ -21,8 +21,6 @@ from bench.paper.session import Session, open_session
 from bench.paper.setting import FOLDER, PoolKind, load_setting
 from cocktail_serve.cli.terminal import progress
 
-Open = Callable[[PoolKind], Session]
-
 
 def table_of_targets(session: Session, out: Path, name: str) -> Mapping[str, Any]:
     decoder = session.kind == "decoder"
