@@ -3,7 +3,7 @@
 Two pools of pico decoders (tied and untied embeddings), each with four cocktails made by hand-set weights, its base
 and its experts, behind a real gateway and real vLLM engines in float32 with prefix caching on. Clients ask for random
 (model, prompt) pairs, streamed and not, while short time slices force swaps all the time. Every greedy answer is
-compared, token for token, with transformers on parameters merged apart, by plain float64 arithmetic in this file.
+compared, token for token, with transformers on parameters merged apart, by plain float64 arithmetic (`tests.merging`).
 
 A position may differ only where the reference's two best logits are closer than `EPSILON`: batch shapes change the
 rounding of float32 sums, and near a tie that may turn the choice. Such answers are counted, and compared up to there.
@@ -30,6 +30,7 @@ from openai import AsyncOpenAI
 
 from bench.machine import describe_machine
 from bench.server import RunningServer, running_server
+from tests.merging import linear
 from tests.models import make_decoder_pool, pool_section
 
 EPSILON = 1e-3
@@ -110,7 +111,7 @@ def make_prompts(count: int, seed: int) -> list[str]:
 def references(
     models: Mapping[str, Path], mixtures: Mapping[str, Mapping[str, float]], prompts: Sequence[str]
 ) -> dict[tuple[str, str], Reference]:
-    """Greedy answers of transformers on parameters merged here, in float64, one tensor at a time."""
+    """Greedy answers of transformers on parameters merged apart, in float64."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -120,11 +121,7 @@ def references(
     model = AutoModelForCausalLM.from_pretrained(models["base"], dtype=torch.float32).eval()
     result = {}
     for mixture, weights in mixtures.items():
-        merged = {
-            name: sum((states[member][name].double() * weight for member, weight in weights.items())).float()
-            for name in states["base"]
-        }
-        model.load_state_dict(merged)
+        model.load_state_dict(linear(states, weights))
         for prompt in prompts:
             ids = torch.tensor([tokenizer(prompt)["input_ids"]])
             with torch.inference_mode():

@@ -37,6 +37,7 @@ from openai import AsyncOpenAI
 from bench import invariant
 from bench.machine import describe_machine
 from bench.server import RunningServer, running_server
+from tests.merging import linear
 from tests.models import make_encoder_pool, pool_section
 
 ADMIN_KEY = "soak-operator"
@@ -98,7 +99,7 @@ def count_tokens(model: Path, prompts: Sequence[str]) -> dict[str, int]:
 
 
 def encoder_references(folders: Mapping[str, Path], texts: Sequence[str]) -> dict[tuple[str, str], np.ndarray]:
-    """Embeddings of sentence-transformers on parameters merged here, in float64."""
+    """Embeddings of sentence-transformers on parameters merged apart, in float64."""
     from sentence_transformers import SentenceTransformer
 
     models = {name: SentenceTransformer(str(path), device="cpu") for name, path in folders.items()}
@@ -106,13 +107,7 @@ def encoder_references(folders: Mapping[str, Path], texts: Sequence[str]) -> dic
     mixed = SentenceTransformer(str(folders["base"]), device="cpu")
     result = {}
     for mixture, weights in ENCODER_MIXTURES.items():
-        merged = {
-            name: sum((states[member][name].double() * weight for member, weight in weights.items())).to(tensor.dtype)
-            if tensor.is_floating_point()
-            else tensor
-            for name, tensor in states["base"].items()
-        }
-        mixed.load_state_dict(merged)
+        mixed.load_state_dict(linear(states, weights))
         for text, vector in zip(texts, mixed.encode(list(texts)), strict=True):
             result[mixture, text] = vector
     return result

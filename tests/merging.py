@@ -6,8 +6,28 @@ import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+import torch
+from torch import Tensor
 
 Array = np.ndarray
+
+
+def linear(
+    states: Mapping[str, Mapping[str, Tensor]], weights: Mapping[str, float], dtype: torch.dtype | None = None
+) -> dict[str, Tensor]:
+    """The state dict of a linear cocktail (LM-Cocktail, Eq. 1): a weighted sum in float64 of each floating tensor.
+
+    Args:
+        states: by model; other tensors are those of the first that is weighted.
+        dtype: that sums are rounded to; None: each tensor's own.
+    """
+    mixed = dict(states[next(iter(weights))])
+    for name, tensor in mixed.items():
+        if tensor.is_floating_point():
+            total = sum(weight * states[model][name].double() for model, weight in weights.items())
+            assert isinstance(total, Tensor)
+            mixed[name] = total.to(dtype or tensor.dtype)
+    return mixed
 
 
 def largest(vector: Array, density: float) -> Array:

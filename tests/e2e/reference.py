@@ -12,6 +12,7 @@ import torch
 from transformers import LlamaForCausalLM
 
 from tests.e2e.conftest import VLLMServer
+from tests.merging import linear
 
 LOGPROB_TOLERANCE = 2e-3
 """float32 kernels of vLLM and transformers add in another order; logits of these models reach tens."""
@@ -27,15 +28,10 @@ def load_reference(folder: Path) -> LlamaForCausalLM:
 
 
 def reference(server: VLLMServer, merging_weights: dict[str, float]) -> LlamaForCausalLM:
-    """transformers on parameters merged here, naively, in float64."""
+    """transformers on parameters merged apart, in float64."""
     models = {name: load_reference(server.folders[name]).state_dict() for name in merging_weights}
     mixed = copy.deepcopy(load_reference(server.folders["base"]))
-    mixed.load_state_dict(
-        {
-            name: sum(weight * models[model][name].double() for model, weight in merging_weights.items()).float()
-            for name in mixed.state_dict()
-        }
-    )
+    mixed.load_state_dict(linear(models, merging_weights))
     return mixed
 
 

@@ -36,7 +36,7 @@ from cocktail_serve.errors import (
 )
 from cocktail_serve.examples import parse_examples
 from cocktail_serve.recipe import Recipe, make_recipe, one_hot
-from tests.merging import merged
+from tests.merging import linear, merged
 from tests.models import ENCODER_WORDS, make_encoder, make_encoder_pool, pool_section
 
 WORDS = ENCODER_WORDS.split()
@@ -70,18 +70,10 @@ async def running(
 
 def merged_apart(folders: dict[str, Path], weights: dict[str, float], dtype: torch.dtype) -> SentenceTransformer:
     """The cocktail by definition: each parameter a weighted sum in float64, rounded to the dtype."""
-    models = {name: SentenceTransformer(str(folders[name]), device="cpu") for name in weights}
-    merged = SentenceTransformer(str(folders["base"]), device="cpu")
-    states = {name: model.state_dict() for name, model in models.items()}
-    merged.load_state_dict(
-        {
-            key: sum(weight * states[name][key].double() for name, weight in weights.items()).to(dtype)
-            if value.is_floating_point()
-            else value
-            for key, value in merged.state_dict().items()
-        }
-    )
-    return merged.to(dtype)
+    states = {name: SentenceTransformer(str(folders[name]), device="cpu").state_dict() for name in weights}
+    mixed = SentenceTransformer(str(folders["base"]), device="cpu")
+    mixed.load_state_dict(linear(states, weights, dtype))
+    return mixed.to(dtype)
 
 
 def recipe_of(engine: EncoderEngine, weights: dict[str, float]) -> Recipe:

@@ -29,6 +29,7 @@ from cocktail_serve.errors import (
 )
 from cocktail_serve.examples import parse_examples
 from cocktail_serve.recipe import Recipe, make_recipe, one_hot
+from tests.merging import linear
 from tests.models import ENCODER_WORDS, make_reranker, make_reranker_pool, pool_section
 
 WORDS = ENCODER_WORDS.split()
@@ -65,16 +66,9 @@ async def running(
 def merged_apart(folders: dict[str, Path], weights: dict[str, float], dtype: torch.dtype) -> CrossEncoder:
     """The cocktail by definition: each parameter a weighted sum in float64, rounded to the dtype."""
     states = {name: CrossEncoder(str(folders[name]), device="cpu").state_dict() for name in weights}
-    merged = CrossEncoder(str(folders["base"]), device="cpu")
-    merged.load_state_dict(
-        {
-            key: sum(weight * states[name][key].double() for name, weight in weights.items()).to(dtype)
-            if value.is_floating_point()
-            else value
-            for key, value in merged.state_dict().items()
-        }
-    )
-    return merged.to(dtype)
+    mixed = CrossEncoder(str(folders["base"]), device="cpu")
+    mixed.load_state_dict(linear(states, weights, dtype))
+    return mixed.to(dtype)
 
 
 def predicted(model: CrossEncoder, query: str, texts: list[str], **options: Any) -> np.ndarray:

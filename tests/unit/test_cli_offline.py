@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from cocktail_serve.checkpoints.reader import CheckpointReader
 from cocktail_serve.weighting.softmax import softmax_weights
 from tests.command_line import run
-from tests.merging import merged
+from tests.merging import linear, merged
 from tests.models import (
     make_decoder_pool,
     make_encoder_decoder_pool,
@@ -274,12 +274,7 @@ def test_a_mixed_reranker_scores_the_same_wherever_it_is_loaded(config, tmp_path
         name: AutoModelForSequenceClassification.from_pretrained(config.parent / "ranker" / name).state_dict()
         for name in weights
     }
-    apart.load_state_dict(
-        {
-            key: sum(weight * states[name][key].double() for name, weight in weights.items())
-            for key in apart.state_dict()
-        }
-    )
+    apart.load_state_dict(linear(states, weights))
     texts = ["paris", "my card was stolen", "the capital of france"]
     tokenizer = AutoTokenizer.from_pretrained(out_folder)
     batch = tokenizer(["capital of france"] * 3, texts, padding=True, return_tensors="pt")
@@ -305,9 +300,7 @@ def test_a_mixed_encoder_decoder_loads_with_the_logits_of_parameters_merged_apar
         ]
     apart = AutoModelForSeq2SeqLM.from_pretrained(config.parent / "t5" / "base").eval()
     states = {name: AutoModelForSeq2SeqLM.from_pretrained(config.parent / "t5" / name).state_dict() for name in weights}
-    apart.load_state_dict(
-        {key: sum(weight * states[name][key].double() for name, weight in weights.items()) for key in states["base"]}
-    )
+    apart.load_state_dict(linear(states, weights))
     loaded = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "mixed").eval()
     batch = AutoTokenizer.from_pretrained(tmp_path / "mixed")("my card", text_target="paris", return_tensors="pt")
     with torch.inference_mode():
