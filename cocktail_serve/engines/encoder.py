@@ -69,23 +69,17 @@ class Encoder(SwappableModel):
 
     def forward(self, token_ids: Sequence[Sequence[int]], *, prompt_length: int | None = None) -> np.ndarray:
         """Embeddings `[N, D]` float32 of N inputs in one pass, under the bound parameters."""
-        features = self._features(token_ids) if self._packing is None else self._packed_features(token_ids)
+        packing = self._packing
+        if packing is not None and not packing.is_worth_it(list(map(len, token_ids))):
+            packing = None
+        features = self._features(token_ids) if packing is None else _packed_features(packing, token_ids)
         if prompt_length is not None:
             features["prompt_length"] = prompt_length
-        for module in [self._model] if self._packing is None else list(self._model)[1:]:
+        for module in [self._model] if packing is None else list(self._model)[1:]:
             features = module(features)
         vectors: Tensor = features["sentence_embedding"]
         rows: np.ndarray = vectors.float().cpu().numpy()
         return rows
-
-    def _packed_features(self, token_ids: Sequence[Sequence[int]]) -> dict[str, Any]:
-        """What the modules behind the transformer read."""
-        assert self._packing is not None
-        lengths = torch.tensor(list(map(len, token_ids)))
-        return {
-            "token_embeddings": self._packing.token_embeddings(token_ids),
-            "attention_mask": (torch.arange(int(lengths.max()))[None, :] < lengths[:, None]).long(),
-        }
 
     def shorten(self, vectors: np.ndarray, dimensions: int) -> np.ndarray:
         """The leading `dimensions` of embeddings `[N, D]`, of length 1 again where the whole ones are."""
@@ -97,6 +91,15 @@ class Encoder(SwappableModel):
     def prompt_length(self, prompt: str) -> int | None:
         """Tokens that pooling must leave out, where it leaves prompts out. On the thread that owns the tokenizer."""
         return self.tokenizer.prompt_length(prompt) if prompt and self._excludes_prompt else None
+
+
+def _packed_features(packing: Packing, token_ids: Sequence[Sequence[int]]) -> dict[str, Any]:
+    """What the modules behind the transformer read."""
+    lengths = torch.tensor(list(map(len, token_ids)))
+    return {
+        "token_embeddings": packing.token_embeddings(token_ids),
+        "attention_mask": (torch.arange(int(lengths.max()))[None, :] < lengths[:, None]).long(),
+    }
 
 
 def _check_modules(folder: Path) -> None:

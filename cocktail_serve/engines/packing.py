@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import heapq
 import threading
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from transformers.utils import logging as transformers_logging
 
 _COUNTS_PADDING = {"bert": True, "roberta": False, "xlm-roberta": False}
 """Architectures whose words know each other by attention and their place by an absolute position alone, so that a mask
@@ -19,6 +21,10 @@ has not, positions begin behind the padding's id, and that is the position of al
 
 _ROW_TOKENS = 48
 """About how long rows are. Attention is fastest per token in rows of 25 to 35; longer ones are filled more evenly."""
+
+_LONGEST = 512
+"""Tokens of the longest text that is worth a mask of its row's length squared. Beyond it, attention without one is what
+counts, and neither padding nor the interpreter."""
 
 _ATTENTION = 8
 """An operation of attention in short rows takes so many times as long as one of a matrix product; measured on a CPU in
@@ -58,6 +64,10 @@ class Packing:
         if config.chunk_size_feed_forward:  # takes only rows of a multiple of it
             return None
         return cls(transformer)
+
+    def is_worth_it(self, lengths: Sequence[int]) -> bool:
+        """Whether texts of so many tokens should be packed."""
+        return max(lengths) <= _LONGEST
 
     def rows_of(self, lengths: Sequence[int]) -> list[list[int]]:
         """Which texts share a row: about as many in each, or one in each where that costs less."""
@@ -142,6 +152,17 @@ _TRACING = threading.Lock()
 """What silences warnings, and tracing itself, change the state of the process; pools are loaded side by side."""
 
 
+@contextlib.contextmanager
+def _silent_transformers() -> Iterator[None]:
+    """Tracing looks at all attributes of a model, and one that encoders do not have complains of that."""
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+
+
 def _traced(module: _Hidden) -> Forward:
     """The same function as TorchScript, which runs without the interpreter and its lock, over the module's own
     parameters; the module itself where its trace is not the same function for other shapes, or torch cannot trace.
@@ -152,7 +173,7 @@ def _traced(module: _Hidden) -> Forward:
         mask = torch.ones(num_rows, 1, width, width, dtype=torch.bool).tril()
         return places, mask, places
 
-    with _TRACING, torch.no_grad(), warnings.catch_warnings():
+    with _TRACING, torch.no_grad(), warnings.catch_warnings(), _silent_transformers():
         warnings.simplefilter("ignore")  # deprecated, and it names each size that it takes for a constant
         try:
             traced: Forward = torch.jit.trace(module, inputs(2, 3), check_trace=False)  # type: ignore[no-untyped-call]

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from transformers import BertConfig, BertModel, RobertaConfig, RobertaModel, XLMRobertaConfig, XLMRobertaModel
+from transformers.utils import logging as transformers_logging
 
 from cocktail_serve.engines.packing import Packing
 
@@ -128,14 +129,19 @@ def test_a_torch_without_tracing_runs_the_model_as_it_is(monkeypatch: pytest.Mon
     assert packing.token_embeddings([[7, 8, 9], [10]]).shape == (2, 3, 32)
 
 
-def test_models_loaded_side_by_side_leave_warnings_as_they_were() -> None:
+def test_models_loaded_side_by_side_leave_warnings_as_they_were_and_say_nothing(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
     models = [make("bert") for _ in range(3)]
+    verbosity = transformers_logging.get_verbosity()
     before = list(warnings.filters)
     for _ in range(5):
         with ThreadPoolExecutor(len(models)) as threads:
             packings = list(threads.map(Packing.of, models))
         assert all(packing and isinstance(packing._forward, torch.jit.ScriptModule) for packing in packings)
         assert warnings.filters == before
+        assert transformers_logging.get_verbosity() == verbosity
+    assert capfd.readouterr().err == ""
 
 
 def rows_of(lengths: list[int]) -> list[list[int]]:
@@ -147,6 +153,13 @@ def rows_of(lengths: list[int]) -> list[list[int]]:
 @pytest.mark.parametrize("lengths", [[10], [140] * 6 + [120], [100, 100]])
 def test_texts_have_rows_of_their_own_where_sharing_would_not_pay(lengths: list[int]) -> None:
     assert rows_of(lengths) == [[index] for index in range(len(lengths))]
+
+
+def test_long_texts_are_left_to_the_model() -> None:
+    packing = Packing.of(make("bert"))
+    assert packing is not None
+    assert packing.is_worth_it([512, 3])
+    assert not packing.is_worth_it([513, 3])
 
 
 def test_short_texts_fill_rows_evenly() -> None:
