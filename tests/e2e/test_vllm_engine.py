@@ -69,8 +69,8 @@ class Running:
 
     def processes(self) -> dict[str, psutil.Process]:
         """The server's processes that can die, by role."""
-        assert self.engine._server is not None
-        leader = psutil.Process(self.engine._server.pid)
+        assert self.engine._supervisor.server is not None
+        leader = psutil.Process(self.engine._supervisor.server.pid)
         titled = {" ".join(child.cmdline()): child for child in leader.children(recursive=True)}
         roles = {"api_server": leader}
         for role in ("EngineCore", "Worker"):
@@ -78,8 +78,8 @@ class Running:
         return roles
 
     def everything(self) -> list[psutil.Process]:
-        assert self.engine._server is not None
-        return family_of(self.engine._server.pid)
+        assert self.engine._supervisor.server is not None
+        return family_of(self.engine._supervisor.server.pid)
 
     async def complete(self, recipe: Recipe, *, max_tokens: int = 12) -> list[int]:
         body = completion(max_tokens=max_tokens)
@@ -160,7 +160,7 @@ async def running(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Run
         await eventually(lambda: is_ready(engine), deadline_s=START_S)
         yield Running(engine, folders, fault)
     finally:
-        server = engine._server
+        server = engine._supervisor.server
         left = [] if server is None else family_of(server.pid)
         await engine.stop()
         assert not any(is_alive(process) for process in left)
@@ -185,8 +185,8 @@ async def test_models_answer_as_in_transformers(running: Running) -> None:
 async def test_a_model_added_while_it_runs_answers_as_in_transformers(running: Running, tmp_path: Path) -> None:
     folder = make_decoder(tmp_path / "blue", perturbation_seed=9)
     before = running.engine.pool
-    assert running.engine._server is not None
-    pid = running.engine._server.pid
+    assert running.engine._supervisor.server is not None
+    pid = running.engine._supervisor.server.pid
     blue = await asyncio.to_thread(open_expert, before, "blue", folder, cache_dir=tmp_path / "cache")
     await running.engine.change_pool(replace(before, experts={**before.experts, "blue": blue}))
     answer = await running.complete(running.recipe(blue=1.0))
@@ -194,7 +194,7 @@ async def test_a_model_added_while_it_runs_answers_as_in_transformers(running: R
     await running.complete(running.recipe(base=0.5, blue=0.5))
     await running.engine.change_pool(before)
     assert await running.complete(running.recipe(red=1.0)) != answer
-    assert running.engine._server.pid == pid, "it was not started again for that"
+    assert running.engine._supervisor.server.pid == pid, "it was not started again for that"
 
 
 async def test_losses_agree_with_transformers(running: Running) -> None:
@@ -291,8 +291,8 @@ async def test_a_frozen_engine_is_not_ready(running: Running) -> None:
 
 
 async def test_secrets_stay_out_of_the_command_line(running: Running) -> None:
-    assert running.engine._server is not None
-    leader = psutil.Process(running.engine._server.pid)
+    assert running.engine._supervisor.server is not None
+    leader = psutil.Process(running.engine._supervisor.server.pid)
     key = leader.environ()["VLLM_API_KEY"]
     assert len(key) == 64
     assert not any(key in argument for argument in leader.cmdline())

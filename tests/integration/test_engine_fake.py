@@ -126,8 +126,8 @@ def examples(num: int = 3) -> ExampleSet:
 
 
 def processes_of(engine: VLLMEngine) -> list[psutil.Process]:
-    assert engine._server is not None
-    leader = psutil.Process(engine._server.pid)
+    assert engine._supervisor.server is not None
+    leader = psutil.Process(engine._supervisor.server.pid)
     return [leader, *leader.children(recursive=True)]
 
 
@@ -172,7 +172,7 @@ async def test_scoring_gives_way_and_loses_nothing(
     pool: Pool, tmp_path: Path, faults: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One request per example, so that a job is interrupted by traffic again and again."""
-    monkeypatch.setattr("cocktail_serve.engines.vllm.SCORE_TOKENS", 1)
+    monkeypatch.setattr("cocktail_serve.engines.decoder_scorer.SCORE_TOKENS", 1)
     async with running(pool, tmp_path, args={"score-ms": 20, "token-delay-ms": 2}) as engine:
         given = examples(20)
         expert, cocktail = one_hot(pool, "nq", dtype="float32"), mixture(pool, 0.5)
@@ -237,22 +237,6 @@ async def test_what_is_no_json_is_the_clients_fault(pool: Pool, tmp_path: Path, 
         with pytest.raises(InvalidRequestError, match="passed on as JSON"):
             async with engine.forward(mixture(pool, 0.5), CHAT, body, tenant="t"):
                 pytest.fail("it was sent")
-
-
-async def test_salts_keep_tenants_and_recipes_apart(pool: Pool, tmp_path: Path) -> None:
-    engine = VLLMEngine(pool, FakeEngineConfig(), run_dir=tmp_path)
-    one, other = mixture(pool, 0.1), mixture(pool, 0.2)
-    salts = [
-        engine._cache_salt(tenant, recipe, salt)
-        for tenant in ("t", "u")
-        for recipe in (one, other)
-        for salt in (None, "mine", "None", ["mine"], f"mine{other.digest}")
-    ]
-    assert len(set(salts)) == len(salts)
-    assert all(len(salt) <= 128 and salt.isalnum() for salt in salts)
-    assert engine._cache_salt("t", one, "mine") == salts[1]
-    another_life = VLLMEngine(pool, FakeEngineConfig(), run_dir=tmp_path)
-    assert another_life._cache_salt("t", one, "mine") not in salts
 
 
 async def test_a_stream_over_its_time_is_ended_when_others_wait(pool: Pool, tmp_path: Path, faults: Path) -> None:
@@ -377,7 +361,7 @@ async def test_a_killed_server_comes_back(pool: Pool, tmp_path: Path, faults: Pa
 async def test_an_engine_that_dies_often_is_still_waited_for(
     pool: Pool, tmp_path: Path, faults: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("cocktail_serve.engines.vllm.BACKOFF_S", (0.01,))
+    monkeypatch.setattr("cocktail_serve.engines.supervisor.BACKOFF_S", (0.01,))
     async with running(pool, tmp_path) as engine:
         recipe, other = mixture(pool, 0.9), mixture(pool, 0.1)
         for _ in range(4):
@@ -415,7 +399,7 @@ async def test_requests_during_a_start_wait_for_it(pool: Pool, tmp_path: Path) -
 async def test_an_engine_that_never_starts_says_why(
     pool: Pool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("cocktail_serve.engines.vllm.BACKOFF_S", (0.01,))
+    monkeypatch.setattr("cocktail_serve.engines.supervisor.BACKOFF_S", (0.01,))
     settings = FakeEngineConfig.model_validate({"args": {"no-such-flag": "1"}, "queue_timeout_s": 30})
     engine = VLLMEngine(pool, settings, run_dir=tmp_path / "run")
     await engine.start()

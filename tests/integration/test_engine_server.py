@@ -248,7 +248,7 @@ async def test_an_owner_that_is_killed_takes_its_server_along(tmp_path: Path) ->
             await engine.start()
             while (await engine.health(deadline_s=5)).state != "ready":
                 await asyncio.sleep(0.05)
-            print(engine._server.pid, flush=True)
+            print(engine._supervisor.server.pid, flush=True)
             await asyncio.sleep(600)
 
         asyncio.run(main())

@@ -10,6 +10,7 @@ import httpx
 import openai
 import pytest
 
+from cocktail_serve.engines.request_body import BodyWriter
 from tests.gateways import EXAMPLES, PAIRS, LiveGateway
 from tests.tenants import MESSAGES, Tenants, ask, code_of, guarded_gateway, make
 
@@ -82,15 +83,14 @@ class TestIsolation:
         assert ask(theirs, model).status_code == 404
 
     def test_prefix_caches_are_kept_apart(self, tenants: Tenants, monkeypatch: pytest.MonkeyPatch) -> None:
-        engine = tenants.live.app.state.gateway.engines["flan"]
         salts = []
-        original = type(engine)._cache_salt
+        original = BodyWriter.cache_salt
 
-        def note(self: Any, *args: Any) -> str:
-            salts.append(original(self, *args))
-            return str(salts[-1])
+        def note(bodies: BodyWriter, *args: Any) -> str:
+            salts.append(original(bodies, *args))
+            return salts[-1]
 
-        monkeypatch.setattr(type(engine), "_cache_salt", note)
+        monkeypatch.setattr(BodyWriter, "cache_salt", note)
         ours, theirs = tenants.of("salts-a"), tenants.of("salts-b")
         for http in (ours, theirs, ours):
             assert ask(http, "flan", cache_salt="guessed").status_code == 200

@@ -1,0 +1,166 @@
+"""Losses of examples, scored inside a decoder's server: tokenised here, sent in chunks, one turn after another."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import orjson
+
+from cocktail_serve.engines.answers import error_message
+from cocktail_serve.engines.effort import spend
+from cocktail_serve.engines.lease import Lease
+from cocktail_serve.engines.supervisor import Supervisor
+from cocktail_serve.errors import ConfigError, DrainedError, EngineError, ModelNotReadyError
+from cocktail_serve.examples import ExampleSet
+from cocktail_serve.pool import Pool
+from cocktail_serve.recipe import Recipe
+from cocktail_serve.scoring.text import TokenizedExample, tokenize_examples
+from vllm_cocktail.fence import RECIPE_HEADER
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+SCORE_TOKENS = 4096
+"""Tokens of one scoring request; between two the turn may be given up."""
+
+MAX_DRAINED_SCORES = 3
+"""Scoring requests of one job ended by `drain_s` in a row before the job fails."""
+
+
+class DecoderScorer:
+    """Scores examples for one engine, in the background of its requests.
+
+    Args:
+        pool: its base's tokenizer is used.
+        supervisor: keeps the server that computes.
+        turn: waits for a recipe's turn, in the background.
+    """
+
+    def __init__(self, pool: Pool, supervisor: Supervisor, *, turn: Callable[[Recipe], Awaitable[Lease]]) -> None:
+        self._pool_id = pool.id
+        self._folder = pool.base.path
+        self._supervisor = supervisor
+        self._turn = turn
+        self._executor = ThreadPoolExecutor(1, thread_name_prefix=f"tokenizer-{pool.id}")
+        self._tokenizer: asyncio.Future[PreTrainedTokenizerFast] | None = None
+
+    def load_tokenizer(self) -> asyncio.Future[PreTrainedTokenizerFast]:
+        """Begins to load the tokenizer, unless that has begun; the future fails with ConfigError where there is none.
+
+        A failure is raised where the tokenizer is needed; a pool may serve without.
+        """
+        if self._tokenizer is None:
+            loop = asyncio.get_running_loop()
+            self._tokenizer = loop.run_in_executor(self._executor, _read_tokenizer, self._folder)
+            self._tokenizer.add_done_callback(lambda future: future.cancelled() or future.exception())
+        return self._tokenizer
+
+    def close(self) -> None:
+        """Ends the tokenizer's thread. May be called twice."""
+        self._executor.shutdown(wait=False, cancel_futures=True)
+
+    async def tokenize(self, examples: ExampleSet) -> list[TokenizedExample]:
+        """The examples as they will be scored.
+
+        Raises:
+            ContextLengthError, InvalidExamplesError: as `scoring.text.tokenize_examples`.
+            ConfigError: the pool's base has no tokenizer that tells where an output starts.
+            ModelNotReadyError: the context length is not known yet, or the engine was stopped.
+        """
+        max_model_len = self._supervisor.max_model_len
+        if max_model_len is None:
+            raise ModelNotReadyError(
+                f"the engine of pool {self._pool_id!r} is starting, so its context length is not known yet"
+            )
+        if self._supervisor.state == "stopped":
+            raise ModelNotReadyError("the server is shutting down")
+        tokenizer = await asyncio.shield(self.load_tokenizer())
+        return await asyncio.get_running_loop().run_in_executor(
+            self._executor, lambda: tokenize_examples(tokenizer, examples, max_tokens=max_model_len - 1)
+        )
+
+    async def score(self, recipe: Recipe, examples: ExampleSet) -> list[float]:
+        """Loss (nats) of each example under a recipe, in as many turns as it takes.
+
+        Raises:
+            EngineError: the engine failed, or answered with an error.
+            DrainedError: too many turns in a row ended before one request had its answer.
+        """
+        tokenized = await self.tokenize(examples)
+        losses: list[float] = []
+        num_drained = 0
+        while len(losses) < len(tokenized):
+            try:
+                with await self._turn(recipe) as lease, _scoring():
+                    losses += await self._score_some(lease, recipe, tokenized[len(losses) :])
+                num_drained = 0
+            except DrainedError:
+                num_drained += 1
+                if num_drained == MAX_DRAINED_SCORES:
+                    raise
+        return losses
+
+    async def _score_some(self, lease: Lease, recipe: Recipe, tokenized: Sequence[TokenizedExample]) -> list[float]:
+        """Losses of the first examples: all, unless the turn ends."""
+        losses: list[float] = []
+        for chunk in _chunks(tokenized):
+            if losses and lease.should_yield:
+                break
+            examples = [{"token_ids": e.token_ids, "output_start": e.output_start} for e in chunk]
+            try:
+                with lease.interruptible():
+                    status, body = await self._supervisor.running.call(
+                        "POST",
+                        "/v1/cocktail/score",
+                        {"examples": examples},
+                        timeout_s=None,
+                        headers={RECIPE_HEADER: recipe.digest},
+                    )
+            except DrainedError:
+                if losses:
+                    break
+                raise
+            if status != 200:
+                raise EngineError(f"scoring failed with {status}: {error_message(orjson.dumps(body))}")
+            losses += body["losses"]
+        return losses
+
+
+@contextlib.contextmanager
+def _scoring() -> Iterator[None]:
+    started = time.monotonic()
+    try:
+        yield
+    finally:
+        spend(scoring_s=time.monotonic() - started)
+
+
+def _chunks(tokenized: Sequence[TokenizedExample]) -> list[list[TokenizedExample]]:
+    """In order, at most `SCORE_TOKENS` tokens each, at least one example."""
+    chunks: list[list[TokenizedExample]] = []
+    room = 0
+    for example in tokenized:
+        if not chunks or len(example.token_ids) > room:
+            chunks.append([])
+            room = SCORE_TOKENS
+        chunks[-1].append(example)
+        room -= len(example.token_ids)
+    return chunks
+
+
+def _read_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"cannot load the tokenizer of {folder}: {error}") from error
+    if not tokenizer.is_fast:
+        raise ConfigError(f"{folder} has no fast tokenizer (tokenizer.json), which tells where an output starts")
+    return tokenizer

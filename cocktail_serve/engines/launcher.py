@@ -1,0 +1,90 @@
+"""How the server of a decoder pool is started: command line, environment, and the manifest that its workers read."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from cocktail_serve.config import VLLMEngineConfig
+from cocktail_serve.engines.fake import fake_args
+from cocktail_serve.errors import StorageError
+from cocktail_serve.pool import Pool
+from cocktail_serve.recipe import DType
+from vllm_cocktail.launch import server_args, server_env
+from vllm_cocktail.manifest import Manifest
+
+
+class Launcher:
+    """Prepares each life of one pool's server; starts nothing itself.
+
+    Args:
+        pool: its base and id are read here; what experts it has may change, see `write_manifest`.
+        run_dir: folder for the manifest and the server's log.
+
+    Attributes:
+        log: file for the server's output.
+        resident: digest of the recipe that the server starts with.
+
+    Raises:
+        ConfigError: `args` or `env` set what is set here.
+    """
+
+    def __init__(self, pool: Pool, config: VLLMEngineConfig, *, dtype: DType, run_dir: Path) -> None:
+        self.log = run_dir / f"{pool.id}.log"
+        self._pool_id = pool.id
+        self._base = pool.base.path
+        self._config = config
+        self._dtype = dtype
+        self._manifest_path = run_dir / f"{pool.id}.manifest.json"
+        self.resident = self._manifest_of(pool).resident
+        self.launch(Path("engine.sock"), "")  # a configuration that cannot be used fails here, not in the background
+
+    def write_manifest(self, pool: Pool) -> None:
+        """Writes which models the server may mix. A running server's workers read it again when a recipe names a model
+        that they do not know.
+
+        Raises:
+            StorageError: it cannot be written; the file is as it was.
+        """
+        manifest = self._manifest_of(pool)
+        try:
+            self._manifest_path.parent.mkdir(parents=True, exist_ok=True)
+            manifest.write(self._manifest_path)
+        except OSError as error:
+            raise StorageError(f"cannot write the engine's manifest {self._manifest_path}: {error}") from error
+
+    def launch(self, socket: Path, key: str) -> tuple[list[str], dict[str, str]]:
+        """Command line and environment of one life; a `server.Launch`."""
+        config = self._config
+        is_fake = config.type != "vllm"
+        if is_fake:
+            command = fake_args(
+                uds=socket, served_model_name=self._pool_id, max_model_len=config.max_model_len, extra=config.args
+            )
+        else:
+            command = server_args(
+                model=self._base,
+                uds=socket,
+                served_model_name=self._pool_id,
+                dtype=self._dtype,
+                max_model_len=config.max_model_len,
+                extra=config.args,
+                expert_bytes=int(config.expert_memory),
+            )
+        env = server_env(
+            manifest=self._manifest_path,
+            api_key=key,
+            owner_pid=os.getpid(),
+            args={} if is_fake else config.args,
+            extra=config.env,
+        )
+        return command, env
+
+    def _manifest_of(self, pool: Pool) -> Manifest:
+        return Manifest.of_pool(
+            pool,
+            dtype=self._dtype,
+            cache_bytes=int(self._config.cache_bytes),
+            managed=True,
+            expert_bytes=int(self._config.expert_memory),
+        )

@@ -1,0 +1,187 @@
+"""An engine's server, life after life: started, watched until it is lost or hangs, ended whole, and started again."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from typing import NoReturn
+
+import orjson
+
+from cocktail_serve.engines.answers import error_message
+from cocktail_serve.engines.base import EngineState
+from cocktail_serve.engines.launcher import Launcher
+from cocktail_serve.engines.residency import Residency
+from cocktail_serve.engines.server import STATUS_PATH, EngineServer
+from cocktail_serve.engines.stats import EngineStats
+from cocktail_serve.errors import CocktailError, EngineError, EngineTimeoutError, ModelNotReadyError
+
+logger = logging.getLogger(__name__)
+
+BACKOFF_S = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 30.0)
+"""Pauses before starts that follow failures in a row; the last one repeats."""
+
+STABLE_S = 60.0
+"""An engine that lived this long has not failed in a row."""
+
+MAX_FAILED_STARTS = 3
+"""Starts in a row that never became ready, after which those in line are sent away, while starts go on.
+
+An engine that becomes ready and dies soon is another matter: who waits for it has a good chance to be served.
+"""
+
+HEARTBEAT_S = 10.0
+HANG_S = 120.0
+"""An engine that has not answered through its workers for so long, outside of a mix, is killed."""
+
+
+class Supervisor:
+    """Keeps one server alive, and gives turns on it while it is ready.
+
+    Args:
+        pool_id: names the engine in logs and errors.
+        residency: run during each life of the server; its mixes go to `running`.
+        max_model_len: the configured context length; None: known once the server was ready.
+        stats: its restarts are counted here.
+
+    Attributes:
+        failure: why the last life ended; empty while the server is ready.
+        max_model_len: tokens of a context, as the server last said.
+        server: the server while it is ready.
+    """
+
+    def __init__(
+        self,
+        pool_id: str,
+        launcher: Launcher,
+        residency: Residency,
+        *,
+        start_timeout_s: float,
+        max_model_len: int | None,
+        stats: EngineStats,
+    ) -> None:
+        self.state: EngineState = "starting"
+        self.failure = ""
+        self.max_model_len = max_model_len
+        self.server: EngineServer | None = None
+        self._pool_id = pool_id
+        self._launcher = launcher
+        self._residency = residency
+        self._start_timeout_s = start_timeout_s
+        self._stats = stats
+        self._lost: asyncio.Future[NoReturn] | None = None
+        self._task: asyncio.Task[None] | None = None
+
+    @property
+    def is_started(self) -> bool:
+        """Whether `start` was called; true after `stop` too."""
+        return self._task is not None
+
+    @property
+    def running(self) -> EngineServer:
+        """The server.
+
+        Raises:
+            EngineError: it is not ready now.
+        """
+        if self.server is None:
+            raise EngineError("the engine has just gone; it is being restarted")
+        return self.server
+
+    def start(self) -> None:
+        """Begins the first life in the background. Called once."""
+        self._task = asyncio.create_task(self._supervise(), name=f"engine-{self._pool_id}")
+
+    async def stop(self) -> None:
+        """Sends those in line away and ends the server. May be called twice, and before the start."""
+        self.state = "stopped"
+        self._residency.fail_waiting(lambda: ModelNotReadyError("the server is shutting down"))
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+
+    def lose(self, reason: str) -> None:
+        """Ends the server's life: it is not what we think it is."""
+        if self._lost is not None and not self._lost.done():
+            self._lost.set_exception(EngineError(reason))
+
+    def check_available(self) -> None:
+        """Raises ModelNotReadyError where nobody should wait for the server: it was stopped, or never becomes ready."""
+        if self.state in ("failed", "stopped"):
+            raise ModelNotReadyError(f"the engine of pool {self._pool_id!r} is not available ({self.state})")
+
+    async def _supervise(self) -> None:
+        """Life after life, until cancelled: whatever ends one, its processes are gone before the next begins."""
+        loop = asyncio.get_running_loop()
+        num_failures = num_failed_starts = 0
+        while True:
+            ready_at: float | None = None
+            try:
+                server = EngineServer(
+                    self._launcher.launch, log=self._launcher.log, start_timeout_s=self._start_timeout_s
+                )
+                async with server:
+                    ready_at = loop.time()
+                    await self._live(server)
+            except CocktailError as error:
+                self.failure = error.message
+            except Exception:
+                self.failure = "an error in cocktail-serve itself; see its log"
+                logger.exception("%s: the engine's supervisor failed", self._pool_id)
+            was_stable = ready_at is not None and loop.time() - ready_at > STABLE_S
+            num_failures = 1 if was_stable else num_failures + 1
+            num_failed_starts = num_failed_starts + 1 if ready_at is None else 0
+            pause_s = BACKOFF_S[min(num_failures, len(BACKOFF_S)) - 1]
+            logger.error("%s: engine lost, next start in %g s: %s", self._pool_id, pause_s, self.failure)
+            self._stats.num_restarts += 1
+            self.state = "restarting"
+            if num_failed_starts >= MAX_FAILED_STARTS:
+                self.state = "failed"
+                self._residency.fail_waiting(
+                    lambda: ModelNotReadyError(f"the engine of pool {self._pool_id!r} keeps failing", retry_after_s=30)
+                )
+            await asyncio.sleep(pause_s)
+
+    async def _live(self, server: EngineServer) -> NoReturn:
+        """One life of a server that is ready. Ends in the error that ended it."""
+        _, models = await server.call("GET", "/v1/models", timeout_s=HANG_S)
+        self.max_model_len = int(models["data"][0]["max_model_len"])
+        self._lost = asyncio.get_running_loop().create_future()
+        self.server = server
+        tasks: list[asyncio.Future[NoReturn]] = [
+            asyncio.create_task(self._residency.run(self._launcher.resident)),
+            asyncio.create_task(_until_exit(server)),
+            asyncio.create_task(self._until_hung(server)),
+            self._lost,
+        ]
+        self.state, self.failure = "ready", ""
+        try:
+            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            await done.pop()
+            raise AssertionError("what watches an engine only ends by raising")
+        finally:
+            if self.state == "ready":
+                self.state = "restarting"
+            self.server = None
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _until_hung(self, server: EngineServer) -> NoReturn:
+        loop = asyncio.get_running_loop()
+        answered = loop.time()
+        while True:
+            await asyncio.sleep(HEARTBEAT_S)
+            try:
+                status, body = await server.call("GET", STATUS_PATH, timeout_s=HANG_S)
+            except EngineTimeoutError:
+                if not self._residency.is_mixing and loop.time() - answered > HANG_S:
+                    raise
+                continue
+            if status != 200 or body["state"] == "poisoned":
+                raise EngineError(f"the engine is lost: {status} {error_message(orjson.dumps(body))}")
+            answered = loop.time()
+
+
+async def _until_exit(server: EngineServer) -> NoReturn:
+    raise EngineError(await server.exited())
