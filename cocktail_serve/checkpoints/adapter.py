@@ -34,12 +34,12 @@ def is_adapter(folder: Path) -> bool:
 
 
 def read_expert(folder: Path, base: CheckpointReader) -> CheckpointReader | AdapterReader:
-    """Opens a model that is to be mixed with a base: a full checkpoint, or an adapter over that base.
+    """Opens a model that is to be mixed with a base: a full checkpoint under the base's names, or an adapter over it.
 
     Raises:
         CheckpointError, IncompatibleModelsError: as the readers.
     """
-    return AdapterReader(folder, base) if is_adapter(folder) else CheckpointReader(folder)
+    return AdapterReader(folder, base) if is_adapter(folder) else CheckpointReader(folder).named_as(base)
 
 
 def adapter_file(folder: Path) -> Path:

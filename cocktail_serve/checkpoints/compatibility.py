@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from cocktail_serve.checkpoints import tokenizer
 from cocktail_serve.checkpoints.adapter import is_adapter, read_expert
-from cocktail_serve.checkpoints.layout import read_config, read_modules
-from cocktail_serve.checkpoints.model_config import load_model_config
+from cocktail_serve.checkpoints.layout import Module, read_config, read_json, read_modules
+from cocktail_serve.checkpoints.model_config import is_declared, open_model_config
 from cocktail_serve.checkpoints.reader import CheckpointReader, TensorInfo
-from cocktail_serve.checkpoints.text_files import (
-    Tokenization,
-    is_same_tokenizer_file,
-    read_pooling,
-    read_tokenization,
-)
+from cocktail_serve.checkpoints.text_files import read_pooling
 from cocktail_serve.errors import IncompatibleModelsError
 
 _MAX_LISTED = 5
@@ -37,10 +33,19 @@ _IRRELEVANT = frozenset(
     }
 )  # fmt: skip
 
+_MODULE_DEFAULTS: Mapping[str, Any] = {
+    "module_input_name": "sentence_embedding",
+    "module_output_name": "sentence_embedding",
+    "activation_function": "Tanh",
+    "bias": True,
+    "use_residual": False,
+}
+"""What releases of sentence-transformers that do not write a setting mean by that."""
+
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One reason why two models cannot be mixed.
+    """One reason why two models cannot be mixed, or should be looked at before they are.
 
     Attributes:
         subject: the tensor, setting or file it is about.
@@ -60,11 +65,16 @@ class Finding:
 
 @dataclass(frozen=True, slots=True)
 class CompatibilityReport:
-    """What stands in the way of mixing `expert` with `base`; nothing, where `problems` is empty."""
+    """What stands in the way of mixing `expert` with `base`; nothing, where `problems` is empty.
+
+    Attributes:
+        warnings: what differs and does not change what the parameters compute, as far as any library here reads it.
+    """
 
     base: Path
     expert: Path
     problems: tuple[Finding, ...]
+    warnings: tuple[Finding, ...] = ()
 
     @property
     def is_compatible(self) -> bool:
@@ -80,23 +90,36 @@ class CompatibilityReport:
         raise IncompatibleModelsError(f"{self.expert} cannot be mixed with {self.base}:\n" + "\n".join(lines))
 
 
+@dataclass(slots=True)
+class _Findings:
+    """What has been found so far."""
+
+    problems: list[Finding] = field(default_factory=list)
+    warnings: list[Finding] = field(default_factory=list)
+
+
 def compare(base: Path, expert: Path) -> CompatibilityReport:
     """Compares an expert with the base it should share architecture, initialisation and text processing with.
 
-    Looks at configuration, tensor names, shapes and kinds, tokenizer and pooling modules. An expert without tokenizer
-    or `modules.json` is fine: the mixture uses the base's.
+    Looks at configuration, tensor names, shapes and kinds, tokenizer and sentence-transformers modules, each by what it
+    means to the library that loads it: tensors by the parameter they become, tokenizers by the ids they make, settings
+    by whether the architecture has them. An expert without tokenizer or `modules.json` is fine: the mixture uses the
+    base's.
 
     Raises:
         CheckpointError: one of the folders cannot be read as a checkpoint.
     """
-    with CheckpointReader(base) as base_reader, read_expert(expert, base_reader) as expert_reader:
-        problems = [
-            *_compare_tensors(base_reader.tensors, expert_reader.tensors),
-            *_compare_tokenization(base, expert),
-        ]
-        if not is_adapter(expert):  # which has no configuration of its own
-            problems = [*_compare_configs(base, expert), *problems, *_compare_modules(base, expert)]
-    return CompatibilityReport(Path(base), Path(expert), tuple(problems))
+    found = _Findings()
+    # an adapter has no configuration of its own
+    if is_adapter(expert) or _compare_configs(base, expert, found):
+        with CheckpointReader(base) as base_reader, read_expert(expert, base_reader) as expert_reader:
+            found.problems += _compare_tensors(base_reader.tensors, expert_reader.tensors)
+            if isinstance(expert_reader, CheckpointReader):
+                found.warnings += _unread(base_reader, expert_reader)
+    _compare_tokenizers(base, expert, found)
+    if not is_adapter(expert):
+        found.problems += _compare_modules(base, expert)
+    return CompatibilityReport(Path(base), Path(expert), tuple(found.problems), tuple(found.warnings))
 
 
 def check_tensors(base: Mapping[str, TensorInfo], expert: Mapping[str, TensorInfo], *, name: str) -> None:
@@ -106,27 +129,40 @@ def check_tensors(base: Mapping[str, TensorInfo], expert: Mapping[str, TensorInf
         raise IncompatibleModelsError(f"{name} cannot be mixed with the base: {problems[0]}")
 
 
-def _compare_configs(base: Path, expert: Path) -> Iterator[Finding]:
-    mine, theirs = read_config(base), read_config(expert)
-    if "auto_map" not in mine.keys() | theirs.keys() and dict(_flat(mine)) == dict(_flat(theirs)):
-        return  # what says the same means the same: no need to import transformers
-    mine, theirs = dict(_flat(load_model_config(base))), dict(_flat(load_model_config(expert)))
+def _compare_configs(base: Path, expert: Path, found: _Findings) -> bool:
+    """Whether it is one architecture: tensors of two differ all for that one reason."""
+    raw, others_raw = read_config(base), read_config(expert)
+    if "auto_map" not in raw.keys() | others_raw.keys() and dict(_flat(raw)) == dict(_flat(others_raw)):
+        return True  # what says the same means the same: no need to import transformers
+    config = open_model_config(base)
+    mine, theirs = dict(_flat(config.to_dict())), dict(_flat(open_model_config(expert).to_dict()))
     if mine.get("model_type") != theirs.get("model_type"):
-        yield Finding(
-            "config model_type",
-            repr(mine.get("model_type")),
-            repr(theirs.get("model_type")),
-            "only models of one architecture can be mixed",
-        )
-        return  # all other settings differ for this one reason
-    for key in sorted(mine.keys() | theirs.keys()):
-        if mine.get(key) != theirs.get(key):
-            yield Finding(
-                f"config {key}",
-                repr(mine.get(key)),
-                repr(theirs.get(key)),
-                "fine-tune the expert from this base without changing the setting",
+        found.problems.append(
+            Finding(
+                "config model_type",
+                repr(mine.get("model_type")),
+                repr(theirs.get("model_type")),
+                "only models of one architecture can be mixed",
             )
+        )
+        return False
+    for key in sorted(mine.keys() | theirs.keys()):
+        if mine.get(key) == theirs.get(key):
+            continue
+        changes_model = is_declared(type(config), key)
+        fix = _fix_setting(key, mine.get(key)) if changes_model else "no code of this architecture reads the setting"
+        finding = Finding(f"config {key}", repr(mine.get(key)), repr(theirs.get(key)), fix)
+        (found.problems if changes_model else found.warnings).append(finding)
+    return True
+
+
+def _fix_setting(key: str, value: Any) -> str:
+    if key.rpartition(".")[2] == "vocab_size":
+        return _resize(value)
+    return (
+        "fine-tune the expert from this base without changing the setting; if it was trained with the base's value, "
+        "write that into the expert's config.json"
+    )
 
 
 def _flat(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -146,43 +182,54 @@ def _compare_tensors(base: Mapping[str, TensorInfo], expert: Mapping[str, Tensor
             # releases differ in which integer buffers they store; the base's are taken anyway
             if info.is_floating:
                 yield Finding(
-                    f"tensor {name}", str(info), "none", "save the expert whole, with the class the base was saved with"
+                    f"tensor {name}",
+                    str(info),
+                    "none",
+                    "save the expert whole, with the class of the base (`architectures` in its config.json)",
                 )
         elif info.shape != other.shape:
-            yield Finding(f"tensor {name}", str(info), str(other), _fix_shape(name))
+            yield Finding(f"tensor {name}", str(info), str(other), _fix_shape(name, info))
         elif info.is_floating != other.is_floating:
             yield Finding(f"tensor {name}", str(info), str(other), "store it in the same kind of dtype")
     for name, other in expert.items():
         if name not in base and other.is_floating:
             yield Finding(
-                f"tensor {name}", "none", str(other), "save the expert with the class the base was saved with"
+                f"tensor {name}",
+                "none",
+                str(other),
+                "save both with the class that has this parameter: the base too, if it was saved without its head",
             )
 
 
-def _fix_shape(name: str) -> str:
-    if "embed" in name or "lm_head" in name:
-        return "tokens were added or the vocabulary was padded: resize it back to the base's vocabulary"
+def _unread(base: CheckpointReader, expert: CheckpointReader) -> Iterator[Finding]:
+    for name, info in expert.unread.items():
+        mine, theirs = (str(info), "none") if name in base.tensors else ("none", str(info))
+        yield Finding(f"tensor {name}", mine, theirs, "no engine reads it; the mixture has what the base has")
+
+
+def _fix_shape(name: str, info: TensorInfo) -> str:
+    if "embed" in name or "lm_head" in name or "wte" in name:
+        return _resize(info.shape[0])
     return "only models of one architecture and size can be mixed"
 
 
-def _compare_tokenization(base: Path, expert: Path) -> Iterator[Finding]:
-    if is_same_tokenizer_file(base, expert):
-        return
-    yield from _compare_pipelines(read_tokenization(base), read_tokenization(expert))
+def _resize(num_tokens: Any) -> str:
+    return (
+        "tokens were added or the vocabulary was padded: resize it back to the base's vocabulary "
+        f"(`model.resize_token_embeddings({num_tokens})` of transformers) and save it with the base's tokenizer"
+    )
 
 
-def _compare_pipelines(base: Tokenization | None, expert: Tokenization | None) -> Iterator[Finding]:
-    if base is None or expert is None:
-        return
-    fix = "use the base's tokenizer: with another one, the same text means other parameters"
-    for token in sorted(base.vocab.keys() | expert.vocab.keys()):
-        mine, theirs = base.vocab.get(token), expert.vocab.get(token)
-        if mine != theirs:
-            yield Finding(f"tokenizer id of {token!r}", str(mine), str(theirs), fix)
-            return  # one shifted id usually means that thousands are
-    for part, mine_part in base.pipeline.items():
-        if mine_part != expert.pipeline.get(part):
-            yield Finding(f"tokenizer {part}", _short(mine_part), _short(expert.pipeline.get(part)), fix)
+def _compare_tokenizers(base: Path, expert: Path, found: _Findings) -> None:
+    for difference in tokenizer.differences(base, expert):
+        fix = (
+            "all texts that were tried are cut alike; the mixture has the base's"
+            if difference.is_harmless
+            else "with another tokenizer the same text means other parameters: fine-tune the expert with the base's; "
+            "if that was done, save the base's tokenizer files beside it"
+        )
+        finding = Finding(f"tokenizer {difference.part}", difference.base, difference.expert, fix)
+        (found.warnings if difference.is_harmless else found.problems).append(finding)
 
 
 def _compare_modules(base: Path, expert: Path) -> Iterator[Finding]:
@@ -202,8 +249,30 @@ def _compare_modules(base: Path, expert: Path) -> Iterator[Finding]:
             pooling, others = read_pooling(base / module.path), read_pooling(expert / other.path)
             if pooling != others:
                 yield Finding("pooling", pooling, others, "embeddings of different pooling cannot be mixed")
+        elif module.type != "Transformer":
+            yield from _compare_settings(base, module, expert, other)
 
 
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
+def _compare_settings(base: Path, module: Module, expert: Path, other: Module) -> Iterator[Finding]:
+    """Of a module behind the transformer, such as a Dense: its activation is no parameter, and changes all vectors."""
+    mine, theirs = _module_settings(base, module), _module_settings(expert, other)
+    for key in sorted(mine.keys() | theirs.keys()):
+        if mine.get(key) != theirs.get(key):
+            yield Finding(
+                f"{module.path}/config.json {key}",
+                repr(mine.get(key)),
+                repr(theirs.get(key)),
+                "vectors of different modules cannot be mixed; train the expert with the base's modules",
+            )
+
+
+def _module_settings(folder: Path, module: Module) -> dict[str, Any]:
+    path = folder / module.path / "config.json"
+    if not path.is_file():
+        return {}
+    # releases differ in where a class lives, and in which defaults they write
+    settings = {
+        key: value.rpartition(".")[2] if isinstance(value, str) and value.startswith("torch.") else value
+        for key, value in read_json(path).items()
+    }
+    return {key: value for key, value in settings.items() if value not in (None, _MODULE_DEFAULTS.get(key))}

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import threading
+from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cocktail_serve.checkpoints.layout import model_folder, read_config
 from cocktail_serve.errors import CheckpointError
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
-def load_model_config(folder: Path) -> dict[str, Any]:
-    """The configuration with the defaults of its architecture filled in, as a plain dict.
+LIBRARY = threading.RLock()
+"""Held while transformers builds a model: it sets defaults of the whole process meanwhile."""
 
-    Two releases write the same model differently (defaults left out, keys renamed), so files are not compared as text.
+
+def open_model_config(folder: Path) -> PreTrainedConfig:
+    """The configuration with the defaults of its architecture filled in.
 
     Raises:
         CheckpointError: an architecture that transformers does not know, or one that comes as code of the checkpoint's
@@ -22,9 +28,7 @@ def load_model_config(folder: Path) -> dict[str, Any]:
     from transformers import AutoConfig
 
     try:
-        config: dict[str, Any] = AutoConfig.from_pretrained(
-            model_folder(folder), trust_remote_code=False, local_files_only=True
-        ).to_dict()
+        return AutoConfig.from_pretrained(model_folder(folder), trust_remote_code=False, local_files_only=True)
     except Exception as error:  # each architecture checks its own configuration, with errors of its own
         if "auto_map" in raw:
             raise CheckpointError(
@@ -34,4 +38,28 @@ def load_model_config(folder: Path) -> dict[str, Any]:
         raise CheckpointError(
             f"{folder}: transformers cannot read config.json: {type(error).__name__}: {error}"
         ) from error
+
+
+def load_model_config(folder: Path) -> dict[str, Any]:
+    """The same as a plain dict.
+
+    Two releases write the same model differently (defaults left out, keys renamed), so files are not compared as text.
+
+    Raises:
+        CheckpointError: as `open_model_config`.
+    """
+    config: dict[str, Any] = open_model_config(folder).to_dict()
     return config
+
+
+def is_declared(config: type[PreTrainedConfig], key: str) -> bool:
+    """Whether a setting, as `text_config.head_dim`, is one that the architecture has.
+
+    What a file holds beside them (who trained the model, with which tool) no code of the library reads.
+    """
+    name, _, rest = key.partition(".")
+    nested = (getattr(config, "sub_configs", None) or {}).get(name)
+    if rest and isinstance(nested, type) and is_dataclass(nested):
+        return is_declared(nested, rest)
+    declared = {field.name for field in fields(config)}
+    return name in declared or name in config.attribute_map

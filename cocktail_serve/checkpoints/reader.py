@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import mmap
@@ -41,6 +42,9 @@ _OUTPUT_EMBEDDINGS = ("lm_head.weight", "embed_out.weight", "cls.predictions.dec
 
 _RECOMPUTED = ("rotary_emb.inv_freq",)
 """Floating buffers that old checkpoints carry and every engine computes from the configuration."""
+
+_MASKS = (".bias", ".masked_bias")
+"""How further such buffers end, causal masks: of four dimensions or of none, which no bias has."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +96,8 @@ class CheckpointReader:
             output embeddings where `tie_word_embeddings` makes them the input embeddings (see `tied`), and rotary
             frequencies.
         tied: names left out of `tensors` because they repeat another tensor, with that tensor's name.
+        unread: floating tensors that this checkpoint and the base it is named as (`named_as`) do not both have, and
+            that no engine reads; by the name of whoever has one.
 
     Raises:
         CheckpointError: the folder cannot be read as a checkpoint: names the file and what to do.
@@ -109,8 +115,10 @@ class CheckpointReader:
                 raise CheckpointError(f"{file.path}: tensor {twice!r} is already in another shard")
             tensors |= infos
         self.tied = MappingProxyType(_tied(self.folder, tensors))
+        self.unread: Mapping[str, TensorInfo] = MappingProxyType({})
+        left_out = self.tied.keys() | _buffers(self.folder, tensors)
         self.tensors: Mapping[str, TensorInfo] = MappingProxyType(
-            {name: info for name, info in tensors.items() if name not in self.tied and not name.endswith(_RECOMPUTED)}
+            {name: info for name, info in tensors.items() if name not in left_out}
         )
 
     def __enter__(self) -> Self:
@@ -142,6 +150,49 @@ class CheckpointReader:
         """
         source, key = self._find(name)
         return source.get_bytes(key)
+
+    def named_as(self, base: CheckpointReader) -> CheckpointReader:
+        """The same checkpoint under the names that a base of the same architecture has for the same parameters.
+
+        What differs in names alone, or by tensors that no engine reads, can be mixed then: where this checkpoint lacks
+        one of those, the base's takes its place; where it has one more, that is left out. It is this reader itself
+        where both have the same names already, which costs nothing to see, or where transformers does not know them.
+
+        Raises:
+            CheckpointError: transformers does not know the architecture, so that names cannot be told.
+        """
+        mine, theirs = (
+            {name for name, info in tensors.items() if info.is_floating} for tensors in (base.tensors, self.tensors)
+        )
+        if mine == theirs:
+            return self
+        from cocktail_serve.checkpoints.naming import pair_names, parameter_names
+
+        names = parameter_names(base.folder)
+        if not names.covers(base.tensors):
+            return self
+        paired, lone = pair_names(base.tensors, self.tensors, names)
+        tensors: dict[str, TensorInfo] = {}
+        renamed = copy.copy(self)
+        renamed._get, renamed._prefixes = {}, {}
+        for name, info in base.tensors.items():
+            own = paired[name]
+            if own is not None:
+                tensors[name] = self.tensors[own]
+                renamed._get[name] = self._get[own]
+            elif not lone[name] and info.is_floating:
+                tensors[name] = info
+                renamed._get[name] = base._get[name]
+        for name in lone.keys() & self.tensors.keys():
+            if lone[name]:
+                tensors[name] = self.tensors[name]
+                renamed._get[name] = self._get[name]
+        renamed.tensors = MappingProxyType(tensors)
+        stored = {**self.tensors, **base.tensors}
+        renamed.unread = MappingProxyType(
+            {name: stored[name] for name, is_read in lone.items() if not is_read and stored[name].is_floating}
+        )
+        return renamed
 
     def prefix_of(self, name: str) -> str:
         """Where a tensor lies: empty for the model itself, `2_Dense/` for a module with parameters of its own."""
@@ -329,6 +380,26 @@ def _tied(folder: Path, tensors: Mapping[str, TensorInfo]) -> dict[str, str]:
     return {
         output: source for output in outputs for source in inputs[:1] if tensors[source].shape == tensors[output].shape
     }
+
+
+def _buffers(folder: Path, tensors: Mapping[str, TensorInfo]) -> set[str]:
+    """Floating tensors that are no parameters: whoever computes with the model makes them anew.
+
+    Causal masks are stored as numbers of every kind, infinite ones among them. They are told by their shape first, then
+    by the library: it has no place for them.
+    """
+    found = {name for name in tensors if name.endswith(_RECOMPUTED)}
+    masks = {
+        name
+        for name, info in tensors.items()
+        if info.is_floating and name.endswith(_MASKS) and len(info.shape) in (0, 4) and "/" not in name
+    }
+    if masks:
+        from cocktail_serve.checkpoints.naming import parameter_names
+
+        names = parameter_names(folder)
+        found |= {name for name in masks if not names.target(name).is_read}
+    return found
 
 
 def _ties_embeddings(folder: Path) -> bool:

@@ -74,7 +74,7 @@ def _describe(folder: Path, report: OnProgress) -> dict[str, Any]:
     from cocktail_serve.checkpoints.fingerprint import fingerprint_parameters
     from cocktail_serve.checkpoints.layout import read_config, read_modules
     from cocktail_serve.checkpoints.reader import CheckpointReader
-    from cocktail_serve.checkpoints.text_files import read_tokenization
+    from cocktail_serve.checkpoints.tokenizer import read_tokenization
 
     with CheckpointReader(folder) as reader:
         fingerprint = fingerprint_parameters(

@@ -13,6 +13,7 @@ from sentence_transformers.sentence_transformer.modules import Dense, LayerNorm,
 from torch import Tensor
 
 from cocktail_serve.checkpoints.layout import read_modules
+from cocktail_serve.checkpoints.naming import POOLER
 from cocktail_serve.engines.packing import Packing
 from cocktail_serve.engines.swappable import SwappableModel
 from cocktail_serve.errors import ConfigError
@@ -37,7 +38,7 @@ class Encoder(SwappableModel):
 
     _library_class = SentenceTransformer
     # pooling reads token embeddings, never BERT's own pooler
-    _unread = ("0.pooler.",)
+    _unread = (f"0.{POOLER}",)
 
     _model: SentenceTransformer
 

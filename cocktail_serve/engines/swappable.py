@@ -16,6 +16,7 @@ from transformers.utils import logging as transformers_logging
 
 from cocktail_serve.checkpoints.layout import read_modules
 from cocktail_serve.checkpoints.mixture import iter_mixture
+from cocktail_serve.checkpoints.naming import ParameterNames
 from cocktail_serve.engines.input_tokenizer import InputTokenizer
 from cocktail_serve.errors import CheckpointError, ConfigError
 from cocktail_serve.recipe import DType, Recipe
@@ -77,6 +78,7 @@ class SwappableModel:
         self._slots = {name: slot for name, slot in _slots(self._model) if slot.is_floating_point()}
         self.own_params = {name: slot.data for name, slot in self._slots.items()}
         self._bound: Mapping[str, Tensor] = self.own_params
+        self._names = ParameterNames(self._transformer)
 
     def replicate(self) -> Self:
         """The same model for another thread: modules of its own over the same parameters, which are not copied."""
@@ -105,10 +107,17 @@ class SwappableModel:
             CheckpointError, IncompatibleModelsError: from reading and mixing; or a parameter of the model is missing.
         """
         params: dict[str, Tensor] = {}
-        for name, tensor in iter_mixture(recipe, folders):
-            slot = self._slot_of(name)
-            if slot is not None:
-                params[slot] = tensor.to(self._device)
+
+        def of_transformer() -> Iterator[tuple[str, Tensor]]:
+            for name, tensor in iter_mixture(recipe, folders):
+                if "/" not in name:
+                    yield name, tensor
+                elif (slot := self._slot_behind(name)) is not None:
+                    params[slot] = tensor.to(self._device)
+
+        for name, tensor in self._names.converted(of_transformer()):
+            if f"0.{name}" in self._slots:  # heads and integer buffers have none
+                params[f"0.{name}"] = tensor.to(self._device)
         for slot, own in self.own_params.items():
             mixed = params.get(slot)
             if mixed is None and self._unread and slot.startswith(self._unread):
@@ -131,7 +140,7 @@ class SwappableModel:
             if not torch.equal(mixed, self.own_params[slot]):
                 raise CheckpointError(
                     f"{self._folder}: transformers loads other values into {slot!r} than the checkpoint holds under "
-                    "that name; this architecture rearranges its parameters, which is not supported here"
+                    "that name, as transformers names them; save the model anew with the class it is served with"
                 )
 
     def bind(self, params: Mapping[str, Tensor]) -> None:
@@ -163,23 +172,11 @@ class SwappableModel:
         features = {"input_ids": ids, "attention_mask": mask} | ({} if type_ids is None else {"token_type_ids": types})
         return {name: torch.from_numpy(table).to(self._device) for name, table in features.items()}
 
-    def _slot_of(self, name: str) -> str | None:
-        """The slot that a checkpoint's tensor goes to; None for heads and integer buffers, which no slot takes."""
-        if "/" in name:  # of a module with parameters of its own: `2_Dense/linear.weight`
-            path, _, name = name.rpartition("/")
-            index = next(index for index, module in enumerate(read_modules(self._folder)) if module.path == path)
-            return f"{index}.{name}" if f"{index}.{name}" in self._slots else None
-        for old, new in (
-            (".gamma", ".weight"),
-            (".beta", ".bias"),
-        ):  # BERT of before 2019 was saved by TensorFlow names
-            if name.endswith(f"LayerNorm{old}"):
-                name = name.removesuffix(old) + new
-        prefix = f"{self._transformer.base_model_prefix}."
-        for candidate in (name, name.removeprefix(prefix), prefix + name):
-            if f"0.{candidate}" in self._slots:
-                return f"0.{candidate}"
-        return None
+    def _slot_behind(self, name: str) -> str | None:
+        """The slot of a module behind the transformer, which has parameters of its own: `2_Dense/linear.weight`."""
+        path, _, name = name.rpartition("/")
+        index = next(index for index, module in enumerate(read_modules(self._folder)) if module.path == path)
+        return f"{index}.{name}" if f"{index}.{name}" in self._slots else None
 
 
 def _slots(model: SentenceTransformer | CrossEncoder) -> Iterator[tuple[str, Tensor]]:

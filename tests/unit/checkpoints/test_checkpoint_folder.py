@@ -213,7 +213,7 @@ def test_models_that_cannot_be_mixed_leave_nothing(encoders: Folders, opened: Op
     folders = {name: copy(encoders[name], name) for name in ("base", "quora")}
     pool = opened(folders, "encoder")
     tensors = load_file(folders["quora"] / WEIGHTS)
-    tensors.pop("pooler.dense.weight")
+    tensors.pop("encoder.layer.0.output.dense.weight")
     save_file(tensors, folders["quora"] / WEIGHTS)
     with pytest.raises(IncompatibleModelsError):
         save_mixture(even(pool), pool, tmp_path / "new" / "out")

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from cocktail_serve.checkpoints.text_files import read_pooling, read_tokenization, text_digest
+from cocktail_serve.checkpoints.text_files import read_pooling, text_digest
+from cocktail_serve.checkpoints.tokenizer import read_tokenization
 from cocktail_serve.errors import CheckpointError
 
 Folders = dict[str, Path]
