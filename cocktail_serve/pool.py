@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 from typing import Literal
@@ -52,6 +52,7 @@ class Pool:
     Attributes:
         text_digest: digest of what stands between text and parameters: tokenizer, chat template, pooling modules,
             prompts. Losses and embeddings depend on it, so it is part of every key they are kept under.
+        warnings: what was noticed of its models that does not keep them from being mixed, for the operator.
     """
 
     id: str
@@ -59,6 +60,7 @@ class Pool:
     base: Member
     experts: Mapping[str, Member]
     text_digest: str
+    warnings: tuple[str, ...] = field(default=(), compare=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "experts", MappingProxyType(dict(sorted(self.experts.items()))))

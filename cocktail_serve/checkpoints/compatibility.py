@@ -146,6 +146,8 @@ def _compare_configs(base: Path, expert: Path, found: _Findings) -> bool:
             )
         )
         return False
+    if read_modules(base):  # the half of an encoder-decoder that makes embeddings may be saved with the other, or alone
+        mine["is_encoder_decoder"] = theirs.get("is_encoder_decoder")
     for key in sorted(mine.keys() | theirs.keys()):
         if mine.get(key) == theirs.get(key):
             continue
@@ -202,9 +204,13 @@ def _compare_tensors(base: Mapping[str, TensorInfo], expert: Mapping[str, Tensor
 
 
 def _unread(base: CheckpointReader, expert: CheckpointReader) -> Iterator[Finding]:
-    for name, info in expert.unread.items():
-        mine, theirs = (str(info), "none") if name in base.tensors else ("none", str(info))
-        yield Finding(f"tensor {name}", mine, theirs, "no engine reads it; the mixture has what the base has")
+    """One finding for each side, however many tensors it has alone: a head, or half a model."""
+    of_base = [name for name in expert.unread if name in base.tensors]
+    of_expert = [name for name in expert.unread if name not in base.tensors]
+    for alone, mine, theirs in ((of_base, len(of_base), "none"), (of_expert, "none", len(of_expert))):
+        if alone:
+            subject = f"tensor {alone[0]}" + (f" and {len(alone) - 1} more" if len(alone) > 1 else "")
+            yield Finding(subject, str(mine), str(theirs), "no engine reads them; the mixture has what the base has")
 
 
 def _fix_shape(name: str, info: TensorInfo) -> str:

@@ -143,15 +143,20 @@ def parameter_names(folder: Path) -> ParameterNames:
     Raises:
         CheckpointError: transformers does not know the architecture, or cannot build it.
     """
-    return _names_of(folder, json.dumps(read_config(folder), sort_keys=True))
+    return _names_of(
+        folder,
+        json.dumps(read_config(folder), sort_keys=True),
+        is_encoder=bool(read_modules(folder)),
+        reads_pooler=_reads_pooler(folder),
+    )
 
 
 @lru_cache(maxsize=_KEPT_MODELS)
-def _names_of(folder: Path, _content: str) -> ParameterNames:
+def _names_of(folder: Path, _content: str, *, is_encoder: bool, reads_pooler: bool) -> ParameterNames:
     with LIBRARY, _silenced():
-        model = _build(open_model_config(folder), is_encoder=bool(read_modules(folder)))
+        model = _build(open_model_config(folder), is_encoder=is_encoder)
         is_headless = type(model).__name__.endswith(("Model", "Encoder"))
-        return ParameterNames(model, unread=() if not is_headless or _reads_pooler(folder) else (POOLER,))
+        return ParameterNames(model, unread=() if not is_headless or reads_pooler else (POOLER,))
 
 
 @contextmanager
@@ -188,7 +193,7 @@ def _build(config: Any, *, is_encoder: bool) -> PreTrainedModel:
     is_headless = is_encoder and not saved_as.endswith("ForSequenceClassification")
     encoder = type(config).__name__.removesuffix("Config") + "EncoderModel"
     makers: list[Callable[[], Any]] = []
-    if is_headless and getattr(config, "is_encoder_decoder", False) and hasattr(transformers, encoder):
+    if is_headless and hasattr(transformers, encoder):  # of an encoder-decoder, sentence-transformers takes the half
         makers.append(lambda: getattr(transformers, encoder)._from_config(config))
     elif is_headless:
         makers.append(lambda: transformers.AutoModel.from_config(config, trust_remote_code=False))

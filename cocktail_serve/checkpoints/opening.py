@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,6 +15,8 @@ from cocktail_serve.checkpoints.text_files import text_digest
 from cocktail_serve.config import PoolConfig, Source
 from cocktail_serve.errors import CheckpointError, IncompatibleModelsError
 from cocktail_serve.pool import BASE, Kind, Member, Pool
+
+logger = logging.getLogger(__name__)
 
 _DOWNLOADED = ("*.json", "*.safetensors", "*.bin", "*.txt", "*.model", "*.jinja", "LICENSE*", "NOTICE*")
 _NOT_DOWNLOADED = ("onnx/*", "openvino/*", "original/*", "training_args.bin", "optimizer.*", "scheduler.*")
@@ -33,9 +36,12 @@ def open_pool(config: PoolConfig, *, cache_dir: Path, progress: Callable[[str, i
     folders = {name: _locate(source) for name, source in {BASE: config.base, **config.experts}.items()}
     base = folders[BASE]
     _check_kind(base, config.kind)
-    for name, folder in folders.items():
-        if name != BASE:
-            _check_fits(config.id, base, name, folder)
+    warnings = [
+        warning
+        for name, folder in folders.items()
+        if name != BASE
+        for warning in _check_fits(config.id, base, name, folder)
+    ]
     first = _member(BASE, folders.pop(BASE), cache_dir, progress)
     return Pool(
         id=config.id,
@@ -43,6 +49,7 @@ def open_pool(config: PoolConfig, *, cache_dir: Path, progress: Callable[[str, i
         base=first,
         experts={name: _expert(name, folder, first, cache_dir, progress) for name, folder in folders.items()},
         text_digest=text_digest(base, prompts=config.prompts),
+        warnings=tuple(warnings),
     )
 
 
@@ -57,11 +64,17 @@ def open_expert(pool: Pool, name: str, folder: Path, *, cache_dir: Path) -> Memb
     return _expert(name, folder, pool.base, cache_dir, None)
 
 
-def _check_fits(pool_id: str, base: Path, name: str, folder: Path) -> None:
+def _check_fits(pool_id: str, base: Path, name: str, folder: Path) -> list[str]:
+    """What should be looked at, and is logged, where nothing stands in the way."""
     try:
-        compare(base, folder).raise_if_incompatible()
+        report = compare(base, folder)
+        report.raise_if_incompatible()
     except IncompatibleModelsError as error:
         raise IncompatibleModelsError(f"pool {pool_id!r}, expert {name!r}: {error.message}") from error
+    warnings = [f"expert {name!r}: {finding}" for finding in report.warnings]
+    for warning in warnings:
+        logger.warning("pool %s, %s", pool_id, warning)
+    return warnings
 
 
 def _expert(

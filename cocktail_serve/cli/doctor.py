@@ -222,6 +222,8 @@ def check_config(path: Path, report: OnProgress) -> Iterator[Check]:
     pools: dict[str, Pool] = {}
     for pool in settings.pools:
         yield _tried(f"pool {pool.id}", partial(_check_pool, settings, pool, report, pools))
+        for warning in pools[pool.id].warnings if pool.id in pools else ():
+            yield Check(f"pool {pool.id}", "warning", warning)
     yield from _check_registry(settings, pools)
 
 

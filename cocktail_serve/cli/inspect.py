@@ -57,6 +57,7 @@ def inspect(folder: ModelFolder, expert: OtherFolder = None, *, plot: PlotFile =
         if compatibility is not None:
             result["compatible"] = compatibility.is_compatible
             result["problems"] = [_problem(finding) for finding in compatibility.problems]
+            result["warnings"] = [_problem(finding) for finding in compatibility.warnings]
             result["changes"] = changes
         print_json(result)
     else:
@@ -202,6 +203,8 @@ def _show(
             console.print(f"  - {finding}", markup=False)
         return
     console.print("they can be mixed", style="green")
+    for finding in compatibility.warnings:
+        console.print(f"  - {finding}", markup=False)
     table = Table(box=None, pad_edge=False)
     table.add_column("layers")
     table.add_column("relative change", justify="right")
