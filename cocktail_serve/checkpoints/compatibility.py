@@ -266,8 +266,8 @@ def _compare_settings(base: Path, module: Module, expert: Path, other: Module) -
         if mine.get(key) != theirs.get(key):
             yield Finding(
                 f"{module.path}/config.json {key}",
-                repr(mine.get(key)),
-                repr(theirs.get(key)),
+                repr(mine.get(key, _MODULE_DEFAULTS.get(key))),
+                repr(theirs.get(key, _MODULE_DEFAULTS.get(key))),
                 "vectors of different modules cannot be mixed; train the expert with the base's modules",
             )
 

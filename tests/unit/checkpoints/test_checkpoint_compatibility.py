@@ -269,3 +269,128 @@ def test_the_message_lists_the_first_findings_alone() -> None:
         CompatibilityReport(Path("base"), Path("expert"), findings).raise_if_incompatible()
     assert caught.value.message.count("fix it") == 5
     assert "and 95 more" in caught.value.message
+
+
+def warned(base: Path, expert: Path) -> list[str]:
+    report = compare(base, expert)
+    assert report.problems == ()
+    return [finding.subject for finding in report.warnings]
+
+
+@pytest.mark.parametrize(
+    ("changes", "subjects"),
+    [
+        ({"unsloth_version": "2026.1.1", "unsloth_fixed": True}, ["config unsloth_fixed", "config unsloth_version"]),
+        (
+            {"sentence_transformers": {"version": "6.2.0", "activation_fn": "torch.nn.modules.linear.Identity"}},
+            ["config sentence_transformers.activation_fn", "config sentence_transformers.version"],
+        ),
+        ({"a_trainers_note": [1, 2]}, ["config a_trainers_note"]),
+    ],
+    ids=["unsloth", "sentence-transformers", "unknown"],
+)
+def test_settings_that_no_architecture_has_are_told_and_do_not_refuse(
+    decoders: Folders, copy: Copy, edit_json: Edit, changes: dict[str, Any], subjects: list[str]
+) -> None:
+    expert = copy(decoders["nq"])
+    edit_json(expert / "config.json", **changes)
+    assert warned(decoders["base"], expert) == subjects
+    assert warned(expert, decoders["base"]) == subjects
+
+
+def with_dense(folder: Path, activation: str, **settings: Any) -> Path:
+    """An encoder with a Dense behind its pooling, as sentence-transformers writes it."""
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.sentence_transformer import modules
+
+    model = SentenceTransformer(str(folder), device="cpu")
+    dense = modules.Dense(32, 16, activation_function=getattr(torch.nn, activation)(), **settings)
+    SentenceTransformer(modules=[model[0], model[1], dense], device="cpu").save(str(folder / "dense"))
+    return folder / "dense"
+
+
+def test_a_dense_module_with_another_activation(encoders: Folders, copy: Copy) -> None:
+    base = with_dense(copy(encoders["base"], "base"), "Tanh")
+    assert compare(base, with_dense(copy(encoders["quora"], "alike"), "Tanh")).problems == ()
+    (found,) = compare(base, with_dense(copy(encoders["quora"], "other"), "Identity")).problems
+    assert (found.subject, found.base, found.expert) == (
+        "2_Dense/config.json activation_function",
+        "'Tanh'",
+        "'Identity'",
+    )
+
+
+def test_defaults_that_an_older_release_left_out(encoders: Folders, copy: Copy) -> None:
+    base = with_dense(copy(encoders["base"], "base"), "Tanh")
+    older = with_dense(copy(encoders["quora"], "older"), "Tanh")
+    settings = {"in_features": 32, "out_features": 16, "bias": True}
+    (older / "2_Dense" / "config.json").write_text(
+        json.dumps(settings | {"activation_function": "torch.nn.modules.activation.Tanh"})
+    )
+    assert compare(base, older).problems == ()
+
+
+class TestRemedies:
+    """What a refusal advises is done here, and then nothing is refused."""
+
+    def test_a_setting_that_training_did_not_use(self, decoders: Folders, copy: Copy, edit_json: Edit) -> None:
+        expert = copy(decoders["nq"])
+        edit_json(expert / "config.json", rms_norm_eps=1e-3)
+        (found,) = compare(decoders["base"], expert).problems
+        assert "write that into the expert's config.json" in found.fix
+        edit_json(expert / "config.json", rms_norm_eps=float(found.base))
+        assert compare(decoders["base"], expert).problems == ()
+
+    def test_an_expert_saved_without_its_head(self, decoders: Folders, copy: Copy) -> None:
+        from transformers import LlamaForCausalLM, LlamaModel
+
+        expert = copy(decoders["nq"])
+        whole = LlamaForCausalLM.from_pretrained(expert)
+        (expert / WEIGHTS).unlink()
+        LlamaModel.from_pretrained(decoders["nq"]).save_pretrained(expert)
+        (found,) = compare(decoders["base"], expert).problems
+        assert found.subject == "tensor lm_head.weight"
+        assert "with the class of the base" in found.fix
+        whole.save_pretrained(expert)
+        assert compare(decoders["base"], expert).problems == ()
+
+    def test_a_base_saved_without_its_head(self, decoders: Folders, copy: Copy) -> None:
+        from transformers import LlamaForCausalLM
+
+        base = copy(decoders["base"])
+        rewrite(base, **{"lm_head.weight": None})
+        (found,) = compare(base, decoders["nq"]).problems
+        assert (found.subject, found.base) == ("tensor lm_head.weight", "none")
+        assert "the base too, if it was saved without its head" in found.fix
+        LlamaForCausalLM.from_pretrained(decoders["base"]).save_pretrained(base)
+        assert compare(base, decoders["nq"]).problems == ()
+
+    def test_a_resized_vocabulary(self, decoders: Folders, copy: Copy) -> None:
+        from transformers import LlamaForCausalLM
+
+        expert = copy(decoders["nq"])
+        model = LlamaForCausalLM.from_pretrained(expert)
+        model.resize_token_embeddings(328, mean_resizing=False)
+        model.save_pretrained(expert)
+        for found in compare(decoders["base"], expert).problems:
+            assert "`model.resize_token_embeddings(320)`" in found.fix, found
+        model.resize_token_embeddings(320)
+        model.save_pretrained(expert)
+        assert compare(decoders["base"], expert).problems == ()
+
+    def test_another_tokenizer_beside_a_model_trained_with_the_bases(self, decoders: Folders, copy: Copy) -> None:
+        expert = copy(decoders["nq"])
+        tokenizer(expert, swap_two_ids)
+        (found,) = compare(decoders["base"], expert).problems
+        assert "save the base's tokenizer files beside it" in found.fix
+        for name in ("tokenizer.json", "tokenizer_config.json"):
+            (expert / name).write_bytes((decoders["base"] / name).read_bytes())
+        assert compare(decoders["base"], expert).problems == ()
+
+    def test_integers_where_the_base_has_floats(self, decoders: Folders, copy: Copy) -> None:
+        expert = copy(decoders["nq"])
+        rewrite(expert, **{"model.norm.weight": torch.ones(64, dtype=torch.int64)})
+        (found,) = compare(decoders["base"], expert).problems
+        assert "store it in the same kind of dtype" in found.fix
+        rewrite(expert, **{"model.norm.weight": torch.ones(64)})
+        assert compare(decoders["base"], expert).problems == ()
