@@ -63,7 +63,8 @@ class SwappableModel:
             raise ConfigError(f"sentence-transformers cannot load {folder}: {error}") from error
         self._model.eval().requires_grad_(False)
         first = self._model[0]
-        if not isinstance(first, Transformer) or first.modalities != ["text"]:
+        # a tokenizer with a chat template reads messages as well
+        if not isinstance(first, Transformer) or {*first.modalities} - {"message"} != {"text"}:
             raise ConfigError(f"{folder}: only a transformer that reads plain text can be served")
         self._transformer = first.auto_model
         limits = (self._model.max_seq_length, _num_positions(self._transformer))
