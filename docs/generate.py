@@ -26,6 +26,9 @@ from cocktail_serve.gateway.app import create_app
 from cocktail_serve.gateway.error_handlers import HTTP_ERRORS
 from cocktail_serve.gateway.field_policy import FIELD_POLICY
 from cocktail_serve.gateway.schemas.cocktails import CocktailView
+from cocktail_serve.gateway.schemas.embeddings import EmbeddingRequest
+from cocktail_serve.gateway.schemas.neutral import Only
+from cocktail_serve.gateway.schemas.reranking import RerankRequest
 from cocktail_serve.methods import METHODS, SUM_TOLERANCE
 from cocktail_serve.pool import BASE
 
@@ -144,7 +147,9 @@ def http_page() -> str:
     parts = [
         NOTE,
         "# HTTP\n\nThe running server shows this interactively at `/docs` and as OpenAPI at `/openapi.json`. "
-        "Statuses and codes of errors are in [errors](errors.md), fields of a cocktail in [cocktails](cocktails.md).\n\n"
+        "Statuses and codes of errors are in [errors](errors.md), fields of a cocktail in [cocktails](cocktails.md). "
+        "HEAD is answered wherever GET is, and bodies may be sent with `Content-Encoding: gzip`. Browsers let pages of "
+        "other origins call the server where [`server.cors_origins`](config.md#server) names them.\n\n"
         "| route | what it does | statuses |\n|---|---|---|\n",
     ]
     for path, operations in sorted(document["paths"].items()):
@@ -155,9 +160,14 @@ def http_page() -> str:
         "\n## Body of a fine-tuning job\n\nOf `POST /v1/fine_tuning/jobs`; what a job is and tells: "
         "[how to fine-tune](../how-to/fine-tuning.md).\n\n| field | meaning |\n|---|---|\n"
     )
-    for name, field in JobBody.model_fields.items():
-        required = " (required)" if field.is_required() else ""
-        parts.append(f"| `{name}` | {field.description or ''}{required} |\n")
+    parts += _body_rows(JobBody)
+    for title, body in (("a rerank request", RerankRequest), ("an embedding request", EmbeddingRequest)):
+        parts.append(
+            f"\n## Body of {title}\n\nWhat other servers' clients send is taken where it means what is done here; a "
+            "field that would change the answer is refused by name, as is one that nobody documents. null is as good "
+            "as absent.\n\n| field | meaning |\n|---|---|\n"
+        )
+        parts += _body_rows(body)
     parts.append(
         "\n## Fields of chat and completion requests\n\nBodies go to vLLM's own OpenAI server. "
         "These fields are decided here; all others are passed on as they are.\n\n"
@@ -167,6 +177,13 @@ def http_page() -> str:
         allowed = f" (`engine.{rule.allowed_by}` allows it)" if rule.allowed_by else ""
         parts.append(f"| `{rule.field}` | {rule.action}{allowed} | {rule.why} |\n")
     return "".join(parts)
+
+
+def _body_rows(body: type[BaseModel]) -> Iterator[str]:
+    for name, field in body.model_fields.items():
+        refusals = [each.description for each in field.metadata if isinstance(each, Only)]
+        required = " (required)" if field.is_required() else ""
+        yield f"| `{name}` | {field.description or ''.join(refusals)}{required} |\n"
 
 
 def _first_sentence(operation: dict[str, Any]) -> str:
