@@ -201,12 +201,23 @@ _COCKTAIL_RULES = """
 
 | form | pools |
 |---|---|
-| `{"input": "...", "output": "..."}` | decoder |
-| `{"prompt": "...", "completion": "..."}` | decoder, the same in other words |
-| `{"messages": [{"role": "user", "content": "..."}, ..., {"role": "assistant", "content": "..."}]}` | decoder; text only, the last turn is the output |
-| `{"query": "...", "pos": ["..."], "neg": ["..."]}` | encoder; a single example needs negatives |
+| `{"input": "...", "output": "..."}` | decoder, encoder-decoder |
+| `{"prompt": "...", "completion": "..."}` | the same in other words |
+| `{"messages": [{"role": "user", "content": "..."}, ..., {"role": "assistant", "content": "..."}]}` | decoder; text only, the last answer is the output |
+| `{"query": "...", "pos": ["..."], "neg": ["..."]}` | encoder, where a single example needs negatives; reranker, where every one does |
 
-Keys that data sets carry beside these (`id`, `score`, `choices`, `references`, `weight`) are left aside; any other is an error, which names the row.
+Rows that other tools write are taken as they are:
+
+| rows of | what is made of them |
+|---|---|
+| OpenAI's fine-tuning | The output is the last answer whose `weight` is not 0; what follows it cannot change its loss and is left out. `weight` is 0 or 1, and 1 if left out; 0 on all answers is an error. `tools`, `tool_calls` (as answers too), messages of `tool` and `name` reach the chat template as they do in a request; a template that does not render the calls of the answer is an error. `parallel_tool_calls` is left aside; `functions`, `function_call`, `refusal` and reasoning apart from the content are refused. The content of `system`, `developer` and `tool` may be empty. An empty `prompt` has the loss of the completion alone, given the token that the tokenizer begins a text with; without such a token it is an error. |
+| FlagEmbedding's training | Encoders: `prompt` goes before the query, and before the passages too where `type` is `symmetric_sts` or `symmetric_clustering`: its default format of instructions, `{}{}`. For a model with another, write it out in `query` and leave `prompt` out. Rerankers: `query_prompt` and `passage_prompt` likewise; `prompt` is for rerankers that are language models, and not read, as by the trainer of cross-encoders. `pos_scores`, `neg_scores`, `type`, `category`, `batch_size` and `train_group_size` are of the training alone. |
+| sentence-transformers' triplets | `anchor` (or `query`), `positive`, and `negative` or `negative_1`, `negative_2`, ... |
+| ShareGPT's conversations | `conversations` of `{"from", "value"}`, with `human` and `gpt` (or `user` and `assistant`), and a `system` text. Calls of functions are refused. |
+
+Keys that data sets carry beside these (`id`, `score`, `choices`, `references`) are left aside, and a `weight` of 1, since all rows count the same; any other is an
+error, which names the row. Rows of Alpaca, of preferences and of text alone are refused with the row to write instead. The command line takes a file of one JSON array
+too; an uploaded file is JSONL.
 
 ## What may go together
 

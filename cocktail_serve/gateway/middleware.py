@@ -239,7 +239,7 @@ class HeadAsGet:
             return
 
         async def send_without_body(message: Message) -> None:
-            await send(message | {"body": b""} if message["type"] == "http.response.body" else message)
+            await send({**message, "body": b""} if message["type"] == "http.response.body" else message)
 
         # a scope of its own: servers look at theirs to know that no body follows
         as_get = {**scope, "method": "GET"}
