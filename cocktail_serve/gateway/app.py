@@ -132,7 +132,7 @@ def _let_browsers_in(app: FastAPI, origins: list[str]) -> None:
         allow_methods=["DELETE", "GET", "HEAD", "PATCH", "POST", "PUT"],
         allow_headers=["*"],  # OpenAI's clients send a dozen of their own
         expose_headers=["*"],
-        # a page of the internet may ask a server on a loopback or private address only where its origin is named
+        # browsers that ask before a page of the internet reaches a private address hear yes only for a named origin
         allow_private_network="*" not in origins,
     )
 
