@@ -194,6 +194,12 @@ def test_packed_bodies(gateway: LiveGateway) -> None:
         made = {"name": "packed", "pool": "flan", "examples": EXAMPLES}
         content = gzip.compress(json.dumps(made).encode())
         assert http.post("/v1/cocktails?dry_run=true&wait=30", content=content, headers=headers).status_code == 200
+        form = http.build_request(
+            "POST", "/v1/files", files={"file": ("a", b'{"input": "a", "output": "b"}')}, data={"purpose": "fine-tune"}
+        )
+        form_headers = {"content-type": form.headers["content-type"], "content-encoding": "gzip"}
+        uploaded = http.post("/v1/files", content=gzip.compress(form.read()), headers=form_headers)
+        assert (uploaded.status_code, uploaded.json()["bytes"]) == (200, 29)
         refused = http.post("/v1/embeddings", content=packed[:-3], headers=headers)
         assert (refused.status_code, refused.json()["error"]["code"]) == (400, "invalid_content_encoding")
         bomb = http.post("/v1/embeddings", content=gzip.compress(bytes(100 * 1024**2)), headers=headers)
