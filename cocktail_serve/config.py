@@ -40,6 +40,19 @@ def _check_name(name: str) -> str:
 Name = Annotated[str, AfterValidator(_check_name)]
 
 
+def _check_origin(origin: str) -> str:
+    origin = origin.lower()
+    if origin != "*" and not re.fullmatch(r"https?://[^\s/?#@]+", origin):
+        raise ValueError(
+            f"{origin!r} is not an origin: give scheme, host and port as browsers send them, without a path, as "
+            "https://app.example.com or http://localhost:3000, or '*' for any"
+        )
+    return origin
+
+
+Origin = Annotated[str, AfterValidator(_check_origin)]
+
+
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
 
@@ -230,6 +243,11 @@ class ServerConfig(_Section):
         "while the server runs.",
     )
     ready_deadline_s: float = Field(5.0, gt=0, description="How long /ready waits for each engine, seconds.")
+    cors_origins: list[Origin] = Field(
+        default_factory=list,
+        description="Origins, as `https://app.example.com`, whose pages browsers let call this server and read its "
+        'answers; `"*"`: any. Empty: browsers refuse all pages but those of the server itself.',
+    )
 
     @property
     def requires_key(self) -> bool:

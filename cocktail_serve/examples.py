@@ -9,8 +9,10 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Self
 
+from cocktail_serve.chat_rows import Details, Message, checked_tools, scored_messages
 from cocktail_serve.digest import digest_of
 from cocktail_serve.errors import InvalidExamplesError
+from cocktail_serve.example_rows import plain_row, text_of
 from cocktail_serve.pool import Kind, with_article
 
 
@@ -27,13 +29,26 @@ class TextExample:
 
 @dataclass(frozen=True, slots=True)
 class ChatExample:
-    """`{"messages": [...]}`: the last assistant turn is the output, all before it, chat-templated, the input."""
+    """`{"messages": [...]}`: the last assistant turn is the output, all before it, chat-templated, the input.
 
-    messages: tuple[tuple[str, str], ...]
-    """`(role, content)` pairs; the last role is `assistant`."""
+    Attributes:
+        messages: `(role, content)` pairs; the last role is `assistant`.
+        details: what each message has beside these (its name, calls of tools), for the chat template; empty where no
+            message has any.
+        tools: definitions of the tools that may be called, for the chat template.
+    """
+
+    messages: tuple[Message, ...]
+    details: tuple[Details, ...] = ()
+    tools: tuple[Mapping[str, Any], ...] = ()
 
     def to_json(self) -> dict[str, Any]:
-        return {"messages": [{"role": role, "content": content} for role, content in self.messages]}
+        details = self.details or ({},) * len(self.messages)
+        messages = [
+            {"role": role, "content": content, **more}
+            for (role, content), more in zip(self.messages, details, strict=True)
+        ]
+        return {"messages": messages, **({"tools": list(self.tools)} if self.tools else {})}
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,30 +109,60 @@ class ExampleSet:
         return [example.to_json() for example in self.examples]
 
 
+def read_rows(text: str) -> list[Any]:
+    """The rows of a text that is JSONL, or one JSON array of them.
+
+    Raises:
+        InvalidExamplesError: neither; of JSONL, carries the line's number.
+    """
+    if text.lstrip("\ufeff \t\r\n").startswith("["):
+        try:
+            rows = json.loads(text.removeprefix("\ufeff"))
+        except (ValueError, RecursionError) as error:
+            raise InvalidExamplesError(f"it begins as a JSON array and is none: {error}") from error
+        assert isinstance(rows, list)
+        return rows
+    return read_jsonl(text)
+
+
 def read_jsonl(text: str) -> list[Any]:
     """The rows of a JSONL text, blank lines skipped. A row's number is that of its line only if no line is blank.
 
     Raises:
         InvalidExamplesError: a line is not JSON; carries the line number.
     """
-    rows = []
-    # only a line feed ends a line: JSON strings may hold the other characters that str.splitlines cuts at
-    for number, line in enumerate(text.removeprefix("\ufeff").split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            rows.append(json.loads(line))
-        except (ValueError, RecursionError) as error:
-            raise InvalidExamplesError(f"not a JSON object: {error}", row=number) from error
-    return rows
+    return [parse_line(line, number) for number, line in jsonl_lines(text)]
+
+
+def jsonl_lines(text: str) -> Iterator[tuple[int, str]]:
+    """The lines of a JSONL text that hold something, each with its number from 1.
+
+    Only a line feed ends a line: JSON strings may hold the other characters that `str.splitlines` cuts at.
+    """
+    lines = enumerate(text.removeprefix("\ufeff").split("\n"), start=1)
+    return ((number, line) for number, line in lines if line.strip())
+
+
+def parse_line(line: str, number: int) -> Any:
+    """The row of one line of JSONL; InvalidExamplesError where it is not JSON, with its number and how it begins."""
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise InvalidExamplesError(
+            f"not a JSON object: {error}; the line begins with {line.strip()[:MAX_SHOWN]!r}", row=number
+        ) from error
+
+
+MAX_SHOWN = 40
+"""Characters of a line that an error shows."""
 
 
 def parse_examples(rows: Iterable[Any], kind: Kind, *, max_examples: int = 100, seed: int = 0) -> ExampleSet:
     """Checks rows against the pool's kind and makes an `ExampleSet` of them.
 
     Args:
-        rows: JSON objects in a form of DESIGN section 4. Keys beyond the form's own are an error, save `score`,
-            `choices`, `references`, `weight` and `id`, which data sets carry beside the text and which are left aside.
+        rows: JSON objects in a form of DESIGN section 4, or of `example_rows`. Keys beyond the form's own are an error,
+            save those that data sets carry beside the text and that change no loss.
         max_examples: more rows than this are sampled without replacement, in their order, by `seed`.
 
     Raises:
@@ -136,12 +181,11 @@ def parse_examples(rows: Iterable[Any], kind: Kind, *, max_examples: int = 100, 
     return ExampleSet(examples=tuple(parsed), num_given=num_given)
 
 
-_LEFT_ASIDE = frozenset({"score", "choices", "references", "weight", "id"})
-
 _FORMS: dict[frozenset[str], str] = {
     frozenset({"input", "output"}): "text",
     frozenset({"prompt", "completion"}): "text",
     frozenset({"messages"}): "chat",
+    frozenset({"messages", "tools"}): "chat",
     frozenset({"query", "pos"}): "retrieval",
     frozenset({"query", "pos", "neg"}): "retrieval",
 }
@@ -164,7 +208,8 @@ _EXPECTED: dict[Kind, str] = {
 def _parse_row(row: Any, kind: Kind, number: int) -> Example:
     if not isinstance(row, Mapping):
         raise InvalidExamplesError(f"expected an object {_EXPECTED[kind]}, got {type(row).__name__}", row=number)
-    keys = frozenset(row) - _LEFT_ASIDE
+    row = plain_row(row, kind, number)
+    keys = frozenset(row)
     form = _FORMS.get(keys)
     if form not in _TAKES[kind]:
         raise InvalidExamplesError(
@@ -172,17 +217,22 @@ def _parse_row(row: Any, kind: Kind, number: int) -> Example:
             row=number,
         )
     if form == "chat":
-        return ChatExample(messages=_messages(row["messages"], number))
+        messages, details = scored_messages(row["messages"], number)
+        return ChatExample(messages, details, checked_tools(row.get("tools", ()), number))
     if form == "retrieval":
         return _retrieval(row, kind, number)
     source, output = ("input", "output") if "input" in keys else ("prompt", "completion")
-    return TextExample(input=_text(row[source], source, number), output=_text(row[output], output, number))
+    # a decoder can be asked for the loss of a text alone, if its tokenizer begins with a token to predict it from
+    return TextExample(
+        input=text_of(row[source], source, number, may_be_empty=kind == "decoder"),
+        output=text_of(row[output], output, number),
+    )
 
 
 def _retrieval(row: Mapping[str, Any], kind: Kind, number: int) -> RetrievalExample:
     neg = [] if row.get("neg") is None else row["neg"]
     example = RetrievalExample(
-        query=_text(row["query"], "query", number),
+        query=text_of(row["query"], "query", number),
         pos=_texts(row["pos"], "pos", number, at_least_one=True),
         neg=_texts(neg, "neg", number, at_least_one=False),
     )
@@ -195,52 +245,12 @@ def _retrieval(row: Mapping[str, Any], kind: Kind, number: int) -> RetrievalExam
     return example
 
 
-def _text(value: Any, key: str, number: int) -> str:
-    if not isinstance(value, str):
-        raise InvalidExamplesError(f"{key!r} must be a string, got {type(value).__name__}", row=number)
-    if not value.strip():
-        raise InvalidExamplesError(f"{key!r} is empty", row=number)
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        raise InvalidExamplesError(
-            f"{key!r} holds a lone surrogate, which no tokenizer takes: {error}", row=number
-        ) from error
-    return value
-
-
 def _texts(value: Any, key: str, number: int, *, at_least_one: bool) -> tuple[str, ...]:
     if not isinstance(value, Sequence) or isinstance(value, str | bytes):
         raise InvalidExamplesError(f"{key!r} must be a list of strings, got {type(value).__name__}", row=number)
     if at_least_one and not value:
         raise InvalidExamplesError(f"{key!r} is empty", row=number)
-    return tuple(_text(item, f"{key}[{index}]", number) for index, item in enumerate(value))
-
-
-_ROLES = ("system", "developer", "user", "assistant")
-
-
-def _messages(value: Any, number: int) -> tuple[tuple[str, str], ...]:
-    if not isinstance(value, Sequence) or isinstance(value, str | bytes) or not value:
-        raise InvalidExamplesError("'messages' must be a non-empty list of {role, content}", row=number)
-    messages: list[tuple[str, str]] = []
-    for index, message in enumerate(value):
-        where = f"messages[{index}]"
-        if not isinstance(message, Mapping) or message.get("role") not in _ROLES:
-            raise InvalidExamplesError(f"{where} needs a role out of {', '.join(_ROLES)} and text content", row=number)
-        content = message.get("content")
-        if isinstance(content, Sequence) and not isinstance(content, str):
-            if not all(isinstance(part, Mapping) and part.get("type") == "text" for part in content):
-                raise InvalidExamplesError(f"{where}: only text content can be scored", row=number)
-            content = "".join(_text(part.get("text"), f"{where}.content", number) for part in content)
-        messages.append((message["role"], _text(content, f"{where}.content", number)))
-    if messages[-1][0] != "assistant":
-        raise InvalidExamplesError(
-            "the last message must be the assistant's: it is the output that is scored", row=number
-        )
-    if len(messages) < 2:
-        raise InvalidExamplesError("there is no message before the assistant's", row=number)
-    return tuple(messages)
+    return tuple(text_of(item, f"{key}[{index}]", number) for index, item in enumerate(value))
 
 
 def _check_has_contrast(examples: Sequence[Example]) -> None:

@@ -26,6 +26,9 @@ from cocktail_serve.gateway.app import create_app
 from cocktail_serve.gateway.error_handlers import HTTP_ERRORS
 from cocktail_serve.gateway.field_policy import FIELD_POLICY
 from cocktail_serve.gateway.schemas.cocktails import CocktailView
+from cocktail_serve.gateway.schemas.embeddings import EmbeddingRequest
+from cocktail_serve.gateway.schemas.neutral import Only
+from cocktail_serve.gateway.schemas.reranking import RerankRequest
 from cocktail_serve.methods import METHODS, SUM_TOLERANCE
 from cocktail_serve.pool import BASE
 
@@ -144,7 +147,9 @@ def http_page() -> str:
     parts = [
         NOTE,
         "# HTTP\n\nThe running server shows this interactively at `/docs` and as OpenAPI at `/openapi.json`. "
-        "Statuses and codes of errors are in [errors](errors.md), fields of a cocktail in [cocktails](cocktails.md).\n\n"
+        "Statuses and codes of errors are in [errors](errors.md), fields of a cocktail in [cocktails](cocktails.md). "
+        "HEAD is answered wherever GET is, and bodies may be sent with `Content-Encoding: gzip`. Browsers let pages of "
+        "other origins call the server where [`server.cors_origins`](config.md#server) names them.\n\n"
         "| route | what it does | statuses |\n|---|---|---|\n",
     ]
     for path, operations in sorted(document["paths"].items()):
@@ -155,9 +160,14 @@ def http_page() -> str:
         "\n## Body of a fine-tuning job\n\nOf `POST /v1/fine_tuning/jobs`; what a job is and tells: "
         "[how to fine-tune](../how-to/fine-tuning.md).\n\n| field | meaning |\n|---|---|\n"
     )
-    for name, field in JobBody.model_fields.items():
-        required = " (required)" if field.is_required() else ""
-        parts.append(f"| `{name}` | {field.description or ''}{required} |\n")
+    parts += _body_rows(JobBody)
+    for title, body in (("a rerank request", RerankRequest), ("an embedding request", EmbeddingRequest)):
+        parts.append(
+            f"\n## Body of {title}\n\nWhat other servers' clients send is taken where it means what is done here; a "
+            "field that would change the answer is refused by name, as is one that nobody documents. null is as good "
+            "as absent.\n\n| field | meaning |\n|---|---|\n"
+        )
+        parts += _body_rows(body)
     parts.append(
         "\n## Fields of chat and completion requests\n\nBodies go to vLLM's own OpenAI server. "
         "These fields are decided here; all others are passed on as they are.\n\n"
@@ -167,6 +177,13 @@ def http_page() -> str:
         allowed = f" (`engine.{rule.allowed_by}` allows it)" if rule.allowed_by else ""
         parts.append(f"| `{rule.field}` | {rule.action}{allowed} | {rule.why} |\n")
     return "".join(parts)
+
+
+def _body_rows(body: type[BaseModel]) -> Iterator[str]:
+    for name, field in body.model_fields.items():
+        refusals = [each.description for each in field.metadata if isinstance(each, Only)]
+        required = " (required)" if field.is_required() else ""
+        yield f"| `{name}` | {field.description or ''.join(refusals)}{required} |\n"
 
 
 def _first_sentence(operation: dict[str, Any]) -> str:
@@ -184,12 +201,23 @@ _COCKTAIL_RULES = """
 
 | form | pools |
 |---|---|
-| `{"input": "...", "output": "..."}` | decoder |
-| `{"prompt": "...", "completion": "..."}` | decoder, the same in other words |
-| `{"messages": [{"role": "user", "content": "..."}, ..., {"role": "assistant", "content": "..."}]}` | decoder; text only, the last turn is the output |
-| `{"query": "...", "pos": ["..."], "neg": ["..."]}` | encoder; a single example needs negatives |
+| `{"input": "...", "output": "..."}` | decoder, encoder-decoder |
+| `{"prompt": "...", "completion": "..."}` | the same in other words |
+| `{"messages": [{"role": "user", "content": "..."}, ..., {"role": "assistant", "content": "..."}]}` | decoder; text only, the last answer is the output |
+| `{"query": "...", "pos": ["..."], "neg": ["..."]}` | encoder, where a single example needs negatives; reranker, where every one does |
 
-Keys that data sets carry beside these (`id`, `score`, `choices`, `references`, `weight`) are left aside; any other is an error, which names the row.
+Rows that other tools write are taken as they are:
+
+| rows of | what is made of them |
+|---|---|
+| OpenAI's fine-tuning | The output is the last answer whose `weight` is not 0; what follows it cannot change its loss and is left out. `weight` is 0 or 1, and 1 if left out; 0 on all answers is an error. `tools`, `tool_calls` (as answers too), messages of `tool` and `name` reach the chat template as they do in a request; a template that does not render the calls of the answer is an error. `parallel_tool_calls` is left aside; `functions`, `function_call`, `refusal` and reasoning apart from the content are refused. The content of `system`, `developer` and `tool` may be empty. An empty `prompt` has the loss of the completion alone, given the token that the tokenizer begins a text with; without such a token it is an error. |
+| FlagEmbedding's training | Encoders: `prompt` goes before the query, and before the passages too where `type` is `symmetric_sts` or `symmetric_clustering`: its default format of instructions, `{}{}`. For a model with another, write it out in `query` and leave `prompt` out. Rerankers: `query_prompt` and `passage_prompt` likewise; `prompt` is for rerankers that are language models, and not read, as by the trainer of cross-encoders. `pos_scores`, `neg_scores`, `type`, `category`, `batch_size` and `train_group_size` are of the training alone. |
+| sentence-transformers' triplets | `anchor` (or `query`), `positive`, and `negative` or `negative_1`, `negative_2`, ... |
+| ShareGPT's conversations | `conversations` of `{"from", "value"}`, with `human` and `gpt` (or `user` and `assistant`), and a `system` text. Calls of functions are refused. |
+
+Keys that data sets carry beside these (`id`, `score`, `choices`, `references`) are left aside, and a `weight` of 1, since all rows count the same; any other is an
+error, which names the row. Rows of Alpaca, of preferences and of text alone are refused with the row to write instead. The command line takes a file of one JSON array
+too; an uploaded file is JSONL.
 
 ## What may go together
 

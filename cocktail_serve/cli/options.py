@@ -14,7 +14,7 @@ from typing import Annotated, Any, get_type_hints
 import typer
 
 from cocktail_serve.errors import InvalidExamplesError
-from cocktail_serve.examples import read_jsonl
+from cocktail_serve.examples import read_rows
 from cocktail_serve.methods import METHODS
 
 ConfigFile = Annotated[
@@ -27,13 +27,21 @@ PoolId = Annotated[str, typer.Option("--pool", help="Id of the pool in the confi
 ExamplesFile = Annotated[
     Path,
     typer.Option(
-        "--examples", help="The task's examples, one JSON object per line.", exists=True, dir_okay=False, readable=True
+        "--examples",
+        help="The task's examples: one JSON object per line, or one array.",
+        exists=True,
+        dir_okay=False,
+        readable=True,
     ),
 ]
 OptionalExamplesFile = Annotated[
     Path | None,
     typer.Option(
-        "--examples", help="The task's examples, one JSON object per line.", exists=True, dir_okay=False, readable=True
+        "--examples",
+        help="The task's examples: one JSON object per line, or one array.",
+        exists=True,
+        dir_okay=False,
+        readable=True,
     ),
 ]
 Target = Annotated[str | None, typer.Option(help="Expert fine-tuned for this task already (Eq. 1).")]
@@ -67,13 +75,13 @@ AsJSON = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
 
 def read_examples(path: Path) -> list[Any]:
-    """The rows of a JSONL file, unchecked.
+    """The rows of a file of JSONL, or of one JSON array, unchecked.
 
     Raises:
-        InvalidExamplesError: not UTF-8, or a line is not JSON.
+        InvalidExamplesError: not UTF-8, or not JSON.
     """
     try:
-        return read_jsonl(path.read_text(encoding="utf-8"))
+        return read_rows(path.read_text(encoding="utf-8"))
     except UnicodeDecodeError as error:
         raise InvalidExamplesError(f"{path} is not UTF-8 text: {error}") from error
 

@@ -215,6 +215,8 @@ class RerankingEngine(ScoringEngine, Protocol):
         documents: Sequence[str],
         *,
         truncate_to: int | None = None,
+        max_query_tokens: int | None = None,
+        max_document_tokens: int | None = None,
         use_activation: bool = True,
         tenant: str = "",
     ) -> Reranked:
@@ -224,6 +226,9 @@ class RerankingEngine(ScoringEngine, Protocol):
             tenant: as `EmbeddingEngine.embed`.
             truncate_to: pairs of query and document longer than this many tokens are cut there, the longer text
                 first; None: too long is an error.
+            max_query_tokens: the query is cut to this many tokens, special tokens not counted, before the two are
+                paired; None: not.
+            max_document_tokens: likewise each document.
             use_activation: whether the model's activation is applied; else the scores are logits.
 
         Raises:

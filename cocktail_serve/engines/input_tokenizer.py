@@ -71,13 +71,45 @@ class InputTokenizer:
         types = [encoding.type_ids for encoding in encodings] if self.has_token_types else None
         return [encoding.ids for encoding in encodings], types
 
+    def shorten_pairs(self, pairs: Sequence[Pair], max_tokens: tuple[int | None, int | None]) -> Sequence[Pair]:
+        """Pairs whose first and second texts have at most so many tokens, special tokens not counted; None: any.
+
+        Texts are cut at their end, on whole characters.
+        """
+        if max_tokens == (None, None):
+            return pairs
+        shortened: list[dict[str, str]] = []
+        for position, limit in enumerate(max_tokens):
+            texts = {pair[position] for pair in pairs}
+            shortened.append({text: text if limit is None else self._shorten(text, limit) for text in texts})
+        return [(shortened[0][first], shortened[1][second]) for first, second in pairs]
+
+    def _shorten(self, text: str, max_tokens: int) -> str:
+        self._set_truncation(None)
+        # what is left may be cut into other tokens than before, and more of them
+        while True:
+            try:
+                ends = [end for _, end in self._tokenizer.encode(text, add_special_tokens=False).offsets]
+            except (TypeError, UnicodeEncodeError):
+                check_encodable([text])
+                raise
+            if len(ends) <= max_tokens:
+                return text
+            # one character may be several tokens: then it goes as a whole
+            end = ends[max_tokens - 1]
+            text = text[: end if end < len(text) and ends[max_tokens] > end else max(0, end - 1)]
+
+    def _set_truncation(self, truncate_to: int | None) -> None:
+        if truncate_to == self._truncate_to:
+            return
+        if truncate_to is None:
+            self._tokenizer.no_truncation()
+        else:
+            self._tokenizer.enable_truncation(truncate_to, direction=self._truncation_side)
+        self._truncate_to = truncate_to
+
     def _encode(self, inputs: Sequence[str] | Sequence[Pair], truncate_to: int | None) -> list[Encoding]:
-        if truncate_to != self._truncate_to:
-            if truncate_to is None:
-                self._tokenizer.no_truncation()
-            else:
-                self._tokenizer.enable_truncation(truncate_to, direction=self._truncation_side)
-            self._truncate_to = truncate_to
+        self._set_truncation(truncate_to)
         try:
             return self._tokenizer.encode_batch_fast(list(inputs))
         except (TypeError, UnicodeEncodeError):

@@ -31,6 +31,7 @@ class RerankingRequest(ModelRequest[Reranker]):
 
     Attributes:
         is_raw: logits are wanted, not the scores that the model's activation makes of them.
+        max_tokens: to which the first and the second text of each pair are cut before they are paired; None: not.
         type_ids: token types by pair, where the model reads them.
     """
 
@@ -38,6 +39,7 @@ class RerankingRequest(ModelRequest[Reranker]):
 
     pairs: Sequence[Pair]
     is_raw: bool = False
+    max_tokens: tuple[int | None, int | None] = (None, None)
     type_ids: list[list[int]] | None = field(default=None, init=False)
 
     @property
@@ -45,7 +47,8 @@ class RerankingRequest(ModelRequest[Reranker]):
         return None
 
     def tokenize(self, model: Reranker) -> Sequence[Sequence[int]]:
-        token_ids, self.type_ids = model.tokenize(self.pairs, truncate_to=self.truncate_to)
+        pairs = model.tokenizer.shorten_pairs(self.pairs, self.max_tokens)
+        token_ids, self.type_ids = model.tokenize(pairs, truncate_to=self.truncate_to)
         model.tokenizer.check_length(token_ids, field=self.param, what=" together with the query")
         return token_ids
 
@@ -87,11 +90,19 @@ class RerankerEngine(SentenceTransformersEngine[Reranker]):
         documents: Sequence[str],
         *,
         truncate_to: int | None = None,
+        max_query_tokens: int | None = None,
+        max_document_tokens: int | None = None,
         use_activation: bool = True,
         tenant: str = "",
     ) -> Reranked:
-        pairs = [(query, document) for document in documents]
-        return await self._score(recipe, pairs, truncate_to=truncate_to, is_raw=not use_activation, tenant=tenant)
+        return await self._score(
+            recipe,
+            [(query, document) for document in documents],
+            truncate_to=truncate_to,
+            max_tokens=(max_query_tokens, max_document_tokens),
+            is_raw=not use_activation,
+            tenant=tenant,
+        )
 
     async def score(self, recipe: Recipe, examples: ExampleSet) -> list[float]:
         groups = [pairs_of(example) for example in examples]
@@ -106,6 +117,7 @@ class RerankerEngine(SentenceTransformersEngine[Reranker]):
         pairs: Sequence[Pair],
         *,
         truncate_to: int | None = None,
+        max_tokens: tuple[int | None, int | None] = (None, None),
         is_raw: bool,
         tenant: str | None,
     ) -> Reranked:
@@ -115,6 +127,6 @@ class RerankerEngine(SentenceTransformersEngine[Reranker]):
         truncate_to = self._truncation(reranker, truncate_to, is_pair=True)
         if not pairs:
             return Reranked(np.empty(0, dtype=np.float32), 0)
-        make = partial(RerankingRequest, pairs=pairs, truncate_to=truncate_to, is_raw=is_raw)
+        make = partial(RerankingRequest, pairs=pairs, truncate_to=truncate_to, max_tokens=max_tokens, is_raw=is_raw)
         rows, num_tokens = await self._compute(recipe, len(pairs), make, background=tenant is None, tenant=tenant or "")
         return Reranked(rows[:, 0], num_tokens)

@@ -22,7 +22,7 @@ from typing import Any
 
 from cocktail_serve.digest import digest_of
 from cocktail_serve.errors import InvalidRequestError
-from cocktail_serve.examples import ExampleSet, parse_examples, read_jsonl
+from cocktail_serve.examples import ExampleSet, parse_examples, read_rows
 from cocktail_serve.pool import Kind
 
 TRAIN_FILES = ("train.jsonl", "dev.jsonl", "fewshot.jsonl")
@@ -154,7 +154,7 @@ def sample_examples(path: Path, kind: Kind, *, num: int = NUM_EXAMPLES, seed: in
 
 
 def load_examples(file: Path, kind: Kind, *, num: int | None = None, seed: int = 0) -> ExampleSet:
-    """The examples in a JSONL file; columns that data sets carry beside them are left aside.
+    """The examples in a file of JSONL or of one JSON array; columns that data sets carry beside them are left aside.
 
     Args:
         num: how many are sampled by `seed`; None: all.
@@ -166,7 +166,7 @@ def load_examples(file: Path, kind: Kind, *, num: int | None = None, seed: int =
     return parse_examples(rows, kind, max_examples=num or len(rows), seed=seed)
 
 
-_EXAMPLE_KEYS = frozenset({"input", "output", "prompt", "completion", "messages", "query", "pos", "neg"})
+_EXAMPLE_KEYS = frozenset({"input", "output", "prompt", "completion", "messages", "tools", "query", "pos", "neg"})
 
 
 def train_file(path: Path) -> Path | None:
@@ -253,7 +253,7 @@ def _qrels(file: Path) -> dict[str, dict[str, int]]:
 
 
 def _rows(file: Path, *keys: str) -> list[Any]:
-    rows = read_jsonl(_text(file))
+    rows = read_rows(_text(file))
     for number, row in enumerate(rows, start=1):
         if not isinstance(row, dict) or any(key not in row for key in keys):
             raise InvalidRequestError(f"{file}, row {number}: expected an object with {', '.join(keys)}", param="task")

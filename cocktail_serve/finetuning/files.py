@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from cocktail_serve.database import tables
 from cocktail_serve.database.database import Database, insert_missing, page_of, to_the_end
 from cocktail_serve.errors import InvalidExamplesError, InvalidRequestError, NotFoundError
-from cocktail_serve.examples import parse_examples
+from cocktail_serve.examples import jsonl_lines, parse_examples, parse_line
 from cocktail_serve.ids import Order, Page, check_cursor, is_id, new_id
 from cocktail_serve.pool import Kind
 from cocktail_serve.tenants.kept_bytes import check_example_bytes
@@ -55,24 +54,26 @@ def check_jsonl(content: bytes) -> None:
         InvalidRequestError: no text, no examples, or malformed lines: names the first few.
     """
     try:
-        lines = content.decode("utf-8-sig").split("\n")
+        text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         at = content.count(b"\n", 0, error.start) + 1
         raise InvalidRequestError(
             f"line {at}: not UTF-8 text: {error.reason}", param="file", code="invalid_file"
         ) from error
+    if text.lstrip().startswith("["):
+        raise InvalidRequestError(
+            "the file is one JSON array; a JSONL file has one object on each line: jq -c '.[]' FILE > FILE.jsonl",
+            param="file",
+            code="invalid_file",
+        )
     errors = []
     num_rows = 0
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
+    for number, line in jsonl_lines(text):
         num_rows += 1
         try:
-            _check_row(json.loads(line))
-        except (ValueError, RecursionError) as error:
-            errors.append(f"line {number}: not a JSON object: {error}")
+            _check_row(parse_line(line, number))
         except InvalidExamplesError as error:
-            errors.append(f"line {number}: {error.message.removeprefix('row 1: ')}")
+            errors.append(f"line {number}: {error.message.removeprefix(f'row {error.row}: ')}")
     if errors:
         more = f"; and {len(errors) - MAX_ERRORS} more" if len(errors) > MAX_ERRORS else ""
         raise InvalidRequestError(
@@ -87,11 +88,14 @@ def check_jsonl(content: bytes) -> None:
 
 
 def _check_row(row: Any) -> None:
-    is_retrieval = isinstance(row, dict) and ("query" in row or "pos" in row)
-    kind: Kind = "encoder" if is_retrieval else "decoder"
+    keys = row.keys() if isinstance(row, dict) else frozenset()
+    kind: Kind = "decoder"
+    if not keys.isdisjoint({"query_prompt", "passage_prompt"}):
+        kind = "reranker"
+    elif not keys.isdisjoint({"query", "pos", "anchor", "positive"}):
+        kind = "encoder"
     # a retrieval example without negatives is fit beside others: that is the whole file's matter, and the job checks it
-    rows = [row, row] if is_retrieval else [row]
-    parse_examples(rows, kind)
+    parse_examples([row] if kind == "decoder" else [row, row], kind)
 
 
 class Files:

@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 
 from fastapi import FastAPI
+from fastapi.middleware.cors import CORSMiddleware
 
 import cocktail_serve
 from cocktail_serve.cocktails.request import CocktailBody
@@ -18,7 +19,7 @@ from cocktail_serve.gateway.direct_route import DirectRouting
 from cocktail_serve.gateway.error_handlers import add_error_handlers
 from cocktail_serve.gateway.lifecycle import Lifecycle
 from cocktail_serve.gateway.metrics import GatewayMetrics
-from cocktail_serve.gateway.middleware import BodyLimit, RequestBoundary
+from cocktail_serve.gateway.middleware import BodyLimit, ContentDecoding, HeadAsGet, RequestBoundary
 from cocktail_serve.gateway.openapi import add_openapi
 from cocktail_serve.gateway.routes import (
     admin,
@@ -109,11 +110,31 @@ def create_app(
         ),
     )
     # the last added is the outermost
+    app.add_middleware(HeadAsGet)
     app.add_middleware(DirectRouting, routes=app.routes)
+    app.add_middleware(ContentDecoding, max_bytes=settings.server.max_request_bytes)
     app.add_middleware(BodyLimit, max_bytes=settings.server.max_request_bytes)
     app.add_middleware(RequestBoundary, metrics=metrics, lifecycle=lifecycle)
+    if settings.server.cors_origins:
+        _let_browsers_in(app, settings.server.cors_origins)
     app.state.lifecycle = lifecycle
     return app
+
+
+def _let_browsers_in(app: FastAPI, origins: list[str]) -> None:
+    """Tells browsers that pages of these origins may ask, and read every answer: around all else, so errors too.
+
+    Keys go in a header, which any page may set, so credentials that browsers add by themselves are never asked for.
+    """
+    app.add_middleware(
+        CORSMiddleware,
+        allow_origins=origins,
+        allow_methods=["DELETE", "GET", "HEAD", "PATCH", "POST", "PUT"],
+        allow_headers=["*"],  # OpenAI's clients send a dozen of their own
+        expose_headers=["*"],
+        # browsers that ask before a page of the internet reaches a private address hear yes only for a named origin
+        allow_private_network="*" not in origins,
+    )
 
 
 def _lifespan(

@@ -69,24 +69,35 @@ def _is_token(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def prompt_of(name: str | None, pool: PoolConfig, inputs: Inputs) -> str:
+def prompt_of(name: str | None, pool: PoolConfig, inputs: Inputs, *, param: str = "prompt_name") -> str:
     """The text that a prompt name stands for, to be put before each input; none by default.
+
+    Args:
+        param: field of the request that the name stands in. Clients that send another than `prompt_name` always do, and
+            a pool without any prompts has nothing to tell their inputs apart by.
 
     Raises:
         InvalidRequestError: the pool has no such prompt, or the inputs are token ids.
     """
-    if name is None:
+    if name is None or (param != "prompt_name" and not pool.prompts):
         return ""
     if name not in pool.prompts:
         known = ", ".join(sorted(pool.prompts)) or "none"
-        raise InvalidRequestError(f"pool {pool.id!r} has no prompt {name!r}; it has: {known}", param="prompt_name")
+        raise InvalidRequestError(
+            f"pool {pool.id!r} has no prompt {name!r}; it has: {known}. Where such inputs have none, its operator can "
+            f"say so with an empty one",
+            param=param,
+        )
     if not isinstance(inputs[0], str):
-        raise InvalidRequestError("a prompt goes before texts; send no prompt_name with token ids", param="prompt_name")
+        raise InvalidRequestError(f"a prompt goes before texts; send no {param} with token ids", param=param)
     return pool.prompts[name]
 
 
-def dimensions_to_keep(wanted: int | None, *, full: int, pool: PoolConfig) -> int | None:
+def dimensions_to_keep(wanted: int | None, *, full: int, pool: PoolConfig, param: str = "dimensions") -> int | None:
     """How many leading dimensions to keep; None: all.
+
+    Args:
+        param: field of the request that says so.
 
     Raises:
         InvalidRequestError: the model was not trained to be cut there.
@@ -96,7 +107,7 @@ def dimensions_to_keep(wanted: int | None, *, full: int, pool: PoolConfig) -> in
     if wanted not in pool.matryoshka_dimensions or wanted > full:
         allowed = ", ".join(map(str, sorted({*pool.matryoshka_dimensions, full})))
         raise InvalidRequestError(
-            f"dimensions {wanted} is not supported by pool {pool.id!r}; it supports: {allowed}", param="dimensions"
+            f"{param} {wanted} is not supported by pool {pool.id!r}; it supports: {allowed}", param=param
         )
     return wanted
 

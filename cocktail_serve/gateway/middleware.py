@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import re
 import secrets
 import time
+import zlib
 
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -140,6 +142,112 @@ class BodyLimit:
         return PayloadTooLargeError(
             f"the body is larger than {self._max_bytes} bytes; send less, or raise server.max_request_bytes"
         )
+
+
+MAX_PIECE = 1024**2
+"""Bytes that are unpacked at once: the event loop is held for some milliseconds, however well they were packed."""
+
+
+class ContentDecoding:
+    """Unpacks bodies with `Content-Encoding: gzip`, of `max_bytes` at most, piece by piece as they are read.
+
+    A few kilobytes can hold gigabytes, so nothing is unpacked beyond the limit, and no more than `MAX_PIECE` at once.
+    Errors come out of `receive`, as `BodyLimit`'s.
+    """
+
+    def __init__(self, app: ASGIApp, *, max_bytes: int) -> None:
+        self._app = app
+        self._max_bytes = max_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        coding = _header(scope, b"content-encoding").strip().lower() if scope["type"] == "http" else b""
+        if coding not in (b"", b"identity"):
+            receive = _Unpacked(receive, coding, self._max_bytes).receive
+        await self._app(scope, receive, send)
+
+
+class _Unpacked:
+    """The messages of one request, its body unpacked."""
+
+    def __init__(self, receive: Receive, coding: bytes, max_bytes: int) -> None:
+        self._receive = receive
+        self._coding = coding
+        self._max_bytes = max_bytes
+        self._num_bytes = 0
+        self._packed = b""
+        self._has_more = True
+        self._is_read = False
+        self._gzip = zlib.decompressobj(zlib.MAX_WBITS | 16)
+
+    async def receive(self) -> Message:
+        if self._is_read:  # what comes behind the body is that the client leaves
+            return await self._receive()
+        if self._coding not in (b"gzip", b"x-gzip"):
+            raise InvalidRequestError(
+                f"the body has the header 'Content-Encoding: {self._coding.decode('latin-1')}'; send it as gzip, or as "
+                "it is",
+                code="unsupported_content_encoding",
+            )
+        while not self._packed and self._has_more:
+            message = await self._receive()
+            if message["type"] != "http.request":
+                return message
+            self._packed = message.get("body", b"")
+            self._has_more = message.get("more_body", False)
+        if not self._packed:
+            if not self._gzip.eof:
+                raise _not_gzip("it ends too early")
+            self._is_read = True
+            return {"type": "http.request", "body": b"", "more_body": False}
+        piece = self._next_piece()
+        self._num_bytes += len(piece)
+        if self._num_bytes > self._max_bytes:
+            raise PayloadTooLargeError(
+                f"the body is larger than {self._max_bytes} bytes when unpacked; send less, or raise "
+                "server.max_request_bytes"
+            )
+        await asyncio.sleep(0)  # other requests have their turn between two pieces
+        return {"type": "http.request", "body": piece, "more_body": True}
+
+    def _next_piece(self) -> bytes:
+        try:
+            piece = self._gzip.decompress(self._packed, MAX_PIECE)
+        except zlib.error as error:
+            raise _not_gzip(str(error)) from error
+        # a file may hold several streams; no client sends them, and thousands of empty ones would be a lot of work
+        if self._gzip.unused_data:
+            raise _not_gzip("something follows its end")
+        self._packed = self._gzip.unconsumed_tail
+        return piece
+
+
+def _not_gzip(why: str) -> InvalidRequestError:
+    return InvalidRequestError(
+        f"the body is not the gzip that its header 'Content-Encoding' says: {why}", code="invalid_content_encoding"
+    )
+
+
+class HeadAsGet:
+    """Answers HEAD as GET is answered, without the body: probes and load balancers ask so."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["method"] != "HEAD":
+            await self._app(scope, receive, send)
+            return
+
+        async def send_without_body(message: Message) -> None:
+            await send({**message, "body": b""} if message["type"] == "http.response.body" else message)
+
+        # a scope of its own: servers look at theirs to know that no body follows
+        as_get = {**scope, "method": "GET"}
+        try:
+            await self._app(as_get, receive, send_without_body)
+        finally:
+            if "route" in as_get:
+                scope["route"] = as_get["route"]
 
 
 def _header(scope: Scope, name: bytes) -> bytes:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -44,7 +44,8 @@ def tokenize_examples(
 ) -> list[TokenizedExample]:
     """Turns text and chat examples into tokens, with the boundary between input and output found in tokens.
 
-    Text is joined as LM-Cocktail's reference does, input, one space, output, and closed by EOS. Special tokens before
+    Text is joined as LM-Cocktail's reference does, input, one space, output, and closed by EOS; an output without an
+    input stands alone, and is predicted from what the tokenizer begins a text with. Special tokens before
     it are those that the tokenizer's own template adds. Messages go through the chat template, which brings its
     special tokens itself; what it renders after the generation prompt of all messages but the last is the output.
 
@@ -129,9 +130,9 @@ def _tokenize(
     max_tokens: int,
 ) -> TokenizedExample:
     if isinstance(example, TextExample):
-        text, input_end = f"{example.input} {example.output}", len(example.input)
+        text, input_end = f"{example.input} {example.output}" if example.input else example.output, len(example.input)
         # the space that joins the two is ours: an output of which nothing else is left has no tokens
-        output_begin = input_end + 1
+        output_begin = input_end + 1 if example.input else 0
     elif isinstance(example, ChatExample):
         text, input_end = _render(tokenizer, example, row)
         output_begin = input_end
@@ -146,6 +147,11 @@ def _tokenize(
     if max(ends, default=0) <= output_begin:
         raise row.invalid("the output tokenises to nothing, so there is nothing to predict")
     output_start = max(1, next(index for index, end in enumerate(ends) if end > input_end))
+    if isinstance(example, TextExample) and not example.input and ends[0] > 0:
+        raise row.invalid(
+            "the input is empty, and the pool's tokenizer begins a text with no token of its own, so there is nothing "
+            "to predict the output's first token from; give an input"
+        )
     # a chat template closes the turn itself
     if not is_chat and tokenizer.eos_token_id is not None and token_ids[-1] != tokenizer.eos_token_id:
         token_ids.append(tokenizer.eos_token_id)
@@ -164,12 +170,19 @@ def _render(tokenizer: PreTrainedTokenizerFast, example: ChatExample, row: _Row)
         raise row.invalid(
             "the pool's tokenizer has no chat template, so messages cannot be scored; give input and output"
         )
-    messages = example.to_json()["messages"]
+    messages, tools = example.to_json()["messages"], example.tools
+    plain = [*messages[:-1], {"role": "assistant", "content": messages[-1]["content"]}]
     try:
-        text = _apply(tokenizer, messages, add_generation_prompt=False)
-        before = _apply(tokenizer, messages[:-1], add_generation_prompt=True)
-    except TemplateError as error:
+        text = _apply(tokenizer, messages, tools, add_generation_prompt=False)
+        before = _apply(tokenizer, messages[:-1], tools, add_generation_prompt=True)
+        is_dropped = "tool_calls" in messages[-1] and text == _apply(
+            tokenizer, plain, tools, add_generation_prompt=False
+        )
+    # templates are programs: what they do to calls of tools that they do not expect ends in any of these
+    except (TemplateError, TypeError, ValueError, KeyError) as error:
         raise row.invalid(f"the chat template refuses these messages: {error}") from error
+    if is_dropped:
+        raise row.invalid("the answer calls tools, which the pool's chat template does not render")
     # a generation prompt may hold more than the template renders for a finished turn (an opened thought, say)
     return text, _length_of_common_prefix(text, before)
 
@@ -179,8 +192,19 @@ def _length_of_common_prefix(one: str, other: str) -> int:
     return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(one), len(other)))
 
 
-def _apply(tokenizer: PreTrainedTokenizerFast, messages: list[dict[str, Any]], *, add_generation_prompt: bool) -> str:
-    rendered: str = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
+def _apply(
+    tokenizer: PreTrainedTokenizerFast,
+    messages: list[dict[str, Any]],
+    tools: Sequence[Mapping[str, Any]],
+    *,
+    add_generation_prompt: bool,
+) -> str:
+    rendered: str = tokenizer.apply_chat_template(
+        messages,
+        tools=[dict(tool) for tool in tools] or None,
+        tokenize=False,
+        add_generation_prompt=add_generation_prompt,
+    )
     return rendered
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 import openai
@@ -86,6 +87,9 @@ async def test_async_client(gateway: LiveGateway) -> None:
         assert (await client.files.delete(file.id)).id == file.id
 
 
+MESSAGES = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "weight": 1}]
+
+
 @pytest.mark.parametrize(
     ("content", "names"),
     [
@@ -93,6 +97,13 @@ async def test_async_client(gateway: LiveGateway) -> None:
         (b'{"input": "a"}\n[1]\n{"query": "q", "pos": []}', ["3 of 3", "line 1:", "line 2:", "line 3:", "is empty"]),
         (b'{"input": "a", "output": "b"}\n{"input": "\xff"}', ["line 2: not UTF-8"]),
         (b'{"messages": [{"role": "user", "content": "hi"}]}', ["line 1: the last message must be the assistant's"]),
+        (b' [{"input": "a", "output": "b"}]', ["one JSON array", "jq -c '.[]' FILE"]),
+        (b"input,output\na,b", ["2 of 2", "line 1: not a JSON object", "begins with 'input,output'"]),
+        (
+            b'{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "weight": 0}]}',
+            ["line 1: every answer of the assistant has weight 0"],
+        ),
+        (b'{"instruction": "a", "output": "b"}', ["line 1: this is an Alpaca row"]),
         (b"\n \n", ["no examples"]),
         (b"", ["no examples"]),
     ],
@@ -103,6 +114,26 @@ def test_malformed_lines_are_named(client: OpenAI, content: bytes, names: list[s
     assert (caught.value.code, caught.value.param) == ("invalid_file", "file")
     for name in names:
         assert name in caught.value.message
+
+
+def test_rows_of_other_tools(client: OpenAI) -> None:
+    rows: list[dict[str, Any]] = [
+        {"messages": [{"role": "system", "content": ""}, *MESSAGES], "tools": [], "parallel_tool_calls": True},
+        {"prompt": "", "completion": " a text"},
+        {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]},
+        {
+            "query": "q",
+            "pos": ["p"],
+            "neg": ["n"],
+            "pos_scores": [1.0],
+            "neg_scores": [0.2],
+            "prompt": "",
+            "type": "normal",
+        },
+        {"anchor": "q", "positive": "p", "negative": "n"},
+        {"query": "q", "pos": ["p"], "neg": ["n"], "query_prompt": "Q: "},
+    ]
+    assert client.files.create(file=jsonl(*rows), purpose="fine-tune").status == "processed"
 
 
 def test_only_fine_tune(client: OpenAI) -> None:

@@ -357,6 +357,67 @@ class TestEmbeddings:
         assert response.status_code == 400
         assert error_of(response)["param"] == param
 
+    @pytest.mark.parametrize(
+        ("fields", "same_as"),
+        [
+            ({"embedding_type": "float", "late_chunking": False, "truncate": True, "normalized": None}, {}),
+            ({"task": "query"}, {"prompt_name": "query"}),
+            (
+                {"input_type": "query", "output_dimension": 16, "truncation": True},
+                {"prompt_name": "query", "dimensions": 16},
+            ),
+            ({"input_type": None, "output_dimension": None, "output_dtype": None, "truncation": True}, {}),
+            ({"output_dtype": "float", "encoding_format": "float", "embedding_type": "float"}, {}),
+            ({"embedding_type": "base64"}, {"encoding_format": "base64"}),
+            (
+                {
+                    "user": "u",
+                    "truncation_side": "right",
+                    "padding": "do_not_pad",
+                    "request_id": None,
+                    "priority": 0,
+                    "mm_processor_kwargs": None,
+                    "cache_salt": "salt",
+                    "add_special_tokens": True,
+                    "embed_dtype": "float32",
+                    "endianness": "native",
+                    "use_activation": True,
+                },
+                {},
+            ),
+        ],
+        ids=["jina", "jina task", "voyage", "voyage nulls", "both names", "jina base64", "vllm"],
+    )
+    def test_fields_of_other_clients(self, http: httpx.Client, fields: dict[str, Any], same_as: dict[str, Any]) -> None:
+        response = http.post("/v1/embeddings", json={"model": "bge", "input": "paris"} | fields)
+        assert response.status_code == 200, response.text
+        assert response.json() == http.post("/v1/embeddings", json={"model": "bge", "input": "paris"} | same_as).json()
+
+    @pytest.mark.parametrize(
+        ("fields", "param"),
+        [
+            ({"priority": 3}, "priority"),
+            ({"request_id": "mine"}, "request_id"),
+            ({"input_type": "document"}, "input_type"),
+            ({"task": "text-matching"}, "task"),
+            ({"prompt_name": "query", "task": "document"}, "task"),
+            ({"dimensions": 16, "output_dimension": 8}, "output_dimension"),
+            ({"output_dimension": 12}, "output_dimension"),
+            ({"output_dtype": "int8"}, "output_dtype"),
+            ({"normalized": True}, "normalized"),
+            ({"add_special_tokens": False}, "add_special_tokens"),
+            ({"late_chunking": True}, "late_chunking"),
+            ({"return_multivector": True}, "return_multivector"),
+            ({"endianness": "big"}, "endianness"),
+            ({"use_activation": False}, "use_activation"),
+        ],
+    )
+    def test_what_would_change_the_answer_is_refused_by_name(
+        self, http: httpx.Client, fields: dict[str, Any], param: str
+    ) -> None:
+        response = http.post("/v1/embeddings", json={"model": "bge", "input": "paris"} | fields)
+        assert (response.status_code, error_of(response)["param"]) == (400, param)
+
     def test_nulls_are_as_good_as_absent(self, http: httpx.Client) -> None:
         nulls = dict.fromkeys(["encoding_format", "dimensions", "user", "truncate_prompt_tokens", "prompt_name"])
         response = http.post("/v1/embeddings", json={"model": "bge", "input": "paris", "cocktail": None} | nulls)
@@ -364,6 +425,24 @@ class TestEmbeddings:
 
 
 class TestOperations:
+    @pytest.mark.parametrize("path", ["/health", "/ready", "/metrics", "/v1/models", "/v1/models/flan/nq", "/v1/none"])
+    def test_head_is_get_without_the_body(self, http: httpx.Client, gateway: LiveGateway, path: str) -> None:
+        got = http.get(path)
+        asked = httpx.head(f"{gateway.url}{path}")
+        assert (asked.status_code, asked.content) == (got.status_code, b"")
+        assert asked.headers["content-type"] == got.headers["content-type"]
+        if path != "/metrics":
+            assert asked.headers["content-length"] == got.headers["content-length"] != "0"
+        assert asked.headers["x-request-id"] != got.headers["x-request-id"]
+
+    def test_head_is_not_post(self, gateway: LiveGateway) -> None:
+        refused = httpx.head(f"{gateway.url}/v1/embeddings")
+        assert (refused.status_code, refused.headers["allow"], refused.content) == (405, "POST", b"")
+
+    def test_head_is_counted_by_its_route(self, http: httpx.Client, gateway: LiveGateway) -> None:
+        httpx.head(f"{gateway.url}/v1/models/flan")
+        assert 'route="/v1/models/{model_id:path}",status="200"' in http.get("/metrics").text
+
     def test_health(self, http: httpx.Client) -> None:
         assert http.get("/health").json()["status"] == "ok"
 

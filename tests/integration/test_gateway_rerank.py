@@ -74,6 +74,88 @@ def test_forms_of_documents(http: httpx.Client) -> None:
     assert all("document" not in result for result in rerank(http, return_documents=False).json()["results"])
 
 
+CLIENTS: dict[str, dict[str, Any]] = {
+    "Cohere's v1 Client": {"max_chunks_per_doc": 10, "return_documents": True, "rank_fields": ["text"], "top_n": 4},
+    "Cohere's ClientV2": {"top_n": 4, "max_tokens_per_doc": 4096, "priority": 0},
+    "Cohere's ClientV2, nulls": {"top_n": None, "max_tokens_per_doc": None, "priority": None},
+    "LangChain's CohereRerank": {"top_n": 4, "max_tokens_per_doc": None},
+    "Jina": {"top_n": 4, "return_documents": True, "truncation": True},
+    "SiliconFlow": {"instruction": "", "top_n": 4, "max_chunks_per_doc": 1024, "overlap_tokens": 80},
+    "SiliconFlow, nulls": {"instruction": None, "top_n": None, "max_chunks_per_doc": None, "overlap_tokens": None},
+    "Voyage's Client": {"top_k": None, "truncation": True},
+    "vLLM": {
+        "user": "u",
+        "truncate_prompt_tokens": None,
+        "padding": "do_not_pad",
+        "truncation_side": "right",
+        "request_id": None,
+        "priority": 0,
+        "mm_processor_kwargs": None,
+        "cache_salt": "salt",
+        "use_activation": None,
+        "max_tokens_per_query": 0,
+        "max_tokens_per_doc": 0,
+        "instruction": None,
+        "chat_template_kwargs": None,
+        "top_n": 0,
+    },
+}
+"""What clients send beside model, query and documents, as recorded (cohere 5.21, voyageai 0.5, langchain-cohere 0.6) or
+documented: none of it changes an answer."""
+
+
+@pytest.mark.parametrize("fields", CLIENTS.values(), ids=CLIENTS)
+def test_the_bodies_of_other_clients(http: httpx.Client, live: LiveGateway, fields: dict[str, Any]) -> None:
+    response = rerank(http, **fields)
+    assert response.status_code == 200, response.text
+    np.testing.assert_allclose(scores_of(response.json()), expected(live, "base"), rtol=1e-4)
+
+
+def test_where_voyages_client_looks(http: httpx.Client) -> None:
+    answer = rerank(http, top_k=2, return_documents=True).json()
+    plain = rerank(http, top_n=2).json()
+    assert answer["object"] == "list"
+    assert answer["results"] == plain["results"]
+    assert answer["data"] == [result | {"document": result["document"]["text"]} for result in plain["results"]]
+    assert answer["usage"]["total_tokens"] == plain["usage"]["total_tokens"]
+    assert not plain.keys() & {"object", "data"}
+    assert rerank(http, top_k=None, truncation=True, return_documents=False).json()["data"][0].keys() == {
+        "index",
+        "relevance_score",
+    }
+
+
+def test_fields_of_documents(http: httpx.Client) -> None:
+    """Without rank_fields the text is read; with them, what they name, in their order."""
+    documents = [{"text": text, "id": index, "tags": ["a"]} for index, text in enumerate(DOCUMENTS)]
+    results = rerank(http, documents=documents).json()["results"]
+    plain = rerank(http).json()["results"]
+    assert [result["relevance_score"] for result in results] == [result["relevance_score"] for result in plain]
+    assert all(result["document"] == documents[result["index"]] for result in results)
+    titled = [{"title": "paris", "author": None, "text": "a dog"}, {"title": "a cat"}, "my card"]
+    by_hand = ["a dog\nparis", "a cat", "my card"]
+    ranked = rerank(http, documents=titled, rank_fields=["text", "author", "title"]).json()["results"]
+    wanted = rerank(http, documents=by_hand).json()["results"]
+    assert [result["relevance_score"] for result in ranked] == [result["relevance_score"] for result in wanted]
+    assert {result["index"]: result["document"] for result in ranked} == {
+        0: {"title": "paris", "author": None, "text": "a dog\nparis"},
+        1: {"title": "a cat", "text": "a cat"},
+        2: {"text": "my card"},
+    }
+
+
+def test_documents_and_query_are_cut_each_for_itself(http: httpx.Client) -> None:
+    """One word is one token of the pico tokenizer."""
+    cut = rerank(http, max_tokens_per_doc=2).json()
+    by_hand = rerank(http, documents=["a dog", "paris", "my card", "the capital"]).json()
+    assert scores_of(cut) == scores_of(by_hand) != scores_of(rerank(http).json())
+    assert cut["usage"] == by_hand["usage"]
+    assert cut["results"][0]["document"]["text"] in DOCUMENTS
+    cut = rerank(http, max_tokens_per_query=3).json()
+    assert scores_of(cut) == scores_of(rerank(http, query="what is the").json())
+    assert rerank(http, documents=["dog " * 200], max_tokens_per_doc=50).json()["usage"]["prompt_tokens"] == 59
+
+
 def test_logits_on_request(http: httpx.Client) -> None:
     logits = np.array(scores_of(rerank(http, use_activation=False).json()))
     np.testing.assert_allclose(1 / (1 + np.exp(-logits)), scores_of(rerank(http).json()), rtol=1e-5)
@@ -114,6 +196,20 @@ def test_an_inline_cocktail(http: httpx.Client, live: LiveGateway) -> None:
         ({"query": ["a"]}, 400, "invalid_request", "query"),
         ({"top_n": -1}, 400, "invalid_request", "top_n"),
         ({"priority": 1}, 400, "invalid_request", "priority"),
+        ({"priority": False}, 400, "invalid_request", "priority"),
+        ({"request_id": "mine"}, 400, "invalid_request", "request_id"),
+        ({"instruction": "find"}, 400, "invalid_request", "instruction"),
+        ({"truncation_side": "left"}, 400, "invalid_request", "truncation_side"),
+        ({"chat_template_kwargs": {"a": 1}}, 400, "invalid_request", "chat_template_kwargs"),
+        ({"top_n": 2, "top_k": 3}, 400, "invalid_request", "top_k"),
+        ({"max_tokens_per_doc": -1}, 400, "invalid_request", "max_tokens_per_doc"),
+        ({"max_chunks_per_doc": 0}, 400, "invalid_request", "max_chunks_per_doc"),
+        ({"rank_fields": []}, 400, "invalid_request", "rank_fields"),
+        ({"rank_fields": ["title"], "documents": [{"text": "a"}]}, 400, "invalid_request", "documents.0"),
+        ({"documents": [{"title": "a"}]}, 400, "invalid_request", "documents.0"),
+        ({"documents": [{"text": 1}]}, 400, "invalid_request", "documents.0.text"),
+        ({"documents": [{"content": [{"type": "text", "text": "a"}]}]}, 400, "invalid_request", "documents.0"),
+        ({"not_documented": 1}, 400, "invalid_request", "not_documented"),
         ({"documents": ["a", "dog " * 200]}, 400, "context_length_exceeded", "documents.1"),
         ({"truncate_prompt_tokens": 1000}, 400, "invalid_request", "truncate_prompt_tokens"),
         ({"model": "flan"}, 400, "wrong_model_kind", "model"),
@@ -133,6 +229,8 @@ def test_too_long_is_cut_on_request(http: httpx.Client) -> None:
     answer = rerank(http, documents=["dog " * 200], truncate_prompt_tokens=-1).json()
     assert answer["usage"]["prompt_tokens"] == 128
     assert rerank(http, documents=["dog " * 200], truncate_prompt_tokens=20).json()["usage"]["prompt_tokens"] == 20
+    assert rerank(http, documents=["dog " * 200], truncation=True).json() | {"id": ""} == answer | {"id": ""}
+    assert rerank(http, documents=["dog " * 200], truncation=False).status_code == 400
 
 
 def test_other_routes_say_where_a_reranker_answers(http: httpx.Client) -> None:

@@ -89,6 +89,16 @@ def test_weights_follow_from_the_losses(config, examples, capsys, pool, rows):
     assert result["num_examples"] == 2
 
 
+def test_an_array_of_rows_is_as_good_as_lines(config, examples, tmp_path, capsys):
+    array = tmp_path / "examples.json"
+    array.write_text(json.dumps(PAIR_ROWS, indent=2))
+    told = [
+        json.loads(run(capsys, "weigh", config, "--pool", "ranker", "--examples", file, "--json")[1])["losses"]
+        for file in (array, examples(PAIR_ROWS))
+    ]
+    assert told[0] == told[1]
+
+
 def test_the_decoders_losses_are_those_of_transformers(config, examples, capsys):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

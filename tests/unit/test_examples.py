@@ -16,6 +16,7 @@ from cocktail_serve.examples import (
     example_digest,
     parse_examples,
     read_jsonl,
+    read_rows,
 )
 from cocktail_serve.pool import Kind
 
@@ -68,7 +69,7 @@ def test_keys_that_data_sets_carry_beside_the_text_are_left_aside() -> None:
         ({"messages": "hello"}, "non-empty list"),
         ({"messages": [CHAT[2]]}, "no message before"),
         ({"messages": CHAT[:2]}, "last message must be the assistant's"),
-        ({"messages": [{"role": "tool", "content": "x"}, CHAT[2]]}, r"messages\[0\] needs a role"),
+        ({"messages": [{"role": "function", "content": "x"}, CHAT[2]]}, r"messages\[0\] needs a role"),
         ({"messages": [{"role": ["user"], "content": "x"}, CHAT[2]]}, r"messages\[0\] needs a role"),
         ({"messages": ["x", CHAT[2]]}, r"messages\[0\] needs a role"),
         ({"messages": [{"role": "user"}, CHAT[2]]}, "must be a string"),
@@ -161,6 +162,19 @@ def test_digests_follow_content_and_order() -> None:
 
 
 @pytest.mark.parametrize(
+    ("kind", "row", "digest"),
+    [
+        ("decoder", {"prompt": "a", "completion": "b", "weight": 1}, "f245cdedc115600cedd8b474dfb3296469364ba2e62"),
+        ("decoder", {"messages": CHAT}, "6e2f7d5377f0508f4740cddb799ebc1c48935c5cb9ea7fd5f735bef8dd986021"),
+        ("encoder", {"query": "q", "pos": ["p"], "neg": ["n"]}, "d5d941081954a7922e0e45bef4ad06acff3ad9c168b82956"),
+    ],
+)
+def test_digests_are_those_of_earlier_releases(kind: Kind, row: dict[str, Any], digest: str) -> None:
+    """Losses are kept under them in databases that exist."""
+    assert example_digest(parse_examples([row], kind).examples[0]).startswith(digest)
+
+
+@pytest.mark.parametrize(
     ("kind", "row"),
     [
         ("decoder", {"input": "a", "output": "b"}),
@@ -181,6 +195,20 @@ def test_jsonl_skips_blank_lines_and_a_byte_order_mark() -> None:
 def test_jsonl_is_cut_at_line_feeds_alone(separator: str) -> None:
     rows = [{"input": f"one{separator}two", "output": "three"}]
     assert read_jsonl(json.dumps(rows[0], ensure_ascii=False)) == rows
+
+
+def test_rows_may_be_one_array() -> None:
+    rows = [{"a": 1}, {"b": [2]}]
+    for text in (json.dumps(rows), "\ufeff\n " + json.dumps(rows, indent=2), '{"a": 1}\n{"b": [2]}\n'):
+        assert read_rows(text) == rows
+    for text in ('[{"a": 1}', '[{"a": 1}]\n[{"b": [2]}]', "[" * 100_000):
+        with pytest.raises(InvalidExamplesError, match="begins as a JSON array"):
+            read_rows(text)
+
+
+def test_jsonl_shows_how_the_wrong_line_begins() -> None:
+    with pytest.raises(InvalidExamplesError, match=r"the line begins with 'input,output'$"):
+        read_jsonl("input,output\nis a fig a fruit?,yes")
 
 
 @pytest.mark.parametrize("line", ["{", "{'a': 1}", "[" * 100_000, "1" * 5000, '{"a": 1} x'])

@@ -20,6 +20,7 @@ from cocktail_serve.gateway.embedding import (
 from cocktail_serve.gateway.json_body import parse_as
 from cocktail_serve.gateway.openapi import engine_errors, json_request
 from cocktail_serve.gateway.schemas.embeddings import EmbeddingList, EmbeddingRequest
+from cocktail_serve.gateway.synonyms import given
 from cocktail_serve.gateway.targets import admitted, requested_pool, served_model
 from cocktail_serve.gateway.truncation import truncation
 
@@ -41,9 +42,15 @@ async def create_embeddings(request: Request) -> Response:
     config = gateway.pool_configs[pool.id]
     engine = gateway.embedding_engine(pool.id)
     inputs = check_inputs(wanted.input, token_inputs=config.token_inputs)
-    prompt = prompt_of(wanted.prompt_name, config, inputs)
-    truncate_to = truncation(wanted.truncate_prompt_tokens, max_length=engine.max_length, truncate=config.truncate)
-    dimensions = dimensions_to_keep(wanted.dimensions, full=engine.dimension, pool=config)
+    asked_by, prompt_name = given(wanted, "prompt_name", "input_type", "task")
+    prompt = prompt_of(prompt_name, config, inputs, param=asked_by)
+    _, whether = given(wanted, "truncation", "truncate")
+    truncate_to = truncation(
+        wanted.truncate_prompt_tokens, max_length=engine.max_length, whether=whether, truncate=config.truncate
+    )
+    size_by, size = given(wanted, "dimensions", "output_dimension")
+    dimensions = dimensions_to_keep(size, full=engine.dimension, pool=config, param=size_by)
+    _, encoding_format = given(wanted, "encoding_format", "embedding_type")
     served = await served_model(asked)
     async with ended_with_client(request.receive):
         embedded = await engine.embed(
@@ -61,7 +68,7 @@ async def create_embeddings(request: Request) -> Response:
         embedded.vectors,
         model_id=served.model_id,
         num_tokens=embedded.num_tokens,
-        encoding_format=wanted.encoding_format or "float",
+        encoding_format=encoding_format or "float",
     )
     if embedded.vectors.size <= MAX_INLINE_NUMBERS:
         answer = encode()

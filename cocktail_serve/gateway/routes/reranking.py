@@ -12,6 +12,7 @@ from cocktail_serve.gateway.json_body import parse_as
 from cocktail_serve.gateway.openapi import engine_errors, json_request
 from cocktail_serve.gateway.reranking import check_documents, encode_answer
 from cocktail_serve.gateway.schemas.reranking import RerankAnswer, RerankRequest
+from cocktail_serve.gateway.synonyms import given
 from cocktail_serve.gateway.targets import admitted, requested_pool, served_model
 from cocktail_serve.gateway.truncation import truncation
 
@@ -33,10 +34,12 @@ async def rerank(request: Request) -> Response:
     wanted = parse_as(RerankRequest, asked.body)
     pool = await requested_pool(asked, kind="reranker")
     engine = gateway.reranking_engine(pool.id)
-    documents = check_documents(wanted.documents)
+    _, top_n = given(wanted, "top_n", "top_k")
+    documents = check_documents(wanted.documents, rank_fields=wanted.rank_fields)
     truncate_to = truncation(
         wanted.truncate_prompt_tokens,
         max_length=engine.max_length,
+        whether=wanted.truncation,
         truncate=gateway.pool_configs[pool.id].truncate,
     )
     served = await served_model(asked)
@@ -44,8 +47,10 @@ async def rerank(request: Request) -> Response:
         reranked = await engine.rerank(
             served.recipe,
             wanted.query,
-            documents,
+            [document.text for document in documents],
             truncate_to=truncate_to,
+            max_query_tokens=wanted.max_tokens_per_query or None,
+            max_document_tokens=wanted.max_tokens_per_doc or None,
             use_activation=wanted.use_activation is not False,
             tenant=asked.caller.tenant,
         )
@@ -55,7 +60,8 @@ async def rerank(request: Request) -> Response:
         reranked,
         documents,
         model_id=served.model_id,
-        top_n=wanted.top_n or 0,
+        top_n=top_n or 0,
         return_documents=wanted.return_documents is not False,
+        as_voyage="top_k" in wanted.model_fields_set,
     )
     return Response(answer, media_type="application/json")

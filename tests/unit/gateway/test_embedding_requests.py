@@ -77,6 +77,18 @@ def test_prompts(pool: PoolConfig) -> None:
         prompt_of("query", pool, [[1, 2]])
 
 
+def test_prompts_by_the_names_of_other_clients(pool: PoolConfig) -> None:
+    """Such clients always send one: it counts where the pool tells inputs apart, and nowhere else."""
+    assert prompt_of("query", pool, ["a"], param="input_type") == "find: "
+    with pytest.raises(InvalidRequestError, match="an empty one") as caught:
+        prompt_of("document", pool, ["a"], param="input_type")
+    assert caught.value.param == "input_type"
+    without = pool.model_copy(update={"prompts": {}})
+    assert prompt_of("document", without, ["a"], param="input_type") == ""
+    with pytest.raises(InvalidRequestError, match="it has: none"):
+        prompt_of("document", without, ["a"])
+
+
 def test_dimensions(pool: PoolConfig) -> None:
     assert dimensions_to_keep(None, full=32, pool=pool) is None
     assert dimensions_to_keep(32, full=32, pool=pool) is None
@@ -91,6 +103,12 @@ def test_truncation() -> None:
     assert truncation(None, max_length=128, truncate=True) == 128
     assert truncation(-1, max_length=128, truncate=False) == 128
     assert truncation(16, max_length=128, truncate=True) == 16
+    assert truncation(None, max_length=128, truncate=False, whether=True) == 128
+    assert truncation(None, max_length=128, truncate=False, whether=False) is None
+    assert truncation(16, max_length=128, truncate=False, whether=True) == 16
+    with pytest.raises(InvalidRequestError, match="this pool cuts") as caught:
+        truncation(None, max_length=128, truncate=True, whether=False)
+    assert caught.value.param == "truncation"
     for wanted in (0, 129):
         with pytest.raises(InvalidRequestError, match="truncate_prompt_tokens"):
             truncation(wanted, max_length=128, truncate=True)

@@ -73,6 +73,63 @@ def test_special_tokens_are_not_doubled(tokenizer: PreTrainedTokenizerFast) -> N
     assert tokenize(tokenizer, conversation).token_ids.count(tokenizer.bos_token_id) == 1
 
 
+def test_an_output_without_an_input_is_scored_as_a_whole(
+    tokenizer: PreTrainedTokenizerFast, model_folder: Path
+) -> None:
+    tokenized = tokenize(tokenizer, texts(("", "what is the capital")))
+    assert split(tokenizer, tokenized) == ("<s>", "what is the capital</s>")
+    model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
+    ids = torch.tensor([tokenized.token_ids])
+    assert score_with_transformers(model, [tokenized]) == pytest.approx([model(input_ids=ids, labels=ids).loss.item()])
+
+
+def test_without_a_first_token_there_is_nothing_to_predict_it_from() -> None:
+    with pytest.raises(InvalidExamplesError, match="row 1: the input is empty, and the pool's tokenizer begins"):
+        tokenize(word_tokenizer("a", "b"), texts(("", "a b")))
+
+
+TOOLS_TEMPLATE = (
+    "{{ bos_token }}{% if tools %}<tools>{{ tools | tojson }}</tools>{% endif %}"
+    "{% for message in messages %}<|{{ message.role }}{% if message.name %} {{ message.name }}{% endif %}|>"
+    "{{ message.content }}{% for call in message.tool_calls or [] %}"
+    "<call>{{ call.function.name }}{% for key, value in call.function.arguments.items() %} {{ key }}={{ value }}"
+    "{% endfor %}</call>{% endfor %}{{ eos_token }}{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+TOOL = {"type": "function", "function": {"name": "now"}}
+CALL = {"type": "function", "function": {"name": "now", "arguments": '{"zone": "UTC"}'}}
+
+
+def test_tools_names_and_calls_reach_the_template() -> None:
+    with_tools = make_decoder_tokenizer()
+    with_tools.chat_template = TOOLS_TEMPLATE
+    turns: list[dict[str, Any]] = [{"role": "user", "content": "what", "name": "ann"}]
+    turns += [{"role": "assistant", "content": None, "tool_calls": [CALL]}]
+    row = {"messages": turns, "tools": [TOOL]}
+    prompt, answer = split(with_tools, tokenize(with_tools, parse_examples([row], "decoder")))
+    assert prompt.startswith("<s><tools>[{")
+    assert prompt.endswith("</tools><|user ann|>what</s><|assistant|>")
+    assert answer == "<call>now zone=UTC</call></s>"
+    row["messages"] = [*turns, {"role": "tool", "content": "noon"}, {"role": "assistant", "content": "it is noon"}]
+    prompt, answer = split(with_tools, tokenize(with_tools, parse_examples([row], "decoder")))
+    assert prompt.endswith("<|assistant|><call>now zone=UTC</call></s><|tool|>noon</s><|assistant|>")
+    assert answer == "it is noon</s>"
+
+
+def test_a_template_that_does_not_render_calls(tokenizer: PreTrainedTokenizerFast) -> None:
+    row = {"messages": [{"role": "user", "content": "what"}, {"role": "assistant", "tool_calls": [CALL]}]}
+    with pytest.raises(InvalidExamplesError, match="row 1: the answer calls tools, which the pool's chat template"):
+        tokenize(tokenizer, parse_examples([row], "decoder"))
+
+
+def test_a_template_that_fails_on_what_it_does_not_expect() -> None:
+    failing = make_decoder_tokenizer()
+    failing.chat_template = "{{ tools | length + messages[0].content }}"
+    row = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], "tools": [TOOL]}
+    with pytest.raises(InvalidExamplesError, match="row 1: the chat template refuses these messages"):
+        tokenize(failing, parse_examples([row], "decoder"))
+
+
 def test_a_token_merged_across_the_boundary_is_output() -> None:
     merging = Tokenizer(models.BPE({"a": 0, " ": 1, "b": 2, "a ": 3, "a b": 4, "c": 5}, [("a", " "), ("a ", "b")]))
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=merging, eos_token="c")
