@@ -90,8 +90,8 @@ def save_mixture(
             _check_room(folder, total)
             _write_shards(shards, mixture, total, progress)
             _write_indexes(shards)
-            _copy_files(pool.base.path, folder)
-            _write_config(pool.base.path, folder, recipe)
+            copy_files(pool.base.path, folder)
+            write_config(pool.base.path, folder, dtype=recipe.dtype)
             _write_json(folder / RECIPE_FILE, describe(recipe, pool))
             for name, text in (extra_files or {}).items():
                 (folder / name).write_text(text)
@@ -327,7 +327,8 @@ def _write_indexes(shards: list[_Shard]) -> None:
             )
 
 
-def _copy_files(base: Path, folder: Path) -> None:
+def copy_files(base: Path, folder: Path) -> None:
+    """Copies what stands beside the parameters, but code, training state and the configuration (`write_config`)."""
     places = {base, model_folder(base), *(base / module.path for module in read_modules(base))}
     for place in places | {base / "additional_chat_templates"}:
         if not place.is_dir():
@@ -345,13 +346,14 @@ def _is_copied(name: str, *, at_root: bool) -> bool:
     return name.endswith(_COPIED_SUFFIXES) or name.startswith(_COPIED_NAMES)
 
 
-def _write_config(base: Path, folder: Path, recipe: Recipe) -> None:
+def write_config(base: Path, folder: Path, *, dtype: str) -> None:
+    """Writes the base's configuration for parameters of `dtype`."""
     config = read_config(base)
     # remote code is not copied, so nothing may point to it
     config.pop("auto_map", None)
     # releases of transformers from 4.56 on say dtype, those before torch_dtype; each reads both
     key = "torch_dtype" if "torch_dtype" in config else "dtype"
-    config[key] = recipe.dtype
+    config[key] = dtype
     _write_json(folder / model_folder(base).relative_to(base) / CONFIG, config)
 
 

@@ -24,8 +24,8 @@ EXPERTS = ("abbreviations", "code-names")
 def fold(name: str) -> SentenceTransformer:
     """The base with one adapter folded into its layers, W + scale * B A, in bfloat16."""
     model = SentenceTransformer(str(get_model_path()), device="cpu", local_files_only=True)
-    adapted = PeftModel.from_pretrained(model[0].auto_model, str(ADAPTERS / name))
-    model[0].auto_model = adapted.merge_and_unload()
+    # peft changes the transformer itself
+    PeftModel.from_pretrained(model[0].auto_model, str(ADAPTERS / name)).merge_and_unload()
     return model.to(torch.bfloat16)
 
 

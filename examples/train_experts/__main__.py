@@ -21,6 +21,7 @@ from typing import Any
 
 import yaml
 
+from cocktail_serve.checkpoints.reader import CheckpointReader
 from cocktail_serve.cli.terminal import print_error, progress, stdout
 from cocktail_serve.errors import CheckpointError, ClientError, CocktailError, InvalidRequestError
 from cocktail_serve.examples import ExampleSet, parse_examples, read_jsonl
@@ -73,9 +74,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def check_folders(base: Path, out: Path) -> None:
-    """Raises CheckpointError for a base that is no folder, InvalidRequestError for a folder no pool can be named by."""
+    """Tells what would else end a training when it is over.
+
+    Raises:
+        CheckpointError: a base that no pool takes: no folder, or one that is quantised, an adapter, incomplete.
+        InvalidRequestError: an output folder that no pool can be named by.
+    """
     if not base.is_dir():
         raise CheckpointError(f"there is no model folder {base}; one on the hub is fetched first: `hf download {base}`")
+    CheckpointReader(base).close()
     if not re.fullmatch(NAME_PATTERN, out.resolve().name):
         raise InvalidRequestError(f"--out names the pool, {NAME_PATTERN}; {out.resolve().name!r} is no such name")
 

@@ -6,13 +6,23 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast, Trainer, TrainingArguments
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Trainer,
+    TrainingArguments,
+)
 from transformers import set_seed as set_all_seeds
 
 from cocktail_serve.errors import ContextLengthError, InvalidExamplesError
 from cocktail_serve.examples import ExampleSet
 from cocktail_serve.progress import OnProgress
 from cocktail_serve.scoring.text import TokenizedExample, tokenize_examples
+from examples.train_experts.saving import dtype_of, store
 from examples.train_experts.settings import Reporter, TrainSettings
 
 NOT_TRAINED = -100
@@ -37,10 +47,8 @@ def train_decoder(
     """
     set_all_seeds(settings.seed)
     tokenizer = AutoTokenizer.from_pretrained(base, **LOCAL_ONLY)
-    stored = AutoModelForCausalLM.from_pretrained(base, **LOCAL_ONLY)
-    dtype, model = stored.dtype, stored.float()
-    longest = settings.max_tokens or model.config.max_position_embeddings
-    rows = tokenize(tokenizer, examples, max_tokens=longest)
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, **LOCAL_ONLY)
+    rows = tokenize(tokenizer, examples, max_tokens=settings.max_tokens or longest_row(model.config, tokenizer))
     if settings.lora_rank is not None:
         from peft import get_peft_model
 
@@ -59,9 +67,22 @@ def train_decoder(
     if settings.lora_rank is not None:
         model.save_pretrained(out / "adapter")
         model = model.merge_and_unload()
-    model.to(device="cpu", dtype=dtype).save_pretrained(out)
-    tokenizer.save_pretrained(out)
+    store_decoder(model, base, out)
     return len(examples) - len(rows)
+
+
+def store_decoder(model: PreTrainedModel, base: Path, out: Path) -> None:
+    """Writes what was trained from `base`, in the base's dtype."""
+    dtype = dtype_of(base)
+    # the base's are copied; transformers refuses to write some that it has read, as a temperature without do_sample
+    model.generation_config = GenerationConfig()
+    store(model.to(device="cpu", dtype=getattr(torch, dtype)).save_pretrained, base, out, dtype=dtype)
+
+
+def longest_row(config: PretrainedConfig, tokenizer: PreTrainedTokenizerFast) -> int:
+    """Tokens that the model has positions for; where it counts none (ALiBi, Mamba), the tokenizer's limit or none."""
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return tokenizer.model_max_length if positions is None else positions
 
 
 def tokenize(tokenizer: PreTrainedTokenizerFast, examples: ExampleSet, *, max_tokens: int) -> list[TokenizedExample]:

@@ -6,6 +6,7 @@ import random
 from collections.abc import Mapping
 from pathlib import Path
 
+import torch
 from datasets import Dataset, DatasetDict
 from sentence_transformers import (
     SentenceTransformer,
@@ -19,6 +20,7 @@ from transformers import set_seed as set_all_seeds
 from cocktail_serve.examples import ExampleSet
 from cocktail_serve.progress import OnProgress
 from cocktail_serve.scoring.retrieval import retrieval_example
+from examples.train_experts.saving import dtype_of, store
 from examples.train_experts.settings import Reporter, TrainSettings
 
 TEMPERATURE = 0.02
@@ -37,16 +39,16 @@ def train_encoder(
         tasks: rows by task; several: one model is tuned on all of them.
     """
     set_all_seeds(settings.seed)
-    model = SentenceTransformer(str(base), local_files_only=True, trust_remote_code=False)
-    dtype = next(model.parameters()).dtype
-    model.float()
+    model = load(base)
     if settings.max_tokens is not None:
-        longest, model.max_seq_length = model.max_seq_length, settings.max_tokens
+        model.max_seq_length = settings.max_tokens
     if settings.lora_rank is not None:
         from peft import get_peft_model
 
+        # modules behind the transformer would be trained whole, and the adapter alone be another model
+        model.requires_grad_(False)
+        # puts its layers into the transformer itself; there is nothing to put back into `model`
         adapted = get_peft_model(model[0].auto_model, settings.lora(task_type="FEATURE_EXTRACTION"))
-        model[0].auto_model = adapted
     trainer = SentenceTransformerTrainer(
         model=model,
         args=SentenceTransformerTrainingArguments(
@@ -58,10 +60,23 @@ def train_encoder(
     Reporter(name, report).run(trainer)
     if settings.lora_rank is not None:
         adapted.save_pretrained(out / "adapter")
-        model[0].auto_model = adapted.merge_and_unload()
-    if settings.max_tokens is not None:
-        model.max_seq_length = longest
-    model.to(device="cpu", dtype=dtype).save(str(out), create_model_card=False)
+        adapted.merge_and_unload()
+    store_encoder(model, base, out)
+
+
+def load(base: Path) -> SentenceTransformer:
+    """The model in float32, whatever dtype it is stored in."""
+    model = SentenceTransformer(
+        str(base), local_files_only=True, trust_remote_code=False, model_kwargs={"dtype": torch.float32}
+    )
+    return model.float()
+
+
+def store_encoder(model: SentenceTransformer, base: Path, out: Path) -> None:
+    """Writes what was trained from `base`, in the base's dtype."""
+    dtype = dtype_of(base)
+    model.to(device="cpu", dtype=getattr(torch, dtype))
+    store(lambda folder: model.save(str(folder), create_model_card=False), base, out, dtype=dtype)
 
 
 def datasets_of(tasks: Mapping[str, ExampleSet], *, seed: int) -> DatasetDict:

@@ -27,25 +27,25 @@ def fold(kind: str, base: Path, adapter: Path, out: Path) -> None:
 
 
 def _fold_decoder(base: Path, adapter: Path, out: Path) -> None:
+    import torch
     from peft import PeftModel
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
-    from examples.train_experts.decoder import LOCAL_ONLY
+    from examples.train_experts.decoder import LOCAL_ONLY, store_decoder
 
-    model = AutoModelForCausalLM.from_pretrained(base, **LOCAL_ONLY)
-    dtype = model.dtype
-    PeftModel.from_pretrained(model.float(), str(adapter)).merge_and_unload().to(dtype).save_pretrained(out)
-    AutoTokenizer.from_pretrained(base, **LOCAL_ONLY).save_pretrained(out)
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, **LOCAL_ONLY)
+    store_decoder(PeftModel.from_pretrained(model, str(adapter)).merge_and_unload(), base, out)
 
 
 def _fold_encoder(base: Path, adapter: Path, out: Path) -> None:
     from peft import PeftModel
-    from sentence_transformers import SentenceTransformer
 
-    model = SentenceTransformer(str(base), device="cpu", local_files_only=True)
-    dtype = next(model.parameters()).dtype
-    model[0].auto_model = PeftModel.from_pretrained(model.float()[0].auto_model, str(adapter)).merge_and_unload()
-    model.to(dtype).save(str(out), create_model_card=False)
+    from examples.train_experts.encoder import load, store_encoder
+
+    model = load(base)
+    # peft changes the transformer itself
+    PeftModel.from_pretrained(model[0].auto_model, str(adapter)).merge_and_unload()
+    store_encoder(model, base, out)
 
 
 def main() -> None:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from cocktail_serve.progress import OnProgress
@@ -44,6 +45,7 @@ class TrainSettings:
             "warmup_steps": 0.1,  # a share of all steps
             "lr_scheduler_type": "linear",
             "bf16": self.bf16,
+            "use_cpu": not torch.accelerator.is_available(),  # bf16 on a CPU wants to be told
             "seed": self.seed,
             "data_seed": self.seed,
             "save_strategy": "no",

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import json
+import string
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +17,7 @@ from cocktail_serve.examples import ExampleSet, parse_examples
 from cocktail_serve.pool import Pool
 from cocktail_serve.scoring.contrastive import contrastive_losses, texts_of
 from cocktail_serve.scoring.text import score_with_transformers, tokenize_examples
-from tests.models import make_decoder, make_encoder
+from tests.models import CHAT_TEMPLATE, make_decoder, make_encoder
 
 TASKS = {
     "capitals": [
@@ -167,11 +169,168 @@ def test_wrong_input_is_told_before_anything_is_trained(
     assert not (tmp_path / "pool").exists()
 
 
-@pytest.mark.parametrize("kind", ["decoder", "encoder"])
+STEPS = ("--max-steps", "2", "--learning-rate", "1e-2")
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    """All that is no parameter."""
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file() and path.suffix != ".safetensors"
+    }
+
+
+def make_published_decoder(folder: Path) -> Path:
+    """A base as Llama-2's publisher has it: its normalizer, a temperature without do_sample, rope_theta."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors
+
+    make_decoder(folder)
+    special = ["<unk>", "<s>", "</s>"]
+    pieces = [*special, *(f"<0x{byte:02X}>" for byte in range(256)), "\u2581", *string.ascii_lowercase, "he", "\u2581t"]
+    vocab = {piece: index for index, piece in enumerate(pieces)}
+    merges = [("h", "e"), ("\u2581", "t")]
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in special])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    tokens = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": None}
+    files = {
+        "tokenizer_config.json": {**tokens, "tokenizer_class": "LlamaTokenizer", "chat_template": CHAT_TEMPLATE},
+        "generation_config.json": {"bos_token_id": 1, "eos_token_id": 2, "temperature": 0.9, "top_p": 0.6},
+        "config.json": json.loads((folder / "config.json").read_text()) | {"rope_theta": 500.0},
+    }
+    files["config.json"].pop("rope_parameters")
+    for name, content in files.items():
+        (folder / name).write_text(json.dumps(content, indent=2) + "\n")
+    (folder / "chat_template.jinja").unlink()
+    return folder
+
+
+@pytest.mark.parametrize("lora", [[], ["--lora-rank", "2"]], ids=["full", "lora"])
+def test_a_decoder_expert_differs_from_its_base_in_parameters_alone(tmp_path: Path, lora: list[str]) -> None:
+    base = make_published_decoder(tmp_path / "base")
+    pool = opened(train(tmp_path, "decoder", base, TASKS, *STEPS, *lora), tmp_path)
+    assert len({member.fingerprint for member in pool}) == 3
+    for expert in pool.experts.values():
+        files = files_of(expert.path)
+        assert {name: text for name, text in files.items() if not name.startswith("adapter/")} == files_of(base)
+
+
+@pytest.mark.parametrize("lora", [[], ["--lora-rank", "2"]], ids=["full", "lora"])
+def test_an_encoder_expert_keeps_modules_prompts_and_lengths(tmp_path: Path, lora: list[str]) -> None:
+    from safetensors.numpy import load_file
+
+    base = make_dense_encoder(tmp_path / "base")
+    pool = opened(train(tmp_path, "encoder", base, PAIRS, *STEPS, "--max-tokens", "16", *lora), tmp_path)
+    assert len({member.fingerprint for member in pool}) == 3
+    dense = Path("2_Dense", "model.safetensors")
+    for expert in pool.experts.values():
+        files = files_of(expert.path)
+        assert {name: text for name, text in files.items() if not name.startswith("adapter/")} == files_of(base)
+        tuned, own = load_file(expert.path / dense), load_file(base / dense)
+        # an adapter is kept without them: tuned too, the modules behind it would make it another model
+        assert np.array_equal(tuned["linear.weight"], own["linear.weight"]) == bool(lora)
+
+
+def make_dense_encoder(folder: Path) -> Path:
+    import torch
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.sentence_transformer import modules
+
+    inner = SentenceTransformer(str(make_encoder(folder.parent / "inner")), device="cpu")
+    torch.manual_seed(0)
+    dense = modules.Dense(32, 16, bias=False)
+    model = SentenceTransformer(
+        modules=[inner[0], inner[1], dense], device="cpu", prompts={"query": "query: ", "document": "text: "}
+    )
+    model.save(str(folder), create_model_card=False)
+    return folder
+
+
+def test_a_base_without_modules_has_experts_that_pool_as_they_were_trained(tmp_path: Path) -> None:
+    from sentence_transformers import SentenceTransformer
+
+    base = make_encoder(tmp_path / "base")
+    for name in ("modules.json", "sentence_bert_config.json", "config_sentence_transformers.json"):
+        (base / name).unlink()
+    pool = opened(train(tmp_path, "encoder", base, PAIRS, *STEPS), tmp_path)
+    expert = SentenceTransformer(str(pool.experts["cards"].path), device="cpu")
+    assert [type(module).__name__ for module in expert] == ["Transformer", "Pooling"]
+    assert expert[1].pooling_mode in ("mean", ("mean",))
+    assert expert.max_seq_length == SentenceTransformer(str(base), device="cpu").max_seq_length
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_experts_are_stored_in_the_dtype_of_the_base(tmp_path: Path, dtype: str) -> None:
+    import torch
+
+    from cocktail_serve.checkpoints.reader import CheckpointReader
+
+    base = make_decoder(tmp_path / "base", dtype=getattr(torch, dtype), tie_word_embeddings=True)
+    pool = opened(train(tmp_path, "decoder", base, TASKS, *STEPS), tmp_path)
+    with CheckpointReader(base) as old, CheckpointReader(pool.experts["cards"].path) as new:
+        assert new.tensors == old.tensors
+        assert {info.dtype for info in new.tensors.values()} == {dtype}
+
+
+def test_products_in_bfloat16_are_for_every_machine(tmp_path: Path) -> None:
+    """On a CPU transformers refuses bf16 unless it is told that the CPU is meant."""
+    base = make_decoder(tmp_path / "base")
+    steps = ["--max-steps", "12", "--learning-rate", "1e-2", "--batch-size", "2"]
+    pool = opened(train(tmp_path, "decoder", base, {"cards": TASKS["cards"]}, *steps, "--bf16"), tmp_path)
+    assert decoder_loss(pool.experts["cards"].path, TASKS["cards"]) < 0.8 * decoder_loss(base, TASKS["cards"])
+
+
+def test_rows_of_a_model_without_positions_have_no_limit_but_the_tokenizers(tmp_path: Path) -> None:
+    from transformers import BloomConfig, LlamaConfig
+
+    from examples.train_experts.decoder import longest_row
+    from tests.models import make_decoder_tokenizer
+
+    tokenizer = make_decoder_tokenizer()  # which takes 256 tokens
+    assert longest_row(BloomConfig(), tokenizer) == 256
+    assert longest_row(LlamaConfig(max_position_embeddings=128), tokenizer) == 128
+
+
+def test_a_base_that_no_pool_takes_is_told_before_it_is_trained(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from examples.train_experts.__main__ import main
+
+    base = make_decoder(tmp_path / "base")
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "gptq"}}))
+    rows = tmp_path / "cards.jsonl"
+    rows.write_text("\n".join(map(json.dumps, TASKS["cards"])))
+    out = tmp_path / "pool"
+    assert main(["--kind", "decoder", "--base", str(base), "--out", str(out), "--task", f"cards={rows}"]) == 2
+    assert "is quantised" in capsys.readouterr().err
+    assert not out.exists()
+
+
+def test_nobody_assigns_what_sentence_transformers_ignores() -> None:
+    """`auto_model` of its Transformer is a property since 6.0: assigning it adds a module that nothing runs."""
+    root = Path(__file__).parents[3]
+    for path in (
+        path for part in ("cocktail_serve", "examples", "bench", "tests") for path in (root / part).rglob("*.py")
+    ):
+        for node in ast.walk(ast.parse(path.read_text())):
+            targets = node.targets if isinstance(node, ast.Assign) else []
+            assert "auto_model" not in [getattr(target, "attr", None) for target in targets], path
+
+
+@pytest.mark.parametrize("kind", ["decoder", "encoder", "encoder with a Dense module"])
 def test_an_adapter_that_was_kept_folds_to_the_same_expert(tmp_path: Path, kind: str) -> None:
     from examples.train_experts.fold import fold
 
-    base = make_decoder(tmp_path / "base") if kind == "decoder" else make_encoder(tmp_path / "base")
+    make = {"decoder": make_decoder, "encoder": make_encoder}.get(kind, make_dense_encoder)
+    base = make(tmp_path / "base")
+    kind = kind.partition(" ")[0]
     rows = TASKS if kind == "decoder" else PAIRS
     steps = ["--max-steps", "3", "--learning-rate", "1e-2", "--lora-rank", "2"]
     config = train(tmp_path, kind, base, {"cards": rows["cards"]}, *steps)
