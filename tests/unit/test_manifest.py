@@ -33,7 +33,7 @@ def test_a_manifest_is_read_back_as_it_was_written(tmp_path: Path) -> None:
 def test_the_manifest_of_a_pool_starts_with_the_base() -> None:
     assert MANIFEST.resident == one_hot(POOL, "base", dtype="bfloat16").digest
     assert MANIFEST.base == POOL.base.fingerprint
-    assert MANIFEST.members == {m.fingerprint: m.path for m in POOL}
+    assert MANIFEST.members == POOL.by_fingerprint
 
 
 def test_names_are_optional(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from cocktail_serve.checkpoints.mixture import iter_mixture
-from cocktail_serve.errors import CheckpointError, ConfigError, IncompatibleModelsError, InvalidMixError
+from cocktail_serve.errors import CheckpointError, ConfigError, InvalidMixError, ModelChangedError
 from cocktail_serve.pool import Pool
 from cocktail_serve.recipe import Recipe, make_recipe
 from tests.merging import merged
@@ -142,7 +142,7 @@ def test_files_that_no_longer_fit_are_found_before_the_first_tensor(pool: Pool, 
     mixer = mixer_of(replace(pool, experts={**pool.experts, "red": replace(pool.experts["red"], path=red)}))
     mixer.check(recipe)
     save_file({"model.norm.weight": torch.zeros(3)}, red / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(IncompatibleModelsError, match="red"):
+    with pytest.raises(ModelChangedError, match="red"):
         mixer.check(recipe)
     (red / "model.safetensors").unlink()
     with pytest.raises(CheckpointError, match="red"):
@@ -207,7 +207,7 @@ def test_putting_again_replaces() -> None:
 def test_models_that_are_stored_in_another_dtype_are_not_captured(pool: Pool) -> None:
     def why_not(**changes: Any) -> str | None:
         manifest = Manifest.of_pool(pool, dtype="float32", cache_bytes=0, managed=True, expert_bytes=2**30)
-        return Mixer(replace(manifest, **changes), cache_bytes=0).why_not_captured()
+        return Mixer(replace(manifest, **changes), cache_bytes=0).why_not_captured(list(manifest.members))
 
     assert why_not() is None
     assert why_not(expert_bytes=0) == "engine.expert_memory is 0"

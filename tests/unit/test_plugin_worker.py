@@ -119,7 +119,7 @@ def test_a_mix_replaces_every_parameter_and_says_so(worker: Worker, pool: Pool) 
     kept = worker.cocktail_probe()["cached"]
     said = {"ok": True, "error": None, "digest": recipe.digest, "source": "files", "cached": kept}
     assert json.loads(json.dumps(reply)) == said
-    expected = dict(iter_mixture(recipe, {member.fingerprint: member.path for member in pool}))
+    expected = dict(iter_mixture(recipe, pool.by_fingerprint))
     assert worker.live.keys() == expected.keys()
     assert all(torch.equal(worker.live[name], tensor) for name, tensor in expected.items())
     assert worker.cocktail_probe()["digest"] == recipe.digest
