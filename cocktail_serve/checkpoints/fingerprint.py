@@ -166,9 +166,9 @@ def _digest(folder: Path, name: str, content: memoryview, dtype: str) -> tuple[s
         largest, not_finite = max(largest, magnitude), not_finite + count
     if not_finite:
         raise CheckpointError(
-            f"{folder}: tensor {name!r} holds {not_finite:,} of {len(content) // ITEM_BYTES[dtype]:,} elements that are "
-            "infinite or NaN, and so would every mixture: take a checkpoint from before its training diverged, or leave "
-            "the model out"
+            f"{folder}: in tensor {name!r}, {not_finite:,} of {len(content) // ITEM_BYTES[dtype]:,} elements are "
+            "infinite or NaN, and would be in every mixture: take a checkpoint from before the training diverged, or "
+            "leave the model out"
         )
     return hasher.hexdigest(), largest
 

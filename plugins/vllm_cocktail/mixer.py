@@ -56,8 +56,9 @@ class Mixer:
     def check(self, recipe: Recipe, *, needs_files: bool = True) -> None:
         """Finds what is wrong with a recipe, before the engine's parameters are touched.
 
-        From headers, and from what files look like, alone; a file that was replaced is read once, and a mixture that
-        may be too large for its dtype is mixed here first, for nobody. What is kept needs no files and was right before.
+        From headers, and from what files look like, alone; but a file that was replaced is read once, and a mixture
+        that may be too large for its dtype is mixed here first, for nobody. What is kept needs no files, and was right
+        before.
 
         Args:
             needs_files: False where the engine keeps the recipe's models itself.

@@ -105,7 +105,7 @@ async def forget(body: ForgetRequest, request: Request) -> dict[str, Any]:
 
 @router.post("/score")
 async def score(body: ScoreRequest, request: Request) -> dict[str, Any]:
-    """Mean token cross-entropy of each example under the resident recipe; null where it is not finite. Behind the fence."""
+    """Mean token cross-entropy of each example under the resident recipe; null: not finite. Behind the fence."""
     losses = await mean_losses(_control(request).engine, body.examples)
     return {"losses": [loss if math.isfinite(loss) else None for loss in losses]}  # JSON has no other word for it
 
