@@ -14,7 +14,7 @@ CocktailError
 │   ├── ConflictError
 │   ├── PayloadTooLargeError
 │   ├── CheckpointError
-│   │   └── ModelChangedError
+│   ├── ModelChangedError
 │   ├── IncompatibleModelsError
 │   └── NotFiniteError
 ├── CapacityError            the same request may succeed later
@@ -134,7 +134,7 @@ class CheckpointError(ClientError):
     code = "invalid_checkpoint"
 
 
-class ModelChangedError(CheckpointError):
+class ModelChangedError(ClientError):
     """A model's files are not those any more that its name stands for; names the file, and how to go on."""
 
     code = "model_changed"
@@ -152,12 +152,12 @@ class NotFiniteError(ClientError):
     code = "not_finite"
 
 
-def refusal(code: str | None, message: str) -> ClientError:
-    """Why another process does not mix a recipe, by the code that it gave."""
+def refusal(code: str | None, message: str) -> ClientError | None:
+    """Why another process does not mix its models, by the code that it gave; None of any other code."""
     for kind in (ModelChangedError, CheckpointError, IncompatibleModelsError, NotFiniteError):
         if code == kind.code:
             return kind(message)
-    return InvalidMixError(message, param="recipe", code="invalid_recipe")
+    return None
 
 
 class CapacityError(CocktailError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import math
 import os
@@ -24,11 +25,12 @@ from cocktail_serve.checkpoints.opening import open_pool
 from cocktail_serve.cocktails.score_store import ScoreStore
 from cocktail_serve.cocktails.scores import Keeping, Scores, score_items
 from cocktail_serve.cocktails.store import Store
-from cocktail_serve.config import PoolConfig
+from cocktail_serve.config import PoolConfig, VLLMEngineConfig
 from cocktail_serve.database import tables
 from cocktail_serve.database.database import Database
 from cocktail_serve.engines.embedding import EncoderEngine
 from cocktail_serve.engines.reranking import RerankerEngine
+from cocktail_serve.engines.vllm import VLLMEngine
 from cocktail_serve.errors import EngineError, ModelChangedError, NotFiniteError
 from cocktail_serve.examples import parse_examples
 from cocktail_serve.recipe import make_recipe, one_hot
@@ -139,6 +141,24 @@ async def test_a_base_that_is_replaced_before_it_is_loaded(folders: dict[str, Pa
     try:
         with pytest.raises(EngineError, match="'base' are not what they were"):
             await engine.materialise(one_hot(engine.pool, "base", dtype="float32"))
+    finally:
+        await engine.stop()
+
+
+async def test_no_server_of_a_decoder_is_started_on_a_base_that_was_replaced(tmp_path: Path) -> None:
+    folders = make_decoder_pool(tmp_path / "pool", ("red",))
+    config = PoolConfig.model_validate(pool_section("flan", "decoder", folders, {"type": "vllm"}))
+    assert isinstance(config.engine, VLLMEngineConfig)
+    engine = VLLMEngine(open_pool(config, cache_dir=tmp_path / "cache"), config.engine, run_dir=tmp_path / "run")
+    in_place(folders["base"], folders["red"])
+    await engine.start()
+    try:
+        async with asyncio.timeout(30):
+            while (health := await engine.health(deadline_s=1)).state == "starting":  # noqa: ASYNC110  # only asked
+                await asyncio.sleep(0.01)
+        assert health.state == "restarting"
+        assert "'base' are not what they were" in health.detail["reason"]
+        assert not (tmp_path / "run" / "flan.log").exists(), "nothing was started"
     finally:
         await engine.stop()
 
