@@ -201,8 +201,7 @@ def run(python: Path, work: Path, pools: Sequence[tuple[Literal["far", "near"], 
     subprocess.run([python, script], input=json.dumps(jobs).encode(), check=True, stdout=sys.stderr)
     rows = []
     for kind, dtype, arithmetic, case, recipe, folders, out in made:
-        members = {model.fingerprint: model.path for model in _open(folders, work / "cache")}
-        ours = dict(iter_mixture(recipe, members))
+        ours = dict(iter_mixture(recipe, _open(folders, work / "cache").by_fingerprint))
         models = {name: _load(folder) for name, folder in folders.items()}
         rows.append(
             {

@@ -192,7 +192,7 @@ def elements(pool: Pool, weights: Mapping[str, float], theirs: Path) -> dict[str
     recipe = make_recipe(pool, {name: weight / total for name, weight in weights.items()}, dtype="float32")
     merged = load_file(theirs / "model.safetensors")
     worst, count, unmatched = 0.0, 0, []
-    for name, tensor in iter_mixture(recipe, {member.fingerprint: member.path for member in pool}):
+    for name, tensor in iter_mixture(recipe, pool.by_fingerprint):
         if name not in merged:
             unmatched.append(name)
             continue

@@ -14,7 +14,9 @@ CocktailError
 │   ├── ConflictError
 │   ├── PayloadTooLargeError
 │   ├── CheckpointError
-│   └── IncompatibleModelsError
+│   ├── ModelChangedError
+│   ├── IncompatibleModelsError
+│   └── NotFiniteError
 ├── CapacityError            the same request may succeed later
 │   ├── ModelNotReadyError
 │   ├── QueueTimeoutError
@@ -132,10 +134,30 @@ class CheckpointError(ClientError):
     code = "invalid_checkpoint"
 
 
+class ModelChangedError(ClientError):
+    """A model's files are not those any more that its name stands for; names the file, and how to go on."""
+
+    code = "model_changed"
+
+
 class IncompatibleModelsError(ClientError):
     """Models that cannot be mixed; names the tensor or setting, both values, and the fix."""
 
     code = "incompatible_models"
+
+
+class NotFiniteError(ClientError):
+    """A mixture or a loss that is infinite or not a number; names the tensor or the example, and the models."""
+
+    code = "not_finite"
+
+
+def refusal(code: str | None, message: str) -> ClientError | None:
+    """Why another process does not mix its models, by the code that it gave; None of any other code."""
+    for kind in (ModelChangedError, CheckpointError, IncompatibleModelsError, NotFiniteError):
+        if code == kind.code:
+            return kind(message)
+    return None
 
 
 class CapacityError(CocktailError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,6 +27,25 @@ def with_article(kind: Kind) -> str:
 
 
 @dataclass(frozen=True, slots=True)
+class FileState:
+    """A file as it was when it was read: what a write to it, or another file in its place, changes.
+
+    Attributes:
+        changed_ns: the change time, which nobody can set back: copies that keep the modification time move it too.
+        digest: BLAKE3 hex of the bytes of a file of settings (`config.json`); empty for one of parameters, whose bytes
+            the model's fingerprint is of.
+    """
+
+    path: str
+    device: int
+    inode: int
+    num_bytes: int
+    modified_ns: int
+    changed_ns: int
+    digest: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class Member:
     """A model of a pool: the base or an expert.
 
@@ -36,6 +56,8 @@ class Member:
             wherever the folder lies and however it is sharded.
         dtype: dtype of the floating tensors as stored: `float32`, `float16` or `bfloat16`.
         num_bytes: size of the parameters as stored.
+        files: the files that the fingerprint is of, as they were then; empty where nobody has looked.
+        largest: bound of the magnitudes of its parameters, all of them finite; infinite where it is not known.
     """
 
     name: str
@@ -43,6 +65,8 @@ class Member:
     fingerprint: str
     dtype: str
     num_bytes: int
+    files: tuple[FileState, ...] = ()
+    largest: float = math.inf
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +98,14 @@ class Pool:
     def members(self) -> dict[str, Member]:
         """All models by name, `base` first."""
         return {member.name: member for member in self}
+
+    @property
+    def by_fingerprint(self) -> dict[str, Member]:
+        """All models by content, `base` first. Of two names of the same parameters, the first."""
+        members: dict[str, Member] = {}
+        for member in self:
+            members.setdefault(member.fingerprint, member)
+        return members
 
     @property
     def fingerprint(self) -> str:

@@ -11,9 +11,11 @@ from types import MappingProxyType, TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 from cocktail_serve.checkpoints.layout import read_json
+from cocktail_serve.checkpoints.mapping import settings_state
 from cocktail_serve.checkpoints.reader import CheckpointReader, TensorInfo, open_tensors, tensor_bytes
 from cocktail_serve.errors import CheckpointError, IncompatibleModelsError
 from cocktail_serve.merging.threads import in_parallel
+from cocktail_serve.pool import FileState
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -76,6 +78,7 @@ class AdapterReader:
 
     Attributes:
         tensors: the base's, those with factors as float32.
+        files: the adapter's own files, the configuration first, as they were opened.
 
     Raises:
         CheckpointError: the folder cannot be read, or is a kind of adapter that is no sum: DoRA, trained biases,
@@ -88,7 +91,13 @@ class AdapterReader:
         self._base = base
         self._config = read_json(self.folder / ADAPTER_CONFIG)
         _check_kind(self.folder, self._config)
-        self._source, self._infos = open_tensors(adapter_file(self.folder))
+        try:
+            config = settings_state(self.folder / ADAPTER_CONFIG)
+        except OSError as error:
+            raise CheckpointError(f"cannot read {self.folder / ADAPTER_CONFIG}: {error.strerror}") from error
+        self._source = open_tensors(adapter_file(self.folder))
+        self._infos = self._source.infos
+        self.files: tuple[FileState, ...] = (config, self._source.file.state)
         self._pairs = self._find_pairs()
         self.tensors: Mapping[str, TensorInfo] = MappingProxyType(
             {
@@ -106,6 +115,11 @@ class AdapterReader:
     def close(self) -> None:
         """Lets go of the factors; the base stays open."""
         self._pairs.clear()
+        self._source.file.close()
+
+    def check_unwritten(self) -> None:
+        """As `CheckpointReader.check_unwritten`, of the adapter's own files."""
+        self._source.file.check_unwritten()
 
     @property
     def dtype(self) -> str:
@@ -151,6 +165,14 @@ class AdapterReader:
             "pairs": sorted([name, pair.down, pair.up, pair.scaling] for name, pair in self._pairs.items()),
             "fan_in_fan_out": bool(self._config.get("fan_in_fan_out")),
         }
+
+    def largest(self, of_base: float, of_factors: Mapping[str, float]) -> float:
+        """Bound of the magnitudes of all parameters, given those of the base and of each factor."""
+        added = (
+            abs(pair.scaling) * self._infos[pair.down].shape[0] * of_factors[pair.down] * of_factors[pair.up]
+            for pair in self._pairs.values()
+        )
+        return of_base + max(added, default=0.0)
 
     def _find_pairs(self) -> dict[str, _Pair]:
         factors: dict[str, dict[str, str]] = {}

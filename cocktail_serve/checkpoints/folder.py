@@ -76,13 +76,13 @@ def save_mixture(
     Raises:
         ConflictError: `out` exists and is not an empty folder.
         StorageError: the disk is full or refuses; nothing is left behind.
-        CheckpointError, IncompatibleModelsError, InvalidMixError: as `Mixture`.
+        CheckpointError, IncompatibleModelsError, InvalidMixError, NotFiniteError: as `Mixture` and its `params`.
     """
     out = Path(out).absolute()
     check_free(out)
     try:
         with (
-            Mixture(recipe, {member.fingerprint: member.path for member in pool}) as mixture,
+            Mixture(recipe, pool.by_fingerprint) as mixture,
             _temporary_beside(out) as folder,
         ):
             shards = _plan(mixture, folder, max_shard_bytes)
@@ -96,6 +96,7 @@ def save_mixture(
             for name, text in (extra_files or {}).items():
                 (folder / name).write_text(text)
             _sync_tree(folder)
+            mixture.check_unwritten()
             folder.rename(out)
             _sync(out.parent)
     except OSError as error:
@@ -289,6 +290,8 @@ def _write_chunks(kernel: Kernel, mixture: Mixture, writer: _Writer) -> None:
             operands, _alive = mixture.operands(name)
             inputs = [operand.at(begin) for operand in operands]
             kernel.merge(inputs, mixture.weights, Operand(address_of(merged), info.dtype), end - begin)
+            if mixture.may_overflow:
+                mixture.check_finite(name, merged)
             writer.write(name, merged, begin * item_bytes)
 
     in_parallel(write, len(chunks), 1)

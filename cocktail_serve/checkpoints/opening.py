@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from cocktail_serve.checkpoints.adapter import AdapterReader, is_adapter
 from cocktail_serve.checkpoints.compatibility import compare
-from cocktail_serve.checkpoints.fingerprint import fingerprint_adapter, fingerprint_folder
+from cocktail_serve.checkpoints.fingerprint import identify_adapter, identify_folder
+from cocktail_serve.checkpoints.finite import LARGEST, OVERFLOWS_FROM
 from cocktail_serve.checkpoints.layout import read_config, read_modules
 from cocktail_serve.checkpoints.reader import CheckpointReader
 from cocktail_serve.checkpoints.text_files import text_digest
@@ -30,7 +32,7 @@ def open_pool(config: PoolConfig, *, cache_dir: Path, progress: Callable[[str, i
         progress: called with a model's name, bytes read and bytes in all, while it is fingerprinted.
 
     Raises:
-        CheckpointError: a model is not there or cannot be read.
+        CheckpointError: a model is not there, cannot be read, or holds what is not finite.
         IncompatibleModelsError: an expert cannot be mixed with the base; names the tensor or setting.
     """
     folders = {name: _locate(source) for name, source in {BASE: config.base, **config.experts}.items()}
@@ -42,12 +44,18 @@ def open_pool(config: PoolConfig, *, cache_dir: Path, progress: Callable[[str, i
         if name != BASE
         for warning in _check_fits(config.id, base, name, folder)
     ]
-    first = _member(BASE, folders.pop(BASE), cache_dir, progress)
+    with _named(config.id, BASE):
+        first = _member(BASE, folders.pop(BASE), cache_dir, progress)
+        _check_range(first, first.dtype if config.engine.dtype == "auto" else config.engine.dtype)
+    experts = {}
+    for name, folder in folders.items():
+        with _named(config.id, name):
+            experts[name] = _expert(name, folder, first, cache_dir, progress)
     return Pool(
         id=config.id,
         kind=config.kind,
         base=first,
-        experts={name: _expert(name, folder, first, cache_dir, progress) for name, folder in folders.items()},
+        experts=experts,
         text_digest=text_digest(base, prompts=config.prompts),
         warnings=tuple(warnings),
     )
@@ -57,11 +65,12 @@ def open_expert(pool: Pool, name: str, folder: Path, *, cache_dir: Path) -> Memb
     """Checks that a folder's model can be mixed with a pool's, and names it by its content. Blocks.
 
     Raises:
-        CheckpointError: it cannot be read.
+        CheckpointError: it cannot be read, or holds what is not finite.
         IncompatibleModelsError: it cannot be mixed with the base; names the tensor or setting.
     """
     _check_fits(pool.id, pool.base.path, name, folder)
-    return _expert(name, folder, pool.base, cache_dir, None)
+    with _named(pool.id, name):
+        return _expert(name, folder, pool.base, cache_dir, None)
 
 
 def _check_fits(pool_id: str, base: Path, name: str, folder: Path) -> list[str]:
@@ -77,31 +86,55 @@ def _check_fits(pool_id: str, base: Path, name: str, folder: Path) -> list[str]:
     return warnings
 
 
+@contextmanager
+def _named(pool_id: str, name: str) -> Iterator[None]:
+    """Says of a model that cannot be read whose it is."""
+    try:
+        yield
+    except CheckpointError as error:
+        model = "base" if name == BASE else f"expert {name!r}"
+        raise CheckpointError(f"pool {pool_id!r}, {model}: {error.message}") from error
+
+
+def _check_range(base: Member, dtype: str) -> None:
+    """Refuses an engine that the base itself does not fit into: it is loaded there before anything is mixed."""
+    if base.largest >= OVERFLOWS_FROM[dtype]:
+        raise CheckpointError(
+            f"{base.path} has parameters of magnitude {base.largest:g}, and engine.dtype {dtype} ends at "
+            f"{LARGEST[dtype]:g}; set it to bfloat16 or float32"
+        )
+
+
 def _expert(
     name: str, folder: Path, base: Member, cache_dir: Path, progress: Callable[[str, int, int], None] | None
 ) -> Member:
     if not is_adapter(folder):
         return _member(name, folder, cache_dir, progress)
     with CheckpointReader(base.path) as base_reader, AdapterReader(folder, base_reader) as reader:
+        identity = identify_adapter(reader, base.fingerprint, largest_of_base=base.largest)
         return Member(
             name=name,
             path=folder,
-            fingerprint=fingerprint_adapter(reader, base.fingerprint),
+            fingerprint=identity.fingerprint,
             dtype=base.dtype,
             num_bytes=reader.num_bytes,
+            files=identity.files,
+            largest=identity.largest,
         )
 
 
 def _member(name: str, folder: Path, cache_dir: Path, progress: Callable[[str, int, int], None] | None) -> Member:
     report = None if progress is None else lambda done, total: progress(name, done, total)
-    fingerprint = fingerprint_folder(folder, cache_dir=cache_dir, progress=report)
+    identity = identify_folder(folder, cache_dir=cache_dir, progress=report)
     with CheckpointReader(folder) as reader:
         return Member(
             name=name,
             path=folder,
-            fingerprint=fingerprint,
+            fingerprint=identity.fingerprint,
             dtype=_dtype_name(reader),
             num_bytes=reader.num_bytes,
+            files=identity.files,
+            largest=identity.largest,
         )
 
 

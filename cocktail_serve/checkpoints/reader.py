@@ -5,21 +5,17 @@ from __future__ import annotations
 import copy
 import json
 import math
-import mmap
-import os
-import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType, TracebackType
-from typing import TYPE_CHECKING, Any, BinaryIO, Protocol, Self
-from weakref import WeakValueDictionary
+from typing import TYPE_CHECKING, Any, Protocol, Self
 
-from safetensors import SafetensorError, safe_open
-
-from cocktail_serve.checkpoints.layout import WeightFile, check_folder, read_config, weight_files
+from cocktail_serve.checkpoints.layout import CONFIG, WeightFile, check_folder, model_folder, read_config, weight_files
+from cocktail_serve.checkpoints.mapping import HeldFile, settings_state
 from cocktail_serve.dtypes import FLOATING, ITEM_BYTES
 from cocktail_serve.errors import CheckpointError
+from cocktail_serve.pool import FileState
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -75,7 +71,15 @@ class TensorInfo:
 
 
 class TensorSource(Protocol):
-    """An open file of parameters."""
+    """An open file of parameters.
+
+    Attributes:
+        file: what its bytes come from.
+        infos: what is in it.
+    """
+
+    file: HeldFile
+    infos: Mapping[str, TensorInfo]
 
     def get_tensor(self, name: str) -> Tensor: ...
 
@@ -98,6 +102,7 @@ class CheckpointReader:
         tied: names left out of `tensors` because they repeat another tensor, with that tensor's name.
         unread: floating tensors that this checkpoint and the base it is named as (`named_as`) do not both have, and
             that no engine reads; by the name of whoever has one.
+        files: the files that all this comes from, the configuration first, as they were opened.
 
     Raises:
         CheckpointError: the folder cannot be read as a checkpoint: names the file and what to do.
@@ -108,12 +113,19 @@ class CheckpointReader:
         check_folder(self.folder)
         self._get: dict[str, tuple[TensorSource, str]] = {}
         self._prefixes: dict[str, str] = {}
+        self._held: list[HeldFile] = []
+        self._stored: CheckpointReader | None = None
         tensors: dict[str, TensorInfo] = {}
+        try:
+            config = settings_state(model_folder(self.folder) / CONFIG)
+        except OSError as error:
+            raise CheckpointError(f"cannot read the configuration of {self.folder}: {error.strerror}") from error
         for file in weight_files(self.folder):
             infos = self._open(file)
             for twice in infos.keys() & tensors.keys():
                 raise CheckpointError(f"{file.path}: tensor {twice!r} is already in another shard")
             tensors |= infos
+        self.files: tuple[FileState, ...] = (config, *(held.state for held in self._held))
         self.tied = MappingProxyType(_tied(self.folder, tensors))
         self.unread: Mapping[str, TensorInfo] = MappingProxyType({})
         left_out = self.tied.keys() | _buffers(self.folder, tensors)
@@ -130,6 +142,17 @@ class CheckpointReader:
     def close(self) -> None:
         """Lets go of the files; a mapping ends with the last tensor got from it."""
         self._get.clear()
+        for held in self._held:
+            held.close()
+
+    def check_unwritten(self) -> None:
+        """Proves that what was read is what lies in the files. Before `close`.
+
+        Raises:
+            CheckpointError: one was written to, or cut short, since it was opened.
+        """
+        for held in self._held:
+            held.check_unwritten()
 
     def get(self, name: str) -> Tensor:
         """The tensor of that name, a view of the mapped file: treat it as read-only.
@@ -174,7 +197,7 @@ class CheckpointReader:
         paired, lone = pair_names(base.tensors, self.tensors, names)
         tensors: dict[str, TensorInfo] = {}
         renamed = copy.copy(self)
-        renamed._get, renamed._prefixes = {}, {}
+        renamed._get, renamed._prefixes, renamed._stored = {}, {}, self
         for name, info in base.tensors.items():
             own = paired[name]
             if own is not None:
@@ -193,6 +216,11 @@ class CheckpointReader:
             {name: stored[name] for name, is_read in lone.items() if not is_read and stored[name].is_floating}
         )
         return renamed
+
+    @property
+    def as_stored(self) -> CheckpointReader:
+        """The checkpoint under its own names, whatever base it is named as: its fingerprint is of those."""
+        return self if self._stored is None else self._stored
 
     def prefix_of(self, name: str) -> str:
         """Where a tensor lies: empty for the model itself, `2_Dense/` for a module with parameters of its own."""
@@ -221,7 +249,9 @@ class CheckpointReader:
             raise CheckpointError(f"{self.folder} holds no tensor {name!r}") from None
 
     def _open(self, file: WeightFile) -> dict[str, TensorInfo]:
-        source, infos = open_tensors(file.path)
+        source = open_tensors(file.path)
+        self._held.append(source.file)
+        infos = source.infos
         if file.names is not None and file.names != infos.keys():
             odd = sorted(file.names ^ infos.keys())[0]
             place = "is not in it" if odd in file.names else "is in it and not in the index"
@@ -235,22 +265,19 @@ class CheckpointReader:
 
 
 class _Safetensors:
-    """A mapped safetensors file."""
+    """An open safetensors file."""
 
     def __init__(self, path: Path) -> None:
         try:
-            # checks lengths, offsets (no overlap, no hole) and that the file is as long as the header says
-            with safe_open(path, framework="numpy"), path.open("rb") as file:
-                self._mapped = memoryview(_map_file(file))
-        except (SafetensorError, OSError, ValueError) as error:
+            self.file = HeldFile(path)
+            self.infos, self._offsets = _read_header(path, self.file)
+        except (OSError, ValueError, RecursionError) as error:
             raise CheckpointError(
                 f"{path} is not a whole safetensors file ({error}): it is truncated or corrupt, fetch it again"
             ) from error
-        self.infos, self._offsets = _read_header(path, self._mapped)
 
     def get_bytes(self, name: str) -> memoryview:
-        begin, end = self._offsets[name]
-        return self._mapped[begin:end]
+        return self.file.read(*self._offsets[name])
 
     def get_tensor(self, name: str) -> Tensor:
         import torch
@@ -262,30 +289,32 @@ class _Safetensors:
         return torch.frombuffer(content, dtype=dtype).view(info.shape)
 
 
-_mapped_files: WeakValueDictionary[tuple[int, ...], mmap.mmap] = WeakValueDictionary()
-_mapping = threading.Lock()
+@dataclass(frozen=True, slots=True)
+class _Layout:
+    """How a tensor lies in its storage, which is bytes `begin` to `end` of the file; the rest as in torch."""
+
+    begin: int
+    end: int
+    offset: int
+    stride: tuple[int, ...]
 
 
-def _map_file(file: BinaryIO) -> mmap.mmap:
-    """The whole file in memory, once for all who hold it: what one has touched costs the next no page fault."""
-    status = os.fstat(file.fileno())
-    version = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
-    with _mapping:
-        mapped = _mapped_files.get(version)
-        if mapped is None:
-            # private and so writable, which torch wants; nothing is written, so nothing is copied
-            mapped = _mapped_files[version] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-    return mapped
+class _Pickled:
+    """An open `.bin` file. The pickle is read for where its tensors lie; their bytes come from the file itself."""
 
-
-class _StateDict:
-    """A state dict behind the methods of a safetensors file that are used here."""
-
-    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
-        self._tensors = tensors
+    def __init__(self, path: Path) -> None:
+        self.file = HeldFile(path)
+        self.infos, self._layouts = _read_pickle(path, self.file)
 
     def get_tensor(self, name: str) -> Tensor:
-        return self._tensors[name].detach()
+        import torch
+
+        info, layout = self.infos[name], self._layouts[name]
+        dtype = getattr(torch, info.dtype)
+        if not info.num_elements:
+            return torch.empty(info.shape, dtype=dtype)
+        storage = torch.frombuffer(self.file.read(layout.begin, layout.end), dtype=dtype)
+        return storage.as_strided(info.shape, layout.stride, layout.offset)
 
     def get_bytes(self, name: str) -> memoryview:
         return tensor_bytes(self.get_tensor(name))
@@ -298,22 +327,27 @@ def tensor_bytes(tensor: Tensor) -> memoryview:
     return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
-def open_tensors(path: Path) -> tuple[TensorSource, dict[str, TensorInfo]]:
-    """Opens one file of tensors, safetensors or a `.bin` of tensors alone, and says what is in it.
+def open_tensors(path: Path) -> TensorSource:
+    """Opens one file of tensors, safetensors or a `.bin` of tensors alone.
 
     Raises:
         CheckpointError: it is corrupt, or holds anything else.
     """
-    if path.suffix == ".safetensors":
-        source = _Safetensors(path)
-        return source, source.infos
-    return _open_bin(path)
+    return _Safetensors(path) if path.suffix == ".safetensors" else _Pickled(path)
 
 
-def _read_header(path: Path, content: memoryview) -> tuple[dict[str, TensorInfo], dict[str, tuple[int, int]]]:
+_MAX_HEADER_BYTES = 100_000_000
+"""The format's own bound."""
+
+
+def _read_header(path: Path, file: HeldFile) -> tuple[dict[str, TensorInfo], dict[str, tuple[int, int]]]:
     """Names, dtypes and shapes in the order of the bytes, and where in the file each begins and ends.
 
-    The file has passed safetensors' own checks.
+    Read and checked here, where the library would: it opens the path anew, which may lead to another file by then.
+
+    Raises:
+        CheckpointError: the file ends early, names a tensor twice, or holds a dtype that cannot be averaged.
+        ValueError, RecursionError: the header is none, or does not cover the file without overlap and hole.
     """
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -323,21 +357,59 @@ def _read_header(path: Path, content: memoryview) -> tuple[dict[str, TensorInfo]
             raise CheckpointError(f"{path}: the header names {twice[0]!r} twice; the file is corrupt")
         return dict(pairs)
 
-    length = int.from_bytes(content[:8], "little")
-    header = json.loads(bytes(content[8 : 8 + length]), object_pairs_hook=unique)
+    num_bytes = file.state.num_bytes
+    if num_bytes < 8:
+        raise ValueError("it has no header")
+    length = int.from_bytes(file.copy(0, 8), "little")
+    if length > min(_MAX_HEADER_BYTES, num_bytes - 8):
+        raise ValueError("its header is longer than the file, or than the format allows")
+    header = json.loads(bytes(file.copy(8, 8 + length)), object_pairs_hook=unique)
+    if not isinstance(header, dict):
+        raise ValueError("its header is no object")
     header.pop("__metadata__", None)
-    infos, offsets = {}, {}
-    for name, entry in sorted(header.items(), key=lambda item: (item[1]["data_offsets"], item[0])):
+    infos, offsets, reached = {}, {}, 0
+    entries = [(_span_of(name, entry), name, entry) for name, entry in header.items()]
+    for (begin, end), name, entry in sorted(entries, key=lambda item: item[:2]):
         dtype = SAFETENSORS_DTYPES.get(entry["dtype"])
         if dtype is None:
-            raise _quantised(path, name, entry["dtype"])
+            if entry["dtype"] in _OTHER_DTYPES:
+                raise _quantised(path, name, entry["dtype"])
+            raise ValueError(f"tensor {name!r} is of the unknown dtype {entry['dtype']!r}")
+        info = TensorInfo(dtype, tuple(entry["shape"]))
+        if begin != reached or end - begin != info.num_bytes:
+            raise ValueError(f"tensor {name!r} does not lie where its neighbours and its shape want it")
         # the bytes bound all sizes but those of an empty tensor
-        if math.prod(size for size in entry["shape"] if size) >= 2**63:
+        if math.prod(size for size in info.shape if size) >= 2**63:
             raise CheckpointError(f"{path}: tensor {name!r} has the impossible shape {entry['shape']}; it is corrupt")
-        infos[name] = TensorInfo(dtype, tuple(entry["shape"]))
-        begin, end = entry["data_offsets"]
-        offsets[name] = (8 + length + begin, 8 + length + end)
+        infos[name], offsets[name], reached = info, (8 + length + begin, 8 + length + end), end
+    if 8 + length + reached != num_bytes:
+        raise ValueError("it is not as long as its header says")
     return infos, offsets
+
+
+_OTHER_DTYPES = frozenset(
+    {"F4", "F6_E2M3", "F6_E3M2", "F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ", "F8_E8M0", "C64"}
+    | {"U16", "U32", "U64"}
+)
+"""What the format has beside those that are read: quantised, complex, unsigned."""
+
+
+def _span_of(name: str, entry: Any) -> tuple[int, int]:
+    """Where a tensor's bytes begin and end.
+
+    Raises:
+        ValueError: the entry of the header is not one.
+    """
+    if not isinstance(entry, dict) or not isinstance(entry.get("dtype"), str):
+        raise ValueError(f"its header says nothing of tensor {name!r}")
+    shape, span = entry.get("shape"), entry.get("data_offsets")
+    for numbers in (shape, span):
+        if not isinstance(numbers, list) or not all(type(number) is int and number >= 0 for number in numbers):
+            raise ValueError(f"shape and place of tensor {name!r} must be lists of numbers")
+    assert isinstance(span, list)
+    if len(span) != 2:
+        raise ValueError(f"tensor {name!r} needs a begin and an end")
+    return span[0], span[1]
 
 
 def _quantised(path: Path, name: str, dtype: str) -> CheckpointError:
@@ -347,28 +419,44 @@ def _quantised(path: Path, name: str, dtype: str) -> CheckpointError:
     )
 
 
-def _open_bin(path: Path) -> tuple[_StateDict, dict[str, TensorInfo]]:
+def _read_pickle(path: Path, file: HeldFile) -> tuple[dict[str, TensorInfo], dict[str, _Layout]]:
+    """What a state dict holds, and where: torch's own loader runs without reading a tensor.
+
+    Raises:
+        CheckpointError: it is no state dict of dense tensors, or holds anything else.
+    """
     import torch
+    from torch._subclasses.fake_tensor import FakeTensorMode
 
     try:
-        # weights_only is what keeps a pickle from running code; mmap what keeps it from being read whole
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        # weights_only is what keeps a pickle from running code
+        with FakeTensorMode(), file.open() as opened:
+            state = torch.load(opened, map_location="cpu", weights_only=True)
     except Exception as error:  # a corrupt pickle can raise anything
-        reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
-        raise CheckpointError(
-            f"{path} cannot be read as tensors alone ({reason}): it is "
-            "corrupt, of an old format, or a pickle that would run code, which is never done; convert it to safetensors"
-        ) from error
+        raise _unreadable(path, f"{type(error).__name__}: {str(error).partition(chr(10))[0]}") from error
     if not isinstance(state, Mapping):
         raise CheckpointError(f"{path} holds a {type(state).__name__}, not a state dict; convert it to safetensors")
+    infos, layouts = {}, {}
     for name, value in state.items():
         if not isinstance(name, str) or not isinstance(value, torch.Tensor) or value.layout != torch.strided:
-            raise CheckpointError(
-                f"{path}: {name!r} is a {type(value).__name__}; a state dict maps names to dense tensors"
-            )
-    return _StateDict(state), {
-        name: TensorInfo(str(value.dtype).removeprefix("torch."), tuple(value.shape)) for name, value in state.items()
-    }
+            kind = "Tensor" if isinstance(value, torch.Tensor) else type(value).__name__
+            raise CheckpointError(f"{path}: {name!r} is a {kind}; a state dict maps names to dense tensors")
+        begin = getattr(value.untyped_storage(), "_checkpoint_offset", None)
+        if begin is None:
+            raise _unreadable(path, "it tells of no place in the file")
+        end = begin + value.untyped_storage().nbytes()
+        if end > file.state.num_bytes:
+            raise _unreadable(path, f"tensor {name!r} ends behind the file")
+        infos[name] = TensorInfo(str(value.dtype).removeprefix("torch."), tuple(value.shape))
+        layouts[name] = _Layout(begin, end, int(value.storage_offset()), tuple(value.stride()))
+    return infos, layouts
+
+
+def _unreadable(path: Path, reason: str) -> CheckpointError:
+    return CheckpointError(
+        f"{path} cannot be read as tensors alone ({reason}): it is "
+        "corrupt, of an old format, or a pickle that would run code, which is never done; convert it to safetensors"
+    )
 
 
 def _tied(folder: Path, tensors: Mapping[str, TensorInfo]) -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -72,15 +73,15 @@ def _describe(folder: Path, report: OnProgress) -> dict[str, Any]:
     Raises:
         CheckpointError: it cannot be read as a checkpoint, and so not be served: says why.
     """
-    from cocktail_serve.checkpoints.fingerprint import fingerprint_parameters
+    from cocktail_serve.checkpoints.fingerprint import identify
     from cocktail_serve.checkpoints.layout import read_config, read_modules
     from cocktail_serve.checkpoints.reader import CheckpointReader
     from cocktail_serve.checkpoints.tokenizer import read_tokenization
 
     with CheckpointReader(folder) as reader:
-        fingerprint = fingerprint_parameters(
+        fingerprint = identify(
             reader, progress=lambda done, total: report(f"reading {folder}", done, total, is_bytes=True)
-        )
+        ).fingerprint
         tokenization = read_tokenization(folder)
         return {
             "folder": str(folder),
@@ -104,11 +105,12 @@ def _describe_adapter(folder: Path, base: Path, described_base: dict[str, Any]) 
         CheckpointError, IncompatibleModelsError: it cannot be folded into this base.
     """
     from cocktail_serve.checkpoints.adapter import AdapterReader
-    from cocktail_serve.checkpoints.fingerprint import fingerprint_adapter
+    from cocktail_serve.checkpoints.fingerprint import identify_adapter
     from cocktail_serve.checkpoints.reader import CheckpointReader
 
     with CheckpointReader(base) as base_reader, AdapterReader(folder, base_reader) as reader:
         factors = reader.factors.values()
+        identity = identify_adapter(reader, described_base["fingerprint"], largest_of_base=math.inf)
         return {
             "folder": str(folder),
             "adapter_of": str(base),
@@ -118,7 +120,7 @@ def _describe_adapter(folder: Path, base: Path, described_base: dict[str, Any]) 
             "num_bytes": reader.num_bytes,
             "num_tensors": len(factors),
             "tied": {},
-            "fingerprint": fingerprint_adapter(reader, described_base["fingerprint"]),
+            "fingerprint": identity.fingerprint,
             "modules": [],
             "vocabulary": None,
             "blockers": ["a LoRA adapter: it can be an expert over its base, and no base"],

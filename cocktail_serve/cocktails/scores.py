@@ -10,14 +10,16 @@ from concurrent.futures import Executor
 from dataclasses import dataclass
 from typing import Protocol, TypeVar, cast
 
+import numpy as np
+
 from cocktail_serve.cocktails.score_store import ScoreKey, ScoreStore
 from cocktail_serve.digest import digest_of
 from cocktail_serve.engines.base import EmbeddingEngine, Engine, ScoringEngine
-from cocktail_serve.errors import InvalidMixError
 from cocktail_serve.examples import ExampleSet, example_digest
 from cocktail_serve.pool import Kind
 from cocktail_serve.recipe import Recipe, one_hot
 from cocktail_serve.scoring import contrastive, ranking, text
+from cocktail_serve.scoring.finite import require_finite
 from cocktail_serve.weighting.candidates import mean
 
 TEXTS_PER_CALL = 256
@@ -99,7 +101,7 @@ class Scores:
             on_loss: awaited with the mean losses so far after each model.
 
         Raises:
-            InvalidMixError: a model's loss is not finite.
+            NotFiniteError: a model's loss is not finite.
             CocktailError: what the engine raised last, for the first model that failed; the others are dropped.
         """
         names = list(names)
@@ -154,12 +156,7 @@ class Scores:
         else:
             asked = examples if rows is None else examples.subset(rows)
             losses = await self._by_example(cast(ScoringEngine, engine), recipe, asked, keeping)
-        if not all(map(math.isfinite, losses)):
-            raise InvalidMixError(
-                f"the loss of {label} on the examples is {sum(losses)}: its parameters overflow in {recipe.dtype}, or "
-                "are broken; leave the model out with 'experts', or have engine.dtype set to float32",
-                param="examples",
-            )
+        require_finite(losses, label, recipe.dtype, rows)
         return list(losses)
 
     async def _by_example(
@@ -206,7 +203,7 @@ class Scores:
                 recipe, [by_digest[digest] for digest in some], truncate_to=truncate_to, background=True
             )
             new = dict(zip(some, embedded.vectors, strict=True))
-            if model is not None and keeping.uid is not None:
+            if model is not None and keeping.uid is not None and np.isfinite(embedded.vectors).all():
                 await self._store.keep_embeddings(keeping.uid, ScoreKey(model, variant), new)
             kept |= new
         embeddings = {item: kept[digest] for digest, item in by_digest.items()}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -86,7 +87,7 @@ class DecoderScorer:
         )
 
     async def score(self, recipe: Recipe, examples: ExampleSet) -> list[float]:
-        """Loss (nats) of each example under a recipe, in as many turns as it takes.
+        """Loss (nats) of each example under a recipe, in as many turns as it takes; NaN where it is not finite.
 
         Raises:
             EngineError: the engine failed, or answered with an error.
@@ -128,7 +129,7 @@ class DecoderScorer:
                 raise
             if status != 200:
                 raise EngineError(f"scoring failed with {status}: {error_message(orjson.dumps(body))}")
-            losses += body["losses"]
+            losses += [math.nan if loss is None else float(loss) for loss in body["losses"]]
         return losses
 
 

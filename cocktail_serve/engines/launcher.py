@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from cocktail_serve.checkpoints.unchanged import check_unchanged
 from cocktail_serve.config import VLLMEngineConfig
 from cocktail_serve.engines.fake import fake_args
 from cocktail_serve.errors import StorageError
@@ -32,7 +33,7 @@ class Launcher:
     def __init__(self, pool: Pool, config: VLLMEngineConfig, *, dtype: DType, run_dir: Path) -> None:
         self.log = run_dir / f"{pool.id}.log"
         self._pool_id = pool.id
-        self._base = pool.base.path
+        self._base = pool.base
         self._config = config
         self._dtype = dtype
         self._manifest_path = run_dir / f"{pool.id}.manifest.json"
@@ -53,6 +54,15 @@ class Launcher:
         except OSError as error:
             raise StorageError(f"cannot write the engine's manifest {self._manifest_path}: {error}") from error
 
+    def check_base(self) -> None:
+        """Looks at the base's files, which the server is about to load. Blocks.
+
+        Raises:
+            ModelChangedError: they are not what recipes call by their name.
+        """
+        if self._config.type == "vllm":  # the fake of it loads none
+            check_unchanged(self._base)
+
     def launch(self, socket: Path, key: str) -> tuple[list[str], dict[str, str]]:
         """Command line and environment of one life; a `server.Launch`."""
         config = self._config
@@ -63,7 +73,7 @@ class Launcher:
             )
         else:
             command = server_args(
-                model=self._base,
+                model=self._base.path,
                 uds=socket,
                 served_model_name=self._pool_id,
                 dtype=self._dtype,

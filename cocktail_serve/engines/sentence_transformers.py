@@ -81,7 +81,7 @@ class SentenceTransformersEngine(Generic[M]):
         self._truncates = pool_config.truncate
         self._device = _device(config.device)
         self._base_recipe = one_hot(pool, BASE, dtype=self.dtype)
-        self._folders = {member.fingerprint: member.path for member in pool}
+        self._members = pool.by_fingerprint
         num_passes, threads_per_pass = _passes(self._device, config.concurrent_passes)
         overtakes = self._device.type == "cpu"  # a GPU computes what it is given in order
         self._pipeline: Pipeline[M, ModelRequest[M]] = Pipeline(
@@ -159,7 +159,7 @@ class SentenceTransformersEngine(Generic[M]):
             )
 
     async def change_pool(self, pool: Pool) -> None:
-        self._folders = {member.fingerprint: member.path for member in pool}
+        self._members = pool.by_fingerprint
         self.pool = pool
 
     @abstractmethod
@@ -299,7 +299,7 @@ class SentenceTransformersEngine(Generic[M]):
 
     async def _mix(self, recipe: Recipe) -> Params:
         started_at = time.monotonic()
-        params = await self._loop.run_in_executor(self._mixing, self._loaded.mix, recipe, self._folders)
+        params = await self._loop.run_in_executor(self._mixing, self._loaded.mix, recipe, self._members)
         seconds = time.monotonic() - started_at
         self.stats.observe_swap(seconds)
         self.stats.mix.observe(seconds)
@@ -317,7 +317,7 @@ class SentenceTransformersEngine(Generic[M]):
                 f"mixture take {model.mixture_bytes}; raise it to that at least",
                 param="engine.cache_bytes",
             )
-        model.check_names(self._base_recipe, self._folders)
+        model.check_names(self._base_recipe, self._members)
         return model
 
     def _on_loaded(self, model: M) -> None:

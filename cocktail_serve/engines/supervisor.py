@@ -117,6 +117,7 @@ class Supervisor:
         while True:
             ready_at: float | None = None
             try:
+                await asyncio.to_thread(self._launcher.check_base)
                 server = EngineServer(
                     self._launcher.launch, log=self._launcher.log, start_timeout_s=self._start_timeout_s
                 )

@@ -15,10 +15,12 @@ from torch import Tensor
 from transformers.utils import logging as transformers_logging
 
 from cocktail_serve.checkpoints.layout import read_modules
+from cocktail_serve.checkpoints.mapping import library_reads
 from cocktail_serve.checkpoints.mixture import iter_mixture
 from cocktail_serve.checkpoints.naming import ParameterNames
 from cocktail_serve.engines.input_tokenizer import InputTokenizer
 from cocktail_serve.errors import CheckpointError, ConfigError
+from cocktail_serve.pool import Member
 from cocktail_serve.recipe import DType, Recipe
 
 
@@ -52,13 +54,15 @@ class SwappableModel:
         self._device = device
         transformers_logging.disable_progress_bar()
         try:
-            self._model = self._library_class(
-                str(folder),
-                device=str(device),
-                local_files_only=True,
-                trust_remote_code=False,
-                model_kwargs={"dtype": getattr(torch, dtype)},
-            ).to(getattr(torch, dtype))
+            with library_reads(folder):
+                self._model = self._library_class(
+                    str(folder),
+                    device=str(device),
+                    local_files_only=True,
+                    trust_remote_code=False,
+                    model_kwargs={"dtype": getattr(torch, dtype)},
+                ).to(getattr(torch, dtype))
+                _leave_files(self._model)
         except (OSError, ValueError, RuntimeError, ImportError, KeyError) as error:
             raise ConfigError(f"sentence-transformers cannot load {folder}: {error}") from error
         self._model.eval().requires_grad_(False)
@@ -98,19 +102,20 @@ class SwappableModel:
         """Size of the parameters of one recipe in memory."""
         return sum(tensor.nbytes for tensor in self.own_params.values())
 
-    def mix(self, recipe: Recipe, folders: Mapping[str, Path]) -> dict[str, Tensor]:
+    def mix(self, recipe: Recipe, members: Mapping[str, Member]) -> dict[str, Tensor]:
         """The parameters of a recipe, by slot, mixed tensor by tensor from the experts' mapped files.
 
         Args:
-            folders: folder of each model by fingerprint.
+            members: the pool's models by fingerprint.
 
         Raises:
-            CheckpointError, IncompatibleModelsError: from reading and mixing; or a parameter of the model is missing.
+            CheckpointError, IncompatibleModelsError, NotFiniteError: from reading and mixing; or a parameter of the
+                model is missing.
         """
         params: dict[str, Tensor] = {}
 
         def of_transformer() -> Iterator[tuple[str, Tensor]]:
-            for name, tensor in iter_mixture(recipe, folders):
+            for name, tensor in iter_mixture(recipe, members):
                 if "/" not in name:
                     yield name, tensor
                 elif (slot := self._slot_behind(name)) is not None:
@@ -131,13 +136,13 @@ class SwappableModel:
                 )
         return params
 
-    def check_names(self, base_recipe: Recipe, folders: Mapping[str, Path]) -> None:
+    def check_names(self, base_recipe: Recipe, members: Mapping[str, Member]) -> None:
         """Proves that checkpoint names lead to the right parameters: the base, mixed, must be what the library loaded.
 
         Raises:
             CheckpointError: it is not; names the parameter.
         """
-        for slot, mixed in self.mix(base_recipe, folders).items():
+        for slot, mixed in self.mix(base_recipe, members).items():
             if not torch.equal(mixed, self.own_params[slot]):
                 raise CheckpointError(
                     f"{self._folder}: transformers loads other values into {slot!r} than the checkpoint holds under "
@@ -178,6 +183,14 @@ class SwappableModel:
         path, _, name = name.rpartition("/")
         index = next(index for index, module in enumerate(read_modules(self._folder)) if module.path == path)
         return f"{index}.{name}" if f"{index}.{name}" in self._slots else None
+
+
+def _leave_files(model: torch.nn.Module) -> None:
+    """Copies parameters and buffers into memory of their own: the library may leave them in the files that it mapped,
+    where whoever writes to these would change a model that is served."""
+    for tensor in (*model.parameters(), *model.buffers()):  # each once
+        if tensor.device.type == "cpu":
+            tensor.data = tensor.data.clone()
 
 
 def _slots(model: SentenceTransformer | CrossEncoder) -> Iterator[tuple[str, Tensor]]:

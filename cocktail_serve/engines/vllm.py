@@ -29,7 +29,7 @@ from cocktail_serve.engines.residency import Residency
 from cocktail_serve.engines.server import STATUS_PATH, EngineServer
 from cocktail_serve.engines.stats import EngineStats
 from cocktail_serve.engines.supervisor import HANG_S, Supervisor
-from cocktail_serve.errors import CocktailError, EngineError, InvalidMixError
+from cocktail_serve.errors import CocktailError, EngineError, InvalidMixError, refusal
 from cocktail_serve.examples import ExampleSet
 from cocktail_serve.pool import Pool
 from cocktail_serve.recipe import DType, Recipe
@@ -239,7 +239,7 @@ class VLLMEngine:
             return False
         message = error_message(orjson.dumps(body))
         if status == 400:
-            raise InvalidMixError(message)
+            raise refusal(body["error"].get("code"), message) or InvalidMixError(message)
         raise EngineError(f"mixing failed with {status}: {message}")
 
     async def _forget(self, server: EngineServer, recipe_digest: str) -> None:

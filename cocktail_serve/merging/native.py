@@ -1,4 +1,7 @@
-"""The compiled kernel: `linear.c`, built once for this machine by its own C compiler. Imports no torch."""
+"""What is written in C: the kernel `linear.c` and others, built once for this machine by its own C compiler.
+
+Imports no torch.
+"""
 
 from __future__ import annotations
 
@@ -77,24 +80,30 @@ class Kernel:
 @cache
 def load_kernel() -> Kernel | str:
     """The kernel, built where it is not yet (half a second), or why there is none."""
+    library = load_library(_SOURCE)
+    return library if isinstance(library, str) else Kernel(library)
+
+
+def load_library(source: Path) -> ctypes.CDLL | str:
+    """A C source of ours, built where it is not yet, or why it cannot be."""
     if sys.byteorder != "little" or os.name != "posix":
         return "the kernel is written for little-endian POSIX machines"
     compiler = find_compiler()
     if compiler is None:
         return "there is no C compiler (cc, gcc or clang)"
-    name = f"linear-{_digest(compiler)[:16]}.so"
+    name = f"{source.stem}-{_digest(compiler, source)[:16]}.so"
     try:
         try:
             built = _cache_folder() / name
             if not built.is_file():
-                build(compiler, _SOURCE, built)
+                build(compiler, source, built)
             _require_own(built)
-            return Kernel(ctypes.CDLL(str(built)))
+            return ctypes.CDLL(str(built))
         except (OSError, PermissionError):  # a home that cannot be written, or a cache that somebody else could
             with tempfile.TemporaryDirectory(prefix="cocktail-kernel-") as folder:
                 built = Path(folder) / name
-                build(compiler, _SOURCE, built)
-                return Kernel(ctypes.CDLL(str(built)))
+                build(compiler, source, built)
+                return ctypes.CDLL(str(built))
     except (OSError, subprocess.SubprocessError) as error:
         reason = getattr(error, "stderr", None) or error
         return f"{shlex.join(compiler)} cannot build it: {str(reason).strip()[:300]}"
@@ -112,9 +121,9 @@ def find_compiler() -> list[str] | None:
     return [found] if found else None
 
 
-def _digest(compiler: Sequence[str]) -> str:
+def _digest(compiler: Sequence[str], source: Path) -> str:
     """Names a build by all that decides it. A home may be shared between machines, so the CPU is part of it."""
-    digest = hashlib.sha256(_SOURCE.read_bytes())
+    digest = hashlib.sha256(source.read_bytes())
     for part in (*compiler, *_FLAGS, platform.machine(), _cpu_features()):
         digest.update(b"\0" + part.encode())
     return digest.hexdigest()

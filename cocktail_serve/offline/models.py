@@ -43,7 +43,7 @@ class TransformersModels:
         self._pool = pool
         self._dtype = getattr(torch, dtype_of(pool, config))
         self._device = "cuda" if torch.cuda.is_available() else "cpu"
-        self._folders = {member.fingerprint: member.path for member in pool}
+        self._members = pool.by_fingerprint
         self._model: Any = None
         self._resident: str | None = None
         folder, options = pool.base.path, {"local_files_only": True, "trust_remote_code": False}
@@ -77,7 +77,7 @@ class TransformersModels:
         import torch
 
         own = model.state_dict()
-        with translated(self._pool), Mixture(recipe, self._folders) as mixture:
+        with translated(self._pool), Mixture(recipe, self._members) as mixture:
             named = {name: own[name] for name in mixture.tensors if name in own}
             filled = {tensor.data_ptr() for tensor in named.values()}
             if (
@@ -103,7 +103,7 @@ class TransformersModels:
             model, found = self._class.from_pretrained(
                 None,
                 config=self._config,
-                state_dict=dict(iter_mixture(recipe, self._folders)),
+                state_dict=dict(iter_mixture(recipe, self._members)),
                 dtype=self._dtype,
                 output_loading_info=True,
             )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,13 +13,13 @@ from cocktail_serve.cocktails.findings import find
 from cocktail_serve.cocktails.request import CocktailOptions, CocktailRequest, parse_inline
 from cocktail_serve.cocktails.weighing import advance, recipe_of, weigh
 from cocktail_serve.config import PoolConfig, Settings
-from cocktail_serve.errors import InvalidMixError
 from cocktail_serve.examples import ExampleSet, parse_examples
 from cocktail_serve.offline.models import TransformersModels, dtype_of, translated
 from cocktail_serve.offline.opened import open_with_progress
 from cocktail_serve.pool import Pool
 from cocktail_serve.progress import OnProgress
 from cocktail_serve.recipe import DType, Recipe, one_hot
+from cocktail_serve.scoring.finite import require_finite
 from cocktail_serve.weighting.candidates import Trial, Trials, mean
 
 _T = TypeVar("_T")
@@ -71,7 +70,9 @@ def weigh_offline(
         weighing, losses = weigh_by(pool, request.options, losses_of, dtype, report)
         recipe = recipe_of(request.options, pool, weighing.merging_weights, dtype=dtype)
         report("scoring the mixture", 0, 1)
-        mixed_loss = _finite_mean(losses_of(recipe, None), "the mixture", dtype)
+        of_mixture = losses_of(recipe, None)
+        require_finite(of_mixture, "the mixture", dtype)
+        mixed_loss = mean(of_mixture)
         report("scoring the mixture", 1, 1)
         findings = None
         if judge:
@@ -96,14 +97,14 @@ def weigh_by(
         What came out, and the loss (nats) of each example by model.
 
     Raises:
-        InvalidMixError: a model's loss is not finite.
+        NotFiniteError: a loss is not finite.
     """
     losses: dict[str, list[float]] = {}
     if losses_of is not None:
         for name in options.scored:
             report("scoring", len(losses), len(options.scored))
             losses[name] = losses_of(one_hot(pool, name, dtype=dtype), None)
-            _finite_mean(losses[name], repr(name), dtype)
+            require_finite(losses[name], repr(name), dtype)
         report("scoring", len(losses), len(options.scored))
     trials = weigh(options, losses)
     return _answered(trials, pool, options, losses_of, dtype=dtype, report=report, what="searching"), losses
@@ -125,20 +126,10 @@ def _answered(
         assert losses_of is not None
         report(what, round(100 * step.progress), 100)
         answer = losses_of(recipe_of(options, pool, step.merging_weights, dtype=dtype), step.rows)
+        require_finite(answer, "the mixture", dtype, step.rows)
     if answer is not None:
         report(what, 100, 100)
     return step
-
-
-def _finite_mean(losses: Sequence[float], label: str, dtype: DType) -> float:
-    loss = mean(losses)
-    if not math.isfinite(loss):
-        raise InvalidMixError(
-            f"the loss of {label} on the examples is not finite: its parameters overflow in {dtype}, or are broken; "
-            "leave the model out, or set engine.dtype to float32",
-            param="examples",
-        )
-    return loss
 
 
 @contextmanager

@@ -16,6 +16,10 @@ def retrieval_example(example: Example) -> RetrievalExample:
 
 
 def cross_entropy(positive: np.floating, negatives: np.ndarray) -> float:
-    """`-log softmax` (nats) of a positive's score among its negatives' `[N]`; float64 in, no overflow."""
+    """`-log softmax` (nats) of a positive's score among its negatives' `[N]`; float64 in, no overflow.
+
+    Of scores that are not finite neither is the loss.
+    """
     largest = max(positive, negatives.max(initial=positive))
-    return float(largest - positive + np.log(np.exp(positive - largest) + np.exp(negatives - largest).sum()))
+    with np.errstate(invalid="ignore"):  # which is told by what comes out
+        return float(largest - positive + np.log(np.exp(positive - largest) + np.exp(negatives - largest).sum()))

@@ -9,7 +9,7 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from cocktail_serve.errors import CapacityError, ConfigError, EngineError, InvalidMixError
+from cocktail_serve.errors import CapacityError, ConfigError, EngineError, InvalidMixError, refusal
 from cocktail_serve.recipe import Recipe
 from vllm_cocktail.fence import Fence
 from vllm_cocktail.manifest import Manifest
@@ -89,7 +89,10 @@ class EngineControl:
             drain_s: how long requests in flight may take to finish, seconds.
 
         Raises:
-            InvalidMixError: code `invalid_recipe`; nothing was touched.
+            InvalidMixError: code `invalid_recipe`; nothing was touched, as with the next ones.
+            CheckpointError, IncompatibleModelsError: a model's files cannot be read or mixed.
+            ModelChangedError: they hold something else than they did.
+            NotFiniteError: the mixture would hold what the engine's dtype cannot.
             CapacityError: code `busy`: requests in flight did not finish in time; nothing was touched.
             EngineError: code `mix_failed`: the engine is lost and its process must end.
         """
@@ -174,7 +177,9 @@ class EngineControl:
                 try:
                     await self._on_all_ranks("cocktail_check", recipe_json)
                 except EngineError as error:
-                    raise InvalidMixError(error.message, param="recipe", code="invalid_recipe") from error
+                    raise refusal(error.code, error.message) or InvalidMixError(
+                        error.message, param="recipe", code="invalid_recipe"
+                    ) from error
             self.fence.close()
             if not await self.fence.drained(drain_s):
                 in_flight = self.fence.in_flight
@@ -240,12 +245,13 @@ class EngineControl:
         No timeout is set: replies that come after one would be taken for those of the next call.
 
         Raises:
-            EngineError: a rank failed.
+            EngineError: a rank failed; of its own error it has the code.
         """
         replies: list[dict[str, Any]] = await self.engine.collective_rpc(method, args=args)
         for rank, reply in enumerate(replies):
             if not reply["ok"]:
-                raise EngineError(reply["error"] if len(replies) == 1 else f"rank {rank}: {reply['error']}")
+                error = reply["error"] if len(replies) == 1 else f"rank {rank}: {reply['error']}"
+                raise EngineError(error, code=reply.get("code"))
         return replies
 
     def _settled(self, task: asyncio.Task[Mixed]) -> None:

@@ -8,12 +8,12 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, get_args
 
 from cocktail_serve.errors import ConfigError, InvalidMixError
-from cocktail_serve.pool import BASE, Member, Pool
+from cocktail_serve.pool import BASE, FileState, Member, Pool
 from cocktail_serve.recipe import DType, Recipe, make_recipe, one_hot
 
 MANIFEST_VARIABLE = "VLLM_COCKTAIL_MANIFEST"
@@ -28,7 +28,7 @@ class Manifest:
     """Models that one vLLM server may mix.
 
     Attributes:
-        members: folder by fingerprint, the base among them.
+        members: by fingerprint, the base among them, each with its files as they were when it was named so.
         base: fingerprint of the base, the model that the server is started with.
         dtype: dtype of the engine's parameters, which every recipe must round to.
         resident: digest of the recipe whose parameters the server starts with: the base alone.
@@ -39,7 +39,7 @@ class Manifest:
         names: fingerprint by name, for recipes written by hand; `base` and the experts' names.
     """
 
-    members: Mapping[str, Path]
+    members: Mapping[str, Member]
     base: str
     dtype: DType
     resident: str
@@ -52,7 +52,7 @@ class Manifest:
     def of_pool(cls, pool: Pool, *, dtype: DType, cache_bytes: int, managed: bool, expert_bytes: int = 0) -> Manifest:
         """The manifest of a pool whose server is started with its base."""
         return cls(
-            members={member.fingerprint: member.path for member in pool},
+            members=pool.by_fingerprint,
             base=pool.base.fingerprint,
             dtype=dtype,
             resident=one_hot(pool, pool.base.name, dtype=dtype).digest,
@@ -72,7 +72,7 @@ class Manifest:
         try:
             value = json.loads(path.read_text())
             manifest = cls(
-                members={str(f): Path(folder) for f, folder in value["members"].items()},
+                members={member.fingerprint: member for member in map(_read_member, value["members"])},
                 base=str(value["base"]),
                 dtype=value["dtype"],
                 resident=str(value["resident"]),
@@ -113,7 +113,7 @@ class Manifest:
     def to_json(self) -> dict[str, Any]:
         """The JSON value that stands in the file."""
         return {
-            "members": {fingerprint: str(folder) for fingerprint, folder in self.members.items()},
+            "members": [{**asdict(member), "path": str(member.path)} for member in self.members.values()],
             "base": self.base,
             "dtype": self.dtype,
             "resident": self.resident,
@@ -136,7 +136,7 @@ class Manifest:
             NotFoundError: a name is not in the manifest; lists those that are.
             InvalidMixError: as `make_recipe`; or a manifest without names.
         """
-        members = {name: Member(name, self.members[f], f, self.dtype, 0) for name, f in self.names.items()}
+        members = {name: replace(self.members[f], name=name) for name, f in self.names.items()}
         base = members.pop(BASE, None)
         if base is None:
             raise InvalidMixError(
@@ -160,3 +160,16 @@ class Manifest:
         for name in ("cache_bytes", "expert_bytes"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{path}: {name} must not be negative, got {getattr(self, name)}")
+
+
+def _read_member(value: Mapping[str, Any]) -> Member:
+    """Raises AttributeError, KeyError, TypeError or ValueError where it is none."""
+    return Member(
+        name=str(value["name"]),
+        path=Path(value["path"]),
+        fingerprint=str(value["fingerprint"]),
+        dtype=str(value["dtype"]),
+        num_bytes=int(value["num_bytes"]),
+        files=tuple(FileState(**file) for file in value["files"]),
+        largest=float(value["largest"]),
+    )

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Literal
 
 from cocktail_serve.checkpoints.adapter import AdapterReader, read_expert
+from cocktail_serve.checkpoints.finite import OVERFLOWS_FROM
 from cocktail_serve.checkpoints.mixture import Mixture
 from cocktail_serve.checkpoints.reader import CheckpointReader
-from cocktail_serve.errors import ConfigError, InvalidMixError
+from cocktail_serve.checkpoints.unchanged import open_base, open_expert_of
+from cocktail_serve.errors import ConfigError, InvalidMixError, ModelChangedError
+from cocktail_serve.merging.bounds import largest_of_mixture
 from cocktail_serve.merging.threads import made_ahead
 from cocktail_serve.recipe import DType, Recipe
 from vllm_cocktail.buffers import Buffers
@@ -18,6 +22,9 @@ from vllm_cocktail.manifest import Manifest
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+# a child of vLLM's logger, whose handlers and level it so shares
+logger = logging.getLogger("vllm.cocktail.mixer")
 
 Source = Literal["cache", "files"]
 
@@ -46,20 +53,53 @@ class Mixer:
         self._buffers = Buffers(cache_bytes + 2 * BYTES_AHEAD)
         self._readers: dict[str, CheckpointReader | AdapterReader] = {}
 
-    def check(self, recipe: Recipe) -> None:
-        """Finds what is wrong with a recipe from headers alone; what is kept needs no files and was right before.
+    def check(self, recipe: Recipe, *, needs_files: bool = True) -> None:
+        """Finds what is wrong with a recipe, before the engine's parameters are touched.
+
+        From headers, and from what files look like, alone; but a file that was replaced is read once, and a mixture
+        that may be too large for its dtype is mixed here first, for nobody. What is kept needs no files, and was right
+        before.
+
+        Args:
+            needs_files: False where the engine keeps the recipe's models itself.
 
         Raises:
             InvalidMixError: another base or dtype than the engine's, a model that the manifest lacks, another method.
+            ModelChangedError: a file holds something else than it did.
             CheckpointError: a file that cannot be read.
             IncompatibleModelsError: tensors that differ in name or shape; names the tensor and both shapes.
+            NotFiniteError: a tensor of the mixture would be infinite somewhere.
         """
-        self._require_ours(recipe)
-        if recipe.digest not in self.cache:
-            self._open(recipe)
+        self.require_ours(recipe)
+        if recipe.digest in self.cache or not (needs_files or self._may_overflow(recipe)):
+            return
+        mixture = self._open(recipe)
+        if mixture.may_overflow:
+            for _ in mixture.params(empty=self._buffers.empty):
+                pass
 
-    def why_not_captured(self) -> str | None:
-        """Why no models are kept in the engine's layout, as far as their headers say; None where they may be.
+    def keepable(self) -> list[str]:
+        """The models whose files are what they were, by fingerprint: what else was replaced is not taken for them.
+
+        Raises:
+            ModelChangedError: it is the base, which the engine was started with.
+        """
+        manifest = self.manifest
+        base = manifest.members[manifest.base]
+        found = []
+        with open_base(base) as base_reader:
+            for fingerprint, member in manifest.members.items():
+                try:
+                    if fingerprint != manifest.base:
+                        open_expert_of(base, base_reader, member).close()
+                except ModelChangedError as error:
+                    logger.warning("left out: %s", error.message)
+                    continue
+                found.append(fingerprint)
+        return found
+
+    def why_not_captured(self, members: Sequence[str]) -> str | None:
+        """Why models are not kept in the engine's layout, as far as their headers say; None where they may be.
 
         Raises:
             CheckpointError: a file that cannot be read.
@@ -67,8 +107,10 @@ class Mixer:
         manifest = self.manifest
         if not manifest.expert_bytes:
             return "engine.expert_memory is 0"
-        for fingerprint, folder in manifest.members.items():
-            with CheckpointReader(manifest.members[manifest.base]) as base, read_expert(folder, base) as reader:
+        base_folder = manifest.members[manifest.base].path
+        for fingerprint in members:
+            folder = manifest.members[fingerprint].path
+            with CheckpointReader(base_folder) as base, read_expert(folder, base) as reader:
                 dtypes = {info.dtype for info in reader.tensors.values() if info.is_floating}
             if dtypes != {manifest.dtype}:
                 return (
@@ -86,7 +128,7 @@ class Mixer:
         Raises:
             what `check` raises, before the first tensor.
         """
-        self._require_ours(recipe)
+        self.require_ours(recipe)
         kept = self.cache.get(recipe.digest)
         if kept is not None:
             return iter(kept), "cache"
@@ -100,10 +142,10 @@ class Mixer:
     @property
     def tensor_names(self) -> frozenset[str]:
         """Names of all tensors of the base, and so of every mixture."""
-        with CheckpointReader(self.manifest.members[self.manifest.base]) as reader:
+        with CheckpointReader(self.manifest.members[self.manifest.base].path) as reader:
             return frozenset(reader.tensors)
 
-    def _require_ours(self, recipe: Recipe) -> None:
+    def require_ours(self, recipe: Recipe) -> None:
         """Raises what `check` says of the recipe itself."""
         manifest = self.manifest
         if recipe.base != manifest.base:
@@ -115,6 +157,10 @@ class Mixer:
         if not recipe.coefficients:
             raise InvalidMixError("the recipe has no coefficients: there is nothing to mix")
         self._learn(recipe)
+
+    def _may_overflow(self, recipe: Recipe) -> bool:
+        largest = {f: self.manifest.members[f].largest for f, _ in recipe.coefficients}
+        return largest_of_mixture(recipe, largest) >= OVERFLOWS_FROM[recipe.dtype]
 
     def _open(self, recipe: Recipe) -> Mixture:
         """The recipe over its models' files as they are now, checked by their headers; its readers are held."""
@@ -149,6 +195,6 @@ class Mixer:
 
     def _num_bytes(self, recipe: Recipe) -> int:
         # integer tensors, the few there are, count as floating ones: an estimate that errs on little
-        with CheckpointReader(self.manifest.members[recipe.base]) as reader:
+        with CheckpointReader(self.manifest.members[recipe.base].path) as reader:
             num_elements = sum(math.prod(info.shape) for info in reader.tensors.values())
         return num_elements * _ITEM_BYTES[recipe.dtype]

@@ -7,6 +7,7 @@ without the key is turned away before it learns anything.
 from __future__ import annotations
 
 import logging
+import math
 import time
 from argparse import Namespace
 from dataclasses import asdict
@@ -104,8 +105,9 @@ async def forget(body: ForgetRequest, request: Request) -> dict[str, Any]:
 
 @router.post("/score")
 async def score(body: ScoreRequest, request: Request) -> dict[str, Any]:
-    """Mean token cross-entropy of each example under the resident recipe. Behind the fence."""
-    return {"losses": await mean_losses(_control(request).engine, body.examples)}
+    """Mean token cross-entropy of each example under the resident recipe; null: not finite. Behind the fence."""
+    losses = await mean_losses(_control(request).engine, body.examples)
+    return {"losses": [loss if math.isfinite(loss) else None for loss in losses]}  # JSON has no other word for it
 
 
 class CocktailEndpointPlugin:

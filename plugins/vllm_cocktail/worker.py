@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cocktail_serve.checkpoints.unchanged import check_unchanged
 from cocktail_serve.errors import CocktailError, ConfigError, IncompatibleModelsError
 from cocktail_serve.merging.native import kernel_name
 from cocktail_serve.merging.threads import allow_cores
@@ -34,14 +35,17 @@ Reply = dict[str, Any]
 
 
 def _reply(method: Callable[..., Reply]) -> Callable[..., Reply]:
-    """Turns a method's value into `{ok: True, error: None, ...}` and whatever it raises into `{ok: False, error}`."""
+    """Turns a method's value into `{ok: True, error: None, ...}` and whatever it raises into `{ok: False, error}`.
+
+    An error of ours has its `code` too.
+    """
 
     @functools.wraps(method)
     def never_raises(*args: Any) -> Reply:
         try:
             return {"ok": True, "error": None, **method(*args)}
         except CocktailError as error:
-            return {"ok": False, "error": error.message}
+            return {"ok": False, "error": error.message, "code": error.code}
         except Exception as error:
             logger.exception("%s failed", method.__name__)
             return {"ok": False, "error": f"{type(error).__name__}: {error}"}
@@ -74,6 +78,8 @@ class CocktailWorkerExtension:
         if self.cocktail_mixer is None:
             manifest = Manifest.from_environ()
             _require_mixable(self.vllm_config, manifest)
+            # its loader has read the files by now: what they were before and are after, they were meanwhile
+            check_unchanged(manifest.members[manifest.base])
             world_size = self.vllm_config.parallel_config.world_size
             if world_size == 1 and is_cpu_build():  # several keep to their own, whose memory is near
                 _allow_cores_of_server()
@@ -105,12 +111,13 @@ class CocktailWorkerExtension:
         """
         mixer = _ready(self.cocktail_mixer)
         manifest = mixer.manifest
-        reason = mixer.why_not_captured()
+        members = mixer.keepable()
+        reason = mixer.why_not_captured(members)
         if reason is None:
             base = Recipe(manifest.base, ((manifest.base, 1.0),), manifest.dtype)
             captured = capture(
                 self.model_runner.get_model(),
-                list(manifest.members),
+                members,
                 base=manifest.base,
                 dtype=manifest.dtype,
                 load=self._cocktail_stream,
@@ -138,13 +145,14 @@ class CocktailWorkerExtension:
 
     @_reply
     def cocktail_check(self, recipe_json: str) -> Reply:
-        """Finds what is wrong with a recipe, from headers alone. Touches nothing.
+        """Finds what is wrong with a recipe, as `Mixer.check`. Touches nothing.
 
         Returns:
             `digest` of the recipe.
         """
         recipe = Recipe.from_json(json.loads(recipe_json))
-        _ready(self.cocktail_mixer).check(recipe)
+        experts = self.cocktail_experts
+        _ready(self.cocktail_mixer).check(recipe, needs_files=experts is None or not experts.holds(recipe))
         return {"digest": recipe.digest}
 
     @_reply
@@ -162,7 +170,7 @@ class CocktailWorkerExtension:
         mixer, experts = _ready(self.cocktail_mixer), self.cocktail_experts
         self.cocktail_resident = None
         if experts is not None and experts.holds(recipe):
-            mixer.check(recipe)
+            mixer.require_ours(recipe)
             experts.mix(recipe)
             self.cocktail_resident = recipe.digest
             source = "experts"
@@ -212,7 +220,7 @@ def _allow_cores_of_server() -> None:
 def _require_mixable(vllm_config: Any, manifest: Manifest) -> None:
     """Refuses an engine whose live parameters a mixture cannot replace one for one."""
     model = vllm_config.model_config
-    base = manifest.members[manifest.base]
+    base = manifest.members[manifest.base].path
     if Path(model.model).resolve() != base.resolve():
         raise ConfigError(
             f"the server was started on {model.model}, the manifest's base is {base}: start it on the base"

@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from cocktail_serve.checkpoints.opening import open_expert, open_pool
 from cocktail_serve.config import PoolConfig, VLLMEngineConfig
 from cocktail_serve.engines.vllm import VLLMEngine
-from cocktail_serve.errors import ContextLengthError, EngineError
+from cocktail_serve.errors import ContextLengthError, EngineError, ModelChangedError
 from cocktail_serve.examples import parse_examples
 from cocktail_serve.recipe import Recipe, make_recipe
 from cocktail_serve.scoring.text import score_with_transformers, tokenize_examples
@@ -180,6 +180,19 @@ async def test_models_answer_as_in_transformers(running: Running) -> None:
     assert len({tuple(answer) for answer in answers}) == len(answers)
     for folder, answer in zip(running.folders.values(), answers, strict=True):
         assert answer == reference_greedy(folder, answer)
+
+
+async def test_a_model_that_is_written_over_is_refused_in_the_engines_own_words(running: Running) -> None:
+    file = running.folders["red"] / "model.safetensors"
+    whole = file.read_bytes()
+    file.write_bytes((running.folders["green"] / "model.safetensors").read_bytes())
+    try:
+        with pytest.raises(ModelChangedError, match="'red' are not what they were"):
+            await running.complete(running.recipe(base=0.45, red=0.55))
+        assert await running.complete(running.recipe(base=1.0))
+    finally:
+        file.write_bytes(whole)
+    assert await running.complete(running.recipe(base=0.45, red=0.55))
 
 
 async def test_a_model_added_while_it_runs_answers_as_in_transformers(running: Running, tmp_path: Path) -> None:

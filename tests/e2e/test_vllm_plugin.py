@@ -184,10 +184,35 @@ def test_a_broken_file_is_found_before_anything_is_touched(managed: VLLMServer) 
         replacement.write_bytes(whole)
         replacement.replace(file)
     assert response.status_code == 400, response.text
-    assert response.json()["error"]["code"] == "invalid_recipe"
+    assert response.json()["error"]["code"] == "model_changed"
     assert "model.safetensors" in response.json()["error"]["message"]
     assert managed.complete(PROMPTS[0])["logprobs"] == answer
     managed.mix(recipe)
+
+
+def test_an_expert_that_is_written_over_is_not_mixed_under_its_old_name(managed: VLLMServer) -> None:
+    file = managed.folders["green"] / "model.safetensors"
+    whole, other = file.read_bytes(), (managed.folders["red"] / "model.safetensors").read_bytes()
+    kept, needs_it = managed.recipe(base=0.3, green=0.7), managed.recipe(base=0.32, green=0.68)
+    managed.mix(kept)
+    answer = managed.complete(PROMPTS[0])["logprobs"]
+    try:
+        for content in (other, whole[:4096]):  # the same file, which the worker has mapped, with other content
+            file.write_bytes(content)
+            response = managed.client.post("/v1/cocktail/mix", json={"recipe": needs_it.to_json()})
+            assert response.status_code == 400, response.text
+            assert response.json()["error"]["code"] == "model_changed"
+            assert "'green' are not what they were" in response.json()["error"]["message"]
+            assert managed.status()["state"] == "open"
+            assert managed.complete(PROMPTS[0])["logprobs"] == answer
+        managed.mix(managed.recipe(base=1.0))
+        assert_greedy_of(reference(managed, {"base": 1.0}), PROMPTS[0], managed.complete(PROMPTS[0]))
+        assert managed.mix(kept)["source"] == "cache"
+        assert managed.complete(PROMPTS[0])["logprobs"] == answer
+    finally:
+        file.write_bytes(whole)
+    managed.mix(needs_it)
+    assert_greedy_of(reference(managed, {"base": 0.32, "green": 0.68}), PROMPTS[0], managed.complete(PROMPTS[0]))
 
 
 @pytest.mark.parametrize(

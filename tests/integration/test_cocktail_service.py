@@ -308,6 +308,33 @@ async def test_a_decoder_cocktail_is_scored_weighed_and_served(world: World, ser
     assert dict(served.recipe.coefficients)["fp-flan-ag-news"] == ready.merging_weights["ag-news"]
 
 
+@pytest.mark.parametrize("loss", [math.nan, math.inf])
+async def test_a_loss_that_is_not_finite_is_told_once_and_kept_nowhere(
+    world: World, service: CocktailService, loss: float
+) -> None:
+    world.scoring.loss_of[world.pools["flan"].member("nq").fingerprint] = loss
+    failed = await made(service, world.request())
+    assert failed.status == "failed"
+    assert failed.error is not None
+    assert (failed.error.code, failed.error.param) == ("not_finite", "examples")
+    assert "row 1: the loss of 'nq' on this example is" in failed.error.message
+    assert len(world.scoring.visits_to("nq")) == 1, "it would be the same again"
+    assert "fp-flan-nq" not in {model for row in world.rows("losses") for model in row}
+    # who leaves it out gets on
+    assert (await made(service, world.request(experts=["ag-news"]))).status == "ready"
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+async def test_embeddings_that_are_not_finite_are_kept_nowhere(
+    world: World, service: CocktailService, monkeypatch: pytest.MonkeyPatch, value: float
+) -> None:
+    monkeypatch.setattr(world.embedding, "_vector", lambda *_: np.full(world.embedding.dimension, value))
+    failed = await made(service, world.request(pool="mini"))
+    assert failed.error is not None
+    assert failed.error.code == "not_finite"
+    assert world.rows("embeddings") == []
+
+
 async def test_an_encoder_cocktail_is_weighed_by_its_embeddings(world: World, service: CocktailService) -> None:
     ready = await made(service, world.request(pool="mini", temperature=0.1))
     assert ready.status == "ready"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,13 +11,17 @@ from typing import Any
 import pytest
 
 from cocktail_serve.errors import ConfigError, InvalidMixError, NotFoundError
-from cocktail_serve.pool import Member, Pool
+from cocktail_serve.pool import FileState, Member, Pool
 from cocktail_serve.recipe import make_recipe, one_hot
 from vllm_cocktail.manifest import MANIFEST_VARIABLE, Manifest
 
 
 def member(name: str, digit: str) -> Member:
-    return Member(name, Path("models") / name, digit * 64, "float32", 1000)
+    files = (
+        FileState(f"models/{name}/config.json", 1, 2, 3, 2**60 + 1, 5, digest="d"),
+        FileState("w", 1, 3, 2**40, 6, 7),
+    )
+    return Member(name, Path("models") / name, digit * 64, "float32", 1000, files, 0.1 if digit == "0" else math.inf)
 
 
 POOL = Pool("flan", "decoder", member("base", "0"), {"red": member("red", "1"), "green": member("green", "2")}, "t")
@@ -33,7 +38,7 @@ def test_a_manifest_is_read_back_as_it_was_written(tmp_path: Path) -> None:
 def test_the_manifest_of_a_pool_starts_with_the_base() -> None:
     assert MANIFEST.resident == one_hot(POOL, "base", dtype="bfloat16").digest
     assert MANIFEST.base == POOL.base.fingerprint
-    assert MANIFEST.members == {m.fingerprint: m.path for m in POOL}
+    assert MANIFEST.members == POOL.by_fingerprint
 
 
 def test_names_are_optional(tmp_path: Path) -> None:

@@ -10,7 +10,17 @@ from typing import Any
 
 import pytest
 
-from cocktail_serve.errors import CapacityError, ConfigError, EngineError, InvalidMixError
+from cocktail_serve.errors import (
+    CapacityError,
+    CheckpointError,
+    ClientError,
+    ConfigError,
+    EngineError,
+    IncompatibleModelsError,
+    InvalidMixError,
+    ModelChangedError,
+    NotFiniteError,
+)
 from cocktail_serve.pool import Member, Pool
 from cocktail_serve.recipe import Recipe, make_recipe, one_hot
 from vllm_cocktail.control import EngineControl
@@ -199,6 +209,18 @@ async def test_an_invalid_recipe_is_found_while_requests_go_on() -> None:
     with pytest.raises(InvalidMixError, match="rank 1: no such file") as caught:
         await control.mix(RED, drain_s=0)
     assert caught.value.code == "invalid_recipe"
+    assert engine.calls == ["cocktail_check"]
+    assert (control.fence.state, control.fence.resident) == ("open", BASE.digest)
+
+
+@pytest.mark.parametrize("kind", [ModelChangedError, CheckpointError, IncompatibleModelsError, NotFiniteError])
+async def test_why_a_worker_does_not_mix_is_told_in_its_own_words(kind: type[ClientError]) -> None:
+    engine = Engine()
+    control = await control_of(engine)
+    engine.replies["cocktail_check"] = [{"ok": False, "error": "red's file", "code": kind.code}]
+    with pytest.raises(ClientError, match="red's file") as caught:
+        await control.mix(RED, drain_s=0)
+    assert type(caught.value) is kind
     assert engine.calls == ["cocktail_check"]
     assert (control.fence.state, control.fence.resident) == ("open", BASE.digest)
 

@@ -25,7 +25,7 @@ def test_it_writes_a_manifest_and_prints_the_start_line(tmp_path: Path, capsys: 
     assert (manifest.dtype, manifest.cache_bytes, manifest.managed) == ("float32", 2**20, False)
     assert manifest.expert_bytes == 2**21
     assert set(manifest.names) == {"base", "red"}
-    assert manifest.members[manifest.names["red"]] == folders["red"]
+    assert manifest.members[manifest.names["red"]].path == folders["red"]
     out = capsys.readouterr().out
     assert manifest.names["red"] in out
     assert f"vllm serve {folders['base']} --dtype float32 --worker-extension-cls vllm_cocktail.worker." in out

@@ -14,12 +14,16 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from cocktail_serve.checkpoints.mixture import iter_mixture
-from cocktail_serve.errors import CheckpointError, ConfigError, IncompatibleModelsError, InvalidMixError
+from cocktail_serve.checkpoints.opening import open_pool
+from cocktail_serve.config import PoolConfig
+from cocktail_serve.errors import CheckpointError, ConfigError, InvalidMixError, ModelChangedError, NotFiniteError
 from cocktail_serve.pool import Pool
 from cocktail_serve.recipe import Recipe, make_recipe
 from tests.merging import merged
+from tests.models import pool_section
 from tests.plugin import make_plugin_pool, recipe_of
 from vllm_cocktail import buffers
+from vllm_cocktail import mixer as mixing
 from vllm_cocktail.cache import MergedParams
 from vllm_cocktail.manifest import Manifest
 from vllm_cocktail.mixer import Mixer
@@ -142,7 +146,7 @@ def test_files_that_no_longer_fit_are_found_before_the_first_tensor(pool: Pool, 
     mixer = mixer_of(replace(pool, experts={**pool.experts, "red": replace(pool.experts["red"], path=red)}))
     mixer.check(recipe)
     save_file({"model.norm.weight": torch.zeros(3)}, red / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(IncompatibleModelsError, match="red"):
+    with pytest.raises(ModelChangedError, match="red"):
         mixer.check(recipe)
     (red / "model.safetensors").unlink()
     with pytest.raises(CheckpointError, match="red"):
@@ -207,7 +211,7 @@ def test_putting_again_replaces() -> None:
 def test_models_that_are_stored_in_another_dtype_are_not_captured(pool: Pool) -> None:
     def why_not(**changes: Any) -> str | None:
         manifest = Manifest.of_pool(pool, dtype="float32", cache_bytes=0, managed=True, expert_bytes=2**30)
-        return Mixer(replace(manifest, **changes), cache_bytes=0).why_not_captured()
+        return Mixer(replace(manifest, **changes), cache_bytes=0).why_not_captured(list(manifest.members))
 
     assert why_not() is None
     assert why_not(expert_bytes=0) == "engine.expert_memory is 0"
@@ -242,3 +246,72 @@ class TestModelsAddedLater:
         with pytest.raises(InvalidMixError, match="no such file"):
             mixer.check(replace(recipe_of(pool, red=1.0), coefficients=(("new", 1.0),)))
         mixer.check(recipe_of(pool, red=1.0))
+
+
+@pytest.fixture
+def own_pool(tmp_path: Path) -> Pool:
+    """A pool whose files a test may change."""
+    return make_plugin_pool(tmp_path / "pool")
+
+
+def overwrite(pool: Pool, name: str, other: str) -> bytes:
+    """Puts another model's parameters into a model's file; returns what was there."""
+    place = pool.member(name).path / "model.safetensors"
+    before = place.read_bytes()
+    place.write_bytes((pool.member(other).path / "model.safetensors").read_bytes())
+    return before
+
+
+class TestFilesThatChange:
+    def test_only_what_needs_them_is_refused(self, own_pool: Pool) -> None:
+        mixer, kept, other = mixer_of(own_pool), recipe_of(own_pool, base=0.5, red=0.5), recipe_of(own_pool, red=1.0)
+        expected = dict(mixer.params(kept)[0])
+        before = overwrite(own_pool, "red", "green")
+        mixer.check(kept)
+        again, source = mixer.params(kept)
+        assert source == "cache"
+        assert all(torch.equal(tensor, expected[name]) for name, tensor in again)
+        with pytest.raises(ModelChangedError, match=r"'red' are not what they were: .*red/model\.safetensors"):
+            mixer.check(other)
+        with pytest.raises(ModelChangedError):
+            mixer.params(other)
+        mixer.check(other, needs_files=False)  # the engine keeps the models themselves
+        mixer.check(recipe_of(own_pool, green=1.0))
+        (own_pool.experts["red"].path / "model.safetensors").write_bytes(before)
+        mixer.check(other)
+
+    def test_a_model_that_changed_before_the_start_is_left_out(self, own_pool: Pool) -> None:
+        overwrite(own_pool, "red", "green")
+        assert mixer_of(own_pool).keepable() == [own_pool.base.fingerprint, own_pool.experts["green"].fingerprint]
+        overwrite(own_pool, "base", "green")
+        with pytest.raises(ModelChangedError, match="'base'"):
+            mixer_of(own_pool).keepable()
+
+    def test_what_is_written_to_while_it_is_mixed_is_not_kept(
+        self, own_pool: Pool, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(mixing, "BYTES_AHEAD", 1)
+        mixer, recipe = mixer_of(own_pool), recipe_of(own_pool, base=0.5, red=0.5)
+        fresh, _ = mixer.params(recipe)
+        next(fresh)
+        overwrite(own_pool, "red", "green")
+        with pytest.raises(ModelChangedError, match="thrown away"):
+            list(fresh)
+        assert recipe.digest not in mixer.cache
+
+
+def test_a_mixture_beyond_the_dtype_is_found_before_the_engine_is_touched(own_pool: Pool) -> None:
+    place = own_pool.experts["red"].path / "model.safetensors"
+    tensors = load_file(place)
+    tensors["lm_head.weight"][0, 0] = 3e38
+    save_file(tensors, place, metadata={"format": "pt"})
+    folders = {name: member.path for name, member in own_pool.members.items()}
+    config = PoolConfig.model_validate(pool_section("pico", "decoder", folders, {"type": "vllm"}))
+    pool = open_pool(config, cache_dir=place.parents[2] / "cache")
+    mixer = mixer_of(pool)
+    recipe = make_recipe(pool, {"red": 2.0, "green": -1.0}, dtype="float32")
+    for needs_files in (True, False):
+        with pytest.raises(NotFiniteError, match=r"tensor 'lm_head\.weight' of the mixture \(linear: .*2 red\)"):
+            mixer.check(recipe, needs_files=needs_files)
+    # the bound is passed, and the mixture is not
+    mixer.check(make_recipe(pool, {"red": 1.0, "green": -1.0, "base": 1.0}, dtype="float32"))

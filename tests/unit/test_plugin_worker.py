@@ -119,7 +119,7 @@ def test_a_mix_replaces_every_parameter_and_says_so(worker: Worker, pool: Pool) 
     kept = worker.cocktail_probe()["cached"]
     said = {"ok": True, "error": None, "digest": recipe.digest, "source": "files", "cached": kept}
     assert json.loads(json.dumps(reply)) == said
-    expected = dict(iter_mixture(recipe, {member.fingerprint: member.path for member in pool}))
+    expected = dict(iter_mixture(recipe, pool.by_fingerprint))
     assert worker.live.keys() == expected.keys()
     assert all(torch.equal(worker.live[name], tensor) for name, tensor in expected.items())
     assert worker.cocktail_probe()["digest"] == recipe.digest
@@ -174,3 +174,27 @@ def test_an_engine_that_cannot_be_mixed_is_refused(
     assert not reply["ok"]
     assert message in reply["error"]
     assert worker.cocktail_mixer is None
+
+
+@pytest.mark.parametrize("name", ["base", "red"])
+def test_files_that_changed_are_told_by_their_code(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, worker: Worker, name: str
+) -> None:
+    """Of the base at the start, after vLLM's loader has read it; of others when they are needed."""
+    pool = make_plugin_pool(tmp_path / "own")
+    manifest = Manifest.of_pool(pool, dtype="float32", cache_bytes=0, managed=True).write(tmp_path / "own.json")
+    monkeypatch.setenv(MANIFEST_VARIABLE, str(manifest))
+    worker.vllm_config.model_config.model = str(pool.base.path)
+    (pool.member(name).path / "model.safetensors").write_bytes(
+        (pool.member("green").path / "model.safetensors").read_bytes()
+    )
+    probed = worker.cocktail_probe()
+    if name == "base":
+        assert (probed["ok"], probed["code"]) == (False, "model_changed")
+        assert "'base' are not what they were" in probed["error"]
+        return
+    assert probed["ok"]
+    checked = worker.cocktail_check(text_of(recipe_of(pool, red=1.0)))
+    assert (checked["ok"], checked["code"]) == (False, "model_changed")
+    assert worker.cocktail_check(text_of(recipe_of(pool, green=1.0)))["ok"]
+    assert worker.cocktail_probe()["digest"] == recipe_of(pool, base=1.0).digest

@@ -99,7 +99,7 @@ def test_a_pool_mixes_adapters_with_full_checkpoints(
     full = next(name for name in decoders if name != "base")
     recipe = make_recipe(pool, {"base": 0.2, full: 0.5, "lora": 0.3}, dtype="float32")
     stored = {name: load_file(decoders[name] / "model.safetensors") for name in ("base", full)}
-    for name, tensor in iter_mixture(recipe, {member.fingerprint: member.path for member in pool}):
+    for name, tensor in iter_mixture(recipe, pool.by_fingerprint):
         expected = 0.2 * stored["base"][name] + 0.5 * stored[full][name] + 0.3 * merged[name]
         torch.testing.assert_close(tensor, expected, rtol=1e-5, atol=1e-6)
 

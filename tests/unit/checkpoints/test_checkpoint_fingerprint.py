@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from cocktail_serve.checkpoints import fingerprint as module
-from cocktail_serve.checkpoints.fingerprint import fingerprint_folder, fingerprint_parameters
+from cocktail_serve.checkpoints.fingerprint import Identity, identify, identify_folder
 from cocktail_serve.checkpoints.reader import CheckpointReader
 from cocktail_serve.errors import CheckpointError
 from tests.models import make_decoder
@@ -25,20 +25,20 @@ WEIGHTS = "model.safetensors"
 
 def fingerprint(folder: Path) -> str:
     with CheckpointReader(folder) as reader:
-        return fingerprint_parameters(reader)
+        return identify(reader).fingerprint
 
 
 @pytest.fixture
 def reads(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     """Folders whose parameters were read."""
     read: list[Path] = []
-    original = module.fingerprint_parameters
+    original = module.identify
 
-    def spy(reader: CheckpointReader, **options: Any) -> str:
+    def spy(reader: CheckpointReader, **options: Any) -> Identity:
         read.append(reader.folder)
         return original(reader, **options)
 
-    monkeypatch.setattr(module, "fingerprint_parameters", spy)
+    monkeypatch.setattr(module, "identify", spy)
     return read
 
 
@@ -99,14 +99,14 @@ def test_tied_embeddings_count_once(tied_decoders: Folders, copy: Copy) -> None:
 def test_progress_ends_at_the_size_of_the_model(decoders: Folders) -> None:
     calls: list[tuple[int, int]] = []
     with CheckpointReader(decoders["base"]) as reader:
-        fingerprint_parameters(reader, progress=lambda done, total: calls.append((done, total)))
+        identify(reader, progress=lambda done, total: calls.append((done, total)))
         assert calls[-1] == (reader.num_bytes, reader.num_bytes)
     assert calls == sorted(calls)
 
 
 def test_an_unchanged_folder_is_read_once(decoders: Folders, tmp_path: Path, reads: list[Path]) -> None:
-    first = fingerprint_folder(decoders["nq"], cache_dir=tmp_path)
-    assert fingerprint_folder(decoders["nq"], cache_dir=tmp_path) == first == fingerprint(decoders["nq"])
+    first = identify_folder(decoders["nq"], cache_dir=tmp_path).fingerprint
+    assert identify_folder(decoders["nq"], cache_dir=tmp_path).fingerprint == first == fingerprint(decoders["nq"])
     assert len(reads) == 1
     assert not list(tmp_path.rglob("*.tmp"))
 
@@ -115,54 +115,47 @@ def test_a_changed_file_is_read_again_even_with_its_old_time(
     decoders: Folders, copy: Copy, tmp_path: Path, reads: list[Path]
 ) -> None:
     folder = copy(decoders["nq"])
-    before = fingerprint_folder(folder, cache_dir=tmp_path / "cache")
+    before = identify_folder(folder, cache_dir=tmp_path / "cache").fingerprint
     status = (folder / WEIGHTS).stat()
     (folder / WEIGHTS).write_bytes((decoders["base"] / WEIGHTS).read_bytes())
     os.utime(folder / WEIGHTS, ns=(status.st_atime_ns, status.st_mtime_ns))
     assert (folder / WEIGHTS).stat().st_size == status.st_size
-    assert fingerprint_folder(folder, cache_dir=tmp_path / "cache") == fingerprint(decoders["base"]) != before
+    assert identify_folder(folder, cache_dir=tmp_path / "cache").fingerprint == fingerprint(decoders["base"]) != before
     assert len(reads) == 2
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff", b'{"state": 3}', b'{"fingerprint": "x"}', b"[" * 99999])
 def test_a_corrupt_cache_costs_time_alone(decoders: Folders, tmp_path: Path, content: bytes) -> None:
-    expected = fingerprint_folder(decoders["nq"], cache_dir=tmp_path)
+    expected = identify_folder(decoders["nq"], cache_dir=tmp_path).fingerprint
     (entry,) = (tmp_path / "fingerprints").glob("*.json")
     entry.write_bytes(content)
-    assert fingerprint_folder(decoders["nq"], cache_dir=tmp_path) == expected
+    assert identify_folder(decoders["nq"], cache_dir=tmp_path).fingerprint == expected
 
 
 def test_an_entry_in_which_a_digit_changed_is_found_and_made_again(decoders: Folders, tmp_path: Path) -> None:
-    expected = fingerprint_folder(decoders["nq"], cache_dir=tmp_path)
+    expected = identify_folder(decoders["nq"], cache_dir=tmp_path).fingerprint
     (entry,) = (tmp_path / "fingerprints").glob("*.json")
     written = entry.read_text()
     wrong = ("1" if expected[0] == "0" else "0") + expected[1:]
     entry.write_text(written.replace(expected, wrong))
-    assert fingerprint_folder(decoders["nq"], cache_dir=tmp_path) == expected
+    assert identify_folder(decoders["nq"], cache_dir=tmp_path).fingerprint == expected
     assert entry.read_text() == written
 
 
 def test_a_cache_that_cannot_be_written_costs_time_alone(decoders: Folders, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("not a folder")
-    assert fingerprint_folder(decoders["nq"], cache_dir=tmp_path / "file") == fingerprint(decoders["nq"])
+    assert identify_folder(decoders["nq"], cache_dir=tmp_path / "file").fingerprint == fingerprint(decoders["nq"])
 
 
-def test_a_folder_that_changes_while_it_is_read(
-    decoders: Folders, copy: Copy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_folder_that_changes_while_it_is_read(decoders: Folders, copy: Copy, tmp_path: Path) -> None:
     folder = copy(decoders["nq"])
-
-    def change(reader: CheckpointReader, **options: Any) -> str:
-        (folder / WEIGHTS).touch()
-        return "half old, half new"
-
-    monkeypatch.setattr(module, "fingerprint_parameters", change)
-    with pytest.raises(CheckpointError, match="changed while it was read"):
-        fingerprint_folder(folder, cache_dir=tmp_path / "cache")
+    with pytest.raises(CheckpointError, match="was written to while it was read"):
+        identify_folder(folder, cache_dir=tmp_path / "cache", progress=lambda done, total: (folder / WEIGHTS).touch())
+    assert not list(tmp_path.rglob("fingerprints/*.json"))
 
 
 def test_who_asks_at_the_same_time_reads_once(decoders: Folders, tmp_path: Path, reads: list[Path]) -> None:
     with ThreadPoolExecutor(4) as pool:
-        found = set(pool.map(lambda _: fingerprint_folder(decoders["nq"], cache_dir=tmp_path), range(8)))
+        found = set(pool.map(lambda _: identify_folder(decoders["nq"], cache_dir=tmp_path).fingerprint, range(8)))
     assert len(found) == 1
     assert len(reads) == 1

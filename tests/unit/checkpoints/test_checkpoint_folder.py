@@ -20,7 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 from cocktail_serve.checkpoints import folder as module
 from cocktail_serve.checkpoints.folder import save_mixture
 from cocktail_serve.checkpoints.mixture import iter_mixture
-from cocktail_serve.errors import ConflictError, IncompatibleModelsError, StorageError
+from cocktail_serve.errors import ConflictError, ModelChangedError, StorageError
 from cocktail_serve.pool import Pool
 from cocktail_serve.recipe import DType, Recipe, make_recipe, one_hot
 
@@ -37,7 +37,7 @@ def even(pool: Pool, dtype: DType = "float32") -> Recipe:
 
 
 def parameters(recipe: Recipe, pool: Pool) -> dict[str, torch.Tensor]:
-    return dict(iter_mixture(recipe, {member.fingerprint: member.path for member in pool}))
+    return dict(iter_mixture(recipe, pool.by_fingerprint))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -215,7 +215,7 @@ def test_models_that_cannot_be_mixed_leave_nothing(encoders: Folders, opened: Op
     tensors = load_file(folders["quora"] / WEIGHTS)
     tensors.pop("encoder.layer.0.output.dense.weight")
     save_file(tensors, folders["quora"] / WEIGHTS)
-    with pytest.raises(IncompatibleModelsError):
+    with pytest.raises(ModelChangedError):
         save_mixture(even(pool), pool, tmp_path / "new" / "out")
     assert not (tmp_path / "new").exists()
 

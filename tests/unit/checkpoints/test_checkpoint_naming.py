@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,8 @@ from cocktail_serve.checkpoints.compatibility import compare
 from cocktail_serve.checkpoints.mixture import iter_mixture
 from cocktail_serve.checkpoints.naming import parameter_names
 from cocktail_serve.checkpoints.reader import CheckpointReader
-from cocktail_serve.recipe import Recipe
+from cocktail_serve.pool import Member, Pool
+from cocktail_serve.recipe import Recipe, make_recipe
 
 WEIGHTS = "model.safetensors"
 MODULES = [
@@ -145,6 +147,12 @@ PAIRS: dict[str, tuple[Callable[[], Model], Rename, Callable[[], Model], Rename,
 }
 
 
+def member(name: str, folder: Path) -> Member:
+    """A model under a short name in place of its fingerprint, taken as it is now."""
+    with CheckpointReader(folder) as reader:
+        return Member(name, folder, name, "float32", 0, reader.files)
+
+
 @pytest.mark.parametrize("is_reversed", [False, True], ids=["", "reversed"])
 @pytest.mark.parametrize("pair", PAIRS)
 def test_what_an_engine_makes_of_a_mixture_is_the_mean_of_what_it_makes_of_the_models(
@@ -160,7 +168,7 @@ def test_what_an_engine_makes_of_a_mixture_is_the_mean_of_what_it_makes_of_the_m
     assert report.problems == ()
 
     recipe = Recipe("b", (("b", 0.25), ("e", 0.75)), "float32")
-    mixed = dict(iter_mixture(recipe, {"b": base, "e": expert}))
+    mixed = dict(iter_mixture(recipe, {"b": member("b", base), "e": member("e", expert)}))
     with CheckpointReader(base) as reader:
         assert mixed.keys() == reader.tensors.keys(), "a mixture has the names that the engine was started on"
     if not is_encoder:  # the class that saved the base is what an engine makes of it
@@ -191,6 +199,23 @@ def test_an_expert_that_lacks_what_the_engine_reads(tmp_path: Path) -> None:
     problems = {finding.subject: finding for finding in compare(base, expert).problems}
     assert problems.keys() == {"tensor h.1.mlp.c_fc.weight", "tensor h.1.mlp.c_fc.bias"}
     assert problems["tensor h.1.mlp.c_fc.weight"].expert == "none"
+
+
+def test_a_copy_of_an_expert_of_other_names_is_the_same_expert(
+    tmp_path: Path, opened: Callable[..., Pool], decoders: dict[str, Path]
+) -> None:
+    """Its files look new, so it is read again: under its own names, which its fingerprint is of."""
+    base = save(gpt2(), tmp_path / "base", seed=1, rename=as_openai_published)
+    expert = save(gpt2(), tmp_path / "expert", seed=2)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(decoders["base"] / name, base)
+    pool = opened({"base": base, "expert": expert}, "decoder")
+    recipe = make_recipe(pool, {"base": 0.5, "expert": 0.5}, dtype="float32")
+    before = dict(iter_mixture(recipe, pool.by_fingerprint))
+    shutil.copy(expert / WEIGHTS, tmp_path / "copy")
+    (tmp_path / "copy").replace(expert / WEIGHTS)
+    after = dict(iter_mixture(recipe, pool.by_fingerprint))
+    assert all(torch.equal(before[name], after[name]) for name in before)
 
 
 def test_names_that_the_library_does_not_know_are_compared_as_they_are(tmp_path: Path) -> None:

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 from sqlalchemy import select
 
+from cocktail_serve.checkpoints.mixture import iter_mixture
 from cocktail_serve.checkpoints.opening import open_pool
 from cocktail_serve.cocktails.expert_roots import ExpertRoots
 from cocktail_serve.cocktails.experts import Experts
 from cocktail_serve.config import PoolConfig
 from cocktail_serve.database import tables
 from cocktail_serve.database.database import Database
-from cocktail_serve.errors import ConflictError, StorageError
+from cocktail_serve.errors import ConflictError, ModelChangedError, StorageError
 from cocktail_serve.pool import Pool
+from cocktail_serve.recipe import one_hot
 from tests.models import make_decoder, make_decoder_pool
 
 
@@ -136,3 +141,25 @@ async def test_one_that_is_left_out_says_why(servers: tuple[Server, Server]) -> 
     assert await other.experts.load() == {}
     await one.experts.load()
     assert one.names == ["red"]
+
+
+async def test_an_expert_whose_files_were_replaced_is_deleted_and_added_again(
+    servers: tuple[Server, Server], root: Path
+) -> None:
+    """What the refusal of a mix that needs its old files advises."""
+    one, _ = servers
+    folder = Path(shutil.copytree(root / "green", root / "grey", dirs_exist_ok=True))
+    before, _, _ = await one.experts.add("pico", "grey", "grey")
+    shutil.copy(root / "blue" / "model.safetensors", folder / "model.safetensors")
+    recipe = one_hot(one.pools["pico"], "grey", dtype="float32")
+    with pytest.raises(ModelChangedError, match="delete it and add it again"):
+        iter_mixture(recipe, one.pools["pico"].by_fingerprint)
+    with pytest.raises(ConflictError, match="delete it first"):
+        await one.experts.add("pico", "grey", "grey")
+    await one.experts.remove("pico", "grey", force=False)
+    after, _, _ = await one.experts.add("pico", "grey", "grey")
+    assert after.fingerprint != before.fingerprint
+    pool = one.pools["pico"]
+    mixed = dict(iter_mixture(one_hot(pool, "grey", dtype="float32"), pool.by_fingerprint))
+    stored = load_file(root / "blue" / "model.safetensors")
+    assert all(torch.equal(tensor, stored[name]) for name, tensor in mixed.items())

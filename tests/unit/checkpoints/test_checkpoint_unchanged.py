@@ -1,0 +1,365 @@
+"""Files that are replaced, written to, cut short, put back: what is mixed is what the fingerprint says, or nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from cocktail_serve.checkpoints import mapping, unchanged
+from cocktail_serve.checkpoints.folder import save_mixture
+from cocktail_serve.checkpoints.mixture import Mixture, iter_mixture
+from cocktail_serve.checkpoints.reader import CheckpointReader
+from cocktail_serve.errors import ModelChangedError
+from cocktail_serve.merging import native
+from cocktail_serve.pool import Pool
+from cocktail_serve.recipe import Recipe, make_recipe, one_hot
+
+Folders = dict[str, Path]
+Open = Callable[..., Pool]
+Copy = Callable[..., Path]
+WEIGHTS = "model.safetensors"
+
+
+@pytest.fixture
+def folders(decoders: Folders, copy: Copy) -> Folders:
+    return {name: copy(folder, name) for name, folder in decoders.items()}
+
+
+@pytest.fixture
+def pool(folders: Folders, opened: Open) -> Pool:
+    return opened(folders)
+
+
+@pytest.fixture(params=["mapped", "read"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a compiler files are mapped, without one they are read."""
+    if request.param == "read":
+        monkeypatch.setattr(mapping, "_library", lambda: None)
+    elif isinstance(native.load_kernel(), str):
+        pytest.skip(str(native.load_kernel()))
+
+
+def half(pool: Pool, name: str = "nq") -> Recipe:
+    return make_recipe(pool, {"base": 0.5, name: 0.5}, dtype="float32")
+
+
+def mixed(pool: Pool, name: str = "nq") -> dict[str, torch.Tensor]:
+    return dict(iter_mixture(half(pool, name), pool.by_fingerprint))
+
+
+def same(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> bool:
+    return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
+
+
+def write_over(folder: Path, other: Path) -> None:
+    (folder / WEIGHTS).write_bytes((other / WEIGHTS).read_bytes())
+
+
+def write_over_and_set_the_time_back(folder: Path, other: Path) -> None:
+    status = (folder / WEIGHTS).stat()
+    write_over(folder, other)
+    os.utime(folder / WEIGHTS, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+
+def rename_over(folder: Path, other: Path) -> None:
+    shutil.copy2(other / WEIGHTS, folder / "new")
+    (folder / "new").rename(folder / WEIGHTS)
+
+
+def truncate(folder: Path, other: Path) -> None:
+    os.truncate(folder / WEIGHTS, 4096)
+
+
+def delete(folder: Path, other: Path) -> None:
+    (folder / WEIGHTS).unlink()
+
+
+def delete_all(folder: Path, other: Path) -> None:
+    shutil.rmtree(folder)
+
+
+def change_settings(folder: Path, other: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"rope_theta": 3.0}))
+
+
+CHANGES = [
+    write_over,
+    write_over_and_set_the_time_back,
+    rename_over,
+    truncate,
+    delete,
+    delete_all,
+    change_settings,
+]
+
+
+@pytest.mark.usefixtures("way")
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("name", ["base", "nq"])
+def test_other_files_are_refused_and_the_old_ones_taken_again(
+    pool: Pool, folders: Folders, tmp_path: Path, change: Callable[[Path, Path], None], name: str
+) -> None:
+    expected = mixed(pool)
+    kept = shutil.copytree(folders[name], tmp_path / "kept")
+    change(folders[name], folders["ag-news"])
+    for _ in range(2):
+        with pytest.raises(ModelChangedError, match=f"'{name}' are not what they were") as caught:
+            mixed(pool)
+        assert caught.value.code == "model_changed"
+        assert str(folders[name]) in caught.value.message
+        assert "put the old ones back" in caught.value.message
+    if name == "nq":
+        mixed(pool, "ag-news")  # which needs none of it
+    shutil.rmtree(folders[name], ignore_errors=True)
+    shutil.copytree(kept, folders[name])
+    assert same(mixed(pool), expected)
+
+
+def test_the_same_content_is_read_once_more_and_no_more(
+    pool: Pool, folders: Folders, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[Path] = []
+    identify = unchanged.identify
+
+    def spy(reader: CheckpointReader) -> object:
+        read.append(reader.folder)
+        return identify(reader)
+
+    monkeypatch.setattr(unchanged, "identify", spy)
+    expected = mixed(pool)
+    assert read == []
+    (folders["nq"] / WEIGHTS).touch()
+    assert same(mixed(pool), expected)
+    shutil.copy2(folders["nq"] / WEIGHTS, folders["nq"] / "copy")
+    (folders["nq"] / "copy").rename(folders["nq"] / WEIGHTS)
+    for _ in range(3):
+        assert same(mixed(pool), expected)
+    assert read == [folders["nq"]] * 2
+    write_over(folders["nq"], folders["ag-news"])
+    for _ in range(3):
+        with pytest.raises(ModelChangedError):
+            mixed(pool)
+    assert read == [folders["nq"]] * 3
+
+
+def test_a_write_within_one_tick_of_the_clock_is_seen(folders: Folders, opened: Open) -> None:
+    """Times of files move in steps: nothing may be fingerprinted that can still be written to within the same one."""
+    place = folders["nq"] / WEIGHTS
+    tensors = load_file(place)
+    for turn in range(20):
+        save_file({name: tensor * (1 + turn) for name, tensor in tensors.items()}, folders["nq"] / "other")
+        place.write_bytes((folders["nq"] / "other").read_bytes())
+        pool = opened({"base": folders["base"], "nq": folders["nq"]})
+        write_over_and_set_the_time_back(folders["nq"], folders["ag-news"])
+        with pytest.raises(ModelChangedError):
+            iter_mixture(one_hot(pool, "nq", dtype="float32"), pool.by_fingerprint)
+
+
+def test_bin_files_are_held_too(folders: Folders, opened: Open) -> None:
+    for folder in (folders["nq"], folders["ag-news"]):
+        torch.save(load_file(folder / WEIGHTS), folder / "pytorch_model.bin")
+        (folder / WEIGHTS).unlink()
+    pool = opened(folders)
+    mixed(pool)
+    shutil.copyfile(folders["ag-news"] / "pytorch_model.bin", folders["nq"] / "pytorch_model.bin")
+    with pytest.raises(ModelChangedError, match=r"nq/pytorch_model\.bin holds other parameters"):
+        mixed(pool)
+
+
+def test_safetensors_that_appear_beside_a_bin(folders: Folders, opened: Open) -> None:
+    torch.save(load_file(folders["nq"] / WEIGHTS), folders["nq"] / "pytorch_model.bin")
+    (folders["nq"] / WEIGHTS).unlink()
+    pool = opened(folders)
+    shutil.copyfile(folders["ag-news"] / WEIGHTS, folders["nq"] / WEIGHTS)
+    with pytest.raises(ModelChangedError, match=r"nq/model\.safetensors holds other parameters"):
+        mixed(pool)
+
+
+@pytest.mark.parametrize("file", ["adapter_model.safetensors", "adapter_config.json"])
+def test_an_adapters_files_are_held_too(folders: Folders, opened: Open, tmp_path: Path, file: str) -> None:
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    shape = load_file(folders["base"] / WEIGHTS)["model.layers.0.self_attn.q_proj.weight"].shape
+    prefix = "base_model.model.model.layers.0.self_attn.q_proj"
+    factors = {f"{prefix}.lora_A.weight": torch.ones(2, shape[1]), f"{prefix}.lora_B.weight": torch.ones(shape[0], 2)}
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 4}
+    save_file(factors, adapter / "adapter_model.safetensors")
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
+    pool = opened({"base": folders["base"], "lora": adapter})
+    expected = mixed(pool, "lora")
+    (adapter / file).touch()
+    assert same(mixed(pool, "lora"), expected)
+    if file == "adapter_config.json":
+        (adapter / file).write_text(json.dumps(config | {"lora_alpha": 8}))
+    else:
+        save_file({name: factor * 2 for name, factor in factors.items()}, adapter / file)
+    with pytest.raises(ModelChangedError, match=f"'lora' are not what they were: .*{file}"):
+        mixed(pool, "lora")
+
+
+@pytest.mark.usefixtures("way")
+@pytest.mark.parametrize("change", [write_over, truncate])
+def test_what_is_written_to_in_the_middle_of_a_mix_is_thrown_away(
+    pool: Pool, folders: Folders, change: Callable[[Path, Path], None]
+) -> None:
+    params = iter_mixture(half(pool), pool.by_fingerprint)
+    next(params)
+    change(folders["nq"], folders["ag-news"])
+    with pytest.raises(ModelChangedError, match=r"'nq', .*model\.safetensors was (written to|cut short)"):
+        list(params)
+
+
+def test_a_file_renamed_over_in_the_middle_of_a_mix_leaves_the_mixture_right(pool: Pool, folders: Folders) -> None:
+    expected = mixed(pool)
+    params = iter_mixture(half(pool), pool.by_fingerprint)
+    got = dict([next(params)])
+    rename_over(folders["nq"], folders["ag-news"])
+    assert same(got | dict(params), expected)
+
+
+def test_nothing_is_written_of_files_that_change_meanwhile(pool: Pool, folders: Folders, tmp_path: Path) -> None:
+    def change(done: int, total: int) -> None:
+        if done == total:
+            truncate(folders["nq"], folders["ag-news"])
+
+    with pytest.raises(ModelChangedError, match="thrown away"):
+        save_mixture(half(pool), pool, tmp_path / "out", progress=change)
+    assert not (tmp_path / "out").exists()
+    assert not list(tmp_path.glob(".out*"))
+
+
+def test_an_error_in_a_mix_is_told_by_its_cause(pool: Pool, folders: Folders) -> None:
+    def fail(name: str, reason: str, change: Callable[[Path, Path], None] | None = None) -> None:
+        with Mixture(half(pool, name), pool.by_fingerprint):
+            if change is not None:
+                change(folders[name], folders["base"])
+            raise OSError(reason)
+
+    with pytest.raises(ModelChangedError):
+        fail("nq", "bad address", truncate)
+    with pytest.raises(OSError, match="disk"):
+        fail("ag-news", "the disk is full")
+
+
+def run(script: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", textwrap.dedent(script), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+
+
+needs_compiler = pytest.mark.skipif(native.find_compiler() is None, reason="no C compiler")
+
+
+@needs_compiler
+@pytest.mark.parametrize("before", ["", "import faulthandler; faulthandler.enable()"])
+def test_a_mapped_file_that_is_cut_short_ends_no_process(tmp_path: Path, before: str) -> None:
+    (tmp_path / "file").write_bytes(b"x" * 100_000)
+    found = run(
+        f"""
+        import os, sys
+        from pathlib import Path
+        {before}
+        from cocktail_serve.checkpoints.mapping import HeldFile
+        from cocktail_serve.errors import CheckpointError
+        path = Path(sys.argv[1])
+        held, other = HeldFile(path), HeldFile(path)
+        whole = held.read(0, 100_000)
+        assert whole[99_999] == 120
+        os.truncate(path, 10)
+        print(whole[99_999])  # of a page that is gone
+        for each in (held, other):
+            try:
+                each.check_unwritten()
+            except CheckpointError:
+                print("thrown away")
+        path.write_bytes(b"y" * 100_000)
+        os.utime(path, ns=(held.state.modified_ns, held.state.modified_ns))
+        again = HeldFile(path)
+        again.check_unwritten()
+        print(again.read(0, 1)[0], again.read(99_999, 100_000)[0])
+        """,
+        tmp_path / "file",
+    )
+    assert (found.returncode, found.stdout.split("\n")) == (0, ["0", "thrown away", "thrown away", "121 121", ""]), (
+        found
+    )
+
+
+FOREIGN = """
+    import mmap, os, sys
+    from pathlib import Path
+    from cocktail_serve.checkpoints.mapping import HeldFile
+    path = Path(sys.argv[1])
+    held = HeldFile(path)
+    {before}
+    with path.open("rb") as file:
+        foreign = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    os.truncate(path, 10)
+    {fault}
+    print("still here")
+"""
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    ("before", "fault"),
+    [
+        ("", "foreign[99_999]"),
+        ("", "os.kill(os.getpid(), 7)"),
+        ("import faulthandler; faulthandler.enable(); HeldFile(path)", "foreign[99_999]"),
+    ],
+    ids=["fault", "sent", "another handler between"],
+)
+def test_what_is_no_file_of_ours_ends_the_process_as_it_did(tmp_path: Path, before: str, fault: str) -> None:
+    (tmp_path / "file").write_bytes(b"x" * 100_000)
+    found = run(FOREIGN.format(before=before, fault=fault), tmp_path / "file")
+    assert found.returncode == -signal.SIGBUS
+    assert found.stdout == ""
+
+
+@needs_compiler
+def test_a_handler_that_was_there_before_is_asked(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"x" * 100_000)
+    script = FOREIGN.format(before="", fault="foreign[99_999]")
+    found = run(f"import faulthandler; faulthandler.enable()\n{textwrap.dedent(script)}", tmp_path / "file")
+    assert found.returncode == -signal.SIGBUS
+    assert "Fatal Python error: Bus error" in found.stderr
+
+
+@needs_compiler
+def test_a_file_cut_short_while_a_library_reads_it(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"x" * 100_000)
+    script = FOREIGN.format(
+        before="from cocktail_serve.checkpoints.mapping import library_reads",
+        fault="""
+    with library_reads(path.parent):
+        print(foreign[99_999])
+    """,
+    )
+    found = run(script, tmp_path / "file")
+    assert found.stdout == "0\n"
+    assert "CheckpointError" in found.stderr
+    assert "was cut short while it was loaded" in found.stderr
+
+
+def test_a_pool_without_known_files_is_read_before_it_is_trusted(pool: Pool, folders: Folders) -> None:
+    """A member written by hand has a fingerprint that nobody checked."""
+    from dataclasses import replace
+
+    members = {f: replace(member, files=()) for f, member in pool.by_fingerprint.items()}
+    assert same(dict(iter_mixture(half(pool), members)), mixed(pool))
+    nq = pool.experts["nq"].fingerprint
+    members[nq] = replace(members[nq], path=folders["ag-news"])
+    with pytest.raises(ModelChangedError):
+        iter_mixture(half(pool), members)
