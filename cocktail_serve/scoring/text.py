@@ -15,6 +15,7 @@ import numpy as np
 
 from cocktail_serve.errors import ContextLengthError, InvalidExamplesError
 from cocktail_serve.examples import ChatExample, ExampleSet, RetrievalExample, TextExample
+from cocktail_serve.generation import ChatTemplate
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -40,7 +41,11 @@ class TokenizedExample:
 
 
 def tokenize_examples(
-    tokenizer: PreTrainedTokenizerFast, examples: ExampleSet, *, max_tokens: int
+    tokenizer: PreTrainedTokenizerFast,
+    examples: ExampleSet,
+    *,
+    max_tokens: int,
+    chat_template: ChatTemplate | None = None,
 ) -> list[TokenizedExample]:
     """Turns text and chat examples into tokens, with the boundary between input and output found in tokens.
 
@@ -54,13 +59,14 @@ def tokenize_examples(
     Args:
         max_tokens: longest example allowed; `max_model_len - 1` wherever it is scored, since vLLM needs room for one
             token more.
+        chat_template: the pool's; None: the tokenizer's own, if it has one.
 
     Raises:
         ContextLengthError: an example is longer; names its row.
         InvalidExamplesError: an output that tokenises to nothing, messages without a chat template or that it refuses.
     """
     return [
-        _tokenize(tokenizer, example, _Row(number, examples), max_tokens)
+        _tokenize(tokenizer, example, _Row(number, examples), max_tokens, chat_template)
         for number, example in enumerate(examples, start=1)
     ]
 
@@ -127,13 +133,14 @@ def _tokenize(
     example: TextExample | ChatExample | RetrievalExample,
     row: _Row,
     max_tokens: int,
+    chat_template: ChatTemplate | None,
 ) -> TokenizedExample:
     if isinstance(example, TextExample):
         text, input_end = f"{example.input} {example.output}", len(example.input)
         # the space that joins the two is ours: an output of which nothing else is left has no tokens
         output_begin = input_end + 1
     elif isinstance(example, ChatExample):
-        text, input_end = _render(tokenizer, example, row)
+        text, input_end = _render(tokenizer, example, row, chat_template)
         output_begin = input_end
     else:
         raise row.invalid("a retrieval example has no output for a decoder to predict")
@@ -156,18 +163,29 @@ def _tokenize(
     return TokenizedExample(token_ids, output_start)
 
 
-def _render(tokenizer: PreTrainedTokenizerFast, example: ChatExample, row: _Row) -> tuple[str, int]:
+def _render(
+    tokenizer: PreTrainedTokenizerFast, example: ChatExample, row: _Row, chat_template: ChatTemplate | None
+) -> tuple[str, int]:
     """The conversation's text, and how many of its characters are the input."""
     from jinja2 import TemplateError
 
-    if not tokenizer.chat_template:
+    if chat_template is None and not tokenizer.chat_template:
         raise row.invalid(
-            "the pool's tokenizer has no chat template, so messages cannot be scored; give input and output"
+            "the pool's base has no chat template, and no single one comes with its experts, so messages cannot be "
+            "scored; set chat-template in engine.args, or give input and output"
         )
+    own = {} if chat_template is None else {"chat_template": chat_template.text, **chat_template.defaults}
     messages = example.to_json()["messages"]
+
+    def rendered(messages: list[dict[str, Any]], *, add_generation_prompt: bool) -> str:
+        text: str = tokenizer.apply_chat_template(
+            messages, tokenize=False, **{**own, "add_generation_prompt": add_generation_prompt}
+        )
+        return text
+
     try:
-        text = _apply(tokenizer, messages, add_generation_prompt=False)
-        before = _apply(tokenizer, messages[:-1], add_generation_prompt=True)
+        text = rendered(messages, add_generation_prompt=False)
+        before = rendered(messages[:-1], add_generation_prompt=True)
     except TemplateError as error:
         raise row.invalid(f"the chat template refuses these messages: {error}") from error
     # a generation prompt may hold more than the template renders for a finished turn (an opened thought, say)
@@ -177,11 +195,6 @@ def _render(tokenizer: PreTrainedTokenizerFast, example: ChatExample, row: _Row)
 def _length_of_common_prefix(one: str, other: str) -> int:
     pairs = zip(one, other, strict=False)
     return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(one), len(other)))
-
-
-def _apply(tokenizer: PreTrainedTokenizerFast, messages: list[dict[str, Any]], *, add_generation_prompt: bool) -> str:
-    rendered: str = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
-    return rendered
 
 
 def batches_by_length(lengths: Sequence[int]) -> Iterator[list[int]]:

@@ -137,7 +137,7 @@ def test_a_generation_prompt_that_opens_a_thought_is_not_output() -> None:
 def test_messages_need_a_chat_template() -> None:
     tokenizer = make_decoder_tokenizer()
     tokenizer.chat_template = None
-    with pytest.raises(InvalidExamplesError, match="row 1: the pool's tokenizer has no chat template"):
+    with pytest.raises(InvalidExamplesError, match="row 1: the pool's base has no chat template"):
         tokenize(tokenizer, chat(("user", "what"), ("assistant", "paris")))
 
 
