@@ -45,11 +45,10 @@ def inspect(folder: ModelFolder, expert: OtherFolder = None, *, plot: PlotFile =
             from cocktail_serve.checkpoints.adapter import is_adapter
             from cocktail_serve.checkpoints.compatibility import compare
 
-            described.append(
-                _describe_adapter(expert, folder, described[0])
-                if is_adapter(expert)
-                else _describe(expert, report, base=folder)
-            )
+            if is_adapter(expert):
+                described.append(_describe_adapter(expert, folder, described[0]))
+            else:
+                described.append(_describe(expert, report, base=folder))
             compatibility = compare(folder, expert)
             mixed = _mixed_generation(folder, expert)
             changes = list(_changes(folder, expert, report)) if compatibility.is_compatible else []
