@@ -42,7 +42,7 @@ class ChatTemplate:
 
     text: str
     tool_use: str | None = None
-    defaults: Mapping[str, Any] = field(default_factory=dict)
+    defaults: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
     @property
     def digest(self) -> str:
@@ -63,7 +63,7 @@ class GenerationSettings:
 
     end_token_ids: tuple[int, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
-    sampling: Mapping[str, float] = field(default_factory=dict)
+    sampling: Mapping[str, float] = field(default_factory=dict, hash=False)
     chat_template: ChatTemplate | None = None
 
     def to_json(self) -> dict[str, Any]:
@@ -91,7 +91,7 @@ class GenerationOptions:
     """
 
     chat_template: ChatTemplate | None = None
-    chat_template_defaults: Mapping[str, Any] = field(default_factory=dict)
+    chat_template_defaults: Mapping[str, Any] = field(default_factory=dict, hash=False)
     generation_config: Path | None = None
     has_sampling: bool = True
     overridden: frozenset[str] = frozenset()

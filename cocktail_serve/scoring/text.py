@@ -174,12 +174,12 @@ def _render(
             "the pool's base has no chat template, and no single one comes with its experts, so messages cannot be "
             "scored; set chat-template in engine.args, or give input and output"
         )
-    own = {} if chat_template is None else {"chat_template": chat_template.text, **chat_template.defaults}
+    own = {} if chat_template is None else {**chat_template.defaults, "chat_template": chat_template.text}
     messages = example.to_json()["messages"]
 
     def rendered(messages: list[dict[str, Any]], *, add_generation_prompt: bool) -> str:
         text: str = tokenizer.apply_chat_template(
-            messages, tokenize=False, **{**own, "add_generation_prompt": add_generation_prompt}
+            messages, **{**own, "tokenize": False, "add_generation_prompt": add_generation_prompt}
         )
         return text
 

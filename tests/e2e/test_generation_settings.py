@@ -1,4 +1,4 @@
-"""How models are called where a request does not say, in real vLLM: each as its own folder says, mixtures by the rule."""
+"""How models are called where a request does not say, in real vLLM: as their folders say, mixtures by the rule."""
 
 from __future__ import annotations
 
@@ -9,8 +9,13 @@ from typing import Any
 import openai
 import pytest
 import yaml
+from transformers import AutoTokenizer
 
 from bench.server import RunningServer, running_server
+from cocktail_serve.checkpoints.opening import open_pool
+from cocktail_serve.config import PoolConfig
+from cocktail_serve.examples import parse_examples
+from cocktail_serve.scoring.text import tokenize_examples
 from tests.models import CHAIN_TOKENS, make_chain_decoder, pool_section
 
 pytestmark = pytest.mark.vllm
@@ -18,7 +23,7 @@ pytestmark = pytest.mark.vllm
 IM_END, EOM = CHAIN_TOKENS.index("<|im_end|>"), CHAIN_TOKENS.index("<|eom|>")
 
 BASE_TEMPLATE = (
-    "{% for message in messages %}<|user|> {{ message['content'] }} {% endfor %}"
+    "{% for message in messages %}<|{{ message['role'] }}|> {{ message['content'] }} {% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
 # the expert's: another prompt, and an end token by name, which has to be the expert's own
@@ -113,9 +118,8 @@ def test_streams_end_alike(client: openai.OpenAI, model: str) -> None:
 
 def test_every_choice_ends(client: openai.OpenAI) -> None:
     choices = complete(client, "count/chat", n=3, temperature=1.0).choices
-    assert [(each.text.strip(), each.finish_reason, each.stop_reason) for each in choices] == [
-        (COUNT, "stop", None)
-    ] * 3
+    ends = [(choice.text.strip(), choice.finish_reason, choice.stop_reason) for choice in choices]
+    assert ends == [(COUNT, "stop", None)] * 3
 
 
 def test_a_further_end_token_is_told_as_vllm_tells_it(client: openai.OpenAI) -> None:
@@ -210,16 +214,27 @@ def test_sampling_defaults_are_the_models_own(client: openai.OpenAI) -> None:
 
 
 @pytest.mark.parametrize("share", [0.4, 0.6])
-def test_a_mixture_ends_where_any_of_its_models_does(
-    server: RunningServer, client: openai.OpenAI, share: float
-) -> None:
+def test_a_mixture_ends_as_any_of_its_models(server: RunningServer, client: openai.OpenAI, share: float) -> None:
     cocktail = mixed(server, base=1 - share, chat=share)
     assert cocktail["generation"]["stop_token_ids"] == [2, IM_END]
     (choice,) = complete(client, cocktail["id"]).choices
     assert (choice.text.strip(), choice.finish_reason, choice.stop_reason) == (COUNT, "stop", None)
-    # messages are rendered by the pool's template, as they are for scoring
-    chat = client.chat.completions.create(model=cocktail["id"], messages=QUESTION, max_tokens=8, temperature=0.0)
-    assert (chat.choices[0].message.content or "").strip() == COUNT
+
+
+def test_a_mixture_is_asked_as_its_models_were_scored(
+    served: tuple[RunningServer, dict[str, Path]], client: openai.OpenAI, tmp_path: Path
+) -> None:
+    server, folders = served
+    config = PoolConfig.model_validate(pool_section("count", "decoder", folders, {"type": "vllm"}))
+    pool = open_pool(config, cache_dir=tmp_path)
+    messages = [*QUESTION, {"role": "assistant", "content": "one"}, {"role": "user", "content": "two"}]
+    examples = parse_examples([{"messages": [*messages, {"role": "assistant", "content": "three"}]}], "decoder")
+    tokenizer = AutoTokenizer.from_pretrained(folders["base"])
+    (scored,) = tokenize_examples(tokenizer, examples, max_tokens=100, chat_template=pool.chat_template)
+    cocktail = mixed(server, base=0.5, chat=0.5)
+    asked: Any = {"messages": messages, "max_tokens": 1, "extra_body": {"return_token_ids": True}}
+    prompt = client.chat.completions.create(model=cocktail["id"], **asked).model_dump()["prompt_token_ids"]
+    assert prompt == scored.token_ids[: scored.output_start]
 
 
 def test_what_is_shown_is_what_is_taken(server: RunningServer) -> None:
