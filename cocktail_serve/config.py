@@ -104,7 +104,8 @@ class VLLMEngineConfig(_EngineBase):
     allow_chat_template: bool = Field(False, description="Let requests bring a chat template of their own.")
     args: dict[str, Any] = Field(
         default_factory=dict,
-        description="Further vLLM engine arguments by command-line name without the dashes; true is a bare flag.",
+        description="Further vLLM engine arguments by command-line name without the dashes; true is a bare flag. "
+        "A chat-template or generation-config that is a path may be relative to the configuration file.",
     )
     env: dict[str, str] = Field(default_factory=dict, description="Environment variables of the server process.")
 

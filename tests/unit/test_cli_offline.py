@@ -535,13 +535,13 @@ def test_messages_are_scored_by_the_template_that_chats_are_rendered_with(tmp_pa
         assert of_experts[name] == pytest.approx(_loss_of(folders[name], prompt, f"{answer}</s>"), rel=1e-5)
 
     (tmp_path / "chat.jinja").write_text(
-        "{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }}\n{% endfor %}"
-        "{% if add_generation_prompt %}[assistant] {% endif %}"
+        "{% for m in messages %}<s>{{ m['role'] }}</s>{{ m['content'] }}{% endfor %}"
+        "{% if add_generation_prompt %}<s>assistant</s>{% endif %}"
     )
     # beside the configuration, whatever the current folder
     _, of_operator = _losses_of_messages(tmp_path, capsys, examples, **{"chat-template": "chat.jinja"})
     for name in ("base", "nq"):
-        reference = _loss_of(folders[name], f"[user] {question}\n[assistant] ", f"{answer}\n")
+        reference = _loss_of(folders[name], f"<s>user</s>{question}<s>assistant</s>", answer)
         assert of_operator[name] == pytest.approx(reference, rel=1e-5)
 
     (folders["nq"] / "chat_template.jinja").write_text("{{ messages }}")
