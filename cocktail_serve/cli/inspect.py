@@ -196,10 +196,9 @@ def _problem(finding: Any) -> dict[str, str]:
 
 
 def _generation_rows(generation: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    stops = ", ".join(map(str, generation["stop_token_ids"]))
-    yield "answers end at", f"token {stops}" if stops else "no token of its own"
+    yield "end tokens", ", ".join(map(str, generation["stop_token_ids"])) or "none"
     sampling = ", ".join(f"{name} {value:g}" for name, value in generation["sampling"].items())
-    yield "sampling", sampling or "no defaults of its own"
+    yield "sampling", sampling or "no defaults"
     yield "chat template", (generation["chat_template"] or "none")[:12]
 
 

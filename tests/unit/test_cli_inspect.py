@@ -168,8 +168,8 @@ def test_how_models_are_called_is_shown(tmp_path, capsys):
     _, out, _ = run(capsys, "inspect", base, chat)
     lines = [" ".join(line.split()) for line in out.splitlines()]
     assert "they are called differently; a mixture of them takes:" in lines
-    assert lines.count("answers end at token 3, 4") == 1
-    assert lines.count("answers end at token 2, 3, 4") == 1
+    assert lines.count("end tokens 3, 4") == 1
+    assert lines.count("end tokens 2, 3, 4") == 1
     assert lines.count("sampling temperature 0.5") == 2
     assert "they are called alike, and so is their mixture" in run(capsys, "inspect", base, base)[1]
 
