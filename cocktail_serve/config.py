@@ -117,9 +117,23 @@ class VLLMEngineConfig(_EngineBase):
     allow_chat_template: bool = Field(False, description="Let requests bring a chat template of their own.")
     args: dict[str, Any] = Field(
         default_factory=dict,
-        description="Further vLLM engine arguments by command-line name without the dashes; true is a bare flag.",
+        description="Further vLLM engine arguments by command-line name without the dashes; true is a bare flag. "
+        "A chat-template or generation-config that is a path may be relative to the configuration file.",
     )
     env: dict[str, str] = Field(default_factory=dict, description="Environment variables of the server process.")
+
+    def argument(self, name: str) -> Any:
+        """One of `args`, however its name is written there; None where it is not given."""
+        return next((value for key, value in self.args.items() if _argument_name(key) == name), None)
+
+
+_PATH_ARGUMENTS = frozenset({"chat-template", "generation-config"})
+"""Engine arguments that may name a file or a folder."""
+
+
+def _argument_name(key: str) -> str:
+    """A vLLM argument's name as its own help writes it."""
+    return key.lstrip("-").replace("_", "-")
 
 
 class FakeEngineConfig(VLLMEngineConfig):
@@ -461,9 +475,27 @@ def _resolve_paths(settings: Settings, folder: Path) -> Settings:
         local = folder / Path(source.path).expanduser()
         return source.model_copy(update={"path": str(local)}) if local.exists() else source
 
+    def resolve_argument(key: str, value: Any) -> Any:
+        if _argument_name(key) not in _PATH_ARGUMENTS or not isinstance(value, str) or "\n" in value:
+            return value  # a template may stand there itself
+        try:
+            local = folder / Path(value).expanduser()
+            return str(local) if local.exists() else value
+        except OSError:  # longer than any path
+            return value
+
+    def resolve_engine(engine: EngineConfig) -> EngineConfig:
+        if not isinstance(engine, VLLMEngineConfig):
+            return engine
+        return engine.model_copy(update={"args": {key: resolve_argument(key, v) for key, v in engine.args.items()}})
+
     pools = [
         pool.model_copy(
-            update={"base": resolve(pool.base), "experts": {name: resolve(s) for name, s in pool.experts.items()}}
+            update={
+                "base": resolve(pool.base),
+                "experts": {name: resolve(source) for name, source in pool.experts.items()},
+                "engine": resolve_engine(pool.engine),
+            }
         )
         for pool in settings.pools
     ]

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Literal
 
 from cocktail_serve.digest import digest_of
 from cocktail_serve.errors import NotFoundError
+from cocktail_serve.generation import NO_OPTIONS, NO_SETTINGS, ChatTemplate, GenerationOptions, GenerationSettings
 
 Kind = Literal["decoder", "encoder", "reranker", "encoder_decoder"]
 
@@ -58,6 +59,7 @@ class Member:
         num_bytes: size of the parameters as stored.
         files: the files that the fingerprint is of, as they were then; empty where nobody has looked.
         largest: bound of the magnitudes of its parameters, all of them finite; infinite where it is not known.
+        generation: how its folder says that it is called, alone; of decoders.
     """
 
     name: str
@@ -67,6 +69,7 @@ class Member:
     num_bytes: int
     files: tuple[FileState, ...] = ()
     largest: float = math.inf
+    generation: GenerationSettings = NO_SETTINGS
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +80,9 @@ class Pool:
         text_digest: digest of what stands between text and parameters: tokenizer, chat template, pooling modules,
             prompts. Losses and embeddings depend on it, so it is part of every key they are kept under.
         warnings: what was noticed of its models that does not keep them from being mixed, for the operator.
+        chat_template: what messages are rendered by for scoring, for every mixture, and for models that have none of
+            their own. Experts that are added later do not change it.
+        generation_options: what the operator lays down for all models, those that are added later too.
     """
 
     id: str
@@ -85,6 +91,8 @@ class Pool:
     experts: Mapping[str, Member]
     text_digest: str
     warnings: tuple[str, ...] = field(default=(), compare=False)
+    chat_template: ChatTemplate | None = None
+    generation_options: GenerationOptions = NO_OPTIONS
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "experts", MappingProxyType(dict(sorted(self.experts.items()))))
@@ -117,6 +125,18 @@ class Pool:
                 "base": self.base.fingerprint,
                 "experts": {name: member.fingerprint for name, member in self.experts.items()},
             }
+        )
+
+    def generation_of(self, member: Member) -> GenerationSettings:
+        """How a model of the pool is called alone: as its own folder says, and ended by the base's end tokens too.
+
+        The engine runs the base's folder, whose end tokens it cannot forget: a grammar ends with them, for one.
+        """
+        own, base = member.generation, self.base.generation
+        return replace(
+            own,
+            stop_token_ids=tuple(sorted({*own.stop_token_ids, *base.stop_token_ids})),
+            chat_template=own.chat_template or self.chat_template,
         )
 
     def member(self, name: str, *, param: str | None = None) -> Member:

@@ -10,8 +10,9 @@ from typing import Any, Literal
 
 from cocktail_serve.digest import digest_of
 from cocktail_serve.errors import InvalidMixError
+from cocktail_serve.generation import GenerationSettings, mixed_settings
 from cocktail_serve.methods import SUM_TOLERANCE, Method, find_method
-from cocktail_serve.pool import BASE, Pool
+from cocktail_serve.pool import BASE, Member, Pool
 
 DType = Literal["float32", "float16", "bfloat16"]
 
@@ -134,6 +135,22 @@ def make_recipe(
 def one_hot(pool: Pool, name: str, *, dtype: DType) -> Recipe:
     """The recipe that is one model of the pool itself."""
     return make_recipe(pool, {name: 1.0}, dtype=dtype)
+
+
+def settings_of(recipe: Recipe, pool: Pool) -> GenerationSettings | None:
+    """How a mixture of a pool's models is called, by its recipe alone; None where the pool lacks one of the models.
+
+    Of two names of the same parameters, the first counts.
+    """
+    members: dict[str, Member] = {}
+    for member in pool:
+        members.setdefault(member.fingerprint, member)
+    if not {recipe.base, *(fingerprint for fingerprint, _ in recipe.coefficients)} <= members.keys():
+        return None
+    if recipe.one_hot is not None:
+        return pool.generation_of(members[recipe.one_hot])
+    experts = [members[f].generation for f, weight in recipe.coefficients if f != recipe.base and weight > 0.0]
+    return mixed_settings(members[recipe.base].generation, experts, chat_template=pool.chat_template)
 
 
 def with_target(weights: Mapping[str, float] | None, *, target: str | None, alpha: float = 0.5) -> dict[str, float]:

@@ -170,7 +170,8 @@ def http_page() -> str:
         parts += _body_rows(body)
     parts.append(
         "\n## Fields of chat and completion requests\n\nBodies go to vLLM's own OpenAI server. "
-        "These fields are decided here; all others are passed on as they are.\n\n"
+        "These fields are decided here; all others are passed on as they are. What is completed with which model's "
+        "defaults: [how a model is called](../explanation/generation.md).\n\n"
         "| field | action | why |\n|---|---|---|\n"
     )
     for rule in FIELD_POLICY:

@@ -7,6 +7,8 @@ torch and transformers are loaded by the makers.
 from __future__ import annotations
 
 import contextlib
+import itertools
+import json
 import math
 import string
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -132,6 +134,78 @@ def make_decoder_pool(
 ) -> dict[str, Path]:
     """`base` and experts that share its initialisation, each in `folder/<name>`."""
     return _make_pool(make_decoder, folder, names, seed=seed, tie_word_embeddings=tied, dtype=dtype)
+
+
+CHAIN_WORDS = ("one", "two", "three", "four", "five", "six", "seven", "eight")
+CHAIN_TOKENS = ("<pad>", "<s>", "</s>", "<|im_end|>", "<|eom|>", "<|user|>", "<|assistant|>", "<|bot|>", *CHAIN_WORDS)
+"""The whole vocabulary of a chain decoder, by id."""
+
+
+def make_chain_decoder(
+    folder: Path,
+    *,
+    end: str = "</s>",
+    tokenizer_end: str | None = None,
+    chat_template: str | None = None,
+    generation_config: Mapping[str, Any] | None = None,
+    sharpness: float = 4.0,
+) -> Path:
+    """A Llama whose next word depends on the last one alone: it counts, says `end` after `four` and after `eight`, and
+    would begin again after that. `<|assistant|>` is followed by `one`, `<|bot|>` by `five`.
+
+    Args:
+        end: the token that it says at the end.
+        tokenizer_end: its tokenizer's end token; `end` if omitted.
+        generation_config: contents of generation_config.json; none if omitted, and config.json says `end`.
+        sharpness: of the next word's logit, which is eight times that; all others are 0.
+    """
+    import torch
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    ids = {token: index for index, token in enumerate(CHAIN_TOKENS)}
+    inner = Tokenizer(models.WordLevel(ids, unk_token="<pad>"))
+    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=inner,
+        bos_token="<s>",
+        eos_token=tokenizer_end or end,
+        pad_token="<pad>",
+        additional_special_tokens=[token for token in CHAIN_TOKENS if token.startswith("<")],
+        chat_template=chat_template,
+        model_max_length=128,
+    )
+    config = LlamaConfig(
+        vocab_size=len(ids),
+        hidden_size=64,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        head_dim=32,
+        max_position_embeddings=128,
+        tie_word_embeddings=False,
+        bos_token_id=ids["<s>"],
+        eos_token_id=ids[end],
+        pad_token_id=ids["<pad>"],
+    )
+    follows = dict(itertools.pairwise(CHAIN_WORDS))
+    follows |= {"four": end, "eight": end, "<|assistant|>": "one", "<|bot|>": "five"}
+    model = LlamaForCausalLM(config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.fill_(1.0 if "norm" in name else 0.0)
+        # one dimension for each word; layers add nothing, and the last norm makes of a one an eight
+        model.model.embed_tokens.weight.copy_(torch.eye(len(ids), 64))
+        for token, index in ids.items():
+            model.lm_head.weight[ids[follows.get(token, "one")], index] = sharpness
+    with _quiet():
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    (folder / "generation_config.json").unlink(missing_ok=True)
+    if generation_config is not None:
+        (folder / "generation_config.json").write_text(json.dumps(generation_config))
+    return folder
 
 
 def make_encoder_tokenizer() -> PreTrainedTokenizerFast:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cocktail_serve.checkpoints.generation_files import write_settings
 from cocktail_serve.checkpoints.layout import CONFIG, model_folder, read_config, read_modules
 from cocktail_serve.checkpoints.mixture import Mixture, address_of
 from cocktail_serve.checkpoints.reader import SAFETENSORS_DTYPES, TensorInfo
@@ -23,7 +24,7 @@ from cocktail_serve.errors import ConflictError, StorageError
 from cocktail_serve.merging.native import Kernel, Operand, load_kernel
 from cocktail_serve.merging.threads import in_parallel
 from cocktail_serve.pool import Pool
-from cocktail_serve.recipe import Recipe
+from cocktail_serve.recipe import Recipe, settings_of
 
 RECIPE_FILE = "recipe.json"
 
@@ -62,10 +63,10 @@ def save_mixture(
 ) -> None:
     """Mixes a recipe into a folder that transformers, sentence-transformers and vLLM load.
 
-    It holds the mixed parameters, the base's configuration with the mixture's dtype, tokenizer, chat template,
-    generation settings and pooling modules, and `recipe.json`. Code and training state of the base are left out. The
-    folder appears whole or not at all. Inputs are mapped; beside them memory stays at one chunk per thread, or, where
-    the compiled kernel is missing, at one tensor.
+    It holds the mixed parameters, the base's configuration with the mixture's dtype, tokenizer and pooling modules,
+    the mixture's chat template and generation settings, and `recipe.json`. Code and training state of the base are left
+    out. The folder appears whole or not at all. Inputs are mapped; beside them memory stays at one chunk per thread,
+    or, where the compiled kernel is missing, at one tensor.
 
     Args:
         out: must not exist, or be an empty folder.
@@ -92,6 +93,8 @@ def save_mixture(
             _write_indexes(shards)
             copy_files(pool.base.path, folder)
             write_config(pool.base.path, folder, dtype=recipe.dtype)
+            if (settings := settings_of(recipe, pool)) is not None:
+                write_settings(folder, settings, base=pool.base.generation)
             _write_json(folder / RECIPE_FILE, describe(recipe, pool))
             for name, text in (extra_files or {}).items():
                 (folder / name).write_text(text)
@@ -105,16 +108,20 @@ def save_mixture(
 
 def describe(recipe: Recipe, pool: Pool) -> dict[str, Any]:
     """What `recipe.json` holds: the recipe, its digest, and the names its models have in the pool."""
+    settings = settings_of(recipe, pool)
     names: dict[str, str] = {}
     for member in pool:
         names.setdefault(member.fingerprint, member.name)  # of two names of the same parameters, the first
-    return {
+    described = {
         "digest": recipe.digest,
         "recipe": recipe.to_json(),
         "pool": pool.id,
         "merging_weights": {names[fingerprint]: coefficient for fingerprint, coefficient in recipe.coefficients},
         "fingerprints": {names[fingerprint]: fingerprint for fingerprint, _ in recipe.coefficients},
     }
+    if pool.kind == "decoder" and settings is not None:
+        described["generation"] = settings.to_json()
+    return described
 
 
 def check_free(out: Path) -> None:

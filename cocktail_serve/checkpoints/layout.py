@@ -70,6 +70,12 @@ def read_config(folder: Path) -> dict[str, Any]:
     return read_json(model_folder(folder) / CONFIG)
 
 
+def generates(folder: Path) -> bool:
+    """Whether the model writes text, by the class that its configuration names."""
+    architectures = read_config(folder).get("architectures") or [""]
+    return str(architectures[0]).endswith(("ForCausalLM", "LMHeadModel", "ForConditionalGeneration"))
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file of a checkpoint.
 
@@ -80,6 +86,11 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} must hold a JSON object, got {type(value).__name__}")
     return value
+
+
+def read_optional_json(path: Path) -> dict[str, Any]:
+    """As `read_json`; empty where there is no such file."""
+    return read_json(path) if path.is_file() else {}
 
 
 def load_json(path: Path) -> Any:

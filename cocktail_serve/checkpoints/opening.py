@@ -5,17 +5,21 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 from cocktail_serve.checkpoints.adapter import AdapterReader, is_adapter
 from cocktail_serve.checkpoints.compatibility import compare
 from cocktail_serve.checkpoints.fingerprint import identify_adapter, identify_folder
 from cocktail_serve.checkpoints.finite import LARGEST, OVERFLOWS_FROM
-from cocktail_serve.checkpoints.layout import read_config, read_modules
+from cocktail_serve.checkpoints.generation_files import common_template, read_settings
+from cocktail_serve.checkpoints.generation_options import read_options
+from cocktail_serve.checkpoints.layout import generates, read_config, read_modules
 from cocktail_serve.checkpoints.reader import CheckpointReader
 from cocktail_serve.checkpoints.text_files import text_digest
 from cocktail_serve.config import PoolConfig, Source
 from cocktail_serve.errors import CheckpointError, IncompatibleModelsError
+from cocktail_serve.generation import GenerationOptions
 from cocktail_serve.pool import BASE, Kind, Member, Pool
 
 logger = logging.getLogger(__name__)
@@ -34,6 +38,7 @@ def open_pool(config: PoolConfig, *, cache_dir: Path, progress: Callable[[str, i
     Raises:
         CheckpointError: a model is not there, cannot be read, or holds what is not finite.
         IncompatibleModelsError: an expert cannot be mixed with the base; names the tensor or setting.
+        ConfigError: `engine.args` names a chat template or a generation_config.json that is not there.
     """
     folders = {name: _locate(source) for name, source in {BASE: config.base, **config.experts}.items()}
     base = folders[BASE]
@@ -51,7 +56,7 @@ def open_pool(config: PoolConfig, *, cache_dir: Path, progress: Callable[[str, i
     for name, folder in folders.items():
         with _named(config.id, name):
             experts[name] = _expert(name, folder, first, cache_dir, progress)
-    return Pool(
+    pool = Pool(
         id=config.id,
         kind=config.kind,
         base=first,
@@ -59,6 +64,7 @@ def open_pool(config: PoolConfig, *, cache_dir: Path, progress: Callable[[str, i
         text_digest=text_digest(base, prompts=config.prompts),
         warnings=tuple(warnings),
     )
+    return _with_generation(pool, config) if config.kind == "decoder" else pool
 
 
 def open_expert(pool: Pool, name: str, folder: Path, *, cache_dir: Path) -> Member:
@@ -70,7 +76,26 @@ def open_expert(pool: Pool, name: str, folder: Path, *, cache_dir: Path) -> Memb
     """
     _check_fits(pool.id, pool.base.path, name, folder)
     with _named(pool.id, name):
-        return _expert(name, folder, pool.base, cache_dir, None)
+        member = _expert(name, folder, pool.base, cache_dir, None)
+    return _called(member, pool.base, pool.generation_options) if pool.kind == "decoder" else member
+
+
+def _with_generation(pool: Pool, config: PoolConfig) -> Pool:
+    """The pool with how its models are called, and what messages are rendered by."""
+    options = read_options(config)
+    base = replace(pool.base, generation=read_settings(pool.base.path, options=options))
+    experts = {name: _called(member, base, options) for name, member in pool.experts.items()}
+    template = common_template([member.generation for member in (base, *experts.values())])
+    if template != read_settings(base.path).chat_template:
+        # not the one that the tokenizer's files give
+        assert template is not None
+        rendered_by = template.digest
+        pool = replace(pool, text_digest=text_digest(base.path, prompts=config.prompts, chat_template=rendered_by))
+    return replace(pool, base=base, experts=experts, chat_template=template, generation_options=options)
+
+
+def _called(member: Member, base: Member, options: GenerationOptions) -> Member:
+    return replace(member, generation=read_settings(member.path, base.path, options=options))
 
 
 def _check_fits(pool_id: str, base: Path, name: str, folder: Path) -> list[str]:
@@ -176,19 +201,18 @@ def _check_kind(base: Path, kind: Kind) -> None:
     config = read_config(base)
     architectures = config.get("architectures") or []
     name = str(architectures[0]) if architectures else ""
-    generates = name.endswith(("ForCausalLM", "LMHeadModel", "ForConditionalGeneration"))
     classifies = name.endswith("ForSequenceClassification")
     both = bool(config.get("is_encoder_decoder"))
-    if kind == "encoder_decoder" and not (both and generates):
+    if kind == "encoder_decoder" and not (both and generates(base)):
         raise CheckpointError(f"{base} is a {name or 'model'}, not an encoder-decoder; set the pool's 'kind'")
     if kind == "decoder" and both:
         raise CheckpointError(
             f"{base} is a {name}, an encoder-decoder: set the pool's 'kind' to encoder_decoder and its engine.type to "
             "offline"
         )
-    if kind == "decoder" and name and not generates:
+    if kind == "decoder" and name and not generates(base):
         raise CheckpointError(f"{base} is a {name}, which cannot generate: not a decoder; set the pool's 'kind'")
-    if kind == "encoder" and (classifies or (generates and not read_modules(base))):
+    if kind == "encoder" and (classifies or (generates(base) and not read_modules(base))):
         raise CheckpointError(
             f"{base} is a {name} without sentence-transformers modules: not an encoder; set the pool's 'kind'"
         )

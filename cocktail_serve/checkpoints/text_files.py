@@ -38,8 +38,11 @@ def read_pooling(folder: Path) -> str:
     return "+".join(name for flag, name in flags.items() if config.get(flag)) or "mean"
 
 
-def text_digest(folder: Path, *, prompts: Mapping[str, str]) -> str:
+def text_digest(folder: Path, *, prompts: Mapping[str, str], chat_template: str | None = None) -> str:
     """SHA-256 over the base's tokenizer, chat template, modules, their settings, and the pool's prompts.
+
+    Args:
+        chat_template: digest of what messages are rendered by, where that is not the folder's own template.
 
     Two folders that read text the same way may still differ here (another layout of the same JSON does not matter,
     another file does): then losses are measured again, which is never wrong.
@@ -57,7 +60,8 @@ def text_digest(folder: Path, *, prompts: Mapping[str, str]) -> str:
         config = folder / module.path / "config.json"
         if module.path and folder / module.path != root and config.is_file():
             parts[f"modules/{module.path}"] = _content_digest(config)
-    return digest_of({"files": parts, "prompts": dict(prompts)})
+    more = {} if chat_template is None else {"chat_template": chat_template}
+    return digest_of({"files": parts, "prompts": dict(prompts), **more})
 
 
 def _content_digest(path: Path) -> str:

@@ -41,15 +41,17 @@ def inspect(folder: ModelFolder, expert: OtherFolder = None, *, plot: PlotFile =
         check_plotting(plot)
     with progress() as report:
         described = [_describe(folder, report)]
-        compatibility = changes = None
+        compatibility = changes = mixed = None
         if expert is not None:
             from cocktail_serve.checkpoints.adapter import is_adapter
             from cocktail_serve.checkpoints.compatibility import compare
 
-            described.append(
-                _describe_adapter(expert, folder, described[0]) if is_adapter(expert) else _describe(expert, report)
-            )
+            if is_adapter(expert):
+                described.append(_describe_adapter(expert, folder, described[0]))
+            else:
+                described.append(_describe(expert, report, base=folder))
             compatibility = compare(folder, expert)
+            mixed = _mixed_generation(folder, expert)
             changes = list(_changes(folder, expert, report)) if compatibility.is_compatible else []
     if plot is not None and changes:
         plot_changes(changes, plot, title=f"{expert} against {folder}")
@@ -60,21 +62,23 @@ def inspect(folder: ModelFolder, expert: OtherFolder = None, *, plot: PlotFile =
             result["problems"] = [_problem(finding) for finding in compatibility.problems]
             result["warnings"] = [_problem(finding) for finding in compatibility.warnings]
             result["changes"] = changes
+            result["mixed_generation"] = mixed
         print_json(result)
     else:
-        _show(described, compatibility, changes)
+        _show(described, compatibility, changes, mixed)
     if compatibility is not None and not compatibility.is_compatible:
         raise typer.Exit(2)
 
 
-def _describe(folder: Path, report: OnProgress) -> dict[str, Any]:
+def _describe(folder: Path, report: OnProgress, *, base: Path | None = None) -> dict[str, Any]:
     """What a folder holds.
 
     Raises:
         CheckpointError: it cannot be read as a checkpoint, and so not be served: says why.
     """
     from cocktail_serve.checkpoints.fingerprint import identify
-    from cocktail_serve.checkpoints.layout import read_config, read_modules
+    from cocktail_serve.checkpoints.generation_files import read_settings
+    from cocktail_serve.checkpoints.layout import generates, read_config, read_modules
     from cocktail_serve.checkpoints.reader import CheckpointReader
     from cocktail_serve.checkpoints.tokenizer import read_tokenization
 
@@ -94,6 +98,7 @@ def _describe(folder: Path, report: OnProgress) -> dict[str, Any]:
             "fingerprint": fingerprint,
             "modules": [module.type for module in read_modules(folder)],
             "vocabulary": None if tokenization is None else len(tokenization.vocab),
+            "generation": read_settings(folder, base).to_json() if generates(folder) else None,
             "blockers": list(_blockers(folder, has_tokenizer=tokenization is not None)),
         }
 
@@ -106,6 +111,7 @@ def _describe_adapter(folder: Path, base: Path, described_base: dict[str, Any]) 
     """
     from cocktail_serve.checkpoints.adapter import AdapterReader
     from cocktail_serve.checkpoints.fingerprint import identify_adapter
+    from cocktail_serve.checkpoints.generation_files import read_settings
     from cocktail_serve.checkpoints.reader import CheckpointReader
 
     with CheckpointReader(base) as base_reader, AdapterReader(folder, base_reader) as reader:
@@ -123,8 +129,21 @@ def _describe_adapter(folder: Path, base: Path, described_base: dict[str, Any]) 
             "fingerprint": identity.fingerprint,
             "modules": [],
             "vocabulary": None,
+            "generation": described_base["generation"] and read_settings(folder, base).to_json(),
             "blockers": ["a LoRA adapter: it can be an expert over its base, and no base"],
         }
+
+
+def _mixed_generation(base: Path, expert: Path) -> dict[str, Any] | None:
+    """How a mixture of the two is called in a pool of its own; None where they do not generate."""
+    from cocktail_serve.checkpoints.generation_files import common_template, read_settings
+    from cocktail_serve.checkpoints.layout import generates
+    from cocktail_serve.generation import mixed_settings
+
+    if not generates(base):
+        return None
+    mine, theirs = read_settings(base), read_settings(expert, base)
+    return mixed_settings(mine, [theirs], chat_template=common_template([mine, theirs])).to_json()
 
 
 def _num_parameters(reader: CheckpointReader) -> int:
@@ -179,8 +198,36 @@ def _problem(finding: Any) -> dict[str, str]:
     return {"subject": finding.subject, "base": finding.base, "expert": finding.expert, "fix": finding.fix}
 
 
+def _generation_rows(generation: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    yield "end tokens", ", ".join(map(str, generation["stop_token_ids"])) or "none"
+    sampling = ", ".join(f"{name} {value:g}" for name, value in generation["sampling"].items())
+    yield "sampling", sampling or "no defaults"
+    yield "chat template", (generation["chat_template"] or "none")[:12]
+
+
+def _show_mixed_generation(mixed: dict[str, Any], alone: list[dict[str, Any]]) -> None:
+    console = stdout()
+    if all(generation == mixed for generation in alone):
+        console.print("they are called alike, and so is their mixture", style="green")
+        return
+    table = Table(
+        title="they are called differently; a mixture of them takes:",
+        title_justify="left",
+        show_header=False,
+        box=None,
+        pad_edge=False,
+    )
+    for row in _generation_rows(mixed):
+        table.add_row(*row)
+    console.print(table, markup=False)
+    console.print()
+
+
 def _show(
-    described: list[dict[str, Any]], compatibility: CompatibilityReport | None, changes: list[dict[str, Any]] | None
+    described: list[dict[str, Any]],
+    compatibility: CompatibilityReport | None,
+    changes: list[dict[str, Any]] | None,
+    mixed: dict[str, Any] | None,
 ) -> None:
     console = stdout()
     for model in described:
@@ -194,6 +241,9 @@ def _show(
         table.add_row("tokenizer", f"{model['vocabulary']:,} entries" if model["vocabulary"] else "none")
         if model["modules"]:
             table.add_row("modules", " > ".join(model["modules"]))
+        if model["generation"]:
+            for label, value in _generation_rows(model["generation"]):
+                table.add_row(label, value)
         table.add_row("can be served", "yes" if not model["blockers"] else "no: " + "; ".join(model["blockers"]))
         console.print(table, markup=False)
         console.print()
@@ -207,6 +257,8 @@ def _show(
     console.print("they can be mixed", style="green")
     for finding in compatibility.warnings:
         console.print(f"  - {finding}", markup=False)
+    if mixed is not None:
+        _show_mixed_generation(mixed, [model["generation"] for model in described])
     table = Table(box=None, pad_edge=False)
     table.add_column("layers")
     table.add_column("relative change", justify="right")

@@ -9,6 +9,7 @@ from typing import Any, Literal, Self
 from cocktail_serve import errors
 from cocktail_serve.cocktails.request import CocktailOptions
 from cocktail_serve.errors import CocktailError
+from cocktail_serve.generation import GenerationSettings
 from cocktail_serve.pool import Kind, Pool
 from cocktail_serve.recipe import Recipe
 from cocktail_serve.weighting.candidates import Candidate, chosen_of
@@ -169,11 +170,13 @@ class Served:
 
     Attributes:
         model_id: the canonical id, `name@digest8` for a cocktail's name.
+        generation: how it is called where a request does not say; of a decoder.
     """
 
     model_id: str
     pool: Pool
     recipe: Recipe
+    generation: GenerationSettings
 
 
 @dataclass(frozen=True, slots=True)

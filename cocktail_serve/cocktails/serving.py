@@ -8,7 +8,7 @@ from dataclasses import replace
 from cocktail_serve.cocktails.cocktail import Cocktail, Served
 from cocktail_serve.errors import CocktailError, ModelNotReadyError, NotFoundError
 from cocktail_serve.pool import BASE, Pool
-from cocktail_serve.recipe import DType, one_hot
+from cocktail_serve.recipe import DType, one_hot, settings_of
 
 
 class Serving:
@@ -39,11 +39,10 @@ class Serving:
         pool = self.pools.get(cocktail.pool_id)
         if cocktail.status != "ready" or cocktail.recipe is None or pool is None:
             return None
-        there = {member.fingerprint for member in pool}
-        needed = {fingerprint for fingerprint, _ in cocktail.recipe.coefficients}
-        if cocktail.recipe.base != pool.base.fingerprint or not needed <= there:
+        generation = settings_of(cocktail.recipe, pool)
+        if cocktail.recipe.base != pool.base.fingerprint or generation is None:
             return None
-        return Served(model_id=cocktail.id, pool=pool, recipe=cocktail.recipe)
+        return Served(model_id=cocktail.id, pool=pool, recipe=cocktail.recipe, generation=generation)
 
     def adopt(self, cocktail: Cocktail) -> Cocktail:
         """A cocktail as this configuration serves it: the operator may have changed the engine's dtype."""
@@ -85,4 +84,4 @@ def no_model(model_id: str) -> NotFoundError:
 def _models(pool: Pool, dtype: DType) -> Iterator[Served]:
     for member in pool:
         model_id = pool.id if member.name == BASE else f"{pool.id}/{member.name}"
-        yield Served(model_id, pool, one_hot(pool, member.name, dtype=dtype))
+        yield Served(model_id, pool, one_hot(pool, member.name, dtype=dtype), pool.generation_of(member))

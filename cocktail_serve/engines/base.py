@@ -12,6 +12,7 @@ import numpy as np
 from cocktail_serve.engines.occupancy import Occupancy
 from cocktail_serve.engines.stats import EngineStats
 from cocktail_serve.examples import ExampleSet
+from cocktail_serve.generation import GenerationSettings
 from cocktail_serve.pool import Pool
 from cocktail_serve.recipe import DType, Recipe
 
@@ -128,11 +129,20 @@ class GenerationEngine(ScoringEngine, Protocol):
     """A decoder behind an OpenAI server of its own, one resident recipe at a time."""
 
     def forward(
-        self, recipe: Recipe, path: str, body: Mapping[str, Any], *, tenant: str
+        self,
+        recipe: Recipe,
+        path: str,
+        body: Mapping[str, Any],
+        *,
+        tenant: str,
+        settings: GenerationSettings | None = None,
     ) -> AbstractAsyncContextManager[Forwarded]:
         """Sends an OpenAI body (already under the field policy) when it is `recipe`'s turn.
 
         The turn is held until the context exits. Admission is decided before the context is entered.
+
+        Args:
+            settings: what the model takes where the body does not say; None: what the engine itself takes, the base's.
 
         Raises:
             QueueTimeoutError: its turn did not come within `queue_timeout_s`.

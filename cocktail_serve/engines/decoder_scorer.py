@@ -8,6 +8,7 @@ import math
 import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -38,7 +39,7 @@ class DecoderScorer:
     """Scores examples for one engine, in the background of its requests.
 
     Args:
-        pool: its base's tokenizer is used.
+        pool: its base's tokenizer is used, and its chat template.
         supervisor: keeps the server that computes.
         turn: waits for a recipe's turn, in the background.
     """
@@ -46,6 +47,7 @@ class DecoderScorer:
     def __init__(self, pool: Pool, supervisor: Supervisor, *, turn: Callable[[Recipe], Awaitable[Lease]]) -> None:
         self._pool_id = pool.id
         self._folder = pool.base.path
+        self._chat_template = pool.chat_template
         self._supervisor = supervisor
         self._turn = turn
         self._executor = ThreadPoolExecutor(1, thread_name_prefix=f"tokenizer-{pool.id}")
@@ -82,9 +84,10 @@ class DecoderScorer:
         if self._supervisor.state == "stopped":
             raise ModelNotReadyError("the server is shutting down")
         tokenizer = await asyncio.shield(self.load_tokenizer())
-        return await asyncio.get_running_loop().run_in_executor(
-            self._executor, lambda: tokenize_examples(tokenizer, examples, max_tokens=max_model_len - 1)
+        tokenize = partial(
+            tokenize_examples, tokenizer, examples, max_tokens=max_model_len - 1, chat_template=self._chat_template
         )
+        return await asyncio.get_running_loop().run_in_executor(self._executor, tokenize)
 
     async def score(self, recipe: Recipe, examples: ExampleSet) -> list[float]:
         """Loss (nats) of each example under a recipe, in as many turns as it takes; NaN where it is not finite.

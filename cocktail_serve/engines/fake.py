@@ -410,6 +410,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--score-ms", type=float, default=0.0, help="time that one scoring request takes")
     parser.add_argument("--mix-ms", type=float, default=0.0, help="time that one mix takes")
     parser.add_argument("--faults", type=Path, help="folder of fault files")
+    parser.add_argument("--chat-template", help="vLLM's; nothing is rendered here")
     arguments = parser.parse_args(argv)
     die_with_owner()
     server = FakeServer(

@@ -78,7 +78,9 @@ class Launcher:
                 served_model_name=self._pool_id,
                 dtype=self._dtype,
                 max_model_len=config.max_model_len,
-                extra=config.args,
+                # requests reach the server through the gateway alone, whose field policy decides on theirs; what comes
+                # here is the template of the model that was asked for
+                extra={**config.args, "trust-request-chat-template": True},
                 expert_bytes=int(config.expert_memory),
             )
         env = server_env(

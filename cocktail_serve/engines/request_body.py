@@ -1,4 +1,5 @@
-"""Bodies of requests as the engine gets them: under the name that it serves, and salted by whose they are."""
+"""Bodies of requests as the engine gets them: under the name that it serves, salted by whose they are, and with what
+the model takes where they do not say."""
 
 from __future__ import annotations
 
@@ -10,7 +11,10 @@ from typing import Any
 import orjson
 
 from cocktail_serve.errors import InvalidRequestError
+from cocktail_serve.generation import MAX_TOKENS, NEUTRAL_SAMPLING, NO_SETTINGS, GenerationSettings, ignores_end
 from cocktail_serve.recipe import Recipe
+
+CHAT_PATH = "/v1/chat/completions"
 
 BYTES_PER_TOKEN = 4
 EXPECTED_OUTPUT_TOKENS = 128
@@ -22,11 +26,56 @@ class BodyWriter:
 
     Args:
         served_model_name: what the engine's server calls its model, whichever recipe is resident.
+        own: what the server itself takes where a body does not say: that of the base, which it was started with.
     """
 
-    def __init__(self, served_model_name: str) -> None:
+    def __init__(self, served_model_name: str, *, own: GenerationSettings = NO_SETTINGS) -> None:
         self._served_model_name = served_model_name
+        self._own = own
         self._salt_key = secrets.token_bytes(32)
+
+    def complete(
+        self, body: Mapping[str, Any], path: str, settings: GenerationSettings, *, max_model_len: int | None
+    ) -> Mapping[str, Any]:
+        """The body with what a model takes otherwise than the server, as far as the body itself does not say.
+
+        Args:
+            max_model_len: the server's context length, which no default of a model may exceed; None: not known yet.
+        """
+        own = self._own
+        if settings == own:
+            return body
+        more: dict[str, Any] = {}
+        if settings.stop_token_ids != own.stop_token_ids and not ignores_end(body):
+            given = body.get("stop_token_ids") or []
+            if isinstance(given, list):  # anything else is refused by vLLM, in words of its own
+                told = {*own.stop_token_ids, *(token for token in given if isinstance(token, int))}
+                more["stop_token_ids"] = [*given, *(token for token in settings.stop_token_ids if token not in told)]
+        if settings.sampling != own.sampling:
+            for name, neutral in NEUTRAL_SAMPLING.items():
+                wanted = settings.sampling.get(name, neutral)
+                if body.get(name) is None and wanted != own.sampling.get(name, neutral):
+                    more[name] = wanted
+        if path == CHAT_PATH:
+            more |= self._of_chats(body, settings, max_model_len)
+        return {**body, **more}
+
+    def _of_chats(
+        self, body: Mapping[str, Any], settings: GenerationSettings, max_model_len: int | None
+    ) -> dict[str, Any]:
+        more: dict[str, Any] = {}
+        template = settings.chat_template
+        if template is not None and template != self._own.chat_template and body.get("chat_template") is None:
+            more["chat_template"] = (template.tool_use if body.get("tools") else None) or template.text
+        wanted = settings.sampling.get(MAX_TOKENS)
+        if wanted != self._own.sampling.get(MAX_TOKENS) and all(
+            body.get(name) is None for name in (MAX_TOKENS, "max_completion_tokens")
+        ):
+            # the server cuts this to the room that the prompt leaves, and refuses what is beyond its context
+            bounds = [bound for bound in (wanted, max_model_len) if bound is not None]
+            if bounds:
+                more[MAX_TOKENS] = min(bounds)
+        return more
 
     def write(self, body: Mapping[str, Any], recipe: Recipe, *, tenant: str) -> bytes:
         """An OpenAI body (already under the field policy) in JSON.

@@ -31,6 +31,7 @@ from cocktail_serve.engines.stats import EngineStats
 from cocktail_serve.engines.supervisor import HANG_S, Supervisor
 from cocktail_serve.errors import CocktailError, EngineError, InvalidMixError, refusal
 from cocktail_serve.examples import ExampleSet
+from cocktail_serve.generation import GenerationSettings
 from cocktail_serve.pool import Pool
 from cocktail_serve.recipe import DType, Recipe
 from vllm_cocktail.fence import RECIPE_HEADER
@@ -84,7 +85,7 @@ class VLLMEngine:
         self._config = config
         self._last_mix_s = 0.0
         self._forgetting: set[asyncio.Task[None]] = set()
-        self._bodies = BodyWriter(pool.id)
+        self._bodies = BodyWriter(pool.id, own=pool.base.generation)
         self._launcher = Launcher(pool, config, dtype=self.dtype, run_dir=run_dir)
         self._residency = Residency(
             self._mix,
@@ -169,8 +170,16 @@ class VLLMEngine:
 
     @contextlib.asynccontextmanager
     async def forward(
-        self, recipe: Recipe, path: str, body: Mapping[str, Any], *, tenant: str
+        self,
+        recipe: Recipe,
+        path: str,
+        body: Mapping[str, Any],
+        *,
+        tenant: str,
+        settings: GenerationSettings | None = None,
     ) -> AsyncIterator[Forwarded]:
+        if settings is not None:
+            body = self._bodies.complete(body, path, settings, max_model_len=self._supervisor.max_model_len)
         content = self._bodies.write(body, recipe, tenant=tenant)
         headers = {RECIPE_HEADER: recipe.digest}
         with await self._turn(recipe, tenant=tenant, num_tokens=expected_tokens(body, content)) as lease:
@@ -253,7 +262,7 @@ class VLLMEngine:
 def _max_in_flight(config: VLLMEngineConfig) -> int:
     if config.max_concurrency is not None:
         return config.max_concurrency
-    for name, value in config.args.items():
-        if name.lstrip("-").replace("_", "-") == "max-num-seqs":
-            return int(value)
+    max_num_seqs = config.argument("max-num-seqs")
+    if max_num_seqs is not None:
+        return int(max_num_seqs)
     return MAX_IN_FLIGHT_CPU if config.type == "vllm" and is_cpu_build() else MAX_IN_FLIGHT

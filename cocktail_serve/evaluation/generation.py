@@ -17,6 +17,7 @@ def generate(
     *,
     max_new_tokens: int,
     max_tokens: int,
+    stop_token_ids: Sequence[int] = (),
 ) -> list[str]:
     """Continues each prompt greedily with transformers' `generate`, in batches of like length.
 
@@ -28,6 +29,7 @@ def generate(
         shares: one for each model, sum 1.
         prompts: token ids, special tokens included, shorter than `max_tokens`.
         max_tokens: context length: where prompt and answer would be longer, the answer ends there.
+        stop_token_ids: what ends an answer; none: what the model's configuration says.
 
     Returns:
         The texts, without special tokens.
@@ -36,7 +38,7 @@ def generate(
     from transformers import GenerationConfig, LogitsProcessorList
 
     first, *others = models
-    eos = getattr(first.generation_config, "eos_token_id", None) or tokenizer.eos_token_id
+    eos = list(stop_token_ids) or getattr(first.generation_config, "eos_token_id", None) or tokenizer.eos_token_id
     pad = next((token for token in (tokenizer.pad_token_id, tokenizer.eos_token_id) if token is not None), 0)
     answers = [""] * len(prompts)
     with torch.inference_mode():

@@ -20,7 +20,7 @@ from cocktail_serve.offline.models import TransformersModels, dtype_of, translat
 from cocktail_serve.offline.weighing import weigh_by
 from cocktail_serve.pool import Pool
 from cocktail_serve.progress import OnProgress
-from cocktail_serve.recipe import Recipe, one_hot
+from cocktail_serve.recipe import Recipe, one_hot, settings_of
 from cocktail_serve.scoring import contrastive, text
 from cocktail_serve.scoring.text import TokenizedExample, tokenize_examples
 
@@ -124,11 +124,18 @@ class InMemoryDecoders(_InMemory):
                 prompts,
                 max_new_tokens=max_new_tokens,
                 max_tokens=self.max_tokens,
+                stop_token_ids=self._stop_token_ids(parts),
             )
+
+    def _stop_token_ids(self, parts: Sequence[Part]) -> list[int]:
+        settings = [settings_of(part.recipe, self.pool) for part in parts]
+        return sorted({token for each in settings if each is not None for token in each.stop_token_ids})
 
     def _measure(self, recipe: Recipe, examples: ExampleSet, rows: Sequence[int] | None) -> list[float]:
         asked = examples if rows is None else examples.subset(rows)
-        tokenized = tokenize_examples(self.tokenizer, asked, max_tokens=self.max_tokens - 1)
+        tokenized = tokenize_examples(
+            self.tokenizer, asked, max_tokens=self.max_tokens - 1, chat_template=self.pool.chat_template
+        )
         return [text.mean_loss(of_tokens) for of_tokens in self.log_probs(recipe, tokenized)]
 
 

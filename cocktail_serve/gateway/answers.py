@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import orjson
@@ -15,18 +15,24 @@ from cocktail_serve.errors import (
     ModelNotReadyError,
 )
 from cocktail_serve.gateway.field_policy import Outgoing
+from cocktail_serve.generation import ignores_end
 
 
 class AnswerRewriter:
     """Rewrites the answer of one request, and counts its tokens as the engine says them.
 
     Every chunk of a stream tells how many tokens its choice has so far, so that one that breaks off is counted too.
+
+    Args:
+        end_token_ids: end tokens of the model's own. The engine is told of those that are not the base's as further
+            tokens to stop at, and gives them as `stop_reason`, which is null where a model ended by itself.
     """
 
-    __slots__ = ("_model_id", "_num_choices", "_of_choices", "_shows_each", "_shows_usage", "_totals")
+    __slots__ = ("_ends", "_model_id", "_num_choices", "_of_choices", "_shows_each", "_shows_usage", "_totals")
 
-    def __init__(self, model_id: str, outgoing: Outgoing) -> None:
+    def __init__(self, model_id: str, outgoing: Outgoing, *, end_token_ids: Collection[int] = ()) -> None:
         self._model_id = model_id
+        self._ends = () if ignores_end(outgoing.body) else end_token_ids
         self._shows_usage = outgoing.shows_usage
         self._shows_each = outgoing.shows_usage_in_chunks
         num_choices = outgoing.body.get("n")
@@ -65,6 +71,7 @@ class AnswerRewriter:
         if status >= 400 or "error" in answer:
             raise upstream_error(status, answer)
         answer["model"] = self._model_id
+        self._hide_own_ends(answer.get("choices") or ())
         self._totals = _num_tokens(answer.get("usage"))
         return orjson.dumps(answer)
 
@@ -82,6 +89,7 @@ class AnswerRewriter:
             raise upstream_error(500, chunk)
         chunk["model"] = self._model_id
         choices = chunk.get("choices")
+        self._hide_own_ends(choices or ())
         num_tokens = _num_tokens(chunk.get("usage"))
         if not choices:
             self._totals = num_tokens or self._totals
@@ -94,6 +102,11 @@ class AnswerRewriter:
         elif choices and not self._shows_each:
             chunk["usage"] = None
         return orjson.dumps(chunk)
+
+    def _hide_own_ends(self, choices: Iterable[dict[str, Any]]) -> None:
+        for choice in choices:
+            if choice.get("stop_reason") in self._ends:
+                choice["stop_reason"] = None
 
 
 def _num_tokens(usage: Any) -> tuple[int, int] | None:

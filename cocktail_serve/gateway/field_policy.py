@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from cocktail_serve.errors import InvalidRequestError
+from cocktail_serve.generation import MAX_TOKENS, NEUTRAL_SAMPLING
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,12 +22,13 @@ class FieldRule:
     Attributes:
         field: its name in the body, dotted where it lies inside another.
         action: `override`: the gateway sets it, whatever was sent. `refuse`: 400 if it is given and not null.
+            `complete`: what the model asked for takes otherwise than the base, where the request does not say.
         allowed_by: engine setting that turns a refusal into passing on.
         why: for the one who meets the rule.
     """
 
     field: str
-    action: Literal["override", "refuse"]
+    action: Literal["override", "refuse", "complete"]
     why: str
     allowed_by: str | None = None
 
@@ -52,14 +54,23 @@ FIELD_POLICY: tuple[FieldRule, ...] = (
     FieldRule(
         "chat_template",
         "refuse",
-        "a template is a program that runs in the engine; the pool's own is used",
+        "a template is a program that runs in the engine; the model's own is used, else the pool's",
         allowed_by="allow_chat_template",
     ),
     FieldRule(
         "chat_template_kwargs.chat_template",
         "refuse",
-        "a template is a program that runs in the engine; the pool's own is used",
+        "a template is a program that runs in the engine; the model's own is used, else the pool's",
         allowed_by="allow_chat_template",
+    ),
+    FieldRule(
+        "stop_token_ids",
+        "complete",
+        "the model's own end tokens are added, unless `ignore_eos`; an answer that they end has `stop_reason` null",
+    ),
+    *(
+        FieldRule(name, "complete", "a default of the model's own generation_config.json, as vLLM takes it")
+        for name in (*NEUTRAL_SAMPLING, MAX_TOKENS)
     ),
 )
 """All fields that are not in this table are passed on as they are."""

@@ -56,7 +56,7 @@ class GenerationResponse(Response):
         self._tenant = tenant
         self._ticket = ticket
         self._metrics = metrics
-        self._rewriter = AnswerRewriter(served.model_id, outgoing)
+        self._rewriter = AnswerRewriter(served.model_id, outgoing, end_token_ids=served.generation.end_token_ids)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Start and end of every generation, whatever becomes of it: what limits or books generations belongs here."""
@@ -65,7 +65,11 @@ class GenerationResponse(Response):
         try:
             async with ended_with_client(receive):
                 async with self._engine.forward(
-                    self._served.recipe, self._path, self._outgoing.body, tenant=self._tenant
+                    self._served.recipe,
+                    self._path,
+                    self._outgoing.body,
+                    tenant=self._tenant,
+                    settings=self._served.generation,
                 ) as forwarded:
                     settle = forwarded.settle
                     if forwarded.events is not None:

@@ -155,7 +155,9 @@ def _with_transformers(pool: Pool, config: PoolConfig, examples: ExampleSet) -> 
             score = score_encoder_decoder
         else:
             assert models.max_tokens is not None
-            tokenized = tokenize_examples(models.tokenizer, examples, max_tokens=models.max_tokens - 1)
+            tokenized = tokenize_examples(
+                models.tokenizer, examples, max_tokens=models.max_tokens - 1, chat_template=pool.chat_template
+            )
             score = score_with_transformers
 
     def losses_of(recipe: Recipe, rows: Sequence[int] | None) -> list[float]:

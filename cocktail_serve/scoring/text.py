@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +15,7 @@ import numpy as np
 
 from cocktail_serve.errors import ContextLengthError, InvalidExamplesError
 from cocktail_serve.examples import ChatExample, ExampleSet, RetrievalExample, TextExample
+from cocktail_serve.generation import ChatTemplate
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -40,7 +41,11 @@ class TokenizedExample:
 
 
 def tokenize_examples(
-    tokenizer: PreTrainedTokenizerFast, examples: ExampleSet, *, max_tokens: int
+    tokenizer: PreTrainedTokenizerFast,
+    examples: ExampleSet,
+    *,
+    max_tokens: int,
+    chat_template: ChatTemplate | None = None,
 ) -> list[TokenizedExample]:
     """Turns text and chat examples into tokens, with the boundary between input and output found in tokens.
 
@@ -55,13 +60,14 @@ def tokenize_examples(
     Args:
         max_tokens: longest example allowed; `max_model_len - 1` wherever it is scored, since vLLM needs room for one
             token more.
+        chat_template: the pool's; None: the tokenizer's own, if it has one.
 
     Raises:
         ContextLengthError: an example is longer; names its row.
         InvalidExamplesError: an output that tokenises to nothing, messages without a chat template or that it refuses.
     """
     return [
-        _tokenize(tokenizer, example, _Row(number, examples), max_tokens)
+        _tokenize(tokenizer, example, _Row(number, examples), max_tokens, chat_template)
         for number, example in enumerate(examples, start=1)
     ]
 
@@ -128,13 +134,14 @@ def _tokenize(
     example: TextExample | ChatExample | RetrievalExample,
     row: _Row,
     max_tokens: int,
+    chat_template: ChatTemplate | None,
 ) -> TokenizedExample:
     if isinstance(example, TextExample):
         text, input_end = f"{example.input} {example.output}" if example.input else example.output, len(example.input)
         # the space that joins the two is ours: an output of which nothing else is left has no tokens
         output_begin = input_end + 1 if example.input else 0
     elif isinstance(example, ChatExample):
-        text, input_end = _render(tokenizer, example, row)
+        text, input_end = _render(tokenizer, example, row, chat_template)
         output_begin = input_end
     else:
         raise row.invalid("a retrieval example has no output for a decoder to predict")
@@ -162,22 +169,31 @@ def _tokenize(
     return TokenizedExample(token_ids, output_start)
 
 
-def _render(tokenizer: PreTrainedTokenizerFast, example: ChatExample, row: _Row) -> tuple[str, int]:
+def _render(
+    tokenizer: PreTrainedTokenizerFast, example: ChatExample, row: _Row, chat_template: ChatTemplate | None
+) -> tuple[str, int]:
     """The conversation's text, and how many of its characters are the input."""
     from jinja2 import TemplateError
 
-    if not tokenizer.chat_template:
+    if chat_template is None and not tokenizer.chat_template:
         raise row.invalid(
-            "the pool's tokenizer has no chat template, so messages cannot be scored; give input and output"
+            "the pool's base has no chat template, and no single one comes with its experts, so messages cannot be "
+            "scored; set chat-template in engine.args, or give input and output"
         )
-    messages, tools = example.to_json()["messages"], example.tools
+    own = {} if chat_template is None else {**chat_template.defaults, "chat_template": chat_template.text}
+    messages, tools = example.to_json()["messages"], [dict(tool) for tool in example.tools] or None
     plain = [*messages[:-1], {"role": "assistant", "content": messages[-1]["content"]}]
-    try:
-        text = _apply(tokenizer, messages, tools, add_generation_prompt=False)
-        before = _apply(tokenizer, messages[:-1], tools, add_generation_prompt=True)
-        is_dropped = "tool_calls" in messages[-1] and text == _apply(
-            tokenizer, plain, tools, add_generation_prompt=False
+
+    def rendered(messages: list[dict[str, Any]], *, add_generation_prompt: bool) -> str:
+        text: str = tokenizer.apply_chat_template(
+            messages, **{**own, "tools": tools, "tokenize": False, "add_generation_prompt": add_generation_prompt}
         )
+        return text
+
+    try:
+        text = rendered(messages, add_generation_prompt=False)
+        before = rendered(messages[:-1], add_generation_prompt=True)
+        is_dropped = "tool_calls" in messages[-1] and text == rendered(plain, add_generation_prompt=False)
     # templates are programs: what they do to calls of tools that they do not expect ends in any of these
     except (TemplateError, TypeError, ValueError, KeyError) as error:
         raise row.invalid(f"the chat template refuses these messages: {error}") from error
@@ -190,22 +206,6 @@ def _render(tokenizer: PreTrainedTokenizerFast, example: ChatExample, row: _Row)
 def _length_of_common_prefix(one: str, other: str) -> int:
     pairs = zip(one, other, strict=False)
     return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(one), len(other)))
-
-
-def _apply(
-    tokenizer: PreTrainedTokenizerFast,
-    messages: list[dict[str, Any]],
-    tools: Sequence[Mapping[str, Any]],
-    *,
-    add_generation_prompt: bool,
-) -> str:
-    rendered: str = tokenizer.apply_chat_template(
-        messages,
-        tools=[dict(tool) for tool in tools] or None,
-        tokenize=False,
-        add_generation_prompt=add_generation_prompt,
-    )
-    return rendered
 
 
 def batches_by_length(lengths: Sequence[int]) -> Iterator[list[int]]:

@@ -9,6 +9,7 @@ import os
 import signal
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from cocktail_serve.errors import (
     QueueTimeoutError,
 )
 from cocktail_serve.examples import ExampleSet, parse_examples
+from cocktail_serve.generation import ChatTemplate
 from cocktail_serve.pool import Pool
 from cocktail_serve.recipe import Recipe, make_recipe, one_hot
 from cocktail_serve.scoring.text import tokenize_examples
@@ -420,3 +422,15 @@ def test_settings_of_ours_cannot_be_overridden(pool: Pool, tmp_path: Path) -> No
     settings = FakeEngineConfig.model_validate({"env": {"VLLM_API_KEY": "mine"}})
     with pytest.raises(ConfigError, match="VLLM_API_KEY"):
         VLLMEngine(pool, settings, run_dir=tmp_path)
+
+
+async def test_messages_are_scored_through_the_pools_template(pool: Pool, tmp_path: Path, faults: Path) -> None:
+    template = ChatTemplate("{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }}\n{% endfor %}")
+    turns = [{"role": "user", "content": "what"}, {"role": "assistant", "content": "paris"}]
+    given = parse_examples([{"messages": turns}], "decoder")
+    tokenizer = make_decoder_tokenizer()
+    ids = tokenizer("[user] what\n[assistant] paris\n", add_special_tokens=False).input_ids
+    start = len(tokenizer("[user] what\n", add_special_tokens=False).input_ids)
+    recipe = one_hot(pool, "nq", dtype="float32")
+    async with running(replace(pool, chat_template=template), tmp_path) as engine:
+        assert await engine.score(recipe, given) == [fake_loss(recipe.digest, ids, start)]

@@ -144,3 +144,16 @@ async def _make_registry(path, *, expert):
         row = {"pool": "bge", "name": "new", "path": str(expert), "fingerprint": "0" * 64, "added_at": 0.0}
         await connection.execute(insert(tables.experts).values(**row))
     await database.close()
+
+
+@pytest.mark.parametrize("is_there", [True, False])
+def test_a_chat_template_is_looked_for_beside_the_configuration(write_config, tmp_path, capsys, is_there):
+    base = make_decoder(tmp_path / "base")
+    if is_there:
+        (tmp_path / "chat.jinja").write_text("{{ messages }}")
+    engine = {"type": "fake", "args": {"chat-template": "chat.jinja"}}
+    code, checks = run(capsys, write_config(pools=[pool_section("flan", "decoder", {"base": base}, engine)]))
+    assert code == (0 if is_there else 1)
+    assert checks["pool flan"]["status"] == ("ok" if is_there else "problem")
+    if not is_there:
+        assert "engine.args.chat-template: there is no file chat.jinja" in checks["pool flan"]["detail"]

@@ -5,8 +5,9 @@ import sys
 
 import pytest
 
+from cocktail_serve.generation import ChatTemplate
 from tests.command_line import run
-from tests.models import make_decoder, make_decoder_pool
+from tests.models import make_chain_decoder, make_decoder, make_decoder_pool, make_encoder_pool
 
 
 @pytest.fixture(scope="module")
@@ -145,3 +146,37 @@ def test_without_matplotlib_the_extra_is_named(pool, tmp_path, capsys, monkeypat
     code, _, err = run(capsys, "inspect", pool["base"], pool["nq"], "--plot", tmp_path / "change.png")
     assert (code, "cocktail-serve[plot]" in err) == (2, True)
     assert run(capsys, "inspect", pool["base"], pool["nq"])[0] == 0
+
+
+def test_how_models_are_called_is_shown(tmp_path, capsys):
+    base = make_chain_decoder(tmp_path / "base", chat_template="one")
+    said = {"eos_token_id": [3, 4], "temperature": 0.5}
+    chat = make_chain_decoder(tmp_path / "chat", end="<|im_end|>", chat_template="other", generation_config=said)
+    result = json.loads(run(capsys, "inspect", base, chat, "--json")[1])
+    mine, theirs = (model["generation"] for model in result["models"])
+    assert mine == {"stop_token_ids": [2], "sampling": {}, "chat_template": ChatTemplate("one").digest}
+    assert theirs == {
+        "stop_token_ids": [3, 4],
+        "sampling": {"temperature": 0.5},
+        "chat_template": ChatTemplate("other").digest,
+    }
+    assert result["mixed_generation"] == {
+        "stop_token_ids": [2, 3, 4],
+        "sampling": {"temperature": 0.5},
+        "chat_template": ChatTemplate("one").digest,
+    }
+    _, out, _ = run(capsys, "inspect", base, chat)
+    lines = [" ".join(line.split()) for line in out.splitlines()]
+    assert "they are called differently; a mixture of them takes:" in lines
+    assert lines.count("end tokens 3, 4") == 1
+    assert lines.count("end tokens 2, 3, 4") == 1
+    assert lines.count("sampling temperature 0.5") == 2
+    assert "they are called alike, and so is their mixture" in run(capsys, "inspect", base, base)[1]
+
+
+def test_encoders_are_not_called(tmp_path, capsys):
+    folders = make_encoder_pool(tmp_path, ("faq",))
+    result = json.loads(run(capsys, "inspect", folders["base"], folders["faq"], "--json")[1])
+    assert [model["generation"] for model in result["models"]] == [None, None]
+    assert result["mixed_generation"] is None
+    assert "chat template" not in run(capsys, "inspect", folders["base"], folders["faq"])[1]

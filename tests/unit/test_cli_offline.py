@@ -510,3 +510,52 @@ def test_without_a_verdict_it_is_said_why(config, examples, capsys):
     findings = json.loads(out)["findings"]
     assert findings["advice"] is None
     assert "one example cannot be held out" in findings["text"]
+
+
+def _losses_of_messages(folder, capsys, examples, **args):
+    """Loss of each model on a chat, in a pool whose base has no chat template."""
+    (folder / "flan" / "base" / "chat_template.jinja").unlink(missing_ok=True)
+    models = {path.name: path for path in (folder / "flan").iterdir()}
+    engine = {"type": "vllm", "max_model_len": 64, "args": args}
+    pools = [pool_section("flan", "decoder", models, engine)]
+    config = folder / "config.yaml"
+    config.write_text(yaml.safe_dump({"store": {"cache_dir": "cache"}, "pools": pools}))
+    code, out, err = run(capsys, "weigh", config, "--pool", "flan", "--examples", examples(DECODER_ROWS[-1:]), "--json")
+    return code, json.loads(out)["losses"] if code == 0 else err
+
+
+def _loss_of(folder, prompt, output):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder)
+    before = tokenizer(prompt, add_special_tokens=False).input_ids
+    ids = before + tokenizer(output, add_special_tokens=False).input_ids
+    with torch.inference_mode():
+        labels = torch.tensor([[-100] * len(before) + ids[len(before) :]])
+        return model(torch.tensor([ids]), labels=labels).loss.item()
+
+
+def test_messages_are_scored_by_the_template_that_chats_are_rendered_with(tmp_path, examples, capsys):
+    """The base's, else the experts', else the operator's, which goes before both; for every model the same text."""
+    folders = make_decoder_pool(tmp_path / "flan")
+    question, answer = "my card was stolen", "open a bank account"
+    _, of_experts = _losses_of_messages(tmp_path, capsys, examples)
+    prompt = f"<s><|user|>{question}</s><|assistant|>"
+    for name in ("base", "nq"):
+        assert of_experts[name] == pytest.approx(_loss_of(folders[name], prompt, f"{answer}</s>"), rel=1e-5)
+
+    (tmp_path / "chat.jinja").write_text(
+        "{% for m in messages %}<s>{{ m['role'] }}</s>{{ m['content'] }}{% endfor %}"
+        "{% if add_generation_prompt %}<s>assistant</s>{% endif %}"
+    )
+    # beside the configuration, whatever the current folder
+    _, of_operator = _losses_of_messages(tmp_path, capsys, examples, **{"chat-template": "chat.jinja"})
+    for name in ("base", "nq"):
+        reference = _loss_of(folders[name], f"<s>user</s>{question}<s>assistant</s>", answer)
+        assert of_operator[name] == pytest.approx(reference, rel=1e-5)
+
+    (folders["nq"] / "chat_template.jinja").write_text("{{ messages }}")
+    code, err = _losses_of_messages(tmp_path, capsys, examples)
+    assert code == 2
+    assert "row 1: the pool's base has no chat template" in " ".join(err.split())
+    assert "set chat-template in engine.args" in " ".join(err.split())

@@ -211,3 +211,26 @@ def test_unknown_pool_names_those_there_are(load: Load) -> None:
 )
 def test_engines_by_kind(load: Load, kind: str, engine: dict[str, str], expected: type) -> None:
     assert type(load(with_pool(kind=kind, engine=engine)).pool("flan").engine) is expected
+
+
+def test_paths_in_engine_arguments_are_relative_to_the_file(load: Load, tmp_path: Path) -> None:
+    (tmp_path / "chat.jinja").write_text("{{ messages }}")
+    (tmp_path / "defaults").mkdir()
+    args = {
+        "chat-template": "chat.jinja",
+        "--generation_config": "defaults",
+        "tool-parser-plugin": "chat.jinja",  # not known to be a path
+    }
+    engine = load(with_pool(engine={"type": "vllm", "args": args})).pools[0].engine
+    assert isinstance(engine, VLLMEngineConfig)
+    assert engine.args == {
+        "chat-template": str(tmp_path / "chat.jinja"),
+        "--generation_config": str(tmp_path / "defaults"),
+        "tool-parser-plugin": "chat.jinja",
+    }
+    assert engine.argument("generation-config") == str(tmp_path / "defaults")
+    assert engine.argument("max-num-seqs") is None
+    for template in ("{{ messages }}", "x" * 10_000, "{% set a = 1 %}\nchat.jinja", "vllms_own.jinja"):
+        engine = load(with_pool(engine={"type": "vllm", "args": {"chat-template": template}})).pools[0].engine
+        assert isinstance(engine, VLLMEngineConfig)
+        assert engine.argument("chat-template") == template

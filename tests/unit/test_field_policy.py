@@ -10,6 +10,7 @@ import pytest
 from cocktail_serve.errors import ContextLengthError, EngineError, InvalidRequestError, ModelNotReadyError
 from cocktail_serve.gateway.answers import AnswerRewriter, upstream_error
 from cocktail_serve.gateway.field_policy import FIELD_POLICY, Outgoing, apply_field_policy
+from cocktail_serve.generation import NEUTRAL_SAMPLING
 
 CHAT: dict[str, Any] = {"model": "flan", "messages": [{"role": "user", "content": "hi"}]}
 
@@ -207,3 +208,28 @@ def test_answers_that_are_no_json_objects(raw: bytes) -> None:
 def test_errors_inside_streams() -> None:
     with pytest.raises(EngineError, match="EngineCore died"):
         rewritten({"error": {"message": "EngineCore died", "code": 500}}, shows_usage=False)
+
+
+@pytest.mark.parametrize(
+    ("said", "body", "told"),
+    [(7, {}, None), (8, {}, 8), (None, {}, None), ("7", {}, "7"), ("stop", {}, "stop"), (7, {"ignore_eos": True}, 7)],
+    ids=str,
+)
+def test_a_models_own_end_is_no_reason_to_stop(said: Any, body: dict[str, Any], told: Any) -> None:
+    choice = {"index": 0, "finish_reason": "stop", "stop_reason": said}
+    answer = orjson.dumps({"choices": [choice, {"index": 1}], "usage": {"prompt_tokens": 1, "completion_tokens": 1}})
+
+    def rewriter() -> AnswerRewriter:
+        return AnswerRewriter("flan/nq", Outgoing(body, stream=False, shows_usage=False), end_token_ids=(7,))
+
+    assert orjson.loads(rewriter().whole(200, answer))["choices"] == [{**choice, "stop_reason": told}, {"index": 1}]
+    streamed = rewriter().chunk(answer)
+    assert streamed is not None
+    assert orjson.loads(streamed)["choices"] == [{**choice, "stop_reason": told}, {"index": 1}]
+
+
+def test_what_models_have_defaults_for_is_in_the_policy() -> None:
+    completed = {rule.field for rule in FIELD_POLICY if rule.action == "complete"}
+    assert completed == {"stop_token_ids", "max_tokens", *NEUTRAL_SAMPLING}
+    body = CHAT | {"stop_token_ids": [1], "temperature": 0.1}
+    assert apply_field_policy(body, allow_chat_template=False).body.items() >= {"temperature": 0.1}.items()

@@ -18,6 +18,7 @@ NOUNS = {"errors", "digest", "dtypes", "ids", "kept_text", "pool", "methods", "r
     "examples",
     "example_rows",
     "chat_rows",
+    "generation",
 }
 """Modules that import nothing but each other."""
 

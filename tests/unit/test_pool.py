@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from cocktail_serve.errors import NotFoundError
+from cocktail_serve.generation import GenerationSettings
 from cocktail_serve.pool import Member, Pool
 
 
@@ -20,6 +21,12 @@ def pool(**changes: object) -> Pool:
         Pool("flan", "decoder", member("base"), {n: member(n) for n in ("nq", "ag-news")}, text_digest="text"),
         **changes,  # type: ignore[arg-type]
     )
+
+
+def test_models_and_pools_can_be_told_apart_in_sets() -> None:
+    called = dataclasses.replace(member("nq"), generation=GenerationSettings(sampling={"temperature": 0.5}))
+    assert len({member("nq"), called, member("nq")}) == 2
+    assert len({pool().base, pool().base}) == 1
 
 
 def test_iterates_over_the_base_and_then_the_experts_by_name() -> None:

@@ -72,7 +72,7 @@ async def create_cocktail(
         raise cocktail.error.exception()
     response.status_code = _status_of(cocktail, existed=existed)
     response.headers["location"] = f"/v1/cocktails/{quote(cocktail.id, safe='@')}"
-    return CocktailView.of(cocktail)
+    return CocktailView.of(cocktail, gateway.pools)
 
 
 def _status_of(cocktail: Cocktail, *, existed: bool) -> int:
@@ -84,13 +84,13 @@ def _status_of(cocktail: Cocktail, *, existed: bool) -> int:
 @router.get("/v1/cocktails", responses=error_responses())
 async def list_cocktails(gateway: GatewayDep, tenant: TenantDep, name: str | None = None) -> CocktailList:
     """All versions, the newest first; of one name if given."""
-    return CocktailList.of(gateway.service.list(tenant, name))
+    return CocktailList.of(gateway.service.list(tenant, name), gateway.pools)
 
 
 @router.get("/v1/cocktails/{ref}", responses=error_responses(404))
 async def retrieve_cocktail(gateway: GatewayDep, tenant: TenantDep, ref: str) -> CocktailView:
     """One version; by name, the current one."""
-    return CocktailView.of(await gateway.service.look_up(tenant, ref))
+    return CocktailView.of(await gateway.service.look_up(tenant, ref), gateway.pools)
 
 
 @router.get("/v1/cocktails/{ref}/recipe", responses=error_responses(404, 503))
@@ -122,7 +122,7 @@ async def retrieve_report(gateway: GatewayDep, tenant: TenantDep, ref: str) -> C
 async def update_cocktail(gateway: GatewayDep, tenant: CreatorDep, name: str, body: JSONObject) -> CocktailView:
     """Says which version the name means: a ready one, or null for the newest."""
     wanted = parse_as(CurrentVersion, body)
-    return CocktailView.of(await gateway.service.set_current(tenant, name, wanted.current))
+    return CocktailView.of(await gateway.service.set_current(tenant, name, wanted.current), gateway.pools)
 
 
 @router.delete("/v1/cocktails/{ref}", responses=error_responses(404, 429))

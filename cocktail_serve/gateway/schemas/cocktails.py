@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Annotated, Any, Literal, Self
 
@@ -11,8 +11,9 @@ from pydantic import BaseModel, ConfigDict, Field, StrictStr, WithJsonSchema
 from cocktail_serve.cocktails.cocktail import Cocktail, Status, Weighing
 from cocktail_serve.gateway.error_handlers import error_body
 from cocktail_serve.gateway.schemas.errors import ErrorDetail
-from cocktail_serve.pool import Kind
-from cocktail_serve.recipe import Recipe
+from cocktail_serve.gateway.schemas.generation_settings import GenerationView
+from cocktail_serve.pool import Kind, Pool
+from cocktail_serve.recipe import Recipe, settings_of
 from cocktail_serve.weighting.candidates import Candidate
 from cocktail_serve.weighting.verdict import Advice
 
@@ -85,6 +86,9 @@ class CocktailView(BaseModel):
     validation_loss: float | None = Field(description="Loss of the mixture on the validation examples.")
     candidates: list[CandidateView] = Field(description="Merging weights that were tried, the chosen ones included.")
     recipe: RecipeView | None
+    generation: GenerationView | None = Field(
+        description="How it is called where a request does not say; of decoders, once there is a recipe."
+    )
     created_at: int = Field(description="Unix time, seconds.")
     ready_at: int | None
     error: ErrorDetail | None = Field(description="Why it failed.")
@@ -92,7 +96,7 @@ class CocktailView(BaseModel):
     metadata: dict[str, str]
 
     @classmethod
-    def of(cls, cocktail: Cocktail) -> Self:
+    def of(cls, cocktail: Cocktail, pools: Mapping[str, Pool]) -> Self:
         options, chosen = cocktail.request, cocktail.chosen
         return cls(
             id=cocktail.id,
@@ -118,6 +122,7 @@ class CocktailView(BaseModel):
             validation_loss=cocktail.validation_loss,
             candidates=[CandidateView.of(candidate) for candidate in cocktail.candidates],
             recipe=None if cocktail.recipe is None else RecipeView.of(cocktail.recipe),
+            generation=_generation(cocktail, pools.get(cocktail.pool_id)),
             created_at=int(cocktail.created_at),
             ready_at=None if cocktail.ready_at is None else int(cocktail.ready_at),
             error=None if cocktail.error is None else _error_detail(cocktail),
@@ -131,8 +136,8 @@ class CocktailList(BaseModel):
     data: list[CocktailView]
 
     @classmethod
-    def of(cls, cocktails: Sequence[Cocktail]) -> Self:
-        return cls(data=[CocktailView.of(cocktail) for cocktail in cocktails])
+    def of(cls, cocktails: Sequence[Cocktail], pools: Mapping[str, Pool]) -> Self:
+        return cls(data=[CocktailView.of(cocktail, pools) for cocktail in cocktails])
 
 
 class WeighingView(BaseModel):
@@ -214,6 +219,14 @@ class CocktailDeleted(BaseModel):
     id: str
     object: Literal["cocktail"] = "cocktail"
     deleted: Literal[True] = True
+
+
+def _generation(cocktail: Cocktail, pool: Pool | None) -> GenerationView | None:
+    """None too where the pool no longer has the models."""
+    if pool is None or pool.kind != "decoder" or cocktail.recipe is None:
+        return None
+    settings = settings_of(cocktail.recipe, pool)
+    return None if settings is None else GenerationView.of(settings)
 
 
 def _error_detail(cocktail: Cocktail) -> ErrorDetail:

@@ -7,7 +7,8 @@ from typing import Literal, Self
 from pydantic import BaseModel, Field
 
 from cocktail_serve.config import PoolConfig
-from cocktail_serve.pool import Kind, Member, Pool
+from cocktail_serve.gateway.schemas.generation_settings import GenerationView
+from cocktail_serve.pool import BASE, Kind, Member, Pool
 
 
 class MemberView(BaseModel):
@@ -15,10 +16,17 @@ class MemberView(BaseModel):
     fingerprint: str = Field(description="SHA-256 over the parameters.")
     dtype: str
     num_bytes: int
+    generation: GenerationView | None = Field(description="How it is called where a request does not say; of decoders.")
 
     @classmethod
-    def of(cls, member: Member, model_id: str) -> Self:
-        return cls(id=model_id, fingerprint=member.fingerprint, dtype=member.dtype, num_bytes=member.num_bytes)
+    def of(cls, member: Member, pool: Pool) -> Self:
+        return cls(
+            id=pool.id if member.name == BASE else f"{pool.id}/{member.name}",
+            fingerprint=member.fingerprint,
+            dtype=member.dtype,
+            num_bytes=member.num_bytes,
+            generation=GenerationView.of(pool.generation_of(member)) if pool.kind == "decoder" else None,
+        )
 
 
 class PoolView(BaseModel):
@@ -40,8 +48,8 @@ class PoolView(BaseModel):
             id=pool.id,
             kind=pool.kind,
             fingerprint=pool.fingerprint,
-            base=MemberView.of(pool.base, pool.id),
-            experts={name: MemberView.of(member, f"{pool.id}/{name}") for name, member in pool.experts.items()},
+            base=MemberView.of(pool.base, pool),
+            experts={name: MemberView.of(member, pool) for name, member in pool.experts.items()},
             engine=config.engine.type,
             dtype=dtype,
             max_examples=config.max_examples,

@@ -23,6 +23,7 @@ from cocktail_serve.checkpoints.mixture import iter_mixture
 from cocktail_serve.errors import ConflictError, ModelChangedError, StorageError
 from cocktail_serve.pool import Pool
 from cocktail_serve.recipe import DType, Recipe, make_recipe, one_hot
+from tests.models import CHAIN_TOKENS, make_chain_decoder
 
 Folders = dict[str, Path]
 Open = Callable[..., Pool]
@@ -294,3 +295,36 @@ def test_a_folder_that_cannot_be_made(decoders: Folders, opened: Open, tmp_path:
     (tmp_path / "file").write_text("")
     with pytest.raises(StorageError, match=r"cannot write .*file/out"):
         save_mixture(even(pool), pool, tmp_path / "file" / "out")
+
+
+@pytest.fixture
+def called_differently(tmp_path: Path, opened: Open) -> Pool:
+    said = {"eos_token_id": [3, 4], "temperature": 0.5}
+    folders = {
+        "base": make_chain_decoder(tmp_path / "base", chat_template="base's"),
+        "chat": make_chain_decoder(
+            tmp_path / "chat", end="<|im_end|>", chat_template="chat's", generation_config=said, sharpness=5.0
+        ),
+    }
+    return opened(folders)
+
+
+@pytest.mark.parametrize(("share", "template"), [(0.0, "base's"), (0.7, "base's"), (1.0, "chat's")])
+def test_a_folder_is_called_as_its_mixture(
+    called_differently: Pool, tmp_path: Path, share: float, template: str
+) -> None:
+    """By transformers, without a server: the answer ends where the model has learnt to end it."""
+    recipe = make_recipe(called_differently, {"base": 1 - share, "chat": share}, dtype="float32")
+    save_mixture(recipe, called_differently, tmp_path / "out")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert tokenizer.chat_template == template
+    config, stops = model.generation_config, [2] if share == 0 else [2, 3, 4]
+    assert ([config.eos_token_id] if share == 0 else config.eos_token_id) == stops
+    assert config.temperature == (None if share == 0 else 0.5)
+    said = model.generate(tokenizer("<|assistant|>", return_tensors="pt").input_ids, max_new_tokens=9, do_sample=False)
+    end = "</s>" if share == 0 else "<|im_end|>"
+    assert [CHAIN_TOKENS[token] for token in said[0, 1:]] == ["one", "two", "three", "four", end]
+    generation = json.loads((tmp_path / "out" / "recipe.json").read_text())["generation"]
+    assert generation["stop_token_ids"] == stops
+    assert (tmp_path / "out" / "generation_config.json").exists() is (share > 0), "the base has none"

@@ -12,11 +12,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from cocktail_serve.checkpoints.opening import open_pool
+from cocktail_serve.checkpoints.opening import open_expert, open_pool
+from cocktail_serve.checkpoints.text_files import text_digest
 from cocktail_serve.config import PoolConfig
 from cocktail_serve.errors import CheckpointError, IncompatibleModelsError
+from cocktail_serve.generation import ChatTemplate, GenerationSettings
 from cocktail_serve.pool import Pool
-from tests.models import make_decoder, make_decoder_pool
+from tests.models import CHAIN_TOKENS, make_chain_decoder, make_decoder, make_decoder_pool
 
 Folders = dict[str, Path]
 Open = Callable[..., Pool]
@@ -134,3 +136,72 @@ def test_an_adapter_without_factors_is_no_expert(decoders: Folders, opened: Open
     (adapter / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 8}))
     with pytest.raises(CheckpointError, match="holds no factors"):
         opened({**decoders, "lora": adapter})
+
+
+IM_END = CHAIN_TOKENS.index("<|im_end|>")
+
+
+class TestGeneration:
+    """How a pool's models are called, and what messages are rendered by."""
+
+    def open(self, folder: Path, base: str | None, *experts: str | None, **args: Any) -> Pool:
+        """A pool of chain decoders, each with the template given."""
+        folders = {
+            name: make_chain_decoder(
+                folder / name, end="</s>" if name == "base" else "<|im_end|>", chat_template=template
+            )
+            for name, template in zip(("base", "red", "green"), (base, *experts), strict=False)
+        }
+        section = {"id": "pico", "kind": "decoder", "base": str(folders.pop("base")), "engine": {"type": "vllm"}}
+        section["experts"] = {name: str(path) for name, path in folders.items()}
+        section["engine"] = {"type": "vllm", "args": {name.replace("_", "-"): value for name, value in args.items()}}
+        return open_pool(PoolConfig.model_validate(section), cache_dir=folder / "cache")
+
+    def plain_digest(self, pool: Pool) -> str:
+        return text_digest(pool.base.path, prompts={})
+
+    def test_each_model_is_called_as_its_own_folder_says(self, tmp_path: Path) -> None:
+        pool = self.open(tmp_path, "base's", "red's", None)
+        assert [member.generation for member in pool] == [
+            GenerationSettings((2,), (2,), {}, ChatTemplate("base's")),
+            GenerationSettings((IM_END,), (IM_END,), {}, None),
+            GenerationSettings((IM_END,), (IM_END,), {}, ChatTemplate("red's")),
+        ]
+        assert pool.chat_template == ChatTemplate("base's")
+        # losses that were kept before are those of the same text
+        assert pool.text_digest == self.plain_digest(pool)
+
+    def test_experts_that_agree_lend_their_template_to_a_base_without(self, tmp_path: Path) -> None:
+        pool = self.open(tmp_path, None, "chat's", "chat's")
+        assert pool.chat_template == ChatTemplate("chat's")
+        assert pool.generation_of(pool.base).chat_template == ChatTemplate("chat's")
+        assert pool.text_digest != self.plain_digest(pool)
+
+    def test_experts_that_do_not_agree_lend_none(self, tmp_path: Path) -> None:
+        pool = self.open(tmp_path, None, "red's", "green's")
+        assert pool.chat_template is None
+        assert pool.text_digest == self.plain_digest(pool)
+        assert pool.generation_of(pool.member("red")).chat_template == ChatTemplate("red's")
+
+    def test_the_operators_template_is_every_models(self, tmp_path: Path) -> None:
+        file = tmp_path / "own.jinja"
+        file.write_text("operator's")
+        pool = self.open(tmp_path, "base's", "red's", chat_template=str(file))
+        assert {member.generation.chat_template for member in pool} == {ChatTemplate("operator's")}
+        assert pool.chat_template == ChatTemplate("operator's")
+        file.write_text("changed")
+        again = self.open(tmp_path, "base's", "red's", chat_template=str(file))
+        assert len({pool.text_digest, again.text_digest, self.plain_digest(pool)}) == 3
+
+    def test_defaults_of_templates_are_part_of_what_is_read(self, tmp_path: Path) -> None:
+        plain = self.open(tmp_path, "base's")
+        pool = self.open(tmp_path, "base's", default_chat_template_kwargs={"enable_thinking": False})
+        assert pool.chat_template == ChatTemplate("base's", defaults={"enable_thinking": False})
+        assert plain.text_digest != pool.text_digest
+
+    def test_an_expert_that_is_added_later_is_called_by_the_same_options(self, tmp_path: Path) -> None:
+        said = {"eos_token_id": 4, "temperature": 0.5, "top_k": 3}
+        late = make_chain_decoder(tmp_path / "late", chat_template="late's", generation_config=said)
+        pool = self.open(tmp_path, None, "red's", override_generation_config={"temperature": 0.1})
+        member = open_expert(pool, "late", late, cache_dir=tmp_path / "cache")
+        assert member.generation == GenerationSettings((2,), (2, 4), {"top_k": 3}, ChatTemplate("late's"))

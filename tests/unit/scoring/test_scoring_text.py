@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from cocktail_serve.errors import ContextLengthError, InvalidExamplesError
 from cocktail_serve.examples import ChatExample, ExampleSet, TextExample, parse_examples
+from cocktail_serve.generation import ChatTemplate
 from cocktail_serve.scoring import text as text_scoring
 from cocktail_serve.scoring.text import TokenizedExample, score_with_transformers, tokenize_examples
 from tests.models import CHAT_TEMPLATE, make_decoder, make_decoder_tokenizer
@@ -194,7 +195,7 @@ def test_a_generation_prompt_that_opens_a_thought_is_not_output() -> None:
 def test_messages_need_a_chat_template() -> None:
     tokenizer = make_decoder_tokenizer()
     tokenizer.chat_template = None
-    with pytest.raises(InvalidExamplesError, match="row 1: the pool's tokenizer has no chat template"):
+    with pytest.raises(InvalidExamplesError, match="row 1: the pool's base has no chat template"):
         tokenize(tokenizer, chat(("user", "what"), ("assistant", "paris")))
 
 
@@ -293,3 +294,17 @@ def test_log_probabilities_of_a_bfloat16_model_are_taken_in_float32(
 def test_nothing_to_score(model_folder: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
     assert score_with_transformers(model, []) == []
+
+
+def test_messages_go_through_the_pools_template_where_it_is_told(tokenizer: PreTrainedTokenizerFast) -> None:
+    """With its defaults, and with special tokens of its own; the tokenizer's own template is none of its business."""
+    text = (
+        '{% set eos_token = "<end>" %}\n{% for m in messages %}{{ m["role"] }}: {{ m["content"] }}{{ eos_token }}'
+        "{% if not thinks and m['role'] == 'user' %}!{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}assistant: {% endif %}"
+    )
+    # the space before the answer is merged with its first letters
+    template = ChatTemplate(text, tool_use="for tools", defaults={"thinks": False, "add_generation_prompt": False})
+    examples = chat(("user", "what"), ("assistant", "paris"))
+    (example,) = tokenize_examples(tokenizer, examples, max_tokens=MAX_TOKENS, chat_template=template)
+    assert split(tokenizer, example) == ("user: what<end>!assistant:", " paris<end>")
