@@ -87,6 +87,7 @@ class GenerationOptions:
         chat_template_defaults: `default-chat-template-kwargs` alone.
         generation_config: `generation-config`, a folder: its generation_config.json is taken instead of every model's.
         has_sampling: False for `generation-config: vllm`: no model's sampling defaults are taken.
+        has_templates: False where the engine's tokenizer renders messages by itself and takes no template: Mistral's.
         overridden: fields whose defaults `override-generation-config` sets, in the engine itself.
     """
 
@@ -94,6 +95,7 @@ class GenerationOptions:
     chat_template_defaults: Mapping[str, Any] = field(default_factory=dict, hash=False)
     generation_config: Path | None = None
     has_sampling: bool = True
+    has_templates: bool = True
     overridden: frozenset[str] = frozenset()
 
 

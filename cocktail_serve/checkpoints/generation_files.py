@@ -67,9 +67,18 @@ def read_settings(
         end_token_ids=(end_id,) if end_id in stops else (),
         stop_token_ids=tuple(sorted(stops)),
         sampling=_sampling(values, where, options),
-        chat_template=options.chat_template
-        or own_template(root, tokens, base_tokens, defaults=options.chat_template_defaults),
+        chat_template=_chat_template(root, tokens, base_tokens, options),
     )
+
+
+def _chat_template(
+    root: Path, tokens: Mapping[str, str], base_tokens: Mapping[str, str], options: GenerationOptions
+) -> ChatTemplate | None:
+    if not options.has_templates:
+        return None
+    if options.chat_template is not None:
+        return options.chat_template
+    return own_template(root, tokens, base_tokens, defaults=options.chat_template_defaults)
 
 
 def common_template(settings: Sequence[GenerationSettings]) -> ChatTemplate | None:

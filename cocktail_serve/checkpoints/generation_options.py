@@ -18,8 +18,11 @@ _JINJA = re.compile(r"[{}\n]")
 """What a template has and a path has not, for vLLM."""
 
 
-def read_options(config: PoolConfig) -> GenerationOptions:
+def read_options(config: PoolConfig, base: Path) -> GenerationOptions:
     """What `engine.args` says of all models of a pool.
+
+    Args:
+        base: folder of its base, whose tokenizer the engine runs.
 
     Raises:
         ConfigError: a chat template or a generation_config.json that is not there or cannot be read.
@@ -42,6 +45,7 @@ def read_options(config: PoolConfig) -> GenerationOptions:
         chat_template_defaults=defaults,
         generation_config=folder,
         has_sampling=source != "vllm",
+        has_templates=_takes_templates(base, engine.argument("tokenizer-mode") or "auto"),
         overridden=frozenset(request_name(name) for name in _mapping(engine, "override-generation-config")),
     )
 
@@ -73,6 +77,14 @@ def _read_argument(given: str) -> str:
         if "unknown tag 'generation'" not in str(error):
             raise ConfigError(f"{param}: line {error.lineno} is no Jinja: {error.message}", param=param) from error
     return text
+
+
+def _takes_templates(base: Path, mode: str) -> bool:
+    """Whether the engine's tokenizer is one of transformers'. By itself, vLLM takes Mistral's own where it is there."""
+    if mode == "auto":
+        is_mistrals = any(base.glob("consolidated*.safetensors"))
+        return not (is_mistrals and (any(base.glob("tekken.json")) or any(base.glob("tokenizer.model.v*"))))
+    return mode in ("hf", "slow")
 
 
 def _vllm_template(name: str) -> Path | None:

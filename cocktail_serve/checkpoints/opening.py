@@ -82,13 +82,12 @@ def open_expert(pool: Pool, name: str, folder: Path, *, cache_dir: Path) -> Memb
 
 def _with_generation(pool: Pool, config: PoolConfig) -> Pool:
     """The pool with how its models are called, and what messages are rendered by."""
-    options = read_options(config)
+    options = read_options(config, pool.base.path)
     base = replace(pool.base, generation=read_settings(pool.base.path, options=options))
     experts = {name: _called(member, base, options) for name, member in pool.experts.items()}
     template = common_template([member.generation for member in (base, *experts.values())])
-    if template != read_settings(base.path).chat_template:
-        # not the one that the tokenizer's files give
-        assert template is not None
+    if template is not None and template != read_settings(base.path).chat_template:
+        # not the one that the base's tokenizer brings
         rendered_by = template.digest
         pool = replace(pool, text_digest=text_digest(base.path, prompts=config.prompts, chat_template=rendered_by))
     return replace(pool, base=base, experts=experts, chat_template=template, generation_options=options)

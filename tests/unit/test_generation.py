@@ -20,7 +20,7 @@ def settings(*stops: int, template: ChatTemplate | None = None, **sampling: floa
 
 
 def member(name: str, generation: GenerationSettings, fingerprint: str | None = None) -> Member:
-    return Member(name, Path("/models") / name, fingerprint or f"fp-{name}", "float32", 8, generation)
+    return Member(name, Path("/models") / name, fingerprint or f"fp-{name}", "float32", 8, generation=generation)
 
 
 BASE = settings(2, top_p=0.9, template=OF_POOL)

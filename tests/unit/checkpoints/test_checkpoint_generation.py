@@ -290,9 +290,10 @@ class TestTemplates:
         assert common(None, None) is None
 
 
-def options_of(args: Mapping[str, Any]) -> GenerationOptions:
+def options_of(args: Mapping[str, Any], base: Path = Path("nowhere")) -> GenerationOptions:
     engine = {"type": "vllm", "args": dict(args)}
-    return read_options(PoolConfig.model_validate({"id": "p", "kind": "decoder", "base": "b", "engine": engine}))
+    section = {"id": "p", "kind": "decoder", "base": "b", "engine": engine}
+    return read_options(PoolConfig.model_validate(section), base)
 
 
 class TestOptions:
@@ -346,6 +347,35 @@ class TestOptions:
         assert read_settings(folder, options=options_of({"chat-template": "{{ x }}"})).chat_template == ChatTemplate(
             "{{ x }}"
         )
+
+
+class TestMistralsOwnTokenizer:
+    """vLLM takes it by itself, and then refuses templates of requests."""
+
+    @pytest.mark.parametrize(
+        ("files", "args", "takes"),
+        [
+            ((), {}, True),
+            (("consolidated.safetensors",), {}, True),
+            (("tekken.json",), {}, True),
+            (("consolidated.safetensors", "tekken.json"), {}, False),
+            (("consolidated-00001-of-00002.safetensors", "tokenizer.model.v3"), {"tokenizer_mode": "auto"}, False),
+            (("consolidated.safetensors", "tekken.json"), {"tokenizer-mode": "hf"}, True),
+            ((), {"tokenizer-mode": "mistral"}, False),
+        ],
+        ids=str,
+    )
+    def test_no_template_is_sent_then(
+        self, make: MakeFolder, files: tuple[str, ...], args: dict[str, str], *, takes: bool
+    ) -> None:
+        folder = make(config=CONFIG, tokenizer_config=tokenizer_config(chat_template="own"))
+        for name in files:
+            (folder / name).touch()
+        options = options_of(args, folder)
+        assert read_settings(folder, options=options).chat_template == (ChatTemplate("own") if takes else None)
+        if (module := pytest.importorskip("vllm.tokenizers.registry")) and not args:
+            mode, *_ = module.resolve_tokenizer_args(str(folder))
+            assert (mode != "mistral") is takes, "as vLLM itself decides"
 
 
 class TestWriting:
