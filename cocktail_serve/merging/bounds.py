@@ -45,7 +45,7 @@ def _of_task_vectors(recipe: Recipe, coefficients: list[float], models: list[flo
     if params.get("rescale"):
         vectors = [vector / params["density"] for vector in vectors]
     added = _weighted(coefficients, vectors)
-    if params.get("normalize"):
+    if params.get("normalize") and coefficients:
         if min(coefficients) <= 0.0:
             return math.inf  # it divides by a sum of coefficients, which may be as small as can be
         added = max(added, *vectors)
