@@ -67,15 +67,17 @@ class TensorInfo:
 
 
 class TensorSource(Protocol):
-    """An open file of parameters.
+    """An open file of parameters."""
 
-    Attributes:
-        file: what its bytes come from.
-        infos: what is in it.
-    """
+    @property
+    def file(self) -> HeldFile:
+        """What its bytes come from."""
+        ...
 
-    file: HeldFile
-    infos: Mapping[str, TensorInfo]
+    @property
+    def infos(self) -> Mapping[str, TensorInfo]:
+        """What is in it."""
+        ...
 
     def get_tensor(self, name: str) -> Tensor: ...
 
