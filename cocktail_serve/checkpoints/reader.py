@@ -71,15 +71,17 @@ class TensorInfo:
 
 
 class TensorSource(Protocol):
-    """An open file of parameters.
+    """An open file of parameters."""
 
-    Attributes:
-        file: what its bytes come from.
-        infos: what is in it.
-    """
+    @property
+    def file(self) -> HeldFile:
+        """What its bytes come from."""
+        ...
 
-    file: HeldFile
-    infos: Mapping[str, TensorInfo]
+    @property
+    def infos(self) -> Mapping[str, TensorInfo]:
+        """What is in it."""
+        ...
 
     def get_tensor(self, name: str) -> Tensor: ...
 
@@ -426,12 +428,11 @@ def _read_pickle(path: Path, file: HeldFile) -> tuple[dict[str, TensorInfo], dic
         CheckpointError: it is no state dict of dense tensors, or holds anything else.
     """
     import torch
-    from torch._subclasses.fake_tensor import FakeTensorMode
 
     try:
-        # weights_only is what keeps a pickle from running code
-        with FakeTensorMode(), file.open() as opened:
-            state = torch.load(opened, map_location="cpu", weights_only=True)
+        # weights_only is what keeps a pickle from running code, the device what keeps its tensors from being read
+        with file.open() as opened:
+            state = torch.load(opened, map_location="meta", weights_only=True)
     except Exception as error:  # a corrupt pickle can raise anything
         raise _unreadable(path, f"{type(error).__name__}: {str(error).partition(chr(10))[0]}") from error
     if not isinstance(state, Mapping):

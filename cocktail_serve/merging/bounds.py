@@ -45,11 +45,12 @@ def _of_task_vectors(recipe: Recipe, coefficients: list[float], models: list[flo
     if params.get("rescale"):
         vectors = [vector / params["density"] for vector in vectors]
     added = _weighted(coefficients, vectors)
-    if params.get("normalize"):
+    if params.get("normalize") and coefficients:
         if min(coefficients) <= 0.0:
             return math.inf  # it divides by a sum of coefficients, which may be as small as can be
         added = max(added, *vectors)
-    return base + max(1.0, abs(params["lambda"])) * added
+    scale: float = params["lambda"]
+    return base + max(1.0, abs(scale)) * added
 
 
 def _weighted(coefficients: list[float], largest: list[float]) -> float:

@@ -460,9 +460,9 @@ class TestEncoder:
         encoder = self.load(folders["base"])
         name, params = next(iter(encoder.own_params.items()))
         params.view(-1)[0] += 1
-        recipe = Recipe(base="b", coefficients=(("b", 1.0),), dtype="float32")
+        pool = open_pool(config_of({"base": folders["base"]}), cache_dir=tmp_path)
         with pytest.raises(CheckpointError, match=name):
-            encoder.check_names(recipe, {"b": folders["base"]})
+            encoder.check_names(one_hot(pool, "base", dtype="float32"), pool.by_fingerprint)
 
     def test_names_with_and_without_the_model_prefix(self, folders: dict[str, Path], tmp_path: Path) -> None:
         """BERT checkpoints saved with a head carry the prefix `bert.`, and the head."""
@@ -474,7 +474,8 @@ class TestEncoder:
         folder = make_encoder(tmp_path / "base")
         save_file(headed, folder / "model.safetensors", metadata={"format": "pt"})
         encoder = self.load(folder)
-        encoder.check_names(Recipe(base="b", coefficients=(("b", 1.0),), dtype="float32"), {"b": folder})
+        pool = open_pool(config_of({"base": folder}), cache_dir=tmp_path)
+        encoder.check_names(one_hot(pool, "base", dtype="float32"), pool.by_fingerprint)
         expected = self.load(folders["base"])
         assert encoder.own_params.keys() == expected.own_params.keys()
         assert all(torch.equal(value, expected.own_params[name]) for name, value in encoder.own_params.items())

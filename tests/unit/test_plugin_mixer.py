@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from cocktail_serve.checkpoints.mixture import iter_mixture
 from cocktail_serve.checkpoints.opening import open_pool
 from cocktail_serve.config import PoolConfig
-from cocktail_serve.errors import CheckpointError, ConfigError, InvalidMixError, ModelChangedError, NotFiniteError
+from cocktail_serve.errors import ConfigError, InvalidMixError, ModelChangedError, NotFiniteError
 from cocktail_serve.pool import Pool
 from cocktail_serve.recipe import Recipe, make_recipe
 from tests.merging import merged
@@ -149,7 +149,7 @@ def test_files_that_no_longer_fit_are_found_before_the_first_tensor(pool: Pool, 
     with pytest.raises(ModelChangedError, match="red"):
         mixer.check(recipe)
     (red / "model.safetensors").unlink()
-    with pytest.raises(CheckpointError, match="red"):
+    with pytest.raises(ModelChangedError, match="red"):
         mixer.check(recipe)
 
 
@@ -165,7 +165,7 @@ def test_what_is_kept_needs_no_files(pool: Pool, tmp_path: Path) -> None:
     assert source == "cache"
     assert all(torch.equal(tensor, params[name]) for name, tensor in kept)
     mixer.cache.forget(recipe.digest)
-    with pytest.raises(CheckpointError, match="red"):
+    with pytest.raises(ModelChangedError, match="red"):
         mixer.check(recipe)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -152,6 +153,20 @@ def test_a_folder_that_changes_while_it_is_read(decoders: Folders, copy: Copy, t
     with pytest.raises(CheckpointError, match="was written to while it was read"):
         identify_folder(folder, cache_dir=tmp_path / "cache", progress=lambda done, total: (folder / WEIGHTS).touch())
     assert not list(tmp_path.rglob("fingerprints/*.json"))
+
+
+def test_a_new_file_is_read_once_a_write_would_leave_another_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Times of files move in steps: a write within the step in which it was read would not be seen."""
+    (tmp_path / "config.json").write_text("{}")
+    save_file({"a": torch.ones(2)}, tmp_path / WEIGHTS)
+    with CheckpointReader(tmp_path) as reader:
+        (config, weights) = reader.files
+        fingerprint_of = identify(reader)
+        assert time.time_ns() - max(config.changed_ns, weights.changed_ns) >= 20_000_000
+        monkeypatch.setattr(time, "sleep", lambda seconds: pytest.fail("an older one is read at once"))
+        assert identify(reader) == fingerprint_of
 
 
 def test_who_asks_at_the_same_time_reads_once(decoders: Folders, tmp_path: Path, reads: list[Path]) -> None:

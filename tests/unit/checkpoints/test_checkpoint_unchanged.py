@@ -23,7 +23,7 @@ from cocktail_serve.checkpoints.reader import CheckpointReader
 from cocktail_serve.errors import ModelChangedError
 from cocktail_serve.merging import native
 from cocktail_serve.pool import Pool
-from cocktail_serve.recipe import Recipe, make_recipe, one_hot
+from cocktail_serve.recipe import Recipe, make_recipe
 
 Folders = dict[str, Path]
 Open = Callable[..., Pool]
@@ -152,19 +152,6 @@ def test_the_same_content_is_read_once_more_and_no_more(
         with pytest.raises(ModelChangedError):
             mixed(pool)
     assert read == [folders["nq"]] * 3
-
-
-def test_a_write_within_one_tick_of_the_clock_is_seen(folders: Folders, opened: Open) -> None:
-    """Times of files move in steps: nothing may be fingerprinted that can still be written to within the same one."""
-    place = folders["nq"] / WEIGHTS
-    tensors = load_file(place)
-    for turn in range(20):
-        save_file({name: tensor * (1 + turn) for name, tensor in tensors.items()}, folders["nq"] / "other")
-        place.write_bytes((folders["nq"] / "other").read_bytes())
-        pool = opened({"base": folders["base"], "nq": folders["nq"]})
-        write_over_and_set_the_time_back(folders["nq"], folders["ag-news"])
-        with pytest.raises(ModelChangedError):
-            iter_mixture(one_hot(pool, "nq", dtype="float32"), pool.by_fingerprint)
 
 
 def test_bin_files_are_held_too(folders: Folders, opened: Open) -> None:

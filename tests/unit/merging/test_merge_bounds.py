@@ -59,6 +59,11 @@ def test_models_that_nobody_has_looked_at_have_no_bound() -> None:
     assert largest_of_mixture(never, {"a": 10.0, "b": math.inf}) == math.inf
 
 
+def test_a_base_without_task_vectors_is_itself() -> None:
+    recipe = Recipe("a", (("a", 1.0),), "float16", "ties", METHODS["ties"].check_params({}))
+    assert largest_of_mixture(recipe, {"a": 10.0}) == pytest.approx(10.0, rel=1e-4)
+
+
 def test_a_mean_over_weights_of_either_sign_has_no_bound() -> None:
     recipe = Recipe("a", (("a", 1.0), ("b", 1.0), ("c", -1.0)), "float16", "ties", METHODS["ties"].check_params({}))
     assert largest_of_mixture(recipe, {"a": 1.0, "b": 1.0, "c": 1.0}) == math.inf
