@@ -74,6 +74,12 @@ class Pool:
         return {member.name: member for member in self}
 
     @property
+    def folders(self) -> dict[str, Path]:
+        """Folder of each model by fingerprint. Of several with the same parameters the first stands for all: the base
+        before any expert, since servers are started on its folder."""
+        return {member.fingerprint: member.path for member in reversed(list(self))}
+
+    @property
     def fingerprint(self) -> str:
         """Digest of kind, text processing, base and experts by content and name."""
         return digest_of(

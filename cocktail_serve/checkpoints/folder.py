@@ -82,7 +82,7 @@ def save_mixture(
     check_free(out)
     try:
         with (
-            Mixture(recipe, {member.fingerprint: member.path for member in pool}) as mixture,
+            Mixture(recipe, pool.folders) as mixture,
             _temporary_beside(out) as folder,
         ):
             shards = _plan(mixture, folder, max_shard_bytes)

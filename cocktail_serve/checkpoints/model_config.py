@@ -7,6 +7,7 @@ from typing import Any
 
 from cocktail_serve.checkpoints.layout import model_folder, read_config
 from cocktail_serve.errors import CheckpointError
+from cocktail_serve.loading import library_loading
 
 
 def load_model_config(folder: Path) -> dict[str, Any]:
@@ -19,12 +20,13 @@ def load_model_config(folder: Path) -> dict[str, Any]:
             own, which is never run.
     """
     raw = read_config(folder)
-    from transformers import AutoConfig
-
     try:
-        config: dict[str, Any] = AutoConfig.from_pretrained(
-            model_folder(folder), trust_remote_code=False, local_files_only=True
-        ).to_dict()
+        with library_loading:
+            from transformers import AutoConfig
+
+            config: dict[str, Any] = AutoConfig.from_pretrained(
+                model_folder(folder), trust_remote_code=False, local_files_only=True
+            ).to_dict()
     except Exception as error:  # each architecture checks its own configuration, with errors of its own
         if "auto_map" in raw:
             raise CheckpointError(

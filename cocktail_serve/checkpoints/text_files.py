@@ -12,6 +12,7 @@ from typing import Any
 from cocktail_serve.checkpoints.layout import MODULES, load_json, model_folder, read_json, read_modules
 from cocktail_serve.digest import digest_of
 from cocktail_serve.errors import CheckpointError
+from cocktail_serve.loading import library_loading
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -56,10 +57,11 @@ def read_tokenization(folder: Path) -> Tokenization | None:
         return _from_tokenizer_json(root / "tokenizer.json")
     if not any((root / name).is_file() for name in TOKENIZER_FILES if name.startswith(("vocab", "spiece", "sent"))):
         return None
-    from transformers import AutoTokenizer
-
     try:
-        tokenizer = AutoTokenizer.from_pretrained(root, trust_remote_code=False, local_files_only=True)
+        with library_loading:
+            from transformers import AutoTokenizer
+
+            tokenizer = AutoTokenizer.from_pretrained(root, trust_remote_code=False, local_files_only=True)
         return Tokenization(vocab=dict(tokenizer.get_vocab()), pipeline={})
     except Exception as error:  # each tokenizer class has errors of its own
         raise CheckpointError(f"{root}: transformers cannot read the tokenizer: {error}") from error

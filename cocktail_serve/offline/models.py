@@ -43,7 +43,7 @@ class TransformersModels:
         self._pool = pool
         self._dtype = getattr(torch, dtype_of(pool, config))
         self._device = "cuda" if torch.cuda.is_available() else "cpu"
-        self._folders = {member.fingerprint: member.path for member in pool}
+        self._folders = pool.folders
         self._model: Any = None
         self._resident: str | None = None
         folder, options = pool.base.path, {"local_files_only": True, "trust_remote_code": False}

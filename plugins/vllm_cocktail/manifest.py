@@ -52,7 +52,7 @@ class Manifest:
     def of_pool(cls, pool: Pool, *, dtype: DType, cache_bytes: int, managed: bool, expert_bytes: int = 0) -> Manifest:
         """The manifest of a pool whose server is started with its base."""
         return cls(
-            members={member.fingerprint: member.path for member in pool},
+            members=pool.folders,
             base=pool.base.fingerprint,
             dtype=dtype,
             resident=one_hot(pool, pool.base.name, dtype=dtype).digest,

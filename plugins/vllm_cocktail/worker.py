@@ -73,7 +73,7 @@ class CocktailWorkerExtension:
         """
         if self.cocktail_mixer is None:
             manifest = Manifest.from_environ()
-            _require_mixable(self.vllm_config, manifest)
+            require_mixable(self.vllm_config, manifest)
             world_size = self.vllm_config.parallel_config.world_size
             if world_size == 1 and is_cpu_build():  # several keep to their own, whose memory is near
                 _allow_cores_of_server()
@@ -209,7 +209,7 @@ def _allow_cores_of_server() -> None:
         allow_cores(os.sched_getaffinity(os.getppid()))
 
 
-def _require_mixable(vllm_config: Any, manifest: Manifest) -> None:
+def require_mixable(vllm_config: Any, manifest: Manifest) -> None:
     """Refuses an engine whose live parameters a mixture cannot replace one for one."""
     model = vllm_config.model_config
     base = manifest.members[manifest.base]

@@ -14,7 +14,9 @@ ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "cocktail_serve"
 PLUGIN = ROOT / "plugins" / "vllm_cocktail"
 
-NOUNS = {"errors", "digest", "dtypes", "ids", "kept_text", "pool", "methods", "recipe", "examples", "progress"}
+NOUNS = {"errors", "digest", "dtypes", "ids", "kept_text", "pool", "methods", "recipe", "examples", "progress"} | {
+    "loading"
+}
 """Modules that import nothing but each other."""
 
 MATHS = {"merging", "weighting"}
