@@ -8,7 +8,7 @@ from pathlib import Path
 from cocktail_serve.checkpoints.adapter import AdapterReader, is_adapter
 from cocktail_serve.checkpoints.compatibility import compare
 from cocktail_serve.checkpoints.fingerprint import fingerprint_adapter, fingerprint_folder
-from cocktail_serve.checkpoints.layout import read_config, read_modules
+from cocktail_serve.checkpoints.layout import read_config, read_library_class, read_modules
 from cocktail_serve.checkpoints.reader import CheckpointReader
 from cocktail_serve.checkpoints.text_files import text_digest
 from cocktail_serve.config import PoolConfig, Source
@@ -17,6 +17,18 @@ from cocktail_serve.pool import BASE, Kind, Member, Pool
 
 _DOWNLOADED = ("*.json", "*.safetensors", "*.bin", "*.txt", "*.model", "*.jinja", "LICENSE*", "NOTICE*")
 _NOT_DOWNLOADED = ("onnx/*", "openvino/*", "original/*", "training_args.bin", "optimizer.*", "scheduler.*")
+
+_LIBRARY_CLASSES: dict[Kind, str] = {"encoder": "SentenceTransformer", "reranker": "CrossEncoder"}
+
+_NOT_SERVED = "its models can be mixed by no engine here; serve it with a tool of its kind"
+_OTHER_CLASSES = {
+    "SparseEncoder": ("which makes a weight per word of the vocabulary", _NOT_SERVED),
+    "MultiVectorEncoder": ("which makes a vector per token", _NOT_SERVED),
+    "ColBERT": ("which makes a vector per token", _NOT_SERVED),
+    "CrossEncoder": ("which scores pairs of texts", "set the pool's 'kind' to reranker"),
+    "SentenceTransformer": ("which embeds single texts", "set the pool's 'kind' to encoder"),
+}
+"""What other classes of sentence-transformers do, and what to do about one."""
 
 
 def open_pool(config: PoolConfig, *, cache_dir: Path, progress: Callable[[str, int, int], None] | None = None) -> Pool:
@@ -33,6 +45,8 @@ def open_pool(config: PoolConfig, *, cache_dir: Path, progress: Callable[[str, i
     folders = {name: _locate(source) for name, source in {BASE: config.base, **config.experts}.items()}
     base = folders[BASE]
     _check_kind(base, config.kind)
+    for folder in folders.values():
+        _check_library_class(folder, config.kind)
     for name, folder in folders.items():
         if name != BASE:
             _check_fits(config.id, base, name, folder)
@@ -53,6 +67,7 @@ def open_expert(pool: Pool, name: str, folder: Path, *, cache_dir: Path) -> Memb
         CheckpointError: it cannot be read.
         IncompatibleModelsError: it cannot be mixed with the base; names the tensor or setting.
     """
+    _check_library_class(folder, pool.kind)
     _check_fits(pool.id, pool.base.path, name, folder)
     return _expert(name, folder, pool.base, cache_dir, None)
 
@@ -123,6 +138,18 @@ def _download(source: Source) -> Path:
             f"{source.path!r} is no local folder, and the hub did not give it{revision}: "
             f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
         ) from error
+
+
+def _check_library_class(folder: Path, kind: Kind) -> None:
+    """Refuses models of sentence-transformers that it would load as another kind after dropping what they are."""
+    wanted = _LIBRARY_CLASSES.get(kind)
+    found = read_library_class(folder) if wanted else None
+    if found in (None, wanted):
+        return
+    what, advice = _OTHER_CLASSES.get(found, ("another kind of model", "see the pool's 'kind'"))
+    raise CheckpointError(
+        f"{folder} is a {found} of sentence-transformers, {what}; a pool of kind {kind} serves a {wanted}: {advice}"
+    )
 
 
 def _check_kind(base: Path, kind: Kind) -> None:

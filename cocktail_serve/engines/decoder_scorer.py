@@ -20,7 +20,7 @@ from cocktail_serve.examples import ExampleSet
 from cocktail_serve.pool import Pool
 from cocktail_serve.recipe import Recipe
 from cocktail_serve.scoring.text import TokenizedExample, tokenize_examples
-from cocktail_serve.scoring.tokenizer import load_tokenizer
+from cocktail_serve.scoring.tokenizer import load_fast_tokenizer
 from vllm_cocktail.fence import RECIPE_HEADER
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ class DecoderScorer:
         if self._tokenizer is None or self._has_failed(self._tokenizer):
             self._tried_at = time.monotonic()
             loop = asyncio.get_running_loop()
-            self._tokenizer = loop.run_in_executor(self._executor, load_tokenizer, self._folder)
+            self._tokenizer = loop.run_in_executor(self._executor, load_fast_tokenizer, self._folder)
             self._tokenizer.add_done_callback(lambda future: future.cancelled() or future.exception())
         return self._tokenizer
 

@@ -341,11 +341,6 @@ class SentenceTransformersEngine(Generic[M]):
         """
 
     def check_start(self) -> None:
-        """Loads the model as a start does, and lets go of it. Blocks; for an engine that is not started.
-
-        Raises:
-            CocktailError: what would end the start.
-        """
         self._load()
 
     def _check_rows(self, rows: np.ndarray) -> None:

@@ -13,6 +13,8 @@ import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
+from pydantic import ValidationError
+
 from cocktail_serve.errors import ConfigError
 from vllm_cocktail.manifest import Manifest
 from vllm_cocktail.worker import require_mixable
@@ -27,6 +29,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         _check(sys.argv[1:] if argv is None else argv)
     except ConfigError as error:
         reason = error.message
+    except ValidationError as error:  # its own text goes on with the values of all fields
+        reason = "; ".join(str(found["msg"]).removeprefix("Value error, ") for found in error.errors())
     except Exception as error:  # noqa: BLE001  # whatever vLLM raises is its reason
         reason = f"{type(error).__name__}: {str(error).strip()}"
     print(f"\n{json.dumps({'reason': reason})}", flush=True)
