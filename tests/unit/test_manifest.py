@@ -34,6 +34,10 @@ def test_the_manifest_of_a_pool_starts_with_the_base() -> None:
     assert MANIFEST.resident == one_hot(POOL, "base", dtype="bfloat16").digest
     assert MANIFEST.base == POOL.base.fingerprint
     assert MANIFEST.members == {m.fingerprint: m.path for m in POOL}
+    twin = replace(POOL, experts={"red": member("red", "0")})
+    assert Manifest.of_pool(twin, dtype="bfloat16", cache_bytes=0, managed=True).members == {
+        POOL.base.fingerprint: POOL.base.path
+    }
 
 
 def test_names_are_optional(tmp_path: Path) -> None:
