@@ -18,7 +18,7 @@ from cocktail_serve.checkpoints.layout import read_modules
 from cocktail_serve.checkpoints.mixture import iter_mixture
 from cocktail_serve.engines.input_tokenizer import InputTokenizer
 from cocktail_serve.errors import CheckpointError, ConfigError
-from cocktail_serve.loading import library_loading
+from cocktail_serve.loading import library_loading, require_words
 from cocktail_serve.recipe import DType, Recipe
 
 
@@ -58,7 +58,8 @@ class SwappableModel:
                     device=str(device),
                     local_files_only=True,
                     trust_remote_code=False,
-                    model_kwargs={"dtype": getattr(torch, dtype)},
+                    # what does not fit is told by name, when the base is mixed
+                    model_kwargs={"dtype": getattr(torch, dtype), "ignore_mismatched_sizes": True},
                 ).to(getattr(torch, dtype))
         except Exception as error:  # each architecture, and each file of a folder, has errors of its own
             raise ConfigError(f"sentence-transformers cannot load {folder}: {type(error).__name__}: {error}") from error
@@ -74,6 +75,7 @@ class SwappableModel:
             )
         self.max_length: int = min(limit for limit in limits if limit is not None)
         tokenizer = self._model.tokenizer
+        require_words(tokenizer, folder)
         self.tokenizer = InputTokenizer(
             tokenizer, max_length=self.max_length, vocab_size=self._transformer.config.vocab_size
         )

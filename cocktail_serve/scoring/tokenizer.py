@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cocktail_serve.errors import ConfigError
-from cocktail_serve.loading import library_loading
+from cocktail_serve.loading import library_loading, require_words
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -37,12 +37,14 @@ def load_tokenizer(folder: Path) -> Any:
         with library_loading:
             from transformers import AutoTokenizer
 
-            return AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+            tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
     except Exception as error:  # each tokenizer class, and the import itself, has errors of its own
         raise ConfigError(
             f"transformers cannot load the tokenizer of {folder}; copy tokenizer.json and tokenizer_config.json there "
             f"from the model that it was made of: {type(error).__name__}: {_first_line(error)}"
         ) from error
+    require_words(tokenizer, folder)
+    return tokenizer
 
 
 def _first_line(error: Exception) -> str:

@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 from pydantic import ValidationError
 
 from cocktail_serve.errors import ConfigError
+from cocktail_serve.loading import require_words
 from vllm_cocktail.manifest import Manifest
 from vllm_cocktail.worker import require_mixable
 
@@ -93,7 +94,9 @@ def _check_parsers(arguments: argparse.Namespace) -> None:
 def _check_tokenizer(model: Any) -> None:
     from vllm.tokenizers import cached_tokenizer_from_config
 
-    cached_tokenizer_from_config(model)
+    tokenizer = cached_tokenizer_from_config(model)
+    if tokenizer is not None:
+        require_words(tokenizer, model.tokenizer)
 
 
 def _check_kv_cache(config: Any) -> None:

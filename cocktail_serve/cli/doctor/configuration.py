@@ -57,10 +57,16 @@ def _check_auth(settings: Settings) -> Check:
 
 
 def _check_store(settings: Settings) -> Check:
+    from cocktail_serve.gateway.run_dir import check_unused
+
     cache = settings.store.cache_dir
     existing = next(folder for folder in (cache, *cache.absolute().parents) if folder.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
         return Check("store", "problem", f"{existing} cannot be written", "set store.cache_dir to a folder that can")
+    try:
+        check_unused(settings)
+    except CocktailError as error:
+        return Check("store", "problem", error.message)
     free, wanted = shutil.disk_usage(existing).free, int(settings.store.cache_bytes)
     detail = f"{cache}, {free / 1e9:.1f} GB free"
     if free < wanted:
