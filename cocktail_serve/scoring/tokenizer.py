@@ -21,8 +21,8 @@ def load_fast_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
     tokenizer = load_tokenizer(folder)
     if not tokenizer.is_fast:
         raise ConfigError(
-            f"{folder} has no fast tokenizer (tokenizer.json), which tells where an output starts; convert the one it "
-            f"has: AutoTokenizer.from_pretrained({str(folder)!r}, use_fast=True).save_pretrained({str(folder)!r})"
+            f"{folder} has no fast tokenizer (tokenizer.json), which tells where an output starts: add the one that "
+            "its publisher has, or mix by merging_weights, which need no losses"
         )
     return tokenizer
 

@@ -500,3 +500,20 @@ def test_without_a_verdict_it_is_said_why(config, examples, capsys):
     findings = json.loads(out)["findings"]
     assert findings["advice"] is None
     assert "one example cannot be held out" in findings["text"]
+
+
+def test_a_base_without_tokenizer_says_what_to_do(examples, tmp_path, capsys):
+    folders = make_decoder_pool(tmp_path / "flan", ("nq",))
+    config = tmp_path / "config.yaml"
+    pool = pool_section("flan", "decoder", folders, {"type": "vllm", "max_model_len": 64})
+    config.write_text(yaml.safe_dump({"store": {"cache_dir": "cache"}, "pools": [pool]}))
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        (folders["base"] / file).unlink()
+    weigh = ["weigh", config, "--pool", "flan", "--examples", examples(TEXT_ROWS), "--json"]
+    code, out, err = run(capsys, *weigh)
+    assert (code, out) == (2, "")
+    assert "copy tokenizer.json and tokenizer_config.json there" in " ".join(err.split())
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        (folders["base"] / file).write_bytes((folders["nq"] / file).read_bytes())
+    code, out, err = run(capsys, *weigh)
+    assert (code, set(json.loads(out)["losses"])) == (0, {"base", "nq"})
