@@ -6,8 +6,6 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-import torch
-
 BACKOFF_S = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 30.0)
 """Pauses before starts that follow failures in a row; the last one repeats."""
 
@@ -79,6 +77,8 @@ def backoff_s(num_failures: int) -> float:
 
 def may_pass(error: BaseException) -> bool:
     """Whether what a model's loading ended in may be gone at another try: memory was short, the disk did not answer."""
+    import torch
+
     seen: BaseException | None = error
     while seen is not None:
         if isinstance(seen, MemoryError | torch.OutOfMemoryError):

@@ -123,7 +123,7 @@ class Supervisor:
         """Life after life, until cancelled or given up: whatever ends one, its processes are gone before the next."""
         loop = asyncio.get_running_loop()
         num_failures = 0
-        failed_starts: list[Exit | None] = []  # in a row
+        failed_starts: list[Exit | None] = []  # the last in a row
         while True:
             ready_at: float | None = None
             server = EngineServer(self._launcher.launch, log=self._launcher.log, start_timeout_s=self._start_timeout_s)
@@ -138,26 +138,26 @@ class Supervisor:
                 logger.exception("%s: the engine's supervisor failed", self._pool_id)
             was_stable = ready_at is not None and loop.time() - ready_at > STABLE_S
             num_failures = 1 if was_stable else num_failures + 1
-            failed_starts = [*failed_starts, server.failed_start] if ready_at is None else []
-            if _is_hopeless(failed_starts):
-                self._give_up(failed_starts[-1])
+            failed_starts = [*failed_starts, server.failed_start][-MAX_FAILED_STARTS:] if ready_at is None else []
+            if (hopeless := _hopeless(failed_starts)) is not None:
+                self._give_up(hopeless)
                 return
             pause_s = backoff_s(num_failures)
             logger.error("%s: engine lost, next start in %g s: %s", self._pool_id, pause_s, self.failure)
             self._stats.num_restarts += 1
             self.state = "restarting"
-            if len(failed_starts) >= MAX_FAILED_STARTS:
+            if len(failed_starts) == MAX_FAILED_STARTS:
                 self.state = "failed"
                 self._residency.fail_waiting(
                     lambda: ModelNotReadyError(f"the engine of pool {self._pool_id!r} keeps failing", retry_after_s=30)
                 )
             await asyncio.sleep(pause_s)
 
-    def _give_up(self, last: Exit | None) -> None:
+    def _give_up(self, last: Exit) -> None:
         logger.error("%s: the engine cannot start, and is given up: %s", self._pool_id, self.failure)
         self.is_given_up = True
         self.state = "failed"
-        self.failure = f"{last and last.reason}; {REMEDY}"
+        self.failure = f"{last.reason}; {REMEDY}"
         self._residency.fail_waiting(self._given_up)
 
     def _given_up(self) -> EngineError:
@@ -204,12 +204,12 @@ class Supervisor:
             answered = loop.time()
 
 
-def _is_hopeless(failed_starts: Sequence[Exit | None]) -> bool:
-    """Whether the next start will fail as those in a row have."""
+def _hopeless(failed_starts: Sequence[Exit | None]) -> Exit | None:
+    """How the last of failed starts ended, where the next will end so too."""
     last = failed_starts[-1] if failed_starts else None
     if last is None or not last.is_of_its_input:
-        return False
-    return last.is_refusal or failed_starts[-MAX_FAILED_STARTS:] == [last] * MAX_FAILED_STARTS
+        return None
+    return last if last.is_refusal or failed_starts == [last] * MAX_FAILED_STARTS else None
 
 
 async def _until_exit(server: EngineServer) -> NoReturn:

@@ -162,9 +162,5 @@ async def test_doctor_and_the_start_agree(tmp_path: Path, broken: Callable[[Worl
 
 def test_doctor_asks_vllm(tmp_path: Path) -> None:
     world = World(tmp_path)
-    config = world.write()
-    assert problems(config) == ""
-    content = yaml.safe_load(config.read_text())
-    content["pools"][0]["engine"]["args"] = {"no-such-flag": 1}
-    config.write_text(yaml.safe_dump(content))
-    assert f"vLLM does not start on {world.base}: unrecognized arguments: --no-such-flag" in problems(config)
+    unknown_argument(world)
+    assert f"vLLM does not start on {world.base}: unrecognized arguments: --no-such-flag" in problems(world.write())
