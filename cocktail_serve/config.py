@@ -202,7 +202,7 @@ class PoolConfig(_Section):
     prompts: dict[str, str] = Field(
         default_factory=dict, description="Text put before an embedding input, by prompt_name."
     )
-    matryoshka_dimensions: list[int] = Field(
+    matryoshka_dimensions: list[Annotated[int, Field(ge=1)]] = Field(
         default_factory=list, description="Values of `dimensions` the model was trained for."
     )
     truncate: bool = Field(False, description="Cut inputs that are too long instead of refusing them.")

@@ -11,6 +11,7 @@ import itertools
 import json
 import math
 import string
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -284,6 +285,39 @@ def make_encoder(
     return folder
 
 
+def make_t5_encoder(folder: Path, *, seed: int = 0, hidden_size: int = 32, dimension: int = 16) -> Path:
+    """A T5 encoder of two layers with a Dense module, as sentence-t5 and gtr are: its table of embeddings is tied."""
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.sentence_transformer import modules
+    from transformers import T5Config, T5EncoderModel
+
+    tokenizer = make_encoder_tokenizer()
+    config = T5Config(
+        vocab_size=len(tokenizer),
+        d_model=hidden_size,
+        d_kv=16,
+        d_ff=2 * hidden_size,
+        num_layers=2,
+        num_heads=2,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.sep_token_id,
+        decoder_start_token_id=tokenizer.pad_token_id,
+    )
+    model = T5EncoderModel(config)
+    _fill(model, seed, None, 0.0)
+    with _quiet(), tempfile.TemporaryDirectory() as inner:
+        model.save_pretrained(inner)
+        tokenizer.save_pretrained(inner)
+        chain = [
+            modules.Transformer(inner, max_seq_length=64),
+            modules.Pooling(hidden_size, pooling_mode="mean"),
+            modules.Dense(hidden_size, dimension, bias=False),
+            modules.Normalize(),
+        ]
+        SentenceTransformer(modules=chain, device="cpu").save(str(folder), create_model_card=False)
+    return folder
+
+
 def make_encoder_pool(
     folder: Path,
     names: Sequence[str] = ("hotpotqa", "quora"),
@@ -346,6 +380,38 @@ def make_reranker(
     _fill(model, seed, perturbation_seed, perturbation)
     with _quiet():
         model.to(dtype or torch.float32).save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    return folder
+
+
+def make_decoder_reranker(folder: Path, *, seed: int = 0, pad_token_id: int | None = None) -> Path:
+    """A Llama that scores pairs at their last token, as rerankers made of decoders are published.
+
+    Args:
+        pad_token_id: what the configuration calls padding; the tokenizer has no padding token, whatever it is.
+    """
+    import torch
+    from transformers import LlamaConfig, LlamaForSequenceClassification
+
+    tokenizer = make_decoder_tokenizer()
+    tokenizer.chat_template = None
+    tokenizer.pad_token = None
+    config = LlamaConfig(
+        vocab_size=DECODER_VOCAB_SIZE,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=256,
+        num_labels=1,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=pad_token_id,
+    )
+    model = LlamaForSequenceClassification(config)
+    _fill(model, seed, None, 0.0)
+    with _quiet():
+        model.to(torch.float32).save_pretrained(folder)
         tokenizer.save_pretrained(folder)
     return folder
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -12,6 +12,10 @@ from cocktail_serve.errors import CheckpointError
 
 CONFIG = "config.json"
 MODULES = "modules.json"
+LIBRARY_CONFIG = "config_sentence_transformers.json"
+
+_CLASS_OF = {"sparse_encoder": "SparseEncoder", "multi_vector_encoder": "MultiVectorEncoder"}
+"""The class whose models have modules of such a part; releases before 6 did not write the class down."""
 
 _SINGLE_FILES = ("model.safetensors", "pytorch_model.bin")
 _INDEX_FILES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
@@ -34,10 +38,15 @@ class WeightFile:
 
 @dataclass(frozen=True, slots=True)
 class Module:
-    """An entry of sentence-transformers' `modules.json`: type (last part of its dotted name) and folder."""
+    """An entry of sentence-transformers' `modules.json`: type (last part of its dotted name) and folder.
+
+    Attributes:
+        library: the part of sentence-transformers that it belongs to, such as `sparse_encoder`.
+    """
 
     type: str
     path: str
+    library: str = field(default="", compare=False)
 
 
 def check_folder(folder: Path) -> None:
@@ -127,8 +136,23 @@ def read_modules(folder: Path) -> list[Module]:
             raise CheckpointError(
                 f"{path}: module {entry['type']!r} is code that comes with the checkpoint, which is never run"
             )
-        modules.append(Module(type=entry["type"].rpartition(".")[2], path=_inside(entry.get("path", ""), path)))
+        _, library, *inner = entry["type"].split(".")
+        name = [library, *inner][-1]
+        modules.append(Module(type=name, path=_inside(entry.get("path", ""), path), library=library))
     return modules
+
+
+def read_library_class(folder: Path) -> str | None:
+    """The class of sentence-transformers that saved a folder, such as `SparseEncoder`; None where it is not said.
+
+    Raises:
+        CheckpointError: a file that says it cannot be read.
+    """
+    path = folder / LIBRARY_CONFIG
+    named = read_json(path).get("model_type") if path.is_file() else None
+    if named is not None:
+        return str(named)
+    return next((_CLASS_OF[m.library] for m in read_modules(folder) if m.library in _CLASS_OF), None)
 
 
 def model_folder(folder: Path) -> Path:

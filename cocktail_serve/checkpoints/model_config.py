@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import threading
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cocktail_serve.checkpoints.layout import model_folder, read_config
 from cocktail_serve.errors import CheckpointError
+from cocktail_serve.loading import library_loading
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
-
-LIBRARY = threading.RLock()
-"""Held while transformers builds a model: it sets defaults of the whole process meanwhile."""
 
 
 def open_model_config(folder: Path) -> PreTrainedConfig:
@@ -25,10 +22,11 @@ def open_model_config(folder: Path) -> PreTrainedConfig:
             own, which is never run.
     """
     raw = read_config(folder)
-    from transformers import AutoConfig
-
     try:
-        return AutoConfig.from_pretrained(model_folder(folder), trust_remote_code=False, local_files_only=True)
+        with library_loading:
+            from transformers import AutoConfig
+
+            return AutoConfig.from_pretrained(model_folder(folder), trust_remote_code=False, local_files_only=True)
     except Exception as error:  # each architecture checks its own configuration, with errors of its own
         if "auto_map" in raw:
             raise CheckpointError(

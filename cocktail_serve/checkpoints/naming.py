@@ -18,8 +18,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cocktail_serve.checkpoints.layout import read_config, read_modules
-from cocktail_serve.checkpoints.model_config import LIBRARY, open_model_config
+from cocktail_serve.checkpoints.model_config import open_model_config
 from cocktail_serve.errors import CheckpointError
+from cocktail_serve.loading import library_loading
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -58,8 +59,9 @@ class ParameterNames:
     """
 
     def __init__(self, model: PreTrainedModel, *, unread: tuple[str, ...] = ()) -> None:
-        from transformers.conversion_mapping import get_model_conversion_mapping
-        from transformers.core_model_loading import WeightConverter, WeightRenaming
+        with library_loading:
+            from transformers.conversion_mapping import get_model_conversion_mapping
+            from transformers.core_model_loading import WeightConverter, WeightRenaming
 
         self._model = model
         self._unread = unread
@@ -153,7 +155,7 @@ def parameter_names(folder: Path) -> ParameterNames:
 
 @lru_cache(maxsize=_KEPT_MODELS)
 def _names_of(folder: Path, _content: str, *, is_encoder: bool, reads_pooler: bool) -> ParameterNames:
-    with LIBRARY, _silenced():
+    with library_loading, _silenced():
         model = _build(open_model_config(folder), is_encoder=is_encoder)
         is_headless = type(model).__name__.endswith(("Model", "Encoder"))
         return ParameterNames(model, unread=() if not is_headless or reads_pooler else (POOLER,))

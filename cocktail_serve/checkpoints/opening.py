@@ -14,7 +14,7 @@ from cocktail_serve.checkpoints.fingerprint import identify_adapter, identify_fo
 from cocktail_serve.checkpoints.finite import LARGEST, OVERFLOWS_FROM
 from cocktail_serve.checkpoints.generation_files import common_template, read_settings
 from cocktail_serve.checkpoints.generation_options import read_options
-from cocktail_serve.checkpoints.layout import generates, read_config, read_modules
+from cocktail_serve.checkpoints.layout import generates, read_config, read_library_class, read_modules
 from cocktail_serve.checkpoints.reader import CheckpointReader
 from cocktail_serve.checkpoints.text_files import text_digest
 from cocktail_serve.config import PoolConfig, Source
@@ -26,6 +26,18 @@ logger = logging.getLogger(__name__)
 
 _DOWNLOADED = ("*.json", "*.safetensors", "*.bin", "*.txt", "*.model", "*.jinja", "LICENSE*", "NOTICE*")
 _NOT_DOWNLOADED = ("onnx/*", "openvino/*", "original/*", "training_args.bin", "optimizer.*", "scheduler.*")
+
+_LIBRARY_CLASSES: dict[Kind, str] = {"encoder": "SentenceTransformer", "reranker": "CrossEncoder"}
+
+_NOT_SERVED = "its models can be mixed by no engine here; serve it with a tool of its kind"
+_OTHER_CLASSES = {
+    "SparseEncoder": ("which makes a weight per word of the vocabulary", _NOT_SERVED),
+    "MultiVectorEncoder": ("which makes a vector per token", _NOT_SERVED),
+    "ColBERT": ("which makes a vector per token", _NOT_SERVED),
+    "CrossEncoder": ("which scores pairs of texts", "set the pool's 'kind' to reranker"),
+    "SentenceTransformer": ("which embeds single texts", "set the pool's 'kind' to encoder"),
+}
+"""What other classes of sentence-transformers do, and what to do about one."""
 
 
 def open_pool(config: PoolConfig, *, cache_dir: Path, progress: Callable[[str, int, int], None] | None = None) -> Pool:
@@ -43,6 +55,8 @@ def open_pool(config: PoolConfig, *, cache_dir: Path, progress: Callable[[str, i
     folders = {name: _locate(source) for name, source in {BASE: config.base, **config.experts}.items()}
     base = folders[BASE]
     _check_kind(base, config.kind)
+    for folder in folders.values():
+        _check_library_class(folder, config.kind)
     warnings = [
         warning
         for name, folder in folders.items()
@@ -74,6 +88,7 @@ def open_expert(pool: Pool, name: str, folder: Path, *, cache_dir: Path) -> Memb
         CheckpointError: it cannot be read, or holds what is not finite.
         IncompatibleModelsError: it cannot be mixed with the base; names the tensor or setting.
     """
+    _check_library_class(folder, pool.kind)
     _check_fits(pool.id, pool.base.path, name, folder)
     with _named(pool.id, name):
         member = _expert(name, folder, pool.base, cache_dir, None)
@@ -193,6 +208,18 @@ def _download(source: Source) -> Path:
             f"{source.path!r} is no local folder, and the hub did not give it{revision}: "
             f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
         ) from error
+
+
+def _check_library_class(folder: Path, kind: Kind) -> None:
+    """Refuses models of sentence-transformers that it would load as another kind after dropping what they are."""
+    wanted = _LIBRARY_CLASSES.get(kind)
+    found = read_library_class(folder) if wanted else None
+    if found in (None, wanted):
+        return
+    what, advice = _OTHER_CLASSES.get(found, ("another kind of model", "see the pool's 'kind'"))
+    raise CheckpointError(
+        f"{folder} is a {found} of sentence-transformers, {what}; a pool of kind {kind} serves a {wanted}: {advice}"
+    )
 
 
 def _check_kind(base: Path, kind: Kind) -> None:

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cocktail_serve.checkpoints.layout import model_folder, read_json
-from cocktail_serve.checkpoints.model_config import LIBRARY
 from cocktail_serve.errors import CheckpointError
+from cocktail_serve.loading import library_loading
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -206,7 +206,7 @@ def _settings(folder: Path) -> dict[str, Any]:
 
 
 def _load(root: Path) -> PreTrainedTokenizerBase:
-    with LIBRARY:
+    with library_loading:
         from transformers import AutoTokenizer
 
         try:

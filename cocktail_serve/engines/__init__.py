@@ -5,13 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from cocktail_serve.loading import library_loading
+
 if TYPE_CHECKING:
     from cocktail_serve.config import PoolConfig
-    from cocktail_serve.engines.base import Engine
+    from cocktail_serve.engines.base import OperatedEngine
     from cocktail_serve.pool import Pool
 
 
-def build_engine(pool: Pool, config: PoolConfig, *, run_dir: Path) -> Engine:
+def build_engine(pool: Pool, config: PoolConfig, *, run_dir: Path) -> OperatedEngine:
     """The engine that a pool's configuration asks for; nothing is started.
 
     Args:
@@ -22,8 +24,9 @@ def build_engine(pool: Pool, config: PoolConfig, *, run_dir: Path) -> Engine:
     """
     engine = config.served_engine
     if engine.type == "sentence_transformers":
-        from cocktail_serve.engines.embedding import EncoderEngine
-        from cocktail_serve.engines.reranking import RerankerEngine
+        with library_loading:
+            from cocktail_serve.engines.embedding import EncoderEngine
+            from cocktail_serve.engines.reranking import RerankerEngine
 
         return RerankerEngine(pool, config) if config.kind == "reranker" else EncoderEngine(pool, config)
     from cocktail_serve.engines.vllm import VLLMEngine

@@ -88,6 +88,14 @@ class OperatedEngine(Engine, Protocol):
 
     stats: EngineStats
 
+    def check_start(self) -> None:
+        """Looks for what would end a start, as far as that can be seen without serving. Blocks; instead of `start`.
+
+        Raises:
+            CocktailError: a start would fail, or everything asked afterwards; says why.
+        """
+        ...
+
     def occupancy(self) -> Occupancy:
         """What it does now, and who waits for it."""
         ...

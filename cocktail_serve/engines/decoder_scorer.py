@@ -9,7 +9,6 @@ import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import orjson
@@ -18,11 +17,12 @@ from cocktail_serve.engines.answers import error_message
 from cocktail_serve.engines.effort import spend
 from cocktail_serve.engines.lease import Lease
 from cocktail_serve.engines.supervisor import Supervisor
-from cocktail_serve.errors import ConfigError, DrainedError, EngineError, ModelNotReadyError
+from cocktail_serve.errors import DrainedError, EngineError, ModelNotReadyError
 from cocktail_serve.examples import ExampleSet
 from cocktail_serve.pool import Pool
 from cocktail_serve.recipe import Recipe
 from cocktail_serve.scoring.text import TokenizedExample, tokenize_examples
+from cocktail_serve.scoring.tokenizer import load_fast_tokenizer
 from vllm_cocktail.fence import RECIPE_HEADER
 
 if TYPE_CHECKING:
@@ -30,6 +30,9 @@ if TYPE_CHECKING:
 
 SCORE_TOKENS = 4096
 """Tokens of one scoring request; between two the turn may be given up."""
+
+TOKENIZER_RETRY_S = 5.0
+"""How long a tokenizer that could not be loaded is not tried again: its files may be there by then."""
 
 MAX_DRAINED_SCORES = 3
 """Scoring requests of one job ended by `drain_s` in a row before the job fails."""
@@ -52,17 +55,24 @@ class DecoderScorer:
         self._turn = turn
         self._executor = ThreadPoolExecutor(1, thread_name_prefix=f"tokenizer-{pool.id}")
         self._tokenizer: asyncio.Future[PreTrainedTokenizerFast] | None = None
+        self._tried_at = 0.0
 
     def load_tokenizer(self) -> asyncio.Future[PreTrainedTokenizerFast]:
         """Begins to load the tokenizer, unless that has begun; the future fails with ConfigError where there is none.
 
-        A failure is raised where the tokenizer is needed; a pool may serve without.
+        A failure is raised where the tokenizer is needed; a pool may serve without. It is not kept for good: who needs
+        the tokenizer `TOKENIZER_RETRY_S` later has it loaded again.
         """
-        if self._tokenizer is None:
+        if self._tokenizer is None or self._has_failed(self._tokenizer):
+            self._tried_at = time.monotonic()
             loop = asyncio.get_running_loop()
-            self._tokenizer = loop.run_in_executor(self._executor, _read_tokenizer, self._folder)
+            self._tokenizer = loop.run_in_executor(self._executor, load_fast_tokenizer, self._folder)
             self._tokenizer.add_done_callback(lambda future: future.cancelled() or future.exception())
         return self._tokenizer
+
+    def _has_failed(self, loading: asyncio.Future[PreTrainedTokenizerFast]) -> bool:
+        is_over = loading.done() and (loading.cancelled() or loading.exception() is not None)
+        return is_over and time.monotonic() - self._tried_at >= TOKENIZER_RETRY_S
 
     def close(self) -> None:
         """Ends the tokenizer's thread. May be called twice."""
@@ -156,15 +166,3 @@ def _chunks(tokenized: Sequence[TokenizedExample]) -> list[list[TokenizedExample
         chunks[-1].append(example)
         room -= len(example.token_ids)
     return chunks
-
-
-def _read_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"cannot load the tokenizer of {folder}: {error}") from error
-    if not tokenizer.is_fast:
-        raise ConfigError(f"{folder} has no fast tokenizer (tokenizer.json), which tells where an output starts")
-    return tokenizer

@@ -14,8 +14,8 @@ from cocktail_serve.engines.base import Embedded
 from cocktail_serve.engines.batching import Batch
 from cocktail_serve.engines.encoder import Encoder
 from cocktail_serve.engines.pipeline import ModelRequest
-from cocktail_serve.engines.sentence_transformers import SentenceTransformersEngine
-from cocktail_serve.errors import ContextLengthError, InvalidRequestError
+from cocktail_serve.engines.sentence_transformers import PROBES, SentenceTransformersEngine
+from cocktail_serve.errors import ConfigError, ContextLengthError, InvalidRequestError
 from cocktail_serve.examples import ExampleSet, RetrievalExample
 from cocktail_serve.recipe import Recipe
 
@@ -69,6 +69,26 @@ class EncoderEngine(SentenceTransformersEngine[Encoder]):
     def dimension(self) -> int:
         """Size of an embedding. Raises ModelNotReadyError until the model is loaded."""
         return self._loaded.dimension
+
+    def _check_model(self, encoder: Encoder) -> None:
+        config = self._pool_config
+        for dimensions in config.matryoshka_dimensions:
+            if dimensions > encoder.dimension:
+                raise ConfigError(
+                    f"pool {self.pool.id!r}: matryoshka_dimensions holds {dimensions}, but an embedding of "
+                    f"{self.pool.base.path} has {encoder.dimension} numbers; leave it out",
+                    param="matryoshka_dimensions",
+                )
+        encode = encoder.tokenizer.encode
+        for name, prompt in config.prompts.items():
+            num_tokens = len(encode([prompt])[0])
+            if num_tokens >= encoder.max_length:
+                raise ConfigError(
+                    f"pool {self.pool.id!r}: prompts.{name} has {num_tokens} tokens, and the model takes at most "
+                    f"{encoder.max_length}, so no text fits behind it; shorten it",
+                    param=f"prompts.{name}",
+                )
+        self._check_rows(encoder.forward(encode(PROBES, truncate_to=encoder.max_length)))
 
     async def check_examples(self, examples: ExampleSet) -> None:
         if self._truncates:

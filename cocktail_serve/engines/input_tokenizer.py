@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,7 +23,7 @@ class InputTokenizer:
         vocab_size: ids that the model knows.
 
     Raises:
-        ConfigError: the tokenizer has no fast backend.
+        ConfigError: the tokenizer has no fast backend, or cuts text into tokens that the model does not know.
     """
 
     def __init__(self, tokenizer: Any, *, max_length: int, vocab_size: int) -> None:
@@ -32,7 +33,7 @@ class InputTokenizer:
                 f"{type(tokenizer).__name__} has no fast tokenizer (tokenizer.json); save it with transformers' "
                 "AutoTokenizer(..., use_fast=True)"
             )
-        self._tokenizer = Tokenizer.from_str(backend.to_str())
+        self._tokenizer = _within(backend, vocab_size)
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
         self._truncate_to: int | None = None
@@ -161,6 +162,22 @@ class InputTokenizer:
                 raise InvalidRequestError(
                     f"input {index} holds a token id outside 0 to {self._vocab_size - 1}", param=f"input.{index}"
                 )
+
+
+def _within(backend: Tokenizer, vocab_size: int) -> Tokenizer:
+    """A copy without the added tokens that the model does not know, such as a padding token that it was never resized
+    for: whoever wrote one into a text would break the pass that it is in. There it is plain text."""
+    if backend.get_vocab_size(with_added_tokens=True) <= vocab_size:
+        return Tokenizer.from_str(backend.to_str())
+    token, largest = max(backend.get_vocab(with_added_tokens=False).items(), key=lambda item: item[1])
+    if largest >= vocab_size:
+        raise ConfigError(
+            f"the tokenizer gives {token!r} the id {largest}, but the model has embeddings for {vocab_size} ids alone: "
+            "it is another model's tokenizer, or the embeddings were cut; take the tokenizer that the model came with"
+        )
+    content = json.loads(backend.to_str())
+    content["added_tokens"] = [token for token in content["added_tokens"] if token["id"] < vocab_size]
+    return Tokenizer.from_str(json.dumps(content))
 
 
 def check_encodable(inputs: Sequence[str] | Sequence[Pair]) -> None:

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import os
+import subprocess
 from pathlib import Path
 
 from cocktail_serve.checkpoints.unchanged import check_unchanged
 from cocktail_serve.config import VLLMEngineConfig
 from cocktail_serve.engines.fake import fake_args
-from cocktail_serve.errors import StorageError
+from cocktail_serve.engines.start_failures import reason_in
+from cocktail_serve.errors import ConfigError, StorageError
 from cocktail_serve.pool import Pool
 from cocktail_serve.recipe import DType
-from vllm_cocktail.launch import server_args, server_env
+from vllm_cocktail.launch import check_args, server_args, server_env
 from vllm_cocktail.manifest import Manifest
+
+CHECK_TIMEOUT_S = 300.0
+"""How long `check` may take; most of it is importing, which a busy machine makes long."""
 
 
 class Launcher:
@@ -91,6 +97,31 @@ class Launcher:
             extra=config.env,
         )
         return command, env
+
+    def check(self, pool: Pool) -> None:
+        """Has vLLM say what it makes of the command line, in a process of its own. Blocks, some ten seconds.
+
+        Raises:
+            ConfigError: a server would not start; says why.
+            StorageError: as `write_manifest`.
+        """
+        if self._config.type != "vllm":
+            return
+        self.write_manifest(pool)
+        command, env = self.launch(Path("engine.sock"), "")
+        try:
+            checked = subprocess.run(
+                check_args(command), env=env, capture_output=True, text=True, timeout=CHECK_TIMEOUT_S, check=False
+            )
+        except subprocess.TimeoutExpired as error:
+            raise ConfigError(f"vLLM did not say within {CHECK_TIMEOUT_S:g} s whether it would start") from error
+        try:
+            reason = json.loads(checked.stdout.splitlines()[-1])["reason"]
+        except (IndexError, ValueError, TypeError, KeyError):
+            lines = checked.stderr.splitlines()
+            reason = reason_in(lines) or f"its process ended with code {checked.returncode}: {' '.join(lines[-1:])}"
+        if reason is not None:
+            raise ConfigError(f"vLLM does not start on {self._base}: {reason}")
 
     def _manifest_of(self, pool: Pool) -> Manifest:
         return Manifest.of_pool(

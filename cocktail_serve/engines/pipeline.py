@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from itertools import count
 from typing import Any, ClassVar, Generic, TypeVar
 
 import numpy as np
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor
 
 from cocktail_serve.engines.batching import Batch, BatchQueue, Call, Job, PassLimits
+from cocktail_serve.engines.start_failures import backoff_s, may_pass
 from cocktail_serve.engines.swappable import SwappableModel
 from cocktail_serve.errors import CocktailError, EngineError, InvalidRequestError, ModelNotReadyError
 
@@ -84,12 +86,14 @@ class Pipeline(Generic[M, R]):
 
     Args:
         name: of the threads.
-        load: loads the model, on the first of the threads that compute.
+        load: loads the model, on the first of the threads that compute; again after a while, where it fails for what
+            may pass.
         num_passes: passes computed at once, each on a thread and a replica of the model's modules of its own.
         overtakes: whether there is a thread more for who is next while all compute for others; see `BatchQueue`.
         threads_per_pass: torch's threads for each.
         on_loaded, on_failed: called once, on such a thread: one when the model is loaded; the other when it cannot be,
             or when a thread ends for a reason that is not a request's.
+        on_retry: called on such a thread with what a load failed for, before it is tried again.
         on_over: called with requests that have their rows or their error, on the pipeline's threads.
         max_request_tokens: a request of more is refused, unless it is background work.
     """
@@ -106,6 +110,7 @@ class Pipeline(Generic[M, R]):
         max_request_tokens: int,
         on_loaded: Callable[[M], None],
         on_failed: Callable[[BaseException], None],
+        on_retry: Callable[[Exception], None],
         on_over: Callable[[list[R]], None],
     ) -> None:
         self._name = name
@@ -113,6 +118,7 @@ class Pipeline(Generic[M, R]):
         self._max_request_tokens = max_request_tokens
         self._on_loaded = on_loaded
         self._on_failed = on_failed
+        self._on_retry = on_retry
         self._on_over = on_over
         self._threads_per_pass = threads_per_pass
         self._num_passes = num_passes
@@ -125,7 +131,7 @@ class Pipeline(Generic[M, R]):
         ]
         self._storing = threading.Lock()  # of rows and errors: a request's passes may end at the same moment
         self._is_settled = threading.Event()
-        self._is_stopping = False
+        self._is_stopping = threading.Event()
         self._replicas: list[M] = []
 
     def start(self) -> None:
@@ -134,7 +140,7 @@ class Pipeline(Generic[M, R]):
 
     def stop(self) -> None:
         """Ends all threads after what they are doing; requests left behind are over with an error. Blocks."""
-        self._is_stopping = True
+        self._is_stopping.set()
         self._end(self._batches.close(), self._stopping())
         self._tokenizing.shutdown(wait=True)
         for thread in self._threads:
@@ -164,7 +170,7 @@ class Pipeline(Generic[M, R]):
         if request.abandoned:
             return
         try:
-            if self._is_stopping:
+            if self._is_stopping.is_set():
                 raise self._stopping()
             token_ids = request.tokenize(self._replicas[0])
             self._check_size(request, token_ids)
@@ -188,7 +194,7 @@ class Pipeline(Generic[M, R]):
         try:
             torch.set_num_threads(self._threads_per_pass)  # this thread's, and of threads that have none set
             if number == 0:
-                model = self._load()
+                model = self._load_in_the_end()
                 self._replicas = [model, *(model.replicate() for _ in self._threads[1:])]
                 self._on_loaded(model)
                 self._is_settled.set()
@@ -203,6 +209,18 @@ class Pipeline(Generic[M, R]):
             self._on_failed(error)
         finally:
             self._is_settled.set()
+
+    def _load_in_the_end(self) -> M:
+        for num_failures in count(1):
+            try:
+                return self._load()
+            except Exception as error:
+                if not may_pass(error):
+                    raise
+                self._on_retry(error)
+            if self._is_stopping.wait(backoff_s(num_failures)):
+                break
+        raise self._stopping()
 
     def _run(self, batch: Batch[R], model: M) -> None:
         first = batch.entries[0][0]

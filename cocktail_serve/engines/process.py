@@ -20,6 +20,7 @@ logger = logging.getLogger(__name__)
 MAX_LOG_BYTES = 16 * 1024**2
 LOG_CHECK_S = 10.0
 _KILL_WAIT_S = 10.0
+_TAIL_BYTES = 64 * 1024
 _POLL_S = 0.02
 
 
@@ -32,11 +33,13 @@ class ProcessGroup:
     Args:
         process: leader of a session and process group of its own.
         log: file that its output goes to.
+        log_start: bytes that were in it before.
     """
 
-    def __init__(self, process: asyncio.subprocess.Process, log: Path) -> None:
+    def __init__(self, process: asyncio.subprocess.Process, log: Path, *, log_start: int = 0) -> None:
         self._process = process
         self._log = log
+        self._log_start = log_start
         self._known: dict[int, psutil.Process] = {}
         self._exited = asyncio.create_task(process.wait())
         self._trimmer = asyncio.create_task(_keep_bounded(log))
@@ -54,6 +57,7 @@ class ProcessGroup:
         trim(log)
         # appended to, so that a writer goes on at the new end after the file was trimmed
         descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+        log_start = os.fstat(descriptor).st_size
         try:
             process = await asyncio.create_subprocess_exec(
                 *command,
@@ -65,7 +69,7 @@ class ProcessGroup:
             )
         finally:
             os.close(descriptor)
-        return cls(process, log)
+        return cls(process, log, log_start=log_start)
 
     @property
     def pid(self) -> int:
@@ -94,15 +98,16 @@ class ProcessGroup:
         self._trimmer.cancel()
         self._executor.shutdown(wait=False)
 
-    def log_tail(self, *, num_lines: int = 30) -> str:
-        """The last lines of the log, for error messages."""
+    def log_tail(self) -> list[str]:
+        """The last lines that this group, and none before it, wrote to the log."""
         try:
             with self._log.open("rb") as file:
-                file.seek(max(0, self._log.stat().st_size - 64 * 1024))
-                lines = file.read().decode(errors="replace").splitlines()
+                size = os.fstat(file.fileno()).st_size
+                start = self._log_start if size >= self._log_start else 0  # it was trimmed since
+                file.seek(max(start, size - _TAIL_BYTES))
+                return file.read().decode(errors="replace").splitlines()
         except OSError as error:
-            return f"(no log: {error})"
-        return "\n".join(lines[-num_lines:])
+            return [f"(no log: {error})"]
 
     def _find(self) -> list[psutil.Process]:
         """All processes of the session, all descendants of any process ever found, as far as they are alive."""

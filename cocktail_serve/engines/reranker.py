@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import count
 from pathlib import Path
 
 import numpy as np
@@ -34,6 +35,8 @@ class Reranker(SwappableModel):
                 f"{folder}: a reranker is a sequence classifier with one label, whose logit is the score; this one has "
                 f"{self._model.num_labels} labels and {len(self._model)} modules"
             )
+        padding = self._transformer.config.get_text_config().pad_token_id
+        self._names_padding = padding is not None and 0 <= padding < self._transformer.config.vocab_size
         self._prompt: str = self._model.prompts.get(self._model.default_prompt_name or "", "")
 
     def tokenize(
@@ -51,6 +54,20 @@ class Reranker(SwappableModel):
         logits: Tensor = self._model(self._features(token_ids, type_ids))["scores"]
         rows: np.ndarray = logits.float().cpu().numpy()
         return rows
+
+    def _padding_of(self, token_ids: Sequence[Sequence[int]]) -> int:
+        """As above, and what the model takes for padding.
+
+        Classifiers made of decoders score the last token that is not the configuration's padding, whatever the
+        tokenizer's is. Where the configuration names none, they take one input at a time: told of an id that is in none
+        of the inputs, they score each as they score it alone.
+        """
+        config = self._transformer.config.get_text_config()
+        if not self._names_padding:
+            present = frozenset().union(*token_ids)
+            config.pad_token_id = next(unused for unused in count() if unused not in present)
+        padding: int = config.pad_token_id
+        return padding
 
     def activate(self, logits: np.ndarray) -> np.ndarray:
         """Scores of logits `[N, 1]` float32, by the activation the model was saved with, else the sigmoid."""

@@ -15,7 +15,7 @@ from cocktail_serve.engines.batching import Batch
 from cocktail_serve.engines.input_tokenizer import Pair
 from cocktail_serve.engines.pipeline import ModelRequest
 from cocktail_serve.engines.reranker import Reranker
-from cocktail_serve.engines.sentence_transformers import SentenceTransformersEngine
+from cocktail_serve.engines.sentence_transformers import PROBES, SentenceTransformersEngine
 from cocktail_serve.errors import ContextLengthError
 from cocktail_serve.examples import ExampleSet
 from cocktail_serve.recipe import Recipe
@@ -67,6 +67,10 @@ class RerankerEngine(SentenceTransformersEngine[Reranker]):
     """A `RerankingEngine`."""
 
     _model_class = Reranker
+
+    def _check_model(self, reranker: Reranker) -> None:
+        pairs = [(PROBES[0], text) for text in PROBES]
+        self._check_rows(reranker.forward(*reranker.tokenize(pairs, truncate_to=reranker.max_length)))
 
     async def check_examples(self, examples: ExampleSet) -> None:
         if self._truncates:

@@ -45,7 +45,6 @@ from cocktail_serve.engines.line import Line, Waiter
 from cocktail_serve.engines.occupancy import OPERATOR_RETRY_S, Occupancy, Phase, Queue, WaitReason
 from cocktail_serve.engines.stats import EngineStats
 from cocktail_serve.errors import (
-    CapacityError,
     ClientError,
     CocktailError,
     DrainedError,
@@ -237,7 +236,7 @@ class Residency:
                 lambda: EngineError("the engine failed while it held the request; it is being restarted")
             )
 
-    def fail_waiting(self, error: Callable[[], CapacityError]) -> None:
+    def fail_waiting(self, error: Callable[[], CocktailError]) -> None:
         """Sends everybody in line away: the engine will not come back soon."""
         for waiter in [*self._traffic, *self._background]:
             self._fail(waiter, error())

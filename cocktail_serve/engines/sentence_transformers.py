@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import time
 from abc import abstractmethod
 from collections.abc import Callable, Iterator
@@ -24,6 +25,7 @@ from cocktail_serve.engines.effort import spend
 from cocktail_serve.engines.occupancy import OPERATOR_RETRY_S, Occupancy
 from cocktail_serve.engines.parameter_cache import Mixture, ParameterCache, Params
 from cocktail_serve.engines.pipeline import ModelRequest, Pipeline, give_way
+from cocktail_serve.engines.start_failures import REMEDY
 from cocktail_serve.engines.stats import EngineStats
 from cocktail_serve.engines.swappable import SwappableModel
 from cocktail_serve.errors import (
@@ -38,6 +40,8 @@ from cocktail_serve.examples import ExampleSet
 from cocktail_serve.pool import BASE, Pool
 from cocktail_serve.recipe import DType, Recipe, one_hot
 
+logger = logging.getLogger(__name__)
+
 M = TypeVar("M", bound=SwappableModel)
 
 MAX_WAITING_INPUTS = 65_536
@@ -51,6 +55,9 @@ _PASS_LIMITS = {
     "cuda": PassLimits(max_tokens=32_768, pass_tokens=4096),
 }
 
+
+PROBES = ("a text", "and a longer one, so that the first is padded")
+"""What a model computes before it is said to be loaded."""
 
 MAX_DEFAULT_PASSES = 4
 """Passes at once on a CPU of as many cores or more, where the configuration does not say. Threads of one pass wait for
@@ -78,6 +85,7 @@ class SentenceTransformersEngine(Generic[M]):
         self.dtype: DType = cast(DType, pool.base.dtype) if config.dtype == "auto" else config.dtype
         self.stats = EngineStats()
         self._config = config
+        self._pool_config = pool_config
         self._truncates = pool_config.truncate
         self._device = _device(config.device)
         self._base_recipe = one_hot(pool, BASE, dtype=self.dtype)
@@ -94,6 +102,7 @@ class SentenceTransformersEngine(Generic[M]):
             max_request_tokens=config.max_input_tokens,
             on_loaded=self._tell(self._on_loaded),
             on_failed=self._tell(self._on_failed),
+            on_retry=self._tell(self._on_retry),
             on_over=self._tell(self._on_over),
         )
         self._mixing = ThreadPoolExecutor(
@@ -103,7 +112,7 @@ class SentenceTransformersEngine(Generic[M]):
             initargs=(overtakes,),
         )
         self._state: EngineState = "stopped"
-        self._failure: BaseException | None = None
+        self._failure: BaseException | None = None  # of the start; while it is tried again, of the last try
         self._is_settled = asyncio.Event()  # no longer starting
         self._num_waiting = 0
         self._waiting_of: dict[str, int] = {}  # by tenant
@@ -137,7 +146,7 @@ class SentenceTransformersEngine(Generic[M]):
     async def health(self, *, deadline_s: float) -> EngineHealth:
         state, detail = self._state, {"device": str(self._device)}
         if self._failure is not None:
-            detail["reason"] = str(self._failure)
+            detail["reason"] = f"{self._failure}; {REMEDY}" if state == "failed" else str(self._failure)
         elif state == "ready":
             answers = self._pipeline.call_each(lambda _: None)
             _, missing = await asyncio.wait(map(asyncio.wrap_future, answers), timeout=deadline_s)
@@ -208,7 +217,8 @@ class SentenceTransformersEngine(Generic[M]):
     @property
     def _loaded(self) -> M:
         if self._model is None:
-            raise ModelNotReadyError(f"pool {self.pool.id!r} is {self._state}")
+            why = f": {self._failure}" if self._failure is not None else ""
+            raise ModelNotReadyError(f"pool {self.pool.id!r} is {self._state}{why}")
         return self._model
 
     async def _ready(self) -> M:
@@ -216,8 +226,8 @@ class SentenceTransformersEngine(Generic[M]):
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(self._config.queue_timeout_s):
                     await self._is_settled.wait()
-        if self._failure is not None:
-            raise EngineError(f"pool {self.pool.id!r} has failed: {self._failure}") from self._failure
+        if self._state == "failed":
+            raise EngineError(f"pool {self.pool.id!r} has failed: {self._failure}; {REMEDY}") from self._failure
         return self._loaded
 
     def _check_recipe(self, recipe: Recipe) -> None:
@@ -318,23 +328,51 @@ class SentenceTransformersEngine(Generic[M]):
                 param="engine.cache_bytes",
             )
         model.check_names(self._base_recipe, self._members)
+        with torch.inference_mode():
+            self._check_model(model)
         return model
 
+    @abstractmethod
+    def _check_model(self, model: M) -> None:
+        """Computes what a request would, to see that it can be, and holds the pool's settings to the model.
+
+        Raises:
+            CocktailError: no request could be answered, or none that uses the setting.
+        """
+
+    def check_start(self) -> None:
+        self._load()
+
+    def _check_rows(self, rows: np.ndarray) -> None:
+        """Raises ConfigError for numbers computed of plain texts that are none."""
+        if not np.isfinite(rows).all():
+            raise ConfigError(
+                f"pool {self.pool.id!r}: of a plain text the base computes NaN or infinity in {self.dtype}: its "
+                "parameters are not finite, or need the range of another dtype; set engine.dtype to bfloat16 or float32"
+            )
+
     def _on_loaded(self, model: M) -> None:
-        if self._state != "starting":
+        if self._state not in ("starting", "restarting"):
             return
         self._model = model
         self._cache = ParameterCache(
             self._mix, self._unbind, mixture_bytes=model.mixture_bytes, max_bytes=self._config.cache_bytes
         )
         self._cache.pin(self._base_recipe.digest, model.own_params)
-        self._state = "ready"
+        self._state, self._failure = "ready", None
         self._is_settled.set()
 
     def _on_failed(self, error: BaseException) -> None:
         if self._state != "stopped":
             self._state = "failed"
             self._failure = error
+            self._is_settled.set()
+
+    def _on_retry(self, error: Exception) -> None:
+        logger.warning("%s: the model could not be loaded, which is tried again: %s", self.pool.id, error)
+        if self._state in ("starting", "restarting"):
+            self.stats.num_restarts += 1
+            self._state, self._failure = "restarting", error
             self._is_settled.set()
 
     def _on_over(self, requests: list[ModelRequest[M]]) -> None:

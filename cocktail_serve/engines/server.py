@@ -17,6 +17,7 @@ import orjson
 
 from cocktail_serve.engines.connections import Answer, Connections
 from cocktail_serve.engines.process import ProcessGroup
+from cocktail_serve.engines.start_failures import Exit, reason_in
 from cocktail_serve.errors import EngineError, EngineTimeoutError
 
 logger = logging.getLogger(__name__)
@@ -26,6 +27,8 @@ STATUS_PATH = "/v1/cocktail/status"
 _POLL_S = 0.1
 _POLL_TIMEOUT_S = 10.0
 _STOP_GRACE_S = 5.0
+_SHOWN_LINES = 30
+"""Of a log's end, in the errors of an operator."""
 
 Launch = Callable[[Path, str], tuple[list[str], dict[str, str]]]
 """Command line and whole environment of a server that listens on this Unix socket and is guarded by this key."""
@@ -50,12 +53,16 @@ class EngineServer:
         log: file for the server's output, kept over lives, bounded in size. Beside it lies a link to the folder of the
             socket, for `sweep_sockets`.
         start_timeout_s: how long the server may take until it answers through its engine.
+
+    Attributes:
+        failed_start: how the server ended, where it did before it was ready.
     """
 
     def __init__(self, launch: Launch, *, log: Path, start_timeout_s: float) -> None:
         self._launch = launch
         self._log = log
         self._start_timeout_s = start_timeout_s
+        self.failed_start: Exit | None = None
         self._folder: Path | None = None
         self._group: ProcessGroup | None = None
         self._connections: Connections | None = None
@@ -85,8 +92,7 @@ class EngineServer:
         except TimeoutError as error:
             await self._end()
             raise EngineTimeoutError(
-                f"the engine was not ready within start_timeout_s={self._start_timeout_s:g} s; "
-                f"the end of {self._log}:\n{self._tail()}"
+                f"the engine was not ready within start_timeout_s={self._start_timeout_s:g} s; {self._log_end()}"
             ) from error
         except OSError as error:
             await self._end()
@@ -108,9 +114,7 @@ class EngineServer:
 
     async def exited(self) -> str:
         """Waits until the server is gone, for whatever reason, and says how: any exit is a failure."""
-        returncode = await self._running_group.wait()
-        how = f"signal {-returncode}" if returncode < 0 else f"code {returncode}"
-        return f"the engine's server exited with {how}; the end of {self._log}:\n{self._tail()}"
+        return f"{await self._exit()}; {self._log_end()}"
 
     async def post(self, path: str, content: bytes, *, headers: Mapping[str, str]) -> Answer:
         """Sends a JSON body and returns the answer once its headers are there; an answer may take as long as it takes.
@@ -162,7 +166,10 @@ class EngineServer:
             while True:
                 await asyncio.wait({exited}, timeout=_POLL_S)
                 if exited.done():
-                    raise EngineError(await self.exited())
+                    # no request was answered yet: what the log says of the end is nobody's text
+                    self.failed_start = await self._exit()
+                    why = f": {self.failed_start.reason}" if self.failed_start.reason else ""
+                    raise EngineError(f"{self.failed_start}{why}; {self._log_end()}")
                 if await self._is_ready():
                     return
         finally:
@@ -179,7 +186,7 @@ class EngineServer:
             why = "came up without the cocktail plugin: is cocktail-serve installed in the environment that runs it?"
         else:
             why = f"answered {STATUS_PATH} with {status}: {body}"
-        raise EngineError(f"the engine's server {why}; the end of {self._log}:\n{self._tail()}")
+        raise EngineError(f"the engine's server {why}; {self._log_end()}")
 
     async def _end(self) -> None:
         # shielded: whoever cancels us wants the processes gone, not the killing stopped half-way
@@ -195,8 +202,14 @@ class EngineServer:
             shutil.rmtree(self._folder, ignore_errors=True)
             (self._log.parent / self._folder.name).unlink(missing_ok=True)
 
-    def _tail(self) -> str:
-        return self._group.log_tail() if self._group is not None else "(it never started)"
+    async def _exit(self) -> Exit:
+        group = self._running_group
+        returncode = await group.wait()
+        return Exit(returncode, reason_in(group.log_tail()))
+
+    def _log_end(self) -> str:
+        lines = ["(it never started)"] if self._group is None else self._group.log_tail()[-_SHOWN_LINES:]
+        return "\n".join([f"the end of {self._log}:", *lines])
 
     @property
     def _running_connections(self) -> Connections:

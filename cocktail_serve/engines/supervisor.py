@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Sequence
 from typing import NoReturn
 
 import orjson
@@ -13,19 +14,18 @@ from cocktail_serve.engines.base import EngineState
 from cocktail_serve.engines.launcher import Launcher
 from cocktail_serve.engines.residency import Residency
 from cocktail_serve.engines.server import STATUS_PATH, EngineServer
+from cocktail_serve.engines.start_failures import REMEDY, Exit, backoff_s
 from cocktail_serve.engines.stats import EngineStats
 from cocktail_serve.errors import CocktailError, EngineError, EngineTimeoutError, ModelNotReadyError
 
 logger = logging.getLogger(__name__)
 
-BACKOFF_S = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 30.0)
-"""Pauses before starts that follow failures in a row; the last one repeats."""
-
 STABLE_S = 60.0
 """An engine that lived this long has not failed in a row."""
 
 MAX_FAILED_STARTS = 3
-"""Starts in a row that never became ready, after which those in line are sent away, while starts go on.
+"""Starts in a row that never became ready, after which those in line are sent away. Starts go on, unless the server
+gave the same reason every time, and it lies in what the server was given.
 
 An engine that becomes ready and dies soon is another matter: who waits for it has a good chance to be served.
 """
@@ -46,6 +46,7 @@ class Supervisor:
 
     Attributes:
         failure: why the last life ended; empty while the server is ready.
+        is_given_up: whether no other start will be tried.
         max_model_len: tokens of a context, as the server last said.
         server: the server while it is ready.
     """
@@ -62,6 +63,7 @@ class Supervisor:
     ) -> None:
         self.state: EngineState = "starting"
         self.failure = ""
+        self.is_given_up = False
         self.max_model_len = max_model_len
         self.server: EngineServer | None = None
         self._pool_id = pool_id
@@ -106,21 +108,27 @@ class Supervisor:
             self._lost.set_exception(EngineError(reason))
 
     def check_available(self) -> None:
-        """Raises ModelNotReadyError where nobody should wait for the server: it was stopped, or never becomes ready."""
+        """Says that nobody should wait for the server.
+
+        Raises:
+            ModelNotReadyError: it was stopped, or has not become ready in many starts.
+            EngineError: it will not be started again; says why.
+        """
+        if self.is_given_up and self.state == "failed":
+            raise self._given_up()
         if self.state in ("failed", "stopped"):
             raise ModelNotReadyError(f"the engine of pool {self._pool_id!r} is not available ({self.state})")
 
     async def _supervise(self) -> None:
-        """Life after life, until cancelled: whatever ends one, its processes are gone before the next begins."""
+        """Life after life, until cancelled or given up: whatever ends one, its processes are gone before the next."""
         loop = asyncio.get_running_loop()
-        num_failures = num_failed_starts = 0
+        num_failures = 0
+        failed_starts: list[Exit | None] = []  # the last in a row
         while True:
             ready_at: float | None = None
+            server = EngineServer(self._launcher.launch, log=self._launcher.log, start_timeout_s=self._start_timeout_s)
             try:
                 await asyncio.to_thread(self._launcher.check_base)
-                server = EngineServer(
-                    self._launcher.launch, log=self._launcher.log, start_timeout_s=self._start_timeout_s
-                )
                 async with server:
                     ready_at = loop.time()
                     await self._live(server)
@@ -131,17 +139,30 @@ class Supervisor:
                 logger.exception("%s: the engine's supervisor failed", self._pool_id)
             was_stable = ready_at is not None and loop.time() - ready_at > STABLE_S
             num_failures = 1 if was_stable else num_failures + 1
-            num_failed_starts = num_failed_starts + 1 if ready_at is None else 0
-            pause_s = BACKOFF_S[min(num_failures, len(BACKOFF_S)) - 1]
+            failed_starts = [*failed_starts, server.failed_start][-MAX_FAILED_STARTS:] if ready_at is None else []
+            if (hopeless := _hopeless(failed_starts)) is not None:
+                self._give_up(hopeless)
+                return
+            pause_s = backoff_s(num_failures)
             logger.error("%s: engine lost, next start in %g s: %s", self._pool_id, pause_s, self.failure)
             self._stats.num_restarts += 1
             self.state = "restarting"
-            if num_failed_starts >= MAX_FAILED_STARTS:
+            if len(failed_starts) == MAX_FAILED_STARTS:
                 self.state = "failed"
                 self._residency.fail_waiting(
                     lambda: ModelNotReadyError(f"the engine of pool {self._pool_id!r} keeps failing", retry_after_s=30)
                 )
             await asyncio.sleep(pause_s)
+
+    def _give_up(self, last: Exit) -> None:
+        logger.error("%s: the engine cannot start, and is given up: %s", self._pool_id, self.failure)
+        self.is_given_up = True
+        self.state = "failed"
+        self.failure = f"{last.reason}; {REMEDY}"
+        self._residency.fail_waiting(self._given_up)
+
+    def _given_up(self) -> EngineError:
+        return EngineError(f"the engine of pool {self._pool_id!r} cannot start: {self.failure}")
 
     async def _live(self, server: EngineServer) -> NoReturn:
         """One life of a server that is ready. Ends in the error that ended it."""
@@ -182,6 +203,14 @@ class Supervisor:
             if status != 200 or body["state"] == "poisoned":
                 raise EngineError(f"the engine is lost: {status} {error_message(orjson.dumps(body))}")
             answered = loop.time()
+
+
+def _hopeless(failed_starts: Sequence[Exit | None]) -> Exit | None:
+    """How the last of failed starts ended, where the next will end so too."""
+    last = failed_starts[-1] if failed_starts else None
+    if last is None or not last.is_of_its_input:
+        return None
+    return last if last.is_refusal or failed_starts == [last] * MAX_FAILED_STARTS else None
 
 
 async def _until_exit(server: EngineServer) -> NoReturn:

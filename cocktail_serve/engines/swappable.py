@@ -20,6 +20,7 @@ from cocktail_serve.checkpoints.mixture import iter_mixture
 from cocktail_serve.checkpoints.naming import ParameterNames
 from cocktail_serve.engines.input_tokenizer import InputTokenizer
 from cocktail_serve.errors import CheckpointError, ConfigError
+from cocktail_serve.loading import library_loading, require_words
 from cocktail_serve.pool import Member
 from cocktail_serve.recipe import DType, Recipe
 
@@ -54,17 +55,18 @@ class SwappableModel:
         self._device = device
         transformers_logging.disable_progress_bar()
         try:
-            with library_reads(folder):
+            with library_loading, library_reads(folder):
                 self._model = self._library_class(
                     str(folder),
                     device=str(device),
                     local_files_only=True,
                     trust_remote_code=False,
-                    model_kwargs={"dtype": getattr(torch, dtype)},
+                    # what does not fit is told by name, when the base is mixed
+                    model_kwargs={"dtype": getattr(torch, dtype), "ignore_mismatched_sizes": True},
                 ).to(getattr(torch, dtype))
                 _leave_files(self._model)
-        except (OSError, ValueError, RuntimeError, ImportError, KeyError) as error:
-            raise ConfigError(f"sentence-transformers cannot load {folder}: {error}") from error
+        except Exception as error:  # each architecture, and each file of a folder, has errors of its own
+            raise ConfigError(f"sentence-transformers cannot load {folder}: {type(error).__name__}: {error}") from error
         self._model.eval().requires_grad_(False)
         first = self._model[0]
         # a tokenizer with a chat template reads messages as well
@@ -72,8 +74,13 @@ class SwappableModel:
             raise ConfigError(f"{folder}: only a transformer that reads plain text can be served")
         self._transformer = first.auto_model
         limits = (self._model.max_seq_length, _num_positions(self._transformer))
+        if limits == (None, None):
+            raise ConfigError(
+                f"{folder} does not say how many tokens it takes; set model_max_length in its tokenizer_config.json"
+            )
         self.max_length: int = min(limit for limit in limits if limit is not None)
         tokenizer = self._model.tokenizer
+        require_words(tokenizer, folder)
         self.tokenizer = InputTokenizer(
             tokenizer, max_length=self.max_length, vocab_size=self._transformer.config.vocab_size
         )
@@ -167,7 +174,7 @@ class SwappableModel:
     ) -> dict[str, Any]:
         """What the transformer reads: `[N, longest]` ids, mask and token types, padded where its tokenizer pads."""
         longest = max(map(len, token_ids))
-        ids = np.full((len(token_ids), longest), self._pad_token_id, dtype=np.int64)
+        ids = np.full((len(token_ids), longest), self._padding_of(token_ids), dtype=np.int64)
         mask, types = np.zeros_like(ids), np.zeros_like(ids)
         for row, tokens in enumerate(token_ids):
             columns = slice(longest - len(tokens), None) if self._pads_left else slice(len(tokens))
@@ -177,6 +184,10 @@ class SwappableModel:
                 types[row, columns] = type_ids[row]
         features = {"input_ids": ids, "attention_mask": mask} | ({} if type_ids is None else {"token_type_ids": types})
         return {name: torch.from_numpy(table).to(self._device) for name, table in features.items()}
+
+    def _padding_of(self, token_ids: Sequence[Sequence[int]]) -> int:
+        """The id that shorter inputs of a pass are filled up with."""
+        return self._pad_token_id
 
     def _slot_behind(self, name: str) -> str | None:
         """The slot of a module behind the transformer, which has parameters of its own: `2_Dense/linear.weight`."""

@@ -112,6 +112,9 @@ class VLLMEngine:
             self._supervisor.start()
             self._scorer.load_tokenizer()
 
+    def check_start(self) -> None:
+        self._launcher.check(self.pool)
+
     async def stop(self) -> None:
         await self._supervisor.stop()
         for task in list(self._forgetting):

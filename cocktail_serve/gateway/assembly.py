@@ -114,6 +114,7 @@ def _engines(
 ) -> tuple[dict[str, Engine], str | None]:
     """The engines, not started yet, and the name of the folder they write to; None where others built them."""
     place = None
+    engines: dict[str, Engine]
     if built is None:
         run_dir = own_run_dir(settings, stack)
         place = place_of(run_dir)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import uuid
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, ExitStack
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -13,7 +13,7 @@ from cocktail_serve.engines.server import sweep_sockets
 from cocktail_serve.errors import ConfigError
 
 
-def own_run_dir(settings: Settings, stack: AsyncExitStack) -> Path:
+def own_run_dir(settings: Settings, stack: AsyncExitStack | ExitStack) -> Path:
     """The folder that engines write to: this process's alone. It outlives them: their logs tell why they ended.
 
     Raises:
@@ -32,6 +32,13 @@ def own_run_dir(settings: Settings, stack: AsyncExitStack) -> Path:
     stack.callback(lock.release)
     sweep_sockets(run_dir)
     return run_dir
+
+
+def check_unused(settings: Settings) -> None:
+    """Raises ConfigError where another server uses the folder now; makes none."""
+    if (settings.store.cache_dir / "engines").is_dir():
+        with ExitStack() as stack:
+            own_run_dir(settings, stack)
 
 
 def place_of(run_dir: Path) -> str:

@@ -7,13 +7,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, cast
 
-from cocktail_serve.checkpoints.layout import model_folder
+from cocktail_serve.checkpoints.layout import model_folder, read_config
 from cocktail_serve.checkpoints.mixture import Mixture, iter_mixture
 from cocktail_serve.checkpoints.model_config import load_model_config
 from cocktail_serve.config import PoolConfig
 from cocktail_serve.errors import CheckpointError, EngineError
 from cocktail_serve.pool import Pool
 from cocktail_serve.recipe import DType, Recipe
+from cocktail_serve.scoring.tokenizer import load_fast_tokenizer, load_tokenizer
 
 
 def dtype_of(pool: Pool, config: PoolConfig) -> DType:
@@ -31,12 +32,13 @@ class TransformersModels:
 
     Raises:
         CheckpointError: a decoder that does not say its context length.
-        EngineError: transformers cannot load the base's configuration or tokenizer.
+        ConfigError: the base has no tokenizer that transformers can load.
+        EngineError: transformers cannot load the base's configuration.
     """
 
     def __init__(self, pool: Pool, config: PoolConfig) -> None:
         import torch
-        from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
+        from transformers import AutoConfig
         from transformers.utils import logging as transformers_logging
 
         transformers_logging.disable_progress_bar()
@@ -47,12 +49,11 @@ class TransformersModels:
         self._model: Any = None
         self._resident: str | None = None
         folder, options = pool.base.path, {"local_files_only": True, "trust_remote_code": False}
-        auto_class: Any = AutoModelForSeq2SeqLM if pool.kind == "encoder_decoder" else AutoModelForCausalLM
+        self.tokenizer: Any = (load_tokenizer if pool.kind == "encoder_decoder" else load_fast_tokenizer)(folder)
         with translated(pool):
-            self.tokenizer: Any = AutoTokenizer.from_pretrained(folder, **options)
             self._config = AutoConfig.from_pretrained(model_folder(folder), **options)
             with torch.device("meta"):
-                self._class = type(auto_class.from_config(self._config))
+                self._class = type(_auto_class(pool).from_config(self._config))
         self.max_tokens = _max_model_len(pool, config)
         if self.max_tokens is None and pool.kind != "encoder_decoder":
             raise CheckpointError(f"{folder} does not say its context length; set engine.max_model_len")
@@ -111,6 +112,55 @@ class TransformersModels:
                 missing = ", ".join(sorted(found["missing_keys"])[:3])
                 raise CheckpointError(f"{self._pool.base.path} lacks parameters of {self._class.__name__}: {missing}")
             return model.to(self._device).eval()
+
+
+def check_loads(pool: Pool) -> None:
+    """Has transformers find all parameters of the base in its files, without reading them.
+
+    Raises:
+        CheckpointError: one is missing, or of another shape than the configuration says.
+        EngineError: transformers cannot make a model of it.
+    """
+    import transformers
+    from transformers.utils import logging as transformers_logging
+
+    # the class that the files were saved by, where it is known: one for text alone would miss other modalities' names
+    architectures = read_config(pool.base.path).get("architectures") or [""]
+    model_class = getattr(transformers, str(architectures[0]), None) or _auto_class(pool)
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()  # what it would say is said below
+    try:
+        with translated(pool):
+            _, found = model_class.from_pretrained(
+                model_folder(pool.base.path),
+                device_map="meta",
+                dtype="auto",
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
+                local_files_only=True,
+                trust_remote_code=False,
+            )
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+    if found["missing_keys"]:
+        missing = ", ".join(sorted(found["missing_keys"])[:3])
+        raise CheckpointError(
+            f"{pool.base.path} lacks parameters that its config.json asks for: {missing}; save it whole, with the "
+            "class it was trained with"
+        )
+    for name, stored, wanted in found["mismatched_keys"]:
+        raise CheckpointError(
+            f"{pool.base.path}: {name} is {list(stored)} in its files, but {list(wanted)} by its config.json; one of "
+            "the two is another model's: save them together"
+        )
+
+
+def _auto_class(pool: Pool) -> Any:
+    """What makes the pool's models in transformers."""
+    from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
+
+    return AutoModelForSeq2SeqLM if pool.kind == "encoder_decoder" else AutoModelForCausalLM
 
 
 def _max_model_len(pool: Pool, config: PoolConfig) -> int | None:

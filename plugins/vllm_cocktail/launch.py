@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, distribution, entry_points
 from pathlib import Path
 from typing import Any
@@ -112,6 +112,12 @@ def server_args(
     for name, value in extra.items():
         args += _flag(name, value)
     return args
+
+
+def check_args(args: Sequence[str]) -> list[str]:
+    """Command line of `vllm_cocktail.check` for a server's (of `server_args`)."""
+    python, _, _server, *arguments = args
+    return [python, "-m", "vllm_cocktail.check", *arguments]
 
 
 def server_env(

@@ -77,7 +77,7 @@ class CocktailWorkerExtension:
         """
         if self.cocktail_mixer is None:
             manifest = Manifest.from_environ()
-            _require_mixable(self.vllm_config, manifest)
+            require_mixable(self.vllm_config, manifest)
             # its loader has read the files by now: what they were before and are after, they were meanwhile
             check_unchanged(manifest.members[manifest.base])
             world_size = self.vllm_config.parallel_config.world_size
@@ -217,7 +217,7 @@ def _allow_cores_of_server() -> None:
         allow_cores(os.sched_getaffinity(os.getppid()))
 
 
-def _require_mixable(vllm_config: Any, manifest: Manifest) -> None:
+def require_mixable(vllm_config: Any, manifest: Manifest) -> None:
     """Refuses an engine whose live parameters a mixture cannot replace one for one."""
     model = vllm_config.model_config
     base = manifest.members[manifest.base].path

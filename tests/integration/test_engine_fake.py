@@ -363,7 +363,7 @@ async def test_a_killed_server_comes_back(pool: Pool, tmp_path: Path, faults: Pa
 async def test_an_engine_that_dies_often_is_still_waited_for(
     pool: Pool, tmp_path: Path, faults: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("cocktail_serve.engines.supervisor.BACKOFF_S", (0.01,))
+    monkeypatch.setattr("cocktail_serve.engines.start_failures.BACKOFF_S", (0.01,))
     async with running(pool, tmp_path) as engine:
         recipe, other = mixture(pool, 0.9), mixture(pool, 0.1)
         for _ in range(4):
@@ -398,22 +398,54 @@ async def test_requests_during_a_start_wait_for_it(pool: Pool, tmp_path: Path) -
         await ask(engine, recipe, "hello")
 
 
-async def test_an_engine_that_never_starts_says_why(
-    pool: Pool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+async def test_an_engine_whose_arguments_are_refused_is_given_up(
+    pool: Pool, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("cocktail_serve.engines.supervisor.BACKOFF_S", (0.01,))
     settings = FakeEngineConfig.model_validate({"args": {"no-such-flag": "1"}, "queue_timeout_s": 30})
     engine = VLLMEngine(pool, settings, run_dir=tmp_path / "run")
     await engine.start()
     try:
-        with pytest.raises(ModelNotReadyError, match="keeps failing"):
-            await ask(engine, mixture(pool, 0.5), "hello")
+        reason = "unrecognized arguments: --no-such-flag 1; mend it and start the server again"
+        for _ in range(2):  # who waited when it was given up, and who comes later
+            with pytest.raises(EngineError, match=reason):
+                await ask(engine, mixture(pool, 0.5), "hello")
         health = await engine.health(deadline_s=1)
         assert health.state == "failed"
-        assert "exited with code 2" in health.detail["reason"]
+        assert health.detail["reason"].startswith(reason)
         # the operator's log says more than what anybody may ask
-        assert "no-such-flag" not in health.detail["reason"]
-        assert "unrecognized arguments: --no-such-flag" in caplog.text
+        assert "usage:" not in health.detail["reason"]
+        assert "usage: python -m cocktail_serve.engines.fake" in caplog.text
+        assert engine.stats.num_restarts == 0
+    finally:
+        await engine.stop()
+    assert (await engine.health(deadline_s=1)).state == "stopped"
+
+
+@pytest.mark.parametrize("raised", ["ValueError('of the model')", "OSError('of the disk')"])
+async def test_a_server_that_ends_the_same_way_at_every_start(
+    pool: Pool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, raised: str
+) -> None:
+    """What lies in the model ends the engine at the third time; the machine may be well again at any other."""
+    monkeypatch.setattr("cocktail_serve.engines.start_failures.BACKOFF_S", (0.01,))
+    engine = VLLMEngine(pool, FakeEngineConfig.model_validate({"queue_timeout_s": 30}), run_dir=tmp_path / "run")
+    command, env = engine._launcher.launch(tmp_path / "socket", "key")
+    broken = [command[0], "-c", f"raise {raised}"]
+    monkeypatch.setattr(engine._launcher, "launch", lambda socket, key: (broken, env))
+    await engine.start()
+    try:
+        is_for_good = raised.startswith("ValueError")
+        expected_error = EngineError if is_for_good else ModelNotReadyError
+        message = r"cannot start: ValueError: of the model; mend it" if is_for_good else "keeps failing"
+        with pytest.raises(expected_error, match=message):
+            await ask(engine, mixture(pool, 0.5), "hello")
+        if is_for_good:
+            assert engine.stats.num_restarts == 2
+            assert (await engine.health(deadline_s=1)).state == "failed"
+            return
+        # the disk is back, and nobody had to do anything
+        monkeypatch.setattr(engine._launcher, "launch", type(engine._launcher).launch.__get__(engine._launcher))
+        await eventually(lambda: is_ready(engine))
+        assert await ask(engine, mixture(pool, 0.5), "hello") == expected(mixture(pool, 0.5), "hello")
     finally:
         await engine.stop()
 

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from sentence_transformers import CrossEncoder
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from cocktail_serve.checkpoints.opening import open_pool
 from cocktail_serve.config import PoolConfig
@@ -30,7 +31,7 @@ from cocktail_serve.errors import (
 from cocktail_serve.examples import parse_examples
 from cocktail_serve.recipe import Recipe, make_recipe, one_hot
 from tests.merging import linear
-from tests.models import ENCODER_WORDS, make_reranker, make_reranker_pool, pool_section
+from tests.models import ENCODER_WORDS, make_decoder_reranker, make_reranker, make_reranker_pool, pool_section
 
 WORDS = ENCODER_WORDS.split()
 QUERY = "what is the capital of france"
@@ -104,6 +105,25 @@ class TestEqualsCrossEncoder:
                 got.scores, predicted(merged_apart(folders, WEIGHTS, torch.float32), QUERY, texts), rtol=1e-4
             )
         assert all(np.abs(a - b).max() > 0.1 for a, b in itertools.pairwise([*everyone, got.scores]))
+
+    @pytest.mark.parametrize("pad_token_id", [None, 2, -1])
+    async def test_a_decoder_without_padding_token(self, tmp_path: Path, pad_token_id: int | None) -> None:
+        """Told of no padding, it takes one pair at a time; of one that its tokenizer does not pad with, or that is no
+        token, it would score the padding. Each pair scores as it does alone."""
+        folder = make_decoder_reranker(tmp_path / "base", pad_token_id=pad_token_id)
+        texts = [*documents(20, max_words=20), "a dog</s>", "<pad> a dog"]
+        async with running({"base": folder}) as engine:
+            recipe = one_hot(engine.pool, "base", dtype="float32")
+            got = await engine.rerank(recipe, QUERY, texts, use_activation=False)
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        alone = AutoModelForSequenceClassification.from_pretrained(folder)
+        if pad_token_id == -1:
+            alone.config.pad_token_id = None  # the last token of all, as of one pair it is
+        with torch.inference_mode():
+            inputs = [tokenizer(QUERY, text, return_tensors="pt") for text in texts]
+            expected = [alone(**one).logits[0, 0].item() for one in inputs]
+        np.testing.assert_allclose(got.scores, expected, rtol=1e-4, atol=1e-4)
+        assert np.ptp(expected[:20]) > 0.1
 
     async def test_bfloat16(self, folders: dict[str, Path]) -> None:
         async with running(folders, dtype="bfloat16") as engine:

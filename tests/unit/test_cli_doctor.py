@@ -10,7 +10,7 @@ import pytest
 import yaml
 from sqlalchemy import insert
 
-from cocktail_serve.cli import doctor
+from cocktail_serve.cli.doctor import installation
 from cocktail_serve.database import tables
 from cocktail_serve.database.database import Database
 from cocktail_serve.merging import native
@@ -89,7 +89,7 @@ def test_it_says_which_mixing_kernel_is_used(monkeypatch, capsys):
     _, checks = run(capsys)
     found = native.load_kernel()
     assert checks["mixing kernel"]["status"] == ("ok" if isinstance(found, native.Kernel) else "warning")
-    monkeypatch.setattr(doctor, "load_kernel", lambda: "there is no C compiler")
+    monkeypatch.setattr(installation, "load_kernel", lambda: "there is no C compiler")
     _, checks = run(capsys)
     assert checks["mixing kernel"]["status"] == "warning"
     assert checks["mixing kernel"]["detail"] == "torch: the same bits, several times slower: there is no C compiler"

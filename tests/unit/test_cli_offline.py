@@ -559,3 +559,20 @@ def test_messages_are_scored_by_the_template_that_chats_are_rendered_with(tmp_pa
     assert code == 2
     assert "row 1: the pool's base has no chat template" in " ".join(err.split())
     assert "set chat-template in engine.args" in " ".join(err.split())
+
+
+def test_a_base_without_tokenizer_says_what_to_do(examples, tmp_path, capsys):
+    folders = make_decoder_pool(tmp_path / "flan", ("nq",))
+    config = tmp_path / "config.yaml"
+    pool = pool_section("flan", "decoder", folders, {"type": "vllm", "max_model_len": 64})
+    config.write_text(yaml.safe_dump({"store": {"cache_dir": "cache"}, "pools": [pool]}))
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        (folders["base"] / file).unlink()
+    weigh = ["weigh", config, "--pool", "flan", "--examples", examples(TEXT_ROWS), "--json"]
+    code, out, err = run(capsys, *weigh)
+    assert (code, out) == (2, "")
+    assert "copy tokenizer.json and tokenizer_config.json there" in " ".join(err.split())
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        (folders["base"] / file).write_bytes((folders["nq"] / file).read_bytes())
+    code, out, err = run(capsys, *weigh)
+    assert (code, set(json.loads(out)["losses"])) == (0, {"base", "nq"})

@@ -19,6 +19,7 @@ NOUNS = {"errors", "digest", "dtypes", "ids", "kept_text", "pool", "methods", "r
     "example_rows",
     "chat_rows",
     "generation",
+    "loading",
 }
 """Modules that import nothing but each other."""
 
@@ -129,6 +130,44 @@ def test_a_ring_is_found() -> None:
 def test_a_framework_is_imported_only_where_it_is_at_home(framework: str) -> None:
     found = {package for package in packages() for _, parts in imported(package) if parts[0] == framework}
     assert found <= AT_HOME[framework]
+
+
+LIBRARIES = ("transformers", "sentence_transformers")
+
+
+def loose_imports(source: str) -> list[str]:
+    """What functions import of the libraries that several threads load by, outside of `with library_loading`."""
+    tree = ast.parse(source)
+    behind = {
+        id(inner)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.With)
+        and any(isinstance(i.context_expr, ast.Name) and i.context_expr.id == "library_loading" for i in node.items)
+        for inner in ast.walk(node)
+    }
+    functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
+    return [
+        name
+        for function in functions
+        for node in ast.walk(function)
+        if isinstance(node, ast.Import | ast.ImportFrom) and id(node) not in behind
+        for name in imports(ast.unparse(node))
+        if name.partition(".")[0] in LIBRARIES
+    ]
+
+
+@pytest.mark.parametrize("package", ["checkpoints", "engines", "scoring"])
+def test_libraries_are_loaded_behind_one_door(package: str) -> None:
+    """By whatever runs on threads of the server. Modules that import them at their head are behind the door of
+    `build_engine`, which imports those modules."""
+    loose = {str(path.relative_to(ROOT)): loose_imports(path.read_text(encoding="utf-8")) for path in files_of(package)}
+    assert not {file: names for file, names in loose.items() if names}
+
+
+def test_a_loose_import_is_found() -> None:
+    inside = "def load():\n    with library_loading:\n        from transformers import AutoConfig"
+    assert loose_imports(inside) == []
+    assert loose_imports("def load():\n    from transformers import AutoConfig") == ["transformers.AutoConfig"]
 
 
 @pytest.mark.parametrize(

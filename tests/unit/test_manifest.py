@@ -39,6 +39,9 @@ def test_the_manifest_of_a_pool_starts_with_the_base() -> None:
     assert MANIFEST.resident == one_hot(POOL, "base", dtype="bfloat16").digest
     assert MANIFEST.base == POOL.base.fingerprint
     assert MANIFEST.members == POOL.by_fingerprint
+    twin = replace(POOL, experts={"red": member("red", "0")})
+    of_twin = Manifest.of_pool(twin, dtype="bfloat16", cache_bytes=0, managed=True)
+    assert of_twin.members == {POOL.base.fingerprint: POOL.base}, "servers are started on the base's folder"
 
 
 def test_names_are_optional(tmp_path: Path) -> None:

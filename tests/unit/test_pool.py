@@ -56,6 +56,14 @@ def test_fingerprint_changes_with_what_the_pool_is(changes: dict[str, object]) -
     assert pool(**changes).fingerprint != pool().fingerprint
 
 
+def test_the_base_stands_for_an_expert_of_the_same_parameters() -> None:
+    """Servers are started on the base's folder, so a recipe of the base must lead there."""
+    twin = dataclasses.replace(member("ag-news"), fingerprint=member("base").fingerprint)
+    made = pool(experts={"ag-news": twin, "nq": member("nq")})
+    paths = {fingerprint: found.path for fingerprint, found in made.by_fingerprint.items()}
+    assert paths == {"fp-base": Path("/models/base"), "fp-nq": Path("/models/nq")}
+
+
 def test_experts_cannot_be_added_later() -> None:
     experts = {"nq": member("nq")}
     made = pool(experts=experts)

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from cocktail_serve.checkpoints.opening import open_pool
 from cocktail_serve.config import PoolConfig
-from cocktail_serve.offline.models import TransformersModels
+from cocktail_serve.errors import CheckpointError
+from cocktail_serve.offline.models import TransformersModels, check_loads
 from cocktail_serve.pool import Pool
 from cocktail_serve.recipe import make_recipe
 from tests.models import make_decoder_pool, make_encoder_decoder_pool, pool_section
 
+EMBEDDINGS = "model.embed_tokens.weight"
 MIXTURES = ({"base": 1.0}, {"base": 0.5, "one": 0.5}, {"one": 0.25, "two": 0.75}, {"base": 1.0})
 
 
@@ -62,3 +66,35 @@ def test_encoder_decoders_share_their_tables_after_a_swap(tmp_path: Path) -> Non
         model, expected = models.use(recipe), models.make(recipe)
         for (name, ours), theirs in zip(model.state_dict().items(), expected.state_dict().values(), strict=True):
             assert torch.equal(ours, theirs), name
+
+
+@pytest.mark.parametrize("kind", ["untied", "tied", "encoder-decoder"])
+def test_parameters_that_are_all_there(tmp_path: Path, kind: str) -> None:
+    if kind == "encoder-decoder":
+        pool, _ = opened(make_encoder_decoder_pool(tmp_path, ()), "encoder_decoder", "offline", tmp_path)
+    else:
+        pool, _ = opened(make_decoder_pool(tmp_path, (), tied=kind == "tied"), "decoder", "vllm", tmp_path)
+    check_loads(pool)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda params: params.pop("lm_head.weight"), r"lacks parameters .*: lm_head\.weight; save it whole"),
+        (
+            lambda params: params.update({EMBEDDINGS: params[EMBEDDINGS][:300].clone()}),
+            r"embed_tokens\.weight is \[300, 64\] in its files, but \[320, 64\] by its config\.json",
+        ),
+    ],
+    ids=["missing", "of another shape"],
+)
+def test_parameters_that_the_configuration_does_not_find(
+    tmp_path: Path, change: Callable[[dict[str, torch.Tensor]], None], message: str
+) -> None:
+    folders = make_decoder_pool(tmp_path, ())
+    params = load_file(folders["base"] / "model.safetensors")
+    change(params)
+    save_file(params, folders["base"] / "model.safetensors", metadata={"format": "pt"})
+    pool, _ = opened(folders, "decoder", "vllm", tmp_path)
+    with pytest.raises(CheckpointError, match=message):
+        check_loads(pool)

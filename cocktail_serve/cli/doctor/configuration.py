@@ -1,0 +1,120 @@
+"""A configuration, and all it names."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shutil
+import stat
+from collections.abc import Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from cocktail_serve.cli.doctor.finding import Check, tried
+from cocktail_serve.cli.doctor.pools import check_pool
+from cocktail_serve.config import Settings, load_settings
+from cocktail_serve.errors import CocktailError, ConfigError
+from cocktail_serve.pool import Pool
+from cocktail_serve.progress import OnProgress
+
+if TYPE_CHECKING:
+    from cocktail_serve.database.database import Database
+
+
+def check_config(path: Path, report: OnProgress) -> Iterator[Check]:
+    """The configuration and all it names. What is wrong with one part does not hide the others."""
+    try:
+        settings = load_settings(path)
+    except ConfigError as error:
+        yield Check("configuration", "problem", error.message)
+        return
+    yield Check("configuration", "ok", f"{path}: {len(settings.pools)} pools")
+    yield tried("address", partial(_check_address, settings))
+    yield _check_auth(settings)
+    yield _check_store(settings)
+    for root in settings.server.expert_roots:
+        yield _check_root(root)
+    pools: dict[str, Pool] = {}
+    for pool in settings.pools:
+        yield from check_pool(settings, pool, report, pools)
+    yield from _check_registry(settings, pools)
+
+
+def _check_address(settings: Settings) -> str:
+    from cocktail_serve.gateway.server import bind
+
+    with bind(settings.server):
+        return f"{settings.server.host}:{settings.server.port} is free"
+
+
+def _check_auth(settings: Settings) -> Check:
+    if not settings.server.requires_key:
+        return Check("keys", "ok", "not required")
+    if settings.admin_key is None:
+        return Check("keys", "problem", "required, and none is set", "set COCKTAIL_ADMIN_KEY, or listen on 127.0.0.1")
+    return Check("keys", "ok", "required, and COCKTAIL_ADMIN_KEY is set")
+
+
+def _check_store(settings: Settings) -> Check:
+    from cocktail_serve.gateway.run_dir import check_unused
+
+    cache = settings.store.cache_dir
+    existing = next(folder for folder in (cache, *cache.absolute().parents) if folder.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        return Check("store", "problem", f"{existing} cannot be written", "set store.cache_dir to a folder that can")
+    try:
+        check_unused(settings)
+    except CocktailError as error:
+        return Check("store", "problem", error.message)
+    free, wanted = shutil.disk_usage(existing).free, int(settings.store.cache_bytes)
+    detail = f"{cache}, {free / 1e9:.1f} GB free"
+    if free < wanted:
+        return Check(
+            "store",
+            "warning",
+            f"{detail}, less than the {wanted / 1e9:.1f} GB of store.cache_bytes",
+            "make room, or lower it",
+        )
+    return Check("store", "ok", detail)
+
+
+def _check_root(root: Path) -> Check:
+    name = f"expert root {root}"
+    if not root.is_dir() or not os.access(root, os.R_OK | os.X_OK):
+        return Check(name, "problem", "there is no such folder, or it cannot be read", "see server.expert_roots")
+    if root.stat().st_mode & stat.S_IWOTH:
+        return Check(name, "warning", "everybody on this machine may put models into it", f"chmod o-w {root}")
+    return Check(name, "ok", "readable")
+
+
+def _check_registry(settings: Settings, pools: dict[str, Pool]) -> list[Check]:
+    """Whether the database can be used, and the experts that were added while a server ran. Makes no database."""
+    from cocktail_serve.database.database import Database
+
+    name = "registry"
+    try:
+        database = Database(settings.store.database_url)
+        if database.is_sqlite and not Path(str(database.url.database)).exists():
+            return [Check(name, "ok", "not there yet: made at the first start")]
+        left_out = asyncio.run(_added_but_left_out(database, settings, pools))
+    except CocktailError as error:
+        if error.code == "registry_outdated":
+            return [Check(name, "warning", error.message, "nothing, once servers of the earlier release have ended")]
+        return [Check(name, "problem", error.message)]
+    fix = "DELETE it under /admin/pools/{id}/experts, or put its folder back"
+    return [
+        Check(name, "ok", "reachable, and its tables are this release's"),
+        *(Check(f"expert {model}", "problem", why, fix) for model, why in left_out.items()),
+    ]
+
+
+async def _added_but_left_out(database: Database, settings: Settings, pools: dict[str, Pool]) -> Mapping[str, str]:
+    from cocktail_serve.cocktails.experts import Experts
+
+    try:
+        await database.open(as_server=False)
+        experts = Experts(database, pools, {}, roots=settings.server.expert_roots, cache_dir=settings.store.cache_dir)
+        return await experts.load()
+    finally:
+        await database.close()

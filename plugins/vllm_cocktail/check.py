@@ -1,0 +1,123 @@
+"""`python -m vllm_cocktail.check ARGUMENTS`: what vLLM says of a server's command line, before it reads a parameter.
+
+The arguments are those of vLLM's OpenAI server, the environment the server's own. They are taken through the same
+steps: parsed, made a configuration, which finds the model's class, and given a tokenizer. The last line of the output
+is a JSON object with `reason`: null where vLLM would go on and load the model.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+from pydantic import ValidationError
+
+from cocktail_serve.errors import ConfigError
+from cocktail_serve.loading import require_words
+from vllm_cocktail.manifest import Manifest
+from vllm_cocktail.worker import require_mixable
+
+GIB = 1024**3
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Prints why a server with these arguments would not start, or that nothing is known against it. Returns 0."""
+    try:
+        reason = None
+        _check(sys.argv[1:] if argv is None else argv)
+    except ConfigError as error:
+        reason = error.message
+    except ValidationError as error:  # its own text goes on with the values of all fields
+        reason = "; ".join(str(found["msg"]).removeprefix("Value error, ") for found in error.errors())
+    except Exception as error:  # noqa: BLE001  # whatever vLLM raises is its reason
+        reason = f"{type(error).__name__}: {str(error).strip()}"
+    print(f"\n{json.dumps({'reason': reason})}", flush=True)
+    return 0
+
+
+def _check(argv: Sequence[str]) -> None:
+    arguments = _parse(argv)
+    config = _config_of(arguments)
+    require_mixable(config, Manifest.from_environ())
+    _check_parsers(arguments)
+    _check_tokenizer(config.model_config)
+    _check_kv_cache(config)
+
+
+def _parse(argv: Sequence[str]) -> argparse.Namespace:
+    """Raises ConfigError with what vLLM's parser says."""
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    try:
+        from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
+    except ImportError:  # where vLLM had them before 0.32
+        from vllm.entrypoints.openai.cli_args import make_arg_parser, validate_parsed_serve_args
+
+    def refuse(message: str) -> NoReturn:
+        raise ConfigError(message)
+
+    parser = FlexibleArgumentParser(prog="vllm")
+    parser.error = refuse  # which would end the process, with a page of usage
+    arguments: argparse.Namespace = make_arg_parser(parser).parse_args(list(argv))
+    validate_parsed_serve_args(arguments)
+    return arguments
+
+
+def _config_of(arguments: argparse.Namespace) -> Any:
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.usage.usage_lib import UsageContext
+
+    engine_args = AsyncEngineArgs.from_cli_args(arguments)
+    return engine_args.create_engine_config(usage_context=UsageContext.OPENAI_API_SERVER)
+
+
+def _check_parsers(arguments: argparse.Namespace) -> None:
+    """Raises KeyError for a parser of tool calls or reasoning that vLLM does not know; it looks them up at the end."""
+    from vllm.reasoning import ReasoningParserManager
+    from vllm.tool_parsers import ToolParserManager
+
+    for path, load in (
+        (arguments.tool_parser_plugin, ToolParserManager.import_tool_parser),
+        (arguments.reasoning_parser_plugin, ReasoningParserManager.import_reasoning_parser),
+    ):
+        if path:
+            load(path)
+    if arguments.enable_auto_tool_choice:
+        ToolParserManager.get_tool_parser(arguments.tool_call_parser)
+    if arguments.structured_outputs_config.reasoning_parser:
+        ReasoningParserManager.get_reasoning_parser(arguments.structured_outputs_config.reasoning_parser)
+
+
+def _check_tokenizer(model: Any) -> None:
+    from vllm.tokenizers import cached_tokenizer_from_config
+
+    tokenizer = cached_tokenizer_from_config(model)
+    if tokenizer is not None:
+        require_words(tokenizer, model.tokenizer)
+
+
+def _check_kv_cache(config: Any) -> None:
+    """Raises ConfigError where one context does not fit into a KV cache of a size that is set.
+
+    Counted for models whose every layer attends to the whole context; others need less, and vLLM says how much.
+    """
+    model, parallel = config.model_config, config.parallel_config
+    room: int | None = config.cache_config.kv_cache_memory_bytes
+    if room is None or model.is_hybrid or model.is_attention_free or model.use_mla or model.get_sliding_window():
+        return
+    item_bytes = model.dtype.itemsize if config.cache_config.cache_dtype == "auto" else 1
+    per_token = 2 * model.get_num_layers(parallel) * model.get_num_kv_heads(parallel) * model.get_head_size()
+    per_token *= item_bytes
+    if model.max_model_len * per_token > room:
+        raise ConfigError(
+            f"a context of {model.max_model_len} tokens needs {model.max_model_len * per_token / GIB:.2f} GiB of KV "
+            f"cache, and {room / GIB:.2f} GiB are set aside: set engine.max_model_len to at most "
+            f"{room // per_token}, or set more aside by kv-cache-memory-bytes in engine.args"
+        )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
