@@ -36,20 +36,20 @@ def largest_and_not_finite(content: memoryview, dtype: str) -> tuple[float, int]
         return 0.0, 0
     import numpy as np  # most mixtures need none of this
 
-    elements = np.frombuffer(content, f"<u{ITEM_BYTES[dtype]}")
-    infinite = _INFINITE[dtype]
+    size = ITEM_BYTES[dtype]
+    magnitude, infinite = _MAGNITUDE[dtype], _INFINITE[dtype]
     largest, not_finite = 0, 0
-    step = CHUNK_BYTES // elements.itemsize
-    magnitudes = np.empty(min(step, len(elements)), elements.dtype)
-    for begin in range(0, len(elements), step):
-        chunk = elements[begin : begin + step]
-        found = np.bitwise_and(chunk, elements.dtype.type(_MAGNITUDE[dtype]), out=magnitudes[: len(chunk)])
-        top = int(found.max())
+    for begin in range(0, len(content), CHUNK_BYTES):
+        chunk = content[begin : begin + CHUNK_BYTES]
+        elements = np.frombuffer(chunk, f"<u{size}")
+        # as signed integers the largest is the largest positive number, as unsigned ones the largest negative, if any
+        positive, negative = int(np.frombuffer(chunk, f"<i{size}").max()), int(elements.max())
+        top = max(positive, negative & magnitude if negative > magnitude else 0)
         if top >= infinite:
-            broken = found >= infinite
-            not_finite += int(broken.sum())
-            found[broken] = 0
-            top = int(found.max())
+            magnitudes = elements & magnitude
+            is_finite = magnitudes < infinite
+            not_finite += len(elements) - int(is_finite.sum())
+            top = int(magnitudes.max(where=is_finite, initial=0))
         largest = max(largest, top)
     return _value_of(largest, dtype), not_finite
 
