@@ -29,7 +29,7 @@ from cocktail_serve.engines.residency import Residency
 from cocktail_serve.engines.server import STATUS_PATH, EngineServer
 from cocktail_serve.engines.stats import EngineStats
 from cocktail_serve.engines.supervisor import HANG_S, Supervisor
-from cocktail_serve.errors import CocktailError, EngineError, InvalidMixError
+from cocktail_serve.errors import CocktailError, ConfigError, EngineError, InvalidMixError
 from cocktail_serve.examples import ExampleSet
 from cocktail_serve.pool import Pool
 from cocktail_serve.recipe import DType, Recipe
@@ -74,7 +74,7 @@ class VLLMEngine:
         run_dir: folder for the manifest and the server's log.
 
     Raises:
-        ConfigError: `args` or `env` set what is set here.
+        ConfigError: `args` or `env` set what is set here, or what cannot be read here.
     """
 
     def __init__(self, pool: Pool, config: VLLMEngineConfig, *, run_dir: Path) -> None:
@@ -258,5 +258,10 @@ def _max_in_flight(config: VLLMEngineConfig) -> int:
         return config.max_concurrency
     for name, value in config.args.items():
         if name.lstrip("-").replace("_", "-") == "max-num-seqs":
-            return int(value)
+            try:
+                return int(value)
+            except (TypeError, ValueError):
+                raise ConfigError(
+                    f"engine.args.{name} must be a number of requests, got {value!r}", param=f"engine.args.{name}"
+                ) from None
     return MAX_IN_FLIGHT_CPU if config.type == "vllm" and is_cpu_build() else MAX_IN_FLIGHT
