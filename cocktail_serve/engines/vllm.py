@@ -29,7 +29,7 @@ from cocktail_serve.engines.residency import Residency
 from cocktail_serve.engines.server import STATUS_PATH, EngineServer
 from cocktail_serve.engines.stats import EngineStats
 from cocktail_serve.engines.supervisor import HANG_S, Supervisor
-from cocktail_serve.errors import CocktailError, EngineError, InvalidMixError, refusal
+from cocktail_serve.errors import CocktailError, ConfigError, EngineError, InvalidMixError, refusal
 from cocktail_serve.examples import ExampleSet
 from cocktail_serve.generation import GenerationSettings
 from cocktail_serve.pool import Pool
@@ -75,7 +75,7 @@ class VLLMEngine:
         run_dir: folder for the manifest and the server's log.
 
     Raises:
-        ConfigError: `args` or `env` set what is set here.
+        ConfigError: `args` or `env` set what is set here, or what cannot be read here.
     """
 
     def __init__(self, pool: Pool, config: VLLMEngineConfig, *, run_dir: Path) -> None:
@@ -267,5 +267,11 @@ def _max_in_flight(config: VLLMEngineConfig) -> int:
         return config.max_concurrency
     max_num_seqs = config.argument("max-num-seqs")
     if max_num_seqs is not None:
-        return int(max_num_seqs)
+        try:
+            return int(max_num_seqs)
+        except (TypeError, ValueError):
+            raise ConfigError(
+                f"engine.args.max-num-seqs must be a number of requests, got {max_num_seqs!r}",
+                param="engine.args.max-num-seqs",
+            ) from None
     return MAX_IN_FLIGHT_CPU if config.type == "vllm" and is_cpu_build() else MAX_IN_FLIGHT

@@ -70,7 +70,7 @@ def unknown_argument(world: World) -> None:
 
 
 def no_number(world: World) -> None:
-    world.engine["args"] = {"max-num-seqs": "many"}
+    world.engine["args"] = {"block-size": "many"}
 
 
 def longer_than_its_positions(world: World) -> None:

@@ -339,6 +339,10 @@ def argument_of_ours(world: World) -> None:
     world.engine["args"] = {"port": 1}
 
 
+def no_number(world: World) -> None:
+    world.engine["args"] = {"max-num-seqs": "many"}
+
+
 def variable_of_ours(world: World) -> None:
     world.engine["env"] = {"VLLM_API_KEY": "mine"}
 
@@ -421,6 +425,7 @@ RERANKERS: Mapping[Break, list[str] | None] = {
 
 DECODERS: Mapping[Break, list[str] | None] = {
     argument_of_ours: ["engine.args may not set 'port'"],
+    no_number: ["engine.args.max-num-seqs must be a number"],
     variable_of_ours: ["engine.env may not set VLLM_API_KEY"],
     encodes: ["not a decoder", "set the pool's 'kind'"],
     encodes_and_decodes: ["set the pool's 'kind' to encoder_decoder"],
