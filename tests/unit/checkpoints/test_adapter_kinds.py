@@ -425,3 +425,26 @@ def test_new_tokens_need_a_base_that_has_them(decoders: Folders, tmp_path: Path,
 
 def test_peft_is_the_release_whose_behaviour_was_looked_at() -> None:
     assert peft.__version__.startswith("0.21."), "look at what the new release saves, then raise this"
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"use_dora": True},
+        {"modules_to_save": ["lm_head"]},
+        {"trainable_token_indices": [3]},
+        {"target_modules": ["embed_tokens"]},
+    ],
+    ids=str,
+)
+def test_no_parameter_exceeds_the_bound_that_is_kept_of_it(
+    decoders: Folders, tmp_path: Path, opened: Open, options: dict[str, Any]
+) -> None:
+    folder = train_adapter(decoders["base"], tmp_path / "lora", **options).folder
+    path = folder / "adapter_model.safetensors"
+    save_file({name: tensor * 50 for name, tensor in load_file(path).items()}, path)
+    bound = opened({"base": decoders["base"], "lora": folder}).experts["lora"].largest
+    largest = max(tensor.abs().max().item() for tensor in parameters_of(folder, decoders["base"]).values())
+    base = max(tensor.abs().max().item() for tensor in load_file(decoders["base"] / "model.safetensors").values())
+    assert base < largest <= bound

@@ -17,8 +17,8 @@ from sentence_transformers.base.modules import Dense
 
 from cocktail_serve.checkpoints.compatibility import compare
 from cocktail_serve.checkpoints.folder import save_mixture
-from cocktail_serve.checkpoints.mixture import iter_mixture
-from cocktail_serve.errors import CheckpointError, IncompatibleModelsError
+from cocktail_serve.checkpoints.mixture import Mixture, iter_mixture
+from cocktail_serve.errors import CheckpointError, IncompatibleModelsError, ModelChangedError
 from cocktail_serve.pool import Pool
 from cocktail_serve.recipe import make_recipe, one_hot
 from tests.adapters import move_trained, parameters_of, train_adapter
@@ -77,7 +77,7 @@ def test_it_is_mixed_as_any_tensor(base: Path, tuned: tuple[Path, Any], opened: 
     folder, model = tuned
     pool = opened({"base": base, "tuned": folder}, kind="encoder")
     recipe = make_recipe(pool, {"base": 0.25, "tuned": 0.75}, dtype="float32")
-    mixed = dict(iter_mixture(recipe, {member.fingerprint: member.path for member in pool}))
+    mixed = dict(iter_mixture(recipe, {member.fingerprint: member for member in pool}))
     own = load_file(base / "2_Dense" / "model.safetensors")["linear.weight"]
     expected = 0.25 * own + 0.75 * model[2].linear.weight.detach()
     torch.testing.assert_close(mixed[DENSE], expected, rtol=1e-6, atol=1e-7)
@@ -153,3 +153,14 @@ def test_of_a_cross_encoder_with_its_head(tmp_path: Path, opened: Open) -> None:
     made = CrossEncoder(str(tmp_path / "out"), device="cpu").predict(pairs)
     np.testing.assert_allclose(made, model.predict(pairs), rtol=1e-4, atol=1e-5)
     assert not np.allclose(made, CrossEncoder(str(base), device="cpu").predict(pairs), atol=1e-3)
+
+
+def test_a_module_beside_the_adapter_is_one_of_its_files(base: Path, tuned: tuple[Path, Any], opened: Open) -> None:
+    folder, _ = tuned
+    pool = opened({"base": base, "tuned": folder}, kind="encoder")
+    path = folder / "2_Dense" / "model.safetensors"
+    assert str(path) in {str(file.path) for file in pool.experts["tuned"].files}
+    tensors = load_file(path)
+    save_file({**tensors, "linear.bias": tensors["linear.bias"] + 1}, path)
+    with pytest.raises(ModelChangedError, match="tuned"):
+        Mixture(one_hot(pool, "tuned", dtype="float32"), {member.fingerprint: member for member in pool})
