@@ -17,6 +17,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from cocktail_serve import errors
+from cocktail_serve.checkpoints.adapter_config import FIELDS, INITS
 from cocktail_serve.cli import app as cli_app
 from cocktail_serve.cocktails.request import CocktailBody
 from cocktail_serve.config import Settings
@@ -45,6 +46,7 @@ def pages() -> dict[str, str]:
         "cocktails.md": cocktails_page(),
         "errors.md": errors_page(),
         "methods.md": methods_page(),
+        "adapters.md": adapters_page(),
     }
 
 
@@ -279,6 +281,32 @@ def methods_page() -> str:
         for method in METHODS.values()
         for name, option in method.options.items()
     ]
+    return "".join(parts)
+
+
+def adapters_page() -> str:
+    """What becomes of every setting of an adapter."""
+    parts = [
+        NOTE,
+        "# LoRA adapters as experts\n\nAn adapter is read as the full model that it makes of the pool's base: what it "
+        "adds is computed in float64 and rounded once to float32, what it holds whole takes the base's place, sentence-"
+        "transformers modules beside it (`2_Dense`) included. It is the model that peft's `merge_and_unload` makes. Of "
+        "tied embeddings that call makes another model than was trained; there it is the one that was trained, or "
+        "refused.\n\nWhat no one set of parameters can be, or what would need another base, is refused by name, with what "
+        "to do. So is a setting that is not listed here, unless it is off (null, false, zero or empty).\n",
+    ]
+    for use, title in (("honoured", "Honoured"), ("refused", "Refused"), ("harmless", "Without effect on the model")):
+        parts.append(f"\n## {title}\n\n| `adapter_config.json` | |{' what to do |' if use == 'refused' else ''}\n")
+        parts.append("|---|---|---|\n" if use == "refused" else "|---|---|\n")
+        parts += [
+            f"| `{name}` | {field.note} |{f' {field.remedy} |' if field.remedy else ''}\n"
+            for name, field in FIELDS.items()
+            if field.use == use
+        ]
+    parts.append(
+        "\n## Kinds of `init_lora_weights`\n\n| kind | how the factors begin | if refused, what to do |\n|---|---|---|\n"
+    )
+    parts += [f"| `{name}` | {init.note} | {init.remedy} |\n" for name, init in INITS.items()]
     return "".join(parts)
 
 

@@ -117,8 +117,7 @@ def compare(base: Path, expert: Path) -> CompatibilityReport:
             if isinstance(expert_reader, CheckpointReader):
                 found.warnings += _unread(base_reader, expert_reader)
     _compare_tokenizers(base, expert, found)
-    if not is_adapter(expert):
-        found.problems += _compare_modules(base, expert)
+    found.problems += _compare_modules(base, expert)
     return CompatibilityReport(Path(base), Path(expert), tuple(found.problems), tuple(found.warnings))
 
 

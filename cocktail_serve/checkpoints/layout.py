@@ -12,6 +12,7 @@ from cocktail_serve.errors import CheckpointError
 
 CONFIG = "config.json"
 MODULES = "modules.json"
+ADAPTER_CONFIG = "adapter_config.json"
 LIBRARY_CONFIG = "config_sentence_transformers.json"
 
 _CLASS_OF = {"sparse_encoder": "SparseEncoder", "multi_vector_encoder": "MultiVectorEncoder"}
@@ -57,9 +58,9 @@ def check_folder(folder: Path) -> None:
     """
     if not folder.is_dir():
         raise CheckpointError(f"there is no model folder {folder}")
-    if (folder / "adapter_config.json").is_file():
+    if (model_folder(folder) / ADAPTER_CONFIG).is_file():
         raise CheckpointError(
-            f"{folder} holds an adapter (adapter_config.json), not a full checkpoint: it is an expert in a pool of its "
+            f"{folder} holds an adapter ({ADAPTER_CONFIG}), not a full checkpoint: it is an expert in a pool of its "
             "base and nothing alone; or merge it into its base with peft (merge_and_unload) and name the result"
         )
     config = read_config(folder)
@@ -76,7 +77,14 @@ def read_config(folder: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: missing, or not a JSON object.
     """
-    return read_json(model_folder(folder) / CONFIG)
+    path = model_folder(folder) / CONFIG
+    if not path.is_file() and (adapters := sorted(folder.glob(f"*/{ADAPTER_CONFIG}"))):
+        names = ", ".join(adapter.parent.name for adapter in adapters)
+        raise CheckpointError(
+            f"{folder} holds adapters in folders of their own ({names}), as peft saves those that have a name: give "
+            f"the folder of one, such as {adapters[0].parent}"
+        )
+    return read_json(path)
 
 
 def generates(folder: Path) -> bool:
@@ -175,10 +183,22 @@ def weight_files(folder: Path) -> list[WeightFile]:
         raise CheckpointError(
             f"{root} holds no parameters: expected model.safetensors, model.safetensors.index.json or pytorch_model.bin"
         )
-    for module in read_modules(folder):
-        if module.path and folder / module.path != root:
-            files += _weights_in(folder / module.path, prefix=f"{module.path}/")
-    return files
+    return files + module_files(folder)
+
+
+def module_files(folder: Path) -> list[WeightFile]:
+    """The files of sentence-transformers modules that have parameters of their own.
+
+    Raises:
+        CheckpointError: an index that is malformed or names a file that is missing.
+    """
+    root = model_folder(folder)
+    return [
+        file
+        for module in read_modules(folder)
+        if module.path and folder / module.path != root
+        for file in _weights_in(folder / module.path, prefix=f"{module.path}/")
+    ]
 
 
 def _weights_in(folder: Path, *, prefix: str) -> list[WeightFile]:

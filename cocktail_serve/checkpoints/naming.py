@@ -80,6 +80,21 @@ class ParameterNames:
         part = () if pattern is None else (pattern, *re.findall(r"\d+", stored))
         return Target(self._source.get(name, name), part, name in self._state and not self._is_unread(name))
 
+    def name_of(self, stored: str) -> str:
+        """The model's name of what a checkpoint calls `stored`; of several that are tied, this very one."""
+        return self._renamed(stored)[0]
+
+    def sharing(self, stored: str) -> list[str]:
+        """All names of the parameter that a tensor becomes: several where the model ties them."""
+        source = self.target(stored).name
+        return [name for name, first in self._source.items() if first == source]
+
+    @property
+    def input_embeddings(self) -> str:
+        """Name of the parameter that token ids are looked up in."""
+        embeddings = self._model.get_input_embeddings()
+        return next(f"{name}.weight" for name, module in self._model.named_modules() if module is embeddings)
+
     def covers(self, stored: Iterable[str]) -> bool:
         """Whether a checkpoint of these tensors gives the model every parameter that is read.
 

@@ -251,16 +251,10 @@ class CheckpointReader:
             raise CheckpointError(f"{self.folder} holds no tensor {name!r}") from None
 
     def _open(self, file: WeightFile) -> dict[str, TensorInfo]:
-        source = open_tensors(file.path)
+        source = open_weights(file)
         self._held.append(source.file)
         infos = source.infos
-        if file.names is not None and file.names != infos.keys():
-            odd = sorted(file.names ^ infos.keys())[0]
-            place = "is not in it" if odd in file.names else "is in it and not in the index"
-            raise CheckpointError(f"{file.path}: the index and the shard disagree: tensor {odd!r} {place}")
-        for name, info in infos.items():
-            if info.dtype not in ITEM_BYTES:
-                raise _quantised(file.path, name, info.dtype)
+        for name in infos:
             self._get[file.prefix + name] = (source, name)
             self._prefixes[file.prefix + name] = file.prefix
         return {file.prefix + name: info for name, info in infos.items()}
@@ -336,6 +330,23 @@ def open_tensors(path: Path) -> TensorSource:
         CheckpointError: it is corrupt, or holds anything else.
     """
     return _Safetensors(path) if path.suffix == ".safetensors" else _Pickled(path)
+
+
+def open_weights(file: WeightFile) -> TensorSource:
+    """Opens a file of a model's parameters.
+
+    Raises:
+        CheckpointError: it is corrupt, is not what the index says, or holds a dtype that cannot be averaged.
+    """
+    source = open_tensors(file.path)
+    if file.names is not None and file.names != source.infos.keys():
+        odd = sorted(file.names ^ source.infos.keys())[0]
+        place = "is not in it" if odd in file.names else "is in it and not in the index"
+        raise CheckpointError(f"{file.path}: the index and the shard disagree: tensor {odd!r} {place}")
+    for name, info in source.infos.items():
+        if info.dtype not in ITEM_BYTES:
+            raise _quantised(file.path, name, info.dtype)
+    return source
 
 
 _MAX_HEADER_BYTES = 100_000_000
@@ -463,7 +474,7 @@ def _unreadable(path: Path, reason: str) -> CheckpointError:
 def _tied(folder: Path, tensors: Mapping[str, TensorInfo]) -> dict[str, str]:
     """Output embeddings that are stored though the configuration ties them to the input embeddings."""
     outputs = [name for name in tensors if name in _OUTPUT_EMBEDDINGS]
-    if not outputs or not _ties_embeddings(folder):
+    if not outputs or not ties_embeddings(folder):
         return {}
     inputs = [name for name in tensors if name.endswith(_INPUT_EMBEDDINGS)]
     return {
@@ -491,7 +502,12 @@ def _buffers(folder: Path, tensors: Mapping[str, TensorInfo]) -> set[str]:
     return found
 
 
-def _ties_embeddings(folder: Path) -> bool:
+def ties_embeddings(folder: Path) -> bool:
+    """Whether a model's output embeddings are its input embeddings.
+
+    Raises:
+        CheckpointError: the configuration cannot be read.
+    """
     config = read_config(folder)
     text = config.get("text_config")
     for section in (config, text if isinstance(text, dict) else {}):
