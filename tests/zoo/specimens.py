@@ -35,6 +35,19 @@ class Pooled:
 
 
 @dataclass(frozen=True, slots=True)
+class Refusal:
+    """Why something of a family is not taken.
+
+    Attributes:
+        says: what the message says, as a regular expression.
+        because: for the table of the documentation.
+    """
+
+    says: str
+    because: str
+
+
+@dataclass(frozen=True, slots=True)
 class Specimen:
     """A tiny model in the form of one publisher.
 
@@ -47,7 +60,13 @@ class Specimen:
         storage: how the parameters lie in the folder.
         architectures: as `config.json` says, where that is not the model's class.
         pooled: of an encoder.
+        generation: what `generation_config.json` says beside the special tokens; None where there is none.
+        more_files: writes what else lies in the folder.
         unknown_to_4: whether transformers 4 does not have the architecture (its publisher came with code).
+        refused: members of the family that cannot be mixed with its base, and why.
+        unserved: why vLLM's CPU build does not run it; None where it does.
+        remark: for the table of the documentation.
+        is_in_short_run: whether `make test` starts vLLM for it; all others wait for `make test-full`.
     """
 
     name: str
@@ -64,6 +83,10 @@ class Specimen:
     generation: Mapping[str, Any] | None = None
     more_files: layouts.MoreFiles = layouts.no_more_files
     unknown_to_4: bool = False
+    refused: Mapping[str, Refusal] = field(default_factory=dict)
+    unserved: Refusal | None = None
+    remark: str = ""
+    is_in_short_run: bool = False
 
     def __str__(self) -> str:
         return self.name
