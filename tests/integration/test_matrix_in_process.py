@@ -13,7 +13,7 @@ from cocktail_serve.config import PoolConfig
 from cocktail_serve.engines.embedding import EncoderEngine
 from cocktail_serve.engines.reranking import RerankerEngine
 from cocktail_serve.recipe import make_recipe
-from tests.zoo.families import Family, Zoo
+from tests.zoo.families import Family, Zoo, cases
 from tests.zoo.making import BASE
 from tests.zoo.reference import answers
 from tests.zoo.specimens import ENCODERS, RERANKERS, Specimen
@@ -23,9 +23,11 @@ TEXTS = ["what is the capital of france", "paris", "my card was stolen ①ﬁ  �
 TOLERANCE = 1e-4
 
 
-@pytest.fixture(params=[*ENCODERS, *RERANKERS], ids=str)
-def family(request: pytest.FixtureRequest, zoo: Zoo) -> Family:
-    specimen: Specimen = request.param
+EVERY_SPECIMEN = pytest.mark.parametrize("specimen", cases([*ENCODERS, *RERANKERS]))
+
+
+@pytest.fixture
+def family(specimen: Specimen, zoo: Zoo) -> Family:
     return zoo.family(specimen)
 
 
@@ -49,6 +51,7 @@ async def served(config: PoolConfig, mixtures: list[dict[str, float]], cache: Pa
         await engine.stop()
 
 
+@EVERY_SPECIMEN
 async def test_members_and_mixtures_answer_as_their_library(family: Family, tmp_path: Path) -> None:
     mixtures = [{name: 1.0} for name in (BASE, *family.experts)]
     mixtures.append({BASE: 0.25} | dict.fromkeys(family.experts, 0.75 / len(family.experts)))
@@ -58,6 +61,7 @@ async def test_members_and_mixtures_answer_as_their_library(family: Family, tmp_
         np.testing.assert_allclose(answer, expected, rtol=0, atol=TOLERANCE, err_msg=str(mixture))
 
 
+@EVERY_SPECIMEN
 async def test_a_mixture_written_by_mix_is_a_base(family: Family, tmp_path: Path) -> None:
     pool = open_pool(family.pool(), cache_dir=tmp_path / "cache")
     weights = {BASE: 0.4, family.experts[0]: 0.6}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,6 +17,25 @@ from tests.zoo.reference import Reference
 from tests.zoo.specimens import Specimen
 
 MAX_MODEL_LEN = 128
+
+
+def cases(specimens: Iterable[Specimen], *members: tuple[str, ...]) -> list[Any]:
+    """Parameters of a test: each specimen, with each of the tuples of members that it has and that are not refused.
+
+    Those that `make test` leaves out are marked `full`.
+    """
+    return [
+        pytest.param(
+            specimen,
+            *chosen,
+            id="-".join((specimen.name, *chosen)),
+            marks=() if specimen.is_in_short_run else pytest.mark.full,
+        )
+        for specimen in specimens
+        for chosen in members or ((),)
+        if not any(member in specimen.refused or member.replace("base-", "") in specimen.refused for member in chosen)
+        and not (specimen.unknown_to_4 and any(member.endswith("by-4") for member in chosen))
+    ]
 
 
 @dataclass(frozen=True)
@@ -39,8 +59,6 @@ class Family:
     def folder(self, member: str) -> Path:
         """Where a member lies. Skips the test where it cannot be made here."""
         if member not in self.folders:
-            if self.specimen.unknown_to_4:
-                pytest.skip(f"transformers 4 does not know {self.specimen.model_type}")
             pytest.skip(f"no transformers 4 here: {self.lacking}")
         return self.folders[member]
 

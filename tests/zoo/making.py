@@ -87,18 +87,17 @@ def make_adapter(folder: Path, specimen: Specimen, base: Path) -> Path:
     import torch
     from peft import LoraConfig, get_peft_model
 
-    from tests.zoo.reference import load_transformer
+    from tests.zoo.reference import load_transformer, quiet_about_patterns
 
-    model = get_peft_model(
-        load_transformer(specimen, base),
-        LoraConfig(
-            r=4,
-            lora_alpha=8,
-            target_modules="all-linear",
-            fan_in_fan_out=specimen.model_type == "gpt2",
-            task_type="CAUSAL_LM" if specimen.kind == "decoder" else None,
-        ),
+    config = LoraConfig(
+        r=4,
+        lora_alpha=8,
+        target_modules="all-linear",
+        fan_in_fan_out=specimen.model_type == "gpt2",
+        task_type="CAUSAL_LM" if specimen.kind == "decoder" else None,
     )
+    with quiet_about_patterns():
+        model = get_peft_model(load_transformer(specimen, base), config)
     generator = torch.Generator().manual_seed(_seed_of(specimen) + 7)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -66,10 +68,11 @@ class Reference:
         from peft import PeftModel
 
         model = copy.deepcopy(self._base)
-        if self.specimen.kind == "decoder":
-            return PeftModel.from_pretrained(model, folder).merge_and_unload()
-        # the adapter is of the transformer alone, whatever modules are behind it
-        merged = PeftModel.from_pretrained(_transformer_of(model), folder).merge_and_unload()
+        with quiet_about_patterns():
+            if self.specimen.kind == "decoder":
+                return PeftModel.from_pretrained(model, folder).merge_and_unload()
+            # the adapter is of the transformer alone, whatever modules are behind it
+            merged = PeftModel.from_pretrained(_transformer_of(model), folder).merge_and_unload()
         _transformer_of(model).load_state_dict(merged.state_dict())
         return model
 
@@ -106,6 +109,14 @@ def answers(specimen: Specimen, model: Any, texts: Sequence[str], tokenizer: Any
             [(query, document) for document in documents], activation_fn=torch.nn.Identity(), batch_size=1
         )
         return scores.reshape(len(documents), 1)
+
+
+@contextlib.contextmanager
+def quiet_about_patterns() -> Iterator[None]:
+    """Keeps to itself that peft's own `rank_pattern` for experts matches no module: it is of their parameters."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The following rank_pattern keys", category=RuntimeWarning)
+        yield
 
 
 def _transformer_of(model: Any) -> Any:

@@ -66,7 +66,7 @@ class Specimen:
         refused: members of the family that cannot be mixed with its base, and why.
         unserved: why vLLM's CPU build does not run it; None where it does.
         remark: for the table of the documentation.
-        is_in_short_run: whether `make test` starts vLLM for it; all others wait for `make test-full`.
+        is_in_short_run: whether `make test` walks it; the others wait for `make test-full`.
     """
 
     name: str
@@ -91,6 +91,20 @@ class Specimen:
     def __str__(self) -> str:
         return self.name
 
+
+_LORA_OF_EXPERTS = Refusal(
+    "target_parameters",
+    "an adapter of peft over the experts themselves has `target_parameters`: load it with peft and merge it",
+)
+_LORA_OF_FUSED = Refusal(
+    "does not hold",
+    "an adapter names query, key and value (and the two halves of a gate) apart, the published base holds them as one",
+)
+_HALVED_WINDOW = Refusal(
+    "config sliding_window",
+    "transformers 4 halves `sliding_window` each time it saves the model: write the base's value into the expert's "
+    "config.json",
+)
 
 _LLAMA_SHAPE = {
     "vocab_size": VOCAB_SIZE,
@@ -125,6 +139,7 @@ DECODERS = (
         tokenizers.llama_2,
         layout=layouts.with_rotary_frequencies,
         storage="shards",
+        is_in_short_run=True,
     ),
     Specimen(
         "llama-3",
@@ -160,6 +175,7 @@ DECODERS = (
         tokenizers.mistral,
         storage="shards",
         more_files=layouts.mistral_originals,
+        is_in_short_run=True,
     ),
     Specimen(
         "qwen-2",
@@ -190,6 +206,7 @@ DECODERS = (
         {**_LLAMA_SHAPE, "num_key_value_heads": 1, "head_dim": HEAD_DIM, "tie_word_embeddings": True, "eos_token_id": 362},
         tokenizers.qwen,
         layout=layouts.with_tied_output,
+        is_in_short_run=True,
     ),
     Specimen(
         "gemma-2",
@@ -264,6 +281,7 @@ DECODERS = (
         },
         tokenizers.gpt_2,
         layout=layouts.gpt_2,
+        is_in_short_run=True,
     ),
     Specimen(
         "pythia",
@@ -397,6 +415,8 @@ DECODERS = (
         {**_LLAMA_SHAPE, "num_experts": 4, "num_experts_per_tok": 2, "pad_token_id": 1, "eos_token_id": 0},
         tokenizers.gpt_neox,
         storage="shards",
+        refused={"lora": _LORA_OF_EXPERTS},
+        is_in_short_run=True,
     ),
     Specimen(
         "mixtral",
@@ -407,6 +427,7 @@ DECODERS = (
         {**_LLAMA_SHAPE, "num_key_value_heads": 1, "num_local_experts": 4, "num_experts_per_tok": 2},
         tokenizers.llama_2,
         storage="shards",
+        refused={"lora": _LORA_OF_EXPERTS},
     ),
     Specimen(
         "qwen-2-moe",
@@ -480,6 +501,7 @@ ENCODERS = (
         tokenizers.bert,
         layout=layouts.bert_of_tensorflow,
         pooled=Pooled(),
+        is_in_short_run=True,
     ),
     Specimen(
         "roberta",
@@ -546,6 +568,8 @@ ENCODERS = (
         layout=layouts.nomic_bert,
         pooled=Pooled(),
         unknown_to_4=True,
+        refused={"lora": _LORA_OF_FUSED},
+        is_in_short_run=True,
     ),
     Specimen(
         "gte",
@@ -558,6 +582,7 @@ ENCODERS = (
         layout=layouts.gte,
         pooled=Pooled("cls"),
         unknown_to_4=True,
+        refused={"lora": _LORA_OF_FUSED},
     ),
     Specimen(
         "t5",
@@ -579,6 +604,7 @@ ENCODERS = (
         tokenizers.t5,
         layout=layouts.t5_encoder,
         pooled=Pooled(dense=(48,)),
+        is_in_short_run=True,
     ),
     Specimen(
         "qwen-3-embedding",
@@ -600,6 +626,7 @@ ENCODERS = (
         {**_GEMMA_3_TEXT, "use_bidirectional_attention": True},
         tokenizers.embedding_gemma,
         pooled=Pooled(dense=(96, 64), prompts={"query": "task: search result | query: ", "document": "title: none | text: "}),
+        refused={"resaved-by-4": _HALVED_WINDOW},
     ),
 )
 
@@ -622,6 +649,7 @@ RERANKERS = (
         "xlm-roberta",
         {**_ROBERTA_SHAPE, "num_labels": 1},
         tokenizers.xlm_roberta,
+        is_in_short_run=True,
     ),
     Specimen(
         "roberta-reranker",
@@ -683,6 +711,8 @@ RERANKERS = (
         tokenizers.xlm_roberta,
         layout=layouts.gte,
         unknown_to_4=True,
+        refused={"lora": _LORA_OF_FUSED},
+        is_in_short_run=True,
     ),
     Specimen(
         "qwen-2-reranker",
@@ -692,6 +722,7 @@ RERANKERS = (
         "qwen2",
         {**_LLAMA_SHAPE, "num_key_value_heads": 1, "num_labels": 1, "pad_token_id": 360, "eos_token_id": 362},
         tokenizers.qwen,
+        is_in_short_run=True,
     ),
     Specimen(
         "llama-reranker",
