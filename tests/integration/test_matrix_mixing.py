@@ -84,9 +84,7 @@ def test_a_family_is_what_it_says(family: Family) -> None:
     assert np.abs(said[2] - said[0]).max() > 0.1
 
 
-@pytest.mark.parametrize(
-    ("specimen", "member"), cases(SPECIMENS, (FULL,), (LORA,), (RESAVED_BY_4,), (RESAVED_BY_5,))
-)
+@pytest.mark.parametrize(("specimen", "member"), cases(SPECIMENS, (FULL,), (LORA,), (RESAVED_BY_4,), (RESAVED_BY_5,)))
 def test_an_expert_can_be_mixed_in_every_form(family: Family, member: str) -> None:
     assert compare(family.folders[BASE], family.folder(member)).problems == ()
 

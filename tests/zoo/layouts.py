@@ -20,6 +20,9 @@ MoreFiles = Callable[[Path], None]
 """Writes what else lies in the publisher's folder, which holds all else."""
 
 
+_QUERY_KEY_VALUE = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+
+
 def as_saved(state: State, _config: Mapping[str, Any]) -> State:
     """Published with the class and names that transformers saves today."""
     return state
@@ -103,7 +106,7 @@ def bert_of_tensorflow(state: State, _config: Mapping[str, Any]) -> State:
 def nomic_bert(state: State, _config: Mapping[str, Any]) -> State:
     """The publisher's own code: one matrix for query, key and value, other names for all else."""
     return _renamed(
-        _concatenated(state, r"self_attn\.[qkv]_proj", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), "attn.Wqkv"),
+        _concatenated(state, r"self_attn\.[qkv]_proj", _QUERY_KEY_VALUE, "attn.Wqkv"),
         (
             (r"^(?=layers\.)", "encoder."),
             (r"embeddings\.LayerNorm", "emb_ln"),
@@ -114,14 +117,12 @@ def nomic_bert(state: State, _config: Mapping[str, Any]) -> State:
             (r"post_attention_layernorm", "norm1"),
             (r"post_mlp_layernorm", "norm2"),
         ),
-    )  # fmt: skip
+    )
 
 
 def gte(state: State, _config: Mapping[str, Any]) -> State:
     """The publisher's own code, `new`: fused query, key and value, fused gate; a prefix where there is a head."""
-    state = _concatenated(
-        state, r"self_attn\.[qkv]_proj", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), "attention.qkv_proj"
-    )  # fmt: skip
+    state = _concatenated(state, r"self_attn\.[qkv]_proj", _QUERY_KEY_VALUE, "attention.qkv_proj")
     state = _concatenated(state, r"mlp\.(up|gate)_proj", ("mlp.up_proj", "mlp.gate_proj"), "mlp.up_gate_proj")
     return _renamed(
         state,

@@ -113,9 +113,9 @@ def answers(specimen: Specimen, model: Any, texts: Sequence[str], tokenizer: Any
 
 @contextlib.contextmanager
 def quiet_about_patterns() -> Iterator[None]:
-    """Keeps to itself that peft's own `rank_pattern` for experts matches no module: it is of their parameters."""
+    """Keeps to itself that peft's own patterns of ranks for experts match no module: they are of parameters."""
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="The following rank_pattern keys", category=RuntimeWarning)
+        warnings.filterwarnings("ignore", message=r"The following (rank|alpha)_pattern keys", category=RuntimeWarning)
         yield
 
 

@@ -53,7 +53,7 @@ def main() -> None:
         with contextlib.redirect_stdout(sys.stderr):
             try:
                 resave(job["kind"], Path(job["source"]), Path(job["target"]))
-            except Exception:  # noqa: BLE001: told to who asked
+            except (OSError, ValueError, RuntimeError, LookupError, ImportError, AttributeError, TypeError):
                 answer["error"] = traceback.format_exc()
         print(json.dumps(answer), file=answers, flush=True)
 

@@ -140,6 +140,7 @@ DECODERS = (
         layout=layouts.with_rotary_frequencies,
         storage="shards",
         is_in_short_run=True,
+        remark="rotary frequencies in each layer, as of 2023",
     ),
     Specimen(
         "llama-3",
@@ -176,6 +177,7 @@ DECODERS = (
         storage="shards",
         more_files=layouts.mistral_originals,
         is_in_short_run=True,
+        remark="`consolidated.safetensors`, `params.json` and `tokenizer.model.v3` beside it are left alone",
     ),
     Specimen(
         "qwen-2",
@@ -203,10 +205,17 @@ DECODERS = (
         "Qwen/Qwen3-0.6B",
         "Qwen3ForCausalLM",
         "qwen3",
-        {**_LLAMA_SHAPE, "num_key_value_heads": 1, "head_dim": HEAD_DIM, "tie_word_embeddings": True, "eos_token_id": 362},
+        {
+            **_LLAMA_SHAPE,
+            "num_key_value_heads": 1,
+            "head_dim": HEAD_DIM,
+            "tie_word_embeddings": True,
+            "eos_token_id": 362,
+        },
         tokenizers.qwen,
         layout=layouts.with_tied_output,
         is_in_short_run=True,
+        remark="output embeddings stored though tied",
     ),
     Specimen(
         "gemma-2",
@@ -253,6 +262,7 @@ DECODERS = (
         },
         tokenizers.gemma,
         layout=layouts.gemma_3_multimodal,
+        remark="the vision tower is mixed along; names of transformers 4",
     ),
     Specimen(
         "phi-3",
@@ -282,6 +292,7 @@ DECODERS = (
         tokenizers.gpt_2,
         layout=layouts.gpt_2,
         is_in_short_run=True,
+        remark="no `transformer.`, causal masks as numbers",
     ),
     Specimen(
         "pythia",
@@ -302,6 +313,7 @@ DECODERS = (
         },
         tokenizers.gpt_neox,
         layout=layouts.pythia,
+        remark="`masked_bias`, masks and rotary frequencies",
     ),
     Specimen(
         "opt",
@@ -324,6 +336,7 @@ DECODERS = (
         tokenizers.opt,
         layout=layouts.opt,
         storage="bin",
+        remark="`pytorch_model.bin`, `decoder.` without `model.`, no tokenizer.json",
     ),
     Specimen(
         "falcon",
@@ -348,6 +361,7 @@ DECODERS = (
         tokenizers.generic_byte_level,
         layout=layouts.with_tied_output,
         storage="shards",
+        remark="output embeddings stored though tied",
     ),
     Specimen(
         "stablelm",
@@ -502,6 +516,7 @@ ENCODERS = (
         layout=layouts.bert_of_tensorflow,
         pooled=Pooled(),
         is_in_short_run=True,
+        remark="`bert.`, heads of pretraining, `gamma` and `beta`; its modules are the zoo's",
     ),
     Specimen(
         "roberta",
@@ -514,6 +529,7 @@ ENCODERS = (
         layout=layouts.with_position_ids,
         pooled=Pooled(),
         storage="bin",
+        remark="`pytorch_model.bin`",
     ),
     Specimen(
         "xlm-roberta",
@@ -570,6 +586,7 @@ ENCODERS = (
         unknown_to_4=True,
         refused={"lora": _LORA_OF_FUSED},
         is_in_short_run=True,
+        remark="names of its publisher's own code",
     ),
     Specimen(
         "gte",
@@ -583,6 +600,7 @@ ENCODERS = (
         pooled=Pooled("cls"),
         unknown_to_4=True,
         refused={"lora": _LORA_OF_FUSED},
+        remark="names of its publisher's own code",
     ),
     Specimen(
         "t5",
@@ -605,6 +623,7 @@ ENCODERS = (
         layout=layouts.t5_encoder,
         pooled=Pooled(dense=(48,)),
         is_in_short_run=True,
+        remark="embeddings under two names, a Dense",
     ),
     Specimen(
         "qwen-3-embedding",
@@ -612,10 +631,17 @@ ENCODERS = (
         "Qwen/Qwen3-Embedding-0.6B",
         "Qwen3Model",
         "qwen3",
-        {**_LLAMA_SHAPE, "num_key_value_heads": 1, "head_dim": HEAD_DIM, "tie_word_embeddings": True, "eos_token_id": 360},
+        {
+            **_LLAMA_SHAPE,
+            "num_key_value_heads": 1,
+            "head_dim": HEAD_DIM,
+            "tie_word_embeddings": True,
+            "eos_token_id": 360,
+        },
         tokenizers.qwen_embedding,
         architectures="Qwen3ForCausalLM",
         pooled=Pooled("lasttoken", prompts=_QUERY_PROMPT, max_length=None),
+        remark="last token, padded on the left, prompts",
     ),
     Specimen(
         "embedding-gemma",
@@ -625,8 +651,11 @@ ENCODERS = (
         "gemma3_text",
         {**_GEMMA_3_TEXT, "use_bidirectional_attention": True},
         tokenizers.embedding_gemma,
-        pooled=Pooled(dense=(96, 64), prompts={"query": "task: search result | query: ", "document": "title: none | text: "}),
+        pooled=Pooled(
+            dense=(96, 64), prompts={"query": "task: search result | query: ", "document": "title: none | text: "}
+        ),
         refused={"resaved-by-4": _HALVED_WINDOW},
+        remark="two Dense, prompts",
     ),
 )
 
@@ -700,6 +729,7 @@ RERANKERS = (
         tokenizers.electra,
         layout=layouts.with_position_ids,
         storage="bin",
+        remark="`pytorch_model.bin`",
     ),
     Specimen(
         "gte-reranker",
@@ -717,12 +747,13 @@ RERANKERS = (
     Specimen(
         "qwen-2-reranker",
         "reranker",
-        "mixedbread-ai/mxbai-rerank-base-v2 as a sequence classifier",
+        "Qwen 2.5 fine-tuned as a sequence classifier",
         "Qwen2ForSequenceClassification",
         "qwen2",
         {**_LLAMA_SHAPE, "num_key_value_heads": 1, "num_labels": 1, "pad_token_id": 360, "eos_token_id": 362},
         tokenizers.qwen,
         is_in_short_run=True,
+        remark="the pair is read through its chat template, as sentence-transformers 6 does",
     ),
     Specimen(
         "llama-reranker",

@@ -29,7 +29,10 @@ VOCAB_SIZE = 384
 
 WriteTokenizer = Callable[[Path], None]
 
-_GPT4_PATTERN = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_GPT4_PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 _QWEN_PATTERN = _GPT4_PATTERN.replace(r"\p{N}{1,3}", r"\p{N}")
 
 _CHAT_TEMPLATE = (
@@ -225,7 +228,13 @@ def t5(folder: Path) -> None:
     tokenizer = _unigram(["<pad>", "</s>", "<unk>"])
     _split_at_spaces(tokenizer)
     _surround(tokenizer, last=["</s>"])
-    settings = {"eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>", "extra_ids": 0, "model_max_length": 128}
+    settings = {
+        "eos_token": "</s>",
+        "unk_token": "<unk>",
+        "pad_token": "<pad>",
+        "extra_ids": 0,
+        "model_max_length": 128,
+    }
     _write(folder, tokenizer, settings, tokenizer_class="T5Tokenizer")
 
 
@@ -264,9 +273,7 @@ def _qwen() -> Tokenizer:
     return tokenizer
 
 
-def _byte_level(
-    special: Sequence[str] = (), *, pattern: str | None = None, ignore_merges: bool = False
-) -> Tokenizer:
+def _byte_level(special: Sequence[str] = (), *, pattern: str | None = None, ignore_merges: bool = False) -> Tokenizer:
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
     tokenizer = Tokenizer(models.BPE(ignore_merges=ignore_merges))
@@ -303,7 +310,11 @@ def _sentencepiece_bpe(
     trained.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always" if prepend else "never")
     trained.train_from_iterator(CORPUS, trainers.BpeTrainer(vocab_size=100, show_progress=False))
     content = json.loads(trained.to_str())["model"]
-    pieces = [*special, *(f"<0x{byte:02X}>" for byte in range(256)), *sorted(content["vocab"], key=content["vocab"].get)]
+    pieces = [
+        *special,
+        *(f"<0x{byte:02X}>" for byte in range(256)),
+        *sorted(content["vocab"], key=content["vocab"].get),
+    ]
     vocab = {piece: index for index, piece in enumerate(pieces)}
     merges = [tuple(merge) for merge in content["merges"]]
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
