@@ -32,6 +32,7 @@ from cocktail_serve.gateway.schemas.neutral import Only
 from cocktail_serve.gateway.schemas.reranking import RerankRequest
 from cocktail_serve.methods import METHODS, SUM_TOLERANCE
 from cocktail_serve.pool import BASE
+from tests.zoo.table import models_page
 
 REFERENCE = Path(__file__).parent / "reference"
 NOTE = "<!-- made by `make docs` from the code; edit that instead -->\n\n"
@@ -47,6 +48,7 @@ def pages() -> dict[str, str]:
         "errors.md": errors_page(),
         "methods.md": methods_page(),
         "adapters.md": adapters_page(),
+        "models.md": models_page(NOTE),
     }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import uuid
 from collections.abc import AsyncIterator, Iterator, Mapping
@@ -15,6 +16,8 @@ from bench.server import RunningServer, running_server
 from cocktail_serve.database.database import Database
 from tests.models import make_encoder_pool, pool_section
 from tests.postgres import Postgres, find_binaries, running_postgres
+from tests.zoo.families import Zoo
+from tests.zoo.other_release import NoOtherReleaseError, running_other_release
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     # a shell has what runs in the background ignore interrupts, and so would all that tests start and interrupt
@@ -62,6 +65,16 @@ def postgres() -> Iterator[Postgres]:
         )
     with running_postgres(binaries) as server:
         yield server
+
+
+@pytest.fixture(scope="session")
+def zoo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Zoo]:
+    root = tmp_path_factory.mktemp("zoo")
+    with contextlib.ExitStack() as stack:
+        try:
+            yield Zoo(root, stack.enter_context(running_other_release()))
+        except NoOtherReleaseError as error:
+            yield Zoo(root, None, str(error))
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])

@@ -13,7 +13,7 @@ ROOT = Path(generate.__file__).parent.parent
 
 
 @pytest.mark.parametrize(
-    "name", ["config.md", "cli.md", "http.md", "cocktails.md", "errors.md", "methods.md", "adapters.md"]
+    "name", ["config.md", "cli.md", "http.md", "cocktails.md", "errors.md", "methods.md", "adapters.md", "models.md"]
 )
 def test_generated_page_is_up_to_date(name: str) -> None:
     committed = (generate.REFERENCE / name).read_text()
