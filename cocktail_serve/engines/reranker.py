@@ -8,13 +8,17 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from jinja2 import TemplateError
 from sentence_transformers import CrossEncoder
 from torch import Tensor
 
-from cocktail_serve.engines.input_tokenizer import Pair
+from cocktail_serve.engines.input_tokenizer import Pair, check_encodable
 from cocktail_serve.engines.swappable import SwappableModel
 from cocktail_serve.errors import ConfigError
 from cocktail_serve.recipe import DType
+
+_ANY_LENGTH = 1 << 24
+"""Tokens that no pair has: those of one that is too long are counted, not cut."""
 
 
 class Reranker(SwappableModel):
@@ -38,14 +42,42 @@ class Reranker(SwappableModel):
         padding = self._transformer.config.get_text_config().pad_token_id
         self._names_padding = padding is not None and 0 <= padding < self._transformer.config.vocab_size
         self._prompt: str = self._model.prompts.get(self._model.default_prompt_name or "", "")
+        self._has_template = "message" in self._model[0].modalities
 
     def tokenize(
         self, pairs: Sequence[Pair], *, truncate_to: int | None = None
     ) -> tuple[list[list[int]], list[list[int]] | None]:
         """Ids and types of each pair's tokens, as `InputTokenizer.encode_pairs`, the model's default prompt before each
-        query. On the thread that owns the tokenizer."""
+        query; of a model with a chat template, those that it renders a pair into. On the thread that owns the
+        tokenizer.
+
+        Raises:
+            ConfigError: the chat template cannot render a pair.
+        """
+        if self._has_template:
+            check_encodable(pairs)
+            return [self._rendered(pair, truncate_to) for pair in pairs], None
         prompted = [(self._prompt + query, document) for query, document in pairs]
         return self.tokenizer.encode_pairs(prompted, truncate_to=truncate_to)
+
+    def _rendered(self, pair: Pair, truncate_to: int | None) -> list[int]:
+        """Ids of a pair as sentence-transformers' `CrossEncoder.predict` reads it where the tokenizer has a chat
+        template: two messages, of the roles query and document."""
+        limit = _ANY_LENGTH if truncate_to is None else truncate_to
+        try:
+            features = self._model[0].preprocess(
+                [pair],
+                prompt=self._prompt or None,
+                processing_kwargs={"text": {"max_length": limit, "padding": False}},
+            )
+        except (ValueError, TemplateError) as error:
+            raise ConfigError(
+                f"{self._folder}: sentence-transformers reads a pair through the tokenizer's chat template, which "
+                f"fails: {error}. If the model was trained on plain pairs, take chat_template.jinja out of the folder, "
+                "and chat_template out of tokenizer_config.json"
+            ) from error
+        ids: list[int] = features["input_ids"][0].tolist()
+        return ids
 
     def forward(
         self, token_ids: Sequence[Sequence[int]], type_ids: Sequence[Sequence[int]] | None = None
