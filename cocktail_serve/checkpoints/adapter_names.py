@@ -63,10 +63,9 @@ class BaseNames:
 
     def _held_as(self, name: str) -> list[str]:
         """The tensors that transformers makes the same parameter of."""
-        target = self.library.target(name).name
-        targets = {stored: self.library.target(stored) for stored in self._base.tensors}
-        found = [stored for stored, other in targets.items() if other.name == target]
-        if any(targets[stored].part for stored in found):
+        wanted = self.library.target(name).name
+        found = [stored for stored in self._base.tensors if wanted in self.library.made_of(stored)]
+        if any(self.library.target(stored).part for stored in found):
             raise IncompatibleModelsError(
                 f"{self._folder} changes {name}, which the base {self._base.folder} stores in parts or joined with "
                 f"others ({', '.join(found[:3])}): {MERGE}"

@@ -95,15 +95,19 @@ class ParameterNames:
         embeddings = self._model.get_input_embeddings()
         return next(f"{name}.weight" for name, module in self._model.named_modules() if module is embeddings)
 
+    def made_of(self, stored: str) -> list[str]:
+        """Names of the parameters that a tensor becomes, or becomes part of: several where it is split."""
+        name, pattern = self._renamed(stored)
+        ends = [""] if pattern is None else self._converter_of[pattern].target_patterns
+        made = [name.replace(ends[0], end, 1) for end in ends]
+        return [self._source.get(name, name) for name in made]
+
     def covers(self, stored: Iterable[str]) -> bool:
         """Whether a checkpoint of these tensors gives the model every parameter that is read.
 
         Where it does not, the library does not know these names, and what it says of them is worth nothing.
         """
-        given = set()
-        for name, pattern in map(self._renamed, stored):
-            ends = [""] if pattern is None else self._converter_of[pattern].target_patterns
-            given |= {self._source.get(made, made) for made in (name.replace(ends[0], end, 1) for end in ends)}
+        given = {made for name in stored for made in self.made_of(name)}
         read = {self._source[name] for name, _ in self._model.named_parameters() if not self._is_unread(name)}
         return read <= given
 
