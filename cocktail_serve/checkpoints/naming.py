@@ -61,8 +61,14 @@ class ParameterNames:
     def __init__(self, model: PreTrainedModel, *, unread: tuple[str, ...] = ()) -> None:
         with library_loading:
             from transformers.conversion_mapping import get_model_conversion_mapping
-            from transformers.core_model_loading import WeightConverter, WeightRenaming
+            from transformers.core_model_loading import (
+                WeightConverter,
+                WeightRenaming,
+                dot_natural_key,
+                rename_source_key,
+            )
 
+        self._rename, self._in_order = rename_source_key, dot_natural_key
         self._model = model
         self._unread = unread
         self._state = model.state_dict(keep_vars=True)
@@ -117,8 +123,6 @@ class ParameterNames:
         Parameters that are tied come under the name that `target` gives them. What the model has no place for is left
         out.
         """
-        from transformers.core_model_loading import dot_natural_key
-
         joined: dict[str, tuple[Any, list[tuple[str, str, Tensor]]]] = {}
         for stored, tensor in tensors:
             name, pattern = self._renamed(stored)
@@ -130,7 +134,7 @@ class ParameterNames:
                 joined.setdefault(name, (self._converter_of[pattern], []))[1].append((stored, pattern, tensor))
         for name, (converter, parts) in joined.items():
             conversion = deepcopy(converter)
-            for stored, pattern, tensor in sorted(parts, key=lambda part: dot_natural_key(part[0])):
+            for stored, pattern, tensor in sorted(parts, key=lambda part: self._in_order(part[0])):
                 conversion.add_tensor(name, stored, pattern, tensor)
             for made, value in conversion.convert(name, model=self._model, config=self._model.config).items():
                 if made in self._state:
@@ -143,14 +147,10 @@ class ParameterNames:
         """The model's name, and the pattern of the conversion that the tensor takes part in."""
         if (known := self._known.get(stored)) is not None:
             return known
-        from transformers.core_model_loading import rename_source_key
-
         prefix = self._model.base_model_prefix
-        found: tuple[str, str | None] = rename_source_key(
-            stored, self._renamings, self._converters, prefix, self._state
-        )
+        found: tuple[str, str | None] = self._rename(stored, self._renamings, self._converters, prefix, self._state)
         if found[0] not in self._state and stored in self._state:  # it has the model's name already
-            found = rename_source_key(stored, [], [], prefix, self._state)
+            found = self._rename(stored, [], [], prefix, self._state)
         self._known[stored] = found
         return found
 
@@ -183,7 +183,8 @@ def _names_of(folder: Path, _content: str, *, is_encoder: bool, reads_pooler: bo
 @contextmanager
 def _silenced() -> Iterator[None]:
     """Without what transformers says of models that are built to be used."""
-    from transformers.utils import logging
+    with library_loading:
+        from transformers.utils import logging
 
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
@@ -208,7 +209,9 @@ def _build(config: Any, *, is_encoder: bool) -> PreTrainedModel:
         CheckpointError: no class of transformers makes one.
     """
     import torch
-    import transformers
+
+    with library_loading:
+        import transformers
 
     saved_as = str((getattr(config, "architectures", None) or [""])[0])
     is_headless = is_encoder and not saved_as.endswith("ForSequenceClassification")
