@@ -99,7 +99,7 @@ def llama_3(folder: Path) -> None:
     _add(tokenizer, "<|begin_of_text|>", "<|end_of_text|>", "<|eot_id|>")
     _surround(tokenizer, first=["<|begin_of_text|>"])
     settings = {"bos_token": "<|begin_of_text|>", "eos_token": "<|end_of_text|>"}
-    _write(folder, tokenizer, settings, tokenizer_class="PreTrainedTokenizerFast", chat=True)
+    _write(folder, tokenizer, settings, tokenizer_class="PreTrainedTokenizerFast")
 
 
 def llama_3_padded(folder: Path) -> None:
