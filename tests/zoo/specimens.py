@@ -270,7 +270,7 @@ DECODERS = (
         "microsoft/Phi-3-mini-4k-instruct",
         "Phi3ForCausalLM",
         "phi3",
-        {**_LLAMA_SHAPE, "sliding_window": 64, "pad_token_id": 359, "eos_token_id": 359, "bos_token_id": 1},
+        {**_LLAMA_SHAPE, "sliding_window": 64, "pad_token_id": 381, "eos_token_id": 381, "bos_token_id": 1},
         tokenizers.phi_3,
         storage="shards",
     ),

@@ -53,14 +53,26 @@ def llama_2(folder: Path) -> None:
 
 
 def mistral(folder: Path) -> None:
-    """As Llama 2; the publisher's own engine reads `tokenizer.model.v3` beside it."""
-    llama_2(folder)
-    (folder / "tokenizer.model.v3").write_bytes(b"\n\x0e\n\x05<unk>\x15\x00\x00\x00\x00\x18\x02")
+    """Llama 2's pipeline with tokens of instructions; for the publisher's own engine, the same as SentencePiece's file."""
+    special = ["<unk>", "<s>", "</s>"]
+    control = [
+        "[INST]",
+        "[/INST]",
+        "[TOOL_CALLS]",
+        "[AVAILABLE_TOOLS]",
+        "[/AVAILABLE_TOOLS]",
+        "[TOOL_RESULTS]",
+        "[/TOOL_RESULTS]",
+    ]
+    tokenizer = _sentencepiece_bpe([*special, *control], prepend=True, first=["<s>"])
+    settings = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "legacy": False, "add_bos_token": True}
+    _write(folder, tokenizer, settings, tokenizer_class="LlamaTokenizer", chat=True)
+    (folder / "tokenizer.model.v3").write_bytes(_sentencepiece_file(tokenizer, control))
 
 
 def phi_3(folder: Path) -> None:
     """As Llama 2, with special tokens of its own behind the vocabulary that swallow the spaces after them."""
-    tokenizer = _sentencepiece_bpe(["<unk>", "<s>", "</s>"], prepend=True, first=["<s>"])
+    tokenizer = _sentencepiece_bpe(["<unk>", "<s>", "</s>"], prepend=True, first=["<s>"], num_added=3)
     from tokenizers import AddedToken
 
     tokenizer.add_special_tokens([AddedToken(t, rstrip=True) for t in ("<|endoftext|>", "<|assistant|>", "<|end|>")])
@@ -87,7 +99,7 @@ def llama_3(folder: Path) -> None:
     _add(tokenizer, "<|begin_of_text|>", "<|end_of_text|>", "<|eot_id|>")
     _surround(tokenizer, first=["<|begin_of_text|>"])
     settings = {"bos_token": "<|begin_of_text|>", "eos_token": "<|end_of_text|>"}
-    _write(folder, tokenizer, settings, tokenizer_class="PreTrainedTokenizerFast", chat=True)
+    _write(folder, tokenizer, settings, tokenizer_class="PreTrainedTokenizerFast")
 
 
 def llama_3_padded(folder: Path) -> None:
@@ -301,9 +313,18 @@ def _byte_level(special: Sequence[str] = (), *, pattern: str | None = None, igno
 
 
 def _sentencepiece_bpe(
-    special: Sequence[str], *, prepend: bool, first: Sequence[str] = (), last: Sequence[str] = ()
+    special: Sequence[str],
+    *,
+    prepend: bool,
+    first: Sequence[str] = (),
+    last: Sequence[str] = (),
+    num_added: int = 0,
 ) -> Tokenizer:
-    """Letters and merges of a trained BPE behind the specials and 256 bytes, in the order SentencePiece gives."""
+    """Letters and merges of a trained BPE behind the specials and 256 bytes, in the order SentencePiece gives.
+
+    Args:
+        num_added: tokens that will be added; the vocabulary is filled up to what is left for it.
+    """
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
     trained = Tokenizer(models.BPE())
@@ -315,6 +336,8 @@ def _sentencepiece_bpe(
         *(f"<0x{byte:02X}>" for byte in range(256)),
         *sorted(content["vocab"], key=content["vocab"].get),
     ]
+    # no id without a token: vLLM's server ends on such an id where spaces are pieces (0.32)
+    pieces += [f"<unused{number}>" for number in range(VOCAB_SIZE - num_added - len(pieces))]
     vocab = {piece: index for index, piece in enumerate(pieces)}
     merges = [tuple(merge) for merge in content["merges"]]
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
@@ -327,6 +350,27 @@ def _sentencepiece_bpe(
     tokenizer.add_special_tokens(list(special))
     _surround(tokenizer, first=first, last=last)
     return tokenizer
+
+
+def _sentencepiece_file(tokenizer: Tokenizer, control: Sequence[str]) -> bytes:
+    """A byte-fallback BPE as SentencePiece writes it: pieces in the order of ids, scores by the rank of their merge."""
+    from sentencepiece import sentencepiece_model_pb2 as proto
+
+    content = json.loads(tokenizer.to_str())["model"]
+    ranks = {"".join(merge): rank for rank, merge in enumerate(content["merges"])}
+    model = proto.ModelProto()
+    kinds = proto.ModelProto.SentencePiece
+    for piece, _ in sorted(content["vocab"].items(), key=lambda item: item[1]):
+        kind = kinds.CONTROL if piece in {"<s>", "</s>", *control} else kinds.NORMAL
+        kind = kinds.UNKNOWN if piece == "<unk>" else kinds.BYTE if piece.startswith("<0x") else kind
+        model.pieces.add(piece=piece, score=-float(ranks.get(piece, len(ranks))), type=kind)
+    model.trainer_spec.model_type = proto.TrainerSpec.BPE
+    model.trainer_spec.byte_fallback = True
+    model.trainer_spec.vocab_size = len(content["vocab"])
+    model.normalizer_spec.name = "identity"
+    model.normalizer_spec.remove_extra_whitespaces = False
+    written: bytes = model.SerializeToString()
+    return written
 
 
 def _unigram(special: Sequence[str], *, unk: str = "<unk>") -> Tokenizer:
