@@ -313,6 +313,25 @@ def test_a_base_that_no_pool_takes_is_told_before_it_is_trained(
     assert not out.exists()
 
 
+@pytest.mark.parametrize("kind", ["decoder", "encoder"])
+def test_a_base_without_tokenizer_is_told_with_its_name(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str
+) -> None:
+    from examples.train_experts.__main__ import main
+
+    base = (make_decoder if kind == "decoder" else make_encoder)(tmp_path / "base")
+    for file in base.glob("tokenizer*"):
+        file.unlink()
+    rows = tmp_path / "cards.jsonl"
+    rows.write_text("\n".join(map(json.dumps, (TASKS if kind == "decoder" else PAIRS)["cards"])))
+    out = tmp_path / "pool"
+    assert main(["--kind", kind, "--base", str(base), "--out", str(out), "--task", f"cards={rows}"]) == 2
+    error = capsys.readouterr().err
+    # transformers refuses the one, and makes up a tokenizer that knows no words for the other
+    assert (f"{base} cannot be loaded" if kind == "decoder" else f"{base} has no tokenizer") in error
+    assert not list(out.glob("*"))
+
+
 def test_nobody_assigns_what_sentence_transformers_ignores() -> None:
     """`auto_model` of its Transformer is a property since 6.0: assigning it adds a module that nothing runs."""
     root = Path(__file__).parents[3]
