@@ -5,7 +5,7 @@
 # that comes back has special tokens and no words. A folder of a Llama is refused with a ValueError.
 #
 # Seen: BertTokenizer, 5 tokens; "the capital of france" becomes [CLS] [UNK] [UNK] [UNK] [UNK] [SEP]; GPT-2: no id at all.
-# Expected: an OSError, as of transformers 4.57.6.
+# Expected: an error, as 4.57.6 raises one (a TypeError).
 # Why it matters: a download that missed tokenizer.json trains, embeds and ranks without an error: every text of a length is
 # the same text.
 set -euo pipefail
