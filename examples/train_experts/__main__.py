@@ -21,8 +21,9 @@ from typing import Any
 
 import yaml
 
-from cocktail_serve.checkpoints.reader import CheckpointReader
+from cocktail_serve.checkpoints.opening import open_pool
 from cocktail_serve.cli.terminal import print_error, progress, stdout
+from cocktail_serve.config import PoolConfig
 from cocktail_serve.errors import CheckpointError, ClientError, CocktailError, InvalidRequestError
 from cocktail_serve.examples import ExampleSet, parse_examples, read_jsonl
 from cocktail_serve.pool import BASE, NAME_PATTERN
@@ -57,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         seed=options.seed,
     )
     try:
-        check_folders(options.base, options.out)
+        check_folders(options.kind, options.base, options.out)
         tasks = read_tasks(options.task, options.kind, max_rows=options.max_rows, seed=options.seed)
         jobs = {name: {name: examples} for name, examples in tasks.items()}
         if options.multitask:
@@ -73,18 +74,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def check_folders(base: Path, out: Path) -> None:
-    """Tells what would else end a training when it is over.
+def check_folders(kind: str, base: Path, out: Path) -> None:
+    """Tells what would else be told of the pool when its experts are trained.
 
     Raises:
-        CheckpointError: a base that no pool takes: no folder, or one that is quantised, an adapter, incomplete.
-        InvalidRequestError: an output folder that no pool can be named by.
+        ClientError: a base that no pool of this kind takes, or an output folder that no pool can be named by.
     """
     if not base.is_dir():
         raise CheckpointError(f"there is no model folder {base}; one on the hub is fetched first: `hf download {base}`")
-    CheckpointReader(base).close()
     if not re.fullmatch(NAME_PATTERN, out.resolve().name):
         raise InvalidRequestError(f"--out names the pool, {NAME_PATTERN}; {out.resolve().name!r} is no such name")
+    pool = describe_pool(out, kind, base.resolve(), [])
+    with tempfile.TemporaryDirectory() as cache:
+        open_pool(PoolConfig.model_validate(pool), cache_dir=Path(cache))
 
 
 def read_tasks(tasks: Sequence[str], kind: str, *, max_rows: int, seed: int) -> dict[str, ExampleSet]:
@@ -141,18 +143,22 @@ def train_one(
 
 def write_pool(out: Path, kind: str, base: Path, experts: Sequence[str], *, multitask: bool) -> Path:
     """Writes the configuration of the pool, experts by their folders beside it."""
-    engine: dict[str, Any] = {"type": "vllm" if kind == "decoder" else "sentence_transformers"}
-    pool = {
-        "id": out.resolve().name,
-        "kind": kind,
-        "base": os.path.relpath(base.resolve(), out.resolve()),
-        "experts": {name: name for name in experts},
-        "engine": engine,
-    }
+    pool = describe_pool(out, kind, Path(os.path.relpath(base.resolve(), out.resolve())), experts)
     path = out / POOL_FILE
     header = _HEADER.format(base=base, file=POOL_FILE, multitask=_ABOUT_MULTITASK if multitask else "")
     path.write_text(header + "\n" + yaml.safe_dump({"pools": [pool]}, sort_keys=False))
     return path
+
+
+def describe_pool(out: Path, kind: str, base: Path, experts: Sequence[str]) -> dict[str, Any]:
+    """The pool's section of a configuration."""
+    return {
+        "id": out.resolve().name,
+        "kind": kind,
+        "base": str(base),
+        "experts": {name: name for name in experts},
+        "engine": {"type": "vllm" if kind == "decoder" else "sentence_transformers"},
+    }
 
 
 def _quiet() -> None:

@@ -20,9 +20,10 @@ from transformers import set_seed as set_all_seeds
 
 from cocktail_serve.errors import ContextLengthError, InvalidExamplesError
 from cocktail_serve.examples import ExampleSet
+from cocktail_serve.loading import require_words
 from cocktail_serve.progress import OnProgress
 from cocktail_serve.scoring.text import TokenizedExample, tokenize_examples
-from examples.train_experts.saving import dtype_of, store
+from examples.train_experts.saving import dtype_of, loading, store
 from examples.train_experts.settings import Reporter, TrainSettings
 
 NOT_TRAINED = -100
@@ -44,10 +45,13 @@ def train_decoder(
 
     Raises:
         InvalidExamplesError: no row is short enough.
+        CheckpointError, ConfigError: the base cannot be loaded, or has no tokenizer.
     """
     set_all_seeds(settings.seed)
-    tokenizer = AutoTokenizer.from_pretrained(base, **LOCAL_ONLY)
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, **LOCAL_ONLY)
+    with loading(base):
+        tokenizer = AutoTokenizer.from_pretrained(base, **LOCAL_ONLY)
+        model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, **LOCAL_ONLY)
+    require_words(tokenizer, base)
     rows = tokenize(tokenizer, examples, max_tokens=settings.max_tokens or longest_row(model.config, tokenizer))
     if settings.lora_rank is not None:
         from peft import get_peft_model

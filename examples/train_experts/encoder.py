@@ -18,9 +18,10 @@ from sentence_transformers.sentence_transformer.losses import MultipleNegativesR
 from transformers import set_seed as set_all_seeds
 
 from cocktail_serve.examples import ExampleSet
+from cocktail_serve.loading import require_words
 from cocktail_serve.progress import OnProgress
 from cocktail_serve.scoring.retrieval import retrieval_example
-from examples.train_experts.saving import dtype_of, store
+from examples.train_experts.saving import dtype_of, loading, store
 from examples.train_experts.settings import Reporter, TrainSettings
 
 TEMPERATURE = 0.02
@@ -65,10 +66,16 @@ def train_encoder(
 
 
 def load(base: Path) -> SentenceTransformer:
-    """The model in float32, whatever dtype it is stored in."""
-    model = SentenceTransformer(
-        str(base), local_files_only=True, trust_remote_code=False, model_kwargs={"dtype": torch.float32}
-    )
+    """The model in float32, whatever dtype it is stored in.
+
+    Raises:
+        CheckpointError, ConfigError: the base cannot be loaded, or has no tokenizer.
+    """
+    with loading(base):
+        model = SentenceTransformer(
+            str(base), local_files_only=True, trust_remote_code=False, model_kwargs={"dtype": torch.float32}
+        )
+    require_words(model.tokenizer, base)
     return model.float()
 
 

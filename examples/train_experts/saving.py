@@ -1,20 +1,22 @@
-"""A trained expert as a folder: the parameters as their library writes them, all else as the base's publisher has it.
+"""Model folders of a training: a base to load, and an expert to write.
 
-Written anew, a tokenizer loses its normalizer or gains tokens, `rope_theta` goes where older tools do not look for it,
-and generation settings that the publisher never completed end in an error. Training changes none of these files, so
-they are copied.
+An expert has the parameters as their library writes them, and all else as the base's publisher has it. Written anew, a
+tokenizer loses its normalizer or gains tokens, `rope_theta` goes where older tools do not look for it, and generation
+settings that the publisher never completed end in an error. Training changes none of these files, so they are copied.
 """
 
 from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from cocktail_serve.checkpoints.folder import copy_files, write_config
 from cocktail_serve.checkpoints.layout import CONFIG, MODULES, model_folder, read_modules
 from cocktail_serve.checkpoints.reader import CheckpointReader
+from cocktail_serve.errors import CheckpointError
 
 _MODULE_FILES = (MODULES, "config_sentence_transformers.json", "sentence_bert_config.json")
 
@@ -27,6 +29,15 @@ def dtype_of(base: Path) -> str:
     """
     with CheckpointReader(base) as reader:
         return reader.dtype
+
+
+@contextmanager
+def loading(base: Path) -> Iterator[None]:
+    """What a library says of a folder that it cannot load, as CheckpointError that names the folder."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+        raise CheckpointError(f"{base} cannot be loaded for training: {error}") from error
 
 
 def store(save: Callable[[Path], object], base: Path, out: Path, *, dtype: str) -> None:

@@ -297,20 +297,45 @@ def test_rows_of_a_model_without_positions_have_no_limit_but_the_tokenizers(tmp_
     assert longest_row(LlamaConfig(max_position_embeddings=128), tokenizer) == 128
 
 
+@pytest.mark.parametrize(
+    ("file", "setting", "told"),
+    [
+        ("config.json", {"quantization_config": {"quant_method": "gptq"}}, "is quantised"),
+        ("config_sentence_transformers.json", {"model_type": "SparseEncoder"}, "SparseEncoder"),
+    ],
+)
 def test_a_base_that_no_pool_takes_is_told_before_it_is_trained(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], file: str, setting: dict[str, object], told: str
 ) -> None:
     from examples.train_experts.__main__ import main
 
-    base = make_decoder(tmp_path / "base")
-    config = json.loads((base / "config.json").read_text())
-    (base / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "gptq"}}))
+    base = make_encoder(tmp_path / "base")
+    (base / file).write_text(json.dumps(json.loads((base / file).read_text()) | setting))
     rows = tmp_path / "cards.jsonl"
-    rows.write_text("\n".join(map(json.dumps, TASKS["cards"])))
+    rows.write_text("\n".join(map(json.dumps, PAIRS["cards"])))
     out = tmp_path / "pool"
-    assert main(["--kind", "decoder", "--base", str(base), "--out", str(out), "--task", f"cards={rows}"]) == 2
-    assert "is quantised" in capsys.readouterr().err
+    assert main(["--kind", "encoder", "--base", str(base), "--out", str(out), "--task", f"cards={rows}"]) == 2
+    assert told in capsys.readouterr().err
     assert not out.exists()
+
+
+@pytest.mark.parametrize("kind", ["decoder", "encoder"])
+def test_a_base_without_tokenizer_is_told_with_its_name(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str
+) -> None:
+    from examples.train_experts.__main__ import main
+
+    base = (make_decoder if kind == "decoder" else make_encoder)(tmp_path / "base")
+    for file in base.glob("tokenizer*"):
+        file.unlink()
+    rows = tmp_path / "cards.jsonl"
+    rows.write_text("\n".join(map(json.dumps, (TASKS if kind == "decoder" else PAIRS)["cards"])))
+    out = tmp_path / "pool"
+    assert main(["--kind", kind, "--base", str(base), "--out", str(out), "--task", f"cards={rows}"]) == 2
+    error = capsys.readouterr().err
+    # transformers refuses the one, and makes up a tokenizer that knows no words for the other
+    assert (f"{base} cannot be loaded" if kind == "decoder" else f"{base} has no tokenizer") in error
+    assert not list(out.glob("*"))
 
 
 def test_nobody_assigns_what_sentence_transformers_ignores() -> None:
