@@ -37,13 +37,17 @@ Reply = dict[str, Any]
 def _reply(method: Callable[..., Reply]) -> Callable[..., Reply]:
     """Turns a method's value into `{ok: True, error: None, ...}` and whatever it raises into `{ok: False, error}`.
 
-    An error of ours has its `code` too.
+    An error of ours has its `code` too. It runs under vLLM's configuration, as what builds a model does: telling what a
+    checkpoint's names mean builds transformers' model, some of whose layers are vLLM's own in this process.
     """
 
     @functools.wraps(method)
-    def never_raises(*args: Any) -> Reply:
+    def never_raises(worker: CocktailWorkerExtension, *args: Any) -> Reply:
+        from vllm.config import set_current_vllm_config
+
         try:
-            return {"ok": True, "error": None, **method(*args)}
+            with set_current_vllm_config(worker.vllm_config):
+                return {"ok": True, "error": None, **method(worker, *args)}
         except CocktailError as error:
             return {"ok": False, "error": error.message, "code": error.code}
         except Exception as error:

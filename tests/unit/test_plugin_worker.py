@@ -6,6 +6,7 @@ import json
 import os
 import sys
 from collections.abc import Iterable
+from contextlib import nullcontext
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -84,6 +85,9 @@ def worker(pool: Pool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Worke
     layers = ModuleType("vocab_parallel_embedding")
     layers.__dict__.update(ParallelLMHead=Head, VocabParallelEmbedding=Embedding)
     monkeypatch.setitem(sys.modules, "vllm.model_executor.layers.vocab_parallel_embedding", layers)
+    config = ModuleType("config")
+    config.__dict__.update(set_current_vllm_config=nullcontext)
+    monkeypatch.setitem(sys.modules, "vllm.config", config)
     return Worker(pool.base.path)
 
 

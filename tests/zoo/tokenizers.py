@@ -53,7 +53,7 @@ def llama_2(folder: Path) -> None:
 
 
 def mistral(folder: Path) -> None:
-    """Llama 2's pipeline with tokens of instructions; for the publisher's own engine, the same as SentencePiece's file."""
+    """Llama 2's pipeline with tokens of instructions; for its own engine, the same as SentencePiece's file."""
     special = ["<unk>", "<s>", "</s>"]
     control = [
         "[INST]",
