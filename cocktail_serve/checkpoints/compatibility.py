@@ -33,6 +33,10 @@ _IRRELEVANT = frozenset(
     }
 )  # fmt: skip
 
+_OF_ALL_ARCHITECTURES: Mapping[str, Any] = {"is_causal": True, "logit_scale": 1.0}
+"""What the libraries ask every configuration for, whether its architecture has the setting or not; and what they take
+where it is not there."""
+
 _MODULE_DEFAULTS: Mapping[str, Any] = {
     "module_input_name": "sentence_embedding",
     "module_output_name": "sentence_embedding",
@@ -148,11 +152,12 @@ def _compare_configs(base: Path, expert: Path, found: _Findings) -> bool:
     if read_modules(base):  # the half of an encoder-decoder that makes embeddings may be saved with the other, or alone
         mine["is_encoder_decoder"] = theirs.get("is_encoder_decoder")
     for key in sorted(mine.keys() | theirs.keys()):
-        if mine.get(key) == theirs.get(key):
+        value, others = (settings.get(key, _OF_ALL_ARCHITECTURES.get(key)) for settings in (mine, theirs))
+        if value == others:
             continue
-        changes_model = is_declared(type(config), key)
-        fix = _fix_setting(key, mine.get(key)) if changes_model else "no code of this architecture reads the setting"
-        finding = Finding(f"config {key}", repr(mine.get(key)), repr(theirs.get(key)), fix)
+        changes_model = key in _OF_ALL_ARCHITECTURES or is_declared(type(config), key)
+        fix = _fix_setting(key, value) if changes_model else "no code of this architecture reads the setting"
+        finding = Finding(f"config {key}", repr(value), repr(others), fix)
         (found.problems if changes_model else found.warnings).append(finding)
     return True
 

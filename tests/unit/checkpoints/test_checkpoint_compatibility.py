@@ -72,6 +72,9 @@ def test_another_size_names_the_setting(
         ({"hidden_act": "gelu"}, "config hidden_act"),
         ({"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}, "config rope_parameters.rope_theta"),
         ({"attention_bias": True}, "config attention_bias"),
+        # no setting of Llama's, and read of every architecture
+        ({"is_causal": False}, "config is_causal"),
+        ({"logit_scale": 0.5}, "config logit_scale"),
     ],
     ids=str,
 )
@@ -92,6 +95,7 @@ def test_a_setting_that_changes_what_parameters_mean(
         {"pad_token_id": 2, "eos_token_id": [2, 3]},
         # written by a release before the rope settings moved
         {"rope_parameters": None, "rope_theta": 10000.0},
+        {"is_causal": True},
     ],
     ids=str,
 )
