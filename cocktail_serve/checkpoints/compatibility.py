@@ -9,7 +9,14 @@ from typing import Any
 
 from cocktail_serve.checkpoints import tokenizer
 from cocktail_serve.checkpoints.adapter import is_adapter, read_expert
-from cocktail_serve.checkpoints.layout import Module, read_config, read_json, read_modules
+from cocktail_serve.checkpoints.layout import (
+    Module,
+    model_folder,
+    read_config,
+    read_json,
+    read_modules,
+    read_optional_json,
+)
 from cocktail_serve.checkpoints.model_config import is_declared, open_model_config
 from cocktail_serve.checkpoints.reader import CheckpointReader, TensorInfo
 from cocktail_serve.checkpoints.text_files import read_pooling
@@ -259,8 +266,40 @@ def _compare_modules(base: Path, expert: Path) -> Iterator[Finding]:
             pooling, others = read_pooling(base / module.path), read_pooling(expert / other.path)
             if pooling != others:
                 yield Finding("pooling", pooling, others, "embeddings of different pooling cannot be mixed")
-        elif module.type != "Transformer":
+            included, others_included = (
+                read_optional_json(folder / place.path / "config.json").get("include_prompt", True)
+                for folder, place in ((base, module), (expert, other))
+            )
+            if included != others_included:
+                yield Finding(
+                    f"{module.path}/config.json include_prompt",
+                    repr(included),
+                    repr(others_included),
+                    "embeddings of different pooling cannot be mixed",
+                )
+        elif module.type == "Transformer":
+            yield from _compare_case(base, expert)
+        else:
             yield from _compare_settings(base, module, expert, other)
+
+
+def _compare_case(base: Path, expert: Path) -> Iterator[Finding]:
+    """Of lower-casing by sentence-transformers, which says nothing where the tokenizer lower-cases by itself."""
+    mine, theirs = (_lower_cases(folder) for folder in (base, expert))
+    if mine != theirs and not tokenizer.ignores_case(base):
+        yield Finding(
+            "sentence_bert_config.json do_lower_case",
+            repr(mine),
+            repr(theirs),
+            "the same text means other tokens: train the expert with the base's setting; if that was done, write it "
+            "into the expert's file",
+        )
+
+
+def _lower_cases(folder: Path) -> bool:
+    # the first releases named the file after the architecture
+    files = sorted(model_folder(folder).glob("sentence_*_config.json"))
+    return any(bool(read_json(file).get("do_lower_case")) for file in files)
 
 
 def _compare_settings(base: Path, module: Module, expert: Path, other: Module) -> Iterator[Finding]:

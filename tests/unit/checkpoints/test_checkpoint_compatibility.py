@@ -216,6 +216,27 @@ def test_another_chain_of_modules(encoders: Folders, tmp_path: Path) -> None:
     assert found["modules.json"].expert == "Transformer > Pooling"
 
 
+def test_a_pooling_that_leaves_prompts_out(encoders: Folders, copy: Copy, edit_json: Edit) -> None:
+    expert = copy(encoders["quora"])
+    edit_json(expert / "1_Pooling" / "config.json", include_prompt=False)
+    found = problems(encoders["base"], expert)
+    assert list(found) == ["1_Pooling/config.json include_prompt"]
+    edit_json(expert / "1_Pooling" / "config.json", include_prompt=None)
+    assert problems(encoders["base"], expert) == {}
+
+
+def test_lower_casing_counts_where_the_tokenizer_keeps_case(encoders: Folders, copy: Copy, edit_json: Edit) -> None:
+    base, expert = copy(encoders["base"], "base"), copy(encoders["quora"])
+    edit_json(expert / "sentence_bert_config.json", do_lower_case=True)
+    assert problems(base, expert) == {}
+    for folder in (base, expert):
+        content = json.loads((folder / "tokenizer.json").read_text())
+        content["normalizer"]["lowercase"] = False
+        (folder / "tokenizer.json").write_text(json.dumps(content))
+    found = problems(base, expert)["sentence_bert_config.json do_lower_case"]
+    assert (found.base, found.expert) == ("False", "True")
+
+
 def test_pooling_as_older_releases_wrote_it(encoders: Folders, copy: Copy) -> None:
     expert = copy(encoders["quora"])
     flags = {f"pooling_mode_{mode}": mode == "mean_tokens" for mode in ("cls_token", "mean_tokens", "max_tokens")}
