@@ -9,7 +9,14 @@ from typing import Any
 
 from cocktail_serve.checkpoints import tokenizer
 from cocktail_serve.checkpoints.adapter import is_adapter, read_expert
-from cocktail_serve.checkpoints.layout import Module, read_config, read_json, read_modules
+from cocktail_serve.checkpoints.layout import (
+    Module,
+    model_folder,
+    read_config,
+    read_json,
+    read_modules,
+    read_optional_json,
+)
 from cocktail_serve.checkpoints.model_config import is_declared, open_model_config
 from cocktail_serve.checkpoints.reader import CheckpointReader, TensorInfo
 from cocktail_serve.checkpoints.text_files import read_pooling
@@ -32,6 +39,10 @@ _IRRELEVANT = frozenset(
         "output_attentions", "output_hidden_states", "torchscript", "chunk_size_feed_forward",
     }
 )  # fmt: skip
+
+_OF_ALL_ARCHITECTURES: Mapping[str, Any] = {"is_causal": True, "logit_scale": 1.0}
+"""What the libraries ask every configuration for, whether its architecture has the setting or not; and what they take
+where it is not there."""
 
 _MODULE_DEFAULTS: Mapping[str, Any] = {
     "module_input_name": "sentence_embedding",
@@ -148,11 +159,12 @@ def _compare_configs(base: Path, expert: Path, found: _Findings) -> bool:
     if read_modules(base):  # the half of an encoder-decoder that makes embeddings may be saved with the other, or alone
         mine["is_encoder_decoder"] = theirs.get("is_encoder_decoder")
     for key in sorted(mine.keys() | theirs.keys()):
-        if mine.get(key) == theirs.get(key):
+        value, others = (settings.get(key, _OF_ALL_ARCHITECTURES.get(key)) for settings in (mine, theirs))
+        if value == others:
             continue
-        changes_model = is_declared(type(config), key)
-        fix = _fix_setting(key, mine.get(key)) if changes_model else "no code of this architecture reads the setting"
-        finding = Finding(f"config {key}", repr(mine.get(key)), repr(theirs.get(key)), fix)
+        changes_model = key in _OF_ALL_ARCHITECTURES or is_declared(type(config), key)
+        fix = _fix_setting(key, value) if changes_model else "no code of this architecture reads the setting"
+        finding = Finding(f"config {key}", repr(value), repr(others), fix)
         (found.problems if changes_model else found.warnings).append(finding)
     return True
 
@@ -254,8 +266,40 @@ def _compare_modules(base: Path, expert: Path) -> Iterator[Finding]:
             pooling, others = read_pooling(base / module.path), read_pooling(expert / other.path)
             if pooling != others:
                 yield Finding("pooling", pooling, others, "embeddings of different pooling cannot be mixed")
-        elif module.type != "Transformer":
+            included, others_included = (
+                read_optional_json(folder / place.path / "config.json").get("include_prompt", True)
+                for folder, place in ((base, module), (expert, other))
+            )
+            if included != others_included:
+                yield Finding(
+                    f"{module.path}/config.json include_prompt",
+                    repr(included),
+                    repr(others_included),
+                    "embeddings of different pooling cannot be mixed",
+                )
+        elif module.type == "Transformer":
+            yield from _compare_case(base, expert)
+        else:
             yield from _compare_settings(base, module, expert, other)
+
+
+def _compare_case(base: Path, expert: Path) -> Iterator[Finding]:
+    """Of lower-casing by sentence-transformers, which says nothing where the tokenizer lower-cases by itself."""
+    mine, theirs = (_lower_cases(folder) for folder in (base, expert))
+    if mine != theirs and not tokenizer.ignores_case(base):
+        yield Finding(
+            "sentence_bert_config.json do_lower_case",
+            repr(mine),
+            repr(theirs),
+            "the same text means other tokens: train the expert with the base's setting; if that was done, write it "
+            "into the expert's file",
+        )
+
+
+def _lower_cases(folder: Path) -> bool:
+    # the first releases named the file after the architecture
+    files = sorted(model_folder(folder).glob("sentence_*_config.json"))
+    return any(bool(read_json(file).get("do_lower_case")) for file in files)
 
 
 def _compare_settings(base: Path, module: Module, expert: Path, other: Module) -> Iterator[Finding]:

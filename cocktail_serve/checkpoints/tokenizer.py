@@ -139,6 +139,17 @@ def differences(base: Path, expert: Path) -> Iterator[Difference]:
     yield from _compare_loaded(one, other, mine, theirs, roots)
 
 
+def ignores_case(folder: Path) -> bool:
+    """Whether the tokenizer of a model folder cuts an English text as it cuts the same text in lower case.
+
+    Raises:
+        CheckpointError: it cannot be read.
+    """
+    text = "The Quick Brown Fox Jumps OVER the Lazy Dog"
+    whole, lower = _ids(_load(model_folder(folder)), [text, text.lower()])
+    return whole == lower
+
+
 def _compare_loaded(
     one: PreTrainedTokenizerBase,
     other: PreTrainedTokenizerBase,

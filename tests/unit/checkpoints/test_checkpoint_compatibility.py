@@ -72,6 +72,9 @@ def test_another_size_names_the_setting(
         ({"hidden_act": "gelu"}, "config hidden_act"),
         ({"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}, "config rope_parameters.rope_theta"),
         ({"attention_bias": True}, "config attention_bias"),
+        # no setting of Llama's, and read of every architecture
+        ({"is_causal": False}, "config is_causal"),
+        ({"logit_scale": 0.5}, "config logit_scale"),
     ],
     ids=str,
 )
@@ -92,6 +95,7 @@ def test_a_setting_that_changes_what_parameters_mean(
         {"pad_token_id": 2, "eos_token_id": [2, 3]},
         # written by a release before the rope settings moved
         {"rope_parameters": None, "rope_theta": 10000.0},
+        {"is_causal": True},
     ],
     ids=str,
 )
@@ -210,6 +214,27 @@ def test_another_chain_of_modules(encoders: Folders, tmp_path: Path) -> None:
     found = problems(encoders["base"], make_encoder(tmp_path / "raw", normalize=False))
     assert found["modules.json"].base == "Transformer > Pooling > Normalize"
     assert found["modules.json"].expert == "Transformer > Pooling"
+
+
+def test_a_pooling_that_leaves_prompts_out(encoders: Folders, copy: Copy, edit_json: Edit) -> None:
+    expert = copy(encoders["quora"])
+    edit_json(expert / "1_Pooling" / "config.json", include_prompt=False)
+    found = problems(encoders["base"], expert)
+    assert list(found) == ["1_Pooling/config.json include_prompt"]
+    edit_json(expert / "1_Pooling" / "config.json", include_prompt=None)
+    assert problems(encoders["base"], expert) == {}
+
+
+def test_lower_casing_counts_where_the_tokenizer_keeps_case(encoders: Folders, copy: Copy, edit_json: Edit) -> None:
+    base, expert = copy(encoders["base"], "base"), copy(encoders["quora"])
+    edit_json(expert / "sentence_bert_config.json", do_lower_case=True)
+    assert problems(base, expert) == {}
+    for folder in (base, expert):
+        content = json.loads((folder / "tokenizer.json").read_text())
+        content["normalizer"]["lowercase"] = False
+        (folder / "tokenizer.json").write_text(json.dumps(content))
+    found = problems(base, expert)["sentence_bert_config.json do_lower_case"]
+    assert (found.base, found.expert) == ("False", "True")
 
 
 def test_pooling_as_older_releases_wrote_it(encoders: Folders, copy: Copy) -> None:
