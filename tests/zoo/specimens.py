@@ -97,7 +97,7 @@ _LORA_OF_EXPERTS = Refusal(
     "an adapter of peft over the experts themselves has `target_parameters`: load it with peft and merge it",
 )
 _LORA_OF_FUSED = Refusal(
-    "does not hold",
+    "joined with others",
     "an adapter names query, key and value (and the two halves of a gate) apart, the published base holds them as one",
 )
 _HALVED_WINDOW = Refusal(
