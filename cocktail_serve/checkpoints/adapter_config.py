@@ -226,7 +226,7 @@ class AdapterConfig:
     def _refusals(self) -> Iterator[tuple[str, str]]:
         """Reason and remedy of everything that stands in the way."""
         method = self._fields.get("peft_type")
-        if method in _NO_PARAMETERS:
+        if isinstance(method, str) and method in _NO_PARAMETERS:
             yield f"{method} adds inputs and changes no parameter", _TRAIN
         elif not method:
             yield "it has no peft_type", "save it with peft again"

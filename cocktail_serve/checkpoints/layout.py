@@ -87,10 +87,23 @@ def read_config(folder: Path) -> dict[str, Any]:
     return read_json(path)
 
 
+def model_class(folder: Path) -> str:
+    """The class that the model's configuration names; empty where it names none.
+
+    Raises:
+        CheckpointError: `architectures` is no list of names.
+    """
+    named = read_config(folder).get("architectures") or [""]
+    if not isinstance(named, list) or not isinstance(named[0], str):
+        raise CheckpointError(
+            f"{model_folder(folder) / CONFIG}: architectures must be a list of class names, got {named!r:.80}"
+        )
+    return named[0]
+
+
 def generates(folder: Path) -> bool:
     """Whether the model writes text, by the class that its configuration names."""
-    architectures = read_config(folder).get("architectures") or [""]
-    return str(architectures[0]).endswith(("ForCausalLM", "LMHeadModel", "ForConditionalGeneration"))
+    return model_class(folder).endswith(("ForCausalLM", "LMHeadModel", "ForConditionalGeneration"))
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from cocktail_serve.checkpoints.fingerprint import identify_adapter, identify_fo
 from cocktail_serve.checkpoints.finite import LARGEST, OVERFLOWS_FROM
 from cocktail_serve.checkpoints.generation_files import common_template, read_settings
 from cocktail_serve.checkpoints.generation_options import read_options
-from cocktail_serve.checkpoints.layout import generates, read_config, read_library_class, read_modules
+from cocktail_serve.checkpoints.layout import generates, model_class, read_config, read_library_class, read_modules
 from cocktail_serve.checkpoints.reader import CheckpointReader
 from cocktail_serve.checkpoints.text_files import text_digest
 from cocktail_serve.config import PoolConfig, Source
@@ -225,8 +225,7 @@ def _check_library_class(folder: Path, kind: Kind) -> None:
 def _check_kind(base: Path, kind: Kind) -> None:
     """A pool of the wrong kind would only fail at its first request, deep inside an engine."""
     config = read_config(base)
-    architectures = config.get("architectures") or []
-    name = str(architectures[0]) if architectures else ""
+    name = model_class(base)
     classifies = name.endswith("ForSequenceClassification")
     both = bool(config.get("is_encoder_decoder"))
     if kind == "encoder_decoder" and not (both and generates(base)):

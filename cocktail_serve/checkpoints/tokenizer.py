@@ -275,7 +275,13 @@ def _texts_of(tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
 
 
 def _ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
-    ids: list[list[int]] = tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
+    try:
+        ids: list[list[int]] = tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
+    except Exception as error:  # settings of a kind that only cutting a text finds wrong
+        raise CheckpointError(
+            f"{tokenizer.name_or_path}: the tokenizer cannot cut a text: {type(error).__name__}: {error}; look at its "
+            "tokenizer_config.json"
+        ) from error
     return ids
 
 

@@ -78,7 +78,7 @@ def _describe(folder: Path, report: OnProgress, *, base: Path | None = None) -> 
     """
     from cocktail_serve.checkpoints.fingerprint import identify
     from cocktail_serve.checkpoints.generation_files import read_settings
-    from cocktail_serve.checkpoints.layout import generates, read_config, read_modules
+    from cocktail_serve.checkpoints.layout import generates, model_class, read_modules
     from cocktail_serve.checkpoints.reader import CheckpointReader
     from cocktail_serve.checkpoints.tokenizer import read_tokenization
 
@@ -89,7 +89,7 @@ def _describe(folder: Path, report: OnProgress, *, base: Path | None = None) -> 
         tokenization = read_tokenization(folder)
         return {
             "folder": str(folder),
-            "architectures": read_config(folder).get("architectures") or [],
+            "architectures": [named] if (named := model_class(folder)) else [],
             "num_parameters": _num_parameters(reader),
             "dtype": reader.dtype,
             "num_bytes": reader.num_bytes,

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from cocktail_serve.engines.input_tokenizer import Pair, check_encodable
 from cocktail_serve.engines.swappable import SwappableModel
-from cocktail_serve.errors import ConfigError
+from cocktail_serve.errors import ConfigError, InvalidRequestError
 from cocktail_serve.recipe import DType
 
 _ANY_LENGTH = 1 << 24
@@ -53,10 +53,14 @@ class Reranker(SwappableModel):
 
         Raises:
             ConfigError: the chat template cannot render a pair.
+            InvalidRequestError: a pair holds a token that the tokenizer has and the model does not know, or what no
+                tokenizer takes.
         """
         if self._has_template:
             check_encodable(pairs)
-            return [self._rendered(pair, truncate_to) for pair in pairs], None
+            rendered = [self._rendered(pair, truncate_to) for pair in pairs]
+            self._check_known(rendered)
+            return rendered, None
         prompted = [(self._prompt + query, document) for query, document in pairs]
         return self.tokenizer.encode_pairs(prompted, truncate_to=truncate_to)
 
@@ -78,6 +82,19 @@ class Reranker(SwappableModel):
             ) from error
         ids: list[int] = features["input_ids"][0].tolist()
         return ids
+
+    def _check_known(self, token_ids: Sequence[Sequence[int]]) -> None:
+        """Before a pass that other requests are in too."""
+        vocab_size: int = self._transformer.config.get_text_config().vocab_size
+        for index, ids in enumerate(token_ids):
+            unknown = next((token for token in ids if token >= vocab_size), None)
+            if unknown is not None:
+                token = self._model.tokenizer.convert_ids_to_tokens(unknown)
+                raise InvalidRequestError(
+                    f"document {index}, with its query, holds {token!r}, a token that the tokenizer has and the model "
+                    "has no embedding for; take it out of the text",
+                    param=f"documents.{index}",
+                )
 
     def forward(
         self, token_ids: Sequence[Sequence[int]], type_ids: Sequence[Sequence[int]] | None = None

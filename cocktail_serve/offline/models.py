@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, cast
 
-from cocktail_serve.checkpoints.layout import model_folder, read_config
+from cocktail_serve.checkpoints.layout import model_class, model_folder
 from cocktail_serve.checkpoints.mixture import Mixture, iter_mixture
 from cocktail_serve.checkpoints.model_config import load_model_config
 from cocktail_serve.config import PoolConfig
@@ -125,14 +125,13 @@ def check_loads(pool: Pool) -> None:
     from transformers.utils import logging as transformers_logging
 
     # the class that the files were saved by, where it is known: one for text alone would miss other modalities' names
-    architectures = read_config(pool.base.path).get("architectures") or [""]
-    model_class = getattr(transformers, str(architectures[0]), None) or _auto_class(pool)
+    loader = getattr(transformers, model_class(pool.base.path), None) or _auto_class(pool)
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()  # what it would say is said below
     try:
         with translated(pool):
-            _, found = model_class.from_pretrained(
+            _, found = loader.from_pretrained(
                 model_folder(pool.base.path),
                 device_map="meta",
                 dtype="auto",

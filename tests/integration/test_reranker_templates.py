@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 import torch
 from sentence_transformers import CrossEncoder
+from transformers import AutoTokenizer
 
 from cocktail_serve.engines.reranker import Reranker
-from cocktail_serve.errors import ConfigError
+from cocktail_serve.errors import ConfigError, InvalidRequestError
 from tests.models import make_decoder_reranker
 
 BY_ROLE = (
@@ -66,3 +67,15 @@ def test_a_template_that_knows_no_pairs_is_refused_and_may_be_taken_away(tmp_pat
     (folder / "chat_template.jinja").unlink()
     reranker = served(folder)
     assert np.allclose(reranker.forward(*reranker.tokenize(PAIRS))[:, 0], of_library(folder), atol=1e-5)
+
+
+def test_a_token_that_the_model_has_no_embedding_for_never_reaches_it(tmp_path: Path) -> None:
+    folder = make(tmp_path / "reranker", BY_ROLE)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<added>"]})
+    tokenizer.save_pretrained(folder)
+    reranker = served(folder)
+    with pytest.raises(InvalidRequestError, match="'<added>'") as caught:
+        reranker.tokenize([PAIRS[0], ("where is it", "here <added> there")])
+    assert caught.value.param == "documents.1"
+    assert len(reranker.tokenize(PAIRS)[0]) == 2

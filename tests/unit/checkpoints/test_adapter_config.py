@@ -92,6 +92,7 @@ def test_what_trainers_write_is_accepted(tmp_path: Path, fields: dict[str, Any])
         ({"rank_pattern": ["q_proj"]}, "rank_pattern"),
         ({"rank_pattern": {"(": 3}}, "is no pattern"),
         ({"peft_type": "VERA"}, "its peft_type is 'VERA', not LORA"),
+        ({"peft_type": ["LORA"]}, "its peft_type is"),
         ({"peft_type": None}, "it has no peft_type; save it with peft again"),
         ({"peft_type": "P_TUNING"}, "adds inputs and changes no parameter"),
     ],

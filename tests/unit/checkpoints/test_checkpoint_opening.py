@@ -205,3 +205,23 @@ class TestGeneration:
         pool = self.open(tmp_path, None, "red's", override_generation_config={"temperature": 0.1})
         member = open_expert(pool, "late", late, cache_dir=tmp_path / "cache")
         assert member.generation == GenerationSettings((2,), (2, 4), {"top_k": 3}, ChatTemplate("late's"))
+
+
+@pytest.mark.parametrize("named", [-1, {"a": 1}, [3]], ids=str)
+def test_architectures_that_are_no_names(
+    decoders: Folders, opened: Open, copy: Callable[..., Path], edit_json: Callable[..., None], named: Any
+) -> None:
+    base = copy(decoders["base"])
+    edit_json(base / "config.json", architectures=named)
+    with pytest.raises(CheckpointError, match="architectures must be a list of class names"):
+        opened({"base": base})
+
+
+@pytest.mark.parametrize("value", ["endless", ["x"]], ids=str)
+def test_a_tokenizer_that_loads_and_cannot_cut_a_text(
+    decoders: Folders, opened: Open, copy: Callable[..., Path], edit_json: Callable[..., None], value: Any
+) -> None:
+    expert = copy(decoders["nq"])
+    edit_json(expert / "tokenizer_config.json", model_max_length=value, add_prefix_space=True)
+    with pytest.raises(CheckpointError, match="cannot cut a text: TypeError"):
+        opened({"base": decoders["base"], "nq": expert})

@@ -74,6 +74,16 @@ def test_the_chat_template_counts_and_the_layout_of_json_does_not(decoders: Fold
     assert digest(folder) != digest(decoders["base"])
 
 
+@pytest.mark.parametrize("value", ["Infinity", '"\\ud800"'])
+def test_what_is_no_json_value_counts_by_its_bytes(decoders: Folders, copy: Copy, value: str) -> None:
+    folder = copy(decoders["base"])
+    before = text_digest(folder, prompts={})
+    (folder / "special_tokens_map.json").write_text(f'{{"unk_token": {value}}}')
+    digest = text_digest(folder, prompts={})
+    (folder / "special_tokens_map.json").write_text(f'{{"pad_token": {value}}}')
+    assert len({before, digest, text_digest(folder, prompts={})}) == 3
+
+
 def test_a_slow_tokenizer_is_read_by_transformers(encoders: Folders, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert"}))
     (tmp_path / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a"]))
