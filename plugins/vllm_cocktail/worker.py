@@ -188,6 +188,8 @@ class CocktailWorkerExtension:
         self.cocktail_resident = None
         params, source = mixer.params(recipe)
         loaded: list[str] = []
+        if is_cpu_build():
+            _pack_experts_anew(self.model_runner.get_model())
         self.reload_weights(weights_iterator=_noted(params, loaded), weights_path=None, is_checkpoint_format=True)
         _require_all_loaded(loaded, mixer.tensor_names)
         _repack_tied_heads(self.model_runner.get_model())
@@ -265,6 +267,18 @@ def _require_all_loaded(loaded: list[str], expected: frozenset[str]) -> None:
             f"the reload took {len(loaded)} of {len(expected)} tensors; "
             f"missing: {sorted(expected - set(loaded))[:5]}; unknown: {sorted(set(loaded) - expected)[:5]}"
         )
+
+
+def _pack_experts_anew(model: nn.Module) -> None:
+    """Has a reload pack the experts of a mixture of experts as the first load did.
+
+    On CPUs vLLM packs them when it makes their kernel, and a reload that finds the kernel made leaves them unpacked: it
+    would compute with parameters in another order than the kernel reads.
+    """
+    for module in model.modules():
+        method = getattr(module, "quant_method", None)
+        if getattr(method, "moe_kernel", None) is not None:
+            method.moe_kernel = None
 
 
 def _repack_tied_heads(model: nn.Module) -> None:
