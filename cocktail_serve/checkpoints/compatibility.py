@@ -127,6 +127,7 @@ def compare(base: Path, expert: Path) -> CompatibilityReport:
             found.problems += _compare_tensors(base_reader.tensors, expert_reader.tensors)
             if isinstance(expert_reader, CheckpointReader):
                 found.warnings += _unread(base_reader, expert_reader)
+                found.problems += _compare_repeated(expert_reader)
     _compare_tokenizers(base, expert, found)
     found.problems += _compare_modules(base, expert)
     return CompatibilityReport(Path(base), Path(expert), tuple(found.problems), tuple(found.warnings))
@@ -222,6 +223,19 @@ def _unread(base: CheckpointReader, expert: CheckpointReader) -> Iterator[Findin
         if alone:
             subject = f"tensor {alone[0]}" + (f" and {len(alone) - 1} more" if len(alone) > 1 else "")
             yield Finding(subject, str(mine), str(theirs), "no engine reads them; the mixture has what the base has")
+
+
+def _compare_repeated(expert: CheckpointReader) -> Iterator[Finding]:
+    stored = expert.as_stored
+    for name, other in expert.repeated.items():
+        is_same = stored.tensors[name] == stored.tensors[other] and stored.get_bytes(name) == stored.get_bytes(other)
+        if not is_same:
+            yield Finding(
+                f"tensor {name}",
+                "none",
+                f"other values than in {other}, which is the same parameter",
+                "load the expert with transformers, look at what it does, and save it anew",
+            )
 
 
 def _fix_shape(name: str, info: TensorInfo) -> str:
