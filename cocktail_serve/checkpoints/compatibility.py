@@ -9,8 +9,10 @@ from typing import Any
 
 from cocktail_serve.checkpoints import tokenizer
 from cocktail_serve.checkpoints.adapter import is_adapter, read_expert
+from cocktail_serve.checkpoints.chat_templates import DEFAULT, templates
 from cocktail_serve.checkpoints.layout import (
     Module,
+    model_class,
     model_folder,
     read_config,
     read_json,
@@ -19,6 +21,7 @@ from cocktail_serve.checkpoints.layout import (
 )
 from cocktail_serve.checkpoints.model_config import is_declared, open_model_config
 from cocktail_serve.checkpoints.reader import CheckpointReader, TensorInfo
+from cocktail_serve.checkpoints.special_tokens import TOKENIZER_CONFIG
 from cocktail_serve.checkpoints.text_files import read_pooling
 from cocktail_serve.errors import IncompatibleModelsError
 
@@ -130,6 +133,8 @@ def compare(base: Path, expert: Path) -> CompatibilityReport:
                 found.problems += _compare_repeated(expert_reader)
     _compare_tokenizers(base, expert, found)
     found.problems += _compare_modules(base, expert)
+    if model_class(base).endswith("ForSequenceClassification"):
+        _compare_templates(base, expert, found)
     return CompatibilityReport(Path(base), Path(expert), tuple(found.problems), tuple(found.warnings))
 
 
@@ -261,6 +266,27 @@ def _compare_tokenizers(base: Path, expert: Path, found: _Findings) -> None:
         )
         finding = Finding(f"tokenizer {difference.part}", difference.base, difference.expert, fix)
         (found.warnings if difference.is_harmless else found.problems).append(finding)
+
+
+def _compare_templates(base: Path, expert: Path, found: _Findings) -> None:
+    """Of rerankers: sentence-transformers reads a pair through the tokenizer's chat template, where there is one.
+
+    That an expert was saved without says little: releases before 6 read pairs plainly all the same.
+    """
+    mine, theirs = (templates(model_folder(folder)).get(DEFAULT) for folder in (base, expert))
+    brings_tokenizer = (model_folder(expert) / TOKENIZER_CONFIG).is_file()
+    if mine == theirs or not brings_tokenizer:
+        return
+    said, others_said = ("none" if text is None else repr(text[:80]) for text in (mine, theirs))
+    if theirs is None:
+        fix = "pairs are read through the base's; take it out of the base if the models were trained on plain pairs"
+        found.warnings.append(Finding("chat template", said, others_said, fix))
+        return
+    fix = (
+        "pairs are read through the base's, which are other tokens: train the expert with the base's; if that was "
+        "done, save the base's tokenizer files beside it"
+    )
+    found.problems.append(Finding("chat template", said, others_said, fix))
 
 
 def _compare_modules(base: Path, expert: Path) -> Iterator[Finding]:

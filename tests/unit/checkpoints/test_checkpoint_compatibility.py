@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from cocktail_serve.checkpoints.compatibility import CompatibilityReport, Finding, compare
 from cocktail_serve.errors import CheckpointError, IncompatibleModelsError
-from tests.models import make_decoder, make_encoder
+from tests.models import make_decoder, make_decoder_reranker, make_encoder
 
 Folders = dict[str, Path]
 Copy = Callable[..., Path]
@@ -353,6 +354,15 @@ def test_defaults_that_an_older_release_left_out(encoders: Folders, copy: Copy) 
         json.dumps(settings | {"activation_function": "torch.nn.modules.activation.Tanh"})
     )
     assert compare(base, older).problems == ()
+
+
+def test_rerankers_with_other_chat_templates(tmp_path: Path) -> None:
+    base, expert = (make_decoder_reranker(tmp_path / name) for name in ("base", "expert"))
+    (expert / "chat_template.jinja").write_text("{{ messages[0].content }}? {{ messages[1].content }}")
+    assert list(problems(base, expert)) == ["chat template"]
+    assert (problems(expert, base), warned(expert, base)) == ({}, ["chat template"])
+    shutil.copy(expert / "chat_template.jinja", base)
+    assert (problems(base, expert), warned(base, expert)) == ({}, [])
 
 
 class TestRemedies:
