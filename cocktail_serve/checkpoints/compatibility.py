@@ -194,18 +194,20 @@ def _flat(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
             yield prefix + key, list(value) if isinstance(value, tuple) else value
 
 
+_SAVE_WHOLE = "save the expert whole, with the class of the base (`architectures` in its config.json)"
+_SAVE_MODULE = (
+    "save the expert with sentence-transformers, into modules of the base's names; if this module was not trained, "
+    "copy the base's modules.json and the folders that it names into the expert"
+)
+
+
 def _compare_tensors(base: Mapping[str, TensorInfo], expert: Mapping[str, TensorInfo]) -> Iterator[Finding]:
     for name, info in base.items():
         other = expert.get(name)
         if other is None:
             # releases differ in which integer buffers they store; the base's are taken anyway
             if info.is_floating:
-                yield Finding(
-                    f"tensor {name}",
-                    str(info),
-                    "none",
-                    "save the expert whole, with the class of the base (`architectures` in its config.json)",
-                )
+                yield Finding(f"tensor {name}", str(info), "none", _SAVE_MODULE if "/" in name else _SAVE_WHOLE)
         elif info.shape != other.shape:
             yield Finding(f"tensor {name}", str(info), str(other), _fix_shape(name, info))
         elif info.is_floating != other.is_floating:
