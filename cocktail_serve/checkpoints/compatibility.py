@@ -9,8 +9,10 @@ from typing import Any
 
 from cocktail_serve.checkpoints import tokenizer
 from cocktail_serve.checkpoints.adapter import is_adapter, read_expert
+from cocktail_serve.checkpoints.chat_templates import DEFAULT, templates
 from cocktail_serve.checkpoints.layout import (
     Module,
+    model_class,
     model_folder,
     read_config,
     read_json,
@@ -19,6 +21,7 @@ from cocktail_serve.checkpoints.layout import (
 )
 from cocktail_serve.checkpoints.model_config import is_declared, open_model_config
 from cocktail_serve.checkpoints.reader import CheckpointReader, TensorInfo
+from cocktail_serve.checkpoints.special_tokens import TOKENIZER_CONFIG
 from cocktail_serve.checkpoints.text_files import read_pooling
 from cocktail_serve.errors import IncompatibleModelsError
 
@@ -127,8 +130,11 @@ def compare(base: Path, expert: Path) -> CompatibilityReport:
             found.problems += _compare_tensors(base_reader.tensors, expert_reader.tensors)
             if isinstance(expert_reader, CheckpointReader):
                 found.warnings += _unread(base_reader, expert_reader)
+                found.problems += _compare_repeated(expert_reader)
     _compare_tokenizers(base, expert, found)
     found.problems += _compare_modules(base, expert)
+    if model_class(base).endswith("ForSequenceClassification"):
+        _compare_templates(base, expert, found)
     return CompatibilityReport(Path(base), Path(expert), tuple(found.problems), tuple(found.warnings))
 
 
@@ -188,18 +194,20 @@ def _flat(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
             yield prefix + key, list(value) if isinstance(value, tuple) else value
 
 
+_SAVE_WHOLE = "save the expert whole, with the class of the base (`architectures` in its config.json)"
+_SAVE_MODULE = (
+    "save the expert with sentence-transformers, into modules of the base's names; if this module was not trained, "
+    "copy the base's modules.json and the folders that it names into the expert"
+)
+
+
 def _compare_tensors(base: Mapping[str, TensorInfo], expert: Mapping[str, TensorInfo]) -> Iterator[Finding]:
     for name, info in base.items():
         other = expert.get(name)
         if other is None:
             # releases differ in which integer buffers they store; the base's are taken anyway
             if info.is_floating:
-                yield Finding(
-                    f"tensor {name}",
-                    str(info),
-                    "none",
-                    "save the expert whole, with the class of the base (`architectures` in its config.json)",
-                )
+                yield Finding(f"tensor {name}", str(info), "none", _SAVE_MODULE if "/" in name else _SAVE_WHOLE)
         elif info.shape != other.shape:
             yield Finding(f"tensor {name}", str(info), str(other), _fix_shape(name, info))
         elif info.is_floating != other.is_floating:
@@ -222,6 +230,19 @@ def _unread(base: CheckpointReader, expert: CheckpointReader) -> Iterator[Findin
         if alone:
             subject = f"tensor {alone[0]}" + (f" and {len(alone) - 1} more" if len(alone) > 1 else "")
             yield Finding(subject, str(mine), str(theirs), "no engine reads them; the mixture has what the base has")
+
+
+def _compare_repeated(expert: CheckpointReader) -> Iterator[Finding]:
+    stored = expert.as_stored
+    for name, other in expert.repeated.items():
+        is_same = stored.tensors[name] == stored.tensors[other] and stored.get_bytes(name) == stored.get_bytes(other)
+        if not is_same:
+            yield Finding(
+                f"tensor {name}",
+                "none",
+                f"other values than in {other}, which is the same parameter",
+                "load the expert with transformers, look at what it does, and save it anew",
+            )
 
 
 def _fix_shape(name: str, info: TensorInfo) -> str:
@@ -247,6 +268,27 @@ def _compare_tokenizers(base: Path, expert: Path, found: _Findings) -> None:
         )
         finding = Finding(f"tokenizer {difference.part}", difference.base, difference.expert, fix)
         (found.warnings if difference.is_harmless else found.problems).append(finding)
+
+
+def _compare_templates(base: Path, expert: Path, found: _Findings) -> None:
+    """Of rerankers: sentence-transformers reads a pair through the tokenizer's chat template, where there is one.
+
+    That an expert was saved without says little: releases before 6 read pairs plainly all the same.
+    """
+    mine, theirs = (templates(model_folder(folder)).get(DEFAULT) for folder in (base, expert))
+    brings_tokenizer = (model_folder(expert) / TOKENIZER_CONFIG).is_file()
+    if mine == theirs or not brings_tokenizer:
+        return
+    said, others_said = ("none" if text is None else repr(text[:80]) for text in (mine, theirs))
+    if theirs is None:
+        fix = "pairs are read through the base's; take it out of the base if the models were trained on plain pairs"
+        found.warnings.append(Finding("chat template", said, others_said, fix))
+        return
+    fix = (
+        "pairs are read through the base's, which are other tokens: train the expert with the base's; if that was "
+        "done, save the base's tokenizer files beside it"
+    )
+    found.problems.append(Finding("chat template", said, others_said, fix))
 
 
 def _compare_modules(base: Path, expert: Path) -> Iterator[Finding]:

@@ -81,7 +81,12 @@ class ParameterNames:
         self._converter_of = {pattern: entry for entry in self._converters for pattern in entry.source_patterns}
 
     def target(self, stored: str) -> Target:
-        """Where the tensor goes that a checkpoint calls `stored`; `is_read` is false where the model has no place."""
+        """Where the tensor goes that a checkpoint calls `stored`; `is_read` is false where the model has no place.
+
+        What lies in a folder of its own is a module of sentence-transformers, which is behind the model and read.
+        """
+        if "/" in stored:
+            return Target(stored)
         name, pattern = self._renamed(stored)
         part = () if pattern is None else (pattern, *re.findall(r"\d+", stored))
         return Target(self._source.get(name, name), part, name in self._state and not self._is_unread(name))

@@ -104,6 +104,8 @@ class CheckpointReader:
         tied: names left out of `tensors` because they repeat another tensor, with that tensor's name.
         unread: floating tensors that this checkpoint and the base it is named as (`named_as`) do not both have, and
             that no engine reads; by the name of whoever has one.
+        repeated: floating tensors that are left out because another one becomes the same parameter of the base it is
+            named as, with that one's name.
         files: the files that all this comes from, the configuration first, as they were opened.
 
     Raises:
@@ -130,6 +132,7 @@ class CheckpointReader:
         self.files: tuple[FileState, ...] = (config, *(held.state for held in self._held))
         self.tied = MappingProxyType(_tied(self.folder, tensors))
         self.unread: Mapping[str, TensorInfo] = MappingProxyType({})
+        self.repeated: Mapping[str, str] = MappingProxyType({})
         left_out = self.tied.keys() | _buffers(self.folder, tensors)
         self.tensors: Mapping[str, TensorInfo] = MappingProxyType(
             {name: info for name, info in tensors.items() if name not in left_out}
@@ -216,6 +219,15 @@ class CheckpointReader:
         stored = {**self.tensors, **base.tensors}
         renamed.unread = MappingProxyType(
             {name: stored[name] for name, is_read in lone.items() if not is_read and stored[name].is_floating}
+        )
+        taken = {own: names.target(own) for own in paired.values() if own is not None}
+        by_target = {target: own for own, target in taken.items()}
+        renamed.repeated = MappingProxyType(
+            {
+                name: by_target[names.target(name)]
+                for name, info in self.tensors.items()
+                if info.is_floating and name not in taken and name not in lone
+            }
         )
         return renamed
 

@@ -184,8 +184,11 @@ class _Connection(asyncio.Protocol):
         answer._complete()
         transport = self._transport
         assert transport is not None
+        # after an error of its own the server closes the connection, whatever its headers say: the next request on it
+        # might be a mix, which would be lost, and the engine with it
+        is_kept = self._parser.should_keep_alive() and answer.status < 500
         # an answer that came before the whole request had left: what is left would be read as the next one
-        if self._parser.should_keep_alive() and not transport.get_write_buffer_size() and not transport.is_closing():
+        if is_kept and not transport.get_write_buffer_size() and not transport.is_closing():
             self.resume()
             self._pool._keep(self)
         else:

@@ -84,6 +84,23 @@ async def body_of(pool: Connections, body: bytes = b"") -> bytes:
     return await (await pool.send("POST", "/x", body, headers={})).read()
 
 
+async def test_a_connection_is_not_used_again_after_an_error_of_the_servers(tmp_path: Path) -> None:
+    """A server of uvicorn's closes it once the answer is out: what is sent meanwhile is lost."""
+    server = Server()
+    broken = b"HTTP/1.1 500 Internal Server Error\r\nContent-Length: 2\r\n\r\nno"
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        request = await server.request(reader)
+        writer.write(broken if request.endswith(b"break") else OK)
+        if not request.endswith(b"break"):
+            await server.until_gone(reader)
+
+    async with serving(tmp_path, server, serve) as pool:
+        assert await body_of(pool, b"break") == b"no"
+        assert await body_of(pool) == b"ok"
+        assert server.num_connections == 2
+
+
 async def test_what_is_sent(tmp_path: Path) -> None:
     server = Server()
     async with serving(tmp_path, server, answering(server, OK)) as pool:

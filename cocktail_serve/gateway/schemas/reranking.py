@@ -74,7 +74,7 @@ class RerankRequest(BaseModel):
     ] = None
     truncation_side: Annotated[Any, Only("right", why="texts are cut at their end")] = None
     padding: Annotated[Any, Only("do_not_pad", why="padding never changes a score here")] = None
-    chat_template_kwargs: Annotated[Any, Only({}, why="no chat template is used")] = None
+    chat_template_kwargs: Annotated[Any, Only({}, why="a chat template is given the pair alone")] = None
     mm_processor_kwargs: Annotated[Any, Only({}, why="documents are texts")] = None
     cocktail: dict[str, Any] | None = Field(None, description="An inline cocktail; `model` is then the pool.")
 

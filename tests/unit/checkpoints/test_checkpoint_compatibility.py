@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from cocktail_serve.checkpoints.compatibility import CompatibilityReport, Finding, compare
 from cocktail_serve.errors import CheckpointError, IncompatibleModelsError
-from tests.models import make_decoder, make_encoder
+from tests.models import make_decoder, make_decoder_reranker, make_encoder
 
 Folders = dict[str, Path]
 Copy = Callable[..., Path]
@@ -353,6 +354,31 @@ def test_defaults_that_an_older_release_left_out(encoders: Folders, copy: Copy) 
         json.dumps(settings | {"activation_function": "torch.nn.modules.activation.Tanh"})
     )
     assert compare(base, older).problems == ()
+
+
+def test_a_module_with_parameters_is_never_left_out(encoders: Folders, copy: Copy) -> None:
+    base, expert = (with_dense(copy(encoders[name], name), "Tanh") for name in ("base", "quora"))
+    content = (expert / "modules.json").read_text()
+    (expert / "2_Dense").rename(expert / "2_Projection")
+    (expert / "modules.json").write_text(content.replace("2_Dense", "2_Projection"))
+    assert {f"tensor {folder}/linear.weight" for folder in ("2_Dense", "2_Projection")} < problems(base, expert).keys()
+    (expert / "modules.json").unlink()
+    found = problems(base, expert)
+    assert found.keys() == {"tensor 2_Dense/linear.weight", "tensor 2_Dense/linear.bias"}
+    assert "copy the base's modules.json" in found["tensor 2_Dense/linear.bias"].fix
+    for name in ("1_Pooling", "2_Dense"):
+        shutil.copytree(base / name, expert / name, dirs_exist_ok=True)
+    shutil.copy(base / "modules.json", expert)
+    assert problems(base, expert) == {}
+
+
+def test_rerankers_with_other_chat_templates(tmp_path: Path) -> None:
+    base, expert = (make_decoder_reranker(tmp_path / name) for name in ("base", "expert"))
+    (expert / "chat_template.jinja").write_text("{{ messages[0].content }}? {{ messages[1].content }}")
+    assert list(problems(base, expert)) == ["chat template"]
+    assert (problems(expert, base), warned(expert, base)) == ({}, ["chat template"])
+    shutil.copy(expert / "chat_template.jinja", base)
+    assert (problems(base, expert), warned(base, expert)) == ({}, [])
 
 
 class TestRemedies:

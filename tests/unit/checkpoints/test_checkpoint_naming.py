@@ -218,6 +218,21 @@ def test_a_copy_of_an_expert_of_other_names_is_the_same_expert(
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
+@pytest.mark.parametrize("is_hub", [True, False], ids=["base-without-prefix", "base-with-prefix"])
+def test_two_tensors_for_one_parameter_must_be_the_same(tmp_path: Path, is_hub: bool) -> None:
+    base = save(gpt2(), tmp_path / "base", seed=0, rename=as_openai_published if is_hub else dict)
+    expert = save(gpt2(), tmp_path / "expert", seed=1)
+    tensors = load_file(expert / WEIGHTS)
+    twice = tensors | {"wte.weight": tensors["transformer.wte.weight"].clone()}
+    save_file(twice, expert / WEIGHTS)
+    assert compare(base, expert).problems == ()
+    twice["wte.weight"][3] += 1
+    save_file(twice, expert / WEIGHTS)
+    (found,) = compare(base, expert).problems
+    names = {"wte.weight", "transformer.wte.weight"}
+    assert {found.subject.removeprefix("tensor "), found.expert.split()[4].rstrip(",")} == names
+
+
 def test_names_that_the_library_does_not_know_are_compared_as_they_are(tmp_path: Path) -> None:
     def as_another_tool(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         return {f"tool.{name}": tensor for name, tensor in tensors.items()}
