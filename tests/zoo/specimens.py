@@ -100,6 +100,10 @@ _LORA_OF_FUSED = Refusal(
     "joined with others",
     "an adapter names query, key and value (and the two halves of a gate) apart, the published base holds them as one",
 )
+_NEEDS_TORCHVISION = Refusal(
+    "failed to be inspected",
+    "vLLM's class for it imports torchvision, which the CPU build is installed without",
+)
 _HALVED_WINDOW = Refusal(
     "config sliding_window",
     "transformers 4 halves `sliding_window` each time it saves the model: write the base's value into the expert's "
@@ -263,6 +267,7 @@ DECODERS = (
         tokenizers.gemma,
         layout=layouts.gemma_3_multimodal,
         remark="the vision tower is mixed along; names of transformers 4",
+        unserved=_NEEDS_TORCHVISION,
     ),
     Specimen(
         "phi-3",
