@@ -95,7 +95,8 @@ async def test_members_and_mixtures_answer_and_score_as_in_transformers(family: 
         assert choice["prompt_token_ids"] == ids
         assert_greedy_of(reference, ids, choice)
         assert loss == pytest.approx(score_with_transformers(reference, tokenized), abs=LOSS_TOLERANCE), mixture
-    assert len({tuple(choice["token_ids"]) for choice in said}) >= 3, "members answer alike"
+    first = {round(choice["logprobs"]["token_logprobs"][0], 2) for choice in said}
+    assert len(first) >= 3, "base, full expert and mixture answer alike"
 
 
 @pytest.mark.full

@@ -64,7 +64,7 @@ def publish(folder: Path, specimen: Specimen, *, perturbation_seed: int | None =
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = getattr(transformers, specimen.model_class)(config)
-    _fill(model, _seed_of(specimen), perturbation_seed)
+    _fill(model, _seed_of(specimen), perturbation_seed, specimen.table_scale)
     saved = folder / "saved"
     model.save_pretrained(saved)
     content = json.loads((saved / "config.json").read_text())
@@ -113,7 +113,7 @@ def _seed_of(specimen: Specimen) -> int:
     return zlib.crc32(specimen.name.encode()) % 100_000
 
 
-def _fill(model: torch.nn.Module, seed: int, perturbation_seed: int | None) -> None:
+def _fill(model: torch.nn.Module, seed: int, perturbation_seed: int | None, table_scale: float) -> None:
     """Parameters large enough for clear choices, all of them unlike their neighbours; norms and biases too."""
     import torch
 
@@ -127,7 +127,7 @@ def _fill(model: torch.nn.Module, seed: int, perturbation_seed: int | None) -> N
                     parameter.add_(torch.randn(parameter.shape, generator=noise), alpha=_VECTOR_NOISE)
                 continue
             is_table = any(part in name for part in ("embed", "lm_head", "wte", "wpe", "shared.weight"))
-            scale = 1.0 if is_table else 1.5 / math.sqrt(parameter.shape[-1])
+            scale = table_scale if is_table else 1.5 / math.sqrt(parameter.shape[-1])
             parameter.normal_(0.0, scale, generator=base)
             if noise is not None:
                 parameter.add_(torch.randn(parameter.shape, generator=noise), alpha=_PERTURBATION * scale)

@@ -60,6 +60,7 @@ class Specimen:
         storage: how the parameters lie in the folder.
         architectures: as `config.json` says, where that is not the model's class.
         pooled: of an encoder.
+        table_scale: of the embeddings' values; less where the architecture multiplies them by itself.
         generation: what `generation_config.json` says beside the special tokens; None where there is none.
         more_files: writes what else lies in the folder.
         unknown_to_4: whether transformers 4 does not have the architecture (its publisher came with code).
@@ -80,6 +81,7 @@ class Specimen:
     storage: Literal["single", "shards", "bin"] = "single"
     architectures: str | None = None
     pooled: Pooled | None = None
+    table_scale: float = 1.0
     generation: Mapping[str, Any] | None = None
     more_files: layouts.MoreFiles = layouts.no_more_files
     unknown_to_4: bool = False
@@ -99,6 +101,10 @@ _LORA_OF_EXPERTS = Refusal(
 _LORA_OF_FUSED = Refusal(
     "joined with others",
     "an adapter names query, key and value (and the two halves of a gate) apart, the published base holds them as one",
+)
+_NEEDS_TORCHVISION = Refusal(
+    "failed to be inspected",
+    "vLLM's class for it imports torchvision, which the CPU build is installed without",
 )
 _HALVED_WINDOW = Refusal(
     "config sliding_window",
@@ -226,6 +232,7 @@ DECODERS = (
         _GEMMA_SHAPE,
         tokenizers.gemma,
         storage="shards",
+        table_scale=0.2,
     ),
     Specimen(
         "gemma-3",
@@ -235,6 +242,7 @@ DECODERS = (
         "gemma3_text",
         _GEMMA_3_TEXT,
         tokenizers.gemma,
+        table_scale=0.2,
     ),
     Specimen(
         "gemma-3-multimodal",
@@ -263,6 +271,8 @@ DECODERS = (
         tokenizers.gemma,
         layout=layouts.gemma_3_multimodal,
         remark="the vision tower is mixed along; names of transformers 4",
+        unserved=_NEEDS_TORCHVISION,
+        table_scale=0.2,
     ),
     Specimen(
         "phi-3",
@@ -656,6 +666,7 @@ ENCODERS = (
         ),
         refused={"resaved-by-4": _HALVED_WINDOW},
         remark="two Dense, prompts",
+        table_scale=0.2,
     ),
 )
 
