@@ -276,8 +276,8 @@ def _pack_experts_anew(model: nn.Module) -> None:
     would compute with parameters in another order than the kernel reads.
     """
     for module in model.modules():
-        method = getattr(module, "quant_method", None)
-        if getattr(method, "moe_kernel", None) is not None:
+        method: Any = getattr(module, "quant_method", None)
+        if method is not None and getattr(method, "moe_kernel", None) is not None:
             method.moe_kernel = None
 
 
