@@ -52,6 +52,9 @@ class TransformersModels:
         self.tokenizer: Any = (load_tokenizer if pool.kind == "encoder_decoder" else load_fast_tokenizer)(folder)
         with translated(pool):
             self._config = AutoConfig.from_pretrained(model_folder(folder), **options)
+            if getattr(self._config.get_text_config(), "attn_logit_softcapping", None):
+                # the attention that transformers takes otherwise leaves the cap out, without a word; vLLM has it
+                self._config._attn_implementation = "eager"
             with torch.device("meta"):
                 self._class = type(_auto_class(pool).from_config(self._config))
         self.max_tokens = _max_model_len(pool, config)

@@ -30,7 +30,10 @@ def load_transformer(specimen: Specimen, folder: Path) -> Any:
     if specimen.model_class == "T5EncoderModel":
         name = "T5EncoderModel"
     auto_class = getattr(transformers, name or "AutoModelForCausalLM")
-    return auto_class.from_pretrained(folder, dtype=torch.float32, local_files_only=True).eval()
+    options: dict[str, Any] = {"dtype": torch.float32, "local_files_only": True}
+    if specimen.kind == "decoder":  # another attention leaves Gemma 2's soft cap out
+        options["attn_implementation"] = "eager"
+    return auto_class.from_pretrained(folder, **options).eval()
 
 
 class Reference:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import Gemma2Config, Gemma2ForCausalLM
 
 from cocktail_serve.checkpoints.opening import open_pool
 from cocktail_serve.config import PoolConfig
@@ -66,6 +67,32 @@ def test_encoder_decoders_share_their_tables_after_a_swap(tmp_path: Path) -> Non
         model, expected = models.use(recipe), models.make(recipe)
         for (name, ours), theirs in zip(model.state_dict().items(), expected.state_dict().values(), strict=True):
             assert torch.equal(ours, theirs), name
+
+
+def test_attention_that_is_capped_is_capped(tmp_path: Path) -> None:
+    """As in vLLM; the attention that transformers takes by default leaves Gemma 2's soft cap out."""
+    config = Gemma2Config(
+        vocab_size=320, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=2, head_dim=32, max_position_embeddings=64, attn_logit_softcapping=0.5,
+        bos_token_id=1, eos_token_id=2, pad_token_id=0,
+    )  # fmt: skip
+    folder = make_decoder_pool(tmp_path, ())["base"]
+    torch.manual_seed(0)
+    model = Gemma2ForCausalLM(config)
+    for parameter in model.parameters():
+        parameter.data = torch.randn(parameter.shape)
+    (folder / "model.safetensors").unlink()
+    model.save_pretrained(folder)
+    pool, pool_config = opened({"base": folder}, "decoder", "vllm", tmp_path)
+    ids = torch.arange(5, 25)[None]
+    with torch.inference_mode():
+        ours = TransformersModels(pool, pool_config).use(make_recipe(pool, {"base": 1.0}, dtype="float32"))(ids).logits
+        eager, default = (
+            Gemma2ForCausalLM.from_pretrained(folder, attn_implementation=attention)(ids).logits
+            for attention in ("eager", "sdpa")
+        )
+    assert torch.allclose(ours, eager, atol=1e-4)
+    assert not torch.allclose(default, eager, atol=1e-2), "else this test says nothing"
 
 
 @pytest.mark.parametrize("kind", ["untied", "tied", "encoder-decoder"])
