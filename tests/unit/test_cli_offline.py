@@ -96,7 +96,7 @@ def test_an_array_of_rows_is_as_good_as_lines(config, examples, tmp_path, capsys
         json.loads(run(capsys, "weigh", config, "--pool", "ranker", "--examples", file, "--json")[1])["losses"]
         for file in (array, examples(PAIR_ROWS))
     ]
-    assert told[0] == told[1]
+    assert told[0] == pytest.approx(told[1], rel=1e-4)  # passes are cut as threads come free
 
 
 def test_the_decoders_losses_are_those_of_transformers(config, examples, capsys):
