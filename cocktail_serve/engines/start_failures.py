@@ -9,7 +9,7 @@ from dataclasses import dataclass
 BACKOFF_S = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 30.0)
 """Pauses before starts that follow failures in a row; the last one repeats."""
 
-REMEDY = "mend it and start the server again; `cocktail-serve doctor CONFIG` tells before whether it is mended"
+REMEDY = "mend it and start the server again; `cocktail-serve doctor CONFIG` checks what can be told without it"
 """What clears a failure that no other start would pass by."""
 
 _USAGE_EXIT = 2

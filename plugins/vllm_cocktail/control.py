@@ -13,6 +13,7 @@ from cocktail_serve.errors import CapacityError, ConfigError, EngineError, Inval
 from cocktail_serve.recipe import Recipe
 from vllm_cocktail.fence import Fence
 from vllm_cocktail.manifest import Manifest
+from vllm_cocktail.reload_check import TOLERANCE, Answer, ask
 
 if TYPE_CHECKING:
     from vllm.engine.protocol import EngineClient
@@ -66,12 +67,20 @@ class EngineControl:
     async def start(self) -> None:
         """Probes the workers, has them keep the experts, and opens the fence on what the engine started with.
 
+        Mixtures reach the engine through vLLM's reload, so the base does too, once, and must answer as before.
+
         Raises:
-            ConfigError: the worker extension is missing or refuses this engine; says what to start differently.
+            ConfigError: the worker extension is missing or refuses this engine; says what to start differently. Or a
+                reload makes another model of the base.
         """
         try:
             await self._on_all_ranks("cocktail_probe")
+            loaded = await ask(self.engine)
             await self._capture()
+            if self._mixing_path == "stream":
+                base = Recipe(self.manifest.base, ((self.manifest.base, 1.0),), self.manifest.dtype)
+                await self._swap(base, json.dumps(base.to_json()))
+            self._require_same(loaded, await ask(self.engine))
             probed = await self._on_all_ranks("cocktail_probe")
         except EngineError as error:
             raise ConfigError(f"vllm_cocktail: {error.message}") from error
@@ -145,6 +154,16 @@ class EngineControl:
             "model_dtype": probed["model_dtype"],
             "managed": self.fence.managed,
         }
+
+    def _require_same(self, loaded: Answer, reloaded: Answer) -> None:
+        """Raises ConfigError where the base, reloaded, is not the model that the engine was started with."""
+        moved = loaded.moved(reloaded)
+        if moved > TOLERANCE[self.manifest.dtype]:
+            raise ConfigError(
+                f"this build of vLLM reloads the base into another model: its log-probabilities moved by {moved:.3g} "
+                "nats, so every mixture would answer by other parameters than its own. Mix offline and serve the "
+                "folder: cocktail-serve mix ... --out"
+            )
 
     async def _capture(self) -> None:
         """Has all ranks keep their parts of the models, or none.

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
+from collections.abc import AsyncIterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -26,6 +28,7 @@ from cocktail_serve.recipe import Recipe, make_recipe, one_hot
 from vllm_cocktail.control import EngineControl
 from vllm_cocktail.fence import Fence
 from vllm_cocktail.manifest import Manifest
+from vllm_cocktail.reload_check import Answer
 
 
 def member(name: str, digit: str) -> Member:
@@ -42,7 +45,12 @@ class Engine:
     """Writes down what it is asked and answers as vLLM would; `failures` makes single calls raise or answer oddly."""
 
     def __init__(self, *, ranks: int = 1, multimodal: bool = False) -> None:
-        self.model_config = SimpleNamespace(is_multimodal_model=multimodal)
+        self.model_config = SimpleNamespace(
+            is_multimodal_model=multimodal, max_model_len=32, get_vocab_size=lambda: 320
+        )
+        self.moves = 0.0
+        """How far each mix moves all log-probabilities."""
+        self.num_mixes = 0
         self.calls: list[str] = []
         self.ranks = ranks
         self.resident = BASE.digest
@@ -67,12 +75,21 @@ class Engine:
             self.mixing.set()
             await self.go_on.wait()
             self.resident = Recipe.from_json(json.loads(args[0])).digest
+        if method in ("cocktail_mix", "cocktail_capture"):  # each goes through vLLM's reload
+            self.num_mixes += 1
         reply = {"ok": True, "error": None, "digest": self.resident, "source": "files"}
         if method == "cocktail_capture":
             reply["reason"] = "engine.expert_memory is 0"
         probed = {"cached": self.kept, "cached_bytes": 0, "model_dtype": "float32", "mixing_kernel": "compiled"}
         probed |= {"captured": [], "captured_bytes": 0}
         return self.replies.get(method) or [reply | probed for _ in range(self.ranks)]
+
+    async def generate(self, prompt: Any, params: Any, request_id: str) -> AsyncIterator[Any]:
+        self.calls.append("generate")
+        tokens = prompt["prompt_token_ids"][: params.max_tokens]
+        log_prob = SimpleNamespace(logprob=-1.0 + self.moves * self.num_mixes)
+        answer = SimpleNamespace(token_ids=tokens, logprobs=[{token: log_prob} for token in tokens])
+        yield SimpleNamespace(outputs=[answer])
 
     async def pause_generation(self, *, mode: str, clear_cache: bool) -> None:
         self._called(f"pause {mode}")
@@ -105,6 +122,7 @@ async def control_of(engine: Engine, *, managed: bool = True) -> EngineControl:
     control = EngineControl(engine, Fence(managed=managed), manifest)  # type: ignore[arg-type]  # what it uses of it
     await control.start()
     engine.calls.clear()
+    engine.mixing.clear()
     return control
 
 
@@ -279,8 +297,8 @@ async def test_a_poisoned_engine_is_never_mixed_again() -> None:
 
 async def test_a_caller_that_is_cancelled_leaves_the_mix_whole() -> None:
     engine = Engine()
-    engine.go_on.clear()
     control = await control_of(engine)
+    engine.go_on.clear()
     caller = asyncio.create_task(control.mix(RED, drain_s=0))
     await engine.mixing.wait()
     caller.cancel()
@@ -316,7 +334,7 @@ async def test_experts_are_captured_before_the_first_request() -> None:
     manifest = Manifest.of_pool(POOL, dtype="float32", cache_bytes=0, managed=True, expert_bytes=100)
     control = EngineControl(engine, Fence(managed=True), manifest)  # type: ignore[arg-type]  # what it uses of it
     await control.start()
-    assert engine.calls == ["cocktail_probe", "cocktail_capture", "cocktail_probe", "version"]
+    assert engine.calls == ["cocktail_probe", "generate", "cocktail_capture", "generate", "cocktail_probe", "version"]
     status = await control.status()
     assert (status["mixing_path"], status["streams_because"]) == ("in_place", None)
 
@@ -342,6 +360,37 @@ async def test_a_capture_that_fails_half_way_ends_the_start() -> None:
         await control_of(engine)
 
 
+@pytest.mark.parametrize("path", ["stream", "in_place"])
+async def test_an_engine_whose_reload_makes_another_model_of_the_base_is_refused(path: str) -> None:
+    """As vLLM 0.32 did with mixtures of experts on a CPU: without an error, and for every recipe from then on."""
+    engine = Engine()
+    engine.moves = 0.2
+    engine.replies["cocktail_capture"] = [captured("it is packed" if path == "stream" else None)]
+    with pytest.raises(ConfigError, match=r"another model: its log-probabilities moved by 0\.[24] nats"):
+        await control_of(engine)
+
+
+async def test_a_reload_that_only_rounds_is_none() -> None:
+    engine = Engine()
+    engine.moves = 1e-4
+    assert (await control_of(engine)).fence.resident == BASE.digest
+
+
+@pytest.mark.parametrize(
+    ("other", "moved"),
+    [
+        (Answer((5, 6, 7), (-1.0, -2.0, -3.0)), 0.0),
+        (Answer((5, 6, 7), (-1.0, -2.0, -3.5)), 0.5),
+        (Answer((5, 8, 9), (-1.0, -2.001, -9.0)), 0.001),  # a tie fell the other way, and what follows is another text
+        (Answer((5, 8, 9), (-1.0, -1.2, -9.0)), 0.8),
+        (Answer((5, 6, 7), (-1.0, math.nan, -3.0)), math.inf),
+    ],
+    ids=["same", "moved", "tie", "other token", "nan"],
+)
+def test_how_far_an_answer_moved(other: Answer, moved: float) -> None:
+    assert Answer((5, 6, 7), (-1.0, -2.0, -3.0)).moved(other) == pytest.approx(moved)
+
+
 async def test_workers_that_hold_something_else_than_the_fence_says_poison() -> None:
     engine = Engine()
     control = await control_of(engine)
@@ -352,8 +401,8 @@ async def test_workers_that_hold_something_else_than_the_fence_says_poison() -> 
 async def test_a_status_during_a_mix_is_no_contradiction() -> None:
     """The workers may already hold the next recipe while the fence is still closed on the last one."""
     engine = Engine()
-    engine.go_on.clear()
     control = await control_of(engine)
+    engine.go_on.clear()
     mixing = asyncio.create_task(control.mix(RED, drain_s=0))
     await engine.mixing.wait()
     engine.resident = RED.digest
