@@ -12,7 +12,7 @@ from cocktail_serve.digest import digest_of
 from cocktail_serve.errors import InvalidMixError
 from cocktail_serve.generation import GenerationSettings, mixed_settings
 from cocktail_serve.methods import SUM_TOLERANCE, Method, find_method
-from cocktail_serve.pool import BASE, Member, Pool
+from cocktail_serve.pool import BASE, Pool
 
 DType = Literal["float32", "float16", "bfloat16"]
 
@@ -142,9 +142,7 @@ def settings_of(recipe: Recipe, pool: Pool) -> GenerationSettings | None:
 
     Of two names of the same parameters, the first counts.
     """
-    members: dict[str, Member] = {}
-    for member in pool:
-        members.setdefault(member.fingerprint, member)
+    members = pool.by_fingerprint
     if not {recipe.base, *(fingerprint for fingerprint, _ in recipe.coefficients)} <= members.keys():
         return None
     if recipe.one_hot is not None:

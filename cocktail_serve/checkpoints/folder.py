@@ -109,9 +109,7 @@ def save_mixture(
 def describe(recipe: Recipe, pool: Pool) -> dict[str, Any]:
     """What `recipe.json` holds: the recipe, its digest, and the names its models have in the pool."""
     settings = settings_of(recipe, pool)
-    names: dict[str, str] = {}
-    for member in pool:
-        names.setdefault(member.fingerprint, member.name)  # of two names of the same parameters, the first
+    names = {fingerprint: member.name for fingerprint, member in pool.by_fingerprint.items()}
     described = {
         "digest": recipe.digest,
         "recipe": recipe.to_json(),
