@@ -147,7 +147,7 @@ class IncompatibleModelsError(ClientError):
 
 
 class NotFiniteError(ClientError):
-    """A mixture or a loss that is infinite or not a number; names the tensor or the example, and the models."""
+    """A mixture, a loss or an answer that is infinite or not a number; names the tensor or example, and the models."""
 
     code = "not_finite"
 

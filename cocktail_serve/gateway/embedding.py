@@ -9,7 +9,7 @@ import numpy as np
 import orjson
 
 from cocktail_serve.config import PoolConfig
-from cocktail_serve.errors import EngineError, InvalidRequestError
+from cocktail_serve.errors import InvalidRequestError, NotFiniteError
 from cocktail_serve.gateway.schemas.embeddings import MAX_INPUTS
 
 Inputs = list[str] | list[list[int]]
@@ -126,10 +126,13 @@ def encode_answer(
         encoding_format: base64 is of little-endian float32, as OpenAI's clients decode it.
 
     Raises:
-        EngineError: a vector is not finite, which JSON could not even say.
+        NotFiniteError: a vector is not, which JSON could not even say.
     """
     if not np.isfinite(vectors).all():
-        raise EngineError(f"model {model_id!r} gave embeddings that are not finite; its mixture is broken")
+        raise NotFiniteError(
+            f"model {model_id!r} gave embeddings that are not finite: what it computes of these texts is beyond the range "
+            "of engine.dtype; have it set to bfloat16 or float32, or take smaller merging_weights"
+        )
     rows = np.ascontiguousarray(vectors, dtype="<f4")
     # row by row: one call for all of them would keep every other thread waiting for the interpreter
     if encoding_format == "base64":

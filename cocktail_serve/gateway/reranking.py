@@ -12,7 +12,7 @@ import numpy as np
 import orjson
 
 from cocktail_serve.engines.base import Reranked
-from cocktail_serve.errors import EngineError, InvalidRequestError
+from cocktail_serve.errors import InvalidRequestError, NotFiniteError
 from cocktail_serve.gateway.schemas.reranking import MAX_DOCUMENTS
 
 
@@ -108,10 +108,13 @@ def encode_answer(
         as_voyage: the results are in `data` too, where Voyage's clients look for them.
 
     Raises:
-        EngineError: a score is not finite, which JSON could not even say.
+        NotFiniteError: a score is not, which JSON could not even say.
     """
     if not np.isfinite(reranked.scores).all():
-        raise EngineError(f"model {model_id!r} gave scores that are not finite; its mixture is broken")
+        raise NotFiniteError(
+            f"model {model_id!r} gave scores that are not finite: what it computes of these texts is beyond the range "
+            "of engine.dtype; have it set to bfloat16 or float32, or take smaller merging_weights"
+        )
     best_first = np.argsort(-reranked.scores, kind="stable")[: top_n or None].tolist()
 
     def results(document_of: Callable[[Document], Any]) -> list[dict[str, Any]]:

@@ -11,7 +11,7 @@ import orjson
 import pytest
 
 from cocktail_serve.config import PoolConfig
-from cocktail_serve.errors import EngineError, InvalidRequestError
+from cocktail_serve.errors import InvalidRequestError, NotFiniteError
 from cocktail_serve.gateway.embedding import check_inputs, dimensions_to_keep, encode_answer, prompt_of
 from cocktail_serve.gateway.truncation import truncation
 
@@ -133,5 +133,5 @@ def test_columns_of_a_larger_array_are_encoded_right() -> None:
 
 
 def test_vectors_that_are_not_finite_never_leave() -> None:
-    with pytest.raises(EngineError, match="not finite"):
+    with pytest.raises(NotFiniteError, match="not finite"):
         encode_answer(np.array([[np.nan, 1]], dtype=np.float32), model_id="bge", num_tokens=1, encoding_format="float")
