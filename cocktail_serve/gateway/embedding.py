@@ -130,7 +130,7 @@ def encode_answer(
     """
     if not np.isfinite(vectors).all():
         raise NotFiniteError(
-            f"model {model_id!r} gave embeddings that are not finite: what it computes of these texts is beyond the range "
+            f"model {model_id!r} gave embeddings that are not finite: what it computes of them is beyond the range "
             "of engine.dtype; have it set to bfloat16 or float32, or take smaller merging_weights"
         )
     rows = np.ascontiguousarray(vectors, dtype="<f4")

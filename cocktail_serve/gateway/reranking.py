@@ -112,7 +112,7 @@ def encode_answer(
     """
     if not np.isfinite(reranked.scores).all():
         raise NotFiniteError(
-            f"model {model_id!r} gave scores that are not finite: what it computes of these texts is beyond the range "
+            f"model {model_id!r} gave scores that are not finite: what it computes of them is beyond the range "
             "of engine.dtype; have it set to bfloat16 or float32, or take smaller merging_weights"
         )
     best_first = np.argsort(-reranked.scores, kind="stable")[: top_n or None].tolist()
