@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cocktail_serve.checkpoints import tokenizer
 from cocktail_serve.checkpoints.adapter import is_adapter, read_expert
 from cocktail_serve.checkpoints.chat_templates import DEFAULT, templates
 from cocktail_serve.checkpoints.layout import (
@@ -23,6 +22,7 @@ from cocktail_serve.checkpoints.model_config import is_declared, open_model_conf
 from cocktail_serve.checkpoints.reader import CheckpointReader, TensorInfo
 from cocktail_serve.checkpoints.special_tokens import TOKENIZER_CONFIG
 from cocktail_serve.checkpoints.text_files import read_pooling
+from cocktail_serve.checkpoints.tokenizer import FolderTokenizer, differences
 from cocktail_serve.errors import IncompatibleModelsError
 
 _MAX_LISTED = 5
@@ -112,7 +112,7 @@ class _Findings:
     warnings: list[Finding] = field(default_factory=list)
 
 
-def compare(base: Path, expert: Path) -> CompatibilityReport:
+def compare(base: Path, expert: Path, *, tokenizer: FolderTokenizer | None = None) -> CompatibilityReport:
     """Compares an expert with the base it should share architecture, initialisation and text processing with.
 
     Looks at configuration, tensor names, shapes and kinds, tokenizer and sentence-transformers modules, each by what it
@@ -120,9 +120,13 @@ def compare(base: Path, expert: Path) -> CompatibilityReport:
     by whether the architecture has them. An expert without tokenizer or `modules.json` is fine: the mixture uses the
     base's.
 
+    Args:
+        tokenizer: the base's, for who compares several experts with it: a large one takes seconds to load and to try.
+
     Raises:
         CheckpointError: one of the folders cannot be read as a checkpoint.
     """
+    tokenizer = tokenizer or FolderTokenizer(base)
     found = _Findings()
     # an adapter has no configuration of its own
     if is_adapter(expert) or _compare_configs(base, expert, found):
@@ -131,8 +135,8 @@ def compare(base: Path, expert: Path) -> CompatibilityReport:
             if isinstance(expert_reader, CheckpointReader):
                 found.warnings += _unread(base_reader, expert_reader)
                 found.problems += _compare_repeated(expert_reader)
-    _compare_tokenizers(base, expert, found)
-    found.problems += _compare_modules(base, expert)
+    _compare_tokenizers(tokenizer, FolderTokenizer(expert), found)
+    found.problems += _compare_modules(base, expert, tokenizer)
     if model_class(base).endswith("ForSequenceClassification"):
         _compare_templates(base, expert, found)
     return CompatibilityReport(Path(base), Path(expert), tuple(found.problems), tuple(found.warnings))
@@ -258,8 +262,8 @@ def _resize(num_tokens: Any) -> str:
     )
 
 
-def _compare_tokenizers(base: Path, expert: Path, found: _Findings) -> None:
-    for difference in tokenizer.differences(base, expert):
+def _compare_tokenizers(base: FolderTokenizer, expert: FolderTokenizer, found: _Findings) -> None:
+    for difference in differences(base, expert):
         fix = (
             "all texts that were tried are cut alike; the mixture has the base's"
             if difference.is_harmless
@@ -291,7 +295,7 @@ def _compare_templates(base: Path, expert: Path, found: _Findings) -> None:
     found.problems.append(Finding("chat template", said, others_said, fix))
 
 
-def _compare_modules(base: Path, expert: Path) -> Iterator[Finding]:
+def _compare_modules(base: Path, expert: Path, tokenizer: FolderTokenizer) -> Iterator[Finding]:
     mine, theirs = read_modules(base), read_modules(expert)
     if not mine or not theirs:
         return
@@ -320,15 +324,15 @@ def _compare_modules(base: Path, expert: Path) -> Iterator[Finding]:
                     "embeddings of different pooling cannot be mixed",
                 )
         elif module.type == "Transformer":
-            yield from _compare_case(base, expert)
+            yield from _compare_case(base, expert, tokenizer)
         else:
             yield from _compare_settings(base, module, expert, other)
 
 
-def _compare_case(base: Path, expert: Path) -> Iterator[Finding]:
+def _compare_case(base: Path, expert: Path, tokenizer: FolderTokenizer) -> Iterator[Finding]:
     """Of lower-casing by sentence-transformers, which says nothing where the tokenizer lower-cases by itself."""
     mine, theirs = (_lower_cases(folder) for folder in (base, expert))
-    if mine != theirs and not tokenizer.ignores_case(base):
+    if mine != theirs and not tokenizer.ignores_case:
         yield Finding(
             "sentence_bert_config.json do_lower_case",
             repr(mine),

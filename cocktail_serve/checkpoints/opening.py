@@ -17,6 +17,7 @@ from cocktail_serve.checkpoints.generation_options import read_options
 from cocktail_serve.checkpoints.layout import generates, model_class, read_config, read_library_class, read_modules
 from cocktail_serve.checkpoints.reader import CheckpointReader
 from cocktail_serve.checkpoints.text_files import text_digest
+from cocktail_serve.checkpoints.tokenizer import FolderTokenizer
 from cocktail_serve.config import PoolConfig, Source
 from cocktail_serve.errors import CheckpointError, IncompatibleModelsError
 from cocktail_serve.generation import GenerationOptions
@@ -57,11 +58,12 @@ def open_pool(config: PoolConfig, *, cache_dir: Path, progress: Callable[[str, i
     _check_kind(base, config.kind)
     for folder in folders.values():
         _check_library_class(folder, config.kind)
+    tokenizer = FolderTokenizer(base)
     warnings = [
         warning
         for name, folder in folders.items()
         if name != BASE
-        for warning in _check_fits(config.id, base, name, folder)
+        for warning in _check_fits(config.id, base, name, folder, tokenizer)
     ]
     with _named(config.id, BASE):
         first = _member(BASE, folders.pop(BASE), cache_dir, progress)
@@ -89,7 +91,7 @@ def open_expert(pool: Pool, name: str, folder: Path, *, cache_dir: Path) -> Memb
         IncompatibleModelsError: it cannot be mixed with the base; names the tensor or setting.
     """
     _check_library_class(folder, pool.kind)
-    _check_fits(pool.id, pool.base.path, name, folder)
+    _check_fits(pool.id, pool.base.path, name, folder, FolderTokenizer(pool.base.path))
     with _named(pool.id, name):
         member = _expert(name, folder, pool.base, cache_dir, None)
     return _called(member, pool.base, pool.generation_options) if pool.kind == "decoder" else member
@@ -112,10 +114,10 @@ def _called(member: Member, base: Member, options: GenerationOptions) -> Member:
     return replace(member, generation=read_settings(member.path, base.path, options=options))
 
 
-def _check_fits(pool_id: str, base: Path, name: str, folder: Path) -> list[str]:
+def _check_fits(pool_id: str, base: Path, name: str, folder: Path, tokenizer: FolderTokenizer) -> list[str]:
     """What should be looked at, and is logged, where nothing stands in the way."""
     try:
-        report = compare(base, folder)
+        report = compare(base, folder, tokenizer=tokenizer)
         report.raise_if_incompatible()
     except IncompatibleModelsError as error:
         raise IncompatibleModelsError(f"pool {pool_id!r}, expert {name!r}: {error.message}") from error

@@ -7,6 +7,7 @@ import json
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -99,22 +100,97 @@ class Difference:
     is_harmless: bool = False
 
 
-def read_tokenization(folder: Path) -> Tokenization | None:
-    """The tokenizer of a model folder, or None where it has none.
+class FolderTokenizer:
+    """The tokenizer of a model folder, read, loaded and tried as far as it is asked about, each once.
 
-    Raises:
-        CheckpointError: there is one and it cannot be read.
+    All attributes raise CheckpointError where the tokenizer cannot be read.
     """
-    root = model_folder(folder)
-    if (root / "tokenizer.json").is_file():
-        return _from_tokenizer_json(read_json(root / "tokenizer.json"), root / "tokenizer.json")
-    if not any((root / name).is_file() for name in _VOCABULARIES):
-        return None
-    return _as_loaded(_load(root), root)
+
+    def __init__(self, folder: Path) -> None:
+        self.root = model_folder(folder)
+
+    @cached_property
+    def written(self) -> Tokenization | None:
+        """What its files say; None where there is no tokenizer."""
+        if self._file.is_file():
+            return _from_tokenizer_json(read_json(self._file), self._file)
+        return self.as_loaded if any((self.root / name).is_file() for name in _VOCABULARIES) else None
+
+    @cached_property
+    def settings(self) -> dict[str, Any]:
+        """What of `tokenizer_config.json` may change how text is cut: the library builds some pipelines from it."""
+        path = self.root / "tokenizer_config.json"
+        if not path.is_file():
+            return {}
+        settings = {
+            key: value for key, value in read_json(path).items() if key not in _SAYS_NOTHING and value is not None
+        }
+        if self._file.is_file():
+            settings.pop("added_tokens_decoder", None)  # tokenizer.json holds them too
+        return settings
+
+    @cached_property
+    def as_loaded(self) -> Tokenization:
+        """What the library makes of the files."""
+        backend = getattr(self._loaded, "backend_tokenizer", None)
+        if backend is None:  # of Python or sentencepiece: nothing to look into but the texts it cuts
+            return Tokenization(vocab=dict(self._loaded.get_vocab()), pipeline={})
+        return _from_tokenizer_json(json.loads(backend.to_str()), self.root)
+
+    @cached_property
+    def corpus(self) -> list[tuple[str, list[int]]]:
+        """Texts, with every token of the vocabulary in one of them, and the ids that they are cut into."""
+        texts = [*_TEXTS, *_texts_of(self._loaded)]
+        return list(zip(texts, self.ids(texts), strict=True))
+
+    def ids(self, texts: Sequence[str], *, add_special_tokens: bool = False) -> list[list[int]]:
+        """What the texts are cut into."""
+        try:
+            ids: list[list[int]] = self._loaded(list(texts), add_special_tokens=add_special_tokens, verbose=False)[
+                "input_ids"
+            ]
+        except Exception as error:  # settings of a kind that only cutting a text finds wrong
+            raise CheckpointError(
+                f"{self.root}: the tokenizer cannot cut a text: {type(error).__name__}: {error}; look at its "
+                "tokenizer_config.json"
+            ) from error
+        return ids
+
+    @property
+    def ignores_case(self) -> bool:
+        """Whether it cuts an English text as it cuts the same text in lower case."""
+        text = "The Quick Brown Fox Jumps OVER the Lazy Dog"
+        whole, lower = self.ids([text, text.lower()])
+        return whole == lower
+
+    def has_same_file(self, other: FolderTokenizer) -> bool:
+        """Whether both folders hold the same `tokenizer.json`, byte for byte, as fine-tuned models usually do."""
+        return self._file.is_file() and other._file.is_file() and filecmp.cmp(self._file, other._file, shallow=False)
+
+    @property
+    def has_file(self) -> bool:
+        """Whether the folder has a `tokenizer.json`."""
+        return self._file.is_file()
+
+    @property
+    def _file(self) -> Path:
+        return self.root / "tokenizer.json"
+
+    @cached_property
+    def _loaded(self) -> PreTrainedTokenizerBase:
+        with library_loading:
+            from transformers import AutoTokenizer
+
+            try:
+                return AutoTokenizer.from_pretrained(self.root, trust_remote_code=False, local_files_only=True)
+            except Exception as error:  # each tokenizer class has errors of its own
+                raise CheckpointError(
+                    f"{self.root}: transformers cannot read the tokenizer: {type(error).__name__}: {error}"
+                ) from error
 
 
-def differences(base: Path, expert: Path) -> Iterator[Difference]:
-    """How the tokenizers of two model folders differ; nothing where one of them has none.
+def differences(base: FolderTokenizer, expert: FolderTokenizer) -> Iterator[Difference]:
+    """How two tokenizers differ; nothing where one of the folders has none.
 
     Files that say the same are not loaded. What is written differently is loaded as an engine loads it, and compared
     by parts and by the ids of a corpus of texts, which holds every token of the vocabulary.
@@ -122,49 +198,24 @@ def differences(base: Path, expert: Path) -> Iterator[Difference]:
     Raises:
         CheckpointError: a tokenizer cannot be read.
     """
-    if _is_same_file(base, expert) and _settings(base) == _settings(expert):
+    is_set_alike = base.settings == expert.settings
+    if is_set_alike and base.has_same_file(expert):
         return
-    mine, theirs = read_tokenization(base), read_tokenization(expert)
-    if mine is None or theirs is None:
+    mine, theirs = base.written, expert.written
+    if mine is None or theirs is None or (is_set_alike and mine == theirs):
         return
-    if mine == theirs and _settings(base) == _settings(expert):
-        return
-    roots = model_folder(base), model_folder(expert)
-    one, other = (_load(root) for root in roots)
-    if not all((root / "tokenizer.json").is_file() for root in roots):
-        mine, theirs = _as_loaded(one, roots[0]), _as_loaded(other, roots[1])
+    if not (base.has_file and expert.has_file):
+        mine, theirs = base.as_loaded, expert.as_loaded
     if (shifted := _first_shifted(mine, theirs)) is not None:
         yield shifted
         return
-    yield from _compare_loaded(one, other, mine, theirs, roots)
-
-
-def ignores_case(folder: Path) -> bool:
-    """Whether the tokenizer of a model folder cuts an English text as it cuts the same text in lower case.
-
-    Raises:
-        CheckpointError: it cannot be read.
-    """
-    text = "The Quick Brown Fox Jumps OVER the Lazy Dog"
-    whole, lower = _ids(_load(model_folder(folder)), [text, text.lower()])
-    return whole == lower
-
-
-def _compare_loaded(
-    one: PreTrainedTokenizerBase,
-    other: PreTrainedTokenizerBase,
-    mine: Tokenization,
-    theirs: Tokenization,
-    roots: tuple[Path, Path],
-) -> Iterator[Difference]:
-    loaded, others = _as_loaded(one, roots[0]).pipeline, _as_loaded(other, roots[1]).pipeline
+    loaded, others = base.as_loaded.pipeline, expert.as_loaded.pipeline
     changed = [part for part in loaded if not _is_same(part, loaded[part], others.get(part))]
     for part in ("merges", "scores"):  # a rare merge may be in no text that is tried
         if part in changed:
             yield Difference(part, _short(loaded[part]), _short(others.get(part)))
             return
-    texts = [*_TEXTS, *_texts_of(one)]
-    for text, ids, other_ids in zip(texts, _ids(one, texts), _ids(other, texts), strict=True):
+    for (text, ids), other_ids in zip(base.corpus, expert.ids([text for text, _ in base.corpus]), strict=True):
         if ids != other_ids:
             # the part that the files write differently, where one does, tells more than the text
             written = [part for part in mine.pipeline if not _is_same(part, mine.pipeline[part], theirs.pipeline[part])]
@@ -178,13 +229,15 @@ def _compare_loaded(
     for part in changed:
         if part != "post_processor":  # which cuts nothing
             yield Difference(part, _short(loaded[part]), _short(others.get(part)), is_harmless=True)
-    around, others_around = (tokenizer("a")["input_ids"] for tokenizer in (one, other))
+    (around,), (others_around,) = (each.ids(["a"], add_special_tokens=True) for each in (base, expert))
     if around != others_around:
         yield Difference("special tokens around a text", str(around), str(others_around), is_harmless=True)
 
 
 def _first_shifted(mine: Tokenization, theirs: Tokenization) -> Difference | None:
     """One token that has another id; one usually means that thousands have."""
+    if mine.vocab == theirs.vocab:
+        return None
     for token in sorted(mine.vocab.keys() | theirs.vocab.keys()):
         if mine.vocab.get(token) != theirs.vocab.get(token):
             return Difference(f"id of {token!r}", str(mine.vocab.get(token)), str(theirs.vocab.get(token)))
@@ -197,42 +250,6 @@ def _is_same(part: str, mine: Any, theirs: Any) -> bool:
             abs(a - b) <= SCORE_TOLERANCE for a, b in zip(mine, theirs, strict=True)
         )
     return bool(mine == theirs)
-
-
-def _is_same_file(one: Path, other: Path) -> bool:
-    """Whether both folders hold the same `tokenizer.json`, byte for byte, as fine-tuned models usually do."""
-    mine, theirs = (model_folder(folder) / "tokenizer.json" for folder in (one, other))
-    return mine.is_file() and theirs.is_file() and filecmp.cmp(mine, theirs, shallow=False)
-
-
-def _settings(folder: Path) -> dict[str, Any]:
-    """What of `tokenizer_config.json` may change how text is cut: the library builds some pipelines from it."""
-    path = model_folder(folder) / "tokenizer_config.json"
-    if not path.is_file():
-        return {}
-    settings = {key: value for key, value in read_json(path).items() if key not in _SAYS_NOTHING and value is not None}
-    if (model_folder(folder) / "tokenizer.json").is_file():
-        settings.pop("added_tokens_decoder", None)  # tokenizer.json holds them too
-    return settings
-
-
-def _load(root: Path) -> PreTrainedTokenizerBase:
-    with library_loading:
-        from transformers import AutoTokenizer
-
-        try:
-            return AutoTokenizer.from_pretrained(root, trust_remote_code=False, local_files_only=True)
-        except Exception as error:  # each tokenizer class has errors of its own
-            raise CheckpointError(
-                f"{root}: transformers cannot read the tokenizer: {type(error).__name__}: {error}"
-            ) from error
-
-
-def _as_loaded(tokenizer: PreTrainedTokenizerBase, root: Path) -> Tokenization:
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None:  # of Python or sentencepiece: nothing to look into but the texts it cuts
-        return Tokenization(vocab=dict(tokenizer.get_vocab()), pipeline={})
-    return _from_tokenizer_json(json.loads(backend.to_str()), root)
 
 
 def _from_tokenizer_json(content: Mapping[str, Any], path: Path) -> Tokenization:
@@ -272,17 +289,6 @@ def _texts_of(tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
     for begin in range(0, len(tokens), _TOKENS_PER_TEXT):
         yield tokenizer.convert_tokens_to_string(tokens[begin : begin + _TOKENS_PER_TEXT])
     yield " ".join(sorted(special))
-
-
-def _ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
-    try:
-        ids: list[list[int]] = tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
-    except Exception as error:  # settings of a kind that only cutting a text finds wrong
-        raise CheckpointError(
-            f"{tokenizer.name_or_path}: the tokenizer cannot cut a text: {type(error).__name__}: {error}; look at its "
-            "tokenizer_config.json"
-        ) from error
-    return ids
 
 
 def _short(value: Any) -> str:

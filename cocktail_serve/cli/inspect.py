@@ -80,13 +80,13 @@ def _describe(folder: Path, report: OnProgress, *, base: Path | None = None) -> 
     from cocktail_serve.checkpoints.generation_files import read_settings
     from cocktail_serve.checkpoints.layout import generates, model_class, read_modules
     from cocktail_serve.checkpoints.reader import CheckpointReader
-    from cocktail_serve.checkpoints.tokenizer import read_tokenization
+    from cocktail_serve.checkpoints.tokenizer import FolderTokenizer
 
     with CheckpointReader(folder) as reader:
         fingerprint = identify(
             reader, progress=lambda done, total: report(f"reading {folder}", done, total, is_bytes=True)
         ).fingerprint
-        tokenization = read_tokenization(folder)
+        tokenization = FolderTokenizer(folder).written
         return {
             "folder": str(folder),
             "architectures": [named] if (named := model_class(folder)) else [],

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from cocktail_serve.checkpoints.text_files import read_pooling, text_digest
-from cocktail_serve.checkpoints.tokenizer import read_tokenization
+from cocktail_serve.checkpoints.tokenizer import FolderTokenizer
 from cocktail_serve.errors import CheckpointError
 
 Folders = dict[str, Path]
@@ -87,14 +87,14 @@ def test_what_is_no_json_value_counts_by_its_bytes(decoders: Folders, copy: Copy
 def test_a_slow_tokenizer_is_read_by_transformers(encoders: Folders, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert"}))
     (tmp_path / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a"]))
-    found = read_tokenization(tmp_path)
+    found = FolderTokenizer(tmp_path).written
     assert found is not None
     assert found.vocab["a"] == 5
 
 
 def test_no_tokenizer(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
-    assert read_tokenization(tmp_path) is None
+    assert FolderTokenizer(tmp_path).written is None
 
 
 @pytest.mark.parametrize(

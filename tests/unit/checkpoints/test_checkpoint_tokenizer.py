@@ -12,7 +12,8 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer
 
-from cocktail_serve.checkpoints.tokenizer import SCORE_TOLERANCE, Difference, differences
+from cocktail_serve.checkpoints import tokenizer
+from cocktail_serve.checkpoints.tokenizer import SCORE_TOLERANCE, Difference, FolderTokenizer
 
 CORPUS = ["the quick brown fox jumps over the lazy dog", "what is the capital of france", "0 1 2 3 4 5 6 7 8 9"] * 3
 
@@ -54,6 +55,10 @@ def rewritten(source: Path, folder: Path, change: Callable[[dict[str, Any]], Non
     path = folder / "tokenizer_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | settings))
     return folder
+
+
+def differences(base: Path, expert: Path) -> list[Difference]:
+    return list(tokenizer.differences(FolderTokenizer(base), FolderTokenizer(expert)))
 
 
 def unlike(base: Path, expert: Path) -> list[Difference]:
