@@ -61,7 +61,7 @@ class ClientError(CocktailError):
 
 
 class InvalidRequestError(ClientError):
-    """A malformed or unfit request."""
+    """A malformed or unfit request; `param` names the field."""
 
 
 class InvalidExamplesError(InvalidRequestError):
@@ -212,7 +212,7 @@ class QuotaExceededError(CapacityError):
 
 
 class ServerError(CocktailError):
-    """Nothing the caller can change."""
+    """Nothing the caller can change; the server's log has the details."""
 
 
 class EngineError(ServerError):
