@@ -129,7 +129,8 @@ class PayloadTooLargeError(ClientError):
 
 
 class CheckpointError(ClientError):
-    """A checkpoint that cannot be read: truncated, corrupt, pickled with code, quantised, a shard missing."""
+    """A checkpoint that cannot be read (truncated, corrupt, pickled with code, quantised, a shard missing), or holds
+    NaN or infinity."""
 
     code = "invalid_checkpoint"
 
