@@ -61,7 +61,7 @@ class ClientError(CocktailError):
 
 
 class InvalidRequestError(ClientError):
-    """A malformed or unfit request."""
+    """A malformed or unfit request; `param` names the field."""
 
 
 class InvalidExamplesError(InvalidRequestError):
@@ -129,7 +129,8 @@ class PayloadTooLargeError(ClientError):
 
 
 class CheckpointError(ClientError):
-    """A checkpoint that cannot be read: truncated, corrupt, pickled with code, quantised, a shard missing."""
+    """A checkpoint that cannot be read (truncated, corrupt, pickled with code, quantised, a shard missing), or holds
+    NaN or infinity."""
 
     code = "invalid_checkpoint"
 
@@ -212,7 +213,7 @@ class QuotaExceededError(CapacityError):
 
 
 class ServerError(CocktailError):
-    """Nothing the caller can change."""
+    """Nothing the caller can change; the server's log has the details."""
 
 
 class EngineError(ServerError):

@@ -70,7 +70,7 @@ def _check_weight(row: Mapping[str, Any], number: int) -> None:
     weight = row.get("weight")
     if weight is not None and weight != 1:
         raise InvalidExamplesError(
-            f"'weight' is {weight!r}, and all examples count the same; leave out one of the two", row=number
+            f"'weight' is {weight!r}, and all examples count the same: leave out the weight, or the row", row=number
         )
 
 

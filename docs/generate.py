@@ -167,15 +167,15 @@ def http_page() -> str:
     parts += _body_rows(JobBody)
     for title, body in (("a rerank request", RerankRequest), ("an embedding request", EmbeddingRequest)):
         parts.append(
-            f"\n## Body of {title}\n\nWhat other servers' clients send is taken where it means what is done here; a "
-            "field that would change the answer is refused by name, as is one that nobody documents. null is as good "
-            "as absent.\n\n| field | meaning |\n|---|---|\n"
+            f"\n## Body of {title}\n\nFields of other servers' clients are accepted where they ask for what is done here; "
+            "one that would change the answer is refused by name, as is one that is not listed. A field that is null "
+            "is as good as absent.\n\n| field | meaning |\n|---|---|\n"
         )
         parts += _body_rows(body)
     parts.append(
         "\n## Fields of chat and completion requests\n\nBodies go to vLLM's own OpenAI server. "
-        "These fields are decided here; all others are passed on as they are. What is completed with which model's "
-        "defaults: [how a model is called](../explanation/generation.md).\n\n"
+        "These fields are decided here; all others are passed on as they are. Which model's defaults complete a request: "
+        "[generation settings](../explanation/generation.md).\n\n"
         "| field | action | why |\n|---|---|---|\n"
     )
     for rule in FIELD_POLICY:
@@ -318,7 +318,8 @@ def errors_page() -> str:
         NOTE,
         '# Errors\n\nEvery error body is `{"error": {"message", "type", "param", "code"}}`. 429 and 503 carry '
         "`Retry-After`; a 409 that no retry can cure carries `x-should-retry: false`. An error after a stream has "
-        "begun is sent as one `data:` event with that body, and the stream ends without `[DONE]`.\n\n"
+        "begun is sent as one `data:` event with that body, and the stream ends without `[DONE]`. A path that is not "
+        "served is 404 `route_not_found`, a method 405 `method_not_allowed`.\n\n"
         "| error | status | type | code | when |\n|---|---|---|---|---|\n",
     ]
     for cls in _subclasses(CocktailError):
@@ -337,9 +338,10 @@ def exact_codes() -> list[str]:
 
 
 def _subclasses(cls: type[CocktailError]) -> Sequence[type[CocktailError]]:
-    """Concrete classes of errors.py in the order they are written there."""
+    """The classes of errors.py that are raised themselves, in the order they are written there."""
     found = [value for value in vars(errors).values() if inspect.isclass(value) and issubclass(value, cls)]
-    return [error for error in found if not error.__subclasses__()]
+    raised = {errors.InvalidRequestError, errors.ServerError}
+    return [error for error in found if error in raised or not error.__subclasses__()]
 
 
 def main() -> None:

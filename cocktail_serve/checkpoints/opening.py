@@ -40,6 +40,8 @@ _OTHER_CLASSES = {
 }
 """What other classes of sentence-transformers do, and what to do about one."""
 
+_UNKNOWN_CLASS = ("another kind of model", _NOT_SERVED)
+
 
 def open_pool(config: PoolConfig, *, cache_dir: Path, progress: Callable[[str, int, int], None] | None = None) -> Pool:
     """Finds the pool's models, checks that they can be mixed, and names each by its content. Blocks.
@@ -212,13 +214,26 @@ def _download(source: Source) -> Path:
         ) from error
 
 
+def unserved_class(folder: Path) -> str | None:
+    """Why no kind of pool takes what sentence-transformers saved there; None where one may.
+
+    Raises:
+        CheckpointError: a file that says what it is cannot be read.
+    """
+    found = read_library_class(folder)
+    if found is None or found in _LIBRARY_CLASSES.values():
+        return None
+    what, advice = _OTHER_CLASSES.get(found, _UNKNOWN_CLASS)
+    return f"a {found} of sentence-transformers, {what}: {advice}"
+
+
 def _check_library_class(folder: Path, kind: Kind) -> None:
     """Refuses models of sentence-transformers that it would load as another kind after dropping what they are."""
     wanted = _LIBRARY_CLASSES.get(kind)
     found = read_library_class(folder) if wanted else None
     if found in (None, wanted):
         return
-    what, advice = _OTHER_CLASSES.get(found, ("another kind of model", "see the pool's 'kind'"))
+    what, advice = _OTHER_CLASSES.get(found, _UNKNOWN_CLASS)
     raise CheckpointError(
         f"{folder} is a {found} of sentence-transformers, {what}; a pool of kind {kind} serves a {wanted}: {advice}"
     )

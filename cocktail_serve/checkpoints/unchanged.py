@@ -98,6 +98,6 @@ def _difference(member: Member, reader: CheckpointReader | AdapterReader, base: 
 def _changed(member: Member, difference: str) -> ModelChangedError:
     return ModelChangedError(
         f"the files of {member.name!r} are not what they were: {difference}; put the old ones back into {member.path}, "
-        "or start the server again, which fingerprints the new ones (an expert that was added while it ran: delete it "
-        "and add it again)"
+        "or have the new ones fingerprinted: start the server again, plain vLLM with a manifest that is written again; "
+        "an expert that was added while the server ran is deleted and added again"
     )

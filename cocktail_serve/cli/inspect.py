@@ -153,11 +153,14 @@ def _num_parameters(reader: CheckpointReader) -> int:
 def _blockers(folder: Path, *, has_tokenizer: bool) -> Iterator[str]:
     """What stands in the way of serving the folder as a pool's base; what makes it no checkpoint at all raises."""
     from cocktail_serve.checkpoints.model_config import load_model_config
+    from cocktail_serve.checkpoints.opening import unserved_class
 
     try:
         load_model_config(folder)
     except CheckpointError as error:
         yield error.message
+    if unserved := unserved_class(folder):
+        yield unserved
     if not has_tokenizer:
         yield "no tokenizer.json: it can be an expert, which uses the base's, and no base"
 
@@ -202,16 +205,18 @@ def _generation_rows(generation: dict[str, Any]) -> Iterator[tuple[str, str]]:
     yield "end tokens", ", ".join(map(str, generation["stop_token_ids"])) or "none"
     sampling = ", ".join(f"{name} {value:g}" for name, value in generation["sampling"].items())
     yield "sampling", sampling or "no defaults"
-    yield "chat template", (generation["chat_template"] or "none")[:12]
+    template = generation["chat_template"]
+    yield "chat template", f"digest {template[:12]}" if template else "none"
 
 
 def _show_mixed_generation(mixed: dict[str, Any], alone: list[dict[str, Any]]) -> None:
     console = stdout()
     if all(generation == mixed for generation in alone):
-        console.print("they are called alike, and so is their mixture", style="green")
+        same = "end tokens, sampling defaults and chat template are the same, and so are their mixture's"
+        console.print(same, style="green")
         return
     table = Table(
-        title="they are called differently; a mixture of them takes:",
+        title="end tokens, sampling defaults or chat template differ; a mixture of the two takes:",
         title_justify="left",
         show_header=False,
         box=None,
@@ -255,6 +260,8 @@ def _show(
             console.print(f"  - {finding}", markup=False)
         return
     console.print("they can be mixed", style="green")
+    if compatibility.warnings:
+        console.print("warnings:", style="yellow")
     for finding in compatibility.warnings:
         console.print(f"  - {finding}", markup=False)
     if mixed is not None:

@@ -121,7 +121,9 @@ class Launcher:
             lines = checked.stderr.splitlines()
             reason = reason_in(lines) or f"its process ended with code {checked.returncode}: {' '.join(lines[-1:])}"
         if reason is not None:
-            raise ConfigError(f"vLLM does not start on {self._base.path}: {reason}")
+            raise ConfigError(
+                f"vLLM does not start on {self._base.path}: {reason}; mend the pool's 'engine' section, or its base"
+            )
 
     def _manifest_of(self, pool: Pool) -> Manifest:
         return Manifest.of_pool(

@@ -84,8 +84,8 @@ def prompt_of(name: str | None, pool: PoolConfig, inputs: Inputs, *, param: str 
     if name not in pool.prompts:
         known = ", ".join(sorted(pool.prompts)) or "none"
         raise InvalidRequestError(
-            f"pool {pool.id!r} has no prompt {name!r}; it has: {known}. Where such inputs have none, its operator can "
-            f"say so with an empty one",
+            f"pool {pool.id!r} has no prompt {name!r}; it has: {known}. If such inputs need none, its operator can add "
+            f"an empty one of that name to the pool's 'prompts'",
             param=param,
         )
     if not isinstance(inputs[0], str):

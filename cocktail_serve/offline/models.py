@@ -5,16 +5,18 @@ from __future__ import annotations
 import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from cocktail_serve.checkpoints.layout import model_class, model_folder
 from cocktail_serve.checkpoints.mixture import Mixture, iter_mixture
-from cocktail_serve.checkpoints.model_config import load_model_config
 from cocktail_serve.config import PoolConfig
 from cocktail_serve.errors import CheckpointError, EngineError
 from cocktail_serve.pool import Pool
 from cocktail_serve.recipe import DType, Recipe
 from cocktail_serve.scoring.tokenizer import load_fast_tokenizer, load_tokenizer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 
 def dtype_of(pool: Pool, config: PoolConfig) -> DType:
@@ -57,7 +59,7 @@ class TransformersModels:
                 self._config._attn_implementation = "eager"
             with torch.device("meta"):
                 self._class = type(_auto_class(pool).from_config(self._config))
-        self.max_tokens = _max_model_len(pool, config)
+        self.max_tokens = _max_model_len(self._config, config)
         if self.max_tokens is None and pool.kind != "encoder_decoder":
             raise CheckpointError(f"{folder} does not say its context length; set engine.max_model_len")
 
@@ -165,11 +167,12 @@ def _auto_class(pool: Pool) -> Any:
     return AutoModelForSeq2SeqLM if pool.kind == "encoder_decoder" else AutoModelForCausalLM
 
 
-def _max_model_len(pool: Pool, config: PoolConfig) -> int | None:
+def _max_model_len(model_config: PreTrainedConfig, config: PoolConfig) -> int | None:
     configured: int | None = getattr(config.engine, "max_model_len", None)
     if configured is not None:
         return configured
-    own = load_model_config(pool.base.path).get("max_position_embeddings")
+    # an attribute, not a key of the file: GPT-2's is `n_positions`, and Gemma 3's is in its `text_config`
+    own = getattr(model_config.get_text_config(), "max_position_embeddings", None)
     return own if isinstance(own, int) else None
 
 

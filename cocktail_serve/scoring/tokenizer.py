@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -48,4 +49,4 @@ def load_tokenizer(folder: Path) -> Any:
 
 
 def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0]
+    return re.sub(r":\s*$", ": ...", str(error).strip().partition("\n")[0])

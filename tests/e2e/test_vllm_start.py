@@ -163,4 +163,6 @@ async def test_doctor_and_the_start_agree(tmp_path: Path, broken: Callable[[Worl
 def test_doctor_asks_vllm(tmp_path: Path) -> None:
     world = World(tmp_path)
     unknown_argument(world)
-    assert f"vLLM does not start on {world.base}: unrecognized arguments: --no-such-flag" in problems(world.write())
+    found = problems(world.write())
+    assert f"vLLM does not start on {world.base}: unrecognized arguments: --no-such-flag" in found
+    assert "mend the pool's 'engine' section" in found

@@ -108,6 +108,27 @@ def test_an_expert_without_tokenizer_cannot_be_a_base(tmp_path, capsys):
     assert "can be served  no: no tokenizer.json" in out
 
 
+def test_what_no_pool_takes_is_said(tmp_path, capsys):
+    folder = make_encoder_pool(tmp_path, ())["base"]
+    assert json.loads(run(capsys, "inspect", folder, "--json")[1])["models"][0]["blockers"] == []
+    path = folder / "config_sentence_transformers.json"
+    path.write_text(json.dumps({"model_type": "SparseEncoder"}))
+    (blocker,) = json.loads(run(capsys, "inspect", folder, "--json")[1])["models"][0]["blockers"]
+    assert blocker.startswith("a SparseEncoder of sentence-transformers, which makes a weight per word")
+
+
+def test_warnings_are_told_from_what_follows(pool, tmp_path, capsys):
+    expert = make_decoder(tmp_path / "expert", perturbation_seed=1)
+    config = json.loads((expert / "config.json").read_text())
+    (expert / "config.json").write_text(json.dumps(config | {"unsloth_version": "2026.1"}))
+    _, out, _ = run(capsys, "inspect", pool["base"], expert)
+    lines = out.splitlines()
+    told = lines.index("they can be mixed")
+    assert lines[told + 1] == "warnings:"
+    assert "unsloth_version" in lines[told + 2]
+    assert "warnings:" not in run(capsys, "inspect", pool["base"], pool["nq"])[1]
+
+
 def test_what_is_no_model_is_bad_input(tmp_path, capsys):
     code, out, err = run(capsys, "inspect", tmp_path)
     assert (code, out) == (2, "")
@@ -167,11 +188,11 @@ def test_how_models_are_called_is_shown(tmp_path, capsys):
     }
     _, out, _ = run(capsys, "inspect", base, chat)
     lines = [" ".join(line.split()) for line in out.splitlines()]
-    assert "they are called differently; a mixture of them takes:" in lines
+    assert "end tokens, sampling defaults or chat template differ; a mixture of the two takes:" in lines
     assert lines.count("end tokens 3, 4") == 1
     assert lines.count("end tokens 2, 3, 4") == 1
     assert lines.count("sampling temperature 0.5") == 2
-    assert "they are called alike, and so is their mixture" in run(capsys, "inspect", base, base)[1]
+    assert "end tokens, sampling defaults and chat template are the same" in run(capsys, "inspect", base, base)[1]
 
 
 def test_encoders_are_not_called(tmp_path, capsys):

@@ -87,7 +87,8 @@ class CocktailView(BaseModel):
     candidates: list[CandidateView] = Field(description="Merging weights that were tried, the chosen ones included.")
     recipe: RecipeView | None
     generation: GenerationView | None = Field(
-        description="How it is called where a request does not say; of decoders, once there is a recipe."
+        description="End tokens, sampling defaults and the chat template's digest, where a request does not say; of "
+        "decoders, once there is a recipe."
     )
     created_at: int = Field(description="Unix time, seconds.")
     ready_at: int | None

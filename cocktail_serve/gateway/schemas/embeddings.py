@@ -53,10 +53,10 @@ class EmbeddingRequest(BaseModel):
     prompt_name: StrictStr | None = Field(None, description="One of the pool's `prompts`, put before each input.")
     input_type: StrictStr | None = Field(
         None,
-        description="The same, as Voyage and Cohere call it (`query`, `document`). A pool without any prompts treats "
-        "all inputs alike.",
+        description="The same, as Voyage (`query`, `document`) and Cohere (`search_query`, `search_document`) call it: "
+        "the name of a prompt. A pool without any prompts treats all inputs alike.",
     )
-    task: StrictStr | None = Field(None, description="The same, as Jina calls it (`retrieval.query`).")
+    task: StrictStr | None = Field(None, description="Likewise, as Jina calls it (`retrieval.query`).")
     user: StrictStr | None = Field(None, description=LEFT_ASIDE)
     cache_salt: StrictStr | None = Field(None, description="Accepted: nothing is kept of a request.")
     priority: Annotated[Any, Only(0, why="the order of requests is the server's to decide")] = None

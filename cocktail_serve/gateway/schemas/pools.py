@@ -16,7 +16,10 @@ class MemberView(BaseModel):
     fingerprint: str = Field(description="SHA-256 over the parameters.")
     dtype: str
     num_bytes: int
-    generation: GenerationView | None = Field(description="How it is called where a request does not say; of decoders.")
+    generation: GenerationView | None = Field(
+        description="End tokens, sampling defaults and the chat template's digest, where a request does not say; of "
+        "decoders."
+    )
 
     @classmethod
     def of(cls, member: Member, pool: Pool) -> Self:

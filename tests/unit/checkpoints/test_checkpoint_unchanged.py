@@ -120,6 +120,7 @@ def test_other_files_are_refused_and_the_old_ones_taken_again(
         assert caught.value.code == "model_changed"
         assert str(folders[name]) in caught.value.message
         assert "put the old ones back" in caught.value.message
+        assert "plain vLLM with a manifest that is written again" in caught.value.message
     if name == "nq":
         mixed(pool, "ag-news")  # which needs none of it
     shutil.rmtree(folders[name], ignore_errors=True)

@@ -80,7 +80,7 @@ def test_prompts(pool: PoolConfig) -> None:
 def test_prompts_by_the_names_of_other_clients(pool: PoolConfig) -> None:
     """Such clients always send one: it counts where the pool tells inputs apart, and nowhere else."""
     assert prompt_of("query", pool, ["a"], param="input_type") == "find: "
-    with pytest.raises(InvalidRequestError, match="an empty one") as caught:
+    with pytest.raises(InvalidRequestError, match="an empty one of that name") as caught:
         prompt_of("document", pool, ["a"], param="input_type")
     assert caught.value.param == "input_type"
     without = pool.model_copy(update={"prompts": {}})

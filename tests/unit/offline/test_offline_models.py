@@ -17,6 +17,8 @@ from cocktail_serve.offline.models import TransformersModels, check_loads
 from cocktail_serve.pool import Pool
 from cocktail_serve.recipe import make_recipe
 from tests.models import make_decoder_pool, make_encoder_decoder_pool, pool_section
+from tests.zoo.making import publish
+from tests.zoo.specimens import POSITIONS, find
 
 EMBEDDINGS = "model.embed_tokens.weight"
 MIXTURES = ({"base": 1.0}, {"base": 0.5, "one": 0.5}, {"one": 0.25, "two": 0.75}, {"base": 1.0})
@@ -67,6 +69,15 @@ def test_encoder_decoders_share_their_tables_after_a_swap(tmp_path: Path) -> Non
         model, expected = models.use(recipe), models.make(recipe)
         for (name, ours), theirs in zip(model.state_dict().items(), expected.state_dict().values(), strict=True):
             assert torch.equal(ours, theirs), name
+
+
+@pytest.mark.parametrize("name", ["gpt-2", "gemma-3-multimodal"])
+def test_the_context_length_is_read_by_the_name_that_the_architecture_gives_it(tmp_path: Path, name: str) -> None:
+    """`n_positions` of GPT-2, and `text_config` of models that also see."""
+    specimen = find(name)
+    folder = publish(tmp_path / "base", specimen)
+    pool, config = opened({"base": folder}, "decoder", "vllm", tmp_path)
+    assert TransformersModels(pool, config).max_tokens == POSITIONS
 
 
 def test_attention_that_is_capped_is_capped(tmp_path: Path) -> None:

@@ -19,8 +19,9 @@ FILES = ("tokenizer.json", "tokenizer_config.json")
 def test_a_folder_without_tokenizer(tmp_path: Path, model_type: str) -> None:
     """For some architectures transformers raises; for others it makes one up that turns every text into nothing."""
     (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
-    with pytest.raises(ConfigError, match=r"copy tokenizer\.json and tokenizer_config\.json there"):
+    with pytest.raises(ConfigError, match=r"copy tokenizer\.json and tokenizer_config\.json there") as caught:
         load_fast_tokenizer(tmp_path)
+    assert not caught.value.message.rstrip().endswith(":"), "a list that was cut off is told as such"
     made_of = make_decoder_tokenizer()
     made_of.save_pretrained(tmp_path / "original")
     for file in FILES:
