@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
 import threading
 import weakref
@@ -93,7 +94,7 @@ class HeldFile:
             raise CheckpointError(
                 f"{self._path} could not be read to its end: its disk did not answer, which the system's log tells, or "
                 "it was cut short and made whole again; try again"
-            )
+            ) from OSError(errno.EIO, os.strerror(errno.EIO))
 
     def close(self) -> None:
         """Lets go of the file; what was read from it stays."""
@@ -129,7 +130,9 @@ def library_reads(folder: Path) -> Iterator[None]:
     finally:
         lost = library.cocktail_library_reads(-1) - before
         if lost:
-            raise CheckpointError(f"a file of {folder} was cut short while it was loaded; put it back whole")
+            raise CheckpointError(
+                f"a file of {folder} was cut short while it was loaded, or its disk did not answer; put it back whole"
+            ) from OSError(errno.EIO, os.strerror(errno.EIO))
 
 
 _mapped_files: weakref.WeakValueDictionary[FileState, ctypes.Array[ctypes.c_ubyte]] = weakref.WeakValueDictionary()

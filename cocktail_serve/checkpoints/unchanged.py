@@ -117,7 +117,7 @@ def _difference(member: Member, reader: CheckpointReader | AdapterReader, base: 
             reader.close()
             raise ModelChangedError(
                 f"the files of {member.name!r} are others than they were, and what they hold cannot be told: {unread}"
-            ) from error
+            ) from unread
         return error.message
     if found.fingerprint == member.fingerprint:
         return None

@@ -23,6 +23,7 @@ from cocktail_serve.checkpoints import mapping, unchanged
 from cocktail_serve.checkpoints.folder import save_mixture
 from cocktail_serve.checkpoints.mixture import Mixture, iter_mixture
 from cocktail_serve.checkpoints.reader import CheckpointReader
+from cocktail_serve.engines.start_failures import may_pass
 from cocktail_serve.errors import ModelChangedError
 from cocktail_serve.merging import native
 from cocktail_serve.pool import Pool
@@ -174,8 +175,9 @@ def test_a_disk_that_did_not_answer_is_asked_again(
         disk.setattr(os, "preadv", fail)
         disk.setattr(mapping, "_is_lost", lambda _: True)
         for _ in range(2):
-            with pytest.raises(ModelChangedError, match=r"'nq' are others .*/nq/model\.safetensors could not be read"):
+            with pytest.raises(ModelChangedError, match=r"'nq' are others .*/nq/model\.safetensors could") as caught:
                 mixed(pool)
+            assert may_pass(caught.value), "what is started with these files is started again"
     assert same(mixed(pool), expected)
 
 
