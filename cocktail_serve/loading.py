@@ -8,13 +8,43 @@ may keep parameters on the meta device ("Cannot copy out of meta tensor"), or be
 
 from __future__ import annotations
 
+import logging
 import threading
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 from cocktail_serve.errors import ConfigError
 
-library_loading = threading.RLock()
+logger = logging.getLogger(__name__)
+
+PATIENCE_S = 60.0
+"""How long a thread waits for its turn before the log says for whom, and again each time: a large model takes as long,
+a disk that does not answer takes for ever."""
+
+
+class _LibraryLock:
+    """A reentrant lock that tells who keeps the others waiting."""
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+        self._holder = ""
+
+    def __enter__(self) -> None:
+        own = threading.current_thread().name
+        while not self._lock.acquire(timeout=PATIENCE_S):
+            logger.warning(
+                "%s waits to load a model or a tokenizer until %s has: does the disk that it reads from answer?",
+                own,
+                self._holder,
+            )
+        self._holder = own
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self._lock.release()
+
+
+library_loading = _LibraryLock()
 """Held by a thread while it imports these libraries, or has them load a configuration, a tokenizer or a model.
 
 Reentrant: what loads a model loads its configuration too. A model that is loaded computes without it."""

@@ -142,7 +142,7 @@ def identify_folder(folder: Path, *, cache_dir: Path, progress: Callable[[int, i
             )
             return identity
     except OSError as error:
-        logger.warning("fingerprints are not kept: %s cannot be used: %s", entry.parent, error)
+        _warn_not_kept(entry, error)
         with CheckpointReader(folder) as reader:
             return identify(reader, progress=progress)
 
@@ -196,12 +196,20 @@ def _read_entry(entry: Path) -> dict[str, object]:
 
 
 def _write_entry(entry: Path, value: dict[str, object]) -> None:
+    """Keeps it for the next time; where that cannot be, what was read is told all the same."""
     temporary = entry.with_suffix(f".{os.getpid()}.tmp")
     try:
-        with temporary.open("w") as file:
-            json.dump({**value, "digest": digest_of(value)}, file)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(entry)
-    finally:
-        temporary.unlink(missing_ok=True)
+        try:
+            with temporary.open("w") as file:
+                json.dump({**value, "digest": digest_of(value)}, file)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(entry)
+        finally:
+            temporary.unlink(missing_ok=True)
+    except OSError as error:
+        _warn_not_kept(entry, error)
+
+
+def _warn_not_kept(entry: Path, error: OSError) -> None:
+    logger.warning("fingerprints are not kept: %s cannot be used: %s", entry.parent, error)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
 import threading
 import weakref
@@ -40,6 +41,7 @@ class HeldFile:
         self._file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         self._close = weakref.finalize(self, os.close, self._file)
         self.state = _state_of(path, self._file)
+        self._has_failed = False  # a disk, when a piece was read
         self._mapped = _map(self._file, self.state)
 
     def read(self, begin: int, end: int) -> memoryview:
@@ -58,12 +60,16 @@ class HeldFile:
         """The same bytes in memory of their own.
 
         Raises:
-            CheckpointError: the file is shorter, or was cut short.
+            CheckpointError: the file is shorter, was cut short, or its disk does not answer.
         """
         content = memoryview(bytearray(end - begin))
         done = 0
         while done < len(content):
-            count = os.preadv(self._file, [content[done:]], begin + done)
+            try:
+                count = os.preadv(self._file, [content[done:]], begin + done)
+            except OSError as error:
+                self._has_failed = True
+                raise CheckpointError(f"{self._path} could not be read: {error.strerror}") from error
             if not count:
                 raise CheckpointError(f"{self._path} was cut short while it was read")
             done += count
@@ -77,13 +83,18 @@ class HeldFile:
         """Proves that all bytes read so far are those of `state`.
 
         Raises:
-            CheckpointError: the file was written to, or cut short, since it was opened.
+            CheckpointError: the file was written to, or cut short, since it was opened; or its disk did not answer.
         """
         now = os.fstat(self._file)
         # not the change time, which also moves when the file is renamed or another takes its name: its bytes stay
         is_same = (now.st_size, now.st_mtime_ns) == (self.state.num_bytes, self.state.modified_ns)
-        if not is_same or (self._mapped is not None and _is_lost(self._mapped)):
+        if not is_same:
             raise CheckpointError(f"{self._path} was written to while it was read; wait until it is whole, try again")
+        if self._has_failed or (self._mapped is not None and _is_lost(self._mapped)):
+            raise CheckpointError(
+                f"{self._path} could not be read to its end: its disk did not answer, which the system's log tells, or "
+                "it was cut short and made whole again; try again"
+            ) from OSError(errno.EIO, os.strerror(errno.EIO))
 
     def close(self) -> None:
         """Lets go of the file; what was read from it stays."""
@@ -119,7 +130,9 @@ def library_reads(folder: Path) -> Iterator[None]:
     finally:
         lost = library.cocktail_library_reads(-1) - before
         if lost:
-            raise CheckpointError(f"a file of {folder} was cut short while it was loaded; put it back whole")
+            raise CheckpointError(
+                f"a file of {folder} was cut short while it was loaded, or its disk did not answer; put it back whole"
+            ) from OSError(errno.EIO, os.strerror(errno.EIO))
 
 
 _mapped_files: weakref.WeakValueDictionary[FileState, ctypes.Array[ctypes.c_ubyte]] = weakref.WeakValueDictionary()

@@ -10,9 +10,28 @@ from cocktail_serve.checkpoints.reader import CheckpointReader
 from cocktail_serve.errors import CheckpointError, IncompatibleModelsError, ModelChangedError
 from cocktail_serve.pool import FileState, Member
 
-_found: dict[str, tuple[tuple[FileState, ...], str | None]] = {}
-"""By fingerprint, the files that were last read anew for it, and what of them is not the model any more."""
-_reading = threading.Lock()
+_Files = tuple[FileState, ...]
+
+
+class _Found:
+    """What was found when a model's files were last read anew.
+
+    Attributes:
+        reading: held by who reads them: nobody waits for the files of another model.
+        files: those that were read.
+        difference: what of them is not the model any more; None where all of it is.
+    """
+
+    __slots__ = ("difference", "files", "reading")
+
+    def __init__(self) -> None:
+        self.reading = threading.Lock()
+        self.files: _Files = ()
+        self.difference: str | None = None
+
+
+_found: dict[tuple[str, _Files], _Found] = {}
+"""By fingerprint and the files that it is of: two pools may have the same parameters in two folders."""
 
 
 def open_base(base: Member) -> CheckpointReader:
@@ -65,18 +84,23 @@ def check_unchanged(base: Member) -> None:
 def _require_unchanged(member: Member, reader: CheckpointReader | AdapterReader, base: Member) -> None:
     if reader.files == member.files:
         return
-    with _reading:
-        files, difference = _found.get(member.fingerprint, ((), None))
-        if files != reader.files:
-            difference = _difference(member, reader, base)
-            _found[member.fingerprint] = (reader.files, difference)
+    found = _found.setdefault((member.fingerprint, member.files), _Found())
+    with found.reading:
+        if found.files != reader.files:
+            found.difference = _difference(member, reader, base)
+            found.files = reader.files
+        difference = found.difference
     if difference is not None:
         reader.close()
         raise _changed(member, difference)
 
 
 def _difference(member: Member, reader: CheckpointReader | AdapterReader, base: Member) -> str | None:
-    """What of the files is not the model's any more; None where all of it is."""
+    """What of the files is not the model's any more; None where all of it is.
+
+    Raises:
+        ModelChangedError: they could not be read to their end, which says nothing of what is in them.
+    """
     settings = {file.path: file.digest for file in member.files if file.digest}
     for file in reader.files:
         if file.path in settings and file.digest != settings[file.path]:
@@ -87,6 +111,13 @@ def _difference(member: Member, reader: CheckpointReader | AdapterReader, base: 
         else:
             found = identify(reader.as_stored)
     except CheckpointError as error:
+        try:
+            reader.check_unwritten()
+        except CheckpointError as unread:
+            reader.close()
+            raise ModelChangedError(
+                f"the files of {member.name!r} are others than they were, and what they hold cannot be told: {unread}"
+            ) from unread
         return error.message
     if found.fingerprint == member.fingerprint:
         return None

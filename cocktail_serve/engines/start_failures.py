@@ -63,9 +63,10 @@ class Exit:
     def is_of_its_input(self) -> bool:
         """Whether the reason seems to lie in what the server was given, and not in the machine's state.
 
-        A guess: only where start after start ends in the same one will the next.
+        A guess: only where start after start ends in the same one will the next. Never of a server that was killed,
+        whatever it logged before: by the kernel, say, which was short of memory.
         """
-        if self.reason is None or _SHORT_OF_MEMORY.search(self.reason):
+        if self.returncode < 0 or self.reason is None or _SHORT_OF_MEMORY.search(self.reason):
             return False
         return self.is_refusal or self.reason.partition(":")[0] in _CAUSES_IN_INPUT
 

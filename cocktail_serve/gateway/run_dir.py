@@ -10,7 +10,7 @@ from filelock import FileLock, Timeout
 
 from cocktail_serve.config import Settings
 from cocktail_serve.engines.server import sweep_sockets
-from cocktail_serve.errors import ConfigError
+from cocktail_serve.errors import ConfigError, StorageError
 
 
 def own_run_dir(settings: Settings, stack: AsyncExitStack | ExitStack) -> Path:
@@ -18,17 +18,20 @@ def own_run_dir(settings: Settings, stack: AsyncExitStack | ExitStack) -> Path:
 
     Raises:
         ConfigError: another server uses the folder.
+        StorageError: it cannot be written.
     """
     run_dir = settings.store.cache_dir / "engines"
-    run_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
     lock = FileLock(run_dir / "lock")
     try:
+        run_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
         lock.acquire(timeout=0)
     except Timeout:
         raise ConfigError(
             f"another server keeps its engines' files in {run_dir}; give each server a cache_dir of its own",
             param="store.cache_dir",
         ) from None
+    except OSError as error:
+        raise _unwritable(run_dir, error) from error
     stack.callback(lock.release)
     sweep_sockets(run_dir)
     return run_dir
@@ -42,10 +45,24 @@ def check_unused(settings: Settings) -> None:
 
 
 def place_of(run_dir: Path) -> str:
-    """The name of a folder that one process at a time holds, made on first use; it moves with the folder."""
+    """The name of a folder that one process at a time holds, made on first use; it moves with the folder.
+
+    Raises:
+        StorageError: it cannot be written.
+    """
     file = run_dir / "place"
-    if not file.exists():
-        temporary = run_dir / "place.tmp"
-        temporary.write_text(uuid.uuid4().hex)
-        temporary.replace(file)
-    return file.read_text()
+    try:
+        if not file.exists():
+            temporary = run_dir / "place.tmp"
+            temporary.write_text(uuid.uuid4().hex)
+            temporary.replace(file)
+        return file.read_text()
+    except OSError as error:
+        raise _unwritable(run_dir, error) from error
+
+
+def _unwritable(run_dir: Path, error: OSError) -> StorageError:
+    return StorageError(
+        f"the engines' files cannot be kept in {run_dir}: {error.strerror}; make room there, or set store.cache_dir to "
+        "a folder that can be written"
+    )

@@ -106,8 +106,11 @@ class Manifest:
     def write(self, path: Path) -> Path:
         """Writes the file that `read` reads; in one step, so that no process sees half of it."""
         partial = path.with_name(path.name + ".partial")
-        partial.write_text(json.dumps(self.to_json(), indent=2) + "\n")
-        partial.replace(path)
+        try:
+            partial.write_text(json.dumps(self.to_json(), indent=2) + "\n")
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
         return path
 
     def to_json(self) -> dict[str, Any]:

@@ -4,15 +4,17 @@ import asyncio
 import json
 import socket
 import sqlite3
-from contextlib import closing
+from contextlib import ExitStack, closing
 
 import pytest
 import yaml
 from sqlalchemy import insert
 
 from cocktail_serve.cli.doctor import installation
+from cocktail_serve.config import load_settings
 from cocktail_serve.database import tables
 from cocktail_serve.database.database import Database
+from cocktail_serve.gateway.run_dir import own_run_dir
 from cocktail_serve.merging import native
 from tests import command_line
 from tests.models import make_decoder, make_encoder_pool, pool_section
@@ -54,6 +56,21 @@ def test_a_port_in_use_is_a_problem(write_config, capsys):
     assert code == 1
     assert "in use" in checks["address"]["detail"]
     assert checks["pool bge"]["status"] == "ok"
+
+
+def test_a_server_that_runs_on_the_configuration_is_no_problem(write_config, capsys):
+    """What is mended is checked before the server is started again: other pools may be served until then."""
+    with socket.create_server(("127.0.0.1", 0)) as taken, ExitStack() as stack:
+        path = write_config(server={"port": taken.getsockname()[1]})
+        own_run_dir(load_settings(path), stack)
+        code, checks = run(capsys, path)
+        alone_code, alone = run(capsys, write_config())  # another address, and the store of a server that runs
+    assert code == 0
+    assert checks["address"]["status"] == "warning"
+    assert "a server of this configuration runs" in checks["address"]["detail"]
+    assert checks["store"]["status"] == "ok"
+    assert (alone_code, alone["store"]["status"]) == (1, "problem")
+    assert "another server" in alone["store"]["detail"]
 
 
 def test_an_expert_that_does_not_fit_is_a_problem(write_config, tmp_path, capsys):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import resource
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,19 @@ def test_a_manifest_is_read_back_as_it_was_written(tmp_path: Path) -> None:
     path = MANIFEST.write(tmp_path / "pool.json")
     assert Manifest.read(path) == MANIFEST
     assert Manifest.from_environ({MANIFEST_VARIABLE: str(path)}) == MANIFEST
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_disk_that_is_full_leaves_the_manifest_as_it_was(tmp_path: Path) -> None:
+    path = MANIFEST.write(tmp_path / "pool.json")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
+    try:
+        with pytest.raises(OSError, match="too large"):
+            replace(MANIFEST, cache_bytes=7).write(path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert Manifest.read(path) == MANIFEST
     assert list(tmp_path.iterdir()) == [path]
 
 

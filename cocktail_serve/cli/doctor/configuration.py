@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import shutil
 import stat
@@ -30,15 +31,45 @@ def check_config(path: Path, report: OnProgress) -> Iterator[Check]:
         yield Check("configuration", "problem", error.message)
         return
     yield Check("configuration", "ok", f"{path}: {len(settings.pools)} pools")
-    yield tried("address", partial(_check_address, settings))
+    is_running = _is_running(settings)
+    yield _RUNS if is_running else tried("address", partial(_check_address, settings))
     yield _check_auth(settings)
-    yield _check_store(settings)
+    yield _check_store(settings, is_running=is_running)
     for root in settings.server.expert_roots:
         yield _check_root(root)
     pools: dict[str, Pool] = {}
     for pool in settings.pools:
         yield from check_pool(settings, pool, report, pools)
     yield from _check_registry(settings, pools)
+
+
+_RUNS = Check(
+    "address",
+    "warning",
+    "a server of this configuration runs: its address and its store are in use",
+    "end it before the next one is started",
+)
+
+
+def _is_running(settings: Settings) -> bool:
+    """Whether one server has both the address and the store: then it is this configuration's, not somebody else's."""
+    from cocktail_serve.gateway.run_dir import check_unused
+    from cocktail_serve.gateway.server import bind
+
+    try:
+        with bind(settings.server):
+            return False
+    except ConfigError as error:
+        cause = error.__cause__
+        if not isinstance(cause, OSError) or cause.errno != errno.EADDRINUSE:
+            return False
+    try:
+        check_unused(settings)
+    except ConfigError:
+        return True
+    except CocktailError:
+        pass
+    return False
 
 
 def _check_address(settings: Settings) -> str:
@@ -56,7 +87,7 @@ def _check_auth(settings: Settings) -> Check:
     return Check("keys", "ok", "required, and COCKTAIL_ADMIN_KEY is set")
 
 
-def _check_store(settings: Settings) -> Check:
+def _check_store(settings: Settings, *, is_running: bool) -> Check:
     from cocktail_serve.gateway.run_dir import check_unused
 
     cache = settings.store.cache_dir
@@ -64,7 +95,8 @@ def _check_store(settings: Settings) -> Check:
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
         return Check("store", "problem", f"{existing} cannot be written", "set store.cache_dir to a folder that can")
     try:
-        check_unused(settings)
+        if not is_running:
+            check_unused(settings)
     except CocktailError as error:
         return Check("store", "problem", error.message)
     free, wanted = shutil.disk_usage(existing).free, int(settings.store.cache_bytes)

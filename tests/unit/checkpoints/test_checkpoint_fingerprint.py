@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import time
 from collections.abc import Callable
@@ -123,6 +124,18 @@ def test_a_changed_file_is_read_again_even_with_its_old_time(
     assert (folder / WEIGHTS).stat().st_size == status.st_size
     assert identify_folder(folder, cache_dir=tmp_path / "cache").fingerprint == fingerprint(decoders["base"]) != before
     assert len(reads) == 2
+
+
+def test_on_a_full_disk_a_model_is_read_once_and_nothing_is_left(
+    decoders: Folders, tmp_path: Path, reads: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(file: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", fail)
+    assert identify_folder(decoders["nq"], cache_dir=tmp_path).fingerprint == fingerprint(decoders["nq"])
+    assert reads == [decoders["nq"].resolve()]
+    assert [path.suffix for path in (tmp_path / "fingerprints").iterdir()] == [".lock"]
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff", b'{"state": 3}', b'{"fingerprint": "x"}', b"[" * 99999])

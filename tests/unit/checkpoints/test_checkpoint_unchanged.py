@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -9,7 +10,9 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -20,6 +23,7 @@ from cocktail_serve.checkpoints import mapping, unchanged
 from cocktail_serve.checkpoints.folder import save_mixture
 from cocktail_serve.checkpoints.mixture import Mixture, iter_mixture
 from cocktail_serve.checkpoints.reader import CheckpointReader
+from cocktail_serve.engines.start_failures import may_pass
 from cocktail_serve.errors import ModelChangedError
 from cocktail_serve.merging import native
 from cocktail_serve.pool import Pool
@@ -153,6 +157,69 @@ def test_the_same_content_is_read_once_more_and_no_more(
         with pytest.raises(ModelChangedError):
             mixed(pool)
     assert read == [folders["nq"]] * 3
+
+
+@pytest.mark.usefixtures("way")
+def test_a_disk_that_did_not_answer_is_asked_again(
+    pool: Pool, folders: Folders, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = mixed(pool)
+    (folders["nq"] / WEIGHTS).touch()
+    read = os.preadv
+
+    def fail(file: int, buffers: list[memoryview], begin: int) -> int:
+        if begin > 8:  # behind the header
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return read(file, buffers, begin)
+
+    with monkeypatch.context() as disk:
+        disk.setattr(os, "preadv", fail)
+        disk.setattr(mapping, "_is_lost", lambda _: True)
+        for _ in range(2):
+            with pytest.raises(ModelChangedError, match=r"'nq' are others .*/nq/model\.safetensors could") as caught:
+                mixed(pool)
+            assert may_pass(caught.value), "what is started with these files is started again"
+    assert same(mixed(pool), expected)
+
+
+def test_nobody_waits_for_the_files_of_another_model(
+    pool: Pool, folders: Folders, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = mixed(pool, "ag-news")
+    for name in ("nq", "ag-news"):
+        (folders[name] / WEIGHTS).touch()
+    identify, is_read, may_end = unchanged.identify, threading.Event(), threading.Event()
+
+    def slow(reader: CheckpointReader) -> object:
+        if reader.folder == folders["nq"]:
+            is_read.set()
+            assert may_end.wait(60)
+        return identify(reader)
+
+    monkeypatch.setattr(unchanged, "identify", slow)
+    with ThreadPoolExecutor(2) as threads:
+        waiting = threads.submit(mixed, pool)
+        try:
+            assert is_read.wait(60)
+            assert same(threads.submit(mixed, pool, "ag-news").result(timeout=20), expected)
+        finally:
+            may_end.set()
+        waiting.result(timeout=60)
+
+
+def test_the_same_parameters_in_two_folders_are_read_once_each(
+    folders: Folders, opened: Open, copy: Copy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    twin = copy(folders["nq"], "twin")
+    pools = [opened({"base": folders["base"], "nq": folder}) for folder in (folders["nq"], twin)]
+    read: list[Path] = []
+    identify = unchanged.identify
+    monkeypatch.setattr(unchanged, "identify", lambda reader: (read.append(reader.folder), identify(reader))[1])
+    for folder in (folders["nq"], twin):
+        (folder / WEIGHTS).touch()
+    for pool in pools * 3:
+        mixed(pool)
+    assert read == [folders["nq"], twin]
 
 
 def test_bin_files_are_held_too(folders: Folders, opened: Open) -> None:

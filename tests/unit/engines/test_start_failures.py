@@ -78,6 +78,7 @@ def test_the_reason_in_a_log(name: str) -> None:
         (1, "OSError: [Errno 5] Input/output error", False, False),
         (1, "OutOfMemoryError: CUDA out of memory", False, False),
         (-9, None, False, False),
+        (-9, "ValueError: logged, and survived, before the kernel killed it", False, False),
     ],
 )
 def test_what_another_start_would_not_change(

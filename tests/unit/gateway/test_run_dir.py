@@ -1,19 +1,21 @@
-"""What a killed server left in the temporary folder is swept by the next one, and no sooner."""
+"""The folder that engines write to: what a killed server left is swept by the next one, and no sooner."""
 
 from __future__ import annotations
 
 import asyncio
+import re
+import resource
 import signal
 import subprocess
 import sys
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, ExitStack
 from pathlib import Path
 
 import pytest
 
 from cocktail_serve.config import Settings
-from cocktail_serve.errors import ConfigError
-from cocktail_serve.gateway.run_dir import own_run_dir
+from cocktail_serve.errors import ConfigError, StorageError
+from cocktail_serve.gateway.run_dir import own_run_dir, place_of
 
 SERVER = """
 import json, sys, tempfile, time
@@ -59,3 +61,25 @@ def test_only_a_dead_servers_folders_are_swept(settings: Settings, tmp_path: Pat
         assert not list(run_dir.glob("cocktail-*"))
     finally:
         asyncio.run(stack.aclose())
+
+
+def test_a_disk_that_is_full_is_told_with_the_folder(settings: Settings, tmp_path: Path) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with ExitStack() as stack:
+        run_dir = own_run_dir(settings, stack)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10, hard))
+        try:
+            with pytest.raises(StorageError, match=f"{re.escape(str(run_dir))}: File too large; make room there"):
+                place_of(run_dir)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        assert len(place_of(run_dir)) == 32
+
+
+def test_a_folder_that_cannot_be_made_is_told(settings: Settings, tmp_path: Path) -> None:
+    (tmp_path / "cache").write_text("a file")
+    with (
+        ExitStack() as stack,
+        pytest.raises(StorageError, match=r"cache/engines: Not a directory; .* store\.cache_dir"),
+    ):
+        own_run_dir(settings, stack)
