@@ -173,7 +173,7 @@ async def measure_engine(
 ) -> dict[str, Any]:
     from cocktail_serve.checkpoints.opening import open_pool
     from cocktail_serve.config import load_settings
-    from cocktail_serve.engines.embedding import EncoderEngine
+    from cocktail_serve.engines.in_process.encoder_engine import EncoderEngine
     from cocktail_serve.recipe import one_hot
 
     with tempfile.TemporaryDirectory(prefix="bench-") as temporary:
@@ -244,7 +244,7 @@ def main() -> None:
     parser.add_argument("--compare-encode", action="store_true")
     arguments = parser.parse_args()
     if arguments.in_process:
-        from cocktail_serve.engines.openmp import import_torch_waiting_passively
+        from cocktail_serve.engines.in_process.openmp import import_torch_waiting_passively
 
         import_torch_waiting_passively()  # as the server does
     figures = run(arguments)

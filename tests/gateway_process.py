@@ -23,7 +23,7 @@ import psutil
 from bench.server import free_port
 from cocktail_serve.config import Settings
 from cocktail_serve.database.database import Database
-from cocktail_serve.engines.server import EngineServer
+from cocktail_serve.engines.vllm.server import EngineServer
 from cocktail_serve.gateway.app import create_app
 from tests.fakes import make_fake_pool
 from tests.processes import is_alive

@@ -27,7 +27,7 @@ def serve(
     changed = {name: value for name, value in (("host", host), ("port", port)) if value is not None}
     settings = settings.model_copy(update={"server": settings.server.model_copy(update=changed)})
 
-    from cocktail_serve.engines.openmp import import_torch_waiting_passively
+    from cocktail_serve.engines.in_process.openmp import import_torch_waiting_passively
 
     import_torch_waiting_passively()  # before anything else imports torch
 

@@ -25,10 +25,10 @@ def build_engine(pool: Pool, config: PoolConfig, *, run_dir: Path) -> OperatedEn
     engine = config.served_engine
     if engine.type == "sentence_transformers":
         with library_loading:
-            from cocktail_serve.engines.embedding import EncoderEngine
-            from cocktail_serve.engines.reranking import RerankerEngine
+            from cocktail_serve.engines.in_process.encoder_engine import EncoderEngine
+            from cocktail_serve.engines.in_process.reranker_engine import RerankerEngine
 
         return RerankerEngine(pool, config) if config.kind == "reranker" else EncoderEngine(pool, config)
-    from cocktail_serve.engines.vllm import VLLMEngine
+    from cocktail_serve.engines.vllm.engine import VLLMEngine
 
     return VLLMEngine(pool, engine, run_dir=run_dir)

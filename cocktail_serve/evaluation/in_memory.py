@@ -147,7 +147,7 @@ class InMemoryEncoders(_InMemory):
     def __init__(
         self, settings: Settings, config: PoolConfig, pool: Pool, store: CellStore, report: OnProgress
     ) -> None:
-        from cocktail_serve.engines.embedding import EncoderEngine
+        from cocktail_serve.engines.in_process.encoder_engine import EncoderEngine
 
         super().__init__(settings, config, pool, store, report)
         self._runner = asyncio.Runner()

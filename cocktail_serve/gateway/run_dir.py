@@ -9,7 +9,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from cocktail_serve.config import Settings
-from cocktail_serve.engines.server import sweep_sockets
+from cocktail_serve.engines.vllm.server import sweep_sockets
 from cocktail_serve.errors import ConfigError, StorageError
 
 

@@ -171,8 +171,8 @@ def _with_transformers(pool: Pool, config: PoolConfig, examples: ExampleSet) -> 
 
 @contextmanager
 def _in_process(pool: Pool, config: PoolConfig, examples: ExampleSet) -> Iterator[LossesOf]:
-    from cocktail_serve.engines.embedding import EncoderEngine
-    from cocktail_serve.engines.reranking import RerankerEngine
+    from cocktail_serve.engines.in_process.encoder_engine import EncoderEngine
+    from cocktail_serve.engines.in_process.reranker_engine import RerankerEngine
     from cocktail_serve.scoring.contrastive import contrastive_losses, texts_of
 
     async def score(recipe: Recipe, rows: Sequence[int] | None) -> list[float]:

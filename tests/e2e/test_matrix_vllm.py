@@ -16,7 +16,7 @@ from transformers import AutoTokenizer
 from cocktail_serve.checkpoints.folder import save_mixture
 from cocktail_serve.checkpoints.opening import open_pool
 from cocktail_serve.config import PoolConfig, VLLMEngineConfig
-from cocktail_serve.engines.vllm import VLLMEngine
+from cocktail_serve.engines.vllm.engine import VLLMEngine
 from cocktail_serve.examples import parse_examples
 from cocktail_serve.recipe import make_recipe
 from cocktail_serve.scoring.text import score_with_transformers, tokenize_examples

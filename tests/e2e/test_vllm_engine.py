@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cocktail_serve.checkpoints.opening import open_expert, open_pool
 from cocktail_serve.config import PoolConfig, VLLMEngineConfig
-from cocktail_serve.engines.vllm import VLLMEngine
+from cocktail_serve.engines.vllm.engine import VLLMEngine
 from cocktail_serve.errors import ContextLengthError, EngineError, ModelChangedError
 from cocktail_serve.examples import parse_examples
 from cocktail_serve.recipe import Recipe, make_recipe

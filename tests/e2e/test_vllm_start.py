@@ -17,7 +17,7 @@ import yaml
 from cocktail_serve.checkpoints.opening import open_pool
 from cocktail_serve.cli.doctor.configuration import check_config
 from cocktail_serve.config import load_settings
-from cocktail_serve.engines.vllm import VLLMEngine
+from cocktail_serve.engines.vllm.engine import VLLMEngine
 from cocktail_serve.progress import silent
 from cocktail_serve.recipe import make_recipe
 from tests.models import make_decoder

@@ -6,7 +6,7 @@ from typing import Any
 
 import httpx
 
-from cocktail_serve.engines.fake import fake_text
+from cocktail_serve.engines.vllm.fake import fake_text
 from tests.gateway_process import GatewayProcess
 
 

@@ -14,7 +14,7 @@ import httpx
 import psutil
 import pytest
 
-from cocktail_serve.engines.fake import fake_text
+from cocktail_serve.engines.vllm.fake import fake_text
 from tests.faults.cocktails import ask, check_answer, request, settled
 from tests.gateway_process import GatewayProcess, gateway_process, until_gone
 

@@ -21,8 +21,8 @@ from sentence_transformers.sentence_transformer.modules import Dense, Normalize,
 from cocktail_serve.checkpoints.opening import open_pool
 from cocktail_serve.config import PoolConfig
 from cocktail_serve.engines.base import EmbeddingEngine
-from cocktail_serve.engines.embedding import EncoderEngine
-from cocktail_serve.engines.encoder import Encoder
+from cocktail_serve.engines.in_process.encoder_engine import EncoderEngine
+from cocktail_serve.engines.in_process.encoder_model import Encoder
 from cocktail_serve.errors import (
     CheckpointError,
     CocktailError,
@@ -365,7 +365,7 @@ class TestUnderLoad:
             assert len((await engine.embed(recipe, TEXTS, background=True)).vectors) == len(TEXTS)
 
     async def test_too_many_inputs_at_once(self, folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("cocktail_serve.engines.sentence_transformers.MAX_WAITING_INPUTS", 5)
+        monkeypatch.setattr("cocktail_serve.engines.in_process.engine.MAX_WAITING_INPUTS", 5)
         async with running(folders) as engine:
             await ready(engine)
             recipe = one_hot(engine.pool, "base", dtype="float32")

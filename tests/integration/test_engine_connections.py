@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from cocktail_serve.engines import connections
-from cocktail_serve.engines.connections import MAX_BUFFERED_BYTES, Connections
+from cocktail_serve.engines.vllm import connections
+from cocktail_serve.engines.vllm.connections import MAX_BUFFERED_BYTES, Connections
 
 DEADLINE_S = 20.0
 

@@ -18,8 +18,8 @@ import pytest
 
 from cocktail_serve.config import FakeEngineConfig
 from cocktail_serve.engines.base import GenerationEngine
-from cocktail_serve.engines.fake import Fault, fake_loss, fake_text
-from cocktail_serve.engines.vllm import VLLMEngine
+from cocktail_serve.engines.vllm.engine import VLLMEngine
+from cocktail_serve.engines.vllm.fake import Fault, fake_loss, fake_text
 from cocktail_serve.errors import (
     ConfigError,
     ContextLengthError,
@@ -174,7 +174,7 @@ async def test_scoring_gives_way_and_loses_nothing(
     pool: Pool, tmp_path: Path, faults: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One request per example, so that a job is interrupted by traffic again and again."""
-    monkeypatch.setattr("cocktail_serve.engines.decoder_scorer.SCORE_TOKENS", 1)
+    monkeypatch.setattr("cocktail_serve.engines.vllm.scorer.SCORE_TOKENS", 1)
     async with running(pool, tmp_path, args={"score-ms": 20, "token-delay-ms": 2}) as engine:
         given = examples(20)
         expert, cocktail = one_hot(pool, "nq", dtype="float32"), mixture(pool, 0.5)
@@ -319,7 +319,7 @@ async def test_a_busy_engine_is_asked_again(pool: Pool, tmp_path: Path, faults: 
 async def test_a_torn_mix_ends_the_processes(
     pool: Pool, tmp_path: Path, faults: Path, fault: Fault, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("cocktail_serve.engines.vllm.ABORT_S", 0.2)
+    monkeypatch.setattr("cocktail_serve.engines.vllm.engine.ABORT_S", 0.2)
     async with running(pool, tmp_path, swap_timeout_s=0.3) as engine:
         before = processes_of(engine)
         strike(faults, fault)
@@ -414,7 +414,7 @@ async def test_an_engine_whose_arguments_are_refused_is_given_up(
         assert health.detail["reason"].startswith(reason)
         # the operator's log says more than what anybody may ask
         assert "usage:" not in health.detail["reason"]
-        assert "usage: python -m cocktail_serve.engines.fake" in caplog.text
+        assert "usage: python -m cocktail_serve.engines.vllm.fake" in caplog.text
         assert engine.stats.num_restarts == 0
     finally:
         await engine.stop()

@@ -15,10 +15,10 @@ from pathlib import Path
 import psutil
 import pytest
 
-from cocktail_serve.engines import process as process_group
-from cocktail_serve.engines import server as engine_server
-from cocktail_serve.engines.process import ProcessGroup
-from cocktail_serve.engines.server import EngineServer, Launch
+from cocktail_serve.engines.vllm import process as process_group
+from cocktail_serve.engines.vllm import server as engine_server
+from cocktail_serve.engines.vllm.process import ProcessGroup
+from cocktail_serve.engines.vllm.server import EngineServer, Launch
 from cocktail_serve.errors import EngineError, EngineTimeoutError
 from tests.fakes import make_fake_pool
 from tests.processes import is_alive, survivors
@@ -121,7 +121,7 @@ def launch_fake(tmp_path: Path) -> Launch:
     manifest = Manifest.of_pool(pool, dtype="float32", cache_bytes=0, managed=True).write(tmp_path / "pool.json")
 
     def launch(socket: Path, key: str) -> tuple[list[str], dict[str, str]]:
-        command = [sys.executable, "-m", "cocktail_serve.engines.fake", "--uds", str(socket)]
+        command = [sys.executable, "-m", "cocktail_serve.engines.vllm.fake", "--uds", str(socket)]
         return command, server_env(manifest=manifest, api_key=key, owner_pid=os.getpid())
 
     return launch
@@ -239,7 +239,7 @@ async def test_an_owner_that_is_killed_takes_its_server_along(tmp_path: Path) ->
         import asyncio, os, sys
         from pathlib import Path
         from cocktail_serve.config import FakeEngineConfig
-        from cocktail_serve.engines.vllm import VLLMEngine
+        from cocktail_serve.engines.vllm.engine import VLLMEngine
         from tests.fakes import make_fake_pool
 
         async def main():

@@ -28,9 +28,9 @@ from cocktail_serve.cocktails.store import Store
 from cocktail_serve.config import PoolConfig, VLLMEngineConfig
 from cocktail_serve.database import tables
 from cocktail_serve.database.database import Database
-from cocktail_serve.engines.embedding import EncoderEngine
-from cocktail_serve.engines.reranking import RerankerEngine
-from cocktail_serve.engines.vllm import VLLMEngine
+from cocktail_serve.engines.in_process.encoder_engine import EncoderEngine
+from cocktail_serve.engines.in_process.reranker_engine import RerankerEngine
+from cocktail_serve.engines.vllm.engine import VLLMEngine
 from cocktail_serve.errors import EngineError, ModelChangedError, NotFiniteError
 from cocktail_serve.examples import parse_examples
 from cocktail_serve.recipe import make_recipe, one_hot

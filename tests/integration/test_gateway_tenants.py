@@ -10,7 +10,7 @@ import httpx
 import openai
 import pytest
 
-from cocktail_serve.engines.request_body import BodyWriter
+from cocktail_serve.engines.vllm.request_body import BodyWriter
 from tests.gateways import EXAMPLES, PAIRS, LiveGateway
 from tests.tenants import MESSAGES, Tenants, ask, code_of, guarded_gateway, make
 

@@ -21,10 +21,10 @@ from sentence_transformers import SentenceTransformer
 
 from cocktail_serve.checkpoints.opening import open_pool
 from cocktail_serve.config import FakeEngineConfig, PoolConfig
-from cocktail_serve.engines import decoder_scorer
-from cocktail_serve.engines.embedding import EncoderEngine
-from cocktail_serve.engines.encoder import Encoder
-from cocktail_serve.engines.vllm import VLLMEngine
+from cocktail_serve.engines.in_process.encoder_engine import EncoderEngine
+from cocktail_serve.engines.in_process.encoder_model import Encoder
+from cocktail_serve.engines.vllm import scorer as decoder_scorer
+from cocktail_serve.engines.vllm.engine import VLLMEngine
 from cocktail_serve.errors import ConfigError, EngineError, ModelNotReadyError
 from cocktail_serve.examples import parse_examples
 from cocktail_serve.recipe import one_hot

@@ -10,8 +10,8 @@ import pytest
 from cocktail_serve.checkpoints.folder import save_mixture
 from cocktail_serve.checkpoints.opening import open_pool
 from cocktail_serve.config import PoolConfig
-from cocktail_serve.engines.embedding import EncoderEngine
-from cocktail_serve.engines.reranking import RerankerEngine
+from cocktail_serve.engines.in_process.encoder_engine import EncoderEngine
+from cocktail_serve.engines.in_process.reranker_engine import RerankerEngine
 from cocktail_serve.recipe import make_recipe
 from tests.zoo.families import Family, Zoo, cases
 from tests.zoo.making import BASE

@@ -20,7 +20,7 @@ from cocktail_serve.checkpoints.opening import open_pool
 from cocktail_serve.config import PoolConfig
 from cocktail_serve.engines import build_engine
 from cocktail_serve.engines.base import RerankingEngine
-from cocktail_serve.engines.reranking import RerankerEngine
+from cocktail_serve.engines.in_process.reranker_engine import RerankerEngine
 from cocktail_serve.errors import (
     ContextLengthError,
     EngineError,
@@ -190,7 +190,9 @@ class TestEqualsCrossEncoder:
 
 class TestScoring:
     async def test_losses_come_from_raw_logits(self, folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("cocktail_serve.engines.reranking.PAIRS_PER_CALL", 3)  # an example's pairs in two calls
+        monkeypatch.setattr(
+            "cocktail_serve.engines.in_process.reranker_engine.PAIRS_PER_CALL", 3
+        )  # an example's pairs in two calls
         rows = [
             {"query": "dog", "pos": ["cat"], "neg": ["bank", "river city"]},
             {"query": QUERY, "pos": ["paris"], "neg": ["berlin", "madrid"]},

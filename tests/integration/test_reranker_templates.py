@@ -11,7 +11,7 @@ import torch
 from sentence_transformers import CrossEncoder
 from transformers import AutoTokenizer
 
-from cocktail_serve.engines.reranker import Reranker
+from cocktail_serve.engines.in_process.reranker_model import Reranker
 from cocktail_serve.errors import ConfigError, InvalidRequestError
 from tests.models import make_decoder_reranker
 

@@ -5,7 +5,7 @@ from collections.abc import AsyncIterator
 import pytest
 import pytest_asyncio
 
-from cocktail_serve.engines.parameter_cache import ParameterCache, Params
+from cocktail_serve.engines.in_process.parameter_cache import ParameterCache, Params
 from cocktail_serve.errors import CheckpointError, ModelNotReadyError
 from cocktail_serve.recipe import Recipe
 

@@ -8,7 +8,12 @@ from typing import Any
 
 import pytest
 
-from cocktail_serve.engines.request_body import BYTES_PER_TOKEN, EXPECTED_OUTPUT_TOKENS, BodyWriter, expected_tokens
+from cocktail_serve.engines.vllm.request_body import (
+    BYTES_PER_TOKEN,
+    EXPECTED_OUTPUT_TOKENS,
+    BodyWriter,
+    expected_tokens,
+)
 from cocktail_serve.errors import InvalidRequestError
 from cocktail_serve.generation import ChatTemplate, GenerationSettings
 from cocktail_serve.recipe import Recipe

@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING
 
 import orjson
 
-from cocktail_serve.engines.answers import error_message
 from cocktail_serve.engines.effort import spend
-from cocktail_serve.engines.lease import Lease
-from cocktail_serve.engines.supervisor import Supervisor
+from cocktail_serve.engines.turns.lease import Lease
+from cocktail_serve.engines.vllm.answers import error_message
+from cocktail_serve.engines.vllm.supervisor import Supervisor
 from cocktail_serve.errors import DrainedError, EngineError, ModelNotReadyError
 from cocktail_serve.examples import ExampleSet
 from cocktail_serve.pool import Pool

@@ -17,9 +17,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cocktail_serve.engines.batching import Batch, BatchQueue, Call, Job, PassLimits
+from cocktail_serve.engines.in_process.batching import Batch, BatchQueue, Call, Job, PassLimits
+from cocktail_serve.engines.in_process.swappable import SwappableModel
 from cocktail_serve.engines.start_failures import backoff_s, may_pass
-from cocktail_serve.engines.swappable import SwappableModel
 from cocktail_serve.errors import CocktailError, EngineError, InvalidRequestError, ModelNotReadyError
 
 COMPUTING_NICE = 3

@@ -11,11 +11,11 @@ from typing import ClassVar
 import numpy as np
 
 from cocktail_serve.engines.base import Reranked
-from cocktail_serve.engines.batching import Batch
-from cocktail_serve.engines.input_tokenizer import Pair
-from cocktail_serve.engines.pipeline import ModelRequest
-from cocktail_serve.engines.reranker import Reranker
-from cocktail_serve.engines.sentence_transformers import PROBES, SentenceTransformersEngine
+from cocktail_serve.engines.in_process.batching import Batch
+from cocktail_serve.engines.in_process.engine import PROBES, SentenceTransformersEngine
+from cocktail_serve.engines.in_process.input_tokenizer import Pair
+from cocktail_serve.engines.in_process.pipeline import ModelRequest
+from cocktail_serve.engines.in_process.reranker_model import Reranker
 from cocktail_serve.errors import ContextLengthError
 from cocktail_serve.examples import ExampleSet
 from cocktail_serve.recipe import Recipe

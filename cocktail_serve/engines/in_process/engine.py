@@ -20,14 +20,14 @@ import torch
 
 from cocktail_serve.config import PoolConfig, SentenceTransformersEngineConfig
 from cocktail_serve.engines.base import EngineHealth, EngineState
-from cocktail_serve.engines.batching import PassLimits
 from cocktail_serve.engines.effort import spend
+from cocktail_serve.engines.in_process.batching import PassLimits
+from cocktail_serve.engines.in_process.parameter_cache import Mixture, ParameterCache, Params
+from cocktail_serve.engines.in_process.pipeline import ModelRequest, Pipeline, give_way
+from cocktail_serve.engines.in_process.swappable import SwappableModel
 from cocktail_serve.engines.occupancy import OPERATOR_RETRY_S, Occupancy
-from cocktail_serve.engines.parameter_cache import Mixture, ParameterCache, Params
-from cocktail_serve.engines.pipeline import ModelRequest, Pipeline, give_way
 from cocktail_serve.engines.start_failures import REMEDY
 from cocktail_serve.engines.stats import EngineStats
-from cocktail_serve.engines.swappable import SwappableModel
 from cocktail_serve.errors import (
     ConfigError,
     EngineError,

@@ -5,7 +5,7 @@ import sys
 
 PROGRAM = """
 import json, os, sys
-from cocktail_serve.engines.openmp import import_torch_waiting_passively
+from cocktail_serve.engines.in_process.openmp import import_torch_waiting_passively
 
 assert "torch" not in sys.modules
 import_torch_waiting_passively()

@@ -40,10 +40,10 @@ from collections.abc import Awaitable, Callable
 from typing import NoReturn
 
 from cocktail_serve.engines.fairness import Account, Accounts
-from cocktail_serve.engines.lease import Lease
-from cocktail_serve.engines.line import Line, Waiter
 from cocktail_serve.engines.occupancy import OPERATOR_RETRY_S, Occupancy, Phase, Queue, WaitReason
 from cocktail_serve.engines.stats import EngineStats
+from cocktail_serve.engines.turns.lease import Lease
+from cocktail_serve.engines.turns.line import Line, Waiter
 from cocktail_serve.errors import (
     ClientError,
     CocktailError,

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from cocktail_serve.checkpoints.layout import read_modules
 from cocktail_serve.checkpoints.naming import POOLER
-from cocktail_serve.engines.packing import Packing
-from cocktail_serve.engines.swappable import SwappableModel
+from cocktail_serve.engines.in_process.packing import Packing
+from cocktail_serve.engines.in_process.swappable import SwappableModel
 from cocktail_serve.errors import ConfigError
 from cocktail_serve.recipe import DType
 

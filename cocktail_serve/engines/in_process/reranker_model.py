@@ -12,8 +12,8 @@ from jinja2 import TemplateError
 from sentence_transformers import CrossEncoder
 from torch import Tensor
 
-from cocktail_serve.engines.input_tokenizer import Pair, check_encodable
-from cocktail_serve.engines.swappable import SwappableModel
+from cocktail_serve.engines.in_process.input_tokenizer import Pair, check_encodable
+from cocktail_serve.engines.in_process.swappable import SwappableModel
 from cocktail_serve.errors import ConfigError, InvalidRequestError
 from cocktail_serve.recipe import DType
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from cocktail_serve.engines.input_tokenizer import InputTokenizer
+from cocktail_serve.engines.in_process.input_tokenizer import InputTokenizer
 from cocktail_serve.errors import ConfigError
 from tests.models import make_encoder_tokenizer
 

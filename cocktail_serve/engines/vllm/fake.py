@@ -1,6 +1,6 @@
 """A server that speaks vLLM's surface without a model: for tests, and for measuring the gateway alone.
 
-    python -m cocktail_serve.engines.fake --uds /tmp/x/engine.sock --served-model-name flan
+    python -m cocktail_serve.engines.vllm.fake --uds /tmp/x/engine.sock --served-model-name flan
 
 It has the routes of the plugin under `/v1/cocktail/` and stands behind the plugin's own fence, so whoever gets on with
 it gets the order of mixes and requests right. Answers are pure functions of the resident recipe and the request. It
@@ -84,7 +84,7 @@ def fake_loss(recipe_digest: str, token_ids: Sequence[int], output_start: int) -
 
 def fake_args(*, uds: Path, served_model_name: str, max_model_len: int | None, extra: Mapping[str, Any]) -> list[str]:
     """Command line of this server; `extra` as in `engine.args`."""
-    args = [sys.executable, "-m", "cocktail_serve.engines.fake", "--uds", str(uds)]
+    args = [sys.executable, "-m", "cocktail_serve.engines.vllm.fake", "--uds", str(uds)]
     args += ["--served-model-name", served_model_name]
     if max_model_len is not None:
         args += ["--max-model-len", str(max_model_len)]
@@ -400,7 +400,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Runs the server until it is told to stop, or its owner dies."""
     import uvicorn
 
-    parser = argparse.ArgumentParser(prog="python -m cocktail_serve.engines.fake", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m cocktail_serve.engines.vllm.fake", description=__doc__)
     where = parser.add_mutually_exclusive_group(required=True)
     where.add_argument("--uds", help="Unix socket to listen on")
     where.add_argument("--port", type=int, help="port on loopback to listen on")

@@ -15,8 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cocktail_serve.engines.fairness import HALF_LIFE_S, MAX_KEPT, Account, Accounts
-from cocktail_serve.engines.lease import Lease
-from cocktail_serve.engines.residency import MAX_BUSY_MIXES, Residency
+from cocktail_serve.engines.turns.lease import Lease
+from cocktail_serve.engines.turns.residency import MAX_BUSY_MIXES, Residency
 from cocktail_serve.errors import (
     DrainedError,
     EngineError,

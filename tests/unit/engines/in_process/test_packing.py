@@ -8,7 +8,7 @@ import torch
 from transformers import BertConfig, BertModel, RobertaConfig, RobertaModel, XLMRobertaConfig, XLMRobertaModel
 from transformers.utils import logging as transformers_logging
 
-from cocktail_serve.engines.packing import Packing
+from cocktail_serve.engines.in_process.packing import Packing
 
 SHAPE: dict[str, Any] = {
     "vocab_size": 99,

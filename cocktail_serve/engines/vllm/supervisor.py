@@ -9,13 +9,13 @@ from typing import NoReturn
 
 import orjson
 
-from cocktail_serve.engines.answers import error_message
 from cocktail_serve.engines.base import EngineState
-from cocktail_serve.engines.launcher import Launcher
-from cocktail_serve.engines.residency import Residency
-from cocktail_serve.engines.server import STATUS_PATH, EngineServer
 from cocktail_serve.engines.start_failures import REMEDY, Exit, backoff_s
 from cocktail_serve.engines.stats import EngineStats
+from cocktail_serve.engines.turns.residency import Residency
+from cocktail_serve.engines.vllm.answers import error_message
+from cocktail_serve.engines.vllm.launcher import Launcher
+from cocktail_serve.engines.vllm.server import STATUS_PATH, EngineServer
 from cocktail_serve.errors import CocktailError, EngineError, EngineTimeoutError, ModelNotReadyError
 
 logger = logging.getLogger(__name__)

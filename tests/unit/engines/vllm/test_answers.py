@@ -7,9 +7,9 @@ from typing import cast
 
 import pytest
 
-from cocktail_serve.engines.answers import error_message, iter_events
-from cocktail_serve.engines.connections import Answer
-from cocktail_serve.engines.lease import Lease
+from cocktail_serve.engines.turns.lease import Lease
+from cocktail_serve.engines.vllm.answers import error_message, iter_events
+from cocktail_serve.engines.vllm.connections import Answer
 from cocktail_serve.errors import CocktailError, DrainedError, EngineError, InvalidRequestError
 
 TOKEN, LAST = b'{"choices":[{"finish_reason":null}]}', b'{"choices":[{"finish_reason":"stop"}]}'

@@ -15,9 +15,9 @@ from typing import Any, Self
 
 import orjson
 
-from cocktail_serve.engines.connections import Answer, Connections
-from cocktail_serve.engines.process import ProcessGroup
 from cocktail_serve.engines.start_failures import Exit, reason_in
+from cocktail_serve.engines.vllm.connections import Answer, Connections
+from cocktail_serve.engines.vllm.process import ProcessGroup
 from cocktail_serve.errors import EngineError, EngineTimeoutError
 
 logger = logging.getLogger(__name__)

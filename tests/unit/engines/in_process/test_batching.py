@@ -8,8 +8,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import numpy as np
 import pytest
 
-from cocktail_serve.engines import batching
-from cocktail_serve.engines.batching import (
+from cocktail_serve.engines.in_process import batching
+from cocktail_serve.engines.in_process.batching import (
     BACKGROUND_EVERY,
     CONTENDED_SHARE,
     Batch,

@@ -7,8 +7,8 @@ from collections.abc import AsyncIterator
 
 import orjson
 
-from cocktail_serve.engines.connections import Answer
-from cocktail_serve.engines.lease import Lease
+from cocktail_serve.engines.turns.lease import Lease
+from cocktail_serve.engines.vllm.connections import Answer
 from cocktail_serve.errors import CocktailError, EngineError, InvalidRequestError
 
 _FINISHED = b'"finish_reason":"'

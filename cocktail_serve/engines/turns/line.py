@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterator
 
-from cocktail_serve.engines.lease import Lease
+from cocktail_serve.engines.turns.lease import Lease
 from cocktail_serve.recipe import Recipe
 
 

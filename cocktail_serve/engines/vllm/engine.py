@@ -1,7 +1,7 @@
 """A decoder pool in a vLLM server of its own: one resident recipe at a time, requests passed through when it is theirs.
 
 Others keep the server alive (`supervisor`), say how it is started (`launcher`), give turns (`residency`), write what is
-sent (`request_body`), read what comes back (`answers`) and score examples (`decoder_scorer`); here they work together.
+sent (`request_body`), read what comes back (`answers`) and score examples (`scorer`); here they work together.
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ from typing import Any
 import orjson
 
 from cocktail_serve.config import VLLMEngineConfig
-from cocktail_serve.engines.answers import error_message, iter_events, read_whole
 from cocktail_serve.engines.base import EngineHealth, Forwarded
-from cocktail_serve.engines.connections import Answer
-from cocktail_serve.engines.decoder_scorer import DecoderScorer
 from cocktail_serve.engines.effort import spend
-from cocktail_serve.engines.launcher import Launcher
-from cocktail_serve.engines.lease import Lease
 from cocktail_serve.engines.occupancy import Occupancy
-from cocktail_serve.engines.request_body import BodyWriter, expected_tokens
-from cocktail_serve.engines.residency import Residency
-from cocktail_serve.engines.server import STATUS_PATH, EngineServer
 from cocktail_serve.engines.stats import EngineStats
-from cocktail_serve.engines.supervisor import HANG_S, Supervisor
+from cocktail_serve.engines.turns.lease import Lease
+from cocktail_serve.engines.turns.residency import Residency
+from cocktail_serve.engines.vllm.answers import error_message, iter_events, read_whole
+from cocktail_serve.engines.vllm.connections import Answer
+from cocktail_serve.engines.vllm.launcher import Launcher
+from cocktail_serve.engines.vllm.request_body import BodyWriter, expected_tokens
+from cocktail_serve.engines.vllm.scorer import DecoderScorer
+from cocktail_serve.engines.vllm.server import STATUS_PATH, EngineServer
+from cocktail_serve.engines.vllm.supervisor import HANG_S, Supervisor
 from cocktail_serve.errors import CocktailError, ConfigError, EngineError, InvalidMixError, refusal
 from cocktail_serve.examples import ExampleSet
 from cocktail_serve.generation import GenerationSettings

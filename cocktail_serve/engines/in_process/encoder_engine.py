@@ -11,10 +11,10 @@ from typing import cast
 import numpy as np
 
 from cocktail_serve.engines.base import Embedded
-from cocktail_serve.engines.batching import Batch
-from cocktail_serve.engines.encoder import Encoder
-from cocktail_serve.engines.pipeline import ModelRequest
-from cocktail_serve.engines.sentence_transformers import PROBES, SentenceTransformersEngine
+from cocktail_serve.engines.in_process.batching import Batch
+from cocktail_serve.engines.in_process.encoder_model import Encoder
+from cocktail_serve.engines.in_process.engine import PROBES, SentenceTransformersEngine
+from cocktail_serve.engines.in_process.pipeline import ModelRequest
 from cocktail_serve.errors import ConfigError, ContextLengthError, InvalidRequestError
 from cocktail_serve.examples import ExampleSet, RetrievalExample
 from cocktail_serve.recipe import Recipe

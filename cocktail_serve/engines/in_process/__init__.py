@@ -1,0 +1,1 @@
+"""Encoders and rerankers, in this process, by sentence-transformers."""

@@ -1,0 +1,1 @@
+"""Decoders, in a vLLM server of their own."""
