@@ -165,15 +165,8 @@ def running_fake(pool: Pool, folder: Path) -> Iterator[str]:
     """The fake server by itself; its URL."""
     manifest = Manifest.of_pool(pool, dtype="float32", cache_bytes=0, managed=False).write(folder / "manifest.json")
     port = free_port()
-    command = [
-        sys.executable,
-        "-m",
-        "cocktail_serve.engines.vllm.fake",
-        "--port",
-        str(port),
-        "--served-model-name",
-        POOL,
-    ]
+    command = [sys.executable, "-m", "cocktail_serve.engines.vllm.fake", "--port", str(port)]
+    command += ["--served-model-name", POOL]
     command += ["--max-model-len", "4096"]
     env = server_env(manifest=manifest, api_key="", owner_pid=os.getpid(), extra={})
     env.pop("VLLM_API_KEY")

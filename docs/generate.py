@@ -17,7 +17,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from cocktail_serve import errors
-from cocktail_serve.checkpoints.adapter_config import FIELDS, INITS
+from cocktail_serve.checkpoints.adapters.config import FIELDS, INITS
 from cocktail_serve.cli import app as cli_app
 from cocktail_serve.cocktails.request import CocktailBody
 from cocktail_serve.config import Settings

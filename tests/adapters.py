@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cocktail_serve.checkpoints.adapter import AdapterReader
+from cocktail_serve.checkpoints.adapters.reader import AdapterReader
 from cocktail_serve.checkpoints.reader import CheckpointReader
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cocktail_serve.checkpoints.adapter import is_adapter, read_expert
+from cocktail_serve.checkpoints.adapters.reader import is_adapter, read_expert
 from cocktail_serve.checkpoints.chat_templates import DEFAULT, templates
 from cocktail_serve.checkpoints.layout import (
     Module,
@@ -19,8 +19,9 @@ from cocktail_serve.checkpoints.layout import (
     read_optional_json,
 )
 from cocktail_serve.checkpoints.model_config import is_declared, open_model_config
-from cocktail_serve.checkpoints.reader import CheckpointReader, TensorInfo
+from cocktail_serve.checkpoints.reader import CheckpointReader
 from cocktail_serve.checkpoints.special_tokens import TOKENIZER_CONFIG
+from cocktail_serve.checkpoints.tensor_files import TensorInfo
 from cocktail_serve.checkpoints.text_files import read_pooling
 from cocktail_serve.checkpoints.tokenizer import FolderTokenizer, differences
 from cocktail_serve.errors import IncompatibleModelsError

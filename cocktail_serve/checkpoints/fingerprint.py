@@ -14,7 +14,7 @@ from pathlib import Path
 from blake3 import blake3
 from filelock import FileLock
 
-from cocktail_serve.checkpoints.adapter import AdapterReader
+from cocktail_serve.checkpoints.adapters.reader import AdapterReader
 from cocktail_serve.checkpoints.finite import CHUNK_BYTES, largest_and_not_finite
 from cocktail_serve.checkpoints.reader import CheckpointReader
 from cocktail_serve.digest import digest_of

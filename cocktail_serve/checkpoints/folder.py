@@ -18,7 +18,7 @@ from typing import Any
 from cocktail_serve.checkpoints.generation_files import write_settings
 from cocktail_serve.checkpoints.layout import CONFIG, model_folder, read_config, read_modules
 from cocktail_serve.checkpoints.mixture import Mixture, address_of
-from cocktail_serve.checkpoints.reader import SAFETENSORS_DTYPES, TensorInfo
+from cocktail_serve.checkpoints.tensor_files import SAFETENSORS_DTYPES, TensorInfo
 from cocktail_serve.dtypes import ITEM_BYTES
 from cocktail_serve.errors import ConflictError, StorageError
 from cocktail_serve.merging.native import Kernel, Operand, load_kernel

@@ -8,10 +8,11 @@ from contextlib import ExitStack
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
-from cocktail_serve.checkpoints.adapter import AdapterReader
+from cocktail_serve.checkpoints.adapters.reader import AdapterReader
 from cocktail_serve.checkpoints.compatibility import check_tensors
 from cocktail_serve.checkpoints.finite import LARGEST, OVERFLOWS_FROM, largest_and_not_finite
-from cocktail_serve.checkpoints.reader import CheckpointReader, TensorInfo, tensor_bytes
+from cocktail_serve.checkpoints.reader import CheckpointReader
+from cocktail_serve.checkpoints.tensor_files import TensorInfo, tensor_bytes
 from cocktail_serve.checkpoints.unchanged import open_base, open_expert_of
 from cocktail_serve.errors import (
     CheckpointError,

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-from cocktail_serve.checkpoints.adapter import AdapterReader, is_adapter
+from cocktail_serve.checkpoints.adapters.reader import AdapterReader, is_adapter
 from cocktail_serve.checkpoints.compatibility import compare
 from cocktail_serve.checkpoints.fingerprint import identify_adapter, identify_folder
 from cocktail_serve.checkpoints.finite import LARGEST, OVERFLOWS_FROM

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 
-from cocktail_serve.checkpoints.adapter import AdapterReader, read_expert
+from cocktail_serve.checkpoints.adapters.reader import AdapterReader, read_expert
 from cocktail_serve.checkpoints.fingerprint import identify, identify_adapter
 from cocktail_serve.checkpoints.reader import CheckpointReader
 from cocktail_serve.errors import CheckpointError, IncompatibleModelsError, ModelChangedError

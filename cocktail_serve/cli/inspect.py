@@ -43,7 +43,7 @@ def inspect(folder: ModelFolder, expert: OtherFolder = None, *, plot: PlotFile =
         described = [_describe(folder, report)]
         compatibility = changes = mixed = None
         if expert is not None:
-            from cocktail_serve.checkpoints.adapter import is_adapter
+            from cocktail_serve.checkpoints.adapters.reader import is_adapter
             from cocktail_serve.checkpoints.compatibility import compare
 
             if is_adapter(expert):
@@ -109,7 +109,7 @@ def _describe_adapter(folder: Path, base: Path, described_base: dict[str, Any]) 
     Raises:
         CheckpointError, IncompatibleModelsError: it cannot be folded into this base.
     """
-    from cocktail_serve.checkpoints.adapter import AdapterReader
+    from cocktail_serve.checkpoints.adapters.reader import AdapterReader
     from cocktail_serve.checkpoints.fingerprint import identify_adapter
     from cocktail_serve.checkpoints.generation_files import read_settings
     from cocktail_serve.checkpoints.reader import CheckpointReader
@@ -167,7 +167,7 @@ def _blockers(folder: Path, *, has_tokenizer: bool) -> Iterator[str]:
 
 def _changes(base: Path, expert: Path, report: OnProgress) -> Iterator[dict[str, Any]]:
     """How far the expert moved, group of layers by group: the norm of the difference over the norm of the base."""
-    from cocktail_serve.checkpoints.adapter import read_expert
+    from cocktail_serve.checkpoints.adapters.reader import read_expert
     from cocktail_serve.checkpoints.reader import CheckpointReader
 
     squares: dict[str, list[float]] = {}

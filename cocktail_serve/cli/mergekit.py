@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from cocktail_serve.checkpoints.adapter import is_adapter
+from cocktail_serve.checkpoints.adapters.reader import is_adapter
 from cocktail_serve.pool import BASE, Pool
 from cocktail_serve.recipe import Recipe
 

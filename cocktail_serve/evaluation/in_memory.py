@@ -140,7 +140,7 @@ class InMemoryDecoders(_InMemory):
 
 
 class InMemoryEncoders(_InMemory):
-    """An `EncoderBackend` over `engines.embedding`."""
+    """An `EncoderBackend` over `engines.in_process`."""
 
     loss_version = contrastive.LOSS_VERSION
 

@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Literal
 
-from cocktail_serve.checkpoints.adapter import AdapterReader, read_expert
+from cocktail_serve.checkpoints.adapters.reader import AdapterReader, read_expert
 from cocktail_serve.checkpoints.finite import OVERFLOWS_FROM
 from cocktail_serve.checkpoints.mixture import Mixture
 from cocktail_serve.checkpoints.reader import CheckpointReader

@@ -190,9 +190,8 @@ class TestEqualsCrossEncoder:
 
 class TestScoring:
     async def test_losses_come_from_raw_logits(self, folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(
-            "cocktail_serve.engines.in_process.reranker_engine.PAIRS_PER_CALL", 3
-        )  # an example's pairs in two calls
+        # an example's pairs in two calls
+        monkeypatch.setattr("cocktail_serve.engines.in_process.reranker_engine.PAIRS_PER_CALL", 3)
         rows = [
             {"query": "dog", "pos": ["cat"], "neg": ["bank", "river city"]},
             {"query": QUERY, "pos": ["paris"], "neg": ["berlin", "madrid"]},

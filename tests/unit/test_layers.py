@@ -122,6 +122,32 @@ def test_no_packages_import_each_other_in_a_ring() -> None:
     assert not first_ring(arrows)
 
 
+WINGS = {
+    "turns": {"turns"},
+    "vllm": {"vllm", "turns"},
+    "in_process": {"in_process"},
+}
+"""Of `engines`: what each may import beside the modules on its ground. The wings never meet."""
+
+
+@pytest.mark.parametrize("wing", WINGS)
+def test_wings_of_engines_do_not_meet(wing: str) -> None:
+    folders = {path.parent.name for path in (PACKAGE / "engines").glob("*/__init__.py")}
+    assert folders == WINGS.keys()
+    wrong = [
+        (file, ".".join(parts))
+        for file, parts in imported(f"engines/{wing}")
+        if parts[:2] == [PACKAGE.name, "engines"] and len(parts) > 2 and parts[2] in folders - WINGS[wing]
+    ]
+    assert not wrong
+
+
+def test_the_ground_of_engines_knows_no_wing() -> None:
+    ground = [path for path in (PACKAGE / "engines").glob("*.py") if path.name != "__init__.py"]
+    names = [name for path in ground for name in imports(path.read_text(encoding="utf-8"))]
+    assert not [name for name in names if name.startswith(tuple(f"cocktail_serve.engines.{wing}" for wing in WINGS))]
+
+
 def test_a_ring_is_found() -> None:
     assert set(first_ring({"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": {"a"}})) == {"a", "b", "c"}
 

@@ -18,7 +18,8 @@ from cocktail_serve.checkpoints.finite import LARGEST, OVERFLOWS_FROM, largest_a
 from cocktail_serve.checkpoints.folder import save_mixture
 from cocktail_serve.checkpoints.mixture import Mixture, iter_mixture
 from cocktail_serve.checkpoints.opening import open_pool
-from cocktail_serve.checkpoints.reader import CheckpointReader, tensor_bytes
+from cocktail_serve.checkpoints.reader import CheckpointReader
+from cocktail_serve.checkpoints.tensor_files import tensor_bytes
 from cocktail_serve.config import PoolConfig
 from cocktail_serve.errors import CheckpointError, NotFiniteError
 from cocktail_serve.pool import Pool

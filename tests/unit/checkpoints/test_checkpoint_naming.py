@@ -14,7 +14,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from cocktail_serve.checkpoints.adapter import read_expert
+from cocktail_serve.checkpoints.adapters.reader import read_expert
 from cocktail_serve.checkpoints.compatibility import compare
 from cocktail_serve.checkpoints.mixture import iter_mixture
 from cocktail_serve.checkpoints.naming import parameter_names

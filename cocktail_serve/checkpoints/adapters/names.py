@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from cocktail_serve.checkpoints.adapter_config import MERGE
+from cocktail_serve.checkpoints.adapters.config import MERGE
 from cocktail_serve.checkpoints.naming import ParameterNames, parameter_names
 from cocktail_serve.checkpoints.reader import CheckpointReader
 from cocktail_serve.errors import IncompatibleModelsError

@@ -27,7 +27,7 @@ from transformers import (
     NomicBertModel,
 )
 
-from cocktail_serve.checkpoints.adapter_changes import CONV1D_MODEL_TYPES, CONV1D_MODULES
+from cocktail_serve.checkpoints.adapters.changes import CONV1D_MODEL_TYPES, CONV1D_MODULES
 from cocktail_serve.checkpoints.compatibility import compare
 from cocktail_serve.checkpoints.folder import save_mixture
 from cocktail_serve.errors import CheckpointError, IncompatibleModelsError

@@ -17,7 +17,7 @@ from peft.tuners.lora.loraga import preprocess_loraga
 from torch import Tensor
 from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
 
-from cocktail_serve.checkpoints.adapter_config import FIELDS, INITS, AdapterConfig
+from cocktail_serve.checkpoints.adapters.config import FIELDS, INITS, AdapterConfig
 from cocktail_serve.checkpoints.folder import save_mixture
 from cocktail_serve.errors import CheckpointError
 from cocktail_serve.pool import Pool

@@ -9,11 +9,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from cocktail_serve.checkpoints.adapter_config import AdapterConfig
-from cocktail_serve.checkpoints.adapter_names import BaseNames
-from cocktail_serve.checkpoints.adapter_tensors import Part, sort_tensors
+from cocktail_serve.checkpoints.adapters.config import AdapterConfig
+from cocktail_serve.checkpoints.adapters.names import BaseNames
+from cocktail_serve.checkpoints.adapters.tensors import Part, sort_tensors
 from cocktail_serve.checkpoints.layout import read_config
-from cocktail_serve.checkpoints.reader import CheckpointReader, TensorSource, ties_embeddings
+from cocktail_serve.checkpoints.reader import CheckpointReader, ties_embeddings
+from cocktail_serve.checkpoints.tensor_files import TensorSource
 from cocktail_serve.errors import CheckpointError, IncompatibleModelsError
 
 CONV1D_MODEL_TYPES = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp"})

@@ -7,18 +7,12 @@ from pathlib import Path
 from types import MappingProxyType, TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
-from cocktail_serve.checkpoints.adapter_changes import Change, ChangeFinder
-from cocktail_serve.checkpoints.adapter_config import AdapterConfig
+from cocktail_serve.checkpoints.adapters.changes import Change, ChangeFinder
+from cocktail_serve.checkpoints.adapters.config import AdapterConfig
 from cocktail_serve.checkpoints.layout import ADAPTER_CONFIG, MODULES, model_folder, module_files, read_modules
 from cocktail_serve.checkpoints.mapping import settings_state
-from cocktail_serve.checkpoints.reader import (
-    CheckpointReader,
-    TensorInfo,
-    TensorSource,
-    open_tensors,
-    open_weights,
-    tensor_bytes,
-)
+from cocktail_serve.checkpoints.reader import CheckpointReader
+from cocktail_serve.checkpoints.tensor_files import TensorInfo, TensorSource, open_tensors, open_weights, tensor_bytes
 from cocktail_serve.errors import CheckpointError
 from cocktail_serve.merging.threads import in_parallel
 from cocktail_serve.pool import FileState

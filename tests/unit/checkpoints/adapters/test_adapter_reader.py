@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
-from cocktail_serve.checkpoints.adapter import fold
+from cocktail_serve.checkpoints.adapters.reader import fold
 from cocktail_serve.checkpoints.folder import save_mixture
 from cocktail_serve.checkpoints.mixture import iter_mixture
 from cocktail_serve.errors import CheckpointError, IncompatibleModelsError
@@ -58,7 +58,7 @@ def test_the_fold_with_magnitudes_is_rounded_once_and_the_same_whatever_the_thre
     first = folded()
     ulp = torch.nextafter(first.abs(), torch.tensor(float("inf"))) - first.abs()
     assert ((first.double() - exact).abs() <= 0.501 * ulp.double()).all()
-    monkeypatch.setattr("cocktail_serve.checkpoints.adapter.FOLD_NUMEL", 77)
+    monkeypatch.setattr("cocktail_serve.checkpoints.adapters.reader.FOLD_NUMEL", 77)
     assert torch.equal(folded(), first)
     monkeypatch.setattr(threads, "num_threads", lambda: 1)
     assert torch.equal(folded(), first)
@@ -72,7 +72,7 @@ def test_the_fold_is_rounded_once_and_the_same_whatever_the_threads(monkeypatch:
     exact = weight.double() + 0.75 * (up.double() @ down.double())
     ulp = torch.nextafter(folded.abs(), torch.tensor(float("inf"))) - folded.abs()
     assert ((folded.double() - exact).abs() <= 0.501 * ulp.double()).all()
-    monkeypatch.setattr("cocktail_serve.checkpoints.adapter.FOLD_NUMEL", 70)
+    monkeypatch.setattr("cocktail_serve.checkpoints.adapters.reader.FOLD_NUMEL", 70)
     assert torch.equal(fold(weight, down, up, 0.75), folded)
     monkeypatch.setattr(threads, "num_threads", lambda: 1)
     assert torch.equal(fold(weight, down, up, 0.75), folded)

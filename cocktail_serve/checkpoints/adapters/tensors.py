@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
-from cocktail_serve.checkpoints.adapter_config import MERGE
-from cocktail_serve.checkpoints.reader import TensorInfo
+from cocktail_serve.checkpoints.adapters.config import MERGE
+from cocktail_serve.checkpoints.tensor_files import TensorInfo
 from cocktail_serve.dtypes import ITEM_BYTES
 from cocktail_serve.errors import CheckpointError
 

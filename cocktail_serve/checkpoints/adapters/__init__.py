@@ -1,0 +1,1 @@
+"""LoRA adapters, read as the full models that they make of their base."""
