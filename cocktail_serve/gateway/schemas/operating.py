@@ -84,7 +84,9 @@ class EngineView(BaseModel):
     state: EngineState
     detail: dict[str, Any] = Field(description="Why it is not ready, or which mixing path it took.")
     phase: Phase | None = Field(description="Of the turn; null where recipes do not take turns.")
-    resident: EngineRecipeView | None = Field(description="What is in the engine now, where it holds one recipe at a time.")
+    resident: EngineRecipeView | None = Field(
+        description="What is in the engine now, where it holds one recipe at a time."
+    )
     turn_s: float | None = Field(description="Age of the turn, seconds.")
     in_flight: int
     queues: list[QueueView] = Field(description="Who waits, by recipe, the longest waiting first.")
