@@ -20,6 +20,7 @@ from cocktail_serve.errors import NotFoundError
 from cocktail_serve.finetuning.files import Files
 from cocktail_serve.finetuning.service import FineTuning
 from cocktail_serve.gateway.authentication import Authenticator, Caller
+from cocktail_serve.gateway.exchange import exchange_of
 from cocktail_serve.gateway.lifecycle import Lifecycle
 from cocktail_serve.gateway.metering import Meter
 from cocktail_serve.gateway.metrics import GatewayMetrics
@@ -138,7 +139,7 @@ async def creator_of(request: Request, gateway: GatewayDep, caller: CallerDep) -
         RateLimitError: over the tenant's requests a minute.
     """
     caller.require("create")
-    gateway.meter.admit_change(request, caller)
+    exchange_of(request).enter(gateway.meter.admit_change(caller))
     return caller.tenant
 
 
