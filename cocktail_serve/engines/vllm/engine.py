@@ -21,7 +21,7 @@ from cocktail_serve.engines.effort import spend
 from cocktail_serve.engines.occupancy import Occupancy
 from cocktail_serve.engines.stats import EngineStats
 from cocktail_serve.engines.turns.lease import Lease
-from cocktail_serve.engines.turns.residency import Residency
+from cocktail_serve.engines.turns.residency import ExclusiveTurns
 from cocktail_serve.engines.vllm.answers import error_message, iter_events, read_whole
 from cocktail_serve.engines.vllm.connections import Answer
 from cocktail_serve.engines.vllm.launcher import Launcher
@@ -87,7 +87,7 @@ class VLLMEngine:
         self._forgetting: set[asyncio.Task[None]] = set()
         self._bodies = BodyWriter(pool.id, own=pool.base.generation)
         self._launcher = Launcher(pool, config, dtype=self.dtype, run_dir=run_dir)
-        self._residency = Residency(
+        self._residency = ExclusiveTurns(
             self._mix,
             slice_s=config.slice_s,
             drain_s=config.drain_s,

@@ -12,7 +12,7 @@ import orjson
 from cocktail_serve.engines.base import EngineState
 from cocktail_serve.engines.start_failures import REMEDY, Exit, backoff_s
 from cocktail_serve.engines.stats import EngineStats
-from cocktail_serve.engines.turns.residency import Residency
+from cocktail_serve.engines.turns.residency import ExclusiveTurns
 from cocktail_serve.engines.vllm.answers import error_message
 from cocktail_serve.engines.vllm.launcher import Launcher
 from cocktail_serve.engines.vllm.server import STATUS_PATH, EngineServer
@@ -55,7 +55,7 @@ class Supervisor:
         self,
         pool_id: str,
         launcher: Launcher,
-        residency: Residency,
+        residency: ExclusiveTurns,
         *,
         start_timeout_s: float,
         max_model_len: int | None,
