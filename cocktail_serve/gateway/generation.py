@@ -75,7 +75,7 @@ class GenerationResponse(Response):
                     if forwarded.events is not None:
                         await self._send_events(forwarded.events, send, started_at)
                         return
-                    body = self._rewriter.whole(forwarded.status, forwarded.body or b"")
+                    body = self._rewriter.whole(forwarded.body or b"")
                 # the turn is over: a client that reads slowly holds up nobody
                 self._observe_first_token(started_at)
                 await Response(body, media_type="application/json")(scope, receive, send)

@@ -70,7 +70,6 @@ async def complete(engine: VLLMEngine, merging_weights: Mapping[str, float]) -> 
     body |= {"repetition_penalty": 1.0, "return_token_ids": True}
     async with engine.forward(recipe, "/v1/completions", body, tenant="t") as answer:
         assert answer.body is not None
-        assert answer.status == 200, answer.body
         choice: dict[str, Any] = json.loads(answer.body)["choices"][0]
         return choice
 

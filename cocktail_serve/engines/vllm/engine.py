@@ -13,8 +13,6 @@ from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import orjson
-
 from cocktail_serve.config import VLLMEngineConfig
 from cocktail_serve.engines.base import EngineHealth, Forwarded
 from cocktail_serve.engines.effort import spend
@@ -22,14 +20,15 @@ from cocktail_serve.engines.occupancy import Occupancy
 from cocktail_serve.engines.stats import EngineStats
 from cocktail_serve.engines.turns.lease import Lease
 from cocktail_serve.engines.turns.residency import ExclusiveTurns
-from cocktail_serve.engines.vllm.answers import error_message, iter_events, read_whole
+from cocktail_serve.engines.vllm.answers import iter_events, read_whole
 from cocktail_serve.engines.vllm.connections import Answer
+from cocktail_serve.engines.vllm.errors import engine_error, is_error
 from cocktail_serve.engines.vllm.launcher import Launcher
 from cocktail_serve.engines.vllm.request_body import BodyWriter, expected_tokens
 from cocktail_serve.engines.vllm.scorer import DecoderScorer
 from cocktail_serve.engines.vllm.server import STATUS_PATH, EngineServer
 from cocktail_serve.engines.vllm.supervisor import HANG_S, Supervisor
-from cocktail_serve.errors import CocktailError, ConfigError, EngineError, InvalidMixError, refusal
+from cocktail_serve.errors import CocktailError, ConfigError, EngineError, InvalidMixError
 from cocktail_serve.examples import ExampleSet
 from cocktail_serve.generation import GenerationSettings
 from cocktail_serve.pool import Pool
@@ -190,16 +189,18 @@ class VLLMEngine:
                 answer = await self._supervisor.running.post(path, content, headers=headers)
             with contextlib.closing(answer):
                 if answer.status == 200 and answer.headers.get("content-type", "").startswith("text/event-stream"):
-                    self._check_answer(recipe, answer, b"")
+                    self._check_recipe(recipe, answer)
                     # the engine must be rid of the request even while our reader is stuck
                     lease.on_end(answer.close)
-                    yield Forwarded(answer.status, None, iter_events(answer, lease), lease.settle)
+                    yield Forwarded(None, iter_events(answer, lease), lease.settle)
                     return
                 with lease.interruptible():
                     whole = await read_whole(answer)
-            self._check_answer(recipe, answer, whole)
+            self._check_recipe(recipe, answer)
+            if answer.status >= 400 or is_error(whole):
+                raise engine_error(answer.status, whole)
             lease.release()  # the engine has done its part
-            yield Forwarded(answer.status, whole, None, lease.settle)
+            yield Forwarded(whole, None, lease.settle)
 
     async def _turn(self, recipe: Recipe, *, tenant: str, num_tokens: int) -> Lease:
         self._supervisor.check_available()
@@ -215,19 +216,17 @@ class VLLMEngine:
             spend(mixing_s=self._last_mix_s)  # the last mix is the one that this turn began with
         return lease
 
-    def _check_answer(self, recipe: Recipe, answer: Answer, content: bytes) -> None:
+    def _check_recipe(self, recipe: Recipe, answer: Answer) -> None:
         """Lets only answers through that this recipe gave.
 
         Raises:
-            EngineError: the engine failed, or it does not hold what we think it does.
+            EngineError: the engine does not hold what we think it does.
         """
         answered_by = answer.headers.get(RECIPE_HEADER)
         if answer.status in (401, 409) or (answered_by is not None and answered_by != recipe.digest):
             reason = f"the engine answered {answer.status} under recipe {answered_by}, expected {recipe.digest}"
             self._supervisor.lose(reason)
             raise EngineError(reason)
-        if answer.status >= 500:
-            raise EngineError(f"the engine failed: {error_message(content)}")
 
     async def _mix(self, recipe: Recipe) -> bool:
         status, body = await self._supervisor.running.call(
@@ -249,10 +248,10 @@ class VLLMEngine:
             return True
         if status == 409:
             return False
-        message = error_message(orjson.dumps(body))
-        if status == 400:
-            raise refusal(body["error"].get("code"), message) or InvalidMixError(message)
-        raise EngineError(f"mixing failed with {status}: {message}")
+        error = engine_error(status, body, what="mixing", unfit=InvalidMixError)
+        if status == 400:  # refused, and nothing has changed
+            raise error
+        raise EngineError(error.message)  # whatever it is, nobody knows which parameters the engine holds now
 
     async def _forget(self, server: EngineServer, recipe_digest: str) -> None:
         try:

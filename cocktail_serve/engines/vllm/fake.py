@@ -7,7 +7,8 @@ it gets the order of mixes and requests right. Answers are pure functions of the
 starts in about a second.
 
 Faults come from files: with `--faults FOLDER`, a file of a fault's name in that folder happens once, to the next
-request that it concerns, and is removed.
+request that it concerns, and is removed. Those that say so read from the file the status and the message of the error
+that they answer, as in `501 not built in`; 500 where it is empty.
 """
 
 from __future__ import annotations
@@ -41,14 +42,17 @@ from vllm_cocktail.lifetime import die_with_owner
 from vllm_cocktail.manifest import Manifest
 
 Fault = Literal[
+    "answer_error",  # the next completion is answered with the error in the file
     "die",  # the process ends by SIGKILL at the next completion
     "hang",  # the next status is never answered
     "mix_busy",  # the next mix is refused as busy, nothing changed
     "mix_failed",  # the next mix fails half-way and poisons the engine
     "mix_hang",  # the next mix never ends
     "mix_invalid",  # the next recipe is refused, nothing changed
+    "score_error",  # the next scoring request is answered with the error in the file
+    "score_overflow",  # the losses of the next scoring request are not finite
     "stream_cut",  # the next stream ends in the middle
-    "stream_error",  # the next stream ends with an error event and [DONE], as vLLM's when its core dies
+    "stream_error",  # the next stream ends with the error in the file as an event and [DONE], as vLLM's
 ]
 
 WORDS = (
@@ -202,6 +206,10 @@ class FakeServer:
     async def _score(self, request: Request) -> Response:
         examples = orjson.loads(await request.body())["examples"]
         await asyncio.sleep(self._score_s)
+        if (error := self._struck("score_error")) is not None:
+            return _vllm_error(error)
+        if self._strikes("score_overflow"):
+            return _json({"losses": [None for _ in examples]})
         digest = self.fence.resident or ""
         return _json({"losses": [fake_loss(digest, e["token_ids"], e["output_start"]) for e in examples]})
 
@@ -228,6 +236,8 @@ class FakeServer:
     async def _answer(self, shape: _Shape, prompt: str, body: Mapping[str, Any]) -> Response:
         if self._strikes("die"):
             os.kill(os.getpid(), signal.SIGKILL)
+        if (error := self._struck("answer_error")) is not None:
+            return _vllm_error(error)
         digest = self.fence.resident or ""
         num_tokens = body.get("max_completion_tokens") or body.get("max_tokens") or DEFAULT_MAX_TOKENS
         num_choices = body.get("n") or 1
@@ -255,13 +265,12 @@ class FakeServer:
     async def _events(
         self, shape: _Shape, answers: Sequence[Iterator[str]], num_tokens: int, usage: Mapping[str, int] | None
     ) -> AsyncIterator[bytes]:
-        fails, is_cut = self._strikes("stream_error"), self._strikes("stream_cut")
+        error, is_cut = self._struck("stream_error"), self._strikes("stream_cut")
         for position in range(num_tokens):
             if position == num_tokens // 2:
-                if fails:
-                    yield _event({"error": {"message": "EngineCore died", "type": "InternalServerError", "code": 500}})
-                    yield b"data: [DONE]\n\n"
-                if fails or is_cut:
+                if error is not None:
+                    yield b"data: %b\n\ndata: [DONE]\n\n" % _vllm_error(error).body
+                if error is not None or is_cut:
                     return
             if self._token_delay_s:
                 await asyncio.sleep(self._token_delay_s)
@@ -284,13 +293,19 @@ class FakeServer:
             raise InvalidMixError(f"the engine's dtype is {self._manifest.dtype}, the recipe's {recipe.dtype}")
 
     def _strikes(self, fault: Fault) -> bool:
+        return self._struck(fault) is not None
+
+    def _struck(self, fault: Fault) -> str | None:
+        """What the file of a fault says, where there is one."""
         if self._faults is None:
-            return False
+            return None
+        path = self._faults / fault
         try:
-            (self._faults / fault).unlink()
+            text = path.read_text()
+            path.unlink()
         except FileNotFoundError:
-            return False
-        return True
+            return None
+        return text
 
 
 def usage_of(num_in: int, num_out: int) -> dict[str, int]:
@@ -394,6 +409,14 @@ def _event(value: Any) -> bytes:
 
 def _error(status: int, code: str, message: str) -> Response:
     return _json({"error": {"message": message, "type": "error", "param": None, "code": code}}, status)
+
+
+def _vllm_error(text: str) -> Response:
+    """An error as vLLM answers it: its `code` is the status as a number."""
+    status, _, message = text.partition(" ")
+    code = int(status or 500)
+    detail = {"message": message or "EngineCore died", "type": "InternalServerError", "param": None, "code": code}
+    return _json({"error": detail}, code)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

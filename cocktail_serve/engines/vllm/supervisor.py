@@ -7,13 +7,11 @@ import logging
 from collections.abc import Sequence
 from typing import NoReturn
 
-import orjson
-
 from cocktail_serve.engines.base import EngineState
 from cocktail_serve.engines.start_failures import REMEDY, Exit, backoff_s
 from cocktail_serve.engines.stats import EngineStats
 from cocktail_serve.engines.turns.residency import ExclusiveTurns
-from cocktail_serve.engines.vllm.answers import error_message
+from cocktail_serve.engines.vllm.errors import error_message
 from cocktail_serve.engines.vllm.launcher import Launcher
 from cocktail_serve.engines.vllm.server import STATUS_PATH, EngineServer
 from cocktail_serve.errors import CocktailError, EngineError, EngineTimeoutError, ModelNotReadyError
@@ -201,7 +199,7 @@ class Supervisor:
                     raise
                 continue
             if status != 200 or body["state"] == "poisoned":
-                raise EngineError(f"the engine is lost: {status} {error_message(orjson.dumps(body))}")
+                raise EngineError(f"the engine is lost: {status} {error_message(body)}")
             answered = loop.time()
 
 
