@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cocktail_serve.checkpoints.opening import open_expert, open_pool
 from cocktail_serve.config import PoolConfig, VLLMEngineConfig
+from cocktail_serve.engines.vllm.build import build_vllm_engine
 from cocktail_serve.engines.vllm.engine import VLLMEngine
 from cocktail_serve.errors import ContextLengthError, EngineError, InvalidRequestError, ModelChangedError
 from cocktail_serve.examples import parse_examples
@@ -153,7 +154,7 @@ async def running(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Run
     )
     pool = open_pool(config, cache_dir=folder / "cache")
     assert isinstance(config.engine, VLLMEngineConfig)
-    engine = VLLMEngine(pool, config.engine, run_dir=folder / "run")
+    engine = build_vllm_engine(pool, config.engine, run_dir=folder / "run")
     await engine.start()
     try:
         await eventually(lambda: is_ready(engine), deadline_s=START_S)
