@@ -37,7 +37,7 @@ from starlette.routing import Route
 
 from cocktail_serve.errors import CocktailError, InvalidMixError
 from cocktail_serve.recipe import Recipe
-from vllm_cocktail.fence import ASGIApp, Fence, FenceMiddleware, Receive, Scope, Send
+from vllm_cocktail.fence import RECIPE_HEADER, ASGIApp, Fence, FenceMiddleware, Receive, Scope, Send
 from vllm_cocktail.lifetime import die_with_owner
 from vllm_cocktail.manifest import Manifest
 
@@ -54,6 +54,8 @@ Fault = Literal[
     "stream_cut",  # the next stream ends in the middle
     "stream_error",  # the next stream ends with the error in the file as an event and [DONE], as vLLM's
 ]
+
+Holds = Literal["one", "all"]
 
 WORDS = (
     "amber basil clove dill elder fennel ginger hyssop iris juniper kaffir lemon mint nutmeg orange pepper "
@@ -104,6 +106,7 @@ class FakeServer:
         manifest: what the plugin is given: which recipes can be mixed, and which is resident at the start.
         token_delay_s: time between two words.
         mix_s: time that one mix takes.
+        holds: `one` recipe, which the next mix replaces, as the plugin does; or `all` that were mixed, side by side.
         faults: folder of fault files.
     """
 
@@ -116,6 +119,7 @@ class FakeServer:
         token_delay_s: float = 0.0,
         score_s: float = 0.0,
         mix_s: float = 0.0,
+        holds: Holds = "one",
         faults: Path | None = None,
     ) -> None:
         self._manifest = manifest
@@ -124,6 +128,7 @@ class FakeServer:
         self._token_delay_s = token_delay_s
         self._score_s = score_s
         self._mix_s = mix_s
+        self._holds = holds
         self._faults = faults
         self._mix_lock = asyncio.Lock()
         self._cached: list[str] = []
@@ -180,15 +185,16 @@ class FakeServer:
             return _error(400, "invalid_recipe", error.message)
         async with self._mix_lock:
             started = time.perf_counter()
-            if recipe.digest == self.fence.resident and self.fence.state == "open":
+            if recipe.digest in self.fence.serves and self.fence.state == "open":
                 return _json({"resident": recipe.digest, "seconds": 0.0, "source": "resident"})
             if self.fence.state == "poisoned":
                 return _error(500, "mix_failed", "the engine is poisoned")
-            before = self.fence.resident or ""
-            self.fence.close()
-            if self._strikes("mix_busy") or not await self.fence.drained(body.get("drain_s", 30.0)):
-                self.fence.open(before)
-                return _error(409, "busy", f"{self.fence.in_flight} requests are in flight")
+            before = self.fence.serves
+            if self._holds == "one":
+                self.fence.close()
+                if self._strikes("mix_busy") or not await self.fence.drained(body.get("drain_s", 30.0)):
+                    self.fence.open(*before)
+                    return _error(409, "busy", f"{self.fence.in_flight} requests are in flight")
             await asyncio.sleep(self._mix_s)
             if self._strikes("mix_hang"):
                 await asyncio.Event().wait()
@@ -198,7 +204,7 @@ class FakeServer:
             source = "cache" if recipe.digest in self._cached else "files"
             if source == "files":
                 self._cached.append(recipe.digest)
-            self.fence.open(recipe.digest)
+            self.fence.open(recipe.digest, *(before if self._holds == "all" else ()))
             return _json(
                 {"resident": recipe.digest, "seconds": time.perf_counter() - started, "source": source},
             )
@@ -210,7 +216,7 @@ class FakeServer:
             return _vllm_error(error)
         if self._strikes("score_overflow"):
             return _json({"losses": [None for _ in examples]})
-        digest = self.fence.resident or ""
+        digest = self._recipe_of(request)
         return _json({"losses": [fake_loss(digest, e["token_ids"], e["output_start"]) for e in examples]})
 
     async def _forget(self, request: Request) -> Response:
@@ -225,20 +231,24 @@ class FakeServer:
         if not isinstance(messages, list) or not messages or not all(isinstance(each, dict) for each in messages):
             return _error(400, "invalid_request", "messages: a list with at least one message is needed")
         prompt = "\n".join(f"{message.get('role')}: {_text_of(message.get('content'))}" for message in messages)
-        return await self._answer(_ChatShape(self._name), prompt, body)
+        return await self._answer(_ChatShape(self._name), prompt, body, self._recipe_of(request))
 
     async def _completions(self, request: Request) -> Response:
         body = orjson.loads(await request.body())
         if not isinstance(body.get("prompt"), str):
             return _error(400, "invalid_request", "prompt: a string is needed")
-        return await self._answer(_CompletionShape(self._name), body["prompt"], body)
+        return await self._answer(_CompletionShape(self._name), body["prompt"], body, self._recipe_of(request))
 
-    async def _answer(self, shape: _Shape, prompt: str, body: Mapping[str, Any]) -> Response:
+    def _recipe_of(self, request: Request) -> str:
+        """Which recipe answers: the resident one, whatever was asked for; the one that was asked for where several are
+        held."""
+        return self.fence.resident or request.headers[RECIPE_HEADER]
+
+    async def _answer(self, shape: _Shape, prompt: str, body: Mapping[str, Any], digest: str) -> Response:
         if self._strikes("die"):
             os.kill(os.getpid(), signal.SIGKILL)
         if (error := self._struck("answer_error")) is not None:
             return _vllm_error(error)
-        digest = self.fence.resident or ""
         num_tokens = body.get("max_completion_tokens") or body.get("max_tokens") or DEFAULT_MAX_TOKENS
         num_choices = body.get("n") or 1
         # as vLLM does; an engine that tried would never come back from a billion choices
@@ -432,6 +442,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--token-delay-ms", type=float, default=0.0, help="time between two words")
     parser.add_argument("--score-ms", type=float, default=0.0, help="time that one scoring request takes")
     parser.add_argument("--mix-ms", type=float, default=0.0, help="time that one mix takes")
+    parser.add_argument("--holds", choices=["one", "all"], default="one", help="recipes at a time, of those mixed")
     parser.add_argument("--faults", type=Path, help="folder of fault files")
     parser.add_argument("--chat-template", help="vLLM's; nothing is rendered here")
     arguments = parser.parse_args(argv)
@@ -443,6 +454,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         token_delay_s=arguments.token_delay_ms / 1000,
         score_s=arguments.score_ms / 1000,
         mix_s=arguments.mix_ms / 1000,
+        holds=arguments.holds,
         faults=arguments.faults,
     )
     app = server.app(api_key=os.environ.get("VLLM_API_KEY"))
