@@ -24,7 +24,7 @@ from cocktail_serve.engines.turns.base import Turns, loop_time
 from cocktail_serve.engines.turns.hold import Hold, drained_error
 from cocktail_serve.engines.turns.lease import Lease
 from cocktail_serve.engines.turns.slots import Slots
-from cocktail_serve.engines.turns.wait_queue import Waiter, WaitQueue, queues_of
+from cocktail_serve.engines.turns.wait_queue import Waiter, WaitQueues
 from cocktail_serve.engines.vllm.engine import VLLMEngine
 from cocktail_serve.engines.vllm.fake import fake_loss
 from cocktail_serve.engines.vllm.parameters import Parameters, ResidentParameters
@@ -57,7 +57,7 @@ class SharedTurns:
     def __init__(self, accounts: Accounts, *, max_in_flight: int) -> None:
         self._slots = Slots(accounts, max_in_flight=max_in_flight, gap_s=1.0)
         self._hold = Hold()
-        self._queue = WaitQueue()
+        self._queues = WaitQueues()
         self._in_flight: set[Lease] = set()
         self._is_up = False
 
@@ -67,7 +67,7 @@ class SharedTurns:
 
     @property
     def num_waiting(self) -> int:
-        return len(self._queue)
+        return len(self._queues.requests)
 
     async def acquire(
         self,
@@ -87,13 +87,13 @@ class SharedTurns:
             num_tokens=num_tokens,
             admission=asyncio.get_running_loop().create_future(),
         )
-        self._queue.add(waiter)
+        self._queues.requests.add(waiter)
         self._fill()
         try:
             async with asyncio.timeout(timeout_s):
                 return await waiter.lease()
         finally:
-            self._queue.discard(waiter)
+            self._queues.requests.discard(waiter)
 
     async def run(self, resident: str) -> NoReturn:
         self._is_up = True
@@ -108,7 +108,7 @@ class SharedTurns:
                 lease.end(EngineError("the engine failed while it held the request"))
 
     def fail_waiting(self, error: Callable[[], CocktailError]) -> None:
-        self._queue.fail_all(error)
+        self._queues.requests.fail_all(error)
 
     def pin(self, recipe: Recipe | None) -> None:
         raise InvalidRequestError("recipes are served side by side: there are no turns to pin one in", param="pin")
@@ -116,10 +116,10 @@ class SharedTurns:
     def drain(self, is_drained: bool) -> None:
         self._hold.is_drained = is_drained
         if is_drained:
-            self._queue.fail_all(drained_error)
+            self._queues.requests.fail_all(drained_error)
 
     def occupancy(self) -> Occupancy:
-        queues = queues_of(self._queue, WaitQueue(), loop_time(), reason=lambda _: "no_slot")
+        queues = self._queues.occupancy(loop_time(), reason=lambda _: "no_slot")
         return Occupancy(None, self.num_in_flight, is_drained=self._hold.is_drained, queues=queues)
 
     def give_back(self, lease: Lease) -> None:
@@ -132,15 +132,15 @@ class SharedTurns:
         self._slots.charge(tenant, num_tokens, loop_time())
 
     def _fill(self) -> None:
-        firsts = self._queue.firsts(other_than=None)
+        firsts = self._queues.requests.firsts(other_than=None)
         while self._is_up and (waiter := self._slots.first_in(firsts, loop_time())) is not None:
-            self._queue.discard(waiter)
+            self._queues.requests.discard(waiter)
             if not waiter.is_answered:
                 self._slots.take(waiter.tenant, waiter.num_tokens, loop_time())
                 lease = Lease(self, tenant=waiter.tenant, num_tokens=waiter.num_tokens)
                 self._in_flight.add(lease)
                 waiter.admission.set_result(lease)
-            firsts = self._queue.firsts(other_than=None)
+            firsts = self._queues.requests.firsts(other_than=None)
 
 
 class SharedParameters(ResidentParameters):

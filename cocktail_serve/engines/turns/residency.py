@@ -20,7 +20,7 @@ when the admitted task wakes up. So no lease is ever held while another recipe i
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from typing import NoReturn
 
 from cocktail_serve.engines.fairness import Accounts
@@ -29,11 +29,11 @@ from cocktail_serve.engines.stats import EngineStats
 from cocktail_serve.engines.turns.base import loop_time
 from cocktail_serve.engines.turns.hold import Hold, drained_error, pinned_error
 from cocktail_serve.engines.turns.lease import Lease
+from cocktail_serve.engines.turns.mixing import Mix, Mixing
 from cocktail_serve.engines.turns.policy import TurnPolicy
 from cocktail_serve.engines.turns.slots import Slots
-from cocktail_serve.engines.turns.wait_queue import Claim, Waiter, WaitQueue, queues_of
+from cocktail_serve.engines.turns.wait_queue import Claim, Waiter, WaitQueues
 from cocktail_serve.errors import (
-    ClientError,
     CocktailError,
     DrainedError,
     EngineError,
@@ -41,21 +41,6 @@ from cocktail_serve.errors import (
     QueueTimeoutError,
 )
 from cocktail_serve.recipe import Recipe
-
-Mix = Callable[[Recipe], Awaitable[bool]]
-"""Makes a recipe resident. True: done. False: the engine was still busy and nothing changed.
-
-A `ClientError` means that this recipe cannot be mixed and nothing changed; any other error, that the engine is lost.
-"""
-
-MAX_BUSY_MIXES = 3
-"""Mixes refused as busy in a row, with nothing in flight on our side, before the engine counts as lost."""
-
-MAX_LOST_MIXES = 2
-"""Engines lost in the mix of one recipe before those who wait for it are sent away.
-
-One is bad luck (a process was killed just then), two look like the recipe's doing, and waiting on would never end.
-"""
 
 PATIENCE_SLICES = 10.0
 """How long a tenant in line goes without before it is next, in slices, where nothing else is said."""
@@ -88,7 +73,6 @@ class ExclusiveTurns:
         accounts: Accounts | None = None,
         stats: EngineStats | None = None,
     ) -> None:
-        self._mix = mix
         self._slice_s = slice_s
         self._drain_s = drain_s
         self._background_delay_s = background_delay_s
@@ -100,13 +84,13 @@ class ExclusiveTurns:
             patience_s=PATIENCE_SLICES * slice_s if patience_s is None else patience_s,
         )
         self._hold = Hold()
+        self._queues = WaitQueues()
+        self._mixing = Mixing(mix, queues=self._queues, hold=self._hold)
         self._phase: Phase = "closed"
         self._resident: str | None = None
         self._turn_started = 0.0
         self._is_after_background = False
         self._in_flight: set[Lease] = set()
-        self._traffic = WaitQueue()
-        self._background = WaitQueue()
         self._changed = asyncio.Event()
 
     @property
@@ -128,7 +112,7 @@ class ExclusiveTurns:
 
     @property
     def num_waiting(self) -> int:
-        return len(self._traffic)
+        return len(self._queues.requests)
 
     async def acquire(
         self,
@@ -146,7 +130,7 @@ class ExclusiveTurns:
                 return self._admit(None, 0)
         else:
             self._hold.check_admits(recipe.digest)
-            if is_open and recipe.digest not in self._traffic and self._slots.has_one_for(tenant, now):
+            if is_open and recipe.digest not in self._queues.requests and self._slots.has_one_for(tenant, now):
                 self.stats.wait.observe(0.0)
                 return self._admit(tenant, num_tokens)
         loop = asyncio.get_running_loop()
@@ -159,7 +143,7 @@ class ExclusiveTurns:
             num_tokens=num_tokens,
             admission=loop.create_future(),
         )
-        queue = self._background if background else self._traffic
+        queue = self._queues.holding(waiter)
         queue.add(waiter)
         if is_open:
             self._fill_slots(recipe.digest)
@@ -195,8 +179,7 @@ class ExclusiveTurns:
             )
 
     def fail_waiting(self, error: Callable[[], CocktailError]) -> None:
-        self._traffic.fail_all(error)
-        self._background.fail_all(error)
+        self._queues.fail_all(error)
 
     def pin(self, recipe: Recipe | None) -> None:
         """Keeps a recipe resident from its next turn on; None: turns are given again.
@@ -207,14 +190,14 @@ class ExclusiveTurns:
             self._hold.unpin()
         else:
             self._hold.pin(recipe, loop_time())
-            self._traffic.fail_all(pinned_error, but=recipe.digest)
+            self._queues.requests.fail_all(pinned_error, but=recipe.digest)
         self._changed.set()
 
     def drain(self, is_drained: bool) -> None:
         """Admits nobody from now on, and sends those in line away, background work excepted; or admits again."""
         self._hold.is_drained = is_drained
         if is_drained:
-            self._traffic.fail_all(drained_error)
+            self._queues.requests.fail_all(drained_error)
         self._admit_waiting()
         self._changed.set()
 
@@ -227,7 +210,7 @@ class ExclusiveTurns:
             turn_s=None if self._phase in ("closed", "mixing") else now - self._turn_started,
             pinned=self._hold.pinned_digest,
             is_drained=self._hold.is_drained,
-            queues=queues_of(self._traffic, self._background, now, reason=self._why_waits),
+            queues=self._queues.occupancy(now, reason=self._why_waits),
         )
 
     def give_back(self, lease: Lease) -> None:
@@ -239,7 +222,7 @@ class ExclusiveTurns:
             self._slots.leave(lease.tenant, loop_time())
             if (digest := self._open_to) is not None:
                 self._fill_slots(digest)
-        if self._traffic or self._background or self._hold.pinned is not None:
+        if self._queues or self._hold.pinned is not None:
             self._changed.set()
 
     def charge(self, tenant: str, num_tokens: int) -> None:
@@ -279,8 +262,8 @@ class ExclusiveTurns:
         """Admits those who wait for the recipe whose turn is open, requests as far as there are slots."""
         if (digest := self._open_to) is None:
             return
-        for waiter in self._background.of(digest):
-            self._background.discard(waiter)
+        for waiter in self._queues.background.of(digest):
+            self._queues.background.discard(waiter)
             if not waiter.is_answered:
                 waiter.admission.set_result(self._admit(None, 0))
         self._fill_slots(digest)
@@ -288,8 +271,8 @@ class ExclusiveTurns:
     def _fill_slots(self, digest: str) -> None:
         """Gives free slots to those who wait for the recipe whose turn is open, one by one."""
         now = loop_time()
-        while (waiter := self._slots.first_in(self._traffic.firsts_of(digest), now)) is not None:
-            self._traffic.discard(waiter)
+        while (waiter := self._slots.first_in(self._queues.requests.firsts_of(digest), now)) is not None:
+            self._queues.requests.discard(waiter)
             if not waiter.is_answered:
                 self.stats.wait.observe(now - waiter.came)
                 waiter.admission.set_result(self._admit(waiter.tenant, waiter.num_tokens))
@@ -327,24 +310,13 @@ class ExclusiveTurns:
                 await self._change(until=deadline)
 
     async def _swap(self, claim: Claim) -> None:
-        recipe = claim.recipe
         before, self._resident = self._resident, None
         self._phase = "mixing"
         started = loop_time()
-        try:
-            for _ in range(MAX_BUSY_MIXES):
-                if await self._mix(recipe):
-                    break
-            else:
-                raise EngineError(f"the engine stayed busy with nothing in flight, {MAX_BUSY_MIXES} times in a row")
-        except ClientError as error:
+        if not await self._mixing.make_resident(claim.recipe):
             self._resident = before
-            self._fail_recipe(recipe.digest, error)
             return
-        except (CocktailError, asyncio.CancelledError) as error:
-            self._give_up_on(recipe.digest, error)
-            raise
-        self._resident = recipe.digest
+        self._resident = claim.recipe.digest
         self._slots.share_anew()
         self._is_after_background = claim.claimant == "background"
         self.stats.observe_swap(loop_time() - started)
@@ -356,8 +328,8 @@ class ExclusiveTurns:
         if self._hold.pinned is not None:
             return None if self._hold.pinned_digest == self._resident else self._hold.pinned
         return self._policy.next(
-            self._traffic.firsts(other_than=self._resident),
-            self._background.firsts(other_than=self._resident),
+            self._queues.requests.firsts(other_than=self._resident),
+            self._queues.background.firsts(other_than=self._resident),
             loop_time(),
             is_after_background=self._is_after_background,
         )
@@ -390,33 +362,4 @@ class ExclusiveTurns:
                 "engine now; retry later, or raise engine.queue_timeout_s",
                 retry_after_s=self._slice_s,
             )
-        self._fail(waiter, error)
-
-    def _give_up_on(self, digest: str, error: BaseException) -> None:
-        """Sends those away who saw the engine lost in a mix of their recipe before: the recipe may be the cause."""
-        for waiter in self._waiting_for(digest):
-            waiter.num_lost_mixes += 1
-            if waiter.num_lost_mixes == MAX_LOST_MIXES:
-                self._fail(
-                    waiter,
-                    EngineError(
-                        f"the engine was lost {MAX_LOST_MIXES} times in a row while it mixed this model: {error!r}"
-                    ),
-                )
-        pinned = self._hold.pinned
-        if pinned is not None and pinned.recipe.digest == digest:
-            pinned.num_lost_mixes += 1
-            if pinned.num_lost_mixes == MAX_LOST_MIXES:
-                self._hold.unpin()
-
-    def _fail_recipe(self, digest: str, error: CocktailError) -> None:
-        if self._hold.pinned_digest == digest:
-            self._hold.unpin()
-        for waiter in self._waiting_for(digest):
-            self._fail(waiter, error)
-
-    def _waiting_for(self, digest: str) -> list[Waiter]:
-        return [*self._traffic.of(digest), *self._background.of(digest)]
-
-    def _fail(self, waiter: Waiter, error: CocktailError) -> None:
-        (self._background if waiter.claimant == "background" else self._traffic).fail(waiter, error)
+        self._queues.fail(waiter, error)

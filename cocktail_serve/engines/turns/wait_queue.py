@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from cocktail_serve.engines.occupancy import Queue, WaitReason
@@ -71,7 +71,7 @@ class Waiter(Claim):
 
 
 class WaitQueue:
-    """Who waits, by recipe and tenant, each in order of arrival."""
+    """Those of one kind who wait, by recipe and tenant, each in order of arrival."""
 
     def __init__(self) -> None:
         self._by_recipe: dict[str, dict[str, dict[Waiter, None]]] = {}
@@ -129,24 +129,53 @@ class WaitQueue:
         return bool(self._by_recipe)
 
 
-def queues_of(
-    traffic: WaitQueue, background: WaitQueue, now: float, *, reason: Callable[[str], WaitReason]
-) -> tuple[Queue, ...]:
-    """The queues of each recipe, the longest waiting first.
+@dataclass(frozen=True, slots=True)
+class WaitQueues:
+    """All who wait for one engine.
 
-    Args:
-        reason: why the requests for a recipe, named by its digest, wait.
+    Attributes:
+        requests: who waits for tenants.
+        background: scoring and mixing ahead.
     """
-    queues = []
-    for digest in {waiter.recipe.digest: None for line in (traffic, background) for waiter in line}:
-        requests, others = traffic.of(digest), background.of(digest)
-        queues.append(
+
+    requests: WaitQueue = field(default_factory=WaitQueue)
+    background: WaitQueue = field(default_factory=WaitQueue)
+
+    def holding(self, waiter: Waiter) -> WaitQueue:
+        """The queue that a waiter belongs in."""
+        return self.background if waiter.claimant == "background" else self.requests
+
+    def of(self, digest: str) -> list[Waiter]:
+        """All who wait for a recipe."""
+        return [*self.requests.of(digest), *self.background.of(digest)]
+
+    def fail(self, waiter: Waiter, error: CocktailError) -> None:
+        """Sends one away."""
+        self.holding(waiter).fail(waiter, error)
+
+    def fail_all(self, error: Callable[[], CocktailError]) -> None:
+        """Sends everybody away."""
+        self.requests.fail_all(error)
+        self.background.fail_all(error)
+
+    def occupancy(self, now: float, *, reason: Callable[[str], WaitReason]) -> tuple[Queue, ...]:
+        """The queues of each recipe, the longest waiting first.
+
+        Args:
+            reason: why the requests for a recipe, named by its digest, wait.
+        """
+        digests = {waiter.recipe.digest: None for waiter in [*self.requests, *self.background]}
+        queues = [
             Queue(
                 recipe_digest=digest,
-                num_waiting=len(requests),
-                num_background=len(others),
-                oldest_s=now - min(waiter.came for waiter in [*requests, *others]),
+                num_waiting=len(self.requests.of(digest)),
+                num_background=len(self.background.of(digest)),
+                oldest_s=now - min(waiter.came for waiter in self.of(digest)),
                 reason=reason(digest),
             )
-        )
-    return tuple(sorted(queues, key=lambda queue: -queue.oldest_s))
+            for digest in digests
+        ]
+        return tuple(sorted(queues, key=lambda queue: -queue.oldest_s))
+
+    def __bool__(self) -> bool:
+        return bool(self.requests) or bool(self.background)
