@@ -68,16 +68,14 @@ class Engine(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Forwarded:
-    """An answer of a generation engine on its way back.
+    """An answer of a generation engine on its way back; its errors are raised instead.
 
     Attributes:
-        status: HTTP status of the engine's answer.
         body: the whole body of a plain answer, or None while it streams.
         events: server-sent events as raw `data:` payloads, without the prefix and `[DONE]`; empty for plain answers.
         settle: told the tokens that the answer took, read and generated, once they are known: turns are fair by them.
     """
 
-    status: int
     body: bytes | None
     events: AsyncIterator[bytes] | None
     settle: Callable[[int], object] = lambda _: None
@@ -155,7 +153,8 @@ class GenerationEngine(ScoringEngine, Protocol):
         Raises:
             QueueTimeoutError: its turn did not come within `queue_timeout_s`.
             ModelNotReadyError: the engine is starting or restarting and was not ready in that time.
-            EngineError: the engine died while it held the request; inside `events` too.
+            EngineError: the engine failed or died while it held the request; inside `events` too.
+            InvalidRequestError: the engine refused the request; inside `events` too.
             DrainedError: the request outlived `drain_s` while others waited; inside `events` too.
         """
         ...

@@ -53,7 +53,7 @@ async def generate(asked: Admitted, served: Served, path: str, outgoing: Outgoin
                 if forwarded.events is not None:
                     await _send_events(asked, served, rewriter, forwarded.events)
                     return
-                body = rewriter.whole(forwarded.status, forwarded.body or b"")
+                body = rewriter.whole(forwarded.body or b"")
             # the turn is over: a client that reads slowly holds up nobody
             asked.observe_first_token(served)
             await asked.request.answer(Response(body, media_type="application/json"))

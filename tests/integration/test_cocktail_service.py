@@ -132,7 +132,7 @@ class ScoringEngine(DoubleEngine):
     async def forward(
         self, recipe: Recipe, path: str, body: Mapping[str, Any], *, tenant: str
     ) -> AsyncIterator[Forwarded]:
-        yield Forwarded(status=200, body=b"{}", events=None)
+        yield Forwarded(body=b"{}", events=None)
 
     def visits_to(self, name: str) -> list[tuple[str, ...]]:
         fingerprint = self.pool.member(name).fingerprint if name != "mixture" else name

@@ -24,7 +24,7 @@ from cocktail_serve.config import FakeEngineConfig, PoolConfig
 from cocktail_serve.engines.in_process.encoder_engine import EncoderEngine
 from cocktail_serve.engines.in_process.encoder_model import Encoder
 from cocktail_serve.engines.vllm import scorer as decoder_scorer
-from cocktail_serve.engines.vllm.engine import VLLMEngine
+from cocktail_serve.engines.vllm.build import build_vllm_engine
 from cocktail_serve.errors import ConfigError, EngineError, ModelNotReadyError
 from cocktail_serve.examples import parse_examples
 from cocktail_serve.recipe import one_hot
@@ -79,7 +79,7 @@ async def test_a_tokenizer_that_was_not_there_is_loaded_when_it_is(
     pool = make_fake_pool(tmp_path / "pool")
     shutil.move(tmp_path / "pool", tmp_path / "away")
     (tmp_path / "pool").mkdir()
-    engine = VLLMEngine(pool, FakeEngineConfig.model_validate({"max_model_len": 256}), run_dir=tmp_path / "run")
+    engine = build_vllm_engine(pool, FakeEngineConfig.model_validate({"max_model_len": 256}), run_dir=tmp_path / "run")
     examples = parse_examples([{"input": "a", "output": "b"}], kind="decoder")
     await engine.start()
     try:

@@ -11,13 +11,11 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import TYPE_CHECKING
 
-import orjson
-
 from cocktail_serve.engines.effort import spend
 from cocktail_serve.engines.turns.lease import Lease
-from cocktail_serve.engines.vllm.answers import error_message
+from cocktail_serve.engines.vllm.errors import engine_error
 from cocktail_serve.engines.vllm.supervisor import Supervisor
-from cocktail_serve.errors import DrainedError, EngineError, ModelNotReadyError
+from cocktail_serve.errors import DrainedError, ModelNotReadyError
 from cocktail_serve.examples import ExampleSet
 from cocktail_serve.pool import Pool
 from cocktail_serve.recipe import Recipe
@@ -103,7 +101,7 @@ class DecoderScorer:
         """Loss (nats) of each example under a recipe, in as many turns as it takes; NaN where it is not finite.
 
         Raises:
-            EngineError: the engine failed, or answered with an error.
+            CocktailError: the engine failed, or answered with an error; see `engine_error`.
             DrainedError: too many turns in a row ended before one request had its answer.
         """
         tokenized = await self.tokenize(examples)
@@ -141,7 +139,7 @@ class DecoderScorer:
                     break
                 raise
             if status != 200:
-                raise EngineError(f"scoring failed with {status}: {error_message(orjson.dumps(body))}")
+                raise engine_error(status, body, what="scoring")
             losses += [math.nan if loss is None else float(loss) for loss in body["losses"]]
         return losses
 
