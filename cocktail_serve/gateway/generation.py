@@ -41,7 +41,7 @@ async def generate(asked: Admitted, served: Served, path: str, outgoing: Outgoin
         CocktailError: as `GenerationEngine.forward`, before anything was sent.
         ClientDisconnect: the client has gone.
     """
-    engine = asked.gateway.generation_engine(served.pool.id)
+    engine = asked.gateway.decoder(served.pool.id)
     rewriter = AnswerRewriter(served.model_id, outgoing, end_token_ids=served.generation.end_token_ids)
     settle: Callable[[int], object] | None = None
     try:
