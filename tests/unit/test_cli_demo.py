@@ -1,8 +1,7 @@
-"""The demo's parts without engines: its files, its server's end, what it tells."""
+"""The demo's parts without engines and servers: its files, what it tells."""
 
 import io
 import json
-import socket
 import sys
 
 import pytest
@@ -11,10 +10,9 @@ from rich.console import Console
 from cocktail_serve.cli.demo import pools as demo_pools
 from cocktail_serve.cli.demo.pools import DemoPools, Search, prepare
 from cocktail_serve.cli.demo.report import Narrator, as_json
-from cocktail_serve.cli.demo.server import DemoServer
 from cocktail_serve.cli.demo.tour import Answered, Answers, Made, Ranking
 from cocktail_serve.config import load_settings
-from cocktail_serve.errors import ConfigError, ServerError
+from cocktail_serve.errors import ConfigError
 from cocktail_serve.examples import parse_examples
 
 
@@ -61,13 +59,6 @@ def test_outside_of_the_repository_it_says_what_it_needs(tmp_path, monkeypatch):
     monkeypatch.setattr(demo_pools, "SOURCE", tmp_path / "nowhere")
     with pytest.raises(ConfigError, match="clone"):
         prepare(tmp_path)
-
-
-def test_a_port_in_use_is_told_from_the_servers_log(pools):
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        port = taken.getsockname()[1]
-        with DemoServer(pools, port=port, keep=False) as server, pytest.raises(ServerError, match="in use"):
-            server.wait_until_ready()
 
 
 EXAMPLE = [{"role": "user", "content": "Of Peru?"}, {"role": "assistant", "content": "Lima"}]

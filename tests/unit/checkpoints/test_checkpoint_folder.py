@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import errno
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -249,34 +247,6 @@ def test_a_disk_that_fills_while_writing_leaves_nothing(
     with pytest.raises(StorageError, match="No space left on device; nothing was left"):
         save_mixture(even(pool), pool, tmp_path / "new" / "out")
     assert everything_in(tmp_path) == []
-
-
-def test_a_file_size_limit_leaves_nothing(decoders: Folders, tmp_path: Path) -> None:
-    """The kernel refuses the write itself, in a process of its own."""
-    script = """
-import resource, signal, sys
-from pathlib import Path
-from cocktail_serve.checkpoints.folder import save_mixture
-from cocktail_serve.checkpoints.opening import open_pool
-from cocktail_serve.config import PoolConfig
-from cocktail_serve.errors import StorageError
-from cocktail_serve.recipe import make_recipe
-base, expert, work = map(Path, sys.argv[1:])
-config = dict(id="p", kind="decoder", base=str(base), experts={"nq": str(expert)}, engine={"type": "fake"})
-pool = open_pool(PoolConfig.model_validate(config), cache_dir=work / "cache")
-signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
-try:
-    save_mixture(make_recipe(pool, {"base": 0.5, "nq": 0.5}, dtype="float32"), pool, work / "out")
-except StorageError as error:
-    print("refused:", error)
-"""
-    (tmp_path / "work").mkdir()
-    command = [sys.executable, "-c", script, str(decoders["base"]), str(decoders["nq"]), str(tmp_path / "work")]
-    ran = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert "refused: cannot write" in ran.stdout, ran.stderr
-    assert "File too large" in ran.stdout
-    assert [path.name for path in (tmp_path / "work").iterdir()] == ["cache"]
 
 
 def test_an_interrupt_leaves_nothing(decoders: Folders, opened: Open, tmp_path: Path) -> None:

@@ -340,7 +340,7 @@ def test_a_base_without_tokenizer_is_told_with_its_name(
 
 def test_nobody_assigns_what_sentence_transformers_ignores() -> None:
     """`auto_model` of its Transformer is a property since 6.0: assigning it adds a module that nothing runs."""
-    root = Path(__file__).parents[3]
+    root = Path(__file__).parents[2]
     for path in (
         path for part in ("cocktail_serve", "examples", "bench", "tests") for path in (root / part).rglob("*.py")
     ):
