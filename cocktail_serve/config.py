@@ -224,6 +224,11 @@ class PoolConfig(_Section):
         return self.engine
 
     @property
+    def is_computed_here(self) -> bool:
+        """Whether its models run in this process, by torch, and not in a server of their own."""
+        return isinstance(self.engine, SentenceTransformersEngineConfig)
+
+    @property
     def token_inputs(self) -> bool:
         """Whether embedding inputs may be arrays of token ids."""
         return isinstance(self.engine, SentenceTransformersEngineConfig) and self.engine.token_inputs

@@ -26,6 +26,7 @@ from cocktail_serve.gateway.metering import Meter
 from cocktail_serve.gateway.metrics import GatewayMetrics
 from cocktail_serve.gateway.run_dir import own_run_dir, place_of
 from cocktail_serve.gateway.state import Gateway
+from cocktail_serve.library_process import LibraryProcess
 from cocktail_serve.pool import Pool
 from cocktail_serve.tenants.limit_book import LimitBook
 from cocktail_serve.tenants.limits import Limiter
@@ -41,7 +42,11 @@ def open_pools(settings: Settings) -> dict[str, Pool]:
     Raises:
         ClientError: a model is missing, unreadable or does not fit its base; names it.
     """
-    return {config.id: open_pool(config, cache_dir=settings.store.cache_dir) for config in settings.pools}
+    with LibraryProcess() as libraries:
+        return {
+            config.id: libraries.call(open_pool, config, cache_dir=settings.store.cache_dir)
+            for config in settings.pools
+        }
 
 
 @asynccontextmanager

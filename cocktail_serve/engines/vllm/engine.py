@@ -72,7 +72,7 @@ class VLLMEngine:
     Args:
         pool: a decoder pool whose members lie in local folders.
         config: `type: fake` starts `engines.fake` instead of vLLM; all else is the same.
-        run_dir: folder for the manifest and the server's log.
+        run_dir: folder for the manifest, the server's log and the tokenizer.
 
     Raises:
         ConfigError: `args` or `env` set what is set here, or what cannot be read here.
@@ -104,13 +104,13 @@ class VLLMEngine:
             max_model_len=config.max_model_len,
             stats=self.stats,
         )
-        self._scorer = DecoderScorer(pool, self._supervisor, turn=self._background_turn)
+        self._scorer = DecoderScorer(pool, self._supervisor, turn=self._background_turn, kept=run_dir / "tokenizers")
 
     async def start(self) -> None:
         if not self._supervisor.is_started:
             self._launcher.write_manifest(self.pool)
             self._supervisor.start()
-            self._scorer.load_tokenizer()
+            self._scorer.prepare_tokenizer()
 
     def check_start(self) -> None:
         self._launcher.check(self.pool)
