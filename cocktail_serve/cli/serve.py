@@ -28,6 +28,10 @@ def serve(
     changed = {name: value for name, value in (("host", host), ("port", port)) if value is not None}
     settings = settings.model_copy(update={"server": settings.server.model_copy(update=changed)})
 
+    from cocktail_serve.engines import check_installed
+
+    for pool in settings.pools:
+        check_installed(pool)
     if any(pool.is_computed_here for pool in settings.pools):
         from cocktail_serve.engines.in_process.openmp import import_torch_waiting_passively
 

@@ -15,6 +15,7 @@ from cocktail_serve.cocktails.following import Sweep
 from cocktail_serve.cocktails.service import CocktailService
 from cocktail_serve.config import Settings
 from cocktail_serve.database.database import Database
+from cocktail_serve.database.registry_file import registry_url
 from cocktail_serve.engines import build_engine
 from cocktail_serve.engines.base import Engine, OperatedEngine
 from cocktail_serve.finetuning.files import Files
@@ -131,7 +132,7 @@ def _engines(
 
 
 async def _database(settings: Settings, stack: AsyncExitStack) -> Database:
-    database = Database(settings.store.database_url)
+    database = Database(stack.enter_context(registry_url(settings.store)))
     stack.push_async_callback(database.close)
     await database.open()
     return database

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from blake3 import blake3
@@ -13,6 +12,7 @@ from cocktail_serve.checkpoints.kept_files import read_kept, write_kept
 from cocktail_serve.digest import digest_of
 from cocktail_serve.errors import ConfigError
 from cocktail_serve.library_process import LibraryProcess
+from cocktail_serve.loading import version_of
 from cocktail_serve.scoring.exported_tokenizer import FORMAT, ExampleTokenizer, ExportedTokenizer, export_tokenizer
 from cocktail_serve.scoring.tokenizer import load_fast_tokenizer
 
@@ -77,12 +77,5 @@ def _entry(folder: Path, kept: Path) -> Path:
         }
     except OSError as error:
         raise ConfigError(f"the tokenizer of {folder} cannot be read: {error}") from error
-    libraries = {name: _version_of(name) for name in ("transformers", "tokenizers")}
+    libraries = {name: version_of(name) for name in ("transformers", "tokenizers")}
     return kept / f"{digest_of({'format': FORMAT, 'files': files, 'libraries': libraries})[:32]}.tokenizer"
-
-
-def _version_of(library: str) -> str | None:
-    try:
-        return version(library)
-    except PackageNotFoundError:
-        return None
