@@ -14,6 +14,7 @@ from cocktail_serve.cocktails.following import Sweep
 from cocktail_serve.cocktails.service import CocktailService
 from cocktail_serve.config import Settings
 from cocktail_serve.database.database import Database
+from cocktail_serve.database.registry_file import registry_url
 from cocktail_serve.engines import build_engine
 from cocktail_serve.engines.base import AnyEngine, Engine
 from cocktail_serve.finetuning.files import Files
@@ -25,6 +26,7 @@ from cocktail_serve.gateway.metering import Meter
 from cocktail_serve.gateway.metrics import GatewayMetrics
 from cocktail_serve.gateway.run_dir import own_run_dir, place_of
 from cocktail_serve.gateway.state import Gateway
+from cocktail_serve.library_process import LibraryProcess
 from cocktail_serve.pool import Pool
 from cocktail_serve.tenants.limit_book import LimitBook
 from cocktail_serve.tenants.limits import Limiter
@@ -40,7 +42,11 @@ def open_pools(settings: Settings) -> dict[str, Pool]:
     Raises:
         ClientError: a model is missing, unreadable or does not fit its base; names it.
     """
-    return {config.id: open_pool(config, cache_dir=settings.store.cache_dir) for config in settings.pools}
+    with LibraryProcess() as libraries:
+        return {
+            config.id: libraries.call(open_pool, config, cache_dir=settings.store.cache_dir)
+            for config in settings.pools
+        }
 
 
 @asynccontextmanager
@@ -126,7 +132,7 @@ def _engines(
 
 
 async def _database(settings: Settings, stack: AsyncExitStack) -> Database:
-    database = Database(settings.store.database_url)
+    database = Database(stack.enter_context(registry_url(settings.store)))
     stack.push_async_callback(database.close)
     await database.open()
     return database

@@ -21,6 +21,7 @@ NOUNS = {"errors", "digest", "dtypes", "ids", "kept_text", "pool", "methods", "r
     "chat_rows",
     "generation",
     "loading",
+    "library_process",
 }
 """Modules that import nothing but each other."""
 
@@ -32,7 +33,7 @@ BELOW: dict[str, set[str]] = {
     **dict.fromkeys(NOUNS, NOUNS),
     "merging": NOUNS,
     "weighting": NOUNS,
-    "scoring": NOUNS,
+    "scoring": NOUNS | {"checkpoints"},
     "config": NOUNS,
     "checkpoints": NOUNS | {"config", "merging"},
     "database": {"errors"},

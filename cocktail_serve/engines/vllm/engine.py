@@ -60,7 +60,7 @@ class VLLMEngine:
         turns: who is let in, and when.
         parameters: how the server comes to answer by a recipe.
         stats: restarts are counted here, beside what turns and parameters count.
-        run_dir: folder for the manifest and the server's log.
+        run_dir: folder for the manifest, the server's log and the tokenizer.
 
     Raises:
         ConfigError: `args` or `env` set what is set here.
@@ -95,13 +95,13 @@ class VLLMEngine:
             max_model_len=config.max_model_len,
             stats=stats,
         )
-        self._scorer = DecoderScorer(pool, self._supervisor, turn=self._background_turn)
+        self._scorer = DecoderScorer(pool, self._supervisor, turn=self._background_turn, kept=run_dir / "tokenizers")
 
     async def start(self) -> None:
         if not self._supervisor.is_started:
             self._launcher.write_manifest(self.pool)
             self._supervisor.start()
-            self._scorer.load_tokenizer()
+            self._scorer.prepare_tokenizer()
 
     def check_start(self) -> None:
         self._launcher.check(self.pool)
