@@ -440,8 +440,9 @@ class TestOperations:
         asked = httpx.head(f"{gateway.url}{path}")
         assert (asked.status_code, asked.content) == (got.status_code, b"")
         assert asked.headers["content-type"] == got.headers["content-type"]
-        if path != "/metrics":
-            assert asked.headers["content-length"] == got.headers["content-length"] != "0"
+        assert int(asked.headers["content-length"]) > 0
+        if path not in ("/metrics", "/ready"):  # what those say changes from moment to moment
+            assert asked.headers["content-length"] == got.headers["content-length"]
         assert asked.headers["x-request-id"] != got.headers["x-request-id"]
 
     def test_head_is_not_post(self, gateway: LiveGateway) -> None:
