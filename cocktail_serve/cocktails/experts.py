@@ -18,7 +18,7 @@ from cocktail_serve.cocktails.service import CocktailService
 from cocktail_serve.database import tables
 from cocktail_serve.database.database import Database
 from cocktail_serve.database.unbroken import Unbroken
-from cocktail_serve.engines.base import OperatedEngine
+from cocktail_serve.engines.base import Engine
 from cocktail_serve.errors import (
     CheckpointError,
     ClientError,
@@ -70,7 +70,7 @@ class Experts:
         self,
         database: Database,
         pools: MutableMapping[str, Pool],
-        engines: Mapping[str, OperatedEngine],
+        engines: Mapping[str, Engine],
         *,
         roots: Sequence[Path],
         cache_dir: Path,

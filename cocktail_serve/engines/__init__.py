@@ -9,11 +9,11 @@ from cocktail_serve.loading import library_loading
 
 if TYPE_CHECKING:
     from cocktail_serve.config import PoolConfig
-    from cocktail_serve.engines.base import OperatedEngine
+    from cocktail_serve.engines.base import AnyEngine
     from cocktail_serve.pool import Pool
 
 
-def build_engine(pool: Pool, config: PoolConfig, *, run_dir: Path) -> OperatedEngine:
+def build_engine(pool: Pool, config: PoolConfig, *, run_dir: Path) -> AnyEngine:
     """The engine that a pool's configuration asks for; nothing is started.
 
     Args:

@@ -11,7 +11,7 @@ from fastapi.middleware.cors import CORSMiddleware
 import cocktail_serve
 from cocktail_serve.cocktails.request import CocktailBody
 from cocktail_serve.config import Settings
-from cocktail_serve.engines.base import Engine
+from cocktail_serve.engines.base import AnyEngine
 from cocktail_serve.errors import ConfigError
 from cocktail_serve.finetuning.request import JobBody
 from cocktail_serve.gateway.assembly import assembled
@@ -48,7 +48,7 @@ Lifespan = Callable[[FastAPI], AbstractAsyncContextManager[None]]
 
 
 def create_app(
-    settings: Settings, *, pools: Mapping[str, Pool] | None = None, engines: Mapping[str, Engine] | None = None
+    settings: Settings, *, pools: Mapping[str, Pool] | None = None, engines: Mapping[str, AnyEngine] | None = None
 ) -> FastAPI:
     """The gateway as an ASGI app. Engines start and stop with its lifespan.
 
@@ -140,7 +140,7 @@ def _let_browsers_in(app: FastAPI, origins: list[str]) -> None:
 def _lifespan(
     settings: Settings,
     pools: Mapping[str, Pool] | None,
-    engines: Mapping[str, Engine] | None,
+    engines: Mapping[str, AnyEngine] | None,
     metrics: GatewayMetrics,
     lifecycle: Lifecycle,
 ) -> Lifespan:

@@ -7,7 +7,6 @@ from collections.abc import AsyncIterator, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, asynccontextmanager
 from functools import partial
-from typing import cast
 
 from cocktail_serve.checkpoints.opening import open_pool
 from cocktail_serve.cocktails.experts import Experts
@@ -16,7 +15,7 @@ from cocktail_serve.cocktails.service import CocktailService
 from cocktail_serve.config import Settings
 from cocktail_serve.database.database import Database
 from cocktail_serve.engines import build_engine
-from cocktail_serve.engines.base import Engine, OperatedEngine
+from cocktail_serve.engines.base import AnyEngine, Engine
 from cocktail_serve.finetuning.files import Files
 from cocktail_serve.finetuning.jobs import JobStore
 from cocktail_serve.finetuning.service import FineTuning
@@ -48,7 +47,7 @@ def open_pools(settings: Settings) -> dict[str, Pool]:
 async def assembled(
     settings: Settings,
     opened: Mapping[str, Pool] | None,
-    built: Mapping[str, Engine] | None,
+    built: Mapping[str, AnyEngine] | None,
     metrics: GatewayMetrics,
     lifecycle: Lifecycle,
 ) -> AsyncIterator[Gateway]:
@@ -64,7 +63,8 @@ async def assembled(
         engines, place = _engines(settings, pools, built, stack)
         database = await _database(settings, stack)
         experts = await _experts(settings, database, pools, engines)
-        await _start(engines, metrics)
+        for engine in engines.values():
+            await engine.start()
         tenants = TenantStore(database)
         limits = await _limits(settings, tenants, stack)
         usage = UsageStore(database)
@@ -110,11 +110,11 @@ async def assembled(
 
 
 def _engines(
-    settings: Settings, pools: Mapping[str, Pool], built: Mapping[str, Engine] | None, stack: AsyncExitStack
-) -> tuple[dict[str, Engine], str | None]:
+    settings: Settings, pools: Mapping[str, Pool], built: Mapping[str, AnyEngine] | None, stack: AsyncExitStack
+) -> tuple[dict[str, AnyEngine], str | None]:
     """The engines, not started yet, and the name of the folder they write to; None where others built them."""
     place = None
-    engines: dict[str, Engine]
+    engines: dict[str, AnyEngine]
     if built is None:
         run_dir = own_run_dir(settings, stack)
         place = place_of(run_dir)
@@ -139,18 +139,12 @@ async def _experts(
     experts = Experts(
         database,
         pools,
-        cast("Mapping[str, OperatedEngine]", engines),
+        engines,
         roots=settings.server.expert_roots,
         cache_dir=settings.store.cache_dir,
     )
     await experts.load()
     return experts
-
-
-async def _start(engines: Mapping[str, Engine], metrics: GatewayMetrics) -> None:
-    for pool_id, engine in engines.items():
-        await engine.start()
-        metrics.watch_engine(pool_id, engine)
 
 
 async def _limits(settings: Settings, tenants: TenantStore, stack: AsyncExitStack) -> LimitBook:

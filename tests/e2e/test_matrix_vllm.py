@@ -54,9 +54,9 @@ async def running_engine(config: PoolConfig, folder: Path) -> AsyncIterator[VLLM
     await engine.start()
     try:
         deadline = time.monotonic() + START_S
-        while (health := await engine.health(deadline_s=5)).state != "ready":
-            assert health.state != "failed", health.detail
-            assert time.monotonic() < deadline, health.detail
+        while (snapshot := await engine.snapshot(deadline_s=5)).state != "ready":
+            assert snapshot.state != "failed", snapshot.detail
+            assert time.monotonic() < deadline, snapshot.detail
             await asyncio.sleep(0.3)
         yield engine
     finally:

@@ -126,7 +126,7 @@ async def eventually(condition: Callable[[], Awaitable[bool]], *, deadline_s: fl
 
 
 async def is_ready(engine: VLLMEngine) -> bool:
-    return (await engine.health(deadline_s=5)).state == "ready"
+    return (await engine.snapshot(deadline_s=5)).state == "ready"
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
@@ -296,9 +296,9 @@ async def test_a_frozen_engine_is_not_ready(running: Running) -> None:
     worker = running.processes()["Worker"]
     worker.suspend()
     try:
-        health = await running.engine.health(deadline_s=1)
-        assert health.state != "ready"
-        assert "did not answer" in health.detail["reason"]
+        snapshot = await running.engine.snapshot(deadline_s=1)
+        assert snapshot.state != "ready"
+        assert "did not answer" in snapshot.detail["reason"]
     finally:
         worker.resume()
     await eventually(lambda: is_ready(running.engine), deadline_s=20)

@@ -133,12 +133,12 @@ async def why_not_started(config: Path) -> str:
     await engine.start()
     try:
         deadline = time.monotonic() + START_S
-        while (state := (await engine.health(deadline_s=10)).state) == "starting":
+        while (state := (await engine.snapshot(deadline_s=10)).state) == "starting":
             assert time.monotonic() < deadline
             await asyncio.sleep(0.1)
         if state == "ready":
             await engine.materialise(make_recipe(pool, {"base": 0.5, "twin": 0.5}, dtype="float32"))
-            assert (await engine.health(deadline_s=10)).state == "ready"
+            assert (await engine.snapshot(deadline_s=10)).state == "ready"
             return ""
         return engine._supervisor.failure
     finally:

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 import os
+import pickle
 import signal
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -52,7 +53,7 @@ async def eventually(condition: Callable[[], Awaitable[bool]]) -> None:
 
 
 async def is_ready(engine: VLLMEngine) -> bool:
-    return (await engine.health(deadline_s=5)).state == "ready"
+    return (await engine.snapshot(deadline_s=5)).state == "ready"
 
 
 @pytest.fixture(scope="module")
@@ -139,8 +140,27 @@ async def test_it_answers_under_the_recipe_that_was_asked_for(pool: Pool, tmp_pa
         recipe = mixture(pool, 0.5)
         assert await ask(engine, recipe, "hello") == expected(recipe, "hello")
         assert await stream(engine, recipe, "hello") == expected(recipe, "hello")
-        health = await engine.health(deadline_s=5)
-        assert (health.state, health.resident, health.queued) == ("ready", recipe.digest, 0)
+        snapshot = await engine.snapshot(deadline_s=5)
+        assert (snapshot.state, snapshot.resident, snapshot.num_queued) == ("ready", recipe.digest, 0)
+
+
+async def test_a_snapshot_can_be_pickled_and_grows_no_more(pool: Pool, tmp_path: Path, faults: Path) -> None:
+    async with running(pool, tmp_path, args={"token-delay-ms": 20}) as engine:
+        resident, waiting = mixture(pool, 0.5), mixture(pool, 0.25)
+        first = asyncio.Event()
+        streamed = asyncio.create_task(stream(engine, resident, "hello", first=first))
+        await first.wait()
+        asked = asyncio.create_task(ask(engine, waiting, "hello"))
+        await asyncio.sleep(0)
+        seen = await engine.snapshot(deadline_s=5)
+        assert (seen.state, seen.resident, seen.num_queued) == ("ready", resident.digest, 1)
+        assert (seen.occupancy.num_in_flight, seen.occupancy.resident) == (1, resident.digest)
+        assert [(queue.recipe_digest, queue.num_waiting) for queue in seen.occupancy.queues] == [(waiting.digest, 1)]
+        assert (seen.counters.wait.count, seen.counters.swap.count) == (1, 1)
+        kept = pickle.dumps(seen)
+        await asyncio.gather(streamed, asked)
+        assert engine.stats.wait.count == 2
+        assert pickle.loads(kept) == seen
 
 
 async def test_concurrent_requests_for_many_recipes_never_cross(pool: Pool, tmp_path: Path, faults: Path) -> None:
@@ -192,14 +212,14 @@ async def test_materialise_makes_the_next_swap_a_copy(pool: Pool, tmp_path: Path
     async with running(pool, tmp_path) as engine:
         recipe = mixture(pool, 0.5)
         await engine.materialise(recipe)
-        assert recipe.digest in (await engine.health(deadline_s=5)).detail["cached"]
+        assert recipe.digest in (await engine.snapshot(deadline_s=5)).detail["cached"]
         await ask(engine, one_hot(pool, "base", dtype="float32"), "hello")
         await ask(engine, recipe, "hello")
         assert engine.stats.num_swaps_by_source["cache"] == 1
         engine.forget(recipe.digest)
 
         async def is_forgotten() -> bool:
-            return recipe.digest not in (await engine.health(deadline_s=5)).detail["cached"]
+            return recipe.digest not in (await engine.snapshot(deadline_s=5)).detail["cached"]
 
         await eventually(is_forgotten)
 
@@ -301,7 +321,7 @@ async def test_a_refused_recipe_disturbs_nobody(pool: Pool, tmp_path: Path, faul
         strike(faults, "mix_invalid")
         with pytest.raises(InvalidMixError):
             await engine.materialise(mixture(pool, 0.9))
-        assert (await engine.health(deadline_s=5)).resident == kept.digest
+        assert (await engine.snapshot(deadline_s=5)).resident == kept.digest
         assert engine.stats.num_restarts == 0
 
 
@@ -376,9 +396,9 @@ async def test_an_engine_that_dies_often_is_still_waited_for(
 async def test_a_hung_engine_is_not_ready(pool: Pool, tmp_path: Path, faults: Path) -> None:
     async with running(pool, tmp_path) as engine:
         strike(faults, "hang")
-        health = await engine.health(deadline_s=0.2)
-        assert health.state == "restarting"
-        assert "did not answer" in health.detail["reason"]
+        snapshot = await engine.snapshot(deadline_s=0.2)
+        assert snapshot.state == "restarting"
+        assert "did not answer" in snapshot.detail["reason"]
 
 
 async def test_requests_during_a_start_wait_for_it(pool: Pool, tmp_path: Path) -> None:
@@ -391,7 +411,7 @@ async def test_requests_during_a_start_wait_for_it(pool: Pool, tmp_path: Path) -
     finally:
         await engine.stop()
         await engine.stop()
-    assert (await engine.health(deadline_s=1)).state == "stopped"
+    assert (await engine.snapshot(deadline_s=1)).state == "stopped"
     with pytest.raises(ModelNotReadyError):
         await ask(engine, recipe, "hello")
 
@@ -407,16 +427,16 @@ async def test_an_engine_whose_arguments_are_refused_is_given_up(
         for _ in range(2):  # who waited when it was given up, and who comes later
             with pytest.raises(EngineError, match=reason):
                 await ask(engine, mixture(pool, 0.5), "hello")
-        health = await engine.health(deadline_s=1)
-        assert health.state == "failed"
-        assert health.detail["reason"].startswith(reason)
+        snapshot = await engine.snapshot(deadline_s=1)
+        assert snapshot.state == "failed"
+        assert snapshot.detail["reason"].startswith(reason)
         # the operator's log says more than what anybody may ask
-        assert "usage:" not in health.detail["reason"]
+        assert "usage:" not in snapshot.detail["reason"]
         assert "usage: python -m cocktail_serve.engines.vllm.fake" in caplog.text
         assert engine.stats.num_restarts == 0
     finally:
         await engine.stop()
-    assert (await engine.health(deadline_s=1)).state == "stopped"
+    assert (await engine.snapshot(deadline_s=1)).state == "stopped"
 
 
 @pytest.mark.parametrize("raised", ["ValueError('of the model')", "OSError('of the disk')"])
@@ -438,7 +458,7 @@ async def test_a_server_that_ends_the_same_way_at_every_start(
             await ask(engine, mixture(pool, 0.5), "hello")
         if is_for_good:
             assert engine.stats.num_restarts == 2
-            assert (await engine.health(deadline_s=1)).state == "failed"
+            assert (await engine.snapshot(deadline_s=1)).state == "failed"
             return
         # the disk is back, and nobody had to do anything
         monkeypatch.setattr(engine._launcher, "launch", type(engine._launcher).launch.__get__(engine._launcher))

@@ -246,7 +246,7 @@ async def test_an_owner_that_is_killed_takes_its_server_along(tmp_path: Path) ->
             folder = Path(sys.argv[1])
             engine = build_vllm_engine(make_fake_pool(folder / "pool"), FakeEngineConfig(), run_dir=folder / "run")
             await engine.start()
-            while (await engine.health(deadline_s=5)).state != "ready":
+            while (await engine.snapshot(deadline_s=5)).state != "ready":
                 await asyncio.sleep(0.05)
             print(engine._supervisor.server.pid, flush=True)
             await asyncio.sleep(600)

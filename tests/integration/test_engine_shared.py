@@ -198,11 +198,11 @@ async def test_two_recipes_are_in_flight_at_once(pool: Pool, tmp_path: Path, fau
         await first.wait()
         short = asyncio.create_task(stream(engine, other, "hello", max_tokens=20, first=second))
         await second.wait()
-        assert engine.occupancy().num_in_flight == 2
+        assert (await occupancy_of(engine)).num_in_flight == 2
         assert await short == expected(other, "hello", max_tokens=20)
         assert not long.done(), "the other recipe had to wait for its turn"
         assert await long == expected(one, "hello", max_tokens=150)
-        assert engine.occupancy().num_in_flight == 0
+        assert (await occupancy_of(engine)).num_in_flight == 0
         assert engine.stats.num_swaps_by_source == {"files": 2}
 
 
@@ -220,7 +220,7 @@ async def test_recipes_in_one_batch_never_cross(pool: Pool, tmp_path: Path, faul
         tokenized = tokenize_examples(make_decoder_tokenizer(), given, max_tokens=255)
         assert losses == [fake_loss(expert.digest, e.token_ids, e.output_start) for e in tokenized]
         assert engine.stats.num_restarts == 0
-        assert (engine.occupancy().num_in_flight, engine.occupancy().queues) == (0, ())
+        assert await occupancy_of(engine) == Occupancy(phase=None, num_in_flight=0)
 
 
 async def test_what_was_ready_is_made_ready_again_in_the_next_life(pool: Pool, tmp_path: Path, faults: Path) -> None:
@@ -239,7 +239,7 @@ async def test_a_recipe_that_cannot_be_made_ready_gives_its_slot_back(pool: Pool
         strike(faults, "mix_invalid")
         with pytest.raises(InvalidMixError):
             await ask(engine, mixture(pool, 0.5), "hello")
-        assert engine.occupancy().num_in_flight == 0
+        assert (await occupancy_of(engine)).num_in_flight == 0
         assert await ask(engine, mixture(pool, 0.5), "hello") == expected(mixture(pool, 0.5), "hello")
         engine.drain(True)
         with pytest.raises(ModelNotReadyError, match="drains this engine"):
@@ -250,3 +250,7 @@ async def test_a_recipe_that_cannot_be_made_ready_gives_its_slot_back(pool: Pool
 
 async def is_restarting(engine: VLLMEngine) -> bool:
     return engine.stats.num_restarts == 1
+
+
+async def occupancy_of(engine: VLLMEngine) -> Occupancy:
+    return (await engine.snapshot(deadline_s=5)).occupancy

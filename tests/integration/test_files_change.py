@@ -154,10 +154,10 @@ async def test_no_server_of_a_decoder_is_started_on_a_base_that_was_replaced(tmp
     await engine.start()
     try:
         async with asyncio.timeout(30):
-            while (health := await engine.health(deadline_s=1)).state == "starting":  # noqa: ASYNC110  # only asked
+            while (snapshot := await engine.snapshot(deadline_s=1)).state == "starting":  # noqa: ASYNC110  # only asked
                 await asyncio.sleep(0.01)
-        assert health.state == "restarting"
-        assert "'base' are not what they were" in health.detail["reason"]
+        assert snapshot.state == "restarting"
+        assert "'base' are not what they were" in snapshot.detail["reason"]
         assert not (tmp_path / "run" / "flan.log").exists(), "nothing was started"
     finally:
         await engine.stop()

@@ -153,12 +153,12 @@ async def test_a_model_whose_loading_may_pass_is_loaded_in_the_end(
     async with started(engine):
         with pytest.raises(ModelNotReadyError, match="is restarting: it cannot be loaded"):
             await engine.embed(recipe, ["a dog"])
-        health = await engine.health(deadline_s=5)
-        assert (health.state, health.detail["reason"]) == ("restarting", "it cannot be loaded")
+        snapshot = await engine.snapshot(deadline_s=5)
+        assert (snapshot.state, snapshot.detail["reason"]) == ("restarting", "it cannot be loaded")
         await until(lambda: engine._state == "ready")
         assert len((await engine.embed(recipe, ["a dog"])).vectors) == 1
-        health = await engine.health(deadline_s=5)
-        assert (health.state, "reason" in health.detail, engine.stats.num_restarts) == ("ready", False, 2)
+        snapshot = await engine.snapshot(deadline_s=5)
+        assert (snapshot.state, "reason" in snapshot.detail, engine.stats.num_restarts) == ("ready", False, 2)
 
 
 async def test_a_model_that_can_never_be_loaded_says_what_clears_it(tmp_path: Path) -> None:
@@ -168,9 +168,9 @@ async def test_a_model_that_can_never_be_loaded_says_what_clears_it(tmp_path: Pa
     async with started(engine):
         with pytest.raises(EngineError, match=r"sentence-transformers cannot load .*; mend it and start the server"):
             await engine.embed(one_hot(engine.pool, "base", dtype="float32"), ["a dog"])
-        health = await engine.health(deadline_s=5)
-        assert health.state == "failed"
-        assert "`cocktail-serve doctor CONFIG`" in health.detail["reason"]
+        snapshot = await engine.snapshot(deadline_s=5)
+        assert snapshot.state == "failed"
+        assert "`cocktail-serve doctor CONFIG`" in snapshot.detail["reason"]
         assert engine.stats.num_restarts == 0
 
 
@@ -185,4 +185,4 @@ async def test_an_engine_stops_while_it_waits_to_load_again(tmp_path: Path, monk
         await until(lambda: engine._state == "restarting")
         begun = time.monotonic()
     assert time.monotonic() - begun < 10
-    assert (await engine.health(deadline_s=1)).state == "stopped"
+    assert (await engine.snapshot(deadline_s=1)).state == "stopped"

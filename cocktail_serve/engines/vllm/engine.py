@@ -11,12 +11,12 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 from cocktail_serve.config import VLLMEngineConfig
-from cocktail_serve.engines.base import EngineHealth, Forwarded
+from cocktail_serve.engines.base import Forwarded
 from cocktail_serve.engines.effort import spend
-from cocktail_serve.engines.occupancy import Occupancy
+from cocktail_serve.engines.snapshot import EngineSnapshot, EngineState
 from cocktail_serve.engines.stats import EngineStats
 from cocktail_serve.engines.turns.base import Turns
 from cocktail_serve.engines.turns.lease import Lease
@@ -66,6 +66,8 @@ class VLLMEngine:
         ConfigError: `args` or `env` set what is set here.
     """
 
+    kind: ClassVar[Literal["decoder"]] = "decoder"
+
     def __init__(
         self,
         pool: Pool,
@@ -109,27 +111,16 @@ class VLLMEngine:
         self._parameters.close()
         self._scorer.close()
 
-    async def health(self, *, deadline_s: float) -> EngineHealth:
-        queued = self._turns.num_waiting
-        supervisor, server = self._supervisor, self._supervisor.server
-        if supervisor.state != "ready" or server is None:
-            # the first line alone: what follows is the end of the server's log, which is the operator's
-            reason = supervisor.failure.partition("\n")[0] or supervisor.state
-            return EngineHealth(supervisor.state, queued=queued, detail={"reason": reason})
-        try:
-            status, body = await server.call("GET", STATUS_PATH, timeout_s=deadline_s)
-        except CocktailError as error:
-            if self._turns.is_mixing:
-                # its workers are busy with the mix, which has a deadline of its own
-                return EngineHealth("ready", queued=queued, detail={"mixing": True})
-            return EngineHealth("restarting", queued=queued, detail={"reason": error.message})
-        if status != 200 or body["state"] == "poisoned":
-            return EngineHealth("restarting", queued=queued, detail={"reason": f"status {status}: {body}"})
-        detail = {key: body[key] for key in _REPORTED if key in body}
-        return EngineHealth("ready", resident=body["resident"], queued=queued, detail=detail)
-
-    def occupancy(self) -> Occupancy:
-        return self._turns.occupancy()
+    async def snapshot(self, *, deadline_s: float) -> EngineSnapshot:
+        state, resident, detail = await self._ask(deadline_s)
+        return EngineSnapshot(
+            state,
+            resident=resident,
+            num_queued=self._turns.num_waiting,
+            detail=detail,
+            occupancy=self._turns.occupancy(),
+            counters=self.stats.copy(),
+        )
 
     def drain(self, is_drained: bool) -> None:
         self._turns.drain(is_drained)
@@ -186,6 +177,23 @@ class VLLMEngine:
                 raise engine_error(answer.status, whole)
             lease.release()  # the engine has done its part
             yield Forwarded(whole, None, lease.settle)
+
+    async def _ask(self, deadline_s: float) -> tuple[EngineState, str | None, dict[str, Any]]:
+        """State, resident recipe and details, as the server says them itself."""
+        supervisor, server = self._supervisor, self._supervisor.server
+        if supervisor.state != "ready" or server is None:
+            # the first line alone: what follows is the end of the server's log, which is the operator's
+            return supervisor.state, None, {"reason": supervisor.failure.partition("\n")[0] or supervisor.state}
+        try:
+            status, body = await server.call("GET", STATUS_PATH, timeout_s=deadline_s)
+        except CocktailError as error:
+            if self._turns.is_mixing:
+                # its workers are busy with the mix, which has a deadline of its own
+                return "ready", None, {"mixing": True}
+            return "restarting", None, {"reason": error.message}
+        if status != 200 or body["state"] == "poisoned":
+            return "restarting", None, {"reason": f"status {status}: {body}"}
+        return "ready", body["resident"], {key: body[key] for key in _REPORTED if key in body}
 
     async def _turn(self, recipe: Recipe, *, tenant: str, num_tokens: int) -> Lease:
         self._supervisor.check_available()

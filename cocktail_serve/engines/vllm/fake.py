@@ -279,7 +279,7 @@ class FakeServer:
         for position in range(num_tokens):
             if position == num_tokens // 2:
                 if error is not None:
-                    yield b"data: %b\n\ndata: [DONE]\n\n" % _vllm_error(error).body
+                    yield b"data: %b\n\ndata: [DONE]\n\n" % bytes(_vllm_error(error).body)
                 if error is not None or is_cut:
                     return
             if self._token_delay_s:

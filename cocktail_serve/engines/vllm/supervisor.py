@@ -7,7 +7,7 @@ import logging
 from collections.abc import Sequence
 from typing import NoReturn
 
-from cocktail_serve.engines.base import EngineState
+from cocktail_serve.engines.snapshot import EngineState
 from cocktail_serve.engines.start_failures import REMEDY, Exit, backoff_s
 from cocktail_serve.engines.stats import EngineStats
 from cocktail_serve.engines.turns.base import Turns

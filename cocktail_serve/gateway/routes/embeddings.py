@@ -40,7 +40,7 @@ async def create_embeddings(request: Request) -> Response:
     wanted = parse_as(EmbeddingRequest, asked.body)
     pool = await requested_pool(asked, kind="encoder")
     config = gateway.pool_configs[pool.id]
-    engine = gateway.embedding_engine(pool.id)
+    engine = gateway.encoder(pool.id)
     inputs = check_inputs(wanted.input, token_inputs=config.token_inputs)
     asked_by, prompt_name = given(wanted, "prompt_name", "input_type", "task")
     prompt = prompt_of(prompt_name, config, inputs, param=asked_by)

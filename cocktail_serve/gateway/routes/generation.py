@@ -57,7 +57,7 @@ async def _generate(request: Request, path: str) -> Response:
     outgoing = apply_field_policy(asked.body, allow_chat_template=engine_config.allow_chat_template)
     served = await served_model(asked)
     return GenerationResponse(
-        gateway.generation_engine(pool.id),
+        gateway.decoder(pool.id),
         served,
         path,
         outgoing,

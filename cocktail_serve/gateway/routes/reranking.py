@@ -33,7 +33,7 @@ async def rerank(request: Request) -> Response:
     gateway = asked.gateway
     wanted = parse_as(RerankRequest, asked.body)
     pool = await requested_pool(asked, kind="reranker")
-    engine = gateway.reranking_engine(pool.id)
+    engine = gateway.reranker(pool.id)
     _, top_n = given(wanted, "top_n", "top_k")
     documents = check_documents(wanted.documents, rank_fields=wanted.rank_fields)
     truncate_to = truncation(

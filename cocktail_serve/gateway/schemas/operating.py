@@ -8,9 +8,8 @@ from typing import Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field
 
 from cocktail_serve.cocktails.experts import Added
-from cocktail_serve.engines.base import EngineHealth, EngineState
-from cocktail_serve.engines.occupancy import Occupancy, Phase, Queue, WaitReason
-from cocktail_serve.engines.stats import EngineStats
+from cocktail_serve.engines.occupancy import Phase, Queue, WaitReason
+from cocktail_serve.engines.snapshot import EngineSnapshot, EngineState
 from cocktail_serve.pool import Kind, Member, Pool
 from cocktail_serve.tenants.keys import DEFAULT_TENANT
 
@@ -95,22 +94,14 @@ class EngineView(BaseModel):
     restarts: int = Field(description="Times that it was lost and started again.")
 
     @classmethod
-    def of(
-        cls,
-        pool: Pool,
-        *,
-        engine_type: str,
-        health: EngineHealth,
-        occupancy: Occupancy,
-        stats: EngineStats,
-        names: Names,
-    ) -> Self:
+    def of(cls, pool: Pool, *, engine_type: str, snapshot: EngineSnapshot, names: Names) -> Self:
+        occupancy, counters = snapshot.occupancy, snapshot.counters
         return cls(
             id=pool.id,
             kind=pool.kind,
             type=engine_type,
-            state=health.state,
-            detail=dict(health.detail),
+            state=snapshot.state,
+            detail=dict(snapshot.detail),
             phase=occupancy.phase,
             resident=None if occupancy.resident is None else RecipeView.of(occupancy.resident, names),
             turn_s=None if occupancy.turn_s is None else round(occupancy.turn_s, 3),
@@ -118,9 +109,9 @@ class EngineView(BaseModel):
             queues=[QueueView.of_queue(queue, names) for queue in occupancy.queues],
             pinned=None if occupancy.pinned is None else RecipeView.of(occupancy.pinned, names),
             drained=occupancy.is_drained,
-            swaps=stats.swap.count,
-            last_swap_s=stats.last_swap_s,
-            restarts=stats.num_restarts,
+            swaps=counters.swap.count,
+            last_swap_s=counters.last_swap_s,
+            restarts=counters.num_restarts,
         )
 
 
