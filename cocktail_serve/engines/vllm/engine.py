@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from cocktail_serve.config import VLLMEngineConfig
-from cocktail_serve.engines.base import Forwarded
-from cocktail_serve.engines.effort import spend
+from cocktail_serve.engines.base import Forwarded, Materialised, Scored
+from cocktail_serve.engines.engine_time import CallTimer
 from cocktail_serve.engines.snapshot import EngineSnapshot, EngineState
 from cocktail_serve.engines.stats import EngineStats
 from cocktail_serve.engines.turns.lease import Lease
@@ -147,12 +147,13 @@ class VLLMEngine:
     async def check_examples(self, examples: ExampleSet) -> None:
         await self._scorer.tokenize(examples)
 
-    async def score(self, recipe: Recipe, examples: ExampleSet) -> list[float]:
+    async def score(self, recipe: Recipe, examples: ExampleSet) -> Scored:
         return await self._scorer.score(recipe, examples)
 
-    async def materialise(self, recipe: Recipe) -> None:
-        with await self._background_turn(recipe):
+    async def materialise(self, recipe: Recipe) -> Materialised:
+        with CallTimer() as timer, await self._background_turn(recipe, timer):
             pass  # resident once is enough: the worker keeps merged parameters in its cache
+        return Materialised(timer.time)
 
     def forget(self, recipe_digest: str) -> None:
         server = self._supervisor.server
@@ -216,12 +217,12 @@ class VLLMEngine:
             recipe, tenant=tenant, num_tokens=num_tokens, timeout_s=self._config.queue_timeout_s
         )
 
-    async def _background_turn(self, recipe: Recipe) -> Lease:
+    async def _background_turn(self, recipe: Recipe, timer: CallTimer) -> Lease:
         self._supervisor.check_available()
         num_mixes = self.stats.swap.count
         lease = await self._residency.acquire(recipe, background=True)
         if self.stats.swap.count > num_mixes:
-            spend(mixing_s=self._last_mix_s)  # the last mix is the one that this turn began with
+            timer.add(mixing_s=self._last_mix_s)  # the last mix is the one that this turn began with
         return lease
 
     def _check_recipe(self, recipe: Recipe, answer: Answer) -> None:
