@@ -154,10 +154,11 @@ class SharedParameters(ResidentParameters):
         super().begin_life(server)
         self._ready.clear()
 
-    async def make_ready(self, recipe: Recipe) -> None:
+    async def make_ready(self, recipe: Recipe, *, since: float) -> float:
         if recipe.digest not in self._ready:
             assert await self.mix(recipe)
             self._ready.add(recipe.digest)
+        return await super().make_ready(recipe, since=since)
 
 
 @pytest.fixture(scope="module")
@@ -216,9 +217,9 @@ async def test_recipes_in_one_batch_never_cross(pool: Pool, tmp_path: Path, faul
                 assert await (stream if turn % 2 else ask)(engine, recipe, text) == expected(recipe, text)
 
         given, expert = examples(), one_hot(pool, "nq", dtype="float32")
-        losses, *_ = await asyncio.gather(engine.score(expert, given), *(client(number) for number in range(10)))
+        scored, *_ = await asyncio.gather(engine.score(expert, given), *(client(number) for number in range(10)))
         tokenized = tokenize_examples(make_decoder_tokenizer(), given, max_tokens=255)
-        assert losses == [fake_loss(expert.digest, e.token_ids, e.output_start) for e in tokenized]
+        assert scored.losses == [fake_loss(expert.digest, e.token_ids, e.output_start) for e in tokenized]
         assert engine.stats.num_restarts == 0
         assert await occupancy_of(engine) == Occupancy(phase=None, num_in_flight=0)
 
