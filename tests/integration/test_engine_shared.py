@@ -225,9 +225,10 @@ async def test_recipes_in_one_batch_never_cross(pool: Pool, tmp_path: Path, faul
 
 
 async def test_what_was_ready_is_made_ready_again_in_the_next_life(pool: Pool, tmp_path: Path, faults: Path) -> None:
-    async with shared_engine(pool, tmp_path) as engine:
+    async with shared_engine(pool, tmp_path, **{"mix-ms": 50}) as engine:
         recipe = mixture(pool, 0.5)
-        await engine.materialise(recipe)
+        assert 0.04 <= (await engine.materialise(recipe)).engine_time.mixing_s < 5
+        assert (await engine.materialise(recipe)).engine_time.mixing_s == 0.0
         os.kill(processes_of(engine)[0].pid, signal.SIGKILL)
         await eventually(lambda: is_restarting(engine))
         assert await ask(engine, recipe, "hello") == expected(recipe, "hello")
