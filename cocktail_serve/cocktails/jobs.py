@@ -20,7 +20,7 @@ from cocktail_serve.cocktails.warnings import warnings_of_losses
 from cocktail_serve.cocktails.weigher import Weigher
 from cocktail_serve.cocktails.weighing import recipe_of
 from cocktail_serve.engines.base import AnyEngine, Engine
-from cocktail_serve.engines.effort import Effort, measured
+from cocktail_serve.engines.engine_time import EngineTime, EngineTimeTotal, totalled
 from cocktail_serve.errors import (
     CapacityError,
     CocktailError,
@@ -86,7 +86,7 @@ class Patience:
             delay = min(2 * delay, self.max_delay_s)
 
 
-OnSpent = Callable[[Cocktail, Effort], None]
+OnSpent = Callable[[Cocktail, EngineTime], None]
 """Is told how long engines worked for a cocktail."""
 
 LoadExamples = Callable[[], Awaitable[tuple[ExampleSet | None, ExampleSet | None]]]
@@ -176,12 +176,14 @@ class Jobs:
         if previous is not None:
             await asyncio.wait([previous])
         async with self._slots[cocktail.pool_id]:
-            with measured(partial(self._on_spent, cocktail)):
-                await self._run(cocktail, examples, validation)
+            with totalled(partial(self._on_spent, cocktail)) as spent:
+                await self._run(cocktail, examples, validation, spent)
 
-    async def _run(self, cocktail: Cocktail, examples: ExampleSet | None, validation: ExampleSet | None) -> None:
+    async def _run(
+        self, cocktail: Cocktail, examples: ExampleSet | None, validation: ExampleSet | None, spent: EngineTimeTotal
+    ) -> None:
         try:
-            await self._mix(cocktail, examples, validation)
+            await self._mix(cocktail, examples, validation, spent)
         except _LostError:
             return
         except CocktailError as error:
@@ -192,7 +194,9 @@ class Jobs:
             logger.exception("cocktail %s failed by a fault of the server", cocktail.id)
             await self._fail(cocktail, ServerError("the job failed by a fault of the server; its log says more"))
 
-    async def _mix(self, cocktail: Cocktail, examples: ExampleSet | None, validation: ExampleSet | None) -> None:
+    async def _mix(
+        self, cocktail: Cocktail, examples: ExampleSet | None, validation: ExampleSet | None, spent: EngineTimeTotal
+    ) -> None:
         options = cocktail.request
         pool = self._pools.get(cocktail.pool_id)
         if pool is None or not options.fits(pool):
@@ -200,7 +204,7 @@ class Jobs:
                 f"pool {cocktail.pool_id!r} changed before the cocktail was ready; make it again", code="pool_changed"
             )
         engine = self._engines[pool.id]
-        keeping = Keeping(tenant=cocktail.tenant, uid=cocktail.uid)
+        keeping = Keeping(tenant=cocktail.tenant, uid=cocktail.uid, spent=spent)
         if examples is not None:
             await self._update(cocktail, status="scoring", progress=0.0)
         await self._patience(lambda: check_examples(engine, examples, validation))
@@ -222,7 +226,7 @@ class Jobs:
             recipe=recipe,
             candidates=weighing.candidates,
         )
-        await self._patience(lambda: engine.materialise(recipe))
+        await self._patience(lambda: spent.of(engine.materialise(recipe)))
         await self._update(cocktail, progress=MIXED)
         mixed_loss = await self._mixed_loss(engine, recipe, examples, keeping)
         validation_loss = await self._mixed_loss(engine, recipe, validation, keeping)

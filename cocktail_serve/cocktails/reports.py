@@ -20,7 +20,7 @@ from cocktail_serve.cocktails.scores import Attempts, Keeping
 from cocktail_serve.cocktails.tasks import Tasks
 from cocktail_serve.cocktails.weigher import Weigher
 from cocktail_serve.engines.base import AnyEngine
-from cocktail_serve.engines.effort import measured
+from cocktail_serve.engines.engine_time import EngineTimeTotal, totalled
 from cocktail_serve.errors import CapacityError, CocktailError, StorageError
 from cocktail_serve.examples import ExampleSet
 
@@ -81,8 +81,8 @@ class Reports:
     async def _run(self, cocktail: Cocktail) -> None:
         async with self._turns[cocktail.pool_id]:
             try:
-                with measured(partial(self._on_spent, cocktail)):
-                    findings = await self._findings(cocktail)
+                with totalled(partial(self._on_spent, cocktail)) as spent:
+                    findings = await self._findings(cocktail, spent)
                 await self._registry.keep_findings(cocktail.uid, findings)
             except CapacityError:
                 logger.warning("the report of %s waits: its engine is not available", cocktail.id)
@@ -92,7 +92,7 @@ class Reports:
                 # a fault of ours in a report must not end the server; the report stays pending
                 logger.exception("the report of %s failed by a fault of the server", cocktail.id)
 
-    async def _findings(self, cocktail: Cocktail) -> Findings:
+    async def _findings(self, cocktail: Cocktail, spent: EngineTimeTotal) -> Findings:
         engine = self._engines.get(cocktail.pool_id)
         if engine is None or engine.pool.fingerprint != cocktail.request.pool_fingerprint:
             return no_findings("the pool's models are no longer those it was made from")
@@ -102,7 +102,7 @@ class Reports:
                 cocktail.request,
                 cocktail.chosen,
                 await self._load_examples(cocktail),
-                Keeping(tenant=cocktail.tenant, uid=cocktail.uid),
+                Keeping(tenant=cocktail.tenant, uid=cocktail.uid, spent=spent),
                 attempts=self._patience,
             )
         except CapacityError:

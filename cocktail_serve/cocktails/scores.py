@@ -7,7 +7,7 @@ import hashlib
 import math
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Executor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol, TypeVar
 
 import numpy as np
@@ -15,6 +15,7 @@ import numpy as np
 from cocktail_serve.cocktails.score_store import ScoreKey, ScoreStore
 from cocktail_serve.digest import digest_of
 from cocktail_serve.engines.base import AnyEngine, EmbeddingEngine, ScoringEngine
+from cocktail_serve.engines.engine_time import EngineTimeTotal
 from cocktail_serve.examples import ExampleSet, example_digest
 from cocktail_serve.pool import Kind
 from cocktail_serve.recipe import Recipe, one_hot
@@ -55,15 +56,17 @@ def text_digest(item: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Keeping:
-    """Whose scores are used, and for which cocktail new ones are kept.
+    """Whose scores are used, for which cocktail new ones are kept, and who pays for them.
 
     Attributes:
         uid: the cocktail that new scores are kept for, until it is deleted. None: none is kept (a dry run, whose
             examples nobody could delete later).
+        spent: what engines work for it is added there.
     """
 
     tenant: str
     uid: str | None
+    spent: EngineTimeTotal = field(default_factory=EngineTimeTotal, compare=False)
 
 
 class Scores:
@@ -174,9 +177,9 @@ class Scores:
         kept = await self._store.losses(keeping.tenant, key, list(unique))
         missing = {digest: example for digest, example in unique.items() if digest not in kept}
         if missing:
-            measured = await engine.score(recipe, ExampleSet.of(missing.values()))
-            new = dict(zip(missing, measured, strict=True))
-            if keeping.uid is not None and all(map(math.isfinite, measured)):
+            scored = await keeping.spent.of(engine.score(recipe, ExampleSet.of(missing.values())))
+            new = dict(zip(missing, scored.losses, strict=True))
+            if keeping.uid is not None and all(map(math.isfinite, scored.losses)):
                 await self._store.keep_losses(keeping.uid, key, new)
             kept |= new
         return [kept[example_digest(example)] for example in examples]
@@ -204,9 +207,8 @@ class Scores:
         for start in range(0, len(missing), TEXTS_PER_CALL):
             some = missing[start : start + TEXTS_PER_CALL]
             # no prompt: what requests get unless they name one
-            embedded = await engine.embed(
-                recipe, [by_digest[digest] for digest in some], truncate_to=truncate_to, background=True
-            )
+            texts = [by_digest[digest] for digest in some]
+            embedded = await keeping.spent.of(engine.embed(recipe, texts, truncate_to=truncate_to, background=True))
             new = dict(zip(some, embedded.vectors, strict=True))
             if model is not None and keeping.uid is not None and np.isfinite(embedded.vectors).all():
                 await self._store.keep_embeddings(keeping.uid, ScoreKey(model, variant), new)

@@ -25,7 +25,7 @@ from cocktail_serve.config import Settings
 from cocktail_serve.database.database import Database
 from cocktail_serve.database.unbroken import Unbroken
 from cocktail_serve.engines.base import AnyEngine
-from cocktail_serve.engines.effort import Effort, measured
+from cocktail_serve.engines.engine_time import EngineTime, totalled
 from cocktail_serve.errors import CapacityError
 from cocktail_serve.examples import ExampleSet
 from cocktail_serve.pool import Pool
@@ -173,10 +173,9 @@ class CocktailService(Catalog):
         async with self._registry.dry_run(tenant, self._limits_of(tenant)):
             await self._check_examples(request)
             pool_id = request.options.pool
-            with measured(partial(self._count_use, tenant, acting.get().key_id, pool_id, pool_id)):
-                return await self._weigher.weigh(
-                    self._engines[pool_id], request.options, request.examples, Keeping(tenant=tenant, uid=None)
-                )
+            with totalled(partial(self._count_use, tenant, acting.get().key_id, pool_id, pool_id)) as spent:
+                keeping = Keeping(tenant=tenant, uid=None, spent=spent)
+                return await self._weigher.weigh(self._engines[pool_id], request.options, request.examples, keeping)
 
     async def inline(
         self,
@@ -285,12 +284,12 @@ class CocktailService(Catalog):
         self._release(removed)
         return removed
 
-    def _count(self, cocktail: Cocktail, effort: Effort) -> None:
-        self._count_use(cocktail.tenant, cocktail.key_id, cocktail.id, cocktail.pool_id, effort)
+    def _count(self, cocktail: Cocktail, spent: EngineTime) -> None:
+        self._count_use(cocktail.tenant, cocktail.key_id, cocktail.id, cocktail.pool_id, spent)
 
-    def _count_use(self, tenant: str, key_id: str | None, model: str, pool_id: str, effort: Effort) -> None:
+    def _count_use(self, tenant: str, key_id: str | None, model: str, pool_id: str, spent: EngineTime) -> None:
         if self._ledger is not None:
-            use = Use(scoring_s=effort.scoring_s, mixing_s=effort.mixing_s)
+            use = Use(scoring_s=spent.scoring_s, mixing_s=spent.mixing_s)
             self._ledger.add(tenant, key_id, model, pool_id, use)
 
     def _release(self, removed: Iterable[Cocktail]) -> None:

@@ -177,7 +177,8 @@ def _in_process(pool: Pool, config: PoolConfig, examples: ExampleSet) -> Iterato
 
     async def score(recipe: Recipe, rows: Sequence[int] | None) -> list[float]:
         if isinstance(engine, RerankerEngine):
-            return await engine.score(recipe, examples if rows is None else examples.subset(rows))
+            scored = await engine.score(recipe, examples if rows is None else examples.subset(rows))
+            return scored.losses
         texts = texts_of(examples, rows)
         embedded = await engine.embed(recipe, texts, background=True)
         return contrastive_losses(examples, dict(zip(texts, embedded.vectors, strict=True)), rows)

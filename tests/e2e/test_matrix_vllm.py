@@ -85,7 +85,8 @@ async def test_members_and_mixtures_answer_and_score_as_in_transformers(family: 
     async with running_engine(config, tmp_path) as engine:
         said = [await complete(engine, mixture) for mixture in mixtures]
         losses = [
-            await engine.score(make_recipe(engine.pool, mixture, dtype="float32"), examples) for mixture in mixtures
+            (await engine.score(make_recipe(engine.pool, mixture, dtype="float32"), examples)).losses
+            for mixture in mixtures
         ]
     tokenized = tokenize_examples(
         AutoTokenizer.from_pretrained(family.folders[BASE]), examples, max_tokens=MAX_MODEL_LEN - 1

@@ -217,13 +217,14 @@ async def test_losses_agree_with_transformers(running: Running) -> None:
         {"input": "my card", "output": "was stolen"},
     ]
     examples = parse_examples(rows, "decoder")
-    losses = await asyncio.gather(
+    scored = await asyncio.gather(
         *(running.engine.score(running.recipe(**{name: 1.0}), examples) for name in running.folders)
     )
-    for folder, of_model in zip(running.folders.values(), losses, strict=True):
+    for folder, of_model in zip(running.folders.values(), scored, strict=True):
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
         tokenized = tokenize_examples(AutoTokenizer.from_pretrained(folder), examples, max_tokens=MAX_MODEL_LEN - 1)
-        assert of_model == pytest.approx(score_with_transformers(model, tokenized), abs=LOSS_TOLERANCE)
+        assert of_model.engine_time.scoring_s > 0
+        assert of_model.losses == pytest.approx(score_with_transformers(model, tokenized), abs=LOSS_TOLERANCE)
 
 
 async def test_the_longest_example_allowed_can_be_scored(running: Running) -> None:
@@ -233,7 +234,7 @@ async def test_the_longest_example_allowed_can_be_scored(running: Running) -> No
     tokenizer = AutoTokenizer.from_pretrained(running.folders["base"])
     used = len(tokenize_examples(tokenizer, example(100), max_tokens=MAX_MODEL_LEN)[0].token_ids) - 100
     longest = MAX_MODEL_LEN - 1 - used
-    (loss,) = await running.engine.score(running.recipe(base=1.0), example(longest))
+    (loss,) = (await running.engine.score(running.recipe(base=1.0), example(longest))).losses
     assert loss > 0
     with pytest.raises(ContextLengthError, match="row 1"):
         await running.engine.check_examples(example(longest + 1))

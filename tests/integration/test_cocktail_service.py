@@ -25,7 +25,8 @@ from cocktail_serve.cocktails.service import CocktailService
 from cocktail_serve.cocktails.store import Witness
 from cocktail_serve.config import Settings
 from cocktail_serve.database.database import Database
-from cocktail_serve.engines.base import Embedded, Forwarded
+from cocktail_serve.engines.base import Embedded, Forwarded, Materialised, Scored
+from cocktail_serve.engines.engine_time import CallTimer
 from cocktail_serve.engines.snapshot import EngineSnapshot
 from cocktail_serve.errors import (
     CocktailError,
@@ -42,6 +43,7 @@ from cocktail_serve.errors import (
 from cocktail_serve.examples import ExampleSet, TextExample, example_digest
 from cocktail_serve.pool import Member, Pool
 from cocktail_serve.recipe import DType, Recipe, one_hot
+from cocktail_serve.usage.account import Use
 
 A = {"input": "the film was a joy", "output": "positive"}
 B = {"input": "the film was a bore", "output": "negative"}
@@ -86,9 +88,10 @@ class DoubleEngine:
             if isinstance(example, TextExample) and len(example.input) > self.max_length:
                 raise ContextLengthError(f"row {row}: too long", param="examples")
 
-    async def materialise(self, recipe: Recipe) -> None:
+    async def materialise(self, recipe: Recipe) -> Materialised:
         await self._answer()
         self.materialised.append(recipe.digest)
+        return Materialised()
 
     def forget(self, recipe_digest: str) -> None:
         self.forgotten.append(recipe_digest)
@@ -118,7 +121,12 @@ class ScoringEngine(DoubleEngine):
         self.tried: list[str] = []
         self.hold_after = math.inf
 
-    async def score(self, recipe: Recipe, examples: ExampleSet) -> list[float]:
+    async def score(self, recipe: Recipe, examples: ExampleSet) -> Scored:
+        with CallTimer() as timer, timer.scoring():
+            losses = await self._losses(recipe, examples)
+        return Scored(losses, timer.time)
+
+    async def _losses(self, recipe: Recipe, examples: ExampleSet) -> list[float]:
         await self._answer()
         self.visits.append((recipe.one_hot or "mixture", tuple(example_digest(example) for example in examples)))
         if recipe.one_hot is None and recipe.digest not in self.materialised:
@@ -216,7 +224,12 @@ class World:
 
     @asynccontextmanager
     async def service(
-        self, *, patience: Patience = QUICK, place: str = "here", witnesses: Sequence[Witness] = ()
+        self,
+        *,
+        patience: Patience = QUICK,
+        place: str = "here",
+        witnesses: Sequence[Witness] = (),
+        ledger: Any = None,
     ) -> AsyncIterator[CocktailService]:
         engines = {"flan": self.scoring, "mini": self.embedding}
         database = Database(self.settings.store.database_url)
@@ -228,6 +241,7 @@ class World:
             patience=patience,
             witnesses=witnesses,
             place=place,
+            ledger=ledger,
         )
         try:
             await database.open()
@@ -1114,6 +1128,49 @@ async def test_an_engine_that_is_down_holds_up_no_other_pool(
     assert service.statuses() == {"ready": 1, "scoring": 1, "queued": 1}
     world.scoring.gate.set()
     assert (await service.wait("acme", second.id, 10.0)).status == "ready"
+
+
+class Ledger:
+    """Takes note of what it is told of seconds, by model."""
+
+    def __init__(self) -> None:
+        self.told: list[tuple[str, float]] = []
+
+    def add(self, tenant: str, key_id: str | None, model: str, pool: str, use: Use) -> None:
+        self.told.append((model, use.scoring_s))
+
+
+@pytest.mark.parametrize("end", ["ready", "failed", "cancelled", "deleted"])
+async def test_what_engines_worked_is_counted_once_however_a_job_ends(world: World, end: str) -> None:
+    ledger = Ledger()
+    async with world.service(ledger=ledger) as service:
+        world.scoring.gate.clear()
+        created, _ = await service.create("acme", world.request())
+        await until(lambda: world.scoring.num_waiting == 3)
+        await asyncio.sleep(0.05)
+        assert ledger.told == []
+        if end == "failed":
+            del world.scoring.loss_of["fp-flan-ag-news"]
+        if end == "cancelled":
+            await service.cancel("acme", created.id)
+        elif end == "deleted":
+            await service.delete("acme", created.id)
+        else:
+            world.scoring.gate.set()
+            assert (await service.wait("acme", created.id, 10.0)).status == end
+        await until(lambda: bool(ledger.told))
+    ((model, scoring_s),) = ledger.told
+    assert model == created.id
+    assert 3 * 0.04 <= scoring_s < 10, "three models at once, and each counts"
+
+
+async def test_a_dry_run_is_counted_under_its_pool(world: World) -> None:
+    ledger = Ledger()
+    async with world.service(ledger=ledger) as service:
+        await service.dry_run("acme", world.request())
+    ((model, scoring_s),) = ledger.told
+    assert model == "flan"
+    assert scoring_s > 0
 
 
 async def test_a_fault_of_ours_fails_the_job_alone(world: World, service: CocktailService) -> None:

@@ -154,10 +154,11 @@ class SharedParameters(ResidentParameters):
         super().begin_life(server)
         self._ready.clear()
 
-    async def make_ready(self, recipe: Recipe) -> None:
+    async def make_ready(self, recipe: Recipe, *, since: float) -> float:
         if recipe.digest not in self._ready:
             assert await self.mix(recipe)
             self._ready.add(recipe.digest)
+        return await super().make_ready(recipe, since=since)
 
 
 @pytest.fixture(scope="module")
@@ -198,11 +199,11 @@ async def test_two_recipes_are_in_flight_at_once(pool: Pool, tmp_path: Path, fau
         await first.wait()
         short = asyncio.create_task(stream(engine, other, "hello", max_tokens=20, first=second))
         await second.wait()
-        assert engine.occupancy().num_in_flight == 2
+        assert (await occupancy_of(engine)).num_in_flight == 2
         assert await short == expected(other, "hello", max_tokens=20)
         assert not long.done(), "the other recipe had to wait for its turn"
         assert await long == expected(one, "hello", max_tokens=150)
-        assert engine.occupancy().num_in_flight == 0
+        assert (await occupancy_of(engine)).num_in_flight == 0
         assert engine.stats.num_swaps_by_source == {"files": 2}
 
 
@@ -216,17 +217,18 @@ async def test_recipes_in_one_batch_never_cross(pool: Pool, tmp_path: Path, faul
                 assert await (stream if turn % 2 else ask)(engine, recipe, text) == expected(recipe, text)
 
         given, expert = examples(), one_hot(pool, "nq", dtype="float32")
-        losses, *_ = await asyncio.gather(engine.score(expert, given), *(client(number) for number in range(10)))
+        scored, *_ = await asyncio.gather(engine.score(expert, given), *(client(number) for number in range(10)))
         tokenized = tokenize_examples(make_decoder_tokenizer(), given, max_tokens=255)
-        assert losses == [fake_loss(expert.digest, e.token_ids, e.output_start) for e in tokenized]
+        assert scored.losses == [fake_loss(expert.digest, e.token_ids, e.output_start) for e in tokenized]
         assert engine.stats.num_restarts == 0
-        assert (engine.occupancy().num_in_flight, engine.occupancy().queues) == (0, ())
+        assert await occupancy_of(engine) == Occupancy(phase=None, num_in_flight=0)
 
 
 async def test_what_was_ready_is_made_ready_again_in_the_next_life(pool: Pool, tmp_path: Path, faults: Path) -> None:
-    async with shared_engine(pool, tmp_path) as engine:
+    async with shared_engine(pool, tmp_path, **{"mix-ms": 50}) as engine:
         recipe = mixture(pool, 0.5)
-        await engine.materialise(recipe)
+        assert 0.04 <= (await engine.materialise(recipe)).engine_time.mixing_s < 5
+        assert (await engine.materialise(recipe)).engine_time.mixing_s == 0.0
         os.kill(processes_of(engine)[0].pid, signal.SIGKILL)
         await eventually(lambda: is_restarting(engine))
         assert await ask(engine, recipe, "hello") == expected(recipe, "hello")
@@ -239,7 +241,7 @@ async def test_a_recipe_that_cannot_be_made_ready_gives_its_slot_back(pool: Pool
         strike(faults, "mix_invalid")
         with pytest.raises(InvalidMixError):
             await ask(engine, mixture(pool, 0.5), "hello")
-        assert engine.occupancy().num_in_flight == 0
+        assert (await occupancy_of(engine)).num_in_flight == 0
         assert await ask(engine, mixture(pool, 0.5), "hello") == expected(mixture(pool, 0.5), "hello")
         engine.drain(True)
         with pytest.raises(ModelNotReadyError, match="drains this engine"):
@@ -250,3 +252,7 @@ async def test_a_recipe_that_cannot_be_made_ready_gives_its_slot_back(pool: Pool
 
 async def is_restarting(engine: VLLMEngine) -> bool:
     return engine.stats.num_restarts == 1
+
+
+async def occupancy_of(engine: VLLMEngine) -> Occupancy:
+    return (await engine.snapshot(deadline_s=5)).occupancy

@@ -11,6 +11,7 @@ from typing import ClassVar, Literal, cast
 import numpy as np
 
 from cocktail_serve.engines.base import Embedded
+from cocktail_serve.engines.engine_time import CallTimer
 from cocktail_serve.engines.in_process.batching import Batch
 from cocktail_serve.engines.in_process.encoder_model import Encoder
 from cocktail_serve.engines.in_process.engine import PROBES, SentenceTransformersEngine
@@ -124,15 +125,20 @@ class EncoderEngine(SentenceTransformersEngine[Encoder]):
         background: bool = False,
         tenant: str = "",
     ) -> Embedded:
-        encoder = await self._ready()
-        self._check_recipe(recipe)
-        truncate_to = self._truncation(encoder, truncate_to, is_pair=False)
-        if dimensions is not None and not 1 <= dimensions <= encoder.dimension:
-            raise InvalidRequestError(
-                f"dimensions must lie between 1 and {encoder.dimension}, got {dimensions}", param="dimensions"
+        with CallTimer() as timer:
+            encoder = await self._ready()
+            self._check_recipe(recipe)
+            truncate_to = self._truncation(encoder, truncate_to, is_pair=False)
+            if dimensions is not None and not 1 <= dimensions <= encoder.dimension:
+                raise InvalidRequestError(
+                    f"dimensions must lie between 1 and {encoder.dimension}, got {dimensions}", param="dimensions"
+                )
+            if not inputs:
+                return Embedded(np.empty((0, dimensions or encoder.dimension), dtype=np.float32), 0)
+            make = partial(
+                EmbeddingRequest, inputs=inputs, prompt=prompt, truncate_to=truncate_to, dimensions=dimensions
             )
-        if not inputs:
-            return Embedded(np.empty((0, dimensions or encoder.dimension), dtype=np.float32), 0)
-        make = partial(EmbeddingRequest, inputs=inputs, prompt=prompt, truncate_to=truncate_to, dimensions=dimensions)
-        vectors, num_tokens = await self._compute(recipe, len(inputs), make, background=background, tenant=tenant)
-        return Embedded(vectors, num_tokens)
+            vectors, num_tokens = await self._compute(
+                recipe, len(inputs), make, timer, background=background, tenant=tenant
+            )
+            return Embedded(vectors, num_tokens, timer.time)

@@ -19,7 +19,8 @@ import numpy as np
 import torch
 
 from cocktail_serve.config import PoolConfig, SentenceTransformersEngineConfig
-from cocktail_serve.engines.effort import spend
+from cocktail_serve.engines.base import Materialised
+from cocktail_serve.engines.engine_time import CallTimer
 from cocktail_serve.engines.in_process.batching import PassLimits
 from cocktail_serve.engines.in_process.parameter_cache import Mixture, ParameterCache, Params
 from cocktail_serve.engines.in_process.pipeline import ModelRequest, Pipeline, give_way
@@ -179,24 +180,34 @@ class SentenceTransformersEngine(Generic[M]):
     @abstractmethod
     async def check_examples(self, examples: ExampleSet) -> None: ...
 
-    async def materialise(self, recipe: Recipe) -> None:
-        await self._ready()
-        self._check_recipe(recipe)
-        started = time.monotonic()
-        self._cache.release(await self._cache.lease(recipe))
-        spend(mixing_s=time.monotonic() - started)
+    async def materialise(self, recipe: Recipe) -> Materialised:
+        with CallTimer() as timer:
+            await self._ready()
+            self._check_recipe(recipe)
+            started = time.monotonic()
+            self._cache.release(await self._cache.lease(recipe))
+            timer.add(mixing_s=time.monotonic() - started)
+        return Materialised(timer.time)
 
     def forget(self, recipe_digest: str) -> None:
         if self._model is not None:
             self._cache.forget(recipe_digest)
 
     async def _compute(
-        self, recipe: Recipe, num_inputs: int, make: Callable[..., ModelRequest[M]], *, background: bool, tenant: str
+        self,
+        recipe: Recipe,
+        num_inputs: int,
+        make: Callable[..., ModelRequest[M]],
+        timer: CallTimer,
+        *,
+        background: bool,
+        tenant: str,
     ) -> tuple[np.ndarray, int]:
         """Runs a request through the model under a recipe.
 
         Args:
             make: the request, given what all requests have.
+            timer: told how long background work took.
 
         Returns:
             What it computed, `[N, D]` float32, and the tokens it read.
@@ -216,7 +227,7 @@ class SentenceTransformersEngine(Generic[M]):
             finally:
                 self._cache.release(mixture)
             if background and request.started_at is not None:
-                spend(scoring_s=time.monotonic() - request.started_at)
+                timer.add(scoring_s=time.monotonic() - request.started_at)
         return rows, request.num_tokens
 
     @property

@@ -10,7 +10,8 @@ from typing import ClassVar, Literal
 
 import numpy as np
 
-from cocktail_serve.engines.base import Reranked
+from cocktail_serve.engines.base import Reranked, Scored
+from cocktail_serve.engines.engine_time import CallTimer
 from cocktail_serve.engines.in_process.batching import Batch
 from cocktail_serve.engines.in_process.engine import PROBES, SentenceTransformersEngine
 from cocktail_serve.engines.in_process.input_tokenizer import Pair
@@ -100,38 +101,45 @@ class RerankerEngine(SentenceTransformersEngine[Reranker]):
         use_activation: bool = True,
         tenant: str = "",
     ) -> Reranked:
-        return await self._score(
-            recipe,
-            [(query, document) for document in documents],
-            truncate_to=truncate_to,
-            max_tokens=(max_query_tokens, max_document_tokens),
-            is_raw=not use_activation,
-            tenant=tenant,
-        )
+        with CallTimer() as timer:
+            scores, num_tokens = await self._score(
+                recipe,
+                [(query, document) for document in documents],
+                timer,
+                truncate_to=truncate_to,
+                max_tokens=(max_query_tokens, max_document_tokens),
+                is_raw=not use_activation,
+                tenant=tenant,
+            )
+        return Reranked(scores, num_tokens, timer.time)
 
-    async def score(self, recipe: Recipe, examples: ExampleSet) -> list[float]:
+    async def score(self, recipe: Recipe, examples: ExampleSet) -> Scored:
         groups = [pairs_of(example) for example in examples]
         pairs = [pair for group in groups for pair in group]
         calls = [pairs[start : start + PAIRS_PER_CALL] for start in range(0, len(pairs), PAIRS_PER_CALL)]
-        logits = [await self._score(recipe, some, is_raw=True, tenant=None) for some in calls]
-        return ranking_losses(examples, np.concatenate([reranked.scores for reranked in logits]))
+        with CallTimer() as timer:
+            logits = [(await self._score(recipe, some, timer, is_raw=True, tenant=None))[0] for some in calls]
+        return Scored(ranking_losses(examples, np.concatenate(logits)), timer.time)
 
     async def _score(
         self,
         recipe: Recipe,
         pairs: Sequence[Pair],
+        timer: CallTimer,
         *,
         truncate_to: int | None = None,
         max_tokens: tuple[int | None, int | None] = (None, None),
         is_raw: bool,
         tenant: str | None,
-    ) -> Reranked:
-        """Scores of pairs; without a tenant it is background work."""
+    ) -> tuple[np.ndarray, int]:
+        """Scores of pairs, and the tokens read; without a tenant it is background work."""
         reranker = await self._ready()
         self._check_recipe(recipe)
         truncate_to = self._truncation(reranker, truncate_to, is_pair=True)
         if not pairs:
-            return Reranked(np.empty(0, dtype=np.float32), 0)
+            return np.empty(0, dtype=np.float32), 0
         make = partial(RerankingRequest, pairs=pairs, truncate_to=truncate_to, max_tokens=max_tokens, is_raw=is_raw)
-        rows, num_tokens = await self._compute(recipe, len(pairs), make, background=tenant is None, tenant=tenant or "")
-        return Reranked(rows[:, 0], num_tokens)
+        rows, num_tokens = await self._compute(
+            recipe, len(pairs), make, timer, background=tenant is None, tenant=tenant or ""
+        )
+        return rows[:, 0], num_tokens

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from cocktail_serve.config import VLLMEngineConfig
-from cocktail_serve.engines.base import Forwarded
-from cocktail_serve.engines.effort import spend
+from cocktail_serve.engines.base import Forwarded, Materialised, Scored
+from cocktail_serve.engines.engine_time import CallTimer
 from cocktail_serve.engines.snapshot import EngineSnapshot, EngineState
 from cocktail_serve.engines.stats import EngineStats
 from cocktail_serve.engines.turns.base import Turns
@@ -136,12 +137,13 @@ class VLLMEngine:
     async def check_examples(self, examples: ExampleSet) -> None:
         await self._scorer.tokenize(examples)
 
-    async def score(self, recipe: Recipe, examples: ExampleSet) -> list[float]:
+    async def score(self, recipe: Recipe, examples: ExampleSet) -> Scored:
         return await self._scorer.score(recipe, examples)
 
-    async def materialise(self, recipe: Recipe) -> None:
-        with await self._background_turn(recipe):
+    async def materialise(self, recipe: Recipe) -> Materialised:
+        with CallTimer() as timer, await self._background_turn(recipe, timer):
             pass  # resident once is enough: the worker keeps merged parameters in its cache
+        return Materialised(timer.time)
 
     def forget(self, recipe_digest: str) -> None:
         self._parameters.forget(recipe_digest)
@@ -197,28 +199,28 @@ class VLLMEngine:
 
     async def _turn(self, recipe: Recipe, *, tenant: str, num_tokens: int) -> Lease:
         self._supervisor.check_available()
+        since = time.monotonic()
         lease = await self._turns.acquire(
             recipe, tenant=tenant, num_tokens=num_tokens, timeout_s=self._config.queue_timeout_s
         )
-        return await self._ready(lease, recipe)
+        await self._make_ready(recipe, lease, since=since)
+        return lease
 
-    async def _background_turn(self, recipe: Recipe) -> Lease:
+    async def _background_turn(self, recipe: Recipe, timer: CallTimer) -> Lease:
         self._supervisor.check_available()
-        num_mixes = self.stats.swap.count
+        since = time.monotonic()
         lease = await self._turns.acquire(recipe, background=True)
-        if self.stats.swap.count > num_mixes:
-            spend(mixing_s=self._parameters.last_mix_s)  # the last mix is the one that this turn began with
-        return await self._ready(lease, recipe)
+        timer.add(mixing_s=await self._make_ready(recipe, lease, since=since))
+        return lease
 
-    async def _ready(self, lease: Lease, recipe: Recipe) -> Lease:
-        """The lease, once the server can answer by the recipe; given back if it cannot."""
+    async def _make_ready(self, recipe: Recipe, lease: Lease, *, since: float) -> float:
+        """As `Parameters.make_ready`; the lease is given back where the recipe does not become ready."""
         try:
             with lease.interruptible():
-                await self._parameters.make_ready(recipe)
+                return await self._parameters.make_ready(recipe, since=since)
         except BaseException:
             lease.release()
             raise
-        return lease
 
     def _check_recipe(self, recipe: Recipe, answer: Answer) -> None:
         """Lets only answers through that this recipe gave.
