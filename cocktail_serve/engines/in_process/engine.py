@@ -39,7 +39,7 @@ from cocktail_serve.errors import (
 )
 from cocktail_serve.examples import ExampleSet
 from cocktail_serve.pool import BASE, Pool
-from cocktail_serve.recipe import DType, Recipe, one_hot
+from cocktail_serve.recipe import Recipe, one_hot
 
 logger = logging.getLogger(__name__)
 
@@ -83,7 +83,7 @@ class SentenceTransformersEngine(Generic[M]):
         if not isinstance(config, SentenceTransformersEngineConfig):
             raise ConfigError(f"pool {pool.id!r}: engine.type must be sentence_transformers, not {config.type!r}")
         self.pool = pool
-        self.dtype: DType = cast(DType, pool.base.dtype) if config.dtype == "auto" else config.dtype
+        self.dtype = config.dtype_over(pool.base)
         self.stats = EngineStats()
         self._config = config
         self._pool_config = pool_config

@@ -32,7 +32,7 @@ from cocktail_serve.errors import CocktailError, ConfigError, EngineError, Inval
 from cocktail_serve.examples import ExampleSet
 from cocktail_serve.generation import GenerationSettings
 from cocktail_serve.pool import Pool
-from cocktail_serve.recipe import DType, Recipe
+from cocktail_serve.recipe import Recipe
 from vllm_cocktail.fence import RECIPE_HEADER
 from vllm_cocktail.launch import is_cpu_build
 
@@ -81,7 +81,7 @@ class VLLMEngine:
 
     def __init__(self, pool: Pool, config: VLLMEngineConfig, *, run_dir: Path) -> None:
         self.pool = pool
-        self.dtype: DType = pool.base.dtype if config.dtype == "auto" else config.dtype  # type: ignore[assignment]
+        self.dtype = config.dtype_over(pool.base)
         self.stats = EngineStats()
         self._config = config
         self._last_mix_s = 0.0
