@@ -13,7 +13,7 @@ import time
 from abc import abstractmethod
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, ClassVar, Generic, TypeVar, cast
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import torch
@@ -75,8 +75,6 @@ class SentenceTransformersEngine(Generic[M]):
     mixed into memory and kept within `engine.cache_bytes`; none is served from mapped files, which may change or go
     away under the server.
     """
-
-    _model_class: ClassVar[type[SwappableModel]]
 
     def __init__(self, pool: Pool, pool_config: PoolConfig) -> None:
         config = pool_config.engine
@@ -336,7 +334,7 @@ class SentenceTransformersEngine(Generic[M]):
         await asyncio.gather(*map(asyncio.wrap_future, self._pipeline.call_each(lambda model: model.unbind(params))))
 
     def _load(self) -> M:
-        model = cast(M, self._model_class(self.pool.base.path, dtype=self.dtype, device=self._device))
+        model = self._open_model()
         if model.mixture_bytes > self._config.cache_bytes:
             raise ConfigError(
                 f"pool {self.pool.id!r}: engine.cache_bytes is {self._config.cache_bytes}, but the parameters of one "
@@ -347,6 +345,10 @@ class SentenceTransformersEngine(Generic[M]):
         with torch.inference_mode():
             self._check_model(model)
         return model
+
+    @abstractmethod
+    def _open_model(self) -> M:
+        """The base's model, on the device of the engine."""
 
     @abstractmethod
     def _check_model(self, model: M) -> None:
