@@ -26,7 +26,7 @@ def in_store(settings: Settings, work: Callable[[Database], Awaitable[_T]]) -> _
     from cocktail_serve.database.registry_file import registry_url
     from cocktail_serve.usage.audit import CLI, acting
 
-    async def run(url: URL) -> _T:
+    async def run(url: URL | str) -> _T:
         acting.set(CLI)
         database = Database(url)
         await database.open(as_server=False)
