@@ -19,6 +19,7 @@ from typing import Protocol
 import psutil
 from sqlalchemy.engine import URL
 
+from cocktail_serve.database.database import DatabaseURL
 from cocktail_serve.errors import StorageError
 
 logger = logging.getLogger(__name__)
@@ -49,7 +50,7 @@ class RegistryPlace(Protocol):
 
 
 @contextmanager
-def registry_url(place: RegistryPlace, *, may_move: bool = True) -> Iterator[URL | str]:
+def registry_url(place: RegistryPlace, *, may_move: bool = True) -> Iterator[DatabaseURL]:
     """The database to open, for as long as the block uses it. Blocks.
 
     A registry in the former place is moved: copied, made durable in its new place as a whole, and only then deleted.
