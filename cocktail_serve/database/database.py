@@ -44,6 +44,9 @@ _NUL_IN_TEXT = "22021"
 _IN_CLAUSE = 500
 """Parameters of one IN list: well under SQLite's and PostgreSQL's limits on bound variables."""
 
+DatabaseURL = URL | str
+"""Of SQLAlchemy; as one object where it names a file whose path no text can."""
+
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
 
@@ -60,7 +63,7 @@ class Database:
         ConfigError: not a URL, or its driver is not installed.
     """
 
-    def __init__(self, url: str | URL) -> None:
+    def __init__(self, url: DatabaseURL) -> None:
         try:
             self.url = async_url(url)
             # a server may close connections that idle: look before use
@@ -300,7 +303,7 @@ def to_the_end(
     return run
 
 
-def async_url(url: str | URL) -> URL:
+def async_url(url: DatabaseURL) -> URL:
     """A database URL with a driver that awaits, where it names none."""
     parsed = make_url(url)
     drivers = {"sqlite": "sqlite+aiosqlite", "postgresql": "postgresql+asyncpg", "postgres": "postgresql+asyncpg"}

@@ -24,7 +24,7 @@ from cocktail_serve.gateway.authentication import Authenticator
 from cocktail_serve.gateway.lifecycle import Lifecycle
 from cocktail_serve.gateway.metering import Meter
 from cocktail_serve.gateway.metrics import GatewayMetrics
-from cocktail_serve.gateway.run_dir import own_run_dir, place_of
+from cocktail_serve.gateway.run_dir import own_run_dir, place_of, trim_cache
 from cocktail_serve.gateway.state import Gateway
 from cocktail_serve.library_process import LibraryProcess
 from cocktail_serve.pool import Pool
@@ -94,6 +94,7 @@ async def assembled(
         parsing = stack.enter_context(ThreadPoolExecutor(1, "cocktail-parse"))
         stack.push_async_callback(experts.stop)
         experts.start(service)
+        await asyncio.to_thread(trim_cache, settings)
         yield Gateway(
             settings=settings,
             pools=pools,

@@ -8,7 +8,7 @@ from pathlib import Path
 from blake3 import blake3
 
 from cocktail_serve.checkpoints.chat_templates import MORE_TEMPLATES
-from cocktail_serve.checkpoints.kept_files import read_kept, write_kept
+from cocktail_serve.checkpoints.kept_files import read_kept, use_kept, write_kept
 from cocktail_serve.digest import digest_of
 from cocktail_serve.errors import ConfigError
 from cocktail_serve.library_process import LibraryProcess
@@ -17,6 +17,9 @@ from cocktail_serve.scoring.exported_tokenizer import FORMAT, ExampleTokenizer, 
 from cocktail_serve.scoring.tokenizer import load_fast_tokenizer
 
 logger = logging.getLogger(__name__)
+
+TOKENIZERS = "tokenizers"
+"""Folder that they are kept in, among the engines' files."""
 
 _OF_PARAMETERS = frozenset({".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".h5", ".msgpack"})
 """Files that no tokenizer is read from. All others count: which of them transformers reads, it alone knows."""
@@ -28,7 +31,7 @@ def prepare_tokenizer(folder: Path, *, kept: Path, libraries: LibraryProcess) ->
     Raises:
         ConfigError: as `open_tokenizer`.
     """
-    if not _entry(folder, kept).is_file():
+    if not use_kept(_entry(folder, kept)):
         _export(folder, kept, libraries)
 
 

@@ -35,6 +35,7 @@ from cocktail_serve.examples import ExampleSet
 from cocktail_serve.generation import GenerationSettings
 from cocktail_serve.pool import Pool
 from cocktail_serve.recipe import Recipe
+from cocktail_serve.scoring.kept_tokenizer import TOKENIZERS
 from vllm_cocktail.fence import RECIPE_HEADER
 
 _REPORTED = (
@@ -96,7 +97,7 @@ class VLLMEngine:
             max_model_len=config.max_model_len,
             stats=stats,
         )
-        self._scorer = DecoderScorer(pool, self._supervisor, turn=self._background_turn, kept=run_dir / "tokenizers")
+        self._scorer = DecoderScorer(pool, self._supervisor, turn=self._background_turn, kept=run_dir / TOKENIZERS)
 
     async def start(self) -> None:
         if not self._supervisor.is_started:
