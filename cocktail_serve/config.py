@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
+from platformdirs import user_data_path
 from pydantic import (
     AfterValidator,
     BaseModel,
@@ -224,6 +225,11 @@ class PoolConfig(_Section):
         return self.engine
 
     @property
+    def is_computed_here(self) -> bool:
+        """Whether its models run in this process, by torch, and not in a server of their own."""
+        return isinstance(self.engine, SentenceTransformersEngineConfig)
+
+    @property
     def token_inputs(self) -> bool:
         """Whether embedding inputs may be arrays of token ids."""
         return isinstance(self.engine, SentenceTransformersEngineConfig) and self.engine.token_inputs
@@ -288,20 +294,28 @@ class RetentionConfig(_Section):
     )
 
 
+DEFAULT_CACHE_DIR = Path("~/.cache/cocktail-serve")
+_REGISTRY = "registry.sqlite"
+
+
 class StoreConfig(_Section):
     """What outlives the process."""
 
     url: str | None = Field(
         None,
-        description="URL of the registry: `sqlite:///path` or `postgresql://user@host/name`; omitted: SQLite in "
-        "cache_dir.",
+        description="URL of the registry: `sqlite:///path` or `postgresql://user@host/name`. Omitted: SQLite in "
+        "`registry.sqlite` of cache_dir, where one is set; else of the user's data folder, "
+        "`~/.local/share/cocktail-serve` or below XDG_DATA_HOME.",
     )
     cache_dir: Path = Field(
-        Path("~/.cache/cocktail-serve"), description="Folder for the registry and for what can be made again."
+        DEFAULT_CACHE_DIR,
+        description="Folder for what can be made again: kept fingerprints and tokenizers, logs of engines. One that is "
+        "set, and is another than this, holds the registry too, unless `url` says where that is.",
     )
     cache_bytes: ByteSize = Field(
         ByteSize(50 * 1000**3),
-        description="Disk space for what can be made again; `doctor` checks for it. No merged copy is written.",
+        description="Disk space for kept fingerprints and tokenizers: each start deletes the least recently used "
+        "beyond it. `doctor` checks for it. No merged copy is written.",
     )
 
     lease_s: float = Field(
@@ -318,8 +332,23 @@ class StoreConfig(_Section):
     retention: RetentionConfig = Field(RetentionConfig(), description="How long things are kept that nobody deletes.")
 
     @property
+    def registry_path(self) -> Path:
+        """The file of the registry, where `url` names no database."""
+        folder = user_data_path("cocktail-serve") if self._is_cache_dir_default else self.cache_dir
+        return folder / _REGISTRY
+
+    @property
+    def former_registry_path(self) -> Path | None:
+        """Where earlier releases kept that file, if it was elsewhere."""
+        return self.cache_dir.expanduser() / _REGISTRY if self._is_cache_dir_default else None
+
+    @property
     def database_url(self) -> str:
-        return self.url or f"sqlite:///{self.cache_dir / 'registry.sqlite'}"
+        return self.url or f"sqlite:///{self.registry_path}"
+
+    @property
+    def _is_cache_dir_default(self) -> bool:
+        return self.cache_dir.expanduser() == DEFAULT_CACHE_DIR.expanduser()
 
 
 TEMPERATURES: Mapping[Kind, float] = {"decoder": 0.2, "encoder_decoder": 0.2, "encoder": 5.0, "reranker": 5.0}
@@ -506,6 +535,12 @@ def _resolve_paths(settings: Settings, folder: Path) -> Settings:
         and not store.url.startswith("sqlite:////")
         and store.url != "sqlite:///:memory:"
     ):
+        if "?" in str(folder):
+            raise ConfigError(
+                f"store.url is relative to {folder}, and no URL can name a folder with '?'; name the file by its whole "
+                "path, in another folder",
+                param="store.url",
+            )
         store = store.model_copy(update={"url": f"sqlite:///{folder / store.url.removeprefix('sqlite:///')}"})
     roots = [folder / root.expanduser() for root in settings.server.expert_roots]
     server = settings.server.model_copy(update={"expert_roots": roots})

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import threading
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -18,13 +19,20 @@ from cocktail_serve.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 
+LIBRARIES = {"torch": "torch", "transformers": "transformers", "sentence_transformers": "sentence-transformers"}
+"""The distributions that compute, by the name of their package: an installation that serves decoders alone has those
+that vLLM brings."""
+
+INSTALL_ENCODERS = "pip install 'cocktail-serve[encoders]' for encoders and rerankers"
+INSTALL_VLLM = "pip install 'cocktail-serve[vllm]' (with a GPU) or 'cocktail-serve[cpu]' for decoders"
+
 PATIENCE_S = 60.0
 """How long a thread waits for its turn before the log says for whom, and again each time: a large model takes as long,
 a disk that does not answer takes for ever."""
 
 
 class _LibraryLock:
-    """A reentrant lock that tells who keeps the others waiting."""
+    """A reentrant lock that tells who keeps the others waiting, and what to install where a library is not there."""
 
     def __init__(self) -> None:
         self._lock = threading.RLock()
@@ -42,12 +50,31 @@ class _LibraryLock:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         self._lock.release()
+        missing = missing_library(error)
+        if missing is not None:
+            raise missing from error
 
 
 library_loading = _LibraryLock()
 """Held by a thread while it imports these libraries, or has them load a configuration, a tokenizer or a model.
 
-Reentrant: what loads a model loads its configuration too. A model that is loaded computes without it."""
+Reentrant: what loads a model loads its configuration too. A model that is loaded computes without it. An import in it
+of a library that is not installed ends in the ConfigError of `missing_library`."""
+
+
+def missing_library(error: BaseException | None) -> ConfigError | None:
+    """What to install, where an import failed since one of the libraries is not there; None where it did not."""
+    if not isinstance(error, ModuleNotFoundError) or error.name not in LIBRARIES:
+        return None
+    return ConfigError(f"{LIBRARIES[error.name]} is not installed: {INSTALL_ENCODERS}, or {INSTALL_VLLM}")
+
+
+def version_of(distribution: str) -> str | None:
+    """The installed version of a distribution; None: it is not installed."""
+    try:
+        return version(distribution)
+    except PackageNotFoundError:
+        return None
 
 
 def require_words(tokenizer: Any, folder: Path | str) -> None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, fields, replace
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Literal
@@ -96,6 +97,11 @@ class Pool:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "experts", MappingProxyType(dict(sorted(self.experts.items()))))
+
+    def __reduce__(self) -> tuple[Callable[[], Pool], tuple[()]]:
+        """Pools travel between processes, and a mapping proxy does not."""
+        values = {each.name: getattr(self, each.name) for each in fields(self)}
+        return partial(Pool, **{**values, "experts": dict(self.experts)}), ()
 
     def __iter__(self) -> Iterator[Member]:
         """The base, then the experts by name."""

@@ -17,7 +17,7 @@ from fastapi import FastAPI
 
 from cocktail_serve.checkpoints.opening import open_pool
 from cocktail_serve.config import Settings
-from cocktail_serve.engines.base import Engine
+from cocktail_serve.engines.base import AnyEngine
 from cocktail_serve.gateway.app import create_app
 from cocktail_serve.pool import Pool
 from tests.fakes import make_fake_pool
@@ -124,7 +124,7 @@ def make_pools(folder: Path, settings: Settings) -> dict[str, Pool]:
 
 @contextmanager
 def live_gateway(
-    folder: Path, *, engines: Mapping[str, Engine] | None = None, **sections: Any
+    folder: Path, *, engines: Mapping[str, AnyEngine] | None = None, **sections: Any
 ) -> Iterator[LiveGateway]:
     """Runs a gateway on a free port of the loopback until the block ends; its engines are ready."""
     settings = make_settings(folder, **sections)

@@ -16,6 +16,7 @@ from filelock import FileLock
 
 from cocktail_serve.checkpoints.adapters.reader import AdapterReader
 from cocktail_serve.checkpoints.finite import CHUNK_BYTES, largest_and_not_finite
+from cocktail_serve.checkpoints.kept_files import read_kept, write_kept
 from cocktail_serve.checkpoints.reader import CheckpointReader
 from cocktail_serve.digest import digest_of
 from cocktail_serve.dtypes import ITEM_BYTES
@@ -184,7 +185,7 @@ def _let_times_pass(files: tuple[FileState, ...]) -> None:
 def _read_entry(entry: Path) -> dict[str, object]:
     """What was written, or nothing where the file is not what was written: a wrong fingerprint would be believed."""
     try:
-        value = json.loads(entry.read_bytes())
+        value = json.loads(read_kept(entry))
         if isinstance(value, dict) and value.pop("digest", None) == digest_of(value):
             return value
     except FileNotFoundError:
@@ -197,16 +198,8 @@ def _read_entry(entry: Path) -> dict[str, object]:
 
 def _write_entry(entry: Path, value: dict[str, object]) -> None:
     """Keeps it for the next time; where that cannot be, what was read is told all the same."""
-    temporary = entry.with_suffix(f".{os.getpid()}.tmp")
     try:
-        try:
-            with temporary.open("w") as file:
-                json.dump({**value, "digest": digest_of(value)}, file)
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(entry)
-        finally:
-            temporary.unlink(missing_ok=True)
+        write_kept(entry, json.dumps({**value, "digest": digest_of(value)}).encode())
     except OSError as error:
         _warn_not_kept(entry, error)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cocktail_serve.checkpoints.layout import model_folder, read_config
-from cocktail_serve.errors import CheckpointError
+from cocktail_serve.errors import CheckpointError, ConfigError
 from cocktail_serve.loading import library_loading
 
 if TYPE_CHECKING:
@@ -27,6 +27,8 @@ def open_model_config(folder: Path) -> PreTrainedConfig:
             from transformers import AutoConfig
 
             return AutoConfig.from_pretrained(model_folder(folder), trust_remote_code=False, local_files_only=True)
+    except ConfigError:  # there is no such library
+        raise
     except Exception as error:  # each architecture checks its own configuration, with errors of its own
         if "auto_map" in raw:
             raise CheckpointError(

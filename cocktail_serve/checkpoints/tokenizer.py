@@ -140,7 +140,7 @@ class FolderTokenizer:
     @cached_property
     def corpus(self) -> list[tuple[str, list[int]]]:
         """Texts, with every token of the vocabulary in one of them, and the ids that they are cut into."""
-        texts = [*_TEXTS, *_texts_of(self._loaded)]
+        texts = list(texts_to_try(self._loaded))
         return list(zip(texts, self.ids(texts), strict=True))
 
     def ids(self, texts: Sequence[str], *, add_special_tokens: bool = False) -> list[list[int]]:
@@ -281,8 +281,10 @@ def _from_tokenizer_json(content: Mapping[str, Any], path: Path) -> Tokenization
         raise CheckpointError(f"{path} is not a tokenizer of the tokenizers library: {error!r}") from error
 
 
-def _texts_of(tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
-    """The vocabulary as text: every token in one of them, in an order that is the same every time."""
+def texts_to_try(tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
+    """Texts on which tokenizers part, and the whole vocabulary as text: every token in one of them, in an order that is
+    the same every time."""
+    yield from _TEXTS
     special = set(tokenizer.all_special_tokens)
     tokens = sorted(token for token in tokenizer.get_vocab() if token not in special)
     random.Random(0).shuffle(tokens)

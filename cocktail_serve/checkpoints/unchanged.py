@@ -130,5 +130,5 @@ def _changed(member: Member, difference: str) -> ModelChangedError:
     return ModelChangedError(
         f"the files of {member.name!r} are not what they were: {difference}; put the old ones back into {member.path}, "
         "or have the new ones fingerprinted: start the server again, plain vLLM with a manifest that is written again; "
-        "an expert that was added while the server ran is deleted and added again"
+        "an expert that was added while the server ran: delete it and add it again"
     )

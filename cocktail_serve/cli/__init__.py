@@ -20,6 +20,7 @@ from cocktail_serve.cli.terminal import print_error
 from cocktail_serve.cli.usage import usage as usage_command
 from cocktail_serve.cli.weigh import weigh as weigh_command
 from cocktail_serve.errors import ClientError, CocktailError
+from cocktail_serve.loading import missing_library
 
 app = typer.Typer(
     name="cocktail-serve",
@@ -48,6 +49,12 @@ def main(args: Sequence[str] | None = None) -> None:
     except CocktailError as error:
         print_error(error.message)
         sys.exit(2 if isinstance(error, ClientError) else 1)
+    except ModuleNotFoundError as error:
+        missing = missing_library(error)
+        if missing is None:
+            raise
+        print_error(missing.message)
+        sys.exit(2)
     except KeyboardInterrupt:
         print_error("interrupted")
         sys.exit(130)

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, TypeVar
 from cocktail_serve.config import Settings
 
 if TYPE_CHECKING:
+    from sqlalchemy.engine import URL
+
     from cocktail_serve.database.database import Database
 
 _T = TypeVar("_T")
@@ -21,15 +23,17 @@ def in_store(settings: Settings, work: Callable[[Database], Awaitable[_T]]) -> _
         ConfigError, StorageError: the store cannot be opened or used.
     """
     from cocktail_serve.database.database import Database
+    from cocktail_serve.database.registry_file import registry_url
     from cocktail_serve.usage.audit import CLI, acting
 
-    async def run() -> _T:
+    async def run(url: URL) -> _T:
         acting.set(CLI)
-        database = Database(settings.store.database_url)
+        database = Database(url)
         await database.open(as_server=False)
         try:
             return await work(database)
         finally:
             await database.close()
 
-    return asyncio.run(run())
+    with registry_url(settings.store) as url:
+        return asyncio.run(run(url))

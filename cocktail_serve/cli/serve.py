@@ -10,6 +10,7 @@ import typer
 from cocktail_serve.cli.options import AsJSON, ConfigFile
 from cocktail_serve.cli.terminal import print_json, progress, stderr
 from cocktail_serve.config import load_settings
+from cocktail_serve.library_process import LibraryProcess
 from vllm_cocktail.lifetime import die_with_owner
 
 
@@ -27,17 +28,22 @@ def serve(
     changed = {name: value for name, value in (("host", host), ("port", port)) if value is not None}
     settings = settings.model_copy(update={"server": settings.server.model_copy(update=changed)})
 
-    from cocktail_serve.engines.in_process.openmp import import_torch_waiting_passively
+    from cocktail_serve.engines import check_installed
 
-    import_torch_waiting_passively()  # before anything else imports torch
+    for pool in settings.pools:
+        check_installed(pool)
+    if any(pool.is_computed_here for pool in settings.pools):
+        from cocktail_serve.engines.in_process.openmp import import_torch_waiting_passively
+
+        import_torch_waiting_passively()  # before anything else imports torch
 
     from cocktail_serve.gateway.server import bind
     from cocktail_serve.gateway.server import serve as serve_forever
     from cocktail_serve.offline.opened import open_with_progress
 
     bind(settings.server).close()  # a port in use is told before gigabytes are read
-    with progress() as report:
-        pools = {pool.id: open_with_progress(settings, pool, report) for pool in settings.pools}
+    with progress() as report, LibraryProcess() as libraries:
+        pools = {pool.id: open_with_progress(settings, pool, report, call=libraries.call) for pool in settings.pools}
 
     def announce(url: str) -> None:
         if as_json:

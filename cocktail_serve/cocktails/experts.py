@@ -18,7 +18,7 @@ from cocktail_serve.cocktails.service import CocktailService
 from cocktail_serve.database import tables
 from cocktail_serve.database.database import Database
 from cocktail_serve.database.unbroken import Unbroken
-from cocktail_serve.engines.base import OperatedEngine
+from cocktail_serve.engines.base import Engine
 from cocktail_serve.errors import (
     CheckpointError,
     ClientError,
@@ -27,6 +27,7 @@ from cocktail_serve.errors import (
     NotFoundError,
     StorageError,
 )
+from cocktail_serve.library_process import Call, LibraryProcess
 from cocktail_serve.pool import BASE, NAME_PATTERN, Member, Pool
 from cocktail_serve.usage.audit import record
 
@@ -70,7 +71,7 @@ class Experts:
         self,
         database: Database,
         pools: MutableMapping[str, Pool],
-        engines: Mapping[str, OperatedEngine],
+        engines: Mapping[str, Engine],
         *,
         roots: Sequence[Path],
         cache_dir: Path,
@@ -159,7 +160,10 @@ class Experts:
             if name in pool.experts and (pool_id, name) not in self._added:
                 raise ConflictError(f"pool {pool_id!r} has an expert {name!r} in the configuration", param="name")
             folder = await asyncio.to_thread(self._roots.find, path)
-            member = await asyncio.to_thread(open_expert, pool, name, folder, cache_dir=self._cache_dir)
+            with LibraryProcess() as libraries:
+                member = await asyncio.to_thread(
+                    libraries.call, open_expert, pool, name, folder, cache_dir=self._cache_dir
+                )
             there = pool.experts.get(name)
             if there is not None:
                 if there.fingerprint == member.fingerprint:
@@ -241,14 +245,15 @@ class Experts:
                 if found.get(key) != added:
                     await self._unload(*key)
             self._left_out = {key: why for key, why in self._left_out.items() if key in found}
-            for key, added in found.items():
-                if key in self._added or key in self._left_out:
-                    continue
-                try:
-                    await self._load(added)
-                except ClientError as error:
-                    self._left_out[key] = error.message
-                    logger.error("expert %s/%s is left out: %s", *key, error.message)
+            with LibraryProcess() as libraries:
+                for key, added in found.items():
+                    if key in self._added or key in self._left_out:
+                        continue
+                    try:
+                        await self._load(added, libraries.call)
+                    except ClientError as error:
+                        self._left_out[key] = error.message
+                        logger.error("expert %s/%s is left out: %s", *key, error.message)
 
     async def _unload(self, pool_id: str, name: str) -> None:
         pool = self._pools[pool_id]
@@ -266,12 +271,12 @@ class Experts:
         if self._service is not None:
             self._service.change_pool(pool)
 
-    async def _load(self, added: Added) -> None:
+    async def _load(self, added: Added, call: Call) -> None:
         pool = self._pool(added.pool_id)
         if added.name in pool.experts:
             raise ConflictError("the configuration has an expert of that name now, and wins")
         folder = await asyncio.to_thread(self._roots.find, str(added.path))
-        member = await asyncio.to_thread(open_expert, pool, added.name, folder, cache_dir=self._cache_dir)
+        member = await asyncio.to_thread(call, open_expert, pool, added.name, folder, cache_dir=self._cache_dir)
         if member.fingerprint != added.fingerprint:
             raise CheckpointError(f"{folder} holds other parameters than when it was added; add it under another name")
         grown = replace(pool, experts={**pool.experts, added.name: member})

@@ -19,7 +19,7 @@ from cocktail_serve.cocktails.tasks import Tasks
 from cocktail_serve.cocktails.warnings import warnings_of_losses
 from cocktail_serve.cocktails.weigher import Weigher
 from cocktail_serve.cocktails.weighing import recipe_of
-from cocktail_serve.engines.base import Engine
+from cocktail_serve.engines.base import AnyEngine, Engine
 from cocktail_serve.engines.effort import Effort, measured
 from cocktail_serve.errors import (
     CapacityError,
@@ -118,7 +118,7 @@ class Jobs:
         registry: Registry,
         weigher: Weigher,
         pools: Mapping[str, Pool],
-        engines: Mapping[str, Engine],
+        engines: Mapping[str, AnyEngine],
         *,
         patience: Patience,
         on_ready: Callable[[Cocktail], None] | None,
@@ -241,7 +241,7 @@ class Jobs:
             self._on_ready(ready)
 
     async def _mixed_loss(
-        self, engine: Engine, recipe: Recipe, examples: ExampleSet | None, keeping: Keeping
+        self, engine: AnyEngine, recipe: Recipe, examples: ExampleSet | None, keeping: Keeping
     ) -> float | None:
         if examples is None:
             return None

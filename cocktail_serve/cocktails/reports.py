@@ -19,7 +19,7 @@ from cocktail_serve.cocktails.registry import Registry
 from cocktail_serve.cocktails.scores import Attempts, Keeping
 from cocktail_serve.cocktails.tasks import Tasks
 from cocktail_serve.cocktails.weigher import Weigher
-from cocktail_serve.engines.base import Engine
+from cocktail_serve.engines.base import AnyEngine
 from cocktail_serve.engines.effort import measured
 from cocktail_serve.errors import CapacityError, CocktailError, StorageError
 from cocktail_serve.examples import ExampleSet
@@ -41,7 +41,7 @@ class Reports:
         self,
         registry: Registry,
         weigher: Weigher,
-        engines: Mapping[str, Engine],
+        engines: Mapping[str, AnyEngine],
         load_examples: LoadExamples,
         *,
         patience: Attempts,

@@ -8,13 +8,13 @@ import math
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
-from typing import Protocol, TypeVar, cast
+from typing import Protocol, TypeVar
 
 import numpy as np
 
 from cocktail_serve.cocktails.score_store import ScoreKey, ScoreStore
 from cocktail_serve.digest import digest_of
-from cocktail_serve.engines.base import EmbeddingEngine, Engine, ScoringEngine
+from cocktail_serve.engines.base import AnyEngine, EmbeddingEngine, ScoringEngine
 from cocktail_serve.examples import ExampleSet, example_digest
 from cocktail_serve.pool import Kind
 from cocktail_serve.recipe import Recipe, one_hot
@@ -84,7 +84,7 @@ class Scores:
 
     async def of_models(
         self,
-        engine: Engine,
+        engine: AnyEngine,
         names: Iterable[str],
         examples: ExampleSet,
         keeping: Keeping,
@@ -126,7 +126,12 @@ class Scores:
         return {name: losses[name] for name in names}
 
     async def of_mixture(
-        self, engine: Engine, recipe: Recipe, examples: ExampleSet, keeping: Keeping, rows: Sequence[int] | None = None
+        self,
+        engine: AnyEngine,
+        recipe: Recipe,
+        examples: ExampleSet,
+        keeping: Keeping,
+        rows: Sequence[int] | None = None,
     ) -> list[float]:
         """Loss (nats) of examples under a recipe.
 
@@ -143,7 +148,7 @@ class Scores:
 
     async def _finite(
         self,
-        engine: Engine,
+        engine: AnyEngine,
         recipe: Recipe,
         examples: ExampleSet,
         keeping: Keeping,
@@ -151,18 +156,18 @@ class Scores:
         *,
         label: str,
     ) -> list[float]:
-        if engine.pool.kind == "encoder":
-            losses = await self._from_embeddings(cast(EmbeddingEngine, engine), recipe, examples, keeping, rows)
+        if engine.kind == "encoder":
+            losses = await self._from_embeddings(engine, recipe, examples, keeping, rows)
         else:
             asked = examples if rows is None else examples.subset(rows)
-            losses = await self._by_example(cast(ScoringEngine, engine), recipe, asked, keeping)
+            losses = await self._by_example(engine, recipe, asked, keeping)
         require_finite(losses, label, recipe.dtype, rows)
         return list(losses)
 
     async def _by_example(
         self, engine: ScoringEngine, recipe: Recipe, examples: ExampleSet, keeping: Keeping
     ) -> Sequence[float]:
-        loss_version = ranking.LOSS_VERSION if engine.pool.kind == "reranker" else text.LOSS_VERSION
+        loss_version = ranking.LOSS_VERSION if engine.kind == "reranker" else text.LOSS_VERSION
         variant = digest_of({"loss": loss_version, "text": engine.pool.text_digest, "dtype": recipe.dtype})
         unique = {example_digest(example): example for example in examples}
         key = ScoreKey(recipe.one_hot or recipe.digest, variant)

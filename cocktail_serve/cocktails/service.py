@@ -24,7 +24,7 @@ from cocktail_serve.cocktails.weigher import Weigher
 from cocktail_serve.config import Settings
 from cocktail_serve.database.database import Database
 from cocktail_serve.database.unbroken import Unbroken
-from cocktail_serve.engines.base import Engine
+from cocktail_serve.engines.base import AnyEngine
 from cocktail_serve.engines.effort import Effort, measured
 from cocktail_serve.errors import CapacityError
 from cocktail_serve.examples import ExampleSet
@@ -61,7 +61,7 @@ class CocktailService(Catalog):
         self,
         settings: Settings,
         pools: Mapping[str, Pool],
-        engines: Mapping[str, Engine],
+        engines: Mapping[str, AnyEngine],
         *,
         database: Database,
         limits_of: LimitsOf = unlimited,

@@ -14,7 +14,7 @@ from cocktail_serve.cocktails.findings import find
 from cocktail_serve.cocktails.request import CocktailOptions
 from cocktail_serve.cocktails.scores import Attempts, Keeping, Scores, once
 from cocktail_serve.cocktails.weighing import advance, recipe_of, weigh
-from cocktail_serve.engines.base import Engine
+from cocktail_serve.engines.base import AnyEngine
 from cocktail_serve.examples import ExampleSet
 from cocktail_serve.weighting.candidates import Candidate, Trial, Trials
 
@@ -44,7 +44,7 @@ class Weigher:
 
     async def weigh(
         self,
-        engine: Engine,
+        engine: AnyEngine,
         options: CocktailOptions,
         examples: ExampleSet | None,
         keeping: Keeping,
@@ -82,7 +82,7 @@ class Weigher:
 
     async def find(
         self,
-        engine: Engine,
+        engine: AnyEngine,
         options: CocktailOptions,
         chosen: Candidate | None,
         examples: ExampleSet | None,
@@ -105,7 +105,7 @@ class Weigher:
     async def _answer_all(
         self,
         trials: Trials[_T],
-        engine: Engine,
+        engine: AnyEngine,
         options: CocktailOptions,
         examples: ExampleSet | None,
         keeping: Keeping,

@@ -54,13 +54,13 @@ class Database:
     Every write is on disk when its block ends. Every method raises StorageError when the database refuses.
 
     Args:
-        url: SQLAlchemy URL with or without the driver: `sqlite:///path`, `postgresql://user@host/name`.
+        url: of SQLAlchemy, with or without the driver: `sqlite:///path`, `postgresql://user@host/name`.
 
     Raises:
         ConfigError: not a URL, or its driver is not installed.
     """
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str | URL) -> None:
         try:
             self.url = async_url(url)
             # a server may close connections that idle: look before use
@@ -300,7 +300,7 @@ def to_the_end(
     return run
 
 
-def async_url(url: str) -> URL:
+def async_url(url: str | URL) -> URL:
     """A database URL with a driver that awaits, where it names none."""
     parsed = make_url(url)
     drivers = {"sqlite": "sqlite+aiosqlite", "postgresql": "postgresql+asyncpg", "postgres": "postgresql+asyncpg"}

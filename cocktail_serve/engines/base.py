@@ -4,53 +4,48 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
-from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol, runtime_checkable
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
 
-from cocktail_serve.engines.occupancy import Occupancy
-from cocktail_serve.engines.stats import EngineStats
+from cocktail_serve.engines.snapshot import EngineSnapshot
 from cocktail_serve.examples import ExampleSet
 from cocktail_serve.generation import GenerationSettings
 from cocktail_serve.pool import Pool
 from cocktail_serve.recipe import DType, Recipe
 
-EngineState = Literal["starting", "ready", "restarting", "failed", "stopped"]
-
-
-@dataclass(frozen=True, slots=True)
-class EngineHealth:
-    """What `/ready` shows of an engine.
-
-    Attributes:
-        resident: digest of the recipe whose parameters are in the engine now, where it holds one at a time.
-        detail: why it is not ready, or which mixing path it took; never a prompt or an example.
-    """
-
-    state: EngineState
-    resident: str | None = None
-    queued: int = 0
-    detail: Mapping[str, Any] = field(default_factory=dict)
-
 
 class Engine(Protocol):
-    """What every engine does for the pool it owns. All methods run on the event loop and never block it."""
+    """What every engine does for the pool it owns. All methods run on the event loop and never block it, but one."""
 
     pool: Pool
     dtype: DType
     """dtype of its parameters: what recipes for this engine round to."""
 
+    @property
+    def kind(self) -> Literal["decoder", "encoder", "reranker"]:
+        """What it computes: tells which of `AnyEngine` it is."""
+        ...
+
+    def check_start(self) -> None:
+        """Looks for what would end a start, as far as that can be seen without serving. Blocks; instead of `start`.
+
+        Raises:
+            CocktailError: a start would fail, or everything asked afterwards; says why.
+        """
+        ...
+
     async def start(self) -> None:
-        """Begins to start in the background and returns; `health` tells when it is ready."""
+        """Begins to start in the background and returns; `snapshot` tells when it is ready."""
         ...
 
     async def stop(self) -> None:
         """Ends every request and every process it started. May be called twice."""
         ...
 
-    async def health(self, *, deadline_s: float) -> EngineHealth:
-        """Asks the engine itself, not a flag; a missed deadline is not ready. Never raises."""
+    async def snapshot(self, *, deadline_s: float) -> EngineSnapshot:
+        """What it does now. Asks the engine itself, not a flag; a missed deadline is not ready. Never raises."""
         ...
 
     async def check_examples(self, examples: ExampleSet) -> None:
@@ -63,41 +58,6 @@ class Engine(Protocol):
 
     def forget(self, recipe_digest: str) -> None:
         """Frees cached parameters of a recipe once nothing in flight uses them."""
-        ...
-
-
-@dataclass(frozen=True, slots=True)
-class Forwarded:
-    """An answer of a generation engine on its way back.
-
-    Attributes:
-        status: HTTP status of the engine's answer.
-        body: the whole body of a plain answer, or None while it streams.
-        events: server-sent events as raw `data:` payloads, without the prefix and `[DONE]`; empty for plain answers.
-        settle: told the tokens that the answer took, read and generated, once they are known: turns are fair by them.
-    """
-
-    status: int
-    body: bytes | None
-    events: AsyncIterator[bytes] | None
-    settle: Callable[[int], object] = lambda _: None
-
-
-class OperatedEngine(Engine, Protocol):
-    """An engine as its operator handles it, while it runs."""
-
-    stats: EngineStats
-
-    def check_start(self) -> None:
-        """Looks for what would end a start, as far as that can be seen without serving. Blocks; instead of `start`.
-
-        Raises:
-            CocktailError: a start would fail, or everything asked afterwards; says why.
-        """
-        ...
-
-    def occupancy(self) -> Occupancy:
-        """What it does now, and who waits for it."""
         ...
 
     def drain(self, is_drained: bool) -> None:
@@ -121,9 +81,27 @@ class OperatedEngine(Engine, Protocol):
         ...
 
 
+@dataclass(frozen=True, slots=True)
+class Forwarded:
+    """An answer of a generation engine on its way back; its errors are raised instead.
+
+    Attributes:
+        body: the whole body of a plain answer, or None while it streams.
+        events: server-sent events as raw `data:` payloads, without the prefix and `[DONE]`; empty for plain answers.
+        settle: told the tokens that the answer took, read and generated, once they are known: turns are fair by them.
+    """
+
+    body: bytes | None
+    events: AsyncIterator[bytes] | None
+    settle: Callable[[int], object] = lambda _: None
+
+
 @runtime_checkable
 class ScoringEngine(Engine, Protocol):
     """An engine whose loss of an example depends on nothing else."""
+
+    @property
+    def kind(self) -> Literal["decoder", "reranker"]: ...
 
     async def score(self, recipe: Recipe, examples: ExampleSet) -> list[float]:
         """Loss (nats) of each example under `recipe`, which gives way to requests: of a decoder the mean token
@@ -135,6 +113,9 @@ class ScoringEngine(Engine, Protocol):
 @runtime_checkable
 class GenerationEngine(ScoringEngine, Protocol):
     """A decoder behind an OpenAI server of its own, one resident recipe at a time."""
+
+    @property
+    def kind(self) -> Literal["decoder"]: ...
 
     def forward(
         self,
@@ -155,7 +136,8 @@ class GenerationEngine(ScoringEngine, Protocol):
         Raises:
             QueueTimeoutError: its turn did not come within `queue_timeout_s`.
             ModelNotReadyError: the engine is starting or restarting and was not ready in that time.
-            EngineError: the engine died while it held the request; inside `events` too.
+            EngineError: the engine failed or died while it held the request; inside `events` too.
+            InvalidRequestError: the engine refused the request; inside `events` too.
             DrainedError: the request outlived `drain_s` while others waited; inside `events` too.
         """
         ...
@@ -178,8 +160,18 @@ class Embedded:
 class EmbeddingEngine(Engine, Protocol):
     """An encoder in this process; recipes share one module and differ in parameters only."""
 
-    dimension: int
-    max_length: int
+    @property
+    def kind(self) -> Literal["encoder"]: ...
+
+    @property
+    def dimension(self) -> int:
+        """Size of an embedding. Raises ModelNotReadyError until the model is loaded."""
+        ...
+
+    @property
+    def max_length(self) -> int:
+        """Tokens of an input, special ones included; raises as `dimension` does."""
+        ...
 
     async def embed(
         self,
@@ -224,7 +216,13 @@ class Reranked:
 class RerankingEngine(ScoringEngine, Protocol):
     """A cross-encoder in this process; recipes share one module and differ in parameters only."""
 
-    max_length: int
+    @property
+    def kind(self) -> Literal["reranker"]: ...
+
+    @property
+    def max_length(self) -> int:
+        """Tokens of a pair, special ones included. Raises ModelNotReadyError until the model is loaded."""
+        ...
 
     async def rerank(
         self,
@@ -253,3 +251,7 @@ class RerankingEngine(ScoringEngine, Protocol):
             ContextLengthError: a pair is too long; carries `documents.{index}`.
         """
         ...
+
+
+AnyEngine: TypeAlias = GenerationEngine | EmbeddingEngine | RerankingEngine
+"""The engine of a pool. `kind` tells which it is, to type checkers too: nothing has to be cast or probed for methods."""

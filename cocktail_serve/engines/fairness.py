@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
 
 HALF_LIFE_S = 30.0
 """After this long a token counts half: whoever was idle is owed what it missed lately, not what it missed all day."""
@@ -13,18 +12,11 @@ MAX_KEPT = 1024
 
 
 class Account:
-    """One tenant.
+    """What one tenant was served."""
 
-    Attributes:
-        num_in_flight: requests that are being served.
-        left_at: when the last of its requests ended; minus infinity: never.
-    """
-
-    __slots__ = ("_charged_at", "_tokens", "left_at", "num_in_flight")
+    __slots__ = ("_charged_at", "_tokens")
 
     def __init__(self) -> None:
-        self.num_in_flight = 0
-        self.left_at = -math.inf
         self._tokens = 0.0
         self._charged_at = 0.0
 
@@ -39,7 +31,10 @@ class Account:
 
 
 class Accounts:
-    """Accounts by tenant, made as they are asked for. Knows no clock: `now` is any that only goes forward, seconds."""
+    """Accounts by tenant, made as they are asked for. Engines that share them treat a tenant alike.
+
+    Knows no clock: `now` is any that only goes forward, in seconds, the same for all who share.
+    """
 
     def __init__(self) -> None:
         self._by_tenant: dict[str, Account] = {}
@@ -53,16 +48,5 @@ class Accounts:
             account = self._by_tenant[tenant] = Account()
         return account
 
-    def __iter__(self) -> Iterator[Account]:
-        return iter(self._by_tenant.values())
-
-    def items(self) -> Iterable[tuple[str, Account]]:
-        """Tenants with their accounts."""
-        return self._by_tenant.items()
-
     def _drop_idle(self, now: float) -> None:
-        self._by_tenant = {
-            tenant: account
-            for tenant, account in self._by_tenant.items()
-            if account.num_in_flight or account.recent(now) >= 1.0
-        }
+        self._by_tenant = {tenant: account for tenant, account in self._by_tenant.items() if account.recent(now) >= 1.0}

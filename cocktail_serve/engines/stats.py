@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 from bisect import bisect_left
 from dataclasses import dataclass, field
+from typing import Self
 
 WAIT_BOUNDS_S = (0.001, 0.005, 0.025, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
 SWAP_BOUNDS_S = (0.005, 0.025, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
@@ -66,3 +68,7 @@ class EngineStats:
         """Counts a mix that made another recipe resident."""
         self.swap.observe(seconds)
         self.last_swap_s = seconds
+
+    def copy(self) -> Self:
+        """The counters as they are now, which do not grow any more."""
+        return copy.deepcopy(self)

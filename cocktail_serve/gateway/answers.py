@@ -1,19 +1,13 @@
-"""What the engine answered, made ours: the version's id as `model`, usage as asked for, errors in the one shape."""
+"""What the engine answered, made ours: the version's id as `model`, usage as asked for."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable
 from typing import Any
 
 import orjson
 
-from cocktail_serve.errors import (
-    CocktailError,
-    ContextLengthError,
-    EngineError,
-    InvalidRequestError,
-    ModelNotReadyError,
-)
+from cocktail_serve.errors import EngineError
 from cocktail_serve.gateway.field_policy import Outgoing
 from cocktail_serve.generation import ignores_end
 
@@ -61,15 +55,13 @@ class AnswerRewriter:
             return self._totals[1]
         return sum(num_out for _, num_out in self._of_choices.values())
 
-    def whole(self, status: int, body: bytes) -> bytes:
+    def whole(self, body: bytes) -> bytes:
         """A plain answer.
 
         Raises:
-            CocktailError: the answer is an error; see `upstream_error`.
+            EngineError: the answer is no JSON object.
         """
         answer = _object(body)
-        if status >= 400 or "error" in answer:
-            raise upstream_error(status, answer)
         answer["model"] = self._model_id
         self._hide_own_ends(answer.get("choices") or ())
         self._totals = _num_tokens(answer.get("usage"))
@@ -82,11 +74,9 @@ class AnswerRewriter:
         last; without, no chunk has the field. vLLM's `continuous_usage_stats` puts it into every chunk.
 
         Raises:
-            CocktailError: the event is an error.
+            EngineError: the event is no JSON object.
         """
         chunk = _object(payload)
-        if "error" in chunk:
-            raise upstream_error(500, chunk)
         chunk["model"] = self._model_id
         choices = chunk.get("choices")
         self._hide_own_ends(choices or ())
@@ -114,31 +104,6 @@ def _num_tokens(usage: Any) -> tuple[int, int] | None:
     if not isinstance(usage, dict):
         return None
     return usage.get("prompt_tokens") or 0, usage.get("completion_tokens") or 0
-
-
-def upstream_error(status: int, answer: Mapping[str, Any]) -> CocktailError:
-    """The error that an engine's error answer stands for: the request's fault (400) or the engine's (502).
-
-    vLLM's `code` is the status as a number, here it is a name; inside a stream the status comes only that way. It says
-    501 for what it was not built to do, which is the request's fault too.
-    """
-    detail = answer.get("error")
-    if not isinstance(detail, Mapping):
-        return EngineError(f"the engine answered with status {status}")
-    message = str(detail.get("message") or f"the engine answered with status {status}")
-    param = detail.get("param")
-    param = param if isinstance(param, str) else None
-    code = detail.get("code")
-    if isinstance(code, int) and 400 <= code < 600:
-        status = code
-    if status in (400, 413, 422, 501):
-        if code == ContextLengthError.code or "maximum context length" in message:
-            return ContextLengthError(message, param=param)
-        return InvalidRequestError(message, param=param)
-    if status in (429, 503):
-        return ModelNotReadyError(message)
-    # 401, 403, 404 and 409 are between the gateway and its engine: no fault of the request's
-    return EngineError(f"the engine answered with status {status}: {message}")
 
 
 def _object(raw: bytes) -> dict[str, Any]:

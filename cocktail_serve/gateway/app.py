@@ -9,11 +9,9 @@ from fastapi import FastAPI
 from fastapi.middleware.cors import CORSMiddleware
 
 import cocktail_serve
-from cocktail_serve.cocktails.request import CocktailBody
 from cocktail_serve.config import Settings
-from cocktail_serve.engines.base import Engine
+from cocktail_serve.engines.base import AnyEngine
 from cocktail_serve.errors import ConfigError
-from cocktail_serve.finetuning.request import JobBody
 from cocktail_serve.gateway.assembly import assembled
 from cocktail_serve.gateway.direct_route import DirectRouting
 from cocktail_serve.gateway.error_handlers import add_error_handlers
@@ -35,20 +33,13 @@ from cocktail_serve.gateway.routes import (
 )
 from cocktail_serve.gateway.routes import pools as pools_routes
 from cocktail_serve.gateway.routes import usage as usage_routes
-from cocktail_serve.gateway.schemas.admin import KeyBody, RotationBody, TenantBody
-from cocktail_serve.gateway.schemas.cocktails import CurrentVersion
-from cocktail_serve.gateway.schemas.embeddings import EmbeddingRequest
-from cocktail_serve.gateway.schemas.files import FileUpload
-from cocktail_serve.gateway.schemas.generation import ChatCompletionRequest, CompletionRequest
-from cocktail_serve.gateway.schemas.operating import EngineBody, ExpertBody
-from cocktail_serve.gateway.schemas.reranking import RerankRequest
 from cocktail_serve.pool import Pool
 
 Lifespan = Callable[[FastAPI], AbstractAsyncContextManager[None]]
 
 
 def create_app(
-    settings: Settings, *, pools: Mapping[str, Pool] | None = None, engines: Mapping[str, Engine] | None = None
+    settings: Settings, *, pools: Mapping[str, Pool] | None = None, engines: Mapping[str, AnyEngine] | None = None
 ) -> FastAPI:
     """The gateway as an ASGI app. Engines start and stop with its lifespan.
 
@@ -91,24 +82,7 @@ def create_app(
     ):
         app.include_router(family.router)
     add_error_handlers(app)
-    add_openapi(
-        app,
-        bodies=(
-            ChatCompletionRequest,
-            CompletionRequest,
-            EmbeddingRequest,
-            RerankRequest,
-            CocktailBody,
-            CurrentVersion,
-            FileUpload,
-            EngineBody,
-            ExpertBody,
-            JobBody,
-            KeyBody,
-            RotationBody,
-            TenantBody,
-        ),
-    )
+    add_openapi(app)
     # the last added is the outermost
     app.add_middleware(HeadAsGet)
     app.add_middleware(DirectRouting, routes=app.routes)
@@ -140,7 +114,7 @@ def _let_browsers_in(app: FastAPI, origins: list[str]) -> None:
 def _lifespan(
     settings: Settings,
     pools: Mapping[str, Pool] | None,
-    engines: Mapping[str, Engine] | None,
+    engines: Mapping[str, AnyEngine] | None,
     metrics: GatewayMetrics,
     lifecycle: Lifecycle,
 ) -> Lifespan:

@@ -7,7 +7,6 @@ from collections.abc import AsyncIterator, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, asynccontextmanager
 from functools import partial
-from typing import cast
 
 from cocktail_serve.checkpoints.opening import open_pool
 from cocktail_serve.cocktails.experts import Experts
@@ -15,8 +14,9 @@ from cocktail_serve.cocktails.following import Sweep
 from cocktail_serve.cocktails.service import CocktailService
 from cocktail_serve.config import Settings
 from cocktail_serve.database.database import Database
+from cocktail_serve.database.registry_file import registry_url
 from cocktail_serve.engines import build_engine
-from cocktail_serve.engines.base import Engine, OperatedEngine
+from cocktail_serve.engines.base import AnyEngine, Engine
 from cocktail_serve.finetuning.files import Files
 from cocktail_serve.finetuning.jobs import JobStore
 from cocktail_serve.finetuning.service import FineTuning
@@ -26,6 +26,7 @@ from cocktail_serve.gateway.metering import Meter
 from cocktail_serve.gateway.metrics import GatewayMetrics
 from cocktail_serve.gateway.run_dir import own_run_dir, place_of
 from cocktail_serve.gateway.state import Gateway
+from cocktail_serve.library_process import LibraryProcess
 from cocktail_serve.pool import Pool
 from cocktail_serve.tenants.limit_book import LimitBook
 from cocktail_serve.tenants.limits import Limiter
@@ -41,14 +42,18 @@ def open_pools(settings: Settings) -> dict[str, Pool]:
     Raises:
         ClientError: a model is missing, unreadable or does not fit its base; names it.
     """
-    return {config.id: open_pool(config, cache_dir=settings.store.cache_dir) for config in settings.pools}
+    with LibraryProcess() as libraries:
+        return {
+            config.id: libraries.call(open_pool, config, cache_dir=settings.store.cache_dir)
+            for config in settings.pools
+        }
 
 
 @asynccontextmanager
 async def assembled(
     settings: Settings,
     opened: Mapping[str, Pool] | None,
-    built: Mapping[str, Engine] | None,
+    built: Mapping[str, AnyEngine] | None,
     metrics: GatewayMetrics,
     lifecycle: Lifecycle,
 ) -> AsyncIterator[Gateway]:
@@ -64,7 +69,8 @@ async def assembled(
         engines, place = _engines(settings, pools, built, stack)
         database = await _database(settings, stack)
         experts = await _experts(settings, database, pools, engines)
-        await _start(engines, metrics)
+        for engine in engines.values():
+            await engine.start()
         tenants = TenantStore(database)
         limits = await _limits(settings, tenants, stack)
         usage = UsageStore(database)
@@ -110,11 +116,11 @@ async def assembled(
 
 
 def _engines(
-    settings: Settings, pools: Mapping[str, Pool], built: Mapping[str, Engine] | None, stack: AsyncExitStack
-) -> tuple[dict[str, Engine], str | None]:
+    settings: Settings, pools: Mapping[str, Pool], built: Mapping[str, AnyEngine] | None, stack: AsyncExitStack
+) -> tuple[dict[str, AnyEngine], str | None]:
     """The engines, not started yet, and the name of the folder they write to; None where others built them."""
     place = None
-    engines: dict[str, Engine]
+    engines: dict[str, AnyEngine]
     if built is None:
         run_dir = own_run_dir(settings, stack)
         place = place_of(run_dir)
@@ -126,7 +132,7 @@ def _engines(
 
 
 async def _database(settings: Settings, stack: AsyncExitStack) -> Database:
-    database = Database(settings.store.database_url)
+    database = Database(stack.enter_context(registry_url(settings.store)))
     stack.push_async_callback(database.close)
     await database.open()
     return database
@@ -139,18 +145,12 @@ async def _experts(
     experts = Experts(
         database,
         pools,
-        cast("Mapping[str, OperatedEngine]", engines),
+        engines,
         roots=settings.server.expert_roots,
         cache_dir=settings.store.cache_dir,
     )
     await experts.load()
     return experts
-
-
-async def _start(engines: Mapping[str, Engine], metrics: GatewayMetrics) -> None:
-    for pool_id, engine in engines.items():
-        await engine.start()
-        metrics.watch_engine(pool_id, engine)
 
 
 async def _limits(settings: Settings, tenants: TenantStore, stack: AsyncExitStack) -> LimitBook:

@@ -4,18 +4,30 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from fastapi import Request
+from fastapi import Request, Response
 from fastapi.routing import APIRoute
 from starlette.routing import BaseRoute
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from cocktail_serve.errors import CocktailError
 from cocktail_serve.gateway.error_handlers import error_response
 
 
+class DirectRequest(Request):
+    """A request whose endpoint sends the answer itself, so that it knows when it was sent and to whom no more."""
+
+    async def send(self, message: Message) -> None:
+        """One ASGI message of the answer."""
+        await self._send(message)
+
+    async def answer(self, response: Response) -> None:
+        """A whole answer."""
+        await response(self.scope, self.receive, self._send)
+
+
 class DirectRoute(APIRoute):
-    """A documented POST route whose path has no parameters and whose endpoint takes the request and nothing else, so
-    that `DirectRouting` can call it."""
+    """A POST route that `DirectRouting` calls past FastAPI, which only documents it: its path has no parameters, its
+    endpoint takes a `DirectRequest` and nothing else, and answers it. What the endpoint raises is answered for it."""
 
 
 class DirectRouting:
@@ -36,8 +48,8 @@ class DirectRouting:
             await self._app(scope, receive, send)
             return
         scope["route"] = route  # as the router does
+        request = DirectRequest(scope, receive, send)
         try:
-            response = await route.endpoint(Request(scope, receive, send))
-            await response(scope, receive, send)
+            await route.endpoint(request)
         except CocktailError as error:
-            await error_response(error)(scope, receive, send)
+            await request.answer(error_response(error))

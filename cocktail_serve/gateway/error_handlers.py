@@ -88,9 +88,14 @@ def error_response(error: CocktailError) -> Response:
     return _response(status, error_body(error), headers)
 
 
-def internal_error_response() -> Response:
-    """The answer to an error that is ours: says nothing about it, since the log does."""
-    return error_response(errors.ServerError("the server hit an internal error; its log has the details"))
+def internal_error() -> errors.ServerError:
+    """For an error that is ours: says nothing about it, since the log does."""
+    return errors.ServerError("the server hit an internal error; its log has the details")
+
+
+def stopping() -> errors.ModelNotReadyError:
+    """For what a server that ends can begin, or finish, no more."""
+    return errors.ModelNotReadyError("the server is stopping; ask again")
 
 
 def add_error_handlers(app: FastAPI) -> None:

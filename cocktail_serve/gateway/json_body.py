@@ -16,11 +16,17 @@ MAX_DEPTH = 100
 
 
 async def json_object(request: Request) -> dict[str, Any]:
-    """The body of a request as a JSON object; notes its size as `request.state.num_bytes`.
+    """The body of a request as a JSON object; raises as `read_json`."""
+    body, _ = await read_json(request)
+    return body
+
+
+async def read_json(request: Request) -> tuple[dict[str, Any], int]:
+    """The body of a request as a JSON object, and its size in bytes.
 
     Raises:
         InvalidRequestError: not declared as JSON, not JSON (NaN and Infinity are not), no object, or nested too deeply.
-        PayloadTooLargeError: from `BodyLimit`, while reading.
+        PayloadTooLargeError: from `BodyLimit` (middleware), while reading.
     """
     media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if media_type != "application/json" and not media_type.endswith("+json"):
@@ -29,7 +35,6 @@ async def json_object(request: Request) -> dict[str, Any]:
             code="unsupported_content_type",
         )
     raw = await _body(request)
-    request.state.num_bytes = len(raw)
     try:
         body = orjson.loads(raw)
     except orjson.JSONDecodeError as error:
@@ -39,7 +44,7 @@ async def json_object(request: Request) -> dict[str, Any]:
     # counting brackets is far cheaper than walking, and no body with fewer of them can be deeper
     if raw.count(b"[") + raw.count(b"{") > MAX_DEPTH and _is_deeper_than(body, MAX_DEPTH):
         raise InvalidRequestError(f"the body is nested more than {MAX_DEPTH} levels deep", code="invalid_json")
-    return body
+    return body, len(raw)
 
 
 Schema = TypeVar("Schema", bound=BaseModel)

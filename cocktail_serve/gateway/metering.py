@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from fastapi import Request
-
 from cocktail_serve.cocktails.cocktail import Served
 from cocktail_serve.gateway.authentication import Caller
 from cocktail_serve.gateway.metrics import GatewayMetrics
@@ -18,15 +16,15 @@ BYTES_PER_TOKEN = 4
 """Of a request's body, for the estimate that is reserved until the engine has said what it read."""
 
 
-class Ticket:
-    """One request to a model. `RequestBoundary` closes it when the answer has ended, however that came."""
+class MeteredRequest:
+    """One request to a model, admitted. `RequestBoundary` closes it when the answer has ended, however that came."""
 
-    __slots__ = ("_admission", "_caller", "_meter", "_num_tokens")
+    __slots__ = ("_caller", "_meter", "_num_tokens", "admission")
 
     def __init__(self, meter: Meter, caller: Caller, admission: Admission) -> None:
         self._meter = meter
         self._caller = caller
-        self._admission = admission
+        self.admission = admission
         self._num_tokens: int | None = None
 
     def used(self, served: Served, *, num_in: int, num_out: int = 0) -> None:
@@ -37,7 +35,7 @@ class Ticket:
     def close(self, *, has_client_left: bool) -> None:
         """The request has ended. A client that left before the engine said anything is charged the estimate."""
         is_unknown = self._num_tokens is None and has_client_left
-        self._admission.end(None if is_unknown else self._num_tokens or 0)
+        self.admission.end(None if is_unknown else self._num_tokens or 0)
 
 
 class Meter:
@@ -48,39 +46,21 @@ class Meter:
         self._ledger = ledger
         self._metrics = metrics
 
-    def admit(self, request: Request, caller: Caller, body: Mapping[str, Any]) -> Ticket:
-        """A request to a model, whose body was read. To be called before any work is done for it.
+    def admit(self, caller: Caller, body: Mapping[str, Any], *, num_bytes: int) -> MeteredRequest:
+        """A request to a model, whose body was read: `num_bytes` of it. To be called before any work is done for it;
+        its admission says whether the tenant may ask now."""
+        estimate = _estimate(body, num_bytes=num_bytes)
+        return MeteredRequest(self, caller, self._limiter.admit_model_request(caller.tenant, num_tokens=estimate))
 
-        Raises:
-            RateLimitError: over a limit of the tenant.
-        """
-        admission = self._limiter.admit_model_request(
-            caller.tenant, num_tokens=_estimate(body, num_bytes=request.state.num_bytes)
-        )
-        ticket = Ticket(self, caller, admission)
-        request.state.ticket = ticket
-        _let_in(request, admission)
-        return ticket
-
-    def admit_change(self, request: Request, caller: Caller) -> None:
-        """A request that makes, changes or deletes something.
-
-        Raises:
-            RateLimitError: over a limit of the tenant.
-        """
-        _let_in(request, self._limiter.admit_change(caller.tenant))
+    def admit_change(self, caller: Caller) -> Admission:
+        """A request that makes, changes or deletes something."""
+        return self._limiter.admit_change(caller.tenant)
 
     def count_tokens(self, caller: Caller, served: Served, *, num_in: int, num_out: int) -> None:
         """Adds to the ledger and the counters."""
         use = Use(requests=1, tokens_in=num_in, tokens_out=num_out)
         self._ledger.add(caller.tenant, caller.key_id, served.model_id, served.pool.id, use)
         self._metrics.count_tokens(served.pool.id, num_in=num_in, num_out=num_out)
-
-
-def _let_in(request: Request, admission: Admission) -> None:
-    request.state.headers = list(_headers(admission.standing))
-    if admission.refusal is not None:
-        raise admission.refusal
 
 
 def _estimate(body: Mapping[str, Any], *, num_bytes: int) -> int:
@@ -91,7 +71,7 @@ def _estimate(body: Mapping[str, Any], *, num_bytes: int) -> int:
     return num_bytes // BYTES_PER_TOKEN + num_out * (choices if isinstance(choices, int) and choices > 0 else 1)
 
 
-def _headers(standing: Standing) -> Iterator[tuple[bytes, bytes]]:
+def rate_limit_headers(standing: Standing) -> Iterator[tuple[bytes, bytes]]:
     """OpenAI's headers, for the limits that the tenant has."""
     for name, rate in (("requests", standing.requests), ("tokens", standing.tokens)):
         if rate is not None:

@@ -3,25 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Protocol, runtime_checkable
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from cocktail_serve.cocktails.cocktail import Status
-from cocktail_serve.engines.base import Engine, EngineHealth
-from cocktail_serve.engines.stats import EngineStats
+from cocktail_serve.engines.snapshot import EngineSnapshot
 from cocktail_serve.engines.stats import Histogram as PlainHistogram
 
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
-
-
-@runtime_checkable
-class _Counting(Protocol):
-    """An engine that counts; which ones do is the engine's matter."""
-
-    stats: EngineStats
 
 
 class GatewayMetrics:
@@ -29,8 +20,8 @@ class GatewayMetrics:
 
     def __init__(self) -> None:
         self._registry = CollectorRegistry()
-        self._snapshot = _Snapshot()
-        self._registry.register(self._snapshot)
+        self._asked = _Asked()
+        self._registry.register(self._asked)
         self._requests = Counter(
             "cocktail_requests",
             "Answers by route, status and pool; status 499: the client left first.",
@@ -58,40 +49,34 @@ class GatewayMetrics:
     def observe_first_token(self, pool: str, seconds: float) -> None:
         self._first_token.labels(pool).observe(seconds)
 
-    def watch_engine(self, pool: str, engine: Engine) -> None:
-        """Shows what the engine counts, where it does."""
-        if isinstance(engine, _Counting):
-            self._snapshot.stats[pool] = engine.stats
-
-    def render(self, health: Mapping[str, EngineHealth], jobs: Mapping[Status, int]) -> bytes:
+    def render(self, engines: Mapping[str, EngineSnapshot], jobs: Mapping[Status, int]) -> bytes:
         """The text exposition format.
 
         Args:
-            health: of each engine now, by pool.
+            engines: by pool, as they are now.
             jobs: number of cocktails in each state, inline ones included.
         """
-        self._snapshot.health = health
-        self._snapshot.jobs = jobs
+        self._asked.engines = engines
+        self._asked.jobs = jobs
         return generate_latest(self._registry)
 
 
-class _Snapshot(Collector):
+class _Asked(Collector):
     """What is read when it is asked for, instead of counted here."""
 
     def __init__(self) -> None:
-        self.stats: dict[str, EngineStats] = {}
-        self.health: Mapping[str, EngineHealth] = {}
+        self.engines: Mapping[str, EngineSnapshot] = {}
         self.jobs: Mapping[Status, int] = {}
 
     def collect(self) -> Iterable[Metric]:
-        yield from self._engines()
-        yield from self._health()
+        yield from self._counted()
+        yield from self._held()
         jobs = GaugeMetricFamily("cocktail_jobs", "Cocktails of all tenants by state.", labels=["status"])
         for status, number in self.jobs.items():
             jobs.add_metric([status], number)
         yield jobs
 
-    def _engines(self) -> Iterator[Metric]:
+    def _counted(self) -> Iterator[Metric]:
         wait = HistogramMetricFamily(
             "cocktail_queue_wait_seconds", "From a request's arrival to its recipe's turn.", labels=["pool"]
         )
@@ -112,7 +97,8 @@ class _Snapshot(Collector):
             "cocktail_queue_timeouts", "Requests whose recipe's turn did not come in time.", labels=["pool"]
         )
         restarts = CounterMetricFamily("cocktail_engine_restarts", "Engines lost and started again.", labels=["pool"])
-        for pool, stats in self.stats.items():
+        for pool, engine in self.engines.items():
+            stats = engine.counters
             wait.add_metric([pool], _buckets(stats.wait), sum_value=stats.wait.total)
             swap.add_metric([pool], _buckets(stats.swap), sum_value=stats.swap.total)
             mix.add_metric([pool], _buckets(stats.mix), sum_value=stats.mix.total)
@@ -125,7 +111,7 @@ class _Snapshot(Collector):
             restarts.add_metric([pool], stats.num_restarts)
         yield from (wait, swap, mix, lookups, swaps, drained, timeouts, restarts)
 
-    def _health(self) -> Iterator[Metric]:
+    def _held(self) -> Iterator[Metric]:
         is_ready = GaugeMetricFamily("cocktail_engine_ready", "1 where the engine answers.", labels=["pool"])
         queued = GaugeMetricFamily("cocktail_queued_requests", "Requests that wait for their turn.", labels=["pool"])
         cached = GaugeMetricFamily("cocktail_cached_recipes", "Mixtures kept in memory.", labels=["pool"])
@@ -138,17 +124,17 @@ class _Snapshot(Collector):
             "1 for how parameters reach the engine, and what merges them.",
             labels=["pool", "path", "kernel"],
         )
-        for pool, health in self.health.items():
-            is_ready.add_metric([pool], health.state == "ready")
-            queued.add_metric([pool], health.queued)
-            if "cached" in health.detail:
-                cached.add_metric([pool], len(health.detail["cached"]))
-            if "cached_bytes" in health.detail:
-                cached_bytes.add_metric([pool], health.detail["cached_bytes"])
-            if "captured" in health.detail:
-                captured.add_metric([pool], len(health.detail["captured"]))
-            if "mixing_kernel" in health.detail:
-                mixing.add_metric([pool, health.detail["mixing_path"], health.detail["mixing_kernel"]], 1)
+        for pool, engine in self.engines.items():
+            is_ready.add_metric([pool], engine.state == "ready")
+            queued.add_metric([pool], engine.num_queued)
+            if "cached" in engine.detail:
+                cached.add_metric([pool], len(engine.detail["cached"]))
+            if "cached_bytes" in engine.detail:
+                cached_bytes.add_metric([pool], engine.detail["cached_bytes"])
+            if "captured" in engine.detail:
+                captured.add_metric([pool], len(engine.detail["captured"]))
+            if "mixing_kernel" in engine.detail:
+                mixing.add_metric([pool, engine.detail["mixing_path"], engine.detail["mixing_kernel"]], 1)
         yield from (is_ready, queued, cached, cached_bytes, captured, mixing)
 
 

@@ -13,10 +13,10 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from cocktail_serve import logs
-from cocktail_serve.errors import InvalidRequestError, ModelNotReadyError, PayloadTooLargeError
-from cocktail_serve.gateway.error_handlers import error_response, internal_error_response
+from cocktail_serve.errors import InvalidRequestError, PayloadTooLargeError
+from cocktail_serve.gateway.error_handlers import error_response, internal_error, stopping
+from cocktail_serve.gateway.exchange import Exchange, begin_exchange
 from cocktail_serve.gateway.lifecycle import OPERATIONS, Lifecycle
-from cocktail_serve.gateway.metering import Ticket
 from cocktail_serve.gateway.metrics import GatewayMetrics
 
 logger = logging.getLogger(__name__)
@@ -31,9 +31,7 @@ class RequestBoundary:
     """Names each request, counts it, and turns what nobody caught into a 500.
 
     Outermost, so that every answer carries `x-request-id`: the client's own where it sent a printable one.
-    Puts into `scope["state"]`: `request_id`, and `started_at` (seconds, `time.perf_counter`). Reads from there what
-    routes set once they know it: `pool` for the counters, `headers` that every answer gets, and the `ticket` of a
-    request to a model, which it closes.
+    Makes the `Exchange`, and reads from it at the end what those inside have filled in.
     """
 
     def __init__(self, app: ASGIApp, *, metrics: GatewayMetrics, lifecycle: Lifecycle) -> None:
@@ -45,12 +43,11 @@ class RequestBoundary:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        state = scope.setdefault("state", {})
         given = _header(scope, b"x-request-id")
         request_id = given if _REQUEST_ID.fullmatch(given) else b"req_%b" % secrets.token_hex(16).encode()
-        state["request_id"] = request_id.decode()
-        started_at = state["started_at"] = time.perf_counter()
-        logs.request_id.set(state["request_id"])
+        exchange = Exchange(request_id.decode(), started_at=time.perf_counter())
+        begin_exchange(scope, exchange)
+        logs.request_id.set(exchange.request_id)
         is_work = scope["path"] not in OPERATIONS
         status = CLIENT_GONE
         has_client_left = False
@@ -62,33 +59,32 @@ class RequestBoundary:
                 message["headers"] = [
                     *message.get("headers", ()),
                     (b"x-request-id", request_id),
-                    *state.get("headers", ()),
+                    *exchange.headers,
                 ]
             await send(message)
 
         self._lifecycle.num_open += is_work
         try:
             if is_work and self._lifecycle.is_stopping:
-                await error_response(_stopping())(scope, receive, send_named)
+                await error_response(stopping())(scope, receive, send_named)
             elif is_work and _holds_nul(scope):
                 await error_response(_no_text())(scope, receive, send_named)
             else:
                 await self._app(scope, receive, send_named)
         except ClientDisconnect:
             has_client_left = True
-            logger.debug("request %s: the client left before its answer was complete", state["request_id"])
+            logger.debug("request %s: the client left before its answer was complete", exchange.request_id)
         except Exception:
-            logger.exception("request %s: %s %s failed", state["request_id"], scope["method"], _route(scope))
+            logger.exception("request %s: %s %s failed", exchange.request_id, scope["method"], _route(scope))
             if status == CLIENT_GONE:  # nothing was sent yet
-                await internal_error_response()(scope, receive, send_named)
+                await error_response(internal_error())(scope, receive, send_named)
         finally:
-            ticket: Ticket | None = state.get("ticket")
-            if ticket is not None:
-                ticket.close(has_client_left=has_client_left)
+            if exchange.metered is not None:
+                exchange.metered.close(has_client_left=has_client_left)
             self._lifecycle.num_open -= is_work
-            route, pool = _route(scope), state.get("pool", "")
+            route, pool, seconds = _route(scope), exchange.pool_id, time.perf_counter() - exchange.started_at
             self._metrics.count_request(route=route, status=status, pool=pool)
-            logs.log_request(route=route, status=status, pool=pool, seconds=time.perf_counter() - started_at)
+            logs.log_request(route=route, status=status, pool=pool, seconds=seconds)
 
 
 def _route(scope: Scope) -> str:
@@ -103,10 +99,6 @@ def _holds_nul(scope: Scope) -> bool:
 
 def _no_text() -> InvalidRequestError:
     return InvalidRequestError("the URL holds a NUL character (%00), which no name and no value does; leave it out")
-
-
-def _stopping() -> ModelNotReadyError:
-    return ModelNotReadyError("the server is stopping; ask again")
 
 
 class BodyLimit:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
+from fastapi.routing import APIRoute
 from pydantic import BaseModel
+from starlette.routing import BaseRoute
 
 from cocktail_serve.gateway.schemas.errors import ErrorBody
 
@@ -76,17 +79,27 @@ def form_request(schema: type[BaseModel]) -> dict[str, Any]:
     return _request("multipart/form-data", schema)
 
 
+class _Reference(dict[str, str]):
+    """To the schema of a body, which FastAPI does not see; the document gets it from here."""
+
+    def __init__(self, schema: type[BaseModel]) -> None:
+        super().__init__({"$ref": f"#/components/schemas/{schema.__name__}"})
+        self.schema = schema
+
+
 def _request(media_type: str, schema: type[BaseModel]) -> dict[str, Any]:
-    ref = {"$ref": f"#/components/schemas/{schema.__name__}"}
-    return {"requestBody": {"required": True, "content": {media_type: {"schema": ref}}}}
+    return {"requestBody": {"required": True, "content": {media_type: {"schema": _Reference(schema)}}}}
 
 
-def add_openapi(app: FastAPI, *, bodies: tuple[type[BaseModel], ...]) -> None:
-    """Completes the document of an app: made once, on first use.
+def _bodies(routes: Iterable[BaseRoute]) -> Iterator[type[BaseModel]]:
+    for route in routes:
+        if isinstance(route, APIRoute) and route.openapi_extra is not None:
+            for content in route.openapi_extra["requestBody"]["content"].values():
+                yield content["schema"].schema
 
-    Args:
-        bodies: schemas that `json_request` refers to.
-    """
+
+def add_openapi(app: FastAPI) -> None:
+    """Completes the document of an app, whose routes are all there: made once, on first use."""
 
     def openapi() -> dict[str, Any]:
         if app.openapi_schema is None:
@@ -99,7 +112,7 @@ def add_openapi(app: FastAPI, *, bodies: tuple[type[BaseModel], ...]) -> None:
             )
             components = document.setdefault("components", {})
             schemas = components.setdefault("schemas", {})
-            for body in bodies:
+            for body in _bodies(app.routes):
                 schema = body.model_json_schema(ref_template="#/components/schemas/{model}")
                 schemas.update(schema.pop("$defs", {}))
                 schemas[body.__name__] = schema

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from concurrent.futures import Executor
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Annotated, Any, cast
+from typing import Annotated, Any
 
 from fastapi import Depends, Request
 
@@ -15,11 +15,12 @@ from cocktail_serve.cocktails.experts import Experts
 from cocktail_serve.cocktails.request import CocktailRequest, parse_inline, parse_request
 from cocktail_serve.cocktails.service import CocktailService
 from cocktail_serve.config import PoolConfig, Settings
-from cocktail_serve.engines.base import EmbeddingEngine, Engine, GenerationEngine, OperatedEngine, RerankingEngine
+from cocktail_serve.engines.base import AnyEngine, EmbeddingEngine, Engine, GenerationEngine, RerankingEngine
 from cocktail_serve.errors import NotFoundError
 from cocktail_serve.finetuning.files import Files
 from cocktail_serve.finetuning.service import FineTuning
 from cocktail_serve.gateway.authentication import Authenticator, Caller
+from cocktail_serve.gateway.exchange import exchange_of
 from cocktail_serve.gateway.lifecycle import Lifecycle
 from cocktail_serve.gateway.metering import Meter
 from cocktail_serve.gateway.metrics import GatewayMetrics
@@ -41,7 +42,7 @@ class Gateway:
 
     settings: Settings
     pools: Mapping[str, Pool]
-    engines: Mapping[str, Engine]
+    engines: Mapping[str, AnyEngine]
     service: CocktailService
     experts: Experts
     files: Files
@@ -71,8 +72,8 @@ class Gateway:
         parse = partial(parse_inline, cocktail, pool=pool, settings=self.settings)
         return await asyncio.get_running_loop().run_in_executor(self.parsing, parse)
 
-    def operated_engine(self, pool_id: str) -> OperatedEngine:
-        """Any pool's engine, as the operator handles it.
+    def engine(self, pool_id: str) -> AnyEngine:
+        """Any pool's engine.
 
         Raises:
             NotFoundError: no such pool.
@@ -80,19 +81,36 @@ class Gateway:
         if pool_id not in self.engines:
             known = ", ".join(sorted(self.engines))
             raise NotFoundError(f"there is no engine {pool_id!r}; there are: {known}", code="engine_not_found")
-        return cast(OperatedEngine, self.engines[pool_id])
+        return self.engines[pool_id]
 
-    def generation_engine(self, pool_id: str) -> GenerationEngine:
-        """The engine of a decoder pool; the configuration has checked that it is one."""
-        return cast(GenerationEngine, self.engines[pool_id])
+    def decoder(self, pool_id: str) -> GenerationEngine:
+        """The engine of a decoder pool: requests for other pools have been turned away.
 
-    def embedding_engine(self, pool_id: str) -> EmbeddingEngine:
-        """The engine of an encoder pool; the configuration has checked that it is one."""
-        return cast(EmbeddingEngine, self.engines[pool_id])
+        Raises:
+            TypeError: it is of another kind.
+        """
+        engine = self.engines[pool_id]
+        if engine.kind != "decoder":
+            raise _is_another(engine, "a decoder")
+        return engine
 
-    def reranking_engine(self, pool_id: str) -> RerankingEngine:
-        """The engine of a reranker pool; the configuration has checked that it is one."""
-        return cast(RerankingEngine, self.engines[pool_id])
+    def encoder(self, pool_id: str) -> EmbeddingEngine:
+        """The engine of an encoder pool; raises as `decoder` does."""
+        engine = self.engines[pool_id]
+        if engine.kind != "encoder":
+            raise _is_another(engine, "an encoder")
+        return engine
+
+    def reranker(self, pool_id: str) -> RerankingEngine:
+        """The engine of a reranker pool; raises as `decoder` does."""
+        engine = self.engines[pool_id]
+        if engine.kind != "reranker":
+            raise _is_another(engine, "a reranker")
+        return engine
+
+
+def _is_another(engine: Engine, wanted: str) -> TypeError:
+    return TypeError(f"the engine of pool {engine.pool.id!r} is of kind {engine.kind}, and not {wanted}")
 
 
 async def gateway_of(request: Request) -> Gateway:
@@ -138,7 +156,7 @@ async def creator_of(request: Request, gateway: GatewayDep, caller: CallerDep) -
         RateLimitError: over the tenant's requests a minute.
     """
     caller.require("create")
-    gateway.meter.admit_change(request, caller)
+    exchange_of(request).enter(gateway.meter.admit_change(caller))
     return caller.tenant
 
 

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 from typing import Any
-
-from fastapi import Request
 
 from cocktail_serve.cocktails.cocktail import Served
 from cocktail_serve.cocktails.serving import no_model
 from cocktail_serve.errors import InvalidRequestError, NotFoundError, WrongModelKindError
 from cocktail_serve.gateway.authentication import Caller
-from cocktail_serve.gateway.json_body import json_object
-from cocktail_serve.gateway.metering import Ticket
+from cocktail_serve.gateway.direct_route import DirectRequest
+from cocktail_serve.gateway.exchange import Exchange, exchange_of
+from cocktail_serve.gateway.json_body import read_json
+from cocktail_serve.gateway.metering import MeteredRequest
 from cocktail_serve.gateway.state import Gateway, caller_of, gateway_of
 from cocktail_serve.pool import Kind, Pool, with_article
 
@@ -27,25 +28,33 @@ _ROUTES: dict[Kind, str] = {
 class Admitted:
     """A request to a model, let in."""
 
-    request: Request
+    request: DirectRequest
+    exchange: Exchange
     gateway: Gateway
     caller: Caller
     body: dict[str, Any]
-    ticket: Ticket
+    metered: MeteredRequest
+
+    def observe_first_token(self, served: Served) -> None:
+        """The first of the answer is there: the time that it took goes into the metrics."""
+        self.gateway.metrics.observe_first_token(served.pool.id, time.perf_counter() - self.exchange.started_at)
 
 
-async def admitted(request: Request) -> Admitted:
+async def admitted(request: DirectRequest) -> Admitted:
     """How every request to a model begins: who sends it, what it says, whether the tenant may ask now.
 
     Raises:
         AuthenticationError, PermissionDeniedError: as `caller_of`.
-        InvalidRequestError, PayloadTooLargeError: as `json_object`.
+        InvalidRequestError, PayloadTooLargeError: as `read_json`.
         RateLimitError: over a limit of the tenant.
     """
     gateway = await gateway_of(request)
     caller = await caller_of(request)
-    body = await json_object(request)
-    return Admitted(request, gateway, caller, body, gateway.meter.admit(request, caller, body))
+    body, num_bytes = await read_json(request)
+    exchange = exchange_of(request)
+    metered = exchange.metered = gateway.meter.admit(caller, body, num_bytes=num_bytes)
+    exchange.enter(metered.admission)
+    return Admitted(request, exchange, gateway, caller, body, metered)
 
 
 async def requested_pool(asked: Admitted, *, kind: Kind) -> Pool:
@@ -84,7 +93,7 @@ async def requested_pool(asked: Admitted, *, kind: Kind) -> Pool:
         raise WrongModelKindError(
             f"model {model!r} is {with_article(pool.kind)}; it answers {_ROUTES[pool.kind]}", param="model"
         )
-    asked.request.state.pool = pool.id
+    asked.exchange.pool_id = pool.id
     return pool
 
 

@@ -18,7 +18,9 @@ from cocktail_serve.examples import ChatExample, ExampleSet, RetrievalExample, T
 from cocktail_serve.generation import ChatTemplate
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerFast
+    from transformers import PreTrainedModel
+
+    from cocktail_serve.scoring.exported_tokenizer import ExampleTokenizer
 
 LOSS_VERSION = "text-1"
 """Part of every key that a loss is kept under: raised when the same example comes to mean other tokens."""
@@ -41,7 +43,7 @@ class TokenizedExample:
 
 
 def tokenize_examples(
-    tokenizer: PreTrainedTokenizerFast,
+    tokenizer: ExampleTokenizer,
     examples: ExampleSet,
     *,
     max_tokens: int,
@@ -130,7 +132,7 @@ class _Row:
 
 
 def _tokenize(
-    tokenizer: PreTrainedTokenizerFast,
+    tokenizer: ExampleTokenizer,
     example: TextExample | ChatExample | RetrievalExample,
     row: _Row,
     max_tokens: int,
@@ -170,7 +172,7 @@ def _tokenize(
 
 
 def _render(
-    tokenizer: PreTrainedTokenizerFast, example: ChatExample, row: _Row, chat_template: ChatTemplate | None
+    tokenizer: ExampleTokenizer, example: ChatExample, row: _Row, chat_template: ChatTemplate | None
 ) -> tuple[str, int]:
     """The conversation's text, and how many of its characters are the input."""
     from jinja2 import TemplateError

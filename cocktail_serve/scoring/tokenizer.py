@@ -39,6 +39,8 @@ def load_tokenizer(folder: Path) -> Any:
             from transformers import AutoTokenizer
 
             tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+    except ConfigError:  # there is no such library
+        raise
     except Exception as error:  # each tokenizer class, and the import itself, has errors of its own
         raise ConfigError(
             f"transformers cannot load the tokenizer of {folder}; copy tokenizer.json and tokenizer_config.json there "

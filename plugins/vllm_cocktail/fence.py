@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Awaitable, Callable, Collection, MutableMapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -50,7 +50,7 @@ class Refusal:
     """Why a request may not enter.
 
     Attributes:
-        status: 409 where the right recipe can become resident, 503 where the engine is lost.
+        status: 409 where the right recipe can come to be served, 503 where the engine is lost.
     """
 
     status: int
@@ -64,17 +64,27 @@ class Fence:
     Args:
         managed: whether every request must name its recipe.
 
+    Attributes:
+        serves: digests of the recipes that the engine answers by: one, where it holds one at a time; none when it is
+            poisoned. While the fence is closed, those of before.
+        in_flight: requests inside.
+
     The fence starts closed; `open` follows when the server is ready.
     """
 
     def __init__(self, *, managed: bool = True) -> None:
         self.managed = managed
         self.state: FenceState = "mixing"
-        self.resident: str | None = None
+        self.serves: Collection[str] = ()
         self.in_flight = 0
         self._poison = ""
         self._empty = asyncio.Event()
         self._empty.set()
+
+    @property
+    def resident(self) -> str | None:
+        """Digest of the recipe that the engine holds; None: it is lost, or answers by several."""
+        return next(iter(self.serves)) if len(self.serves) == 1 else None
 
     def refusal(self, recipe_digest: str | None) -> Refusal | None:
         """Why a request that names `recipe_digest` may not enter now, or None if it may."""
@@ -84,11 +94,11 @@ class Fence:
             )
         if self.state == "mixing":
             return Refusal(409, "recipe_not_resident", "another recipe is being mixed into the engine; try again")
-        if recipe_digest is None and self.managed:
+        if recipe_digest is None and (self.managed or self.resident is None):
             return Refusal(
                 409, "recipe_not_resident", f"header {RECIPE_HEADER} is missing: it names the recipe to answer"
             )
-        if recipe_digest is not None and recipe_digest != self.resident:
+        if recipe_digest is not None and recipe_digest not in self.serves:
             return Refusal(409, "recipe_not_resident", f"recipe {recipe_digest} is not resident")
         return None
 
@@ -116,17 +126,17 @@ class Fence:
             return self.in_flight == 0
         return True
 
-    def open(self, resident: str) -> None:
-        """Lets requests for `resident` in. A poisoned fence stays shut."""
+    def open(self, *serves: str) -> None:
+        """Lets requests for these recipes in, and for no others. A poisoned fence stays shut."""
         if self.state != "poisoned":
-            self.resident = resident
+            self.serves = frozenset(serves)
             self.state = "open"
 
     def poison(self, reason: str) -> None:
         """Shuts the fence for good: nobody knows which parameters the engine holds."""
         if self.state != "poisoned":
             self.state = "poisoned"
-            self.resident = None
+            self.serves = ()
             self._poison = reason
 
 
@@ -145,12 +155,13 @@ class FenceMiddleware:
             return await self.app(scope, receive, send)
         if scope["path"].removeprefix(scope.get("root_path", "")) in UNFENCED_PATHS:
             return await self.app(scope, receive, send)
-        refusal = self.fence.refusal(_header(scope, RECIPE_HEADER))
+        named = _header(scope, RECIPE_HEADER)
+        refusal = self.fence.refusal(named)
         if refusal is not None:
             return await _refuse(scope, receive, send, refusal, resident=self.fence.resident)
         self.fence.enter()
         try:
-            await self.app(scope, receive, _stamp(send, self.fence.resident))
+            await self.app(scope, receive, _stamp(send, self.fence.resident if named is None else named))
         finally:
             self.fence.leave()
 
@@ -161,12 +172,12 @@ def _header(scope: Scope, name: str) -> str | None:
     return b",".join(values).decode("latin-1") if values else None
 
 
-def _stamp(send: Send, resident: str | None) -> Send:
+def _stamp(send: Send, recipe_digest: str | None) -> Send:
     """Says on the answer which recipe gave it."""
 
     async def stamped(message: Message) -> None:
-        if message["type"] == "http.response.start" and resident is not None:
-            headers = [*message.get("headers", ()), (RECIPE_HEADER.encode(), resident.encode())]
+        if message["type"] == "http.response.start" and recipe_digest is not None:
+            headers = [*message.get("headers", ()), (RECIPE_HEADER.encode(), recipe_digest.encode())]
             message = {**message, "headers": headers}
         await send(message)
 

@@ -17,7 +17,7 @@ import yaml
 from cocktail_serve.checkpoints.opening import open_pool
 from cocktail_serve.cli.doctor.configuration import check_config
 from cocktail_serve.config import load_settings
-from cocktail_serve.engines.vllm.engine import VLLMEngine
+from cocktail_serve.engines.vllm.build import build_vllm_engine
 from cocktail_serve.progress import silent
 from cocktail_serve.recipe import make_recipe
 from tests.models import make_decoder
@@ -129,16 +129,16 @@ async def why_not_started(config: Path) -> str:
     """What the first start ends in; empty: the engine mixed and scored."""
     settings = load_settings(config)
     pool = await asyncio.to_thread(open_pool, settings.pools[0], cache_dir=settings.store.cache_dir)
-    engine = VLLMEngine(pool, settings.pools[0].engine, run_dir=config.parent / "run")  # type: ignore[arg-type]
+    engine = build_vllm_engine(pool, settings.pools[0].engine, run_dir=config.parent / "run")  # type: ignore[arg-type]
     await engine.start()
     try:
         deadline = time.monotonic() + START_S
-        while (state := (await engine.health(deadline_s=10)).state) == "starting":
+        while (state := (await engine.snapshot(deadline_s=10)).state) == "starting":
             assert time.monotonic() < deadline
             await asyncio.sleep(0.1)
         if state == "ready":
             await engine.materialise(make_recipe(pool, {"base": 0.5, "twin": 0.5}, dtype="float32"))
-            assert (await engine.health(deadline_s=10)).state == "ready"
+            assert (await engine.snapshot(deadline_s=10)).state == "ready"
             return ""
         return engine._supervisor.failure
     finally:

@@ -25,7 +25,8 @@ from cocktail_serve.cocktails.service import CocktailService
 from cocktail_serve.cocktails.store import Witness
 from cocktail_serve.config import Settings
 from cocktail_serve.database.database import Database
-from cocktail_serve.engines.base import Embedded, EngineHealth, Forwarded
+from cocktail_serve.engines.base import Embedded, Forwarded
+from cocktail_serve.engines.snapshot import EngineSnapshot
 from cocktail_serve.errors import (
     CocktailError,
     ConflictError,
@@ -77,8 +78,8 @@ class DoubleEngine:
 
     async def stop(self) -> None: ...
 
-    async def health(self, *, deadline_s: float) -> EngineHealth:
-        return EngineHealth(state="ready")
+    async def snapshot(self, *, deadline_s: float) -> EngineSnapshot:
+        return EngineSnapshot(state="ready")
 
     async def check_examples(self, examples: ExampleSet) -> None:
         for row, example in enumerate(examples, start=1):
@@ -108,6 +109,8 @@ class DoubleEngine:
 class ScoringEngine(DoubleEngine):
     """A decoder's double: a model's loss of an example is a fixed number, a mixture's the weighted mean of them."""
 
+    kind = "decoder"
+
     def __init__(self, pool: Pool, losses: Mapping[str, float], dtype: DType = "float32") -> None:
         super().__init__(pool, dtype)
         self.loss_of = {pool.member(name).fingerprint: loss for name, loss in losses.items()}
@@ -132,7 +135,7 @@ class ScoringEngine(DoubleEngine):
     async def forward(
         self, recipe: Recipe, path: str, body: Mapping[str, Any], *, tenant: str
     ) -> AsyncIterator[Forwarded]:
-        yield Forwarded(status=200, body=b"{}", events=None)
+        yield Forwarded(body=b"{}", events=None)
 
     def visits_to(self, name: str) -> list[tuple[str, ...]]:
         fingerprint = self.pool.member(name).fingerprint if name != "mixture" else name
@@ -142,6 +145,7 @@ class ScoringEngine(DoubleEngine):
 class EmbedEngine(DoubleEngine):
     """An encoder's double: `good` puts texts of one topic together, `base` puts all texts apart by their bytes."""
 
+    kind = "encoder"
     dimension = 16
 
     def __init__(self, pool: Pool) -> None:

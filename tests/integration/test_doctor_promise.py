@@ -460,10 +460,10 @@ async def _run(settings: Any) -> str:
     async with assembled(settings, None, None, GatewayMetrics(), Lifecycle()) as gateway:
         engine = gateway.engines["p"]
         deadline = time.monotonic() + START_S
-        while (health := await engine.health(deadline_s=10)).state in ("starting", "restarting"):
-            assert time.monotonic() < deadline, f"it does not come up: {health}"
+        while (snapshot := await engine.snapshot(deadline_s=10)).state in ("starting", "restarting"):
+            assert time.monotonic() < deadline, f"it does not come up: {snapshot}"
             await asyncio.sleep(0.01)
-        return str(health.detail["reason"]) if health.state != "ready" else await _answered(gateway)
+        return str(snapshot.detail["reason"]) if snapshot.state != "ready" else await _answered(gateway)
 
 
 async def _answered(gateway: Gateway) -> str:

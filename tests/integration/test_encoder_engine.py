@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import json
+import pickle
 import random
 import threading
 from collections.abc import AsyncIterator, Callable
@@ -201,6 +202,8 @@ class TestRequests:
         async with self.base(folders) as (engine, recipe):
             await engine.materialise(recipe)
             assert isinstance(engine, EmbeddingEngine)
+            snapshot = await engine.snapshot(deadline_s=10)
+            assert pickle.loads(pickle.dumps(snapshot)) == snapshot
             assert (engine.dimension, engine.max_length) == (32, 128)
 
     async def test_a_large_request_is_split_and_put_together_in_order(
@@ -321,9 +324,9 @@ class TestUnderLoad:
 
             async with asyncio.timeout(120):
                 await asyncio.gather(*(caller() for _ in range(48)))
-            health = await engine.health(deadline_s=10)
-            assert health.queued == 0
-            assert health.detail["cached_bytes"] <= 2 * num_bytes(folders)
+            snapshot = await engine.snapshot(deadline_s=10)
+            assert snapshot.num_queued == 0
+            assert snapshot.detail["cached_bytes"] <= 2 * num_bytes(folders)
 
     async def test_callers_are_joined(self, folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
         sizes: list[int] = []
@@ -351,7 +354,7 @@ class TestUnderLoad:
                 gone.cancel()
                 await asyncio.wait([gone])
             await stays
-            assert (await engine.health(deadline_s=10)).queued == 0
+            assert (await engine.snapshot(deadline_s=10)).num_queued == 0
         assert seen == [5]
 
     async def test_a_request_that_waits_too_long(self, folders: dict[str, Path]) -> None:
@@ -389,7 +392,7 @@ class TestUnderLoad:
             with pytest.raises(EngineError, match="out of memory"):
                 await engine.embed(recipe, ["dog", "dog " * 98])
             assert len((await engine.embed(recipe, TEXTS)).vectors) == len(TEXTS)
-            assert (await engine.health(deadline_s=10)).state == "ready"
+            assert (await engine.snapshot(deadline_s=10)).state == "ready"
 
 
 class TestLifecycle:
@@ -397,9 +400,9 @@ class TestLifecycle:
         async with running(folders) as engine:
             with pytest.raises(ModelNotReadyError, match="starting"):
                 _ = engine.dimension
-            assert (await engine.health(deadline_s=10)).state in ("starting", "ready")
+            assert (await engine.snapshot(deadline_s=10)).state in ("starting", "ready")
             await engine.embed(one_hot(engine.pool, "base", dtype="float32"), TEXTS)
-            assert (await engine.health(deadline_s=10)).state == "ready"
+            assert (await engine.snapshot(deadline_s=10)).state == "ready"
 
     async def test_stop_ends_what_waits_and_may_be_called_twice(self, folders: dict[str, Path]) -> None:
         async with running(folders) as engine:
@@ -413,28 +416,28 @@ class TestLifecycle:
                     await waiting
             await stopping
             await engine.stop()
-            assert (await engine.health(deadline_s=10)).state == "stopped"
+            assert (await engine.snapshot(deadline_s=10)).state == "stopped"
             with pytest.raises(ModelNotReadyError):
                 await engine.embed(recipe, TEXTS)
         assert not [thread for thread in threading.enumerate() if thread.name.startswith("mini-model")]
 
-    async def test_health_asks_the_thread_itself(self, folders: dict[str, Path]) -> None:
+    async def test_a_snapshot_asks_the_thread_itself(self, folders: dict[str, Path]) -> None:
         async with running(folders) as engine:
             await ready(engine)
             async with engine_held(engine):
-                health = await engine.health(deadline_s=0.05)
-            assert health.state == "failed"
-            assert "did not answer" in health.detail["reason"]
-            assert (await engine.health(deadline_s=10)).state == "ready"
+                snapshot = await engine.snapshot(deadline_s=0.05)
+            assert snapshot.state == "failed"
+            assert "did not answer" in snapshot.detail["reason"]
+            assert (await engine.snapshot(deadline_s=10)).state == "ready"
 
     async def test_a_model_that_cannot_be_served_is_said_so(self, folders: dict[str, Path]) -> None:
         async with running(folders, cache_bytes=1000) as engine:
             with pytest.raises(EngineError, match=r"cache_bytes.*one mixture") as caught:
                 await engine.materialise(one_hot(engine.pool, "base", dtype="float32"))
             assert isinstance(caught.value.__cause__, ConfigError)
-            health = await engine.health(deadline_s=1)
-            assert health.state == "failed"
-            assert "cache_bytes" in health.detail["reason"]
+            snapshot = await engine.snapshot(deadline_s=1)
+            assert snapshot.state == "failed"
+            assert "cache_bytes" in snapshot.detail["reason"]
 
     async def test_an_expert_that_goes_missing_fails_its_cocktails_only(self, tmp_path: Path) -> None:
         folders = make_encoder_pool(tmp_path)

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 import os
+import pickle
 import signal
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -18,6 +19,7 @@ import pytest
 
 from cocktail_serve.config import FakeEngineConfig
 from cocktail_serve.engines.base import GenerationEngine
+from cocktail_serve.engines.vllm.build import build_vllm_engine
 from cocktail_serve.engines.vllm.engine import VLLMEngine
 from cocktail_serve.engines.vllm.fake import Fault, fake_loss, fake_text
 from cocktail_serve.errors import (
@@ -51,7 +53,7 @@ async def eventually(condition: Callable[[], Awaitable[bool]]) -> None:
 
 
 async def is_ready(engine: VLLMEngine) -> bool:
-    return (await engine.health(deadline_s=5)).state == "ready"
+    return (await engine.snapshot(deadline_s=5)).state == "ready"
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +73,7 @@ async def running(pool: Pool, tmp_path: Path, **config: Any) -> AsyncIterator[VL
     args = {"faults": str(tmp_path / "faults"), **config.pop("args", {})}
     defaults = {"slice_s": 0.05, "drain_s": 5, "queue_timeout_s": 20, "max_model_len": 256}
     settings = FakeEngineConfig.model_validate({**defaults, **config, "args": args})
-    engine = VLLMEngine(pool, settings, run_dir=tmp_path / "run")
+    engine = build_vllm_engine(pool, settings, run_dir=tmp_path / "run")
     await engine.start()
     try:
         await eventually(lambda: is_ready(engine))
@@ -94,7 +96,6 @@ def question(text: str, *, stream: bool = False, max_tokens: int = 8) -> dict[st
 
 async def ask(engine: GenerationEngine, recipe: Recipe, text: str, *, max_tokens: int = 8) -> str:
     async with engine.forward(recipe, CHAT, question(text, max_tokens=max_tokens), tenant="t") as answer:
-        assert answer.status == 200
         assert answer.body is not None
         content: str = json.loads(answer.body)["choices"][0]["message"]["content"]
         return content
@@ -139,8 +140,27 @@ async def test_it_answers_under_the_recipe_that_was_asked_for(pool: Pool, tmp_pa
         recipe = mixture(pool, 0.5)
         assert await ask(engine, recipe, "hello") == expected(recipe, "hello")
         assert await stream(engine, recipe, "hello") == expected(recipe, "hello")
-        health = await engine.health(deadline_s=5)
-        assert (health.state, health.resident, health.queued) == ("ready", recipe.digest, 0)
+        snapshot = await engine.snapshot(deadline_s=5)
+        assert (snapshot.state, snapshot.resident, snapshot.num_queued) == ("ready", recipe.digest, 0)
+
+
+async def test_a_snapshot_can_be_pickled_and_grows_no_more(pool: Pool, tmp_path: Path, faults: Path) -> None:
+    async with running(pool, tmp_path, args={"token-delay-ms": 20}) as engine:
+        resident, waiting = mixture(pool, 0.5), mixture(pool, 0.25)
+        first = asyncio.Event()
+        streamed = asyncio.create_task(stream(engine, resident, "hello", first=first))
+        await first.wait()
+        asked = asyncio.create_task(ask(engine, waiting, "hello"))
+        await asyncio.sleep(0)
+        seen = await engine.snapshot(deadline_s=5)
+        assert (seen.state, seen.resident, seen.num_queued) == ("ready", resident.digest, 1)
+        assert (seen.occupancy.num_in_flight, seen.occupancy.resident) == (1, resident.digest)
+        assert [(queue.recipe_digest, queue.num_waiting) for queue in seen.occupancy.queues] == [(waiting.digest, 1)]
+        assert (seen.counters.wait.count, seen.counters.swap.count) == (1, 1)
+        kept = pickle.dumps(seen)
+        await asyncio.gather(streamed, asked)
+        assert engine.stats.wait.count == 2
+        assert pickle.loads(kept) == seen
 
 
 async def test_concurrent_requests_for_many_recipes_never_cross(pool: Pool, tmp_path: Path, faults: Path) -> None:
@@ -156,7 +176,7 @@ async def test_concurrent_requests_for_many_recipes_never_cross(pool: Pool, tmp_
         await asyncio.gather(*(client(number) for number in range(10)))
         assert engine.stats.swap.count >= len(recipes)
         assert engine.stats.wait.count == 60
-        assert engine._residency.num_in_flight == 0
+        assert engine._turns.num_in_flight == 0
 
 
 async def test_scores_are_those_of_the_recipe(pool: Pool, tmp_path: Path, faults: Path) -> None:
@@ -192,14 +212,14 @@ async def test_materialise_makes_the_next_swap_a_copy(pool: Pool, tmp_path: Path
     async with running(pool, tmp_path) as engine:
         recipe = mixture(pool, 0.5)
         await engine.materialise(recipe)
-        assert recipe.digest in (await engine.health(deadline_s=5)).detail["cached"]
+        assert recipe.digest in (await engine.snapshot(deadline_s=5)).detail["cached"]
         await ask(engine, one_hot(pool, "base", dtype="float32"), "hello")
         await ask(engine, recipe, "hello")
         assert engine.stats.num_swaps_by_source["cache"] == 1
         engine.forget(recipe.digest)
 
         async def is_forgotten() -> bool:
-            return recipe.digest not in (await engine.health(deadline_s=5)).detail["cached"]
+            return recipe.digest not in (await engine.snapshot(deadline_s=5)).detail["cached"]
 
         await eventually(is_forgotten)
 
@@ -213,11 +233,10 @@ async def test_examples_that_do_not_fit_are_refused_beforehand(pool: Pool, tmp_p
 
 async def test_bad_requests_come_back_as_the_engine_answers_them(pool: Pool, tmp_path: Path, faults: Path) -> None:
     async with running(pool, tmp_path) as engine:
-        recipe = mixture(pool, 0.5)
-        async with engine.forward(recipe, CHAT, {"messages": []}, tenant="t") as answer:
-            assert answer.status == 400
-            assert answer.body is not None
-            assert "messages" in json.loads(answer.body)["error"]["message"]
+        with pytest.raises(InvalidRequestError, match="messages"):
+            async with engine.forward(mixture(pool, 0.5), CHAT, {"messages": []}, tenant="t"):
+                pytest.fail("it was answered")
+        assert engine._turns.num_in_flight == 0
 
 
 @pytest.mark.parametrize(
@@ -226,15 +245,14 @@ async def test_bad_requests_come_back_as_the_engine_answers_them(pool: Pool, tmp
 async def test_numbers_that_no_engine_serves_are_refused(pool: Pool, tmp_path: Path, fields: dict[str, Any]) -> None:
     async with running(pool, tmp_path) as engine:
         body = {"messages": [{"role": "user", "content": "a"}]} | fields
-        async with engine.forward(mixture(pool, 0.5), CHAT, body, tenant="t") as answer:
-            assert answer.status == 400
-            assert answer.body is not None
-            assert next(iter(fields)) in json.loads(answer.body)["error"]["message"]
+        with pytest.raises(InvalidRequestError, match=next(iter(fields))):
+            async with engine.forward(mixture(pool, 0.5), CHAT, body, tenant="t"):
+                pytest.fail("it was answered")
 
 
 @pytest.mark.parametrize("value", [2**70, "\ud800"])
 async def test_what_is_no_json_is_the_clients_fault(pool: Pool, tmp_path: Path, value: Any) -> None:
-    engine = VLLMEngine(pool, FakeEngineConfig(), run_dir=tmp_path)
+    engine = build_vllm_engine(pool, FakeEngineConfig(), run_dir=tmp_path)
     for body in ({"seed": value}, {"cache_salt": value}):
         with pytest.raises(InvalidRequestError, match="passed on as JSON"):
             async with engine.forward(mixture(pool, 0.5), CHAT, body, tenant="t"):
@@ -303,7 +321,7 @@ async def test_a_refused_recipe_disturbs_nobody(pool: Pool, tmp_path: Path, faul
         strike(faults, "mix_invalid")
         with pytest.raises(InvalidMixError):
             await engine.materialise(mixture(pool, 0.9))
-        assert (await engine.health(deadline_s=5)).resident == kept.digest
+        assert (await engine.snapshot(deadline_s=5)).resident == kept.digest
         assert engine.stats.num_restarts == 0
 
 
@@ -319,7 +337,7 @@ async def test_a_busy_engine_is_asked_again(pool: Pool, tmp_path: Path, faults: 
 async def test_a_torn_mix_ends_the_processes(
     pool: Pool, tmp_path: Path, faults: Path, fault: Fault, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("cocktail_serve.engines.vllm.engine.ABORT_S", 0.2)
+    monkeypatch.setattr("cocktail_serve.engines.vllm.parameters.ABORT_S", 0.2)
     async with running(pool, tmp_path, swap_timeout_s=0.3) as engine:
         before = processes_of(engine)
         strike(faults, fault)
@@ -378,14 +396,14 @@ async def test_an_engine_that_dies_often_is_still_waited_for(
 async def test_a_hung_engine_is_not_ready(pool: Pool, tmp_path: Path, faults: Path) -> None:
     async with running(pool, tmp_path) as engine:
         strike(faults, "hang")
-        health = await engine.health(deadline_s=0.2)
-        assert health.state == "restarting"
-        assert "did not answer" in health.detail["reason"]
+        snapshot = await engine.snapshot(deadline_s=0.2)
+        assert snapshot.state == "restarting"
+        assert "did not answer" in snapshot.detail["reason"]
 
 
 async def test_requests_during_a_start_wait_for_it(pool: Pool, tmp_path: Path) -> None:
     settings = FakeEngineConfig.model_validate({"queue_timeout_s": 20, "max_model_len": 256})
-    engine = VLLMEngine(pool, settings, run_dir=tmp_path / "run")
+    engine = build_vllm_engine(pool, settings, run_dir=tmp_path / "run")
     await engine.start()
     try:
         recipe = mixture(pool, 0.5)
@@ -393,7 +411,7 @@ async def test_requests_during_a_start_wait_for_it(pool: Pool, tmp_path: Path) -
     finally:
         await engine.stop()
         await engine.stop()
-    assert (await engine.health(deadline_s=1)).state == "stopped"
+    assert (await engine.snapshot(deadline_s=1)).state == "stopped"
     with pytest.raises(ModelNotReadyError):
         await ask(engine, recipe, "hello")
 
@@ -402,23 +420,23 @@ async def test_an_engine_whose_arguments_are_refused_is_given_up(
     pool: Pool, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     settings = FakeEngineConfig.model_validate({"args": {"no-such-flag": "1"}, "queue_timeout_s": 30})
-    engine = VLLMEngine(pool, settings, run_dir=tmp_path / "run")
+    engine = build_vllm_engine(pool, settings, run_dir=tmp_path / "run")
     await engine.start()
     try:
         reason = "unrecognized arguments: --no-such-flag 1; mend it and start the server again"
         for _ in range(2):  # who waited when it was given up, and who comes later
             with pytest.raises(EngineError, match=reason):
                 await ask(engine, mixture(pool, 0.5), "hello")
-        health = await engine.health(deadline_s=1)
-        assert health.state == "failed"
-        assert health.detail["reason"].startswith(reason)
+        snapshot = await engine.snapshot(deadline_s=1)
+        assert snapshot.state == "failed"
+        assert snapshot.detail["reason"].startswith(reason)
         # the operator's log says more than what anybody may ask
-        assert "usage:" not in health.detail["reason"]
+        assert "usage:" not in snapshot.detail["reason"]
         assert "usage: python -m cocktail_serve.engines.vllm.fake" in caplog.text
         assert engine.stats.num_restarts == 0
     finally:
         await engine.stop()
-    assert (await engine.health(deadline_s=1)).state == "stopped"
+    assert (await engine.snapshot(deadline_s=1)).state == "stopped"
 
 
 @pytest.mark.parametrize("raised", ["ValueError('of the model')", "OSError('of the disk')"])
@@ -427,7 +445,7 @@ async def test_a_server_that_ends_the_same_way_at_every_start(
 ) -> None:
     """What lies in the model ends the engine at the third time; the machine may be well again at any other."""
     monkeypatch.setattr("cocktail_serve.engines.start_failures.BACKOFF_S", (0.01,))
-    engine = VLLMEngine(pool, FakeEngineConfig.model_validate({"queue_timeout_s": 30}), run_dir=tmp_path / "run")
+    engine = build_vllm_engine(pool, FakeEngineConfig.model_validate({"queue_timeout_s": 30}), run_dir=tmp_path / "run")
     command, env = engine._launcher.launch(tmp_path / "socket", "key")
     broken = [command[0], "-c", f"raise {raised}"]
     monkeypatch.setattr(engine._launcher, "launch", lambda socket, key: (broken, env))
@@ -440,7 +458,7 @@ async def test_a_server_that_ends_the_same_way_at_every_start(
             await ask(engine, mixture(pool, 0.5), "hello")
         if is_for_good:
             assert engine.stats.num_restarts == 2
-            assert (await engine.health(deadline_s=1)).state == "failed"
+            assert (await engine.snapshot(deadline_s=1)).state == "failed"
             return
         # the disk is back, and nobody had to do anything
         monkeypatch.setattr(engine._launcher, "launch", type(engine._launcher).launch.__get__(engine._launcher))
@@ -453,7 +471,7 @@ async def test_a_server_that_ends_the_same_way_at_every_start(
 def test_settings_of_ours_cannot_be_overridden(pool: Pool, tmp_path: Path) -> None:
     settings = FakeEngineConfig.model_validate({"env": {"VLLM_API_KEY": "mine"}})
     with pytest.raises(ConfigError, match="VLLM_API_KEY"):
-        VLLMEngine(pool, settings, run_dir=tmp_path)
+        build_vllm_engine(pool, settings, run_dir=tmp_path)
 
 
 async def test_messages_are_scored_through_the_pools_template(pool: Pool, tmp_path: Path, faults: Path) -> None:

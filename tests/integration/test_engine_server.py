@@ -239,14 +239,14 @@ async def test_an_owner_that_is_killed_takes_its_server_along(tmp_path: Path) ->
         import asyncio, os, sys
         from pathlib import Path
         from cocktail_serve.config import FakeEngineConfig
-        from cocktail_serve.engines.vllm.engine import VLLMEngine
+        from cocktail_serve.engines.vllm.build import build_vllm_engine
         from tests.fakes import make_fake_pool
 
         async def main():
             folder = Path(sys.argv[1])
-            engine = VLLMEngine(make_fake_pool(folder / "pool"), FakeEngineConfig(), run_dir=folder / "run")
+            engine = build_vllm_engine(make_fake_pool(folder / "pool"), FakeEngineConfig(), run_dir=folder / "run")
             await engine.start()
-            while (await engine.health(deadline_s=5)).state != "ready":
+            while (await engine.snapshot(deadline_s=5)).state != "ready":
                 await asyncio.sleep(0.05)
             print(engine._supervisor.server.pid, flush=True)
             await asyncio.sleep(600)

@@ -30,7 +30,7 @@ from cocktail_serve.database import tables
 from cocktail_serve.database.database import Database
 from cocktail_serve.engines.in_process.encoder_engine import EncoderEngine
 from cocktail_serve.engines.in_process.reranker_engine import RerankerEngine
-from cocktail_serve.engines.vllm.engine import VLLMEngine
+from cocktail_serve.engines.vllm.build import build_vllm_engine
 from cocktail_serve.errors import EngineError, ModelChangedError, NotFiniteError
 from cocktail_serve.examples import parse_examples
 from cocktail_serve.recipe import make_recipe, one_hot
@@ -149,15 +149,15 @@ async def test_no_server_of_a_decoder_is_started_on_a_base_that_was_replaced(tmp
     folders = make_decoder_pool(tmp_path / "pool", ("red",))
     config = PoolConfig.model_validate(pool_section("flan", "decoder", folders, {"type": "vllm"}))
     assert isinstance(config.engine, VLLMEngineConfig)
-    engine = VLLMEngine(open_pool(config, cache_dir=tmp_path / "cache"), config.engine, run_dir=tmp_path / "run")
+    engine = build_vllm_engine(open_pool(config, cache_dir=tmp_path / "cache"), config.engine, run_dir=tmp_path / "run")
     in_place(folders["base"], folders["red"])
     await engine.start()
     try:
         async with asyncio.timeout(30):
-            while (health := await engine.health(deadline_s=1)).state == "starting":  # noqa: ASYNC110  # only asked
+            while (snapshot := await engine.snapshot(deadline_s=1)).state == "starting":  # noqa: ASYNC110  # only asked
                 await asyncio.sleep(0.01)
-        assert health.state == "restarting"
-        assert "'base' are not what they were" in health.detail["reason"]
+        assert snapshot.state == "restarting"
+        assert "'base' are not what they were" in snapshot.detail["reason"]
         assert not (tmp_path / "run" / "flan.log").exists(), "nothing was started"
     finally:
         await engine.stop()

@@ -24,7 +24,7 @@ from cocktail_serve.config import FakeEngineConfig, PoolConfig
 from cocktail_serve.engines.in_process.encoder_engine import EncoderEngine
 from cocktail_serve.engines.in_process.encoder_model import Encoder
 from cocktail_serve.engines.vllm import scorer as decoder_scorer
-from cocktail_serve.engines.vllm.engine import VLLMEngine
+from cocktail_serve.engines.vllm.build import build_vllm_engine
 from cocktail_serve.errors import ConfigError, EngineError, ModelNotReadyError
 from cocktail_serve.examples import parse_examples
 from cocktail_serve.recipe import one_hot
@@ -79,7 +79,7 @@ async def test_a_tokenizer_that_was_not_there_is_loaded_when_it_is(
     pool = make_fake_pool(tmp_path / "pool")
     shutil.move(tmp_path / "pool", tmp_path / "away")
     (tmp_path / "pool").mkdir()
-    engine = VLLMEngine(pool, FakeEngineConfig.model_validate({"max_model_len": 256}), run_dir=tmp_path / "run")
+    engine = build_vllm_engine(pool, FakeEngineConfig.model_validate({"max_model_len": 256}), run_dir=tmp_path / "run")
     examples = parse_examples([{"input": "a", "output": "b"}], kind="decoder")
     await engine.start()
     try:
@@ -153,12 +153,12 @@ async def test_a_model_whose_loading_may_pass_is_loaded_in_the_end(
     async with started(engine):
         with pytest.raises(ModelNotReadyError, match="is restarting: it cannot be loaded"):
             await engine.embed(recipe, ["a dog"])
-        health = await engine.health(deadline_s=5)
-        assert (health.state, health.detail["reason"]) == ("restarting", "it cannot be loaded")
+        snapshot = await engine.snapshot(deadline_s=5)
+        assert (snapshot.state, snapshot.detail["reason"]) == ("restarting", "it cannot be loaded")
         await until(lambda: engine._state == "ready")
         assert len((await engine.embed(recipe, ["a dog"])).vectors) == 1
-        health = await engine.health(deadline_s=5)
-        assert (health.state, "reason" in health.detail, engine.stats.num_restarts) == ("ready", False, 2)
+        snapshot = await engine.snapshot(deadline_s=5)
+        assert (snapshot.state, "reason" in snapshot.detail, engine.stats.num_restarts) == ("ready", False, 2)
 
 
 async def test_a_model_that_can_never_be_loaded_says_what_clears_it(tmp_path: Path) -> None:
@@ -168,9 +168,9 @@ async def test_a_model_that_can_never_be_loaded_says_what_clears_it(tmp_path: Pa
     async with started(engine):
         with pytest.raises(EngineError, match=r"sentence-transformers cannot load .*; mend it and start the server"):
             await engine.embed(one_hot(engine.pool, "base", dtype="float32"), ["a dog"])
-        health = await engine.health(deadline_s=5)
-        assert health.state == "failed"
-        assert "`cocktail-serve doctor CONFIG`" in health.detail["reason"]
+        snapshot = await engine.snapshot(deadline_s=5)
+        assert snapshot.state == "failed"
+        assert "`cocktail-serve doctor CONFIG`" in snapshot.detail["reason"]
         assert engine.stats.num_restarts == 0
 
 
@@ -185,4 +185,4 @@ async def test_an_engine_stops_while_it_waits_to_load_again(tmp_path: Path, monk
         await until(lambda: engine._state == "restarting")
         begun = time.monotonic()
     assert time.monotonic() - begun < 10
-    assert (await engine.health(deadline_s=1)).state == "stopped"
+    assert (await engine.snapshot(deadline_s=1)).state == "stopped"

@@ -183,9 +183,9 @@ class TestEqualsCrossEncoder:
 
             async with asyncio.timeout(120):
                 await asyncio.gather(*(caller() for _ in range(24)))
-            health = await engine.health(deadline_s=10)
+            snapshot = await engine.snapshot(deadline_s=10)
             assert engine.stats.num_swaps_by_source["files"] > len(mixtures)  # room for two of the three
-        assert (health.state, health.queued) == ("ready", 0)
+        assert (snapshot.state, snapshot.num_queued) == ("ready", 0)
 
 
 class TestScoring:

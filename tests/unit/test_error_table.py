@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import orjson
 import pytest
@@ -68,13 +69,13 @@ def test_clients_are_told_what_not_to_retry() -> None:
     assert "x-should-retry" not in error_response(EngineError("x")).headers
 
 
+def openapi_document(base: Path) -> dict[str, Any]:
+    pool = {"id": "flan", "kind": "decoder", "base": str(base), "engine": {"type": "fake"}}
+    return create_app(Settings.model_validate({"pools": [pool]})).openapi()
+
+
 def test_every_status_is_documented(tmp_path: Path) -> None:
-    app = create_app(
-        Settings.model_validate(
-            {"pools": [{"id": "flan", "kind": "decoder", "base": str(tmp_path), "engine": {"type": "fake"}}]}
-        )
-    )
-    document = app.openapi()
+    document = openapi_document(tmp_path)
     documented = {
         int(status)
         for operations in document["paths"].values()
@@ -91,3 +92,10 @@ def test_every_status_is_documented(tmp_path: Path) -> None:
                 assert {"400", "401", "500"} <= set(operation["responses"])
     references = orjson.dumps(document).decode().split('"#/components/schemas/')[1:]
     assert {reference.partition('"')[0] for reference in references} <= set(document["components"]["schemas"])
+
+
+def test_schemas_have_names_of_their_own(tmp_path: Path) -> None:
+    """Two classes of one name would be told apart by the path of their module, which generated clients then show."""
+    names = openapi_document(tmp_path)["components"]["schemas"]
+    assert {"RecipeView", "EngineRecipeView", "JobEventView", "AuditEventView"} <= names.keys()
+    assert not [name for name in names if "__" in name]

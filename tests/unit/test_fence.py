@@ -86,6 +86,50 @@ async def test_who_may_enter_an_open_fence(managed: bool, recipe: str | None, st
         assert header(start, "content-length") == str(len(body["body"]))
 
 
+@pytest.mark.parametrize("managed", [True, False])
+@pytest.mark.parametrize(
+    ("recipe", "status"), [(A, 200), (B, 200), ("c" * 64, 409), ("a", 409), ("", 409), (None, 409)]
+)
+async def test_who_may_enter_a_fence_of_several_recipes(managed: bool, recipe: str | None, status: int) -> None:
+    """Whoever names none is nobody's: there is no recipe that it could mean."""
+    app, fence = App(), Fence(managed=managed)
+    fence.open(A, B)
+    start, body = await call(FenceMiddleware(app, fence), scope_of(recipe=recipe))
+    assert start["status"] == status
+    assert bool(app.paths) == (status == 200)
+    if status == 200:
+        assert header(start, "x-cocktail-recipe") == recipe
+    else:
+        answer = json.loads(body["body"])
+        assert (answer["error"]["code"], answer["resident"]) == ("recipe_not_resident", None)
+
+
+async def test_recipes_side_by_side_are_counted_together() -> None:
+    app, fence = App(), Fence()
+    fence.open(A, B)
+    app.finish.clear()
+    requests = [asyncio.create_task(call(FenceMiddleware(app, fence), scope_of(recipe=recipe))) for recipe in (A, B)]
+    await asyncio.sleep(0)
+    assert fence.in_flight == 2
+    fence.close()
+    assert fence.resident is None
+    assert not await fence.drained(0)
+    fence.open(B)
+    app.finish.set()
+    assert [header(start, "x-cocktail-recipe") for start, _ in await asyncio.gather(*requests)] == [A, B]
+    start, _ = await call(FenceMiddleware(app, fence), scope_of(recipe=A))
+    assert start["status"] == 409
+    assert fence.resident == B
+
+
+def test_a_poisoned_fence_serves_nothing() -> None:
+    fence = Fence()
+    fence.open(A, B)
+    fence.poison("a mix failed")
+    fence.open(A)
+    assert (list(fence.serves), fence.resident) == ([], None)
+
+
 async def test_two_recipe_headers_are_one_wrong_one() -> None:
     scope = scope_of(recipe=A)
     scope["headers"].append((b"x-cocktail-recipe", B.encode()))

@@ -6,10 +6,11 @@ import ast
 from collections import defaultdict
 from collections.abc import Iterator
 from functools import cache
-from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
+
+from bench.structure import imports, ring_in
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "cocktail_serve"
@@ -21,6 +22,7 @@ NOUNS = {"errors", "digest", "dtypes", "ids", "kept_text", "pool", "methods", "r
     "chat_rows",
     "generation",
     "loading",
+    "library_process",
 }
 """Modules that import nothing but each other."""
 
@@ -32,7 +34,7 @@ BELOW: dict[str, set[str]] = {
     **dict.fromkeys(NOUNS, NOUNS),
     "merging": NOUNS,
     "weighting": NOUNS,
-    "scoring": NOUNS,
+    "scoring": NOUNS | {"checkpoints"},
     "config": NOUNS,
     "checkpoints": NOUNS | {"config", "merging"},
     "database": {"errors"},
@@ -58,16 +60,6 @@ AT_HOME: dict[str, set[str]] = {
     "typer": {"cli"},
 }
 """Where a framework may be imported."""
-
-
-def imports(source: str) -> Iterator[str]:
-    """All that a module imports, inside functions and for type checkers too; `from a import b` as `a.b`."""
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            assert node.module is not None, "imports are absolute"
-            yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
 @cache
@@ -107,16 +99,6 @@ def test_a_package_imports_only_what_lies_below_it(package: str) -> None:
     assert not wrong
 
 
-def first_ring(arrows: dict[str, set[str]]) -> list[str]:
-    """Packages that import each other in a ring, the first named again at the end; empty if there is none."""
-    try:
-        TopologicalSorter(arrows).prepare()
-    except CycleError as error:
-        ring: list[str] = error.args[1]
-        return ring
-    return []
-
-
 def test_no_packages_import_each_other_in_a_ring() -> None:
     """Of what is imported, not of what the table allows: a ring goes unseen in either package alone."""
     modules = {path.stem for path in PACKAGE.glob("*.py")} - {"__init__"}
@@ -126,7 +108,7 @@ def test_no_packages_import_each_other_in_a_ring() -> None:
             targets = inner[:1] if root == PACKAGE.name else [root] if root == PLUGIN.name else []
             arrows[package] |= set(targets) - {package}
     assert arrows["gateway"] >= {"cocktails", "engines"}
-    assert not first_ring(arrows)
+    assert not ring_in(arrows)
 
 
 WINGS = {
@@ -156,7 +138,7 @@ def test_the_ground_of_engines_knows_no_wing() -> None:
 
 
 def test_a_ring_is_found() -> None:
-    assert set(first_ring({"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": {"a"}})) == {"a", "b", "c"}
+    assert set(ring_in({"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": {"a"}})) == {"a", "b", "c"}
 
 
 @pytest.mark.parametrize("framework", AT_HOME)

@@ -12,6 +12,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from platformdirs import user_cache_path
+
 from cocktail_serve.cli.doctor.finding import Check, tried
 from cocktail_serve.cli.doctor.pools import check_pool
 from cocktail_serve.config import Settings, load_settings
@@ -123,22 +125,37 @@ def _check_root(root: Path) -> Check:
 def _check_registry(settings: Settings, pools: dict[str, Pool]) -> list[Check]:
     """Whether the database can be used, and the experts that were added while a server ran. Makes no database."""
     from cocktail_serve.database.database import Database
+    from cocktail_serve.database.registry_file import registry_url
 
     name = "registry"
     try:
-        database = Database(settings.store.database_url)
-        if database.is_sqlite and not Path(str(database.url.database)).exists():
-            return [Check(name, "ok", "not there yet: made at the first start")]
-        left_out = asyncio.run(_added_but_left_out(database, settings, pools))
+        with registry_url(settings.store, may_move=False) as url:
+            database = Database(url)
+            where = str(url.database) if database.is_sqlite else url.render_as_string(hide_password=True)
+            if database.is_sqlite and not Path(where).exists():
+                return [Check(name, "ok", f"not there yet: made at the first start, in {where}")]
+            left_out = asyncio.run(_added_but_left_out(database, settings, pools))
     except CocktailError as error:
         if error.code == "registry_outdated":
             return [Check(name, "warning", error.message, "nothing, once servers of the earlier release have ended")]
         return [Check(name, "problem", error.message)]
     fix = "DELETE it under /admin/pools/{id}/experts, or put its folder back"
     return [
-        Check(name, "ok", "reachable, and its tables are this release's"),
+        Check(name, "ok", f"{where}: reachable, and its tables are this release's"),
+        *_registry_in_cache(settings, where),
         *(Check(f"expert {model}", "problem", why, fix) for model, why in left_out.items()),
     ]
+
+
+def _registry_in_cache(settings: Settings, where: str) -> Iterator[Check]:
+    """A registry that may be cleared away as a cache."""
+    name = "registry's place"
+    if where == str(settings.store.former_registry_path):
+        place = settings.store.registry_path
+        yield Check(name, "warning", f"a cache, which may be cleared; the next start moves it to {place}")
+    elif Path(where).is_relative_to(user_cache_path()):
+        fix = "end the server, move the file with those beside it, and name it in store.url"
+        yield Check(name, "warning", f"{where} lies in a cache, which may be cleared", fix)
 
 
 async def _added_but_left_out(database: Database, settings: Settings, pools: dict[str, Pool]) -> Mapping[str, str]:

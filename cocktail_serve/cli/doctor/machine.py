@@ -11,20 +11,24 @@ from cocktail_serve.cli.doctor.finding import Check
 
 
 def check_machine() -> Iterator[Check]:
-    import torch
-
-    if torch.cuda.is_available():
-        for index in range(torch.cuda.device_count()):
-            properties = torch.cuda.get_device_properties(index)
-            yield Check(
-                "gpu", "ok", f"{properties.name}, {properties.total_memory / 1e9:.0f} GB, CUDA {torch.version.cuda}"
-            )
-    else:
-        yield _check_cpu()
+    gpus = list(_gpus())
+    yield from gpus or [_check_cpu()]
     import psutil
 
     memory = psutil.virtual_memory()
     yield Check("memory", "ok", f"{memory.available / 1e9:.1f} of {memory.total / 1e9:.1f} GB available")
+
+
+def _gpus() -> Iterator[Check]:
+    try:
+        import torch
+    except ModuleNotFoundError:
+        return  # what would compute on one is not installed either
+    for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
+        properties = torch.cuda.get_device_properties(index)
+        yield Check(
+            "gpu", "ok", f"{properties.name}, {properties.total_memory / 1e9:.0f} GB, CUDA {torch.version.cuda}"
+        )
 
 
 def _check_cpu() -> Check:

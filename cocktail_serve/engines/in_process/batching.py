@@ -17,7 +17,7 @@ from typing import Any, Generic, TypeVar
 
 import numpy as np
 
-from cocktail_serve.engines.fairness import Accounts
+from cocktail_serve.engines.fairness import MAX_KEPT, Accounts
 
 MAX_WINDOW = 256
 """Inputs looked at when a batch is formed: enough to find company of like length, few enough to sort in no time."""
@@ -183,6 +183,7 @@ class _Lane(Generic[J]):
         self._limits = limits
         self._contended_limits = replace(limits, max_tokens=max(1, limits.max_tokens // CONTENDED_SHARE))
         self._accounts = Accounts()
+        self._served_at: dict[str, float] = {}  # when a pass of a tenant last began or ended; a second at least
         self._turns: dict[str, OrderedDict[Hashable, deque[J]]] = {}
 
     def add(self, job: J) -> None:
@@ -218,9 +219,9 @@ class _Lane(Generic[J]):
             return 0.0
         least = min(self._accounts.of(name, now).recent(now) for name in waiting)
         left_s = 0.0
-        for name, account in self._accounts.items():
-            kept_s = HOLD_S if name in overtaking else account.left_at + HOLD_S - now
-            if kept_s > left_s and name not in computed and account.recent(now) < least:
+        for name, served_at in self._served_at.items():
+            kept_s = HOLD_S if name in overtaking else served_at + HOLD_S - now
+            if kept_s > left_s and name not in computed and self._accounts.of(name, now).recent(now) < least:
                 left_s = kept_s
         return left_s
 
@@ -228,7 +229,7 @@ class _Lane(Generic[J]):
         """A pass has ended."""
         now = time.monotonic()
         for job in batch.jobs:
-            self._accounts.of(job.tenant, now).left_at = now
+            self._note_served(job.tenant, now)
 
     def next_batch(self) -> Batch[J] | None:
         """The next pass, filled up with inputs of all tenants."""
@@ -278,8 +279,13 @@ class _Lane(Generic[J]):
 
     def _is_contended(self, now: float) -> bool:
         """Whether several tenants have been served lately, or wait."""
-        others = sum(now - account.left_at < CONTENDED_S for account in self._accounts)
+        others = sum(now - served_at < CONTENDED_S for served_at in self._served_at.values())
         return others > 1 or len(self._turns) > 1
+
+    def _note_served(self, tenant: str, now: float) -> None:
+        if tenant not in self._served_at and len(self._served_at) >= MAX_KEPT:
+            self._served_at = {name: at for name, at in self._served_at.items() if now - at < CONTENDED_S}
+        self._served_at[tenant] = now
 
     def _form(self, key: Hashable, jobs: Sequence[J], limits: PassLimits, now: float) -> Batch[J]:
         """The pass that holds the longest input of the first job, filled up with inputs of like length."""
@@ -305,9 +311,9 @@ class _Lane(Generic[J]):
             chosen.setdefault(job, []).append(index)
         for job, indices in chosen.items():
             job.started_at = job.started_at or now
-            account = self._accounts.of(job.tenant, now)
-            account.charge(sum(len(job.token_ids[index]) for index in indices), now)
-            account.left_at = now
+            num_tokens = sum(len(job.token_ids[index]) for index in indices)
+            self._accounts.of(job.tenant, now).charge(num_tokens, now)
+            self._note_served(job.tenant, now)
             taken = set(indices)
             # A pass takes from the window only, so only the head of a long list has to be gone through.
             job.pending[:MAX_WINDOW] = [index for index in job.pending[:MAX_WINDOW] if index not in taken]

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import cast
+from typing import ClassVar, Literal, cast
 
 import numpy as np
 
@@ -63,6 +63,7 @@ class EmbeddingRequest(ModelRequest[Encoder]):
 class EncoderEngine(SentenceTransformersEngine[Encoder]):
     """An `EmbeddingEngine`."""
 
+    kind: ClassVar[Literal["encoder"]] = "encoder"
     _model_class = Encoder
 
     @property

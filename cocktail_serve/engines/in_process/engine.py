@@ -19,13 +19,13 @@ import numpy as np
 import torch
 
 from cocktail_serve.config import PoolConfig, SentenceTransformersEngineConfig
-from cocktail_serve.engines.base import EngineHealth, EngineState
 from cocktail_serve.engines.effort import spend
 from cocktail_serve.engines.in_process.batching import PassLimits
 from cocktail_serve.engines.in_process.parameter_cache import Mixture, ParameterCache, Params
 from cocktail_serve.engines.in_process.pipeline import ModelRequest, Pipeline, give_way
 from cocktail_serve.engines.in_process.swappable import SwappableModel
 from cocktail_serve.engines.occupancy import OPERATOR_RETRY_S, Occupancy
+from cocktail_serve.engines.snapshot import EngineSnapshot, EngineState
 from cocktail_serve.engines.start_failures import REMEDY
 from cocktail_serve.engines.stats import EngineStats
 from cocktail_serve.errors import (
@@ -143,8 +143,9 @@ class SentenceTransformersEngine(Generic[M]):
             await self._cache.close()
             self._model = None
 
-    async def health(self, *, deadline_s: float) -> EngineHealth:
-        state, detail = self._state, {"device": str(self._device)}
+    async def snapshot(self, *, deadline_s: float) -> EngineSnapshot:
+        state: EngineState = self._state
+        detail: dict[str, Any] = {"device": str(self._device)}
         if self._failure is not None:
             detail["reason"] = f"{self._failure}; {REMEDY}" if state == "failed" else str(self._failure)
         elif state == "ready":
@@ -152,11 +153,15 @@ class SentenceTransformersEngine(Generic[M]):
             _, missing = await asyncio.wait(map(asyncio.wrap_future, answers), timeout=deadline_s)
             if missing or any(answer.cancelled() for answer in answers):
                 state, detail["reason"] = "failed", f"a model's thread did not answer within {deadline_s:g} s"
-        cached = {"cached": self._cache.digests, "cached_bytes": self._cache.num_bytes} if self._model else {}
-        return EngineHealth(state, queued=self._num_waiting, detail=detail | cached)
-
-    def occupancy(self) -> Occupancy:
-        return Occupancy(phase=None, num_in_flight=self._num_requests, is_drained=self._is_drained)
+        if self._model is not None:
+            detail |= {"cached": self._cache.digests, "cached_bytes": self._cache.num_bytes}
+        return EngineSnapshot(
+            state,
+            num_queued=self._num_waiting,
+            detail=detail,
+            occupancy=Occupancy(phase=None, num_in_flight=self._num_requests, is_drained=self._is_drained),
+            counters=self.stats.copy(),
+        )
 
     def drain(self, is_drained: bool) -> None:
         self._is_drained = is_drained

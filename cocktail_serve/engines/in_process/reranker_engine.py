@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import numpy as np
 
@@ -66,6 +66,7 @@ class RerankingRequest(ModelRequest[Reranker]):
 class RerankerEngine(SentenceTransformersEngine[Reranker]):
     """A `RerankingEngine`."""
 
+    kind: ClassVar[Literal["reranker"]] = "reranker"
     _model_class = Reranker
 
     def _check_model(self, reranker: Reranker) -> None:

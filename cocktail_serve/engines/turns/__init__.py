@@ -1,1 +1,1 @@
-"""Whose turn it is on an engine that holds one recipe at a time."""
+"""Who may use an engine, and when: turns, slots, and what the operator has laid on it."""

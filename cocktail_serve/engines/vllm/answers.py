@@ -5,11 +5,10 @@ from __future__ import annotations
 import contextlib
 from collections.abc import AsyncIterator
 
-import orjson
-
 from cocktail_serve.engines.turns.lease import Lease
 from cocktail_serve.engines.vllm.connections import Answer
-from cocktail_serve.errors import CocktailError, EngineError, InvalidRequestError
+from cocktail_serve.engines.vllm.errors import engine_error, is_error
+from cocktail_serve.errors import EngineError
 
 _FINISHED = b'"finish_reason":"'
 _ABORTED = b'"finish_reason":"abort"'
@@ -33,8 +32,8 @@ async def iter_events(answer: Answer, lease: Lease) -> AsyncIterator[bytes]:
     `[DONE]` alone is no success: vLLM sends it after an error too.
 
     Raises:
-        EngineError: an error event, or an end before the answer was finished.
-        InvalidRequestError: the engine found a fault in the request after it had begun to answer.
+        CocktailError: an error event; see `engine_error`.
+        EngineError: an end before the answer was finished.
         DrainedError: the lease was ended.
     """
     is_finished = False
@@ -54,8 +53,8 @@ async def iter_events(answer: Answer, lease: Lease) -> AsyncIterator[bytes]:
                         await answer.read()  # the end of the body, so that the connection can be used again
                     lease.release()
                     return
-                if payload.startswith(b'{"error"'):
-                    raise _stream_error(payload)
+                if is_error(payload):
+                    raise engine_error(500, payload)  # the stream's own status says nothing
                 if _ABORTED in payload:
                     raise lease.error or EngineError("the engine aborted the request")
                 is_finished = is_finished or _FINISHED in payload
@@ -63,23 +62,3 @@ async def iter_events(answer: Answer, lease: Lease) -> AsyncIterator[bytes]:
     except OSError as error:
         raise lease.error or EngineError(f"the engine's stream broke off: {error!r}") from error
     raise lease.error or EngineError("the engine's stream ended before its answer was finished")
-
-
-def error_message(content: bytes) -> str:
-    """The message of an OpenAI-shaped error, or what there is of it."""
-    try:
-        error = orjson.loads(content)["error"]
-        return str(error["message"] if isinstance(error, dict) else error)
-    except (orjson.JSONDecodeError, KeyError, TypeError):
-        return content[:200].decode(errors="replace")
-
-
-def _stream_error(payload: bytes) -> CocktailError:
-    message = error_message(payload)
-    try:
-        code = orjson.loads(payload)["error"]["code"]
-    except (orjson.JSONDecodeError, KeyError, TypeError):
-        code = None
-    if isinstance(code, int) and 400 <= code < 500:
-        return InvalidRequestError(message)
-    return EngineError(f"the engine failed: {message}")

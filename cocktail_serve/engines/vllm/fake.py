@@ -7,7 +7,8 @@ it gets the order of mixes and requests right. Answers are pure functions of the
 starts in about a second.
 
 Faults come from files: with `--faults FOLDER`, a file of a fault's name in that folder happens once, to the next
-request that it concerns, and is removed.
+request that it concerns, and is removed. Those that say so read from the file the status and the message of the error
+that they answer, as in `501 not built in`; 500 where it is empty.
 """
 
 from __future__ import annotations
@@ -36,20 +37,25 @@ from starlette.routing import Route
 
 from cocktail_serve.errors import CocktailError, InvalidMixError
 from cocktail_serve.recipe import Recipe
-from vllm_cocktail.fence import ASGIApp, Fence, FenceMiddleware, Receive, Scope, Send
+from vllm_cocktail.fence import RECIPE_HEADER, ASGIApp, Fence, FenceMiddleware, Receive, Scope, Send
 from vllm_cocktail.lifetime import die_with_owner
 from vllm_cocktail.manifest import Manifest
 
 Fault = Literal[
+    "answer_error",  # the next completion is answered with the error in the file
     "die",  # the process ends by SIGKILL at the next completion
     "hang",  # the next status is never answered
     "mix_busy",  # the next mix is refused as busy, nothing changed
     "mix_failed",  # the next mix fails half-way and poisons the engine
     "mix_hang",  # the next mix never ends
     "mix_invalid",  # the next recipe is refused, nothing changed
+    "score_error",  # the next scoring request is answered with the error in the file
+    "score_overflow",  # the losses of the next scoring request are not finite
     "stream_cut",  # the next stream ends in the middle
-    "stream_error",  # the next stream ends with an error event and [DONE], as vLLM's when its core dies
+    "stream_error",  # the next stream ends with the error in the file as an event and [DONE], as vLLM's
 ]
+
+Holds = Literal["one", "all"]
 
 WORDS = (
     "amber basil clove dill elder fennel ginger hyssop iris juniper kaffir lemon mint nutmeg orange pepper "
@@ -100,6 +106,7 @@ class FakeServer:
         manifest: what the plugin is given: which recipes can be mixed, and which is resident at the start.
         token_delay_s: time between two words.
         mix_s: time that one mix takes.
+        holds: `one` recipe, which the next mix replaces, as the plugin does; or `all` that were mixed, side by side.
         faults: folder of fault files.
     """
 
@@ -112,6 +119,7 @@ class FakeServer:
         token_delay_s: float = 0.0,
         score_s: float = 0.0,
         mix_s: float = 0.0,
+        holds: Holds = "one",
         faults: Path | None = None,
     ) -> None:
         self._manifest = manifest
@@ -120,6 +128,7 @@ class FakeServer:
         self._token_delay_s = token_delay_s
         self._score_s = score_s
         self._mix_s = mix_s
+        self._holds = holds
         self._faults = faults
         self._mix_lock = asyncio.Lock()
         self._cached: list[str] = []
@@ -176,15 +185,16 @@ class FakeServer:
             return _error(400, "invalid_recipe", error.message)
         async with self._mix_lock:
             started = time.perf_counter()
-            if recipe.digest == self.fence.resident and self.fence.state == "open":
+            if recipe.digest in self.fence.serves and self.fence.state == "open":
                 return _json({"resident": recipe.digest, "seconds": 0.0, "source": "resident"})
             if self.fence.state == "poisoned":
                 return _error(500, "mix_failed", "the engine is poisoned")
-            before = self.fence.resident or ""
-            self.fence.close()
-            if self._strikes("mix_busy") or not await self.fence.drained(body.get("drain_s", 30.0)):
-                self.fence.open(before)
-                return _error(409, "busy", f"{self.fence.in_flight} requests are in flight")
+            before = self.fence.serves
+            if self._holds == "one":
+                self.fence.close()
+                if self._strikes("mix_busy") or not await self.fence.drained(body.get("drain_s", 30.0)):
+                    self.fence.open(*before)
+                    return _error(409, "busy", f"{self.fence.in_flight} requests are in flight")
             await asyncio.sleep(self._mix_s)
             if self._strikes("mix_hang"):
                 await asyncio.Event().wait()
@@ -194,7 +204,7 @@ class FakeServer:
             source = "cache" if recipe.digest in self._cached else "files"
             if source == "files":
                 self._cached.append(recipe.digest)
-            self.fence.open(recipe.digest)
+            self.fence.open(recipe.digest, *(before if self._holds == "all" else ()))
             return _json(
                 {"resident": recipe.digest, "seconds": time.perf_counter() - started, "source": source},
             )
@@ -202,7 +212,11 @@ class FakeServer:
     async def _score(self, request: Request) -> Response:
         examples = orjson.loads(await request.body())["examples"]
         await asyncio.sleep(self._score_s)
-        digest = self.fence.resident or ""
+        if (error := self._struck("score_error")) is not None:
+            return _vllm_error(error)
+        if self._strikes("score_overflow"):
+            return _json({"losses": [None for _ in examples]})
+        digest = self._recipe_of(request)
         return _json({"losses": [fake_loss(digest, e["token_ids"], e["output_start"]) for e in examples]})
 
     async def _forget(self, request: Request) -> Response:
@@ -217,18 +231,24 @@ class FakeServer:
         if not isinstance(messages, list) or not messages or not all(isinstance(each, dict) for each in messages):
             return _error(400, "invalid_request", "messages: a list with at least one message is needed")
         prompt = "\n".join(f"{message.get('role')}: {_text_of(message.get('content'))}" for message in messages)
-        return await self._answer(_ChatShape(self._name), prompt, body)
+        return await self._answer(_ChatShape(self._name), prompt, body, self._recipe_of(request))
 
     async def _completions(self, request: Request) -> Response:
         body = orjson.loads(await request.body())
         if not isinstance(body.get("prompt"), str):
             return _error(400, "invalid_request", "prompt: a string is needed")
-        return await self._answer(_CompletionShape(self._name), body["prompt"], body)
+        return await self._answer(_CompletionShape(self._name), body["prompt"], body, self._recipe_of(request))
 
-    async def _answer(self, shape: _Shape, prompt: str, body: Mapping[str, Any]) -> Response:
+    def _recipe_of(self, request: Request) -> str:
+        """Which recipe answers: the resident one, whatever was asked for; the one that was asked for where several are
+        held."""
+        return self.fence.resident or request.headers[RECIPE_HEADER]
+
+    async def _answer(self, shape: _Shape, prompt: str, body: Mapping[str, Any], digest: str) -> Response:
         if self._strikes("die"):
             os.kill(os.getpid(), signal.SIGKILL)
-        digest = self.fence.resident or ""
+        if (error := self._struck("answer_error")) is not None:
+            return _vllm_error(error)
         num_tokens = body.get("max_completion_tokens") or body.get("max_tokens") or DEFAULT_MAX_TOKENS
         num_choices = body.get("n") or 1
         # as vLLM does; an engine that tried would never come back from a billion choices
@@ -255,13 +275,12 @@ class FakeServer:
     async def _events(
         self, shape: _Shape, answers: Sequence[Iterator[str]], num_tokens: int, usage: Mapping[str, int] | None
     ) -> AsyncIterator[bytes]:
-        fails, is_cut = self._strikes("stream_error"), self._strikes("stream_cut")
+        error, is_cut = self._struck("stream_error"), self._strikes("stream_cut")
         for position in range(num_tokens):
             if position == num_tokens // 2:
-                if fails:
-                    yield _event({"error": {"message": "EngineCore died", "type": "InternalServerError", "code": 500}})
-                    yield b"data: [DONE]\n\n"
-                if fails or is_cut:
+                if error is not None:
+                    yield b"data: %b\n\ndata: [DONE]\n\n" % bytes(_vllm_error(error).body)
+                if error is not None or is_cut:
                     return
             if self._token_delay_s:
                 await asyncio.sleep(self._token_delay_s)
@@ -284,13 +303,19 @@ class FakeServer:
             raise InvalidMixError(f"the engine's dtype is {self._manifest.dtype}, the recipe's {recipe.dtype}")
 
     def _strikes(self, fault: Fault) -> bool:
+        return self._struck(fault) is not None
+
+    def _struck(self, fault: Fault) -> str | None:
+        """What the file of a fault says, where there is one."""
         if self._faults is None:
-            return False
+            return None
+        path = self._faults / fault
         try:
-            (self._faults / fault).unlink()
+            text = path.read_text()
+            path.unlink()
         except FileNotFoundError:
-            return False
-        return True
+            return None
+        return text
 
 
 def usage_of(num_in: int, num_out: int) -> dict[str, int]:
@@ -396,6 +421,14 @@ def _error(status: int, code: str, message: str) -> Response:
     return _json({"error": {"message": message, "type": "error", "param": None, "code": code}}, status)
 
 
+def _vllm_error(text: str) -> Response:
+    """An error as vLLM answers it: its `code` is the status as a number."""
+    status, _, message = text.partition(" ")
+    code = int(status or 500)
+    detail = {"message": message or "EngineCore died", "type": "InternalServerError", "param": None, "code": code}
+    return _json({"error": detail}, code)
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs the server until it is told to stop, or its owner dies."""
     import uvicorn
@@ -409,6 +442,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--token-delay-ms", type=float, default=0.0, help="time between two words")
     parser.add_argument("--score-ms", type=float, default=0.0, help="time that one scoring request takes")
     parser.add_argument("--mix-ms", type=float, default=0.0, help="time that one mix takes")
+    parser.add_argument("--holds", choices=["one", "all"], default="one", help="recipes at a time, of those mixed")
     parser.add_argument("--faults", type=Path, help="folder of fault files")
     parser.add_argument("--chat-template", help="vLLM's; nothing is rendered here")
     arguments = parser.parse_args(argv)
@@ -420,6 +454,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         token_delay_s=arguments.token_delay_ms / 1000,
         score_s=arguments.score_ms / 1000,
         mix_s=arguments.mix_ms / 1000,
+        holds=arguments.holds,
         faults=arguments.faults,
     )
     app = server.app(api_key=os.environ.get("VLLM_API_KEY"))

@@ -25,12 +25,10 @@ class BodyWriter:
     """Writes the bodies for one engine.
 
     Args:
-        served_model_name: what the engine's server calls its model, whichever recipe is resident.
         own: what the server itself takes where a body does not say: that of the base, which it was started with.
     """
 
-    def __init__(self, served_model_name: str, *, own: GenerationSettings = NO_SETTINGS) -> None:
-        self._served_model_name = served_model_name
+    def __init__(self, *, own: GenerationSettings = NO_SETTINGS) -> None:
         self._own = own
         self._salt_key = secrets.token_bytes(32)
 
@@ -77,14 +75,18 @@ class BodyWriter:
                 more[MAX_TOKENS] = min(bounds)
         return more
 
-    def write(self, body: Mapping[str, Any], recipe: Recipe, *, tenant: str) -> bytes:
+    def write(self, body: Mapping[str, Any], recipe: Recipe, *, tenant: str, fields: Mapping[str, Any]) -> bytes:
         """An OpenAI body (already under the field policy) in JSON.
+
+        Args:
+            fields: what it says so that the recipe answers it, in place of what it said: the server's name for the
+                model at least.
 
         Raises:
             InvalidRequestError: an integer beyond 64 bits, or text that is no Unicode.
         """
         salt = self.cache_salt(tenant, recipe, body.get("cache_salt"))
-        return _dump({**body, "model": self._served_model_name, "cache_salt": salt})
+        return _dump({**body, **fields, "cache_salt": salt})
 
     def cache_salt(self, tenant: str, recipe: Recipe, client_salt: Any) -> str:
         """What keeps KV blocks of tenants and recipes apart: part of every block's hash inside the engine."""

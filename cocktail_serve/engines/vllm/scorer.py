@@ -9,24 +9,21 @@ import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import TYPE_CHECKING
-
-import orjson
+from pathlib import Path
 
 from cocktail_serve.engines.effort import spend
 from cocktail_serve.engines.turns.lease import Lease
-from cocktail_serve.engines.vllm.answers import error_message
+from cocktail_serve.engines.vllm.errors import engine_error
 from cocktail_serve.engines.vllm.supervisor import Supervisor
-from cocktail_serve.errors import DrainedError, EngineError, ModelNotReadyError
+from cocktail_serve.errors import DrainedError, ModelNotReadyError
 from cocktail_serve.examples import ExampleSet
+from cocktail_serve.library_process import LibraryProcess
 from cocktail_serve.pool import Pool
 from cocktail_serve.recipe import Recipe
+from cocktail_serve.scoring.exported_tokenizer import ExampleTokenizer
+from cocktail_serve.scoring.kept_tokenizer import open_tokenizer, prepare_tokenizer
 from cocktail_serve.scoring.text import TokenizedExample, tokenize_examples
-from cocktail_serve.scoring.tokenizer import load_fast_tokenizer
 from vllm_cocktail.fence import RECIPE_HEADER
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
 
 SCORE_TOKENS = 4096
 """Tokens of one scoring request; between two the turn may be given up."""
@@ -45,38 +42,51 @@ class DecoderScorer:
         pool: its base's tokenizer is used, and its chat template.
         supervisor: keeps the server that computes.
         turn: waits for a recipe's turn, in the background.
+        kept: folder of the tokenizers as they are kept.
     """
 
-    def __init__(self, pool: Pool, supervisor: Supervisor, *, turn: Callable[[Recipe], Awaitable[Lease]]) -> None:
+    def __init__(
+        self, pool: Pool, supervisor: Supervisor, *, turn: Callable[[Recipe], Awaitable[Lease]], kept: Path
+    ) -> None:
         self._pool_id = pool.id
         self._folder = pool.base.path
         self._chat_template = pool.chat_template
         self._supervisor = supervisor
         self._turn = turn
+        self._kept = kept
+        self._libraries = LibraryProcess()
         self._executor = ThreadPoolExecutor(1, thread_name_prefix=f"tokenizer-{pool.id}")
-        self._tokenizer: asyncio.Future[PreTrainedTokenizerFast] | None = None
+        self._tokenizer: asyncio.Future[ExampleTokenizer] | None = None
         self._tried_at = 0.0
 
-    def load_tokenizer(self) -> asyncio.Future[PreTrainedTokenizerFast]:
+    def prepare_tokenizer(self) -> None:
+        """Begins to make the tokenizer ready to be loaded, which is done when it is needed: a large one takes memory.
+
+        A failure is raised where the tokenizer is needed; a pool may serve without.
+        """
+        self._executor.submit(prepare_tokenizer, self._folder, kept=self._kept, libraries=self._libraries)
+
+    def _load_tokenizer(self) -> asyncio.Future[ExampleTokenizer]:
         """Begins to load the tokenizer, unless that has begun; the future fails with ConfigError where there is none.
 
-        A failure is raised where the tokenizer is needed; a pool may serve without. It is not kept for good: who needs
-        the tokenizer `TOKENIZER_RETRY_S` later has it loaded again.
+        A failure is not kept for good: who needs the tokenizer `TOKENIZER_RETRY_S` later has it loaded again.
         """
         if self._tokenizer is None or self._has_failed(self._tokenizer):
             self._tried_at = time.monotonic()
             loop = asyncio.get_running_loop()
-            self._tokenizer = loop.run_in_executor(self._executor, load_fast_tokenizer, self._folder)
+            load = partial(open_tokenizer, self._folder, kept=self._kept, libraries=self._libraries)
+            self._tokenizer = loop.run_in_executor(self._executor, load)
             self._tokenizer.add_done_callback(lambda future: future.cancelled() or future.exception())
         return self._tokenizer
 
-    def _has_failed(self, loading: asyncio.Future[PreTrainedTokenizerFast]) -> bool:
+    def _has_failed(self, loading: asyncio.Future[ExampleTokenizer]) -> bool:
         is_over = loading.done() and (loading.cancelled() or loading.exception() is not None)
         return is_over and time.monotonic() - self._tried_at >= TOKENIZER_RETRY_S
 
     def close(self) -> None:
         """Ends the tokenizer's thread. May be called twice."""
         self._executor.shutdown(wait=False, cancel_futures=True)
+        self._libraries.close()
 
     async def tokenize(self, examples: ExampleSet) -> list[TokenizedExample]:
         """The examples as they will be scored.
@@ -93,7 +103,7 @@ class DecoderScorer:
             )
         if self._supervisor.state == "stopped":
             raise ModelNotReadyError("the server is shutting down")
-        tokenizer = await asyncio.shield(self.load_tokenizer())
+        tokenizer = await asyncio.shield(self._load_tokenizer())
         tokenize = partial(
             tokenize_examples, tokenizer, examples, max_tokens=max_model_len - 1, chat_template=self._chat_template
         )
@@ -103,7 +113,7 @@ class DecoderScorer:
         """Loss (nats) of each example under a recipe, in as many turns as it takes; NaN where it is not finite.
 
         Raises:
-            EngineError: the engine failed, or answered with an error.
+            CocktailError: the engine failed, or answered with an error; see `engine_error`.
             DrainedError: too many turns in a row ended before one request had its answer.
         """
         tokenized = await self.tokenize(examples)
@@ -141,7 +151,7 @@ class DecoderScorer:
                     break
                 raise
             if status != 200:
-                raise EngineError(f"scoring failed with {status}: {error_message(orjson.dumps(body))}")
+                raise engine_error(status, body, what="scoring")
             losses += [math.nan if loss is None else float(loss) for loss in body["losses"]]
         return losses
 

@@ -7,14 +7,13 @@ import logging
 from collections.abc import Sequence
 from typing import NoReturn
 
-import orjson
-
-from cocktail_serve.engines.base import EngineState
+from cocktail_serve.engines.snapshot import EngineState
 from cocktail_serve.engines.start_failures import REMEDY, Exit, backoff_s
 from cocktail_serve.engines.stats import EngineStats
-from cocktail_serve.engines.turns.residency import Residency
-from cocktail_serve.engines.vllm.answers import error_message
+from cocktail_serve.engines.turns.base import Turns
+from cocktail_serve.engines.vllm.errors import error_message
 from cocktail_serve.engines.vllm.launcher import Launcher
+from cocktail_serve.engines.vllm.parameters import Parameters
 from cocktail_serve.engines.vllm.server import STATUS_PATH, EngineServer
 from cocktail_serve.errors import CocktailError, EngineError, EngineTimeoutError, ModelNotReadyError
 
@@ -40,7 +39,8 @@ class Supervisor:
 
     Args:
         pool_id: names the engine in logs and errors.
-        residency: run during each life of the server; its mixes go to `running`.
+        turns: given during each life of the server.
+        parameters: told of each life.
         max_model_len: the configured context length; None: known once the server was ready.
         stats: its restarts are counted here.
 
@@ -55,7 +55,8 @@ class Supervisor:
         self,
         pool_id: str,
         launcher: Launcher,
-        residency: Residency,
+        turns: Turns,
+        parameters: Parameters,
         *,
         start_timeout_s: float,
         max_model_len: int | None,
@@ -68,7 +69,8 @@ class Supervisor:
         self.server: EngineServer | None = None
         self._pool_id = pool_id
         self._launcher = launcher
-        self._residency = residency
+        self._turns = turns
+        self._parameters = parameters
         self._start_timeout_s = start_timeout_s
         self._stats = stats
         self._lost: asyncio.Future[NoReturn] | None = None
@@ -97,7 +99,7 @@ class Supervisor:
     async def stop(self) -> None:
         """Sends those in line away and ends the server. May be called twice, and before the start."""
         self.state = "stopped"
-        self._residency.fail_waiting(lambda: ModelNotReadyError("the server is shutting down"))
+        self._turns.fail_waiting(lambda: ModelNotReadyError("the server is shutting down"))
         if self._task is not None:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
@@ -149,7 +151,7 @@ class Supervisor:
             self.state = "restarting"
             if len(failed_starts) == MAX_FAILED_STARTS:
                 self.state = "failed"
-                self._residency.fail_waiting(
+                self._turns.fail_waiting(
                     lambda: ModelNotReadyError(f"the engine of pool {self._pool_id!r} keeps failing", retry_after_s=30)
                 )
             await asyncio.sleep(pause_s)
@@ -159,7 +161,7 @@ class Supervisor:
         self.is_given_up = True
         self.state = "failed"
         self.failure = f"{last.reason}; {REMEDY}"
-        self._residency.fail_waiting(self._given_up)
+        self._turns.fail_waiting(self._given_up)
 
     def _given_up(self) -> EngineError:
         return EngineError(f"the engine of pool {self._pool_id!r} cannot start: {self.failure}")
@@ -170,8 +172,9 @@ class Supervisor:
         self.max_model_len = int(models["data"][0]["max_model_len"])
         self._lost = asyncio.get_running_loop().create_future()
         self.server = server
+        self._parameters.begin_life(server)
         tasks: list[asyncio.Future[NoReturn]] = [
-            asyncio.create_task(self._residency.run(self._launcher.resident)),
+            asyncio.create_task(self._turns.run(self._launcher.resident)),
             asyncio.create_task(_until_exit(server)),
             asyncio.create_task(self._until_hung(server)),
             self._lost,
@@ -185,6 +188,7 @@ class Supervisor:
             if self.state == "ready":
                 self.state = "restarting"
             self.server = None
+            self._parameters.end_life()
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
@@ -197,11 +201,11 @@ class Supervisor:
             try:
                 status, body = await server.call("GET", STATUS_PATH, timeout_s=HANG_S)
             except EngineTimeoutError:
-                if not self._residency.is_mixing and loop.time() - answered > HANG_S:
+                if not self._turns.is_mixing and loop.time() - answered > HANG_S:
                     raise
                 continue
             if status != 200 or body["state"] == "poisoned":
-                raise EngineError(f"the engine is lost: {status} {error_message(orjson.dumps(body))}")
+                raise EngineError(f"the engine is lost: {status} {error_message(body)}")
             answered = loop.time()
 
 

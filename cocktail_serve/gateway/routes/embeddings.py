@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from functools import partial
 
-from fastapi import APIRouter, Request, Response
+from fastapi import APIRouter, Response
 
-from cocktail_serve.gateway.direct_route import DirectRoute
+from cocktail_serve.gateway.direct_route import DirectRequest, DirectRoute
 from cocktail_serve.gateway.disconnect import ended_with_client
 from cocktail_serve.gateway.embedding import (
     MAX_INLINE_NUMBERS,
@@ -33,14 +32,14 @@ router = APIRouter(tags=["embeddings"], route_class=DirectRoute)
     responses=engine_errors(),
     openapi_extra=json_request(EmbeddingRequest),
 )
-async def create_embeddings(request: Request) -> Response:
+async def create_embeddings(request: DirectRequest) -> None:
     """Embeddings of up to 2048 texts, as OpenAI's."""
     asked = await admitted(request)
     gateway = asked.gateway
     wanted = parse_as(EmbeddingRequest, asked.body)
     pool = await requested_pool(asked, kind="encoder")
     config = gateway.pool_configs[pool.id]
-    engine = gateway.embedding_engine(pool.id)
+    engine = gateway.encoder(pool.id)
     inputs = check_inputs(wanted.input, token_inputs=config.token_inputs)
     asked_by, prompt_name = given(wanted, "prompt_name", "input_type", "task")
     prompt = prompt_of(prompt_name, config, inputs, param=asked_by)
@@ -61,8 +60,8 @@ async def create_embeddings(request: Request) -> Response:
             dimensions=dimensions,
             tenant=asked.caller.tenant,
         )
-    asked.ticket.used(served, num_in=embedded.num_tokens)
-    gateway.metrics.observe_first_token(pool.id, time.perf_counter() - request.state.started_at)
+    asked.metered.used(served, num_in=embedded.num_tokens)
+    asked.observe_first_token(served)
     encode = partial(
         encode_answer,
         embedded.vectors,
@@ -74,4 +73,4 @@ async def create_embeddings(request: Request) -> Response:
         answer = encode()
     else:
         answer = await asyncio.get_running_loop().run_in_executor(gateway.parsing, encode)
-    return Response(answer, media_type="application/json")
+    await request.answer(Response(answer, media_type="application/json"))

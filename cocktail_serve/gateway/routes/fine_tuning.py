@@ -10,7 +10,7 @@ from cocktail_serve.errors import InvalidRequestError
 from cocktail_serve.finetuning.request import JobBody
 from cocktail_serve.gateway.json_body import JSONObject, parse_as
 from cocktail_serve.gateway.openapi import engine_errors, error_responses, json_request
-from cocktail_serve.gateway.schemas.fine_tuning import CheckpointList, EventList, EventView, JobList, JobView
+from cocktail_serve.gateway.schemas.fine_tuning import CheckpointList, JobEventList, JobEventView, JobList, JobView
 from cocktail_serve.gateway.state import CallerDep, CreatorDep, GatewayDep, TenantDep
 
 router = APIRouter(tags=["fine-tuning"])
@@ -64,10 +64,10 @@ async def cancel_job(gateway: GatewayDep, tenant: CreatorDep, job_id: str) -> Jo
 @router.get("/v1/fine_tuning/jobs/{job_id}/events", responses=error_responses(404))
 async def list_events(
     gateway: GatewayDep, tenant: TenantDep, job_id: str, after: AfterQuery = None, limit: LimitQuery = DEFAULT_LIMIT
-) -> EventList:
+) -> JobEventList:
     """What happened to a job, with losses, weights and progress; the newest first."""
     page = await gateway.fine_tuning.events(tenant, job_id, after=after, limit=limit)
-    return EventList.of([EventView.of(event) for event in page.data], has_more=page.has_more)
+    return JobEventList.of([JobEventView.of(event) for event in page.data], has_more=page.has_more)
 
 
 @router.get("/v1/fine_tuning/jobs/{job_id}/checkpoints", responses=error_responses(404))

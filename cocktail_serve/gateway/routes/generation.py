@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from fastapi import APIRouter, Request, Response
+from fastapi import APIRouter
 
 from cocktail_serve.config import VLLMEngineConfig
-from cocktail_serve.gateway.direct_route import DirectRoute
+from cocktail_serve.gateway.direct_route import DirectRequest, DirectRoute
 from cocktail_serve.gateway.field_policy import apply_field_policy
-from cocktail_serve.gateway.generation import GenerationResponse
+from cocktail_serve.gateway.generation import generate
 from cocktail_serve.gateway.openapi import engine_errors, json_request
 from cocktail_serve.gateway.schemas.generation import (
     ChatCompletion,
@@ -32,9 +32,9 @@ _EVENTS: dict[str, Any] = {"content": {"text/event-stream": {"itemSchema": _EVEN
     responses={**engine_errors(), 200: _EVENTS},
     openapi_extra=json_request(ChatCompletionRequest),
 )
-async def create_chat_completion(request: Request) -> Response:
+async def create_chat_completion(request: DirectRequest) -> None:
     """A chat completion, as OpenAI's and vLLM's, whole or as a stream."""
-    return await _generate(request, "/v1/chat/completions")
+    await _generate(request, "/v1/chat/completions")
 
 
 @router.post(
@@ -43,25 +43,15 @@ async def create_chat_completion(request: Request) -> Response:
     responses={**engine_errors(), 200: _EVENTS},
     openapi_extra=json_request(CompletionRequest),
 )
-async def create_completion(request: Request) -> Response:
+async def create_completion(request: DirectRequest) -> None:
     """A text completion, as OpenAI's and vLLM's, whole or as a stream."""
-    return await _generate(request, "/v1/completions")
+    await _generate(request, "/v1/completions")
 
 
-async def _generate(request: Request, path: str) -> Response:
+async def _generate(request: DirectRequest, path: str) -> None:
     asked = await admitted(request)
-    gateway = asked.gateway
     pool = await requested_pool(asked, kind="decoder")
-    engine_config = gateway.pool_configs[pool.id].engine
+    engine_config = asked.gateway.pool_configs[pool.id].engine
     assert isinstance(engine_config, VLLMEngineConfig)  # the configuration lets no decoder have another
     outgoing = apply_field_policy(asked.body, allow_chat_template=engine_config.allow_chat_template)
-    served = await served_model(asked)
-    return GenerationResponse(
-        gateway.generation_engine(pool.id),
-        served,
-        path,
-        outgoing,
-        tenant=asked.caller.tenant,
-        ticket=asked.ticket,
-        metrics=gateway.metrics,
-    )
+    await generate(asked, await served_model(asked), path, outgoing)

@@ -38,7 +38,7 @@ async def get_engine(gateway: GatewayDep, engine_id: str) -> EngineView:
 @router.post("/engines/{engine_id}", responses=error_responses(404, 413, 503), openapi_extra=json_request(EngineBody))
 async def operate_engine(gateway: GatewayDep, engine_id: str, body: JSONObject) -> EngineView:
     """Pins a model in an engine, or drains it. Neither outlives the server."""
-    engine = gateway.operated_engine(engine_id)
+    engine = gateway.engine(engine_id)
     wanted = parse_as(EngineBody, body)
     if "pin" in wanted.model_fields_set:
         recipe = None
@@ -85,17 +85,9 @@ async def remove_expert(gateway: GatewayDep, pool_id: str, name: str, force: boo
 
 
 async def _view(gateway: Gateway, engine_id: str) -> EngineView:
-    engine = gateway.operated_engine(engine_id)
-    health = await engine.health(deadline_s=gateway.settings.server.ready_deadline_s)
-    occupancy = engine.occupancy()
+    snapshot = await gateway.engine(engine_id).snapshot(deadline_s=gateway.settings.server.ready_deadline_s)
+    occupancy = snapshot.occupancy
     digests = {queue.recipe_digest for queue in occupancy.queues} | {occupancy.resident, occupancy.pinned}
     names = gateway.service.named(engine_id, {digest for digest in digests if digest is not None})
-    config = gateway.pool_configs[engine_id].engine
-    return EngineView.of(
-        gateway.pools[engine_id],
-        engine_type=config.type,
-        health=health,
-        occupancy=occupancy,
-        stats=engine.stats,
-        names=names,
-    )
+    engine_type = gateway.pool_configs[engine_id].engine.type
+    return EngineView.of(gateway.pools[engine_id], engine_type=engine_type, snapshot=snapshot, names=names)

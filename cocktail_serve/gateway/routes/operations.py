@@ -7,7 +7,7 @@ import asyncio
 from fastapi import APIRouter, Response
 
 import cocktail_serve
-from cocktail_serve.engines.base import EngineHealth
+from cocktail_serve.engines.snapshot import EngineSnapshot
 from cocktail_serve.gateway.schemas.operations import EngineReadiness, Health, Readiness
 from cocktail_serve.gateway.state import Gateway, GatewayDep
 
@@ -30,15 +30,15 @@ async def ready(gateway: GatewayDep, response: Response) -> Readiness:
     """Asks each engine itself, all at once, each within `server.ready_deadline_s`."""
     # a probe that comes while the server stops is answered at once: engines may be past answering
     deadline_s = 0.1 if gateway.lifecycle.is_stopping else gateway.settings.server.ready_deadline_s
-    answers = await _ask_engines(gateway, deadline_s=deadline_s)
+    snapshots = await _snapshots(gateway, deadline_s=deadline_s)
     is_stopping = gateway.lifecycle.is_stopping
-    is_ready = not is_stopping and all(answer.state == "ready" for answer in answers.values())
+    is_ready = not is_stopping and all(engine.state == "ready" for engine in snapshots.values())
     if not is_ready:
         response.status_code = 503
         response.headers["retry-after"] = "5"
     return Readiness(
         status="stopping" if is_stopping else "ready" if is_ready else "not_ready",
-        pools={pool_id: EngineReadiness.of(answer) for pool_id, answer in answers.items()},
+        pools={pool_id: EngineReadiness.of(engine) for pool_id, engine in snapshots.items()},
     )
 
 
@@ -50,10 +50,10 @@ async def ready(gateway: GatewayDep, response: Response) -> Readiness:
 async def metrics(gateway: GatewayDep) -> Response:
     """Counters in Prometheus' text format."""
     # a scrape comes every few seconds: it does not wait long for an engine that hangs
-    health = await _ask_engines(gateway, deadline_s=min(1.0, gateway.settings.server.ready_deadline_s))
-    return Response(gateway.metrics.render(health, gateway.service.statuses()), media_type=_METRICS_MEDIA_TYPE)
+    snapshots = await _snapshots(gateway, deadline_s=min(1.0, gateway.settings.server.ready_deadline_s))
+    return Response(gateway.metrics.render(snapshots, gateway.service.statuses()), media_type=_METRICS_MEDIA_TYPE)
 
 
-async def _ask_engines(gateway: Gateway, *, deadline_s: float) -> dict[str, EngineHealth]:
-    answers = await asyncio.gather(*(engine.health(deadline_s=deadline_s) for engine in gateway.engines.values()))
-    return dict(zip(gateway.engines, answers, strict=True))
+async def _snapshots(gateway: Gateway, *, deadline_s: float) -> dict[str, EngineSnapshot]:
+    snapshots = await asyncio.gather(*(engine.snapshot(deadline_s=deadline_s) for engine in gateway.engines.values()))
+    return dict(zip(gateway.engines, snapshots, strict=True))

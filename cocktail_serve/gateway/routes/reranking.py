@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import time
+from fastapi import APIRouter, Response
 
-from fastapi import APIRouter, Request, Response
-
-from cocktail_serve.gateway.direct_route import DirectRoute
+from cocktail_serve.gateway.direct_route import DirectRequest, DirectRoute
 from cocktail_serve.gateway.disconnect import ended_with_client
 from cocktail_serve.gateway.json_body import parse_as
 from cocktail_serve.gateway.openapi import engine_errors, json_request
@@ -27,13 +25,13 @@ router = APIRouter(tags=["reranking"], route_class=DirectRoute)
     responses=engine_errors(),
     openapi_extra=json_request(RerankRequest),
 )
-async def rerank(request: Request) -> Response:
+async def rerank(request: DirectRequest) -> None:
     """Documents in the order of their relevance to a query, as vLLM's; `/rerank` and `/v2/rerank` are the same."""
     asked = await admitted(request)
     gateway = asked.gateway
     wanted = parse_as(RerankRequest, asked.body)
     pool = await requested_pool(asked, kind="reranker")
-    engine = gateway.reranking_engine(pool.id)
+    engine = gateway.reranker(pool.id)
     _, top_n = given(wanted, "top_n", "top_k")
     documents = check_documents(wanted.documents, rank_fields=wanted.rank_fields)
     truncate_to = truncation(
@@ -54,8 +52,8 @@ async def rerank(request: Request) -> Response:
             use_activation=wanted.use_activation is not False,
             tenant=asked.caller.tenant,
         )
-    asked.ticket.used(served, num_in=reranked.num_tokens)
-    gateway.metrics.observe_first_token(pool.id, time.perf_counter() - request.state.started_at)
+    asked.metered.used(served, num_in=reranked.num_tokens)
+    asked.observe_first_token(served)
     answer = encode_answer(
         reranked,
         documents,
@@ -64,4 +62,4 @@ async def rerank(request: Request) -> Response:
         return_documents=wanted.return_documents is not False,
         as_voyage="top_k" in wanted.model_fields_set,
     )
-    return Response(answer, media_type="application/json")
+    await request.answer(Response(answer, media_type="application/json"))

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from fastapi import APIRouter, Depends, Query, Request, Response
 
 from cocktail_serve.gateway.openapi import ErrorResponses, error_responses
-from cocktail_serve.gateway.schemas.usage import EventList, EventView, UsageList, UsageView, usage_csv
+from cocktail_serve.gateway.schemas.usage import AuditEventList, AuditEventView, UsageList, UsageView, usage_csv
 from cocktail_serve.gateway.state import Gateway, GatewayDep, TenantDep, admin_of
 from cocktail_serve.ids import Order
 from cocktail_serve.usage.audit import Action
@@ -72,10 +72,10 @@ async def list_events(
     order: Annotated[Order, Query(description="By the moment they happened.")] = "desc",
     tenant: Annotated[str | None, Query(description="Only what concerns it.")] = None,
     action: Annotated[Action | None, Query(description="Only these.")] = None,
-) -> EventList:
+) -> AuditEventList:
     """Who made, changed and deleted cocktails, keys, tenants and experts; the newest first."""
     page = await gateway.audit.list(after=after, limit=limit, order=order, tenant=tenant, action=action)
-    return EventList.of([EventView.of(event) for event in page.data], has_more=page.has_more)
+    return AuditEventList.of([AuditEventView.of(event) for event in page.data], has_more=page.has_more)
 
 
 async def _usage(

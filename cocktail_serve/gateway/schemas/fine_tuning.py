@@ -91,7 +91,7 @@ class JobList(PageView[JobView]):
     """The newest first."""
 
 
-class EventView(Listed):
+class JobEventView(Listed):
     """Something that happened to a job."""
 
     object: Literal["fine_tuning.job.event"] = "fine_tuning.job.event"
@@ -117,7 +117,7 @@ class EventView(Listed):
         )
 
 
-class EventList(PageView[EventView]):
+class JobEventList(PageView[JobEventView]):
     """The newest first."""
 
 

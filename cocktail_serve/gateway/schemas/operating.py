@@ -8,9 +8,8 @@ from typing import Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field
 
 from cocktail_serve.cocktails.experts import Added
-from cocktail_serve.engines.base import EngineHealth, EngineState
-from cocktail_serve.engines.occupancy import Occupancy, Phase, Queue, WaitReason
-from cocktail_serve.engines.stats import EngineStats
+from cocktail_serve.engines.occupancy import Phase, Queue, WaitReason
+from cocktail_serve.engines.snapshot import EngineSnapshot, EngineState
 from cocktail_serve.pool import Kind, Member, Pool
 from cocktail_serve.tenants.keys import DEFAULT_TENANT
 
@@ -50,7 +49,7 @@ class NamedModel(BaseModel):
     tenant: str | None = Field(description="Whose cocktail it is; null: a model of the pool.")
 
 
-class RecipeView(BaseModel):
+class EngineRecipeView(BaseModel):
     recipe: str = Field(description="Digest of the recipe.")
     models: list[NamedModel] = Field(description="What it is served as; empty: it is only scored.")
 
@@ -59,7 +58,7 @@ class RecipeView(BaseModel):
         return cls(recipe=digest, models=[NamedModel(id=name, tenant=tenant) for tenant, name in names.get(digest, ())])
 
 
-class QueueView(RecipeView):
+class QueueView(EngineRecipeView):
     waiting: int = Field(description="Requests.")
     background: int = Field(description="Scoring and mixing ahead.")
     oldest_s: float = Field(description="How long the first of them has waited, seconds.")
@@ -68,7 +67,7 @@ class QueueView(RecipeView):
     @classmethod
     def of_queue(cls, queue: Queue, names: Names) -> Self:
         return cls(
-            **dict(RecipeView.of(queue.recipe_digest, names)),
+            **dict(EngineRecipeView.of(queue.recipe_digest, names)),
             waiting=queue.num_waiting,
             background=queue.num_background,
             oldest_s=round(queue.oldest_s, 3),
@@ -84,43 +83,37 @@ class EngineView(BaseModel):
     state: EngineState
     detail: dict[str, Any] = Field(description="Why it is not ready, or which mixing path it took.")
     phase: Phase | None = Field(description="Of the turn; null where recipes do not take turns.")
-    resident: RecipeView | None = Field(description="What is in the engine now, where it holds one recipe at a time.")
+    resident: EngineRecipeView | None = Field(
+        description="What is in the engine now, where it holds one recipe at a time."
+    )
     turn_s: float | None = Field(description="Age of the turn, seconds.")
     in_flight: int
     queues: list[QueueView] = Field(description="Who waits, by recipe, the longest waiting first.")
-    pinned: RecipeView | None
+    pinned: EngineRecipeView | None
     drained: bool
     swaps: int = Field(description="Mixes that made another recipe resident, since the gateway started.")
     last_swap_s: float | None = Field(description="Seconds of the last of them.")
     restarts: int = Field(description="Times that it was lost and started again.")
 
     @classmethod
-    def of(
-        cls,
-        pool: Pool,
-        *,
-        engine_type: str,
-        health: EngineHealth,
-        occupancy: Occupancy,
-        stats: EngineStats,
-        names: Names,
-    ) -> Self:
+    def of(cls, pool: Pool, *, engine_type: str, snapshot: EngineSnapshot, names: Names) -> Self:
+        occupancy, counters = snapshot.occupancy, snapshot.counters
         return cls(
             id=pool.id,
             kind=pool.kind,
             type=engine_type,
-            state=health.state,
-            detail=dict(health.detail),
+            state=snapshot.state,
+            detail=dict(snapshot.detail),
             phase=occupancy.phase,
-            resident=None if occupancy.resident is None else RecipeView.of(occupancy.resident, names),
+            resident=None if occupancy.resident is None else EngineRecipeView.of(occupancy.resident, names),
             turn_s=None if occupancy.turn_s is None else round(occupancy.turn_s, 3),
             in_flight=occupancy.num_in_flight,
             queues=[QueueView.of_queue(queue, names) for queue in occupancy.queues],
-            pinned=None if occupancy.pinned is None else RecipeView.of(occupancy.pinned, names),
+            pinned=None if occupancy.pinned is None else EngineRecipeView.of(occupancy.pinned, names),
             drained=occupancy.is_drained,
-            swaps=stats.swap.count,
-            last_swap_s=stats.last_swap_s,
-            restarts=stats.num_restarts,
+            swaps=counters.swap.count,
+            last_swap_s=counters.last_swap_s,
+            restarts=counters.num_restarts,
         )
 
 

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, Field
 
-from cocktail_serve.engines.base import EngineHealth, EngineState
+from cocktail_serve.engines.snapshot import EngineSnapshot, EngineState
 
 
 class Health(BaseModel):
@@ -21,8 +21,8 @@ class EngineReadiness(BaseModel):
     detail: dict[str, Any]
 
     @classmethod
-    def of(cls, health: EngineHealth) -> EngineReadiness:
-        return cls(state=health.state, resident=health.resident, queued=health.queued, detail=dict(health.detail))
+    def of(cls, engine: EngineSnapshot) -> EngineReadiness:
+        return cls(state=engine.state, resident=engine.resident, queued=engine.num_queued, detail=dict(engine.detail))
 
 
 class Readiness(BaseModel):

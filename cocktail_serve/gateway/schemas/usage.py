@@ -67,7 +67,7 @@ class ActorView(BaseModel):
     )
 
 
-class EventView(Listed):
+class AuditEventView(Listed):
     """A change: who made it, to what, when."""
 
     object: Literal["audit.event"] = "audit.event"
@@ -91,5 +91,5 @@ class EventView(Listed):
         )
 
 
-class EventList(PageView[EventView]):
+class AuditEventList(PageView[AuditEventView]):
     """The newest first, unless asked otherwise."""

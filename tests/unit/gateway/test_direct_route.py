@@ -6,10 +6,10 @@ from collections.abc import AsyncIterator
 
 import httpx
 import pytest
-from fastapi import APIRouter, FastAPI, Request, Response
+from fastapi import APIRouter, FastAPI, Response
 
 from cocktail_serve.errors import QueueTimeoutError
-from cocktail_serve.gateway.direct_route import DirectRoute, DirectRouting
+from cocktail_serve.gateway.direct_route import DirectRequest, DirectRoute, DirectRouting
 from cocktail_serve.gateway.error_handlers import add_error_handlers
 
 
@@ -30,15 +30,15 @@ def long_way() -> Router:
     router = APIRouter(route_class=DirectRoute)
 
     @router.post("/fast")
-    async def fast(request: Request) -> Response:
-        return Response(await request.body() + request.scope["route"].path.encode())
+    async def fast(request: DirectRequest) -> None:
+        await request.answer(Response(await request.body() + request.scope["route"].path.encode()))
 
     @router.post("/late")
-    async def late(request: Request) -> Response:
+    async def late(request: DirectRequest) -> None:
         raise QueueTimeoutError("too many", retry_after_s=7)
 
     @router.post("/broken")
-    async def broken(request: Request) -> Response:
+    async def broken(request: DirectRequest) -> None:
         raise ZeroDivisionError
 
     app = FastAPI()

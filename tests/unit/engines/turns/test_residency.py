@@ -16,7 +16,9 @@ from hypothesis import strategies as st
 
 from cocktail_serve.engines.fairness import HALF_LIFE_S, MAX_KEPT, Account, Accounts
 from cocktail_serve.engines.turns.lease import Lease
-from cocktail_serve.engines.turns.residency import MAX_BUSY_MIXES, Residency
+from cocktail_serve.engines.turns.mixing import MAX_BUSY_MIXES
+from cocktail_serve.engines.turns.residency import ExclusiveTurns
+from cocktail_serve.engines.turns.slots import Presence, Slots
 from cocktail_serve.errors import (
     DrainedError,
     EngineError,
@@ -71,7 +73,7 @@ class FakeEngine:
 
     def __init__(self, **options: Any) -> None:
         defaults = {"slice_s": SLICE_S, "drain_s": DRAIN_S, "background_delay_s": DELAY_S}
-        self.residency = Residency(self._mix, **{**defaults, **options})
+        self.residency = ExclusiveTurns(self._mix, **{**defaults, **options})
         self.resident: Recipe | None = BASE
         self.mixed: list[Recipe] = []
         self.users: Counter[str] = Counter()
@@ -572,7 +574,7 @@ def test_whatever_happens_nobody_meets_other_parameters_and_nothing_is_left(
             if chance.random() < 0.1:
                 engine.residency.drain(chance.random() < 0.5)
             await asyncio.sleep(chance.choice([0.0, 0.0, 0.1, 1.0, 7.0]))
-            assert max_in_flight is None or engine.residency._num_serving <= max_in_flight
+            assert max_in_flight is None or engine.residency._slots.num_taken <= max_in_flight
         engine.residency.pin(None)
         engine.residency.drain(False)
         done, pending = await asyncio.wait(requests, timeout=100_000)
@@ -616,7 +618,7 @@ class TestTenants:
             async with FakeEngine(max_in_flight=16) as engine:
                 flood = [asyncio.create_task(_flood(engine, BASE, tenant="flood", until=60)) for _ in range(100)]
                 await pause(0.1)
-                assert engine.residency._num_serving == 16, "alone, it may have them all"
+                assert engine.residency._slots.num_taken == 16, "alone, it may have them all"
                 latencies = await _latencies(engine, BASE, until=60)
                 await asyncio.gather(*flood)
             # the first waits for a slot, later ones find the tenant's own share
@@ -631,11 +633,11 @@ class TestTenants:
                 both = [_flood(engine, BASE, tenant=t, until=20) for t in ("a", "b") for _ in range(20)]
                 tasks = [asyncio.create_task(flood) for flood in both]
                 await pause(10.05)
-                assert account_of(engine, "a").num_in_flight == account_of(engine, "b").num_in_flight == 4
+                assert presence_of(engine, "a").num_in_flight == presence_of(engine, "b").num_in_flight == 4
                 for task in tasks[20:]:
                     task.cancel()
                 await pause(SLICE_S + 1)
-                assert account_of(engine, "a").num_in_flight == 8
+                assert presence_of(engine, "a").num_in_flight == 8
                 await asyncio.gather(*tasks, return_exceptions=True)
 
         run(main())
@@ -678,25 +680,41 @@ class TestTenants:
 
     def test_tenants_without_number_are_forgotten(self) -> None:
         accounts = Accounts()
-        busy = accounts.of("busy", 0.0)
-        busy.num_in_flight = 1
+        slots = Slots(accounts, max_in_flight=None, gap_s=SLICE_S)
+        slots.take("busy", 1, 0.0)
+        busy = slots.of("busy")
         for number in range(3 * MAX_KEPT):
-            accounts.of(str(number), float(number)).charge(1.0, float(number))
-        assert len(list(accounts)) <= MAX_KEPT
-        assert accounts.of("busy", 0.0) is busy
+            slots.take(str(number), 1, float(number))
+            slots.leave(str(number), float(number))
+        assert len(accounts._by_tenant) <= MAX_KEPT
+        assert len(slots._tenants) <= MAX_KEPT
+        assert slots.of("busy") is busy
+
+    def test_engines_that_share_accounts_treat_a_tenant_alike(self) -> None:
+        async def main() -> None:
+            accounts = Accounts()
+            async with FakeEngine(accounts=accounts) as here, FakeEngine(accounts=accounts) as there:
+                await there.answer(BASE, 1, tenant="flood", tokens=1000)
+                hold = here.ask(BASE, 1, tenant="another")
+                flood = here.ask(A, 1, tenant="flood")
+                await pause(0.1)
+                await asyncio.gather(hold, flood, here.ask(B, 1, tenant="quiet"))
+                assert here.mixed == [B, A]
+
+        run(main())
 
     def test_a_stream_is_charged_as_it_goes_and_settled_at_its_end(self) -> None:
         async def main() -> None:
             async with FakeEngine() as engine:
                 lease = await engine.residency.acquire(BASE, tenant="a", num_tokens=10)
-                assert account_of(engine, "a").recent(0.0) == 10
+                assert engine.residency._slots.served("a", 0.0) == 10
                 lease.emitted(8)
-                assert account_of(engine, "a").recent(0.0) == 10
+                assert engine.residency._slots.served("a", 0.0) == 10
                 lease.emitted(8)
-                assert account_of(engine, "a").recent(0.0) == 16
+                assert engine.residency._slots.served("a", 0.0) == 16
                 lease.release()
                 lease.settle(14)
-                assert account_of(engine, "a").recent(0.0) == 14
+                assert engine.residency._slots.served("a", 0.0) == 14
 
         run(main())
 
@@ -780,8 +798,8 @@ class TestOperator:
         run(main())
 
 
-def account_of(engine: FakeEngine, tenant: str) -> Account:
-    return engine.residency._accounts.of(tenant, asyncio.get_running_loop().time())
+def presence_of(engine: FakeEngine, tenant: str) -> Presence:
+    return engine.residency._slots.of(tenant)
 
 
 async def _latencies(engine: FakeEngine, wanted: Recipe, *, until: float, tokens: int = 30) -> list[float]:

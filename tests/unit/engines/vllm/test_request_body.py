@@ -18,18 +18,20 @@ from cocktail_serve.errors import InvalidRequestError
 from cocktail_serve.generation import ChatTemplate, GenerationSettings
 from cocktail_serve.recipe import Recipe
 
+FIELDS = {"model": "flan", "vllm_xargs": {"row": 3}}
+
 ONE, OTHER = (Recipe(base="b", coefficients=((name, 1.0),), dtype="float32") for name in ("one", "other"))
 
 
 def test_the_body_goes_under_the_engines_name_and_all_else_stays() -> None:
-    bodies, given = BodyWriter("flan"), {"model": "acme/mine", "cache_salt": "guessed", "prompt": "a", "n": 2}
-    sent = json.loads(bodies.write(given, ONE, tenant="t"))
-    assert sent == {**given, "model": "flan", "cache_salt": bodies.cache_salt("t", ONE, "guessed")}
+    bodies, given = BodyWriter(), {"model": "acme/mine", "cache_salt": "guessed", "prompt": "a", "n": 2}
+    sent = json.loads(bodies.write(given, ONE, tenant="t", fields=FIELDS))
+    assert sent == {**given, **FIELDS, "cache_salt": bodies.cache_salt("t", ONE, "guessed")}
     assert given["model"] == "acme/mine"
 
 
 def test_salts_keep_tenants_and_recipes_apart() -> None:
-    bodies = BodyWriter("flan")
+    bodies = BodyWriter()
     salts = [
         bodies.cache_salt(tenant, recipe, salt)
         for tenant in ("t", "u")
@@ -39,14 +41,14 @@ def test_salts_keep_tenants_and_recipes_apart() -> None:
     assert len(set(salts)) == len(salts)
     assert all(len(salt) <= 128 and salt.isalnum() for salt in salts)
     assert bodies.cache_salt("t", ONE, "mine") == salts[1]
-    assert BodyWriter("flan").cache_salt("t", ONE, "mine") not in salts, "another life has a key of its own"
+    assert BodyWriter().cache_salt("t", ONE, "mine") not in salts, "another life has a key of its own"
 
 
 @pytest.mark.parametrize("value", [2**70, "\ud800"])
 @pytest.mark.parametrize("field", ["seed", "cache_salt"])
 def test_what_is_no_json_is_the_clients_fault(field: str, value: Any) -> None:
     with pytest.raises(InvalidRequestError, match="passed on as JSON"):
-        BodyWriter("flan").write({field: value}, ONE, tenant="t")
+        BodyWriter().write({field: value}, ONE, tenant="t", fields=FIELDS)
 
 
 @pytest.mark.parametrize(
@@ -71,7 +73,7 @@ EXPERT = GenerationSettings((7,), (2, 5, 7, 8), {"top_p": 0.8, "top_k": 20}, Cha
 def completed(body: dict[str, Any], path: str = COMPLETION, settings: GenerationSettings = EXPERT) -> dict[str, Any]:
     """What is added to a body."""
     before = dict(body)
-    whole = BodyWriter("flan", own=OWN).complete(body, path, settings, max_model_len=64)
+    whole = BodyWriter(own=OWN).complete(body, path, settings, max_model_len=64)
     assert body == before
     assert whole.items() >= {key: value for key, value in body.items() if whole[key] == value}.items()
     return {key: value for key, value in whole.items() if key not in body or body[key] != value}
@@ -79,7 +81,7 @@ def completed(body: dict[str, Any], path: str = COMPLETION, settings: Generation
 
 def test_a_model_that_is_called_as_the_base_gets_the_very_body() -> None:
     body = {"prompt": "a"}
-    bodies = BodyWriter("flan", own=OWN)
+    bodies = BodyWriter(own=OWN)
     assert bodies.complete(body, COMPLETION, replace(OWN), max_model_len=64) is body
 
 
@@ -123,6 +125,6 @@ def test_requests_with_tools_get_the_template_for_tools() -> None:
 def test_a_default_length_never_exceeds_the_context() -> None:
     long = replace(OWN, sampling={"temperature": 0.6, "max_tokens": 10_000})
     assert completed({}, CHAT, long) == {"max_tokens": 64}
-    bodies = BodyWriter("flan", own=OWN)
+    bodies = BodyWriter(own=OWN)
     assert bodies.complete({}, CHAT, long, max_model_len=None) == {"max_tokens": 10_000}
     assert completed({}, COMPLETION, long) == {}, "a completion's is OpenAI's, 16"

@@ -1,0 +1,181 @@
+"""Who waits for an engine, and for which recipe."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Literal
+
+from cocktail_serve.engines.occupancy import Queue, WaitReason
+from cocktail_serve.engines.turns.lease import Lease
+from cocktail_serve.errors import CocktailError
+from cocktail_serve.recipe import Recipe
+
+Claimant = Literal["tenant", "background", "operator"]
+"""Whose a claim is: a request's; of scoring and mixing ahead, which are nobody's; the operator's, who pins a recipe."""
+
+
+@dataclass(slots=True, eq=False, kw_only=True)
+class Claim:
+    """What somebody wants of an engine.
+
+    Attributes:
+        came: when it was made.
+        arrived: time in line counts from here; for background work later than it came.
+        tenant: whose request it is; empty for other claimants.
+        num_tokens: what its answer is expected to take.
+        num_lost_mixes: times that the engine was lost while it mixed the recipe for this claim.
+    """
+
+    recipe: Recipe
+    came: float
+    arrived: float
+    claimant: Claimant = "tenant"
+    tenant: str = ""
+    num_tokens: int = 0
+    num_lost_mixes: int = 0
+
+
+@dataclass(slots=True, eq=False, kw_only=True)
+class Waiter(Claim):
+    """One who waits in line, and is given a lease or an error.
+
+    Attributes:
+        admission: what it is given.
+        timer: ends its waiting.
+    """
+
+    admission: asyncio.Future[Lease]
+    timer: asyncio.TimerHandle | None = None
+
+    @property
+    def is_answered(self) -> bool:
+        """Whether it waits for nothing any more: admitted, sent away or cancelled, though it may not know yet."""
+        return self.admission.done()
+
+    async def lease(self) -> Lease:
+        """Waits for the lease, and gives it back if the caller is cancelled before it could wake up.
+
+        Raises:
+            CocktailError: it was sent away, or its lease ended between the admission and the waking up.
+        """
+        try:
+            lease = await self.admission
+        except asyncio.CancelledError:
+            if self.admission.done() and not self.admission.cancelled() and self.admission.exception() is None:
+                self.admission.result().release()
+            raise
+        lease.raise_if_ended()
+        return lease
+
+
+class WaitQueue:
+    """Those of one kind who wait, by recipe and tenant, each in order of arrival."""
+
+    def __init__(self) -> None:
+        self._by_recipe: dict[str, dict[str, dict[Waiter, None]]] = {}
+
+    def add(self, waiter: Waiter) -> None:
+        of_recipe = self._by_recipe.setdefault(waiter.recipe.digest, {})
+        of_recipe.setdefault(waiter.tenant, {})[waiter] = None
+
+    def discard(self, waiter: Waiter) -> None:
+        digest, tenant = waiter.recipe.digest, waiter.tenant
+        of_recipe = self._by_recipe.get(digest, {})
+        of_tenant = of_recipe.get(tenant)
+        if of_tenant is not None and waiter in of_tenant:
+            del of_tenant[waiter]
+            if not of_tenant:
+                del of_recipe[tenant]
+            if not of_recipe:
+                del self._by_recipe[digest]
+
+    def fail(self, waiter: Waiter, error: CocktailError) -> None:
+        """Sends one away."""
+        self.discard(waiter)
+        if not waiter.is_answered:
+            waiter.admission.set_exception(error)
+
+    def fail_all(self, error: Callable[[], CocktailError], *, but: str | None = None) -> None:
+        """Sends everybody away, or all but those who wait for one recipe."""
+        for waiter in list(self):
+            if waiter.recipe.digest != but:
+                self.fail(waiter, error())
+
+    def of(self, digest: str) -> list[Waiter]:
+        """All who wait for a recipe."""
+        return [waiter for of_tenant in self._by_recipe.get(digest, {}).values() for waiter in of_tenant]
+
+    def firsts_of(self, digest: str) -> list[Waiter]:
+        """The first in line of each tenant for a recipe."""
+        return [next(iter(of_tenant)) for of_tenant in self._by_recipe.get(digest, {}).values()]
+
+    def firsts(self, *, other_than: str | None) -> list[Waiter]:
+        """The first in line of each tenant for each recipe but one."""
+        return [waiter for digest in self._by_recipe if digest != other_than for waiter in self.firsts_of(digest)]
+
+    def __contains__(self, digest: str) -> bool:
+        return digest in self._by_recipe
+
+    def __iter__(self) -> Iterator[Waiter]:
+        for digest in self._by_recipe:
+            yield from self.of(digest)
+
+    def __len__(self) -> int:
+        return sum(len(of_tenant) for of_recipe in self._by_recipe.values() for of_tenant in of_recipe.values())
+
+    def __bool__(self) -> bool:
+        return bool(self._by_recipe)
+
+
+@dataclass(frozen=True, slots=True)
+class WaitQueues:
+    """All who wait for one engine.
+
+    Attributes:
+        requests: who waits for tenants.
+        background: scoring and mixing ahead.
+    """
+
+    requests: WaitQueue = field(default_factory=WaitQueue)
+    background: WaitQueue = field(default_factory=WaitQueue)
+
+    def holding(self, waiter: Waiter) -> WaitQueue:
+        """The queue that a waiter belongs in."""
+        return self.background if waiter.claimant == "background" else self.requests
+
+    def of(self, digest: str) -> list[Waiter]:
+        """All who wait for a recipe."""
+        return [*self.requests.of(digest), *self.background.of(digest)]
+
+    def fail(self, waiter: Waiter, error: CocktailError) -> None:
+        """Sends one away."""
+        self.holding(waiter).fail(waiter, error)
+
+    def fail_all(self, error: Callable[[], CocktailError]) -> None:
+        """Sends everybody away."""
+        self.requests.fail_all(error)
+        self.background.fail_all(error)
+
+    def occupancy(self, now: float, *, reason: Callable[[str], WaitReason]) -> tuple[Queue, ...]:
+        """The queues of each recipe, the longest waiting first.
+
+        Args:
+            reason: why the requests for a recipe, named by its digest, wait.
+        """
+        digests = {waiter.recipe.digest: None for waiter in [*self.requests, *self.background]}
+        queues = [
+            Queue(
+                recipe_digest=digest,
+                num_waiting=len(self.requests.of(digest)),
+                num_background=len(self.background.of(digest)),
+                oldest_s=now - min(waiter.came for waiter in self.of(digest)),
+                reason=reason(digest),
+            )
+            for digest in digests
+        ]
+        return tuple(sorted(queues, key=lambda queue: -queue.oldest_s))
+
+    def __bool__(self) -> bool:
+        return bool(self.requests) or bool(self.background)

@@ -1,0 +1,68 @@
+"""The engine of a decoder pool, put together: what of it takes turns, and by which numbers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from cocktail_serve.config import VLLMEngineConfig
+from cocktail_serve.engines.fairness import Accounts
+from cocktail_serve.engines.stats import EngineStats
+from cocktail_serve.engines.turns.residency import PATIENCE_SLICES, ExclusiveTurns
+from cocktail_serve.engines.vllm.engine import VLLMEngine
+from cocktail_serve.engines.vllm.parameters import ResidentParameters
+from cocktail_serve.errors import ConfigError
+from cocktail_serve.pool import Pool
+from vllm_cocktail.launch import is_cpu_build
+
+BACKGROUND_DELAY_SLICES = 2.0
+"""Slices that scoring lets traffic go ahead; see `turns.policy`."""
+
+PATIENCE_SHARE = 0.25
+"""How much of `queue_timeout_s` a tenant in line goes without at most, before it is next whatever it was served."""
+
+MAX_IN_FLIGHT = 256
+MAX_IN_FLIGHT_CPU = 32
+"""Requests inside the engine at once where the configuration does not say. A GPU decodes hundreds in the time of one;
+on a CPU each more makes the step longer for all, and in vLLM's own queue no tenant could go before another."""
+
+
+def build_vllm_engine(
+    pool: Pool, config: VLLMEngineConfig, *, run_dir: Path, accounts: Accounts | None = None
+) -> VLLMEngine:
+    """An engine whose recipes take turns; nothing is started.
+
+    Args:
+        pool, config, run_dir: as `VLLMEngine`.
+        accounts: what tenants were served, where several engines are to treat them alike.
+
+    Raises:
+        ConfigError: `args` or `env` set what is set here, or what cannot be read here.
+    """
+    stats = EngineStats()
+    parameters = ResidentParameters(pool.id, swap_timeout_s=config.swap_timeout_s, stats=stats)
+    turns = ExclusiveTurns(
+        parameters.mix,
+        slice_s=config.slice_s,
+        drain_s=config.drain_s,
+        background_delay_s=BACKGROUND_DELAY_SLICES * config.slice_s,
+        patience_s=min(PATIENCE_SLICES * config.slice_s, PATIENCE_SHARE * config.queue_timeout_s),
+        max_in_flight=_max_in_flight(config),
+        accounts=accounts,
+        stats=stats,
+    )
+    return VLLMEngine(pool, config, turns=turns, parameters=parameters, stats=stats, run_dir=run_dir)
+
+
+def _max_in_flight(config: VLLMEngineConfig) -> int:
+    if config.max_concurrency is not None:
+        return config.max_concurrency
+    max_num_seqs = config.argument("max-num-seqs")
+    if max_num_seqs is not None:
+        try:
+            return int(max_num_seqs)
+        except (TypeError, ValueError):
+            raise ConfigError(
+                f"engine.args.max-num-seqs must be a number of requests, got {max_num_seqs!r}",
+                param="engine.args.max-num-seqs",
+            ) from None
+    return MAX_IN_FLIGHT_CPU if config.type == "vllm" and is_cpu_build() else MAX_IN_FLIGHT

@@ -1,0 +1,144 @@
+"""How the server of a decoder pool comes to answer by a recipe."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+from cocktail_serve.engines.stats import EngineStats
+from cocktail_serve.engines.vllm.errors import engine_error
+from cocktail_serve.engines.vllm.server import EngineServer
+from cocktail_serve.errors import CocktailError, EngineError, InvalidMixError
+from cocktail_serve.recipe import Recipe
+
+logger = logging.getLogger(__name__)
+
+ABORT_S = 10.0
+"""How long the engine may take to abort what we have given up, before a mix comes back as busy."""
+
+FORGET_TIMEOUT_S = 120.0
+
+
+class Parameters(Protocol):
+    """The recipes of one engine's server, life after life.
+
+    Attributes:
+        last_mix_s: how long the last mix took.
+    """
+
+    last_mix_s: float
+
+    def begin_life(self, server: EngineServer) -> None:
+        """A server is ready, which knows nothing but what it was started with."""
+        ...
+
+    def end_life(self) -> None:
+        """The server is gone."""
+        ...
+
+    def request_fields(self, recipe: Recipe) -> Mapping[str, Any]:
+        """What the body of a request says, whatever its client said, so that the recipe answers it: `model` at least.
+
+        Known before the recipe is ready: bodies are written, and refused, before they wait.
+        """
+        ...
+
+    async def make_ready(self, recipe: Recipe) -> None:
+        """Returns when the server can answer by the recipe, for as long as the lease is held under which it is called.
+
+        Raises:
+            ClientError: the recipe cannot be mixed; nothing else was disturbed.
+            EngineError: the server failed.
+        """
+        ...
+
+    def forget(self, recipe_digest: str) -> None:
+        """Frees what is kept of a recipe, once nothing in flight uses it."""
+        ...
+
+    def close(self) -> None:
+        """Ends what is still on its way. May be called twice."""
+        ...
+
+
+class ResidentParameters:
+    """`Parameters` of a server that holds one recipe at a time: turns have made it resident before a lease is given.
+
+    Args:
+        pool_id: what the server calls its model, whichever recipe is resident.
+        swap_timeout_s: how long a mix may take.
+        stats: mixes are counted here.
+    """
+
+    def __init__(self, pool_id: str, *, swap_timeout_s: float, stats: EngineStats) -> None:
+        self.last_mix_s = 0.0
+        self._pool_id = pool_id
+        self._swap_timeout_s = swap_timeout_s
+        self._stats = stats
+        self._server: EngineServer | None = None
+        self._forgetting: set[asyncio.Task[None]] = set()
+
+    def begin_life(self, server: EngineServer) -> None:
+        self._server = server
+
+    def end_life(self) -> None:
+        self._server = None
+
+    def request_fields(self, recipe: Recipe) -> Mapping[str, Any]:
+        return {"model": self._pool_id}
+
+    async def make_ready(self, recipe: Recipe) -> None:
+        pass
+
+    async def mix(self, recipe: Recipe) -> bool:
+        """Makes a recipe resident; False: the server was still busy and nothing changed. For `ExclusiveTurns`.
+
+        Raises:
+            ClientError: the recipe cannot be mixed, and nothing changed.
+            EngineError: nobody knows what the parameters are.
+        """
+        if self._server is None:
+            raise EngineError("the engine's server is not running")
+        status, body = await self._server.call(
+            "POST",
+            "/v1/cocktail/mix",
+            {"recipe": recipe.to_json(), "drain_s": ABORT_S},
+            timeout_s=ABORT_S + self._swap_timeout_s,
+        )
+        if status == 200 and body["resident"] == recipe.digest:
+            self._count(recipe, source=body["source"], seconds=float(body["seconds"]))
+            return True
+        if status == 409:
+            return False
+        error = engine_error(status, body, what="mixing", unfit=InvalidMixError)
+        if status == 400:  # refused, and nothing has changed
+            raise error
+        raise EngineError(error.message)  # whatever it is, nobody knows which parameters the engine holds now
+
+    def forget(self, recipe_digest: str) -> None:
+        if self._server is not None:
+            task = asyncio.create_task(self._forget(self._server, recipe_digest))
+            self._forgetting.add(task)
+            task.add_done_callback(self._forgetting.discard)
+
+    def close(self) -> None:
+        for task in self._forgetting:
+            task.cancel()
+
+    def _count(self, recipe: Recipe, *, source: str, seconds: float) -> None:
+        stats = self._stats
+        stats.num_swaps_by_source[source] = stats.num_swaps_by_source.get(source, 0) + 1
+        stats.mix.observe(seconds)
+        stats.num_cache_hits += source == "cache"
+        stats.num_cache_misses += source == "files"
+        self.last_mix_s = seconds
+        logger.info("%s: recipe %s from %s in %.3f s", self._pool_id, recipe.digest[:8], source, seconds)
+
+    async def _forget(self, server: EngineServer, recipe_digest: str) -> None:
+        try:
+            await server.call("POST", "/v1/cocktail/forget", {"digest": recipe_digest}, timeout_s=FORGET_TIMEOUT_S)
+        except CocktailError as error:
+            # the cache is bounded anyway, and a new life starts with an empty one
+            logger.info("%s: recipe %s was not forgotten: %s", self._pool_id, recipe_digest[:8], error)

@@ -1,0 +1,54 @@
+"""One request and its answer: what the boundary, the middleware and the routes tell each other of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from fastapi import Request
+from starlette.types import Scope
+
+from cocktail_serve.gateway.metering import MeteredRequest, rate_limit_headers
+from cocktail_serve.tenants.limits import Admission
+
+_KEY = "exchange"
+
+
+@dataclass(slots=True)
+class Exchange:
+    """Made by `RequestBoundary`, which reads at the end what those inside have filled in.
+
+    Attributes:
+        started_at: seconds, `time.perf_counter`.
+        pool_id: of the model asked for, once that is known: counters and the log line have it.
+        headers: that the answer gets, whatever it is.
+        metered: a request to a model, once it was admitted; the boundary closes it.
+    """
+
+    request_id: str
+    started_at: float
+    pool_id: str = ""
+    headers: tuple[tuple[bytes, bytes], ...] = ()
+    metered: MeteredRequest | None = None
+
+    def enter(self, admission: Admission) -> None:
+        """Tells the client the tenant's limits, and ends here where they are exceeded.
+
+        Raises:
+            RateLimitError: the tenant may not ask now.
+        """
+        self.headers = tuple(rate_limit_headers(admission.standing))
+        if admission.refusal is not None:
+            raise admission.refusal
+
+
+def begin_exchange(scope: Scope, exchange: Exchange) -> None:
+    """Puts it where those inside find it; uvicorn hands on what the app's lifespan left in `state`."""
+    state: dict[str, Any] = scope.setdefault("state", {})
+    state[_KEY] = exchange
+
+
+def exchange_of(request: Request) -> Exchange:
+    """Of a request that came through `RequestBoundary`."""
+    exchange: Exchange = request.scope["state"][_KEY]
+    return exchange

@@ -1,0 +1,252 @@
+"""The vLLM engine with other turns and parameters than those it is served with: recipes side by side, none resident.
+
+The server holds every recipe that was mixed. What is here is the least that such an engine is given; the engine, its
+supervisor, its scorer and the fence are the ones that serve.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import Any, NoReturn
+
+import pytest
+
+from cocktail_serve.config import FakeEngineConfig
+from cocktail_serve.engines.fairness import Accounts
+from cocktail_serve.engines.occupancy import Occupancy
+from cocktail_serve.engines.stats import EngineStats
+from cocktail_serve.engines.turns.base import Turns, loop_time
+from cocktail_serve.engines.turns.hold import Hold, drained_error
+from cocktail_serve.engines.turns.lease import Lease
+from cocktail_serve.engines.turns.slots import Slots
+from cocktail_serve.engines.turns.wait_queue import Waiter, WaitQueues
+from cocktail_serve.engines.vllm.engine import VLLMEngine
+from cocktail_serve.engines.vllm.fake import fake_loss
+from cocktail_serve.engines.vllm.parameters import Parameters, ResidentParameters
+from cocktail_serve.engines.vllm.server import EngineServer
+from cocktail_serve.errors import CocktailError, EngineError, InvalidMixError, InvalidRequestError, ModelNotReadyError
+from cocktail_serve.pool import Pool
+from cocktail_serve.recipe import Recipe, one_hot
+from cocktail_serve.scoring.text import tokenize_examples
+from tests.fakes import make_fake_pool
+from tests.integration.test_engine_fake import (
+    ask,
+    eventually,
+    examples,
+    expected,
+    is_ready,
+    mixture,
+    processes_of,
+    stream,
+    strike,
+)
+from tests.models import make_decoder_tokenizer
+
+
+class SharedTurns:
+    """Slots alone: whoever has one is served, by whatever recipe."""
+
+    is_mixing = False
+    is_draining = False
+
+    def __init__(self, accounts: Accounts, *, max_in_flight: int) -> None:
+        self._slots = Slots(accounts, max_in_flight=max_in_flight, gap_s=1.0)
+        self._hold = Hold()
+        self._queues = WaitQueues()
+        self._in_flight: set[Lease] = set()
+        self._is_up = False
+
+    @property
+    def num_in_flight(self) -> int:
+        return len(self._in_flight)
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._queues.requests)
+
+    async def acquire(
+        self,
+        recipe: Recipe,
+        *,
+        tenant: str = "",
+        num_tokens: int = 0,
+        background: bool = False,
+        timeout_s: float | None = None,
+    ) -> Lease:
+        self._hold.check_admits(recipe.digest)
+        waiter = Waiter(
+            recipe=recipe,
+            came=loop_time(),
+            arrived=loop_time(),
+            tenant=tenant,
+            num_tokens=num_tokens,
+            admission=asyncio.get_running_loop().create_future(),
+        )
+        self._queues.requests.add(waiter)
+        self._fill()
+        try:
+            async with asyncio.timeout(timeout_s):
+                return await waiter.lease()
+        finally:
+            self._queues.requests.discard(waiter)
+
+    async def run(self, resident: str) -> NoReturn:
+        self._is_up = True
+        self._fill()
+        try:
+            await asyncio.Event().wait()
+            raise AssertionError("nobody sets it")
+        finally:
+            self._is_up = False
+            for lease in list(self._in_flight):
+                self.give_back(lease)
+                lease.end(EngineError("the engine failed while it held the request"))
+
+    def fail_waiting(self, error: Callable[[], CocktailError]) -> None:
+        self._queues.requests.fail_all(error)
+
+    def pin(self, recipe: Recipe | None) -> None:
+        raise InvalidRequestError("recipes are served side by side: there are no turns to pin one in", param="pin")
+
+    def drain(self, is_drained: bool) -> None:
+        self._hold.is_drained = is_drained
+        if is_drained:
+            self._queues.requests.fail_all(drained_error)
+
+    def occupancy(self) -> Occupancy:
+        queues = self._queues.occupancy(loop_time(), reason=lambda _: "no_slot")
+        return Occupancy(None, self.num_in_flight, is_drained=self._hold.is_drained, queues=queues)
+
+    def give_back(self, lease: Lease) -> None:
+        if lease in self._in_flight:
+            self._in_flight.discard(lease)
+            self._slots.leave(lease.tenant or "", loop_time())
+            self._fill()
+
+    def charge(self, tenant: str, num_tokens: int) -> None:
+        self._slots.charge(tenant, num_tokens, loop_time())
+
+    def _fill(self) -> None:
+        firsts = self._queues.requests.firsts(other_than=None)
+        while self._is_up and (waiter := self._slots.first_in(firsts, loop_time())) is not None:
+            self._queues.requests.discard(waiter)
+            if not waiter.is_answered:
+                self._slots.take(waiter.tenant, waiter.num_tokens, loop_time())
+                lease = Lease(self, tenant=waiter.tenant, num_tokens=waiter.num_tokens)
+                self._in_flight.add(lease)
+                waiter.admission.set_result(lease)
+            firsts = self._queues.requests.firsts(other_than=None)
+
+
+class SharedParameters(ResidentParameters):
+    """Each recipe is mixed once in a life of the server, under the first lease for it, and stays."""
+
+    def __init__(self, pool_id: str, *, stats: EngineStats) -> None:
+        super().__init__(pool_id, swap_timeout_s=20.0, stats=stats)
+        self._ready: set[str] = set()
+
+    def begin_life(self, server: EngineServer) -> None:
+        super().begin_life(server)
+        self._ready.clear()
+
+    async def make_ready(self, recipe: Recipe) -> None:
+        if recipe.digest not in self._ready:
+            assert await self.mix(recipe)
+            self._ready.add(recipe.digest)
+
+
+@pytest.fixture(scope="module")
+def pool(tmp_path_factory: pytest.TempPathFactory) -> Pool:
+    return make_fake_pool(tmp_path_factory.mktemp("pool"))
+
+
+@pytest.fixture
+def faults(tmp_path: Path) -> Path:
+    folder = tmp_path / "faults"
+    folder.mkdir()
+    return folder
+
+
+@contextlib.asynccontextmanager
+async def shared_engine(
+    pool: Pool, tmp_path: Path, *, max_in_flight: int = 8, **args: Any
+) -> AsyncIterator[VLLMEngine]:
+    args = {"holds": "all", "faults": str(tmp_path / "faults"), **args}
+    config = FakeEngineConfig.model_validate({"queue_timeout_s": 20, "max_model_len": 256, "args": args})
+    stats = EngineStats()
+    turns: Turns = SharedTurns(Accounts(), max_in_flight=max_in_flight)
+    parameters: Parameters = SharedParameters(pool.id, stats=stats)
+    engine = VLLMEngine(pool, config, turns=turns, parameters=parameters, stats=stats, run_dir=tmp_path / "run")
+    await engine.start()
+    try:
+        await eventually(lambda: is_ready(engine))
+        yield engine
+    finally:
+        await engine.stop()
+
+
+async def test_two_recipes_are_in_flight_at_once(pool: Pool, tmp_path: Path, faults: Path) -> None:
+    async with shared_engine(pool, tmp_path, **{"token-delay-ms": 20}) as engine:
+        one, other = mixture(pool, 0.1), mixture(pool, 0.9)
+        first, second = asyncio.Event(), asyncio.Event()
+        long = asyncio.create_task(stream(engine, one, "hello", max_tokens=150, first=first))
+        await first.wait()
+        short = asyncio.create_task(stream(engine, other, "hello", max_tokens=20, first=second))
+        await second.wait()
+        assert engine.occupancy().num_in_flight == 2
+        assert await short == expected(other, "hello", max_tokens=20)
+        assert not long.done(), "the other recipe had to wait for its turn"
+        assert await long == expected(one, "hello", max_tokens=150)
+        assert engine.occupancy().num_in_flight == 0
+        assert engine.stats.num_swaps_by_source == {"files": 2}
+
+
+async def test_recipes_in_one_batch_never_cross(pool: Pool, tmp_path: Path, faults: Path) -> None:
+    recipes = [mixture(pool, share) for share in (0.1, 0.2, 0.3, 0.4, 0.5)]
+    async with shared_engine(pool, tmp_path, max_in_flight=4, **{"token-delay-ms": 1, "mix-ms": 2}) as engine:
+
+        async def client(number: int) -> None:
+            for turn in range(6):
+                recipe, text = recipes[(number + turn) % len(recipes)], f"{number} {turn}"
+                assert await (stream if turn % 2 else ask)(engine, recipe, text) == expected(recipe, text)
+
+        given, expert = examples(), one_hot(pool, "nq", dtype="float32")
+        losses, *_ = await asyncio.gather(engine.score(expert, given), *(client(number) for number in range(10)))
+        tokenized = tokenize_examples(make_decoder_tokenizer(), given, max_tokens=255)
+        assert losses == [fake_loss(expert.digest, e.token_ids, e.output_start) for e in tokenized]
+        assert engine.stats.num_restarts == 0
+        assert (engine.occupancy().num_in_flight, engine.occupancy().queues) == (0, ())
+
+
+async def test_what_was_ready_is_made_ready_again_in_the_next_life(pool: Pool, tmp_path: Path, faults: Path) -> None:
+    async with shared_engine(pool, tmp_path) as engine:
+        recipe = mixture(pool, 0.5)
+        await engine.materialise(recipe)
+        os.kill(processes_of(engine)[0].pid, signal.SIGKILL)
+        await eventually(lambda: is_restarting(engine))
+        assert await ask(engine, recipe, "hello") == expected(recipe, "hello")
+        assert engine.stats.num_swaps_by_source == {"files": 2}
+        assert engine.stats.num_restarts == 1
+
+
+async def test_a_recipe_that_cannot_be_made_ready_gives_its_slot_back(pool: Pool, tmp_path: Path, faults: Path) -> None:
+    async with shared_engine(pool, tmp_path, max_in_flight=1) as engine:
+        strike(faults, "mix_invalid")
+        with pytest.raises(InvalidMixError):
+            await ask(engine, mixture(pool, 0.5), "hello")
+        assert engine.occupancy().num_in_flight == 0
+        assert await ask(engine, mixture(pool, 0.5), "hello") == expected(mixture(pool, 0.5), "hello")
+        engine.drain(True)
+        with pytest.raises(ModelNotReadyError, match="drains this engine"):
+            await ask(engine, mixture(pool, 0.5), "hello")
+        with pytest.raises(InvalidRequestError, match="no turns to pin"):
+            engine.pin(mixture(pool, 0.5))
+
+
+async def is_restarting(engine: VLLMEngine) -> bool:
+    return engine.stats.num_restarts == 1
