@@ -7,13 +7,14 @@ BIN := $(VENV)/bin
 REQUIREMENTS := requirements/cpu.txt
 STAMP := $(VENV)/.installed
 
-.PHONY: install demo serve test test-unit test-full check lint lock bench docs clean help
+.PHONY: install demo serve test test-unit test-integration test-full check lint lock bench docs clean help
 
 help:
 	@echo "make demo     both pools, cocktails made and answered on real engines, in minutes"
 	@echo "make serve    the demo's server, left running"
 	@echo "make test     unit, integration and end-to-end tests (real vLLM on CPU)"
-	@echo "make test-full  those and the long ones: faults, generated requests, a short soak"
+	@echo "make test-unit  unit tests alone, in less than a minute; test-integration: those with servers and databases"
+	@echo "make test-full  all of make test and the long ones: faults, generated requests, a short soak"
 	@echo "make check    lint, format and types"
 	@echo "make docs     regenerate the generated pages of docs/reference"
 	@echo "make install  set up $(VENV) only"
@@ -40,13 +41,16 @@ serve: $(STAMP)
 	$(BIN)/cocktail-serve demo --serve
 
 # several processes share the cores in tests: threads that spin while they wait would take them from each other
-test test-unit test-full: export OMP_WAIT_POLICY ?= passive
+test test-unit test-integration test-full: export OMP_WAIT_POLICY ?= passive
 
 test: $(STAMP)
 	$(BIN)/python -m pytest
 
 test-unit: $(STAMP)
-	$(BIN)/python -m pytest tests/unit tests/integration
+	$(BIN)/python -m pytest tests/unit
+
+test-integration: $(STAMP)
+	$(BIN)/python -m pytest tests/integration
 
 # an empty -m takes the place of the one in pyproject.toml that leaves the long tests out
 test-full: $(STAMP)

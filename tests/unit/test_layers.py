@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 from collections import defaultdict
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -61,6 +62,12 @@ AT_HOME: dict[str, set[str]] = {
 """Where a framework may be imported."""
 
 
+@cache
+def imports_of(path: Path) -> tuple[str, ...]:
+    """Read once: many tests ask for the same files."""
+    return tuple(imports(path.read_text(encoding="utf-8")))
+
+
 def files_of(package: str) -> list[Path]:
     folder = PLUGIN if package == PLUGIN.name else PACKAGE / package
     return sorted(folder.rglob("*.py")) or [folder.with_suffix(".py")]
@@ -69,7 +76,7 @@ def files_of(package: str) -> list[Path]:
 def imported(package: str) -> Iterator[tuple[str, list[str]]]:
     """The file and the parts of each import."""
     for path in files_of(package):
-        for name in imports(path.read_text(encoding="utf-8")):
+        for name in imports_of(path):
             yield str(path.relative_to(ROOT)), name.split(".")
 
 
@@ -126,7 +133,7 @@ def test_wings_of_engines_do_not_meet(wing: str) -> None:
 
 def test_the_ground_of_engines_knows_no_wing() -> None:
     ground = [path for path in (PACKAGE / "engines").glob("*.py") if path.name != "__init__.py"]
-    names = [name for path in ground for name in imports(path.read_text(encoding="utf-8"))]
+    names = [name for path in ground for name in imports_of(path)]
     assert not [name for name in names if name.startswith(tuple(f"cocktail_serve.engines.{wing}" for wing in WINGS))]
 
 

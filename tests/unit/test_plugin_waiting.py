@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from collections.abc import Iterator
@@ -21,6 +22,9 @@ from vllm_cocktail.waiting import (
     Pauses,
     nap_while_waiting,
 )
+
+with contextlib.suppress(ImportError):  # before a test runs: vLLM asks the machine by processes while it is imported
+    import vllm.distributed.device_communicators.shm_broadcast  # noqa: F401
 
 
 class Clock:

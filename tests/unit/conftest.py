@@ -1,0 +1,34 @@
+"""Unit tests run in this process alone: what needs another one, a server or a database lies in tests/integration."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from cocktail_serve.checkpoints import mapping
+from cocktail_serve.merging import native
+from tests.no_process import no_process
+
+REFUSED = pytest.StashKey[list[str]]()
+
+
+def pytest_collection_finish() -> None:
+    """What is written in C is compiled once a machine, by the first that needs it: no test is to be that one."""
+    native.load_kernel()
+    mapping._library()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+    """Around the fixtures of whole sessions too, which no fixture could watch."""
+    with no_process() as item.stash[REFUSED]:
+        return (yield)
+
+
+@pytest.fixture(autouse=True)
+def refused(request: pytest.FixtureRequest) -> Iterator[list[str]]:
+    """The processes that the test wanted to start: it fails even where the code under test made nothing of it."""
+    starts = request.node.stash[REFUSED]
+    yield starts
+    assert starts == [], "a unit test starts no process: move it to tests/integration"
