@@ -87,7 +87,7 @@ async def assembled(
         await service.start()
         parsing = stack.enter_context(ThreadPoolExecutor(1, "cocktail-parse"))
         stack.push_async_callback(experts.stop)
-        experts.start(service)
+        experts.start(service.catalog)
         yield Gateway(
             settings=settings,
             pools=pools,

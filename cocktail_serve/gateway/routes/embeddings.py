@@ -21,7 +21,7 @@ from cocktail_serve.gateway.json_body import parse_as
 from cocktail_serve.gateway.openapi import engine_errors, json_request
 from cocktail_serve.gateway.schemas.embeddings import EmbeddingList, EmbeddingRequest
 from cocktail_serve.gateway.synonyms import given
-from cocktail_serve.gateway.targets import admitted, requested_pool, served_model
+from cocktail_serve.gateway.targets import admitted, served_model, target_of
 from cocktail_serve.gateway.truncation import truncation
 
 router = APIRouter(tags=["embeddings"], route_class=DirectRoute)
@@ -38,9 +38,9 @@ async def create_embeddings(request: Request) -> Response:
     asked = await admitted(request)
     gateway = asked.gateway
     wanted = parse_as(EmbeddingRequest, asked.body)
-    pool = await requested_pool(asked, kind="encoder")
-    config = gateway.pool_configs[pool.id]
-    engine = gateway.embedding_engine(pool.id)
+    target = await target_of(asked, kind="encoder")
+    config = gateway.pool_configs[target.pool.id]
+    engine = gateway.embedding_engine(target.pool.id)
     inputs = check_inputs(wanted.input, token_inputs=config.token_inputs)
     asked_by, prompt_name = given(wanted, "prompt_name", "input_type", "task")
     prompt = prompt_of(prompt_name, config, inputs, param=asked_by)
@@ -51,7 +51,7 @@ async def create_embeddings(request: Request) -> Response:
     size_by, size = given(wanted, "dimensions", "output_dimension")
     dimensions = dimensions_to_keep(size, full=engine.dimension, pool=config, param=size_by)
     _, encoding_format = given(wanted, "encoding_format", "embedding_type")
-    served = await served_model(asked)
+    served = await served_model(asked, target)
     async with ended_with_client(request.receive):
         embedded = await engine.embed(
             served.recipe,
@@ -62,7 +62,7 @@ async def create_embeddings(request: Request) -> Response:
             tenant=asked.caller.tenant,
         )
     asked.ticket.used(served, num_in=embedded.num_tokens)
-    gateway.metrics.observe_first_token(pool.id, time.perf_counter() - request.state.started_at)
+    gateway.metrics.observe_first_token(target.pool.id, time.perf_counter() - request.state.started_at)
     encode = partial(
         encode_answer,
         embedded.vectors,

@@ -17,7 +17,7 @@ from cocktail_serve.gateway.schemas.generation import (
     Completion,
     CompletionRequest,
 )
-from cocktail_serve.gateway.targets import admitted, requested_pool, served_model
+from cocktail_serve.gateway.targets import admitted, served_model, target_of
 
 router = APIRouter(tags=["generation"], route_class=DirectRoute)
 
@@ -51,13 +51,13 @@ async def create_completion(request: Request) -> Response:
 async def _generate(request: Request, path: str) -> Response:
     asked = await admitted(request)
     gateway = asked.gateway
-    pool = await requested_pool(asked, kind="decoder")
-    engine_config = gateway.pool_configs[pool.id].engine
+    target = await target_of(asked, kind="decoder")
+    engine_config = gateway.pool_configs[target.pool.id].engine
     assert isinstance(engine_config, VLLMEngineConfig)  # the configuration lets no decoder have another
     outgoing = apply_field_policy(asked.body, allow_chat_template=engine_config.allow_chat_template)
-    served = await served_model(asked)
+    served = await served_model(asked, target)
     return GenerationResponse(
-        gateway.generation_engine(pool.id),
+        gateway.generation_engine(target.pool.id),
         served,
         path,
         outgoing,

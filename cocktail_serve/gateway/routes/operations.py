@@ -51,7 +51,7 @@ async def metrics(gateway: GatewayDep) -> Response:
     """Counters in Prometheus' text format."""
     # a scrape comes every few seconds: it does not wait long for an engine that hangs
     health = await _ask_engines(gateway, deadline_s=min(1.0, gateway.settings.server.ready_deadline_s))
-    return Response(gateway.metrics.render(health, gateway.service.statuses()), media_type=_METRICS_MEDIA_TYPE)
+    return Response(gateway.metrics.render(health, gateway.service.catalog.statuses()), media_type=_METRICS_MEDIA_TYPE)
 
 
 async def _ask_engines(gateway: Gateway, *, deadline_s: float) -> dict[str, EngineHealth]:

@@ -13,7 +13,7 @@ from cocktail_serve.gateway.openapi import engine_errors, json_request
 from cocktail_serve.gateway.reranking import check_documents, encode_answer
 from cocktail_serve.gateway.schemas.reranking import RerankAnswer, RerankRequest
 from cocktail_serve.gateway.synonyms import given
-from cocktail_serve.gateway.targets import admitted, requested_pool, served_model
+from cocktail_serve.gateway.targets import admitted, served_model, target_of
 from cocktail_serve.gateway.truncation import truncation
 
 router = APIRouter(tags=["reranking"], route_class=DirectRoute)
@@ -32,17 +32,17 @@ async def rerank(request: Request) -> Response:
     asked = await admitted(request)
     gateway = asked.gateway
     wanted = parse_as(RerankRequest, asked.body)
-    pool = await requested_pool(asked, kind="reranker")
-    engine = gateway.reranking_engine(pool.id)
+    target = await target_of(asked, kind="reranker")
+    engine = gateway.reranking_engine(target.pool.id)
     _, top_n = given(wanted, "top_n", "top_k")
     documents = check_documents(wanted.documents, rank_fields=wanted.rank_fields)
     truncate_to = truncation(
         wanted.truncate_prompt_tokens,
         max_length=engine.max_length,
         whether=wanted.truncation,
-        truncate=gateway.pool_configs[pool.id].truncate,
+        truncate=gateway.pool_configs[target.pool.id].truncate,
     )
-    served = await served_model(asked)
+    served = await served_model(asked, target)
     async with ended_with_client(request.receive):
         reranked = await engine.rerank(
             served.recipe,
@@ -55,7 +55,7 @@ async def rerank(request: Request) -> Response:
             tenant=asked.caller.tenant,
         )
     asked.ticket.used(served, num_in=reranked.num_tokens)
-    gateway.metrics.observe_first_token(pool.id, time.perf_counter() - request.state.started_at)
+    gateway.metrics.observe_first_token(target.pool.id, time.perf_counter() - request.state.started_at)
     answer = encode_answer(
         reranked,
         documents,
