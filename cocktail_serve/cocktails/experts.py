@@ -13,8 +13,8 @@ from pathlib import Path
 from sqlalchemy import delete, insert, select
 
 from cocktail_serve.checkpoints.opening import open_expert
+from cocktail_serve.cocktails.catalog import Catalog
 from cocktail_serve.cocktails.expert_roots import ExpertRoots
-from cocktail_serve.cocktails.service import CocktailService
 from cocktail_serve.database import tables
 from cocktail_serve.database.database import Database
 from cocktail_serve.database.unbroken import Unbroken
@@ -87,7 +87,7 @@ class Experts:
         self._left_out: dict[tuple[str, str], str] = {}
         self._changing = asyncio.Lock()
         self._unbroken = Unbroken()
-        self._service: CocktailService | None = None
+        self._catalog: Catalog | None = None
         self._learning: asyncio.Task[None] | None = None
 
     async def load(self) -> Mapping[str, str]:
@@ -99,9 +99,9 @@ class Experts:
         await self._catch_up()
         return {f"{pool_id}/{name}": why for (pool_id, name), why in self._left_out.items()}
 
-    def start(self, service: CocktailService) -> None:
-        """Tells the service of changes from now on, those that other servers on the database make among them."""
-        self._service = service
+    def start(self, catalog: Catalog) -> None:
+        """Tells the catalog of changes from now on, those that other servers on the database make among them."""
+        self._catalog = catalog
         self._learning = asyncio.create_task(self._learn(), name="experts")
 
     async def stop(self) -> None:
@@ -207,7 +207,7 @@ class Experts:
                     raise ConflictError(
                         f"{name!r} is of the configuration; take it out there and start the server again", param="name"
                     )
-                users = [] if self._service is None else self._service.made_of(pool_id, member)
+                users = [] if self._catalog is None else await self._catalog.made_of(pool_id, member)
                 if users and not force:
                     raise ConflictError(
                         f"{len(users)} cocktails are made of {pool_id}/{name}, among them {users[0].id!r}; delete "
@@ -268,8 +268,8 @@ class Experts:
 
     def _show(self, pool: Pool) -> None:
         self._pools[pool.id] = pool
-        if self._service is not None:
-            self._service.change_pool(pool)
+        if self._catalog is not None:
+            self._catalog.reread_pools()
 
     async def _load(self, added: Added, call: Call) -> None:
         pool = self._pool(added.pool_id)

@@ -8,7 +8,8 @@ from collections.abc import Awaitable, Callable, Mapping
 from math import inf
 
 from cocktail_serve.cocktails.cocktail import Cocktail
-from cocktail_serve.cocktails.jobs import Jobs, LoadExamples
+from cocktail_serve.cocktails.jobs import Jobs
+from cocktail_serve.cocktails.pacing import paced
 from cocktail_serve.cocktails.peers import Peers
 from cocktail_serve.cocktails.registry import Registry
 from cocktail_serve.database.database import Database
@@ -28,7 +29,6 @@ class Following:
     """What a gateway does again and again because it may not be alone.
 
     Args:
-        examples_of: how the job of a cocktail reads its examples.
         report: begins the report of a ready cocktail, where there is none yet.
         sweep: done now and then by one of the gateways.
         poll_s: between two looks for what others changed.
@@ -42,7 +42,6 @@ class Following:
         jobs: Jobs,
         pools: Mapping[str, Pool],
         *,
-        examples_of: Callable[[Cocktail], LoadExamples],
         report: Callable[[Cocktail], None],
         sweep: Sweep,
         poll_s: float,
@@ -52,7 +51,6 @@ class Following:
         self._registry = registry
         self._jobs = jobs
         self._pools = pools
-        self._examples_of = examples_of
         self._report = report
         self._sweep = sweep
         self._poll_s = poll_s
@@ -90,7 +88,7 @@ class Following:
         if not await self._peers.beat():
             logger.warning("this gateway gave no sign of life for too long; others may have taken its jobs over")
             await self._join()
-        await self._registry.learn()
+        await self._registry.sync()
         # whoever is an owner by now joined before it became one, so it is among these
         alive = await self._peers.alive()
         await self._adopt(alive)
@@ -111,7 +109,7 @@ class Following:
                     beat_at = loop.time() + self._peers.beat_s
                     await self.beat()
                 else:
-                    await self._registry.learn()
+                    await self._registry.sync()
             except StorageError:
                 # said in the log by the database; the store may be gone for a while
                 await asyncio.sleep(self._peers.beat_s)
@@ -125,7 +123,7 @@ class Following:
 
     async def _adopt(self, alive: frozenset[str]) -> None:
         """Goes on with the jobs whose gateway is gone."""
-        for cocktail in self._registry.unfinished():
+        async for cocktail in paced(self._registry.catalog.unfinished(), every=500):
             if cocktail.owner in alive and (cocktail.owner != self._peers.me or self._jobs.is_running(cocktail.uid)):
                 continue
             pool = self._pools.get(cocktail.pool_id)
@@ -134,7 +132,7 @@ class Following:
                 continue  # another gateway may have the pool as it was
             claimed = await self._registry.claim(cocktail.uid)
             if claimed is not None:
-                await self._jobs.resume(claimed, self._examples_of(claimed))
-        for cocktail in self._registry.unreported():
+                await self._jobs.resume(claimed)
+        async for cocktail in paced(self._registry.catalog.unreported(), every=500):
             if cocktail.owner not in alive or cocktail.owner == self._peers.me:
                 self._report(cocktail)

@@ -15,6 +15,7 @@ from cocktail_serve.cocktails.findings import PENDING
 from cocktail_serve.cocktails.registry import Registry
 from cocktail_serve.cocktails.request import CocktailOptions
 from cocktail_serve.cocktails.scores import Keeping
+from cocktail_serve.cocktails.store import Store
 from cocktail_serve.cocktails.tasks import Tasks
 from cocktail_serve.cocktails.warnings import warnings_of_losses
 from cocktail_serve.cocktails.weigher import Weigher
@@ -89,9 +90,6 @@ class Patience:
 OnSpent = Callable[[Cocktail, EngineTime], None]
 """Is told how long engines worked for a cocktail."""
 
-LoadExamples = Callable[[], Awaitable[tuple[ExampleSet | None, ExampleSet | None]]]
-"""Reads the examples of a cocktail, and those of its validation."""
-
 
 async def check_examples(engine: Engine, examples: ExampleSet | None, validation: ExampleSet | None) -> None:
     """Raises what would fail later, as `Engine.check_examples` does; `param` says which of the two."""
@@ -116,6 +114,7 @@ class Jobs:
     def __init__(
         self,
         registry: Registry,
+        store: Store,
         weigher: Weigher,
         pools: Mapping[str, Pool],
         engines: Mapping[str, AnyEngine],
@@ -125,6 +124,7 @@ class Jobs:
         on_spent: OnSpent,
     ) -> None:
         self._registry = registry
+        self._store = store
         self._weigher = weigher
         self._pools = pools
         self._engines = engines
@@ -139,10 +139,11 @@ class Jobs:
         previous = self._tasks.cancel(cocktail.uid)
         self._tasks.start(cocktail, self._after(previous, cocktail, examples, validation))
 
-    async def resume(self, cocktail: Cocktail, load_examples: LoadExamples) -> None:
+    async def resume(self, cocktail: Cocktail) -> None:
         """Goes on with a job that another process left; one whose examples no longer read ends as failed."""
         try:
-            examples, validation = await load_examples()
+            examples = await self._store.example_set(cocktail)
+            validation = await self._store.example_set(cocktail, validation=True)
         except InvalidRequestError as error:
             await self._fail(cocktail, error)
         else:
@@ -152,7 +153,7 @@ class Jobs:
         """Whether there is a job for a cocktail here."""
         return uid in self._tasks
 
-    def heed(self, cocktail: Cocktail) -> None:
+    def changed_remotely(self, cocktail: Cocktail) -> None:
         """Ends the job of a cocktail that another gateway ended, or took over."""
         if cocktail.is_final or self._tasks.epoch_of(cocktail.uid) != cocktail.epoch:
             self.cancel(cocktail.uid)
@@ -234,7 +235,7 @@ class Jobs:
             cocktail,
             status="ready",
             progress=1.0,
-            ready_at=self._registry.now(),
+            ready_at=self._registry.catalog.now(),
             mixed_loss=mixed_loss,
             validation_loss=validation_loss,
             candidates=_judged(options, weighing.candidates, mixed_loss),

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import defaultdict
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
 
 from cocktail_serve.cocktails.cocktail import Cocktail, Findings
@@ -17,40 +17,37 @@ from cocktail_serve.cocktails.findings import PENDING, no_findings
 from cocktail_serve.cocktails.jobs import OnSpent
 from cocktail_serve.cocktails.registry import Registry
 from cocktail_serve.cocktails.scores import Attempts, Keeping
+from cocktail_serve.cocktails.store import Store
 from cocktail_serve.cocktails.tasks import Tasks
 from cocktail_serve.cocktails.weigher import Weigher
 from cocktail_serve.engines.base import AnyEngine
 from cocktail_serve.engines.engine_time import EngineTimeTotal, totalled
 from cocktail_serve.errors import CapacityError, CocktailError, StorageError
-from cocktail_serve.examples import ExampleSet
 
 logger = logging.getLogger(__name__)
-
-LoadExamples = Callable[[Cocktail], Awaitable[ExampleSet | None]]
 
 
 class Reports:
     """The running investigations, one task each.
 
     Args:
-        load_examples: reads what a cocktail was made from.
         patience: how often a call to an engine is tried.
     """
 
     def __init__(
         self,
         registry: Registry,
+        store: Store,
         weigher: Weigher,
         engines: Mapping[str, AnyEngine],
-        load_examples: LoadExamples,
         *,
         patience: Attempts,
         on_spent: OnSpent,
     ) -> None:
         self._registry = registry
+        self._store = store
         self._weigher = weigher
         self._engines = engines
-        self._load_examples = load_examples
         self._patience = patience
         self._on_spent = on_spent
         self._turns: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
@@ -101,7 +98,7 @@ class Reports:
                 engine,
                 cocktail.request,
                 cocktail.chosen,
-                await self._load_examples(cocktail),
+                await self._store.example_set(cocktail),
                 Keeping(tenant=cocktail.tenant, uid=cocktail.uid, spent=spent),
                 attempts=self._patience,
             )

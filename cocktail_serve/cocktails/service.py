@@ -1,15 +1,17 @@
-"""The one door to cocktails: made, followed, pinned and deleted, each tenant its own; found as in `catalog`."""
+"""The one door to cocktails: made, followed, pinned and deleted, each tenant its own; found in its `catalog`."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
-from cocktail_serve.cocktails.catalog import Catalog
-from cocktail_serve.cocktails.cocktail import Cocktail, Served, Weighing
+from cocktail_serve.cocktails.catalog import Catalog, no_cocktail
+from cocktail_serve.cocktails.cocktail import Cocktail, ModelEntry, Served, Weighing
 from cocktail_serve.cocktails.following import Following, Sweep
 from cocktail_serve.cocktails.jobs import Jobs, Patience, check_examples
 from cocktail_serve.cocktails.peers import Peers
@@ -26,8 +28,7 @@ from cocktail_serve.database.database import Database
 from cocktail_serve.database.unbroken import Unbroken
 from cocktail_serve.engines.base import AnyEngine
 from cocktail_serve.engines.engine_time import EngineTime, totalled
-from cocktail_serve.errors import CapacityError
-from cocktail_serve.examples import ExampleSet
+from cocktail_serve.errors import CapacityError, ModelNotReadyError, NotFoundError, StorageError
 from cocktail_serve.pool import Pool
 from cocktail_serve.tenants.limits import LimitsOf, unlimited
 from cocktail_serve.usage.account import Use
@@ -44,7 +45,7 @@ INLINE_TIMEOUT_S = 60.0
 """How long a request with an inline cocktail waits for it before it is told to come again."""
 
 
-class CocktailService(Catalog):
+class CocktailService:
     """Cocktails of all tenants over the operator's pools.
 
     Args:
@@ -55,6 +56,9 @@ class CocktailService(Catalog):
         patience: how long jobs bear with failing engines.
         witnesses: write down what changes of cocktails mean elsewhere.
         ledger: counts what jobs use; None: nobody does.
+
+    Attributes:
+        catalog: which cocktails and models there are, to read: what is in memory, and other gateways may have more.
     """
 
     def __init__(
@@ -71,9 +75,10 @@ class CocktailService(Catalog):
         witnesses: Sequence[Witness] = (),
         ledger: Ledger | None = None,
     ) -> None:
-        store = Store(database, witnesses=witnesses)
-        dtypes = {pool_id: engine.dtype for pool_id, engine in engines.items()}
-        super().__init__(Registry(store, pools, dtypes, max_inline=settings.max_inline_cocktails), store)
+        self._store = Store(database, witnesses=witnesses)
+        self.catalog = Catalog(pools, {pool_id: engine.dtype for pool_id, engine in engines.items()})
+        self._registry = Registry(self.catalog, self._store, max_inline=settings.max_inline_cocktails)
+        self._registry.on_remote_change = self._changed_remotely
         self._ledger = ledger
         self._settings = settings
         self._pools = pools
@@ -83,25 +88,29 @@ class CocktailService(Catalog):
         scores = Scores(
             ScoreStore(database), self._executor, truncate={pool.id: pool.truncate for pool in settings.pools}
         )
-        self._weigher = Weigher(scores, self._executor, self._registry.uses)
+        self._weigher = Weigher(scores, self._executor, self.catalog.uses)
         patience = patience or Patience()
         self._reports = Reports(
-            self._registry, self._weigher, engines, self._examples_of, patience=patience, on_spent=self._count
+            self._registry, self._store, self._weigher, engines, patience=patience, on_spent=self._count
         )
-        on_ready = self._reports.submit if settings.reports else None
         self._jobs = Jobs(
-            self._registry, self._weigher, pools, engines, patience=patience, on_ready=on_ready, on_spent=self._count
+            self._registry,
+            self._store,
+            self._weigher,
+            pools,
+            engines,
+            patience=patience,
+            on_ready=self._reports.submit if settings.reports else None,
+            on_spent=self._count,
         )
         self._unbroken = Unbroken()
         self._sweeps = sweeps
-        self._registry.listen(self._heed)
         self._following = Following(
             database,
             Peers(database, place=place, lease_s=settings.store.lease_s),
             self._registry,
             self._jobs,
             pools,
-            examples_of=lambda cocktail: partial(self._kept_examples, cocktail),
             report=self._reports.submit,
             sweep=self._sweep,
             poll_s=settings.store.poll_s,
@@ -148,10 +157,52 @@ class CocktailService(Catalog):
             QuotaExceededError, RateLimitError: over a limit of the tenant; nothing is kept.
             StorageError: nothing was kept.
         """
-        known = self._registry.version(tenant, request)
+        known = self.catalog.version(tenant, request)
         if known is None or known.status in ("failed", "cancelled"):
             await self._check_examples(request)
         return await self._unbroken.run(self._admit(tenant, request, beside))
+
+    async def find(self, tenant: str, model_id: str) -> Served:
+        """As `Catalog.resolve`, and where that finds nothing to serve, with what another gateway has made just now.
+
+        Raises:
+            StorageError: it is not known here, and the store cannot be asked.
+        """
+        try:
+            return self.catalog.resolve(tenant, model_id)
+        except (NotFoundError, ModelNotReadyError):
+            await self._registry.sync()
+        return self.catalog.resolve(tenant, model_id)
+
+    async def find_model(self, tenant: str, model_id: str) -> ModelEntry | None:
+        """A line of the model list, though another gateway has made it just now; None: there is none.
+
+        Raises:
+            StorageError: as `find`.
+        """
+        entry = self.catalog.models(tenant).get(model_id)
+        if entry is None:
+            await self._registry.sync()
+            entry = self.catalog.models(tenant).get(model_id)
+        return entry
+
+    async def look_up(self, tenant: str, ref: str) -> Cocktail:
+        """As `Catalog.get`, with what other gateways have done just now.
+
+        Raises:
+            StorageError: it is not known here, and the store cannot be asked.
+        """
+        try:
+            await self._registry.sync()
+        except StorageError:
+            with suppress(NotFoundError):
+                return self.catalog.get(tenant, ref)
+            raise
+        return self.catalog.get(tenant, ref)
+
+    async def examples(self, tenant: str, ref: str) -> Sequence[Mapping[str, Any]]:
+        """The examples a cocktail was made from, as JSON rows; empty where it was made without."""
+        return await self._store.examples((await self.look_up(tenant, ref)).uid)
 
     async def wait(self, tenant: str, ref: str, timeout_s: float) -> Cocktail:
         """The snapshot at the moment it becomes ready, failed or cancelled, or the one after `timeout_s`.
@@ -159,9 +210,28 @@ class CocktailService(Catalog):
         Raises:
             NotFoundError: unknown, or another tenant's.
         """
-        cocktail = self._registry.get(tenant, ref)
-        await self._registry.until_final(cocktail.uid, timeout_s)
-        return self._registry.by_uid(cocktail.uid) or replace(cocktail, status="cancelled", current=False)
+        cocktail = self.catalog.get(tenant, ref)
+        ended = await self.catalog.until(cocktail.uid, lambda now: now.is_final, timeout_s)
+        return ended or replace(cocktail, status="cancelled", current=False)
+
+    async def wait_for_change(self, tenant: str, ref: str, timeout_s: float) -> Cocktail:
+        """The snapshot at the moment its status or progress changes, or the one after `timeout_s`.
+
+        One that is ready, failed or cancelled changes no more by itself, and is not waited for.
+
+        Raises:
+            NotFoundError: unknown, another tenant's, or deleted meanwhile.
+            StorageError: as `look_up`.
+        """
+        before = await self.look_up(tenant, ref)
+
+        def has_changed(now: Cocktail) -> bool:
+            return now.is_final or (now.status, now.progress) != (before.status, before.progress)
+
+        changed = await self.catalog.until(before.uid, has_changed, timeout_s)
+        if changed is None:
+            raise no_cocktail(ref)
+        return changed
 
     async def dry_run(self, tenant: str, request: CocktailRequest) -> Weighing:
         """Losses and weights only. Kept scores are used, but nothing is kept: no deletion could ever purge it.
@@ -190,18 +260,15 @@ class CocktailService(Catalog):
             ModelNotReadyError: not ready within `timeout_s`; its job goes on, a retry finds it.
             CocktailError: why its job failed.
         """
-        known = self._registry.version(tenant, request)
+        known = self.catalog.version(tenant, request)
         if known is not None and known.status == "ready":
-            return self._registry.resolve(tenant, known.id)
+            return self.catalog.resolve(tenant, known.id)
         created, _ = await self.create(tenant, request)
         made = await self.wait(tenant, created.id, timeout_s)
         if made.status == "failed" and made.error is not None:
             raise made.error.exception()
         # from the snapshot: under load the least recently used may be gone again by now
-        served = self._registry.serve(made)
-        if served is None:
-            raise self._registry.why_not_served(made)
-        return served
+        return self.catalog.serve(made)
 
     async def report(self, tenant: str, ref: str) -> Cocktail:
         """As `look_up`; of a ready cocktail the findings are there or in the making.
@@ -211,10 +278,6 @@ class CocktailService(Catalog):
             StorageError: as `look_up`.
         """
         return await self._unbroken.run(self._reports.ask(await self.look_up(tenant, ref)))
-
-    def change_pool(self, pool: Pool) -> None:
-        """The pool has other experts now; whoever changes it has changed the mapping of pools too."""
-        self._registry.change_pool(pool)
 
     async def set_current(self, tenant: str, name: str, ref: str | None) -> Cocktail:
         """Pins a name to a ready version; None removes the pin. Returns what the name means then.
@@ -269,15 +332,15 @@ class CocktailService(Catalog):
         for sweep in self._sweeps:
             await sweep()
 
-    def _heed(self, changed: Sequence[Cocktail], removed: Sequence[Cocktail]) -> None:
+    def _changed_remotely(self, changed: Sequence[Cocktail], removed: Sequence[Cocktail]) -> None:
         for cocktail in changed:
-            self._jobs.heed(cocktail)
+            self._jobs.changed_remotely(cocktail)
         self._release(removed)
 
     async def _cancel(self, cocktail: Cocktail) -> Cocktail:
         cancelled = await self._registry.update(cocktail.uid, status="cancelled")
         self._jobs.cancel(cocktail.uid)
-        return cancelled or self._registry.by_uid(cocktail.uid) or cocktail
+        return cancelled or self.catalog.by_uid(cocktail.uid) or cocktail
 
     async def _delete(self, tenant: str, ref: str) -> Sequence[Cocktail]:
         removed = await self._registry.remove(tenant, ref)
@@ -299,7 +362,7 @@ class CocktailService(Catalog):
             engine = self._engines.get(cocktail.pool_id)
             if engine is None or cocktail.recipe is None:
                 continue
-            if not self._registry.uses(cocktail.pool_id, cocktail.recipe.digest):
+            if not self.catalog.uses(cocktail.pool_id, cocktail.recipe.digest):
                 engine.forget(cocktail.recipe.digest)
 
     async def _check_examples(self, request: CocktailRequest) -> None:
@@ -308,7 +371,3 @@ class CocktailService(Catalog):
                 await check_examples(self._engines[request.options.pool], request.examples, request.validation)
         except (CapacityError, TimeoutError):
             return  # an engine that is still starting says it later, to the job
-
-    async def _examples_of(self, cocktail: Cocktail) -> ExampleSet | None:
-        examples, _ = await self._kept_examples(cocktail)
-        return examples

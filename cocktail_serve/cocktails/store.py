@@ -12,11 +12,12 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from cocktail_serve.cocktails import history
 from cocktail_serve.cocktails.cocktail import DIGEST8, Cocktail
+from cocktail_serve.cocktails.pacing import paced
 from cocktail_serve.cocktails.rows import from_row, to_row
 from cocktail_serve.cocktails.score_store import forget_scores
 from cocktail_serve.database import tables
 from cocktail_serve.database.database import Database, chunks, insert_missing, to_the_end
-from cocktail_serve.examples import ExampleSet
+from cocktail_serve.examples import ExampleSet, parse_examples
 from cocktail_serve.tenants.kept_bytes import check_example_bytes
 
 
@@ -278,6 +279,18 @@ class Store:
         async with self._database.read() as connection:
             return list((await connection.execute(query)).scalars())
 
+    async def example_set(self, cocktail: Cocktail, *, validation: bool = False) -> ExampleSet | None:
+        """What a cocktail was made from, or is validated on; None where it has none.
+
+        Raises:
+            InvalidExamplesError: this release does not read them.
+        """
+        options = cocktail.request
+        if (options.validation_digest if validation else options.examples_digest) is None:
+            return None
+        rows = await self.examples(cocktail.uid, validation=validation)
+        return parse_examples(rows, cocktail.kind, max_examples=len(rows))
+
 
 async def _number(connection: AsyncConnection) -> int:
     """The number of the change that this transaction makes. Until it ends, no other can get one: so whoever sees a
@@ -289,7 +302,7 @@ async def _number(connection: AsyncConnection) -> int:
 
 async def _cocktails(connection: AsyncConnection, *conditions: ColumnElement[bool]) -> list[Cocktail]:
     query = select(tables.cocktails).where(*conditions).order_by(tables.cocktails.c.sequence)
-    return [from_row(row) for row in (await connection.execute(query)).mappings()]
+    return [from_row(row) async for row in paced((await connection.execute(query)).mappings())]
 
 
 async def _pins(connection: AsyncConnection, *conditions: ColumnElement[bool]) -> dict[tuple[str, str], str]:

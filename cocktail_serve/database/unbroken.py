@@ -5,8 +5,12 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Coroutine
 from typing import Any, TypeVar
+from weakref import WeakSet
 
 _T = TypeVar("_T")
+
+_unbroken: WeakSet[asyncio.Task[Any]] = WeakSet()
+"""Tasks that nobody cancels."""
 
 
 class Unbroken:
@@ -16,8 +20,14 @@ class Unbroken:
         self._running: set[asyncio.Task[Any]] = set()
 
     async def run(self, change: Coroutine[Any, Any, _T]) -> _T:
-        """Awaits a coroutine in a task of its own; cancelling the caller leaves that task running."""
+        """Awaits a coroutine in a task of its own; cancelling the caller leaves that task running.
+
+        A change that is part of another one is as unbroken as that, and needs no task.
+        """
+        if asyncio.current_task() in _unbroken:
+            return await change
         task = asyncio.get_running_loop().create_task(change)
+        _unbroken.add(task)
         self._running.add(task)
         task.add_done_callback(self._ended)
         return await asyncio.shield(task)

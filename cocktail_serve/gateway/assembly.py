@@ -93,7 +93,7 @@ async def assembled(
         await service.start()
         parsing = stack.enter_context(ThreadPoolExecutor(1, "cocktail-parse"))
         stack.push_async_callback(experts.stop)
-        experts.start(service)
+        experts.start(service.catalog)
         await asyncio.to_thread(trim_cache, settings)
         yield Gateway(
             settings=settings,

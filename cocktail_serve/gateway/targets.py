@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from cocktail_serve.cocktails.cocktail import Served
-from cocktail_serve.cocktails.serving import no_model
+from cocktail_serve.cocktails.pool_models import no_model
 from cocktail_serve.errors import InvalidRequestError, NotFoundError, WrongModelKindError
 from cocktail_serve.gateway.authentication import Caller
 from cocktail_serve.gateway.direct_route import DirectRequest
@@ -40,6 +40,18 @@ class Admitted:
         self.gateway.metrics.observe_first_token(served.pool.id, time.perf_counter() - self.exchange.started_at)
 
 
+@dataclass(frozen=True, slots=True)
+class Target:
+    """What a request names.
+
+    Attributes:
+        served: what it is answered by; None where the request brings a cocktail of its own, which `served_model` mixes.
+    """
+
+    pool: Pool
+    served: Served | None
+
+
 async def admitted(request: DirectRequest) -> Admitted:
     """How every request to a model begins: who sends it, what it says, whether the tenant may ask now.
 
@@ -57,8 +69,8 @@ async def admitted(request: DirectRequest) -> Admitted:
     return Admitted(request, exchange, gateway, caller, body, metered)
 
 
-async def requested_pool(asked: Admitted, *, kind: Kind) -> Pool:
-    """The pool of the model that a request names, which its figures are counted under from now on.
+async def target_of(asked: Admitted, *, kind: Kind) -> Target:
+    """The model that a request names; its figures are counted under its pool from now on.
 
     Cheap: what is wrong with the rest is found before anything is mixed.
 
@@ -75,12 +87,13 @@ async def requested_pool(asked: Admitted, *, kind: Kind) -> Pool:
     if not isinstance(model, str) or not model:
         raise InvalidRequestError("model is required: name one of GET /v1/models", param="model")
     if asked.body.get("cocktail") is None:
-        pool = (await gateway.service.find(caller.tenant, model)).pool
-        if not caller.sees(pool.id):
+        served = await gateway.service.find(caller.tenant, model)
+        target = Target(served.pool, served)
+        if not caller.sees(target.pool.id):
             raise no_model(model)
     elif model in gateway.pools and caller.sees(model):
         caller.require("create")
-        pool = gateway.pools[model]
+        target = Target(gateway.pools[model], None)
     else:
         known = ", ".join(sorted(filter(caller.sees, gateway.pools)))
         raise NotFoundError(
@@ -89,25 +102,24 @@ async def requested_pool(asked: Admitted, *, kind: Kind) -> Pool:
             param="model",
             code="model_not_found",
         )
-    if pool.kind != kind:
+    found = target.pool.kind
+    if found != kind:
         raise WrongModelKindError(
-            f"model {model!r} is {with_article(pool.kind)}; it answers {_ROUTES[pool.kind]}", param="model"
+            f"model {model!r} is {with_article(found)}; it answers {_ROUTES[found]}", param="model"
         )
-    asked.exchange.pool_id = pool.id
-    return pool
+    asked.exchange.pool_id = target.pool.id
+    return target
 
 
-async def served_model(asked: Admitted) -> Served:
-    """The model of a request that passed `requested_pool`; an inline cocktail is mixed on first use.
+async def served_model(asked: Admitted, target: Target) -> Served:
+    """What answers a request; an inline cocktail is mixed on first use.
 
     Raises:
-        ModelNotReadyError: it is still being made.
+        ModelNotReadyError: the inline cocktail is still being made.
         QuotaExceededError, RateLimitError: over a limit of the tenant.
         CocktailError: what is wrong with the inline cocktail.
     """
-    gateway, tenant, model = asked.gateway, asked.caller.tenant, asked.body["model"]
-    cocktail = asked.body.get("cocktail")
-    if cocktail is None:
-        return gateway.service.resolve(tenant, model)
-    request = await gateway.parse_inline(cocktail, gateway.pools[model])
-    return await gateway.service.inline(tenant, request)
+    if target.served is not None:
+        return target.served
+    request = await asked.gateway.parse_inline(asked.body["cocktail"], target.pool)
+    return await asked.gateway.service.inline(asked.caller.tenant, request)

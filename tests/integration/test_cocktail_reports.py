@@ -85,7 +85,7 @@ async def test_ready_does_not_wait_for_the_report(world: World, service: Cocktai
     assert ready.status == "ready"
     assert ready.findings is not None
     assert ready.findings.status == "pending"
-    assert service.resolve("acme", "films").model_id == ready.id
+    assert service.catalog.resolve("acme", "films").model_id == ready.id
     world.scoring.gate.set()
     assert (await reported(service, ready.id)).status == "ready"
 
@@ -164,7 +164,7 @@ async def test_deletion_ends_a_report_and_takes_what_it_kept(world: World, servi
 
 async def test_an_inline_cocktail_is_looked_into_when_asked(world: World, service: CocktailService) -> None:
     served = await service.inline("acme", world.inline())
-    assert service.get("acme", served.model_id).findings is None
+    assert service.catalog.get("acme", served.model_id).findings is None
     visits = len(world.scoring.visits)
     await asyncio.sleep(0.05)
     assert len(world.scoring.visits) == visits

@@ -20,7 +20,7 @@ from cocktail_serve.gateway.json_body import parse_as
 from cocktail_serve.gateway.openapi import engine_errors, json_request
 from cocktail_serve.gateway.schemas.embeddings import EmbeddingList, EmbeddingRequest
 from cocktail_serve.gateway.synonyms import given
-from cocktail_serve.gateway.targets import admitted, requested_pool, served_model
+from cocktail_serve.gateway.targets import admitted, served_model, target_of
 from cocktail_serve.gateway.truncation import truncation
 
 router = APIRouter(tags=["embeddings"], route_class=DirectRoute)
@@ -37,9 +37,9 @@ async def create_embeddings(request: DirectRequest) -> None:
     asked = await admitted(request)
     gateway = asked.gateway
     wanted = parse_as(EmbeddingRequest, asked.body)
-    pool = await requested_pool(asked, kind="encoder")
-    config = gateway.pool_configs[pool.id]
-    engine = gateway.encoder(pool.id)
+    target = await target_of(asked, kind="encoder")
+    config = gateway.pool_configs[target.pool.id]
+    engine = gateway.encoder(target.pool.id)
     inputs = check_inputs(wanted.input, token_inputs=config.token_inputs)
     asked_by, prompt_name = given(wanted, "prompt_name", "input_type", "task")
     prompt = prompt_of(prompt_name, config, inputs, param=asked_by)
@@ -50,7 +50,7 @@ async def create_embeddings(request: DirectRequest) -> None:
     size_by, size = given(wanted, "dimensions", "output_dimension")
     dimensions = dimensions_to_keep(size, full=engine.dimension, pool=config, param=size_by)
     _, encoding_format = given(wanted, "encoding_format", "embedding_type")
-    served = await served_model(asked)
+    served = await served_model(asked, target)
     async with ended_with_client(request.receive):
         embedded = await engine.embed(
             served.recipe,

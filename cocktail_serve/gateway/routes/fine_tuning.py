@@ -11,6 +11,7 @@ from cocktail_serve.finetuning.request import JobBody
 from cocktail_serve.gateway.json_body import JSONObject, parse_as
 from cocktail_serve.gateway.openapi import engine_errors, error_responses, json_request
 from cocktail_serve.gateway.schemas.fine_tuning import CheckpointList, JobEventList, JobEventView, JobList, JobView
+from cocktail_serve.gateway.schemas.pages import AfterQuery
 from cocktail_serve.gateway.state import CallerDep, CreatorDep, GatewayDep, TenantDep
 
 router = APIRouter(tags=["fine-tuning"])
@@ -20,7 +21,6 @@ DEFAULT_LIMIT = 20
 
 MAX_LIMIT = 1000
 
-AfterQuery = Annotated[str | None, Query(description="Id to begin behind.")]
 LimitQuery = Annotated[int, Query(ge=1, le=MAX_LIMIT)]
 
 

@@ -17,7 +17,7 @@ from cocktail_serve.gateway.schemas.generation import (
     Completion,
     CompletionRequest,
 )
-from cocktail_serve.gateway.targets import admitted, requested_pool, served_model
+from cocktail_serve.gateway.targets import admitted, served_model, target_of
 
 router = APIRouter(tags=["generation"], route_class=DirectRoute)
 
@@ -50,8 +50,8 @@ async def create_completion(request: DirectRequest) -> None:
 
 async def _generate(request: DirectRequest, path: str) -> None:
     asked = await admitted(request)
-    pool = await requested_pool(asked, kind="decoder")
-    engine_config = asked.gateway.pool_configs[pool.id].engine
+    target = await target_of(asked, kind="decoder")
+    engine_config = asked.gateway.pool_configs[target.pool.id].engine
     assert isinstance(engine_config, VLLMEngineConfig)  # the configuration lets no decoder have another
     outgoing = apply_field_policy(asked.body, allow_chat_template=engine_config.allow_chat_template)
-    await generate(asked, await served_model(asked), path, outgoing)
+    await generate(asked, await served_model(asked, target), path, outgoing)

@@ -43,7 +43,7 @@ async def operate_engine(gateway: GatewayDep, engine_id: str, body: JSONObject) 
     if "pin" in wanted.model_fields_set:
         recipe = None
         if wanted.pin is not None:
-            served = gateway.service.resolve(wanted.tenant, wanted.pin)
+            served = gateway.service.catalog.resolve(wanted.tenant, wanted.pin)
             if served.pool.id != engine_id:
                 raise InvalidRequestError(f"{wanted.pin!r} is a model of pool {served.pool.id!r}", param="pin")
             recipe = served.recipe
@@ -88,6 +88,6 @@ async def _view(gateway: Gateway, engine_id: str) -> EngineView:
     snapshot = await gateway.engine(engine_id).snapshot(deadline_s=gateway.settings.server.ready_deadline_s)
     occupancy = snapshot.occupancy
     digests = {queue.recipe_digest for queue in occupancy.queues} | {occupancy.resident, occupancy.pinned}
-    names = gateway.service.named(engine_id, {digest for digest in digests if digest is not None})
+    names = gateway.service.catalog.named(engine_id, {digest for digest in digests if digest is not None})
     engine_type = gateway.pool_configs[engine_id].engine.type
     return EngineView.of(gateway.pools[engine_id], engine_type=engine_type, snapshot=snapshot, names=names)

@@ -51,7 +51,8 @@ async def metrics(gateway: GatewayDep) -> Response:
     """Counters in Prometheus' text format."""
     # a scrape comes every few seconds: it does not wait long for an engine that hangs
     snapshots = await _snapshots(gateway, deadline_s=min(1.0, gateway.settings.server.ready_deadline_s))
-    return Response(gateway.metrics.render(snapshots, gateway.service.statuses()), media_type=_METRICS_MEDIA_TYPE)
+    statuses = gateway.service.catalog.statuses()
+    return Response(gateway.metrics.render(snapshots, statuses), media_type=_METRICS_MEDIA_TYPE)
 
 
 async def _snapshots(gateway: Gateway, *, deadline_s: float) -> dict[str, EngineSnapshot]:

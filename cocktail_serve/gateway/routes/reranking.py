@@ -11,7 +11,7 @@ from cocktail_serve.gateway.openapi import engine_errors, json_request
 from cocktail_serve.gateway.reranking import check_documents, encode_answer
 from cocktail_serve.gateway.schemas.reranking import RerankAnswer, RerankRequest
 from cocktail_serve.gateway.synonyms import given
-from cocktail_serve.gateway.targets import admitted, requested_pool, served_model
+from cocktail_serve.gateway.targets import admitted, served_model, target_of
 from cocktail_serve.gateway.truncation import truncation
 
 router = APIRouter(tags=["reranking"], route_class=DirectRoute)
@@ -30,17 +30,17 @@ async def rerank(request: DirectRequest) -> None:
     asked = await admitted(request)
     gateway = asked.gateway
     wanted = parse_as(RerankRequest, asked.body)
-    pool = await requested_pool(asked, kind="reranker")
-    engine = gateway.reranker(pool.id)
+    target = await target_of(asked, kind="reranker")
+    engine = gateway.reranker(target.pool.id)
     _, top_n = given(wanted, "top_n", "top_k")
     documents = check_documents(wanted.documents, rank_fields=wanted.rank_fields)
     truncate_to = truncation(
         wanted.truncate_prompt_tokens,
         max_length=engine.max_length,
         whether=wanted.truncation,
-        truncate=gateway.pool_configs[pool.id].truncate,
+        truncate=gateway.pool_configs[target.pool.id].truncate,
     )
-    served = await served_model(asked)
+    served = await served_model(asked, target)
     async with ended_with_client(request.receive):
         reranked = await engine.rerank(
             served.recipe,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Annotated, Any, Literal, Self
 
@@ -12,6 +12,7 @@ from cocktail_serve.cocktails.cocktail import Cocktail, Status, Weighing
 from cocktail_serve.gateway.error_handlers import error_body
 from cocktail_serve.gateway.schemas.errors import ErrorDetail
 from cocktail_serve.gateway.schemas.generation_settings import GenerationView
+from cocktail_serve.gateway.schemas.pages import Listed, PageView
 from cocktail_serve.pool import Kind, Pool
 from cocktail_serve.recipe import Recipe, settings_of
 from cocktail_serve.weighting.candidates import Candidate
@@ -59,7 +60,7 @@ class CandidateView(BaseModel):
         return cls(**asdict(candidate))
 
 
-class CocktailView(BaseModel):
+class CocktailView(Listed):
     """One version of a name."""
 
     object: Literal["cocktail"] = "cocktail"
@@ -132,13 +133,8 @@ class CocktailView(BaseModel):
         )
 
 
-class CocktailList(BaseModel):
-    object: Literal["list"] = "list"
-    data: list[CocktailView]
-
-    @classmethod
-    def of(cls, cocktails: Sequence[Cocktail], pools: Mapping[str, Pool]) -> Self:
-        return cls(data=[CocktailView.of(cocktail, pools) for cocktail in cocktails])
+class CocktailList(PageView[CocktailView]):
+    """The newest first."""
 
 
 class WeighingView(BaseModel):

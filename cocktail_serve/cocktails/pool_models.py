@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from cocktail_serve.cocktails.cocktail import Cocktail, Served
@@ -12,32 +13,40 @@ from cocktail_serve.pool import BASE, Pool
 from cocktail_serve.recipe import one_hot, settings_of
 
 
-class Serving:
-    """The pools, as far as answering is concerned.
+class PoolModels:
+    """The base and the experts of each pool as models, and what a cocktail is served by.
 
     Args:
         pools: by id, as the operator defines them now; whoever changes a pool changes this mapping too.
         dtypes: dtype of each pool's engine, which recipes round to.
 
     Attributes:
-        models: what each pool and each expert is served by, by model id.
+        by_id: what each pool and each expert is served by, by model id.
     """
 
     def __init__(self, pools: Mapping[str, Pool], dtypes: Mapping[str, DType]) -> None:
-        self.pools = pools
+        self._pools = pools
         self._dtypes = dtypes
-        self.models = {served.model_id: served for pool in pools.values() for served in _models(pool, dtypes[pool.id])}
+        self.by_id: dict[str, Served] = {}
+        self._ids: dict[tuple[str, str], list[str]] = {}
+        self.reread()
 
-    def change_pool(self, pool: Pool) -> None:
-        """Takes experts in or out of the models."""
-        self.models = {
-            **{model_id: served for model_id, served in self.models.items() if served.pool.id != pool.id},
-            **{served.model_id: served for served in _models(pool, self._dtypes[pool.id])},
-        }
+    def reread(self) -> None:
+        """A pool has other experts now."""
+        served = [model for pool in self._pools.values() for model in _models(pool, self._dtypes[pool.id])]
+        self.by_id = {model.model_id: model for model in sorted(served, key=lambda model: model.model_id)}
+        ids = defaultdict(list)
+        for model in served:
+            ids[model.pool.id, model.recipe.digest].append(model.model_id)
+        self._ids = dict(ids)
+
+    def ids(self, pool_id: str, recipe_digest: str) -> Sequence[str]:
+        """Ids of the models of a pool that are this recipe."""
+        return self._ids.get((pool_id, recipe_digest), ())
 
     def serve(self, cocktail: Cocktail) -> Served | None:
         """What a snapshot is answered by; None unless it is ready and its pool still has its models."""
-        pool = self.pools.get(cocktail.pool_id)
+        pool = self._pools.get(cocktail.pool_id)
         if cocktail.status != "ready" or cocktail.recipe is None or pool is None:
             return None
         generation = settings_of(cocktail.recipe, pool)
@@ -53,24 +62,25 @@ class Serving:
         warning = f"made for {cocktail.recipe.dtype}; the engine runs {dtype} now, so the mixture rounds differently"
         return replace(cocktail, recipe=replace(cocktail.recipe, dtype=dtype), warnings=(*cocktail.warnings, warning))
 
-    def why_not_served(self, cocktail: Cocktail) -> CocktailError:
-        """The error for a cocktail that `serve` has nothing for."""
-        if not cocktail.is_final:
-            return ModelNotReadyError(
-                f"{cocktail.id!r} is {cocktail.status}; follow it at /v1/cocktails/{cocktail.id}", param="model"
-            )
-        if cocktail.status == "ready":
-            return NotFoundError(
-                f"{cocktail.id!r} is made of models that pool {cocktail.pool_id!r} no longer has; make it again",
-                param="model",
-                code="model_not_found",
-            )
-        why = "" if cocktail.error is None else f": {cocktail.error.message}"
+
+def why_not_served(cocktail: Cocktail) -> CocktailError:
+    """The error for a cocktail that `PoolModels.serve` has nothing for."""
+    if not cocktail.is_final:
+        return ModelNotReadyError(
+            f"{cocktail.id!r} is {cocktail.status}; follow it at /v1/cocktails/{cocktail.id}", param="model"
+        )
+    if cocktail.status == "ready":
         return NotFoundError(
-            f"{cocktail.id!r} {'failed' if cocktail.status == 'failed' else 'was cancelled'}{why}; make it again",
+            f"{cocktail.id!r} is made of models that pool {cocktail.pool_id!r} no longer has; make it again",
             param="model",
             code="model_not_found",
         )
+    why = "" if cocktail.error is None else f": {cocktail.error.message}"
+    return NotFoundError(
+        f"{cocktail.id!r} {'failed' if cocktail.status == 'failed' else 'was cancelled'}{why}; make it again",
+        param="model",
+        code="model_not_found",
+    )
 
 
 def no_model(model_id: str) -> NotFoundError:
