@@ -6,15 +6,14 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any
 
 from cocktail_serve.digest import digest_of
+from cocktail_serve.dtypes import DType
 from cocktail_serve.errors import InvalidMixError
 from cocktail_serve.generation import GenerationSettings, mixed_settings
 from cocktail_serve.methods import SUM_TOLERANCE, Method, find_method
 from cocktail_serve.pool import BASE, Pool
-
-DType = Literal["float32", "float16", "bfloat16"]
 
 RECIPE_VERSION = 2
 """Part of every digest: raised when the same fields come to mean other bits."""

@@ -21,6 +21,7 @@ from cocktail_serve.checkpoints.adapters.config import FIELDS, INITS
 from cocktail_serve.cli import app as cli_app
 from cocktail_serve.cocktails.request import CocktailBody
 from cocktail_serve.config import Settings
+from cocktail_serve.engines.vllm.errors import KINDS
 from cocktail_serve.errors import CocktailError
 from cocktail_serve.finetuning.request import JobBody
 from cocktail_serve.gateway.app import create_app
@@ -328,6 +329,15 @@ def errors_page() -> str:
         parts.append(f"| `{cls.__name__}` | {status} | `{kind}` | `{cls.code}` | {doc} |\n")
     codes = ", ".join(f"`{code}`" for code in exact_codes())
     parts.append(f"\nWhere one class serves several cases, the code is more exact: {codes}.\n")
+    parts.append(
+        "\n## Errors of vLLM\n\nWhat a decoder's engine answers becomes one of the above, the same in a whole answer and "
+        "inside a stream, with its message. A prompt that does not fit is told by vLLM's words for it: 400 "
+        f"`{errors.ContextLengthError.code}`.\n\n| status of vLLM | error | status | code |\n|---|---|---|---|\n"
+    )
+    for cls in sorted(dict.fromkeys(KINDS.values()), key=lambda cls: cls is errors.EngineError):
+        statuses = ", ".join(str(int(status)) for status, kind in KINDS.items() if kind is cls)
+        told = "any other" if cls is errors.EngineError else statuses
+        parts.append(f"| {told} | `{cls.__name__}` | {HTTP_ERRORS[cls].status} | `{cls.code}` |\n")
     return "".join(parts)
 
 

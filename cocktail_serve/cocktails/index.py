@@ -10,9 +10,9 @@ from cocktail_serve.cocktails.cocktail import Cocktail, ModelEntry, Served, Stat
 from cocktail_serve.cocktails.entries import Entries, Entry
 from cocktail_serve.cocktails.request import CocktailRequest
 from cocktail_serve.cocktails.serving import Serving, no_model
+from cocktail_serve.dtypes import DType
 from cocktail_serve.errors import CocktailError, NotFoundError
 from cocktail_serve.pool import Member, Pool
-from cocktail_serve.recipe import DType
 
 
 class Index:

@@ -19,9 +19,9 @@ from cocktail_serve.cocktails.quotas import check_cocktails, check_jobs
 from cocktail_serve.cocktails.request import CocktailRequest
 from cocktail_serve.cocktails.store import Beside, StaleError, Store
 from cocktail_serve.config import Limits
+from cocktail_serve.dtypes import DType
 from cocktail_serve.errors import ConflictError, NotFoundError, PermissionDeniedError
 from cocktail_serve.pool import Pool
-from cocktail_serve.recipe import DType
 from cocktail_serve.tenants.limits import UNLIMITED
 
 Admission = Literal["new", "again", "existing"]

@@ -6,9 +6,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
 from cocktail_serve.cocktails.cocktail import Cocktail, Served
+from cocktail_serve.dtypes import DType
 from cocktail_serve.errors import CocktailError, ModelNotReadyError, NotFoundError
 from cocktail_serve.pool import BASE, Pool
-from cocktail_serve.recipe import DType, one_hot, settings_of
+from cocktail_serve.recipe import one_hot, settings_of
 
 
 class Serving:

@@ -8,9 +8,10 @@ from typing import TypeVar
 
 from cocktail_serve.cocktails.cocktail import Weighing
 from cocktail_serve.cocktails.request import CocktailOptions
+from cocktail_serve.dtypes import DType
 from cocktail_serve.methods import find_method
 from cocktail_serve.pool import Pool
-from cocktail_serve.recipe import DType, Recipe, make_recipe, with_target
+from cocktail_serve.recipe import Recipe, make_recipe, with_target
 from cocktail_serve.weighting.blackbox import BUDGET, blackbox
 from cocktail_serve.weighting.candidates import Candidate, Trial, Trials, mean
 from cocktail_serve.weighting.search import search

@@ -9,12 +9,13 @@ from typing import Any, Literal, Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
 
+from cocktail_serve.dtypes import DType
 from cocktail_serve.engines.engine_time import EngineTime
 from cocktail_serve.engines.snapshot import EngineSnapshot
 from cocktail_serve.examples import ExampleSet
 from cocktail_serve.generation import GenerationSettings
 from cocktail_serve.pool import Pool
-from cocktail_serve.recipe import DType, Recipe
+from cocktail_serve.recipe import Recipe
 
 
 @dataclass(frozen=True, slots=True)

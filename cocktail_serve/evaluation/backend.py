@@ -8,9 +8,10 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from cocktail_serve.dtypes import DType
 from cocktail_serve.examples import ExampleSet
 from cocktail_serve.pool import Pool
-from cocktail_serve.recipe import DType, Recipe
+from cocktail_serve.recipe import Recipe
 from cocktail_serve.scoring.text import TokenizedExample
 
 

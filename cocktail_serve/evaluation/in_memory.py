@@ -16,7 +16,7 @@ from cocktail_serve.errors import CheckpointError
 from cocktail_serve.evaluation.backend import Mixed, Part
 from cocktail_serve.evaluation.cells import CellStore
 from cocktail_serve.examples import ExampleSet
-from cocktail_serve.offline.models import TransformersModels, dtype_of, translated
+from cocktail_serve.offline.models import TransformersModels, translated
 from cocktail_serve.offline.weighing import weigh_by
 from cocktail_serve.pool import Pool
 from cocktail_serve.progress import OnProgress
@@ -37,7 +37,7 @@ class _InMemory(ABC):
         self, settings: Settings, config: PoolConfig, pool: Pool, store: CellStore, report: OnProgress
     ) -> None:
         self.pool = pool
-        self.dtype = dtype_of(pool, config)
+        self.dtype = config.engine.dtype_over(pool.base)
         self._settings = settings
         self._config = config
         self._store = store

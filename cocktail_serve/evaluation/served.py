@@ -19,7 +19,7 @@ from cocktail_serve.digest import digest_of
 from cocktail_serve.errors import ConfigError, EngineError, EngineTimeoutError, InvalidRequestError
 from cocktail_serve.evaluation.backend import Mixed, Part
 from cocktail_serve.examples import ExampleSet
-from cocktail_serve.offline.models import TransformersModels, dtype_of
+from cocktail_serve.offline.models import TransformersModels
 from cocktail_serve.pool import BASE, Pool
 from cocktail_serve.progress import OnProgress
 from cocktail_serve.recipe import Recipe, one_hot
@@ -54,7 +54,7 @@ class _Served:
             raise ConfigError("httpx is not installed: pip install 'cocktail-serve[eval]'") from error
 
         self.pool = pool
-        self.dtype = dtype_of(pool, config)
+        self.dtype = config.engine.dtype_over(pool.base)
         self._report = report
         self._http = httpx
         headers = {} if api_key is None else {"authorization": f"Bearer {api_key}"}

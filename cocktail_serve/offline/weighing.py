@@ -13,12 +13,13 @@ from cocktail_serve.cocktails.findings import find
 from cocktail_serve.cocktails.request import CocktailOptions, CocktailRequest, parse_inline
 from cocktail_serve.cocktails.weighing import advance, recipe_of, weigh
 from cocktail_serve.config import PoolConfig, Settings
+from cocktail_serve.dtypes import DType
 from cocktail_serve.examples import ExampleSet, parse_examples
-from cocktail_serve.offline.models import TransformersModels, dtype_of, translated
+from cocktail_serve.offline.models import TransformersModels, translated
 from cocktail_serve.offline.opened import open_with_progress
 from cocktail_serve.pool import Pool
 from cocktail_serve.progress import OnProgress
-from cocktail_serve.recipe import DType, Recipe, one_hot
+from cocktail_serve.recipe import Recipe, one_hot
 from cocktail_serve.scoring.finite import require_finite
 from cocktail_serve.weighting.candidates import Trial, Trials, mean
 
@@ -62,7 +63,7 @@ def weigh_offline(
         parse_examples(body["examples"], config.kind, max_examples=config.max_examples)
     pool = open_with_progress(settings, config, report)
     request = parse_inline(dict(body), pool=pool, settings=settings)
-    dtype = dtype_of(pool, config)
+    dtype = config.engine.dtype_over(pool.base)
     if request.examples is None:
         weighing, _ = weigh_by(pool, request.options, None, dtype, report)
         return OfflineWeighing(pool, request, weighing, dtype, mixed_loss=None)

@@ -12,10 +12,11 @@ from cocktail_serve.checkpoints.finite import OVERFLOWS_FROM
 from cocktail_serve.checkpoints.mixture import Mixture
 from cocktail_serve.checkpoints.reader import CheckpointReader
 from cocktail_serve.checkpoints.unchanged import open_base, open_expert_of
+from cocktail_serve.dtypes import DType
 from cocktail_serve.errors import ConfigError, InvalidMixError, ModelChangedError
 from cocktail_serve.merging.bounds import largest_of_mixture
 from cocktail_serve.merging.threads import made_ahead
-from cocktail_serve.recipe import DType, Recipe
+from cocktail_serve.recipe import Recipe
 from vllm_cocktail.buffers import Buffers
 from vllm_cocktail.cache import MergedParams
 from vllm_cocktail.manifest import Manifest

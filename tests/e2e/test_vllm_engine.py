@@ -240,11 +240,19 @@ async def test_the_longest_example_allowed_can_be_scored(running: Running) -> No
         await running.engine.check_examples(example(longest + 1))
 
 
-async def test_a_bad_request_is_answered_by_vllm(running: Running) -> None:
-    body = completion(max_tokens=10 * MAX_MODEL_LEN)
-    with pytest.raises(InvalidRequestError):
-        async with running.engine.forward(running.recipe(base=1.0), COMPLETIONS, body, tenant="t"):
-            pytest.fail("it was answered")
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_bad_request_is_refused_by_vllm(running: Running, stream: bool) -> None:
+    async def refusal(**fields: Any) -> InvalidRequestError:
+        body = completion(max_tokens=4, stream=stream) | fields
+        with pytest.raises(InvalidRequestError) as caught:
+            async with running.engine.forward(running.recipe(base=1.0), COMPLETIONS, body, tenant="t"):
+                pytest.fail("it was answered")
+        return caught.value
+
+    too_many = await refusal(max_tokens=10 * MAX_MODEL_LEN)
+    assert (type(too_many), too_many.param) == (InvalidRequestError, "max_tokens")
+    too_long = await refusal(prompt="a b c d " * MAX_MODEL_LEN)
+    assert (type(too_long), too_long.code) == (ContextLengthError, "context_length_exceeded")
 
 
 @pytest.mark.parametrize("role", ["api_server", "EngineCore", "Worker"])

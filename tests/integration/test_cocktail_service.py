@@ -25,6 +25,7 @@ from cocktail_serve.cocktails.service import CocktailService
 from cocktail_serve.cocktails.store import Witness
 from cocktail_serve.config import Settings
 from cocktail_serve.database.database import Database
+from cocktail_serve.dtypes import DType
 from cocktail_serve.engines.base import Embedded, Forwarded, Materialised, Scored
 from cocktail_serve.engines.engine_time import CallTimer
 from cocktail_serve.engines.snapshot import EngineSnapshot
@@ -42,7 +43,7 @@ from cocktail_serve.errors import (
 )
 from cocktail_serve.examples import ExampleSet, TextExample, example_digest
 from cocktail_serve.pool import Member, Pool
-from cocktail_serve.recipe import DType, Recipe, one_hot
+from cocktail_serve.recipe import Recipe, one_hot
 from cocktail_serve.usage.account import Use
 
 A = {"input": "the film was a joy", "output": "positive"}

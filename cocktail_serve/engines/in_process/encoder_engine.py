@@ -65,12 +65,14 @@ class EncoderEngine(SentenceTransformersEngine[Encoder]):
     """An `EmbeddingEngine`."""
 
     kind: ClassVar[Literal["encoder"]] = "encoder"
-    _model_class = Encoder
 
     @property
     def dimension(self) -> int:
         """Size of an embedding. Raises ModelNotReadyError until the model is loaded."""
         return self._loaded.dimension
+
+    def _open_model(self) -> Encoder:
+        return Encoder(self.pool.base.path, dtype=self.dtype, device=self._device)
 
     def _check_model(self, encoder: Encoder) -> None:
         config = self._pool_config

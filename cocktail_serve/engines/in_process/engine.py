@@ -13,7 +13,7 @@ import time
 from abc import abstractmethod
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, ClassVar, Generic, TypeVar, cast
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import torch
@@ -39,7 +39,7 @@ from cocktail_serve.errors import (
 )
 from cocktail_serve.examples import ExampleSet
 from cocktail_serve.pool import BASE, Pool
-from cocktail_serve.recipe import DType, Recipe, one_hot
+from cocktail_serve.recipe import Recipe, one_hot
 
 logger = logging.getLogger(__name__)
 
@@ -76,14 +76,12 @@ class SentenceTransformersEngine(Generic[M]):
     away under the server.
     """
 
-    _model_class: ClassVar[type[SwappableModel]]
-
     def __init__(self, pool: Pool, pool_config: PoolConfig) -> None:
         config = pool_config.engine
         if not isinstance(config, SentenceTransformersEngineConfig):
             raise ConfigError(f"pool {pool.id!r}: engine.type must be sentence_transformers, not {config.type!r}")
         self.pool = pool
-        self.dtype: DType = cast(DType, pool.base.dtype) if config.dtype == "auto" else config.dtype
+        self.dtype = config.dtype_over(pool.base)
         self.stats = EngineStats()
         self._config = config
         self._pool_config = pool_config
@@ -336,7 +334,7 @@ class SentenceTransformersEngine(Generic[M]):
         await asyncio.gather(*map(asyncio.wrap_future, self._pipeline.call_each(lambda model: model.unbind(params))))
 
     def _load(self) -> M:
-        model = cast(M, self._model_class(self.pool.base.path, dtype=self.dtype, device=self._device))
+        model = self._open_model()
         if model.mixture_bytes > self._config.cache_bytes:
             raise ConfigError(
                 f"pool {self.pool.id!r}: engine.cache_bytes is {self._config.cache_bytes}, but the parameters of one "
@@ -347,6 +345,10 @@ class SentenceTransformersEngine(Generic[M]):
         with torch.inference_mode():
             self._check_model(model)
         return model
+
+    @abstractmethod
+    def _open_model(self) -> M:
+        """The base's model, on the device of the engine."""
 
     @abstractmethod
     def _check_model(self, model: M) -> None:

@@ -68,7 +68,9 @@ class RerankerEngine(SentenceTransformersEngine[Reranker]):
     """A `RerankingEngine`."""
 
     kind: ClassVar[Literal["reranker"]] = "reranker"
-    _model_class = Reranker
+
+    def _open_model(self) -> Reranker:
+        return Reranker(self.pool.base.path, dtype=self.dtype, device=self._device)
 
     def _check_model(self, reranker: Reranker) -> None:
         pairs = [(PROBES[0], text) for text in PROBES]

@@ -12,10 +12,10 @@ from jinja2 import TemplateError
 from sentence_transformers import CrossEncoder
 from torch import Tensor
 
+from cocktail_serve.dtypes import DType
 from cocktail_serve.engines.in_process.input_tokenizer import Pair, check_encodable
 from cocktail_serve.engines.in_process.swappable import SwappableModel
 from cocktail_serve.errors import ConfigError, InvalidRequestError
-from cocktail_serve.recipe import DType
 
 _ANY_LENGTH = 1 << 24
 """Tokens that no pair has: those of one that is too long are counted, not cut."""

@@ -34,7 +34,7 @@ from cocktail_serve.errors import CocktailError, EngineError
 from cocktail_serve.examples import ExampleSet
 from cocktail_serve.generation import GenerationSettings
 from cocktail_serve.pool import Pool
-from cocktail_serve.recipe import DType, Recipe
+from cocktail_serve.recipe import Recipe
 from vllm_cocktail.fence import RECIPE_HEADER
 
 _REPORTED = (
@@ -80,7 +80,7 @@ class VLLMEngine:
         run_dir: Path,
     ) -> None:
         self.pool = pool
-        self.dtype: DType = pool.base.dtype if config.dtype == "auto" else config.dtype  # type: ignore[assignment]
+        self.dtype = config.dtype_over(pool.base)
         self.stats = stats
         self._config = config
         self._turns = turns
