@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from pathlib import Path
 
@@ -21,7 +22,9 @@ logger = logging.getLogger(__name__)
 TOKENIZERS = "tokenizers"
 """Folder that they are kept in, among the engines' files."""
 
-_OF_PARAMETERS = frozenset({".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".h5", ".msgpack"})
+_OF_PARAMETERS = frozenset(
+    {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".h5", ".msgpack", ".ckpt", ".npz"}
+)
 """Files that no tokenizer is read from. All others count: which of them transformers reads, it alone knows."""
 
 
@@ -74,7 +77,7 @@ def _entry(folder: Path, kept: Path) -> Path:
     """Where the export lies: named by all that decides what it is."""
     try:
         files = {
-            str(path.relative_to(folder)): blake3(path.read_bytes()).hexdigest()
+            str(path.relative_to(folder)): _digest(path)
             for path in (*folder.iterdir(), *(folder / MORE_TEMPLATES).glob("*"))
             if path.suffix not in _OF_PARAMETERS and path.is_file()
         }
@@ -82,3 +85,8 @@ def _entry(folder: Path, kept: Path) -> Path:
         raise ConfigError(f"the tokenizer of {folder} cannot be read: {error}") from error
     libraries = {name: version_of(name) for name in ("transformers", "tokenizers")}
     return kept / f"{digest_of({'format': FORMAT, 'files': files, 'libraries': libraries})[:32]}.tokenizer"
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, blake3).hexdigest()
