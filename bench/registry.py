@@ -2,6 +2,7 @@
 
     python -m bench.registry                                     # 50,000 cocktails of 5,000 tenants
     python -m bench.registry --cocktails 1000 --tenants 100
+    python -m bench.registry --folder /tmp/registry             # filled once, measured as often as you like
 
 Writes the cocktails into a SQLite file, starts the gateway over it in this process (a decoder pool behind the fake
 engine, no sockets: requests are handed to the app), and makes the calls of one tenant. Of each call it gives the time
@@ -268,10 +269,11 @@ async def measure_calls(app: FastAPI, stretches: Stretches) -> dict[str, dict[st
 
 async def measure(folder: Path, *, num_cocktails: int, num_tenants: int) -> dict[str, Any]:
     """Makes the store, starts the gateway over it, measures."""
-    (folder / "empty").mkdir()
+    (folder / "empty").mkdir(exist_ok=True, parents=True)
     pool = make_fake_pool(folder / "models", EXPERTS, pool_id=POOL)
     settings, empty = make_settings(folder), make_settings(folder / "empty")
-    await fill(settings, pool, num_cocktails=num_cocktails, num_tenants=num_tenants)
+    if not (folder / "registry.sqlite").exists():
+        await fill(settings, pool, num_cocktails=num_cocktails, num_tenants=num_tenants)
     stretches = Stretches()
     async with started(empty, pool) as (_, start_empty_s):  # imports what a gateway needs
         pass
@@ -316,11 +318,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cocktails", type=int, default=50_000)
     parser.add_argument("--tenants", type=int, default=5_000)
+    parser.add_argument("--folder", type=Path, help="kept for the next run, which finds its registry there")
     arguments = parser.parse_args(argv)
     with tempfile.TemporaryDirectory(prefix="bench-") as name:
-        measuring = measure(Path(name), num_cocktails=arguments.cocktails, num_tenants=arguments.tenants)
+        folder = arguments.folder or Path(name)
+        measuring = measure(folder, num_cocktails=arguments.cocktails, num_tenants=arguments.tenants)
         result = asyncio.run(measuring)
-    print(json.dumps({"machine": describe_machine(), "workload": vars(arguments), **result}, indent=2))
+    workload = {"cocktails": arguments.cocktails, "tenants": arguments.tenants}
+    print(json.dumps({"machine": describe_machine(), "workload": workload, **result}, indent=2))
 
 
 if __name__ == "__main__":

@@ -231,7 +231,9 @@ too; an uploaded file is JSONL.
 * `merging_weights` excludes `examples`, `target`, `alpha`, `temperature`, `weighting`, `budget` and `experts`: they are the whole mixture, and sum to 1 within 1e-6
   (other rules by [method](methods.md)).
 * `method` `slerp` with examples mixes the base and one expert, named by `experts`; without examples, the base and the `target`.
-* `?wait=SECONDS` (0 to 60) waits for `ready`; a job that fails in that time answers with its error. Without it, poll `Location`.
+* `?wait=SECONDS` (0 to 60) waits for `ready`; a job that fails in that time answers with its error. Without it, follow
+  `Location`: `GET /v1/cocktails/{ref}?wait=SECONDS` (0 to 60) answers the moment status or progress changes, and at
+  once when the job has ended.
 * `?dry_run=true` answers losses and weights and keeps nothing.
 * The same request again is the same version (200), and becomes current. A change of pool, examples, options or seed is another version.
 
@@ -239,6 +241,10 @@ too; an uploaded file is JSONL.
 
 `name` means its current version: the newest ready one, or the one that `PATCH {"current": "name@digest8"}` pinned (`null` unpins). A queued or failed version never moves it.
 `name@digest8` always means that version. Pools resolve first, so no cocktail may take a pool's name (409).
+
+`GET /v1/cocktails` lists all versions, the newest first. With `?limit=` (1 to 10,000, which is the default) the list
+comes in pages: while `has_more`, ask again with `?after=` the `last_id` of the page before, which may have been deleted
+meanwhile.
 """
 
 

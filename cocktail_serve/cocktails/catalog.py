@@ -122,7 +122,7 @@ class Catalog:
             limit: at most so many; None: all.
 
         Raises:
-            InvalidRequestError: `after` is, and was lately, no version of this tenant.
+            InvalidRequestError: `after` neither is nor lately was a version of this tenant.
         """
         before = None if after is None else self._place(tenant, after)
         entries = self._tenants.get(tenant)
@@ -213,6 +213,7 @@ class Catalog:
         return self._pool_models.adopt(cocktail)
 
     def uids(self) -> set[str]:
+        """Of all versions of all tenants."""
         return set(self._by_uid)
 
     def entry(self, uid: str) -> Entry | None:

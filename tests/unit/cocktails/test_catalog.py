@@ -348,3 +348,37 @@ async def test_others_run_between_what_is_paced() -> None:
     assert [value async for value in paced(values(), every=2)] == list(range(6))
     assert turns == ["0", "1", "other", "2", "3", "other", "4", "5", "other"]
     await task
+
+
+async def test_news_of_others_are_told_once_though_a_caller_leaves_in_the_middle(tmp_path: Path) -> None:
+    """Names are taken in a few at a time, and others run in between: what was taken in has been told."""
+    url = f"sqlite:///{tmp_path / 'registry.sqlite'}"
+    databases = [Database(url), Database(url)]
+    registries = []
+    for database in databases:
+        await database.open()
+        catalog = Catalog({"flan": POOL}, {"flan": "float32"})
+        registries.append(Registry(catalog, Store(database), max_inline=3))
+        await registries[-1].load()
+    one, other = registries
+    gone, _, _ = await one.admit("acme", request("gone"), items=(), warnings=())
+    made = {
+        (await other.admit("acme", request(f"films-{number}"), items=(), warnings=()))[0].uid for number in range(12)
+    }
+    await other.remove("acme", "gone")
+    told: list[str] = []
+    one.on_remote_change = lambda changed, removed: told.extend(one.uid for one in (*changed, *removed))
+
+    leaving = asyncio.create_task(one.sync())
+    while not told:  # noqa: ASYNC110  # what is watched for has no event of its own
+        await asyncio.sleep(0)
+    leaving.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await leaving
+    assert len(told) < 13
+    assert {found.uid for found in one.catalog.list("acme")} | {gone.uid} == set(told), "told, or not there"
+    await one.sync()
+    assert sorted(told) == sorted({*made, gone.uid})
+    assert {found.uid for found in one.catalog.list("acme")} == made
+    for database in databases:
+        await database.close()
