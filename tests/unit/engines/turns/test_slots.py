@@ -57,6 +57,16 @@ def test_the_share_of_who_has_left_is_kept_for_a_moment(since_s: float, expected
     assert slots.has_one_for("a", 10.0 + since_s) is expected
 
 
+def test_more_tenants_than_slots_have_a_first_one_each() -> None:
+    slots = slots_of(2, a=1, b=1)
+    slots.leave("a", 0.0)
+    slots.leave("b", 0.0)
+    slots.take("c", 1, 0.0)
+    # a share of three in two slots is none
+    assert slots.has_one_for("d", 0.0)
+    assert not slots.has_one_for("c", 0.0)
+
+
 def test_another_turn_keeps_no_share_of_the_last() -> None:
     slots = slots_of(4, a=2, b=1)
     slots.leave("b", 10.0)
