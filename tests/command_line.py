@@ -33,6 +33,13 @@ def answer(capsys: pytest.CaptureFixture[str], *words: object) -> Any:
     return json.loads(out)
 
 
+def refusal(capsys: pytest.CaptureFixture[str], *words: object) -> str:
+    """Runs a command that must be refused as wrong usage; what it wrote to stderr, in one line and without a frame."""
+    code, out, err = run(capsys, *words)
+    assert (code, out) == (2, ""), err
+    return " ".join(err.replace("│", " ").split())
+
+
 def write_config(folder: Path, **sections: Any) -> Path:
     """A configuration of a pool whose models are not there, for commands that open nothing but the store."""
     pool = {"id": "flan", "kind": "decoder", "base": "b", "engine": {"type": "fake"}}

@@ -193,7 +193,13 @@ class World:
     """Pools, doubles and a registry file; services on it come and go."""
 
     def __init__(
-        self, folder: Path, *, url: str | None = None, retention: Mapping[str, Any] | None = None, **settings: Any
+        self,
+        folder: Path,
+        *,
+        url: str | None = None,
+        lease_s: float = 0.5,
+        retention: Mapping[str, Any] | None = None,
+        **settings: Any,
     ) -> None:
         self.path = folder / "registry.sqlite"
         self.pools = {
@@ -206,7 +212,7 @@ class World:
             {
                 "store": {
                     "url": url or f"sqlite:///{self.path}",
-                    "lease_s": 0.5,
+                    "lease_s": lease_s,
                     "poll_s": 0.02,
                     "retention": retention or {},
                 },
@@ -937,7 +943,9 @@ async def test_deletion_purges_embeddings(world: World, service: CocktailService
 async def test_deletion_cancels_an_unfinished_job_and_answers_who_waits(world: World, service: CocktailService) -> None:
     world.scoring.gate.clear()
     created, _ = await service.create("acme", world.request())
-    await until(lambda: service.catalog.get("acme", created.id).status == "scoring")
+    # "scoring" is told while its three calls are still on their way to the engine
+    await until(lambda: world.scoring.num_waiting == 3)
+    assert service.catalog.get("acme", created.id).status == "scoring"
     waiting = asyncio.create_task(service.wait("acme", created.id, 30.0))
     await asyncio.sleep(0)
     (removed,) = await service.delete("acme", created.id)

@@ -97,7 +97,9 @@ async def test_cancelling_and_deleting_ends_the_others_job(pair: Pair) -> None:
     pair.here.scoring.gate.clear()
     for end in (pair.other.cancel, pair.other.delete):
         created, _ = await pair.one.create("acme", pair.here.request())
-        await until(lambda: pair.one.catalog.get("acme", "films").status == "scoring")
+        # "scoring" is told while its three calls are still on their way to the engine
+        await until(lambda: pair.here.scoring.num_waiting == 3)
+        assert pair.one.catalog.get("acme", "films").status == "scoring"
         dropped = pair.here.scoring.num_dropped
         await pair.other.look_up("acme", created.id)
         waiting = asyncio.create_task(pair.one.wait("acme", created.id, 10.0))
@@ -142,13 +144,15 @@ async def test_who_was_taken_for_dead_joins_again_and_owns_its_new_jobs(pair: Pa
 
 
 async def test_who_leaves_hands_its_jobs_over_at_once(tmp_path: Path, database_url: str) -> None:
-    here, there = World(tmp_path / "here", url=database_url), World(tmp_path / "there", url=database_url)
+    """At the other's next beat, and long before the lease ends, after which it would take them over anyway."""
+    here, there = (World(tmp_path / name, url=database_url, lease_s=60.0) for name in ("here", "there"))
     async with there.service(place="there") as other:
         here.scoring.gate.clear()
         async with here.service(place="here") as one:
             created, _ = await one.create("acme", here.request())
             await until(lambda: one.catalog.get("acme", created.id).status == "scoring")
         await other.look_up("acme", created.id)
+        await other._following.beat()
         assert (await other.wait("acme", created.id, 10.0)).status == "ready"
 
 

@@ -14,7 +14,7 @@ from cocktail_serve.database.database import Database
 from cocktail_serve.usage.account import Use
 from cocktail_serve.usage.ledger import Ledger
 from cocktail_serve.usage.store import UsageStore
-from tests.command_line import answer, exit_code, write_config
+from tests.command_line import answer, exit_code, refusal, write_config
 
 NOW = datetime(2026, 3, 1, 12, tzinfo=UTC).timestamp()
 RANGE = ("--start", "2026-03-01", "--end", "2026-03-31")
@@ -66,8 +66,14 @@ def test_other_days(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.parametrize(
-    "words", [("--group-by", "colour"), ("--csv", "--json"), ("--start", "2026-04-01", "--end", "2026-03-01")]
+    ("words", "message"),
+    [
+        (("--group-by", "colour"), "--group-by: 'colour' is none of day, tenant, key, model, pool"),
+        (("--csv", "--json"), "give one of --csv and --json"),
+        (("--start", "2026-04-01", "--end", "2026-03-01"), "start 2026-04-01 comes after end 2026-03-01"),
+    ],
 )
-def test_wrong_usage_exits_2(config: Path, capsys: pytest.CaptureFixture[str], words: tuple[str, ...]) -> None:
-    assert exit_code("usage", "--config", config, *words) == 2
-    assert capsys.readouterr().out == ""
+def test_wrong_usage_exits_2_and_says_why(
+    config: Path, capsys: pytest.CaptureFixture[str], words: tuple[str, ...], message: str
+) -> None:
+    assert message in refusal(capsys, "usage", "--config", config, *words)
