@@ -418,6 +418,25 @@ def test_traffic_is_served_between_two_visits() -> None:
     run(main())
 
 
+def test_a_life_begins_after_no_background_turn() -> None:
+    """Scoring that is the oldest in line goes first, even where the last life ended in a turn of its own."""
+
+    async def main() -> None:
+        engine = FakeEngine()
+        for _ in range(2):
+            engine.mixed = []
+            async with engine:
+                hold, scoring = engine.ask(BASE, DELAY_S + 2), engine.ask(A, 0.1, background=True)
+                await pause(DELAY_S + 1)
+                traffic = engine.ask(B, 0.1)
+                await scoring
+                assert engine.mixed == [A]
+            for task in (hold, traffic):
+                task.cancel()
+
+    run(main())
+
+
 @pytest.mark.parametrize("num_recipes", [1, 5])
 def test_scoring_does_not_starve_under_constant_traffic(num_recipes: int) -> None:
     async def main() -> None:
@@ -642,6 +661,30 @@ class TestTenants:
 
         run(main())
 
+    def test_nobody_overtakes_who_waits_for_a_share_that_has_become_free(self) -> None:
+        async def main() -> None:
+            async with FakeEngine(max_in_flight=3) as engine:
+                tasks = [engine.ask(BASE, 10, tenant="a"), engine.ask(BASE, 0.1, tenant="b")]
+                await pause(0.05)
+                waiting = engine.ask(BASE, 1, tenant="a")
+                await pause(0.1 + SLICE_S)  # b has left, and its share is kept no longer: nothing tells of that
+                assert not waiting.done()
+                late = engine.ask(BASE, 1, tenant="a")
+                assert await waiting == await late == 0.15 + SLICE_S
+                await asyncio.gather(*tasks)
+
+        run(main())
+
+    def test_a_share_in_one_turn_is_none_in_the_next(self) -> None:
+        async def main() -> None:
+            async with FakeEngine(max_in_flight=2) as engine:
+                hold = engine.ask(BASE, 1, tenant="a")
+                admitted = await asyncio.gather(*(engine.answer(A, 5, tenant="b") for _ in range(2)))
+                assert admitted == [1 + MIX_S] * 2
+                await hold
+
+        run(main())
+
     def test_more_recipes_are_no_more_service(self) -> None:
         async def main() -> None:
             served: Counter[str] = Counter()
@@ -741,6 +784,29 @@ class TestOperator:
                 engine.residency.pin(None)
                 await scoring
                 assert engine.mixed == [A, B]
+
+        run(main())
+
+    def test_an_idle_engine_is_pinned_and_released_at_once(self) -> None:
+        async def main() -> None:
+            async with FakeEngine() as engine:
+                engine.residency.pin(A)
+                scoring = engine.ask(B, background=True)
+                await pause(5)
+                assert engine.residency.resident == A.digest
+                engine.residency.pin(None)
+                assert await scoring == 5 + MIX_S
+
+        run(main())
+
+    def test_a_drained_engine_goes_on_at_once(self) -> None:
+        async def main() -> None:
+            async with FakeEngine() as engine:
+                engine.residency.drain(True)
+                scoring = engine.ask(A, background=True)
+                await pause(5)
+                engine.residency.drain(False)
+                assert await scoring == 5 + MIX_S
 
         run(main())
 
