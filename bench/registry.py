@@ -34,7 +34,7 @@ from fastapi import FastAPI
 from sqlalchemy import create_engine, insert, update
 
 from bench.machine import describe_machine
-from cocktail_serve.cocktails.cocktail import Cocktail, Findings
+from cocktail_serve.cocktails.cocktail import Cocktail, CrossValidation
 from cocktail_serve.cocktails.request import CocktailRequest, parse_request
 from cocktail_serve.cocktails.rows import to_row
 from cocktail_serve.config import Settings
@@ -100,7 +100,7 @@ def ready_cocktail(request: CocktailRequest, pool: Pool, tenant: str, number: in
         mixed_loss=min(losses.values()),
         recipe=make_recipe(pool, weights, dtype="float32"),
         candidates=(Candidate(weights, temperature=5.0, chosen=True),),
-        findings=Findings("ready", "unsure", "Within chance.", min(losses.values()), EXPERTS[0], 1.0, 5),
+        findings=CrossValidation("ready", "unsure", "Within chance.", min(losses.values()), EXPERTS[0], 1.0, 5),
     )
 
 

@@ -25,7 +25,7 @@ _P = ParamSpec("_P")
 _T = TypeVar("_T")
 
 
-class Call(Protocol):
+class LibraryCall(Protocol):
     """Runs a function of some module with these arguments, and returns or raises what it does.
 
     An argument `progress` that can be called is told what the function says, as it says it.
@@ -35,7 +35,7 @@ class Call(Protocol):
 
 
 def call_here(function: Callable[_P, _T], /, *args: _P.args, **kwargs: _P.kwargs) -> _T:
-    """A `Call` in this process."""
+    """A `LibraryCall` in this process."""
     return function(*args, **kwargs)
 
 
@@ -57,7 +57,7 @@ class LibraryProcess:
         self.close()
 
     def call(self, function: Callable[_P, _T], /, *args: _P.args, **kwargs: _P.kwargs) -> _T:
-        """A `Call`.
+        """A `LibraryCall`.
 
         Raises:
             ServerError: the process ended before the function did.

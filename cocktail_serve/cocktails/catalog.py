@@ -8,8 +8,8 @@ from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 
-from cocktail_serve.cocktails.cocktail import DIGEST8, FINAL, Cocktail, ModelEntry, Served, Status, version_id
-from cocktail_serve.cocktails.entries import Entry, Place, TenantEntries, Versions, place_of, sequence_of
+from cocktail_serve.cocktails.cocktail import DIGEST8, FINAL, Cocktail, ModelEntry, ServedModel, Status, version_id
+from cocktail_serve.cocktails.entries import Entry, ListPosition, TenantEntries, Versions, position_of, sequence_of
 from cocktail_serve.cocktails.pacing import paced
 from cocktail_serve.cocktails.pool_models import PoolModels, no_model, why_not_served
 from cocktail_serve.cocktails.request import CocktailRequest
@@ -51,7 +51,7 @@ class Catalog:
         self._by_status: defaultdict[Status, dict[str, Entry]] = defaultdict(dict)
         self._by_recipe: defaultdict[tuple[str, str], dict[str, Entry]] = defaultdict(dict)
         self._unreported: dict[str, Entry] = {}
-        self._places: OrderedDict[tuple[str, str], Place] = OrderedDict()
+        self._places: OrderedDict[tuple[str, str], ListPosition] = OrderedDict()
         self._changes: dict[str, asyncio.Event] = {}
         self.inline: OrderedDict[str, Entry] = OrderedDict()
         self.used: dict[str, float] = {}
@@ -60,7 +60,7 @@ class Catalog:
         """Seconds since the epoch, as all moments here are."""
         return self._clock()
 
-    def resolve(self, tenant: str, model_id: str) -> Served:
+    def resolve(self, tenant: str, model_id: str) -> ServedModel:
         """The parameters a model id means now: the hot path, without a single await.
 
         Raises:
@@ -80,7 +80,7 @@ class Catalog:
             self.note_use(entry)
         return served
 
-    def serve(self, cocktail: Cocktail) -> Served:
+    def serve(self, cocktail: Cocktail) -> ServedModel:
         """What a snapshot is answered by, though it may be gone by now; raises as `resolve`."""
         served = self._pool_models.serve(cocktail)
         if served is None:
@@ -133,8 +133,8 @@ class Catalog:
             found = entries.newest(before=before, limit=num_wanted)
         else:
             named = entries.names[name].named() if name in entries.names else []
-            behind = (entry for entry in named if before is None or place_of(entry) < before)
-            found = sorted(behind, key=place_of, reverse=True)[:num_wanted]
+            behind = (entry for entry in named if before is None or position_of(entry) < before)
+            found = sorted(behind, key=position_of, reverse=True)[:num_wanted]
         return Page.of([entry.cocktail for entry in found], len(found) if limit is None else limit)
 
     def models(self, tenant: str) -> Mapping[str, ModelEntry]:
@@ -297,7 +297,7 @@ class Catalog:
         self.inline.pop(cocktail.uid, None)
         self.used.pop(cocktail.uid, None)
         if not cocktail.inline:
-            self._places[cocktail.tenant, cocktail.id] = place_of(entry)
+            self._places[cocktail.tenant, cocktail.id] = position_of(entry)
             while len(self._places) > PLACES_KEPT:
                 self._places.popitem(last=False)
         self._wake(cocktail.uid)
@@ -316,7 +316,7 @@ class Catalog:
             self.inline.move_to_end(uid)
             self._tenants[entry.cocktail.tenant].inline.move_to_end(uid)
 
-    def _served(self, entry: Entry) -> Served | None:
+    def _served(self, entry: Entry) -> ServedModel | None:
         served = entry.served
         if served is None or served.pool is not self.pools.get(served.pool.id):
             served = entry.served = self._pool_models.serve(entry.cocktail)
@@ -335,10 +335,10 @@ class Catalog:
             if current is not None and name not in self.pools and self._served(current) is not None:
                 yield _model_entry(name, current.cocktail)
 
-    def _place(self, tenant: str, ref: str) -> Place:
+    def _place(self, tenant: str, ref: str) -> ListPosition:
         entry = self.find(tenant, ref) if "@" in ref else None
         if entry is not None and not entry.cocktail.inline:
-            return place_of(entry)
+            return position_of(entry)
         place = self._places.get((tenant, ref))
         if place is None:
             raise InvalidRequestError(

@@ -59,7 +59,7 @@ class Failure:
 
 
 @dataclass(frozen=True, slots=True)
-class Findings:
+class CrossValidation:
     """What a cocktail can be expected to do, or why nothing can be told; see `findings`.
 
     Attributes:
@@ -138,7 +138,7 @@ class Cocktail:
     owner: str | None = field(default=None, compare=False)
     epoch: int = field(default=0, compare=False)
     change: int = field(default=0, compare=False)
-    findings: Findings | None = field(default=None, compare=False)
+    findings: CrossValidation | None = field(default=None, compare=False)
     key_id: str | None = None
     example_bytes: int = 0
 
@@ -165,7 +165,7 @@ class Cocktail:
 
 
 @dataclass(frozen=True, slots=True)
-class Served:
+class ServedModel:
     """What a model id means now: the parameters a request is answered by.
 
     Attributes:

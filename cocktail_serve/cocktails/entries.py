@@ -7,9 +7,9 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
-from cocktail_serve.cocktails.cocktail import DIGEST8, Cocktail, ModelEntry, Served
+from cocktail_serve.cocktails.cocktail import DIGEST8, Cocktail, ModelEntry, ServedModel
 
-Place = tuple[float, int, str]
+ListPosition = tuple[float, int, str]
 """Where a cocktail stands in the list of its tenant: by the moment it was made, then by when it was asked for."""
 
 
@@ -23,10 +23,10 @@ class Entry:
     """
 
     cocktail: Cocktail
-    served: Served | None = None
+    served: ServedModel | None = None
 
 
-def place_of(entry: Entry) -> Place:
+def position_of(entry: Entry) -> ListPosition:
     """Where it stands in its tenant's list."""
     return entry.cocktail.created_at, entry.cocktail.sequence, entry.cocktail.uid
 
@@ -105,14 +105,14 @@ class TenantEntries:
         """Counts and lists a version by what it shows."""
         self.num_unfinished += not entry.cocktail.is_final
         if not entry.cocktail.inline:
-            insort(self._listed, entry, key=place_of)
+            insort(self._listed, entry, key=position_of)
             self.settle(entry.cocktail.name)
 
     def take_out(self, entry: Entry) -> None:
         """Undoes `add`, before a version shows something else."""
         self.num_unfinished -= not entry.cocktail.is_final
         if not entry.cocktail.inline:
-            del self._listed[self._index(place_of(entry))]
+            del self._listed[self._index(position_of(entry))]
 
     def pin(self, name: str, entry: Entry | None) -> None:
         """A name means this version, whatever becomes ready later; None: the newest again."""
@@ -124,7 +124,7 @@ class TenantEntries:
         self.names[name].settle_current()
         self.models = None
 
-    def newest(self, *, before: Place | None = None, limit: int | None = None) -> Sequence[Entry]:
+    def newest(self, *, before: ListPosition | None = None, limit: int | None = None) -> Sequence[Entry]:
         """Versions by the moment they were made, the newest first, inline ones left out.
 
         Args:
@@ -135,5 +135,5 @@ class TenantEntries:
         start = 0 if limit is None else max(end - limit, 0)
         return self._listed[start:end][::-1]
 
-    def _index(self, place: Place) -> int:
-        return bisect_left(self._listed, place, key=place_of)
+    def _index(self, place: ListPosition) -> int:
+        return bisect_left(self._listed, place, key=position_of)

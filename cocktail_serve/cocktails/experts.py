@@ -17,7 +17,7 @@ from cocktail_serve.cocktails.catalog import Catalog
 from cocktail_serve.cocktails.expert_roots import ExpertRoots
 from cocktail_serve.database import tables
 from cocktail_serve.database.database import Database
-from cocktail_serve.database.unbroken import Unbroken
+from cocktail_serve.database.unbroken import Shield
 from cocktail_serve.engines.base import Engine
 from cocktail_serve.errors import (
     CheckpointError,
@@ -27,7 +27,7 @@ from cocktail_serve.errors import (
     NotFoundError,
     StorageError,
 )
-from cocktail_serve.library_process import Call, LibraryProcess
+from cocktail_serve.library_process import LibraryCall, LibraryProcess
 from cocktail_serve.pool import BASE, NAME_PATTERN, Member, Pool
 from cocktail_serve.usage.audit import record
 
@@ -86,7 +86,7 @@ class Experts:
         self._added: dict[tuple[str, str], Added] = {}
         self._left_out: dict[tuple[str, str], str] = {}
         self._changing = asyncio.Lock()
-        self._unbroken = Unbroken()
+        self._unbroken = Shield()
         self._catalog: Catalog | None = None
         self._learning: asyncio.Task[None] | None = None
 
@@ -271,7 +271,7 @@ class Experts:
         if self._catalog is not None:
             self._catalog.reread_pools()
 
-    async def _load(self, added: Added, call: Call) -> None:
+    async def _load(self, added: Added, call: LibraryCall) -> None:
         pool = self._pool(added.pool_id)
         if added.name in pool.experts:
             raise ConflictError("the configuration has an expert of that name now, and wins")

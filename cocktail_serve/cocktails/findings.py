@@ -8,17 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from cocktail_serve.cocktails.cocktail import Findings
+from cocktail_serve.cocktails.cocktail import CrossValidation
 from cocktail_serve.cocktails.request import CocktailOptions
 from cocktail_serve.cocktails.weighing import weights_of
 from cocktail_serve.weighting.candidates import Candidate, Trial, Trials
 from cocktail_serve.weighting.search import deal
 from cocktail_serve.weighting.verdict import verdict
 
-PENDING = Findings("pending")
+PENDING = CrossValidation("pending")
 
 
-def find(options: CocktailOptions, losses: Mapping[str, Sequence[float]], chosen: Candidate | None) -> Trials[Findings]:
+def find(
+    options: CocktailOptions, losses: Mapping[str, Sequence[float]], chosen: Candidate | None
+) -> Trials[CrossValidation]:
     """Cross-validates a mixture that is weighed already, by the setting it was weighed with.
 
     What a search chose (tau, alpha) was chosen on the same folds, so its held-out loss is a little too good; the
@@ -46,9 +48,11 @@ def find(options: CocktailOptions, losses: Mapping[str, Sequence[float]], chosen
         of_fold = yield Trial(weights, fold, progress=number / len(folds))
         held_out.update(zip(fold, of_fold, strict=True))
     told = verdict([held_out[row] for row in range(num_examples)], losses)
-    return Findings("ready", told.advice, told.text, told.mixed, told.best_expert, told.best_expert_loss, len(folds))
+    return CrossValidation(
+        "ready", told.advice, told.text, told.mixed, told.best_expert, told.best_expert_loss, len(folds)
+    )
 
 
-def no_findings(why: str) -> Findings:
+def no_findings(why: str) -> CrossValidation:
     """Nothing can be told; says why."""
-    return Findings("ready", text=f"no verdict: {why}")
+    return CrossValidation("ready", text=f"no verdict: {why}")

@@ -10,7 +10,7 @@ from math import inf
 from cocktail_serve.cocktails.cocktail import Cocktail
 from cocktail_serve.cocktails.jobs import Jobs
 from cocktail_serve.cocktails.pacing import paced
-from cocktail_serve.cocktails.peers import Peers
+from cocktail_serve.cocktails.peers import GatewayLeases
 from cocktail_serve.cocktails.registry import Registry
 from cocktail_serve.database.database import Database
 from cocktail_serve.errors import StorageError
@@ -25,7 +25,7 @@ SWEEP_S = 600.0
 """Between two sweeps of all that is kept for a time only."""
 
 
-class Following:
+class ClusterLoop:
     """What a gateway does again and again because it may not be alone.
 
     Args:
@@ -37,7 +37,7 @@ class Following:
     def __init__(
         self,
         database: Database,
-        peers: Peers,
+        peers: GatewayLeases,
         registry: Registry,
         jobs: Jobs,
         pools: Mapping[str, Pool],

@@ -14,9 +14,9 @@ from cocktail_serve.cocktails.cocktail import Cocktail, Failure
 from cocktail_serve.cocktails.findings import PENDING
 from cocktail_serve.cocktails.registry import Registry
 from cocktail_serve.cocktails.request import CocktailOptions
-from cocktail_serve.cocktails.scores import Keeping
+from cocktail_serve.cocktails.scores import ScoreScope
 from cocktail_serve.cocktails.store import Store
-from cocktail_serve.cocktails.tasks import Tasks
+from cocktail_serve.cocktails.tasks import BackgroundTasks
 from cocktail_serve.cocktails.warnings import warnings_of_losses
 from cocktail_serve.cocktails.weigher import Weigher
 from cocktail_serve.cocktails.weighing import recipe_of
@@ -49,7 +49,7 @@ _T = TypeVar("_T")
 
 
 @dataclass(frozen=True, slots=True)
-class Patience:
+class RetryPolicy:
     """How long a job bears with an engine that is down, busy or failing. Nobody's socket waits for it.
 
     Attributes:
@@ -119,7 +119,7 @@ class Jobs:
         pools: Mapping[str, Pool],
         engines: Mapping[str, AnyEngine],
         *,
-        patience: Patience,
+        patience: RetryPolicy,
         on_ready: Callable[[Cocktail], None] | None,
         on_spent: OnSpent,
     ) -> None:
@@ -132,7 +132,7 @@ class Jobs:
         self._on_ready = on_ready
         self._on_spent = on_spent
         self._slots: defaultdict[str, asyncio.Semaphore] = defaultdict(lambda: asyncio.Semaphore(MAX_RUNNING))
-        self._tasks = Tasks("cocktail")
+        self._tasks = BackgroundTasks("cocktail")
 
     def submit(self, cocktail: Cocktail, examples: ExampleSet | None, validation: ExampleSet | None) -> None:
         """Starts the job of a cocktail that is not final."""
@@ -205,7 +205,7 @@ class Jobs:
                 f"pool {cocktail.pool_id!r} changed before the cocktail was ready; make it again", code="pool_changed"
             )
         engine = self._engines[pool.id]
-        keeping = Keeping(tenant=cocktail.tenant, uid=cocktail.uid, spent=spent)
+        keeping = ScoreScope(tenant=cocktail.tenant, uid=cocktail.uid, spent=spent)
         if examples is not None:
             await self._update(cocktail, status="scoring", progress=0.0)
         await self._patience(lambda: check_examples(engine, examples, validation))
@@ -246,7 +246,7 @@ class Jobs:
             self._on_ready(ready)
 
     async def _mixed_loss(
-        self, engine: AnyEngine, recipe: Recipe, examples: ExampleSet | None, keeping: Keeping
+        self, engine: AnyEngine, recipe: Recipe, examples: ExampleSet | None, keeping: ScoreScope
     ) -> float | None:
         if examples is None:
             return None

@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
-from cocktail_serve.cocktails.cocktail import Cocktail, Served
+from cocktail_serve.cocktails.cocktail import Cocktail, ServedModel
 from cocktail_serve.dtypes import DType
 from cocktail_serve.errors import CocktailError, ModelNotReadyError, NotFoundError
 from cocktail_serve.pool import BASE, Pool
@@ -27,7 +27,7 @@ class PoolModels:
     def __init__(self, pools: Mapping[str, Pool], dtypes: Mapping[str, DType]) -> None:
         self._pools = pools
         self._dtypes = dtypes
-        self.by_id: dict[str, Served] = {}
+        self.by_id: dict[str, ServedModel] = {}
         self._ids: dict[tuple[str, str], list[str]] = {}
         self.reread()
 
@@ -44,7 +44,7 @@ class PoolModels:
         """Ids of the models of a pool that are this recipe."""
         return self._ids.get((pool_id, recipe_digest), ())
 
-    def serve(self, cocktail: Cocktail) -> Served | None:
+    def serve(self, cocktail: Cocktail) -> ServedModel | None:
         """What a snapshot is answered by; None unless it is ready and its pool still has its models."""
         pool = self._pools.get(cocktail.pool_id)
         if cocktail.status != "ready" or cocktail.recipe is None or pool is None:
@@ -52,7 +52,7 @@ class PoolModels:
         generation = settings_of(cocktail.recipe, pool)
         if cocktail.recipe.base != pool.base.fingerprint or generation is None:
             return None
-        return Served(model_id=cocktail.id, pool=pool, recipe=cocktail.recipe, generation=generation)
+        return ServedModel(model_id=cocktail.id, pool=pool, recipe=cocktail.recipe, generation=generation)
 
     def adopt(self, cocktail: Cocktail) -> Cocktail:
         """A cocktail as this configuration serves it: the operator may have changed the engine's dtype."""
@@ -92,7 +92,7 @@ def no_model(model_id: str) -> NotFoundError:
     )
 
 
-def _models(pool: Pool, dtype: DType) -> Iterator[Served]:
+def _models(pool: Pool, dtype: DType) -> Iterator[ServedModel]:
     for member in pool:
         model_id = pool.id if member.name == BASE else f"{pool.id}/{member.name}"
-        yield Served(model_id, pool, one_hot(pool, member.name, dtype=dtype), pool.generation_of(member))
+        yield ServedModel(model_id, pool, one_hot(pool, member.name, dtype=dtype), pool.generation_of(member))

@@ -12,17 +12,17 @@ from itertools import islice
 from typing import Any, Literal, TypeVar
 
 from cocktail_serve.cocktails.catalog import Catalog, no_cocktail
-from cocktail_serve.cocktails.cocktail import Cocktail, Failure, Findings
+from cocktail_serve.cocktails.cocktail import Cocktail, CrossValidation, Failure
 from cocktail_serve.cocktails.entries import Entry, sequence_of
 from cocktail_serve.cocktails.pacing import paced
 from cocktail_serve.cocktails.quotas import check_cocktails, check_jobs
 from cocktail_serve.cocktails.request import CocktailRequest
-from cocktail_serve.cocktails.store import Beside, News, StaleError, Store
+from cocktail_serve.cocktails.store import ExtraWrites, RemoteChanges, StaleError, Store
 from cocktail_serve.config import Limits
 from cocktail_serve.errors import ConflictError, NotFoundError, PermissionDeniedError
 from cocktail_serve.tenants.limits import UNLIMITED
 
-Admission = Literal["new", "again", "existing"]
+CreateOutcome = Literal["new", "again", "existing"]
 """A version that was not there; one that failed or was cancelled and is queued again; one that is there."""
 
 OnRemoteChange = Callable[[Sequence[Cocktail], Sequence[Cocktail]], None]
@@ -100,8 +100,8 @@ class Registry:
         warnings: tuple[str, ...],
         limits: Limits = UNLIMITED,
         key_id: str | None = None,
-        beside: Beside | None = None,
-    ) -> tuple[Cocktail, Admission, list[Cocktail]]:
+        beside: ExtraWrites | None = None,
+    ) -> tuple[Cocktail, CreateOutcome, list[Cocktail]]:
         """Finds the version that a request names, or adds it as queued.
 
         A version asked for again is the newest again, so it becomes current once ready; a pin stands.
@@ -121,7 +121,7 @@ class Registry:
             RateLimitError: as many of its jobs as may be have not ended.
         """
 
-        async def decide() -> tuple[Cocktail, Admission, list[Cocktail]]:
+        async def decide() -> tuple[Cocktail, CreateOutcome, list[Cocktail]]:
             entry = self.catalog.find_version(tenant, request)
             if entry is not None:
                 again = entry.cocktail.status in ("failed", "cancelled")
@@ -182,7 +182,7 @@ class Registry:
                 await self._sync()
                 return None
 
-    async def keep_findings(self, uid: str, findings: Findings) -> Cocktail | None:
+    async def keep_findings(self, uid: str, findings: CrossValidation) -> Cocktail | None:
         """Writes down what was found out about a ready version. Returns the snapshot, or None where it is gone."""
 
         async def decide() -> Cocktail | None:
@@ -290,7 +290,7 @@ class Registry:
         if news is not None:
             await self._take_in(news, self.on_remote_change)
 
-    async def _take_in(self, news: News, tell: OnRemoteChange) -> None:
+    async def _take_in(self, news: RemoteChanges, tell: OnRemoteChange) -> None:
         """Brings the news of the store into memory name by name, each as it was at one moment."""
         removed = set(news.removed)
         if news.is_all:
@@ -368,7 +368,7 @@ class Registry:
     async def _apply(
         self,
         entry: Entry,
-        beside: Beside | None = None,
+        beside: ExtraWrites | None = None,
         *,
         before: Cocktail | None = None,
         newest: bool = False,
@@ -379,7 +379,9 @@ class Registry:
         self._unkept.pop(cocktail.uid, None)
         self.catalog.show(entry, cocktail)
 
-    async def _ask_again(self, entry: Entry, warnings: tuple[str, ...] | None, beside: Beside | None = None) -> None:
+    async def _ask_again(
+        self, entry: Entry, warnings: tuple[str, ...] | None, beside: ExtraWrites | None = None
+    ) -> None:
         """Makes a version the newest of its name; with warnings, queues it anew."""
         if entry.cocktail.inline:
             self.catalog.note_use(entry)

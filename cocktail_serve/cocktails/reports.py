@@ -12,13 +12,13 @@ from collections import defaultdict
 from collections.abc import Mapping
 from functools import partial
 
-from cocktail_serve.cocktails.cocktail import Cocktail, Findings
+from cocktail_serve.cocktails.cocktail import Cocktail, CrossValidation
 from cocktail_serve.cocktails.findings import PENDING, no_findings
 from cocktail_serve.cocktails.jobs import OnSpent
 from cocktail_serve.cocktails.registry import Registry
-from cocktail_serve.cocktails.scores import Attempts, Keeping
+from cocktail_serve.cocktails.scores import Retrying, ScoreScope
 from cocktail_serve.cocktails.store import Store
-from cocktail_serve.cocktails.tasks import Tasks
+from cocktail_serve.cocktails.tasks import BackgroundTasks
 from cocktail_serve.cocktails.weigher import Weigher
 from cocktail_serve.engines.base import AnyEngine
 from cocktail_serve.engines.engine_time import EngineTimeTotal, totalled
@@ -41,7 +41,7 @@ class Reports:
         weigher: Weigher,
         engines: Mapping[str, AnyEngine],
         *,
-        patience: Attempts,
+        patience: Retrying,
         on_spent: OnSpent,
     ) -> None:
         self._registry = registry
@@ -51,7 +51,7 @@ class Reports:
         self._patience = patience
         self._on_spent = on_spent
         self._turns: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
-        self._tasks = Tasks("report")
+        self._tasks = BackgroundTasks("report")
 
     def submit(self, cocktail: Cocktail) -> None:
         """Begins with a ready cocktail, unless it has begun."""
@@ -89,7 +89,7 @@ class Reports:
                 # a fault of ours in a report must not end the server; the report stays pending
                 logger.exception("the report of %s failed by a fault of the server", cocktail.id)
 
-    async def _findings(self, cocktail: Cocktail, spent: EngineTimeTotal) -> Findings:
+    async def _findings(self, cocktail: Cocktail, spent: EngineTimeTotal) -> CrossValidation:
         engine = self._engines.get(cocktail.pool_id)
         if engine is None or engine.pool.fingerprint != cocktail.request.pool_fingerprint:
             return no_findings("the pool's models are no longer those it was made from")
@@ -99,7 +99,7 @@ class Reports:
                 cocktail.request,
                 cocktail.chosen,
                 await self._store.example_set(cocktail),
-                Keeping(tenant=cocktail.tenant, uid=cocktail.uid, spent=spent),
+                ScoreScope(tenant=cocktail.tenant, uid=cocktail.uid, spent=spent),
                 attempts=self._patience,
             )
         except CapacityError:

@@ -7,7 +7,7 @@ from typing import Any
 
 from sqlalchemy.engine import RowMapping
 
-from cocktail_serve.cocktails.cocktail import Cocktail, Failure, Findings
+from cocktail_serve.cocktails.cocktail import Cocktail, CrossValidation, Failure
 from cocktail_serve.cocktails.request import CocktailOptions
 from cocktail_serve.recipe import Recipe
 from cocktail_serve.weighting.candidates import Candidate
@@ -58,6 +58,6 @@ def from_row(row: RowMapping) -> Cocktail:
             "error": None if values["error"] is None else Failure(**values["error"]),
             "warnings": tuple(values["warnings"]),
             "candidates": tuple(Candidate(**candidate) for candidate in values["candidates"] or ()),
-            "findings": None if values["findings"] is None else Findings(**values["findings"]),
+            "findings": None if values["findings"] is None else CrossValidation(**values["findings"]),
         }
     )

@@ -29,7 +29,7 @@ TEXTS_PER_CALL = 256
 _T = TypeVar("_T")
 
 
-class Attempts(Protocol):
+class Retrying(Protocol):
     """How often a call to an engine is tried."""
 
     async def __call__(self, call: Callable[[], Awaitable[_T]]) -> _T: ...
@@ -45,17 +45,17 @@ def score_items(examples: ExampleSet | None, kind: Kind) -> tuple[str, ...]:
     if examples is None:
         return ()
     if kind == "encoder":
-        return tuple(text_digest(item) for item in contrastive.texts_of(examples))
+        return tuple(embedding_key(item) for item in contrastive.texts_of(examples))
     return tuple(dict.fromkeys(example_digest(example) for example in examples))
 
 
-def text_digest(item: str) -> str:
+def embedding_key(item: str) -> str:
     """SHA-256 of a text, 64 hex characters: the key its embedding is kept under."""
     return hashlib.sha256(item.encode()).hexdigest()
 
 
 @dataclass(frozen=True, slots=True)
-class Keeping:
+class ScoreScope:
     """Whose scores are used, for which cocktail new ones are kept, and who pays for them.
 
     Attributes:
@@ -90,9 +90,9 @@ class Scores:
         engine: AnyEngine,
         names: Iterable[str],
         examples: ExampleSet,
-        keeping: Keeping,
+        keeping: ScoreScope,
         *,
-        attempts: Attempts = once,
+        attempts: Retrying = once,
         on_loss: Callable[[Mapping[str, float]], Awaitable[None]] | None = None,
     ) -> dict[str, list[float]]:
         """Loss (nats) of each example under models of the pool, by name in the order given.
@@ -133,7 +133,7 @@ class Scores:
         engine: AnyEngine,
         recipe: Recipe,
         examples: ExampleSet,
-        keeping: Keeping,
+        keeping: ScoreScope,
         rows: Sequence[int] | None = None,
     ) -> list[float]:
         """Loss (nats) of examples under a recipe.
@@ -154,7 +154,7 @@ class Scores:
         engine: AnyEngine,
         recipe: Recipe,
         examples: ExampleSet,
-        keeping: Keeping,
+        keeping: ScoreScope,
         rows: Sequence[int] | None = None,
         *,
         label: str,
@@ -168,7 +168,7 @@ class Scores:
         return list(losses)
 
     async def _by_example(
-        self, engine: ScoringEngine, recipe: Recipe, examples: ExampleSet, keeping: Keeping
+        self, engine: ScoringEngine, recipe: Recipe, examples: ExampleSet, keeping: ScoreScope
     ) -> Sequence[float]:
         loss_version = ranking.LOSS_VERSION if engine.kind == "reranker" else text.LOSS_VERSION
         variant = digest_of({"loss": loss_version, "text": engine.pool.text_digest, "dtype": recipe.dtype})
@@ -189,7 +189,7 @@ class Scores:
         engine: EmbeddingEngine,
         recipe: Recipe,
         examples: ExampleSet,
-        keeping: Keeping,
+        keeping: ScoreScope,
         rows: Sequence[int] | None,
     ) -> Sequence[float]:
         model = recipe.one_hot
@@ -197,7 +197,7 @@ class Scores:
         variant = digest_of(
             {"text": engine.pool.text_digest, "dtype": recipe.dtype, "prompt": "", "truncate_to": truncate_to}
         )
-        by_digest = {text_digest(item): item for item in contrastive.texts_of(examples, rows)}
+        by_digest = {embedding_key(item): item for item in contrastive.texts_of(examples, rows)}
         kept = (
             {}
             if model is None

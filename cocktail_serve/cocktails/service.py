@@ -11,27 +11,27 @@ from functools import partial
 from typing import Any
 
 from cocktail_serve.cocktails.catalog import Catalog, no_cocktail
-from cocktail_serve.cocktails.cocktail import Cocktail, ModelEntry, Served, Weighing
-from cocktail_serve.cocktails.following import Following, Sweep
-from cocktail_serve.cocktails.jobs import Jobs, Patience, check_examples
-from cocktail_serve.cocktails.peers import Peers
+from cocktail_serve.cocktails.cocktail import Cocktail, ModelEntry, ServedModel, Weighing
+from cocktail_serve.cocktails.following import ClusterLoop, Sweep
+from cocktail_serve.cocktails.jobs import Jobs, RetryPolicy, check_examples
+from cocktail_serve.cocktails.peers import GatewayLeases
 from cocktail_serve.cocktails.registry import Registry
 from cocktail_serve.cocktails.reports import Reports
 from cocktail_serve.cocktails.request import CocktailRequest
 from cocktail_serve.cocktails.score_store import ScoreStore
-from cocktail_serve.cocktails.scores import Keeping, Scores, score_items
-from cocktail_serve.cocktails.store import Beside, Store, Witness
+from cocktail_serve.cocktails.scores import Scores, ScoreScope, score_items
+from cocktail_serve.cocktails.store import ChangeHook, ExtraWrites, Store
 from cocktail_serve.cocktails.warnings import warnings_of_request
 from cocktail_serve.cocktails.weigher import Weigher
 from cocktail_serve.config import Settings
 from cocktail_serve.database.database import Database
-from cocktail_serve.database.unbroken import Unbroken
+from cocktail_serve.database.unbroken import Shield
 from cocktail_serve.engines.base import AnyEngine
 from cocktail_serve.engines.engine_time import EngineTime, totalled
 from cocktail_serve.errors import CapacityError, ModelNotReadyError, NotFoundError, StorageError
 from cocktail_serve.pool import Pool
 from cocktail_serve.tenants.limits import LimitsOf, unlimited
-from cocktail_serve.usage.account import Use
+from cocktail_serve.usage.account import UsageAmount
 from cocktail_serve.usage.audit import acting
 from cocktail_serve.usage.ledger import Ledger
 
@@ -69,10 +69,10 @@ class CocktailService:
         *,
         database: Database,
         limits_of: LimitsOf = unlimited,
-        patience: Patience | None = None,
+        patience: RetryPolicy | None = None,
         place: str | None = None,
         sweeps: Sequence[Sweep] = (),
-        witnesses: Sequence[Witness] = (),
+        witnesses: Sequence[ChangeHook] = (),
         ledger: Ledger | None = None,
     ) -> None:
         self._store = Store(database, witnesses=witnesses)
@@ -89,7 +89,7 @@ class CocktailService:
             ScoreStore(database), self._executor, truncate={pool.id: pool.truncate for pool in settings.pools}
         )
         self._weigher = Weigher(scores, self._executor, self.catalog.uses)
-        patience = patience or Patience()
+        patience = patience or RetryPolicy()
         self._reports = Reports(
             self._registry, self._store, self._weigher, engines, patience=patience, on_spent=self._count
         )
@@ -103,11 +103,11 @@ class CocktailService:
             on_ready=self._reports.submit if settings.reports else None,
             on_spent=self._count,
         )
-        self._unbroken = Unbroken()
+        self._unbroken = Shield()
         self._sweeps = sweeps
-        self._following = Following(
+        self._following = ClusterLoop(
             database,
-            Peers(database, place=place, lease_s=settings.store.lease_s),
+            GatewayLeases(database, place=place, lease_s=settings.store.lease_s),
             self._registry,
             self._jobs,
             pools,
@@ -138,7 +138,7 @@ class CocktailService:
         tenant: str,
         request: CocktailRequest,
         *,
-        beside: Beside | None = None,
+        beside: ExtraWrites | None = None,
     ) -> tuple[Cocktail, bool]:
         """Makes a cocktail, or finds the one that the same request made.
 
@@ -162,7 +162,7 @@ class CocktailService:
             await self._check_examples(request)
         return await self._unbroken.run(self._admit(tenant, request, beside))
 
-    async def find(self, tenant: str, model_id: str) -> Served:
+    async def find(self, tenant: str, model_id: str) -> ServedModel:
         """As `Catalog.resolve`, and where that finds nothing to serve, with what another gateway has made just now.
 
         Raises:
@@ -244,7 +244,7 @@ class CocktailService:
             await self._check_examples(request)
             pool_id = request.options.pool
             with totalled(partial(self._count_use, tenant, acting.get().key_id, pool_id, pool_id)) as spent:
-                keeping = Keeping(tenant=tenant, uid=None, spent=spent)
+                keeping = ScoreScope(tenant=tenant, uid=None, spent=spent)
                 return await self._weigher.weigh(self._engines[pool_id], request.options, request.examples, keeping)
 
     async def inline(
@@ -253,7 +253,7 @@ class CocktailService:
         request: CocktailRequest,
         *,
         timeout_s: float = INLINE_TIMEOUT_S,
-    ) -> Served:
+    ) -> ServedModel:
         """What a request with a `cocktail` of its own is answered by: mixed now, or found by digest.
 
         Raises:
@@ -306,7 +306,7 @@ class CocktailService:
         """
         return await self._unbroken.run(self._delete(tenant, ref))
 
-    async def _admit(self, tenant: str, request: CocktailRequest, beside: Beside | None) -> tuple[Cocktail, bool]:
+    async def _admit(self, tenant: str, request: CocktailRequest, beside: ExtraWrites | None) -> tuple[Cocktail, bool]:
         pool = self._pools[request.options.pool]
         items = score_items(request.examples, pool.kind) + score_items(request.validation, pool.kind)
         cocktail, admission, gone = await self._registry.admit(
@@ -352,7 +352,7 @@ class CocktailService:
 
     def _count_use(self, tenant: str, key_id: str | None, model: str, pool_id: str, spent: EngineTime) -> None:
         if self._ledger is not None:
-            use = Use(scoring_s=spent.scoring_s, mixing_s=spent.mixing_s)
+            use = UsageAmount(scoring_s=spent.scoring_s, mixing_s=spent.mixing_s)
             self._ledger.add(tenant, key_id, model, pool_id, use)
 
     def _release(self, removed: Iterable[Cocktail]) -> None:

@@ -21,7 +21,7 @@ from cocktail_serve.examples import ExampleSet, parse_examples
 from cocktail_serve.tenants.kept_bytes import check_example_bytes
 
 
-class Witness(Protocol):
+class ChangeHook(Protocol):
     """Writes down what a change of a cocktail means elsewhere, in the transaction of the change: both or neither."""
 
     async def changed(self, connection: AsyncConnection, before: Cocktail, after: Cocktail) -> None:
@@ -33,7 +33,7 @@ class Witness(Protocol):
         ...
 
 
-Beside = Callable[[AsyncConnection, Cocktail], Awaitable[None]]
+ExtraWrites = Callable[[AsyncConnection, Cocktail], Awaitable[None]]
 """Writes rows that are to come with a cocktail, in the transaction that writes it."""
 
 
@@ -42,7 +42,7 @@ class StaleError(Exception):
 
 
 @dataclass(frozen=True, slots=True)
-class News:
+class RemoteChanges:
     """What changed since a number.
 
     Attributes:
@@ -69,16 +69,16 @@ class Store:
     Every write is on disk when its coroutine returns. Every method raises StorageError when the database refuses.
     """
 
-    def __init__(self, database: Database, *, witnesses: Sequence[Witness] = ()) -> None:
+    def __init__(self, database: Database, *, witnesses: Sequence[ChangeHook] = ()) -> None:
         self._database = database
         self._witnesses = witnesses
 
-    async def load(self) -> News:
+    async def load(self) -> RemoteChanges:
         """All cocktails in the order they were asked for."""
         return await self._read_all()
 
     @to_the_end
-    async def news(self, seen: int) -> News | None:
+    async def news(self, seen: int) -> RemoteChanges | None:
         """What changed after a number; None: nothing."""
         async with self._database.read() as connection:
             # first the number, then the rows: who commits in between is told again next time
@@ -93,14 +93,14 @@ class Store:
                     pins |= await _pins(connection, tuple_(tables.pins.c.tenant, tables.pins.c.name).in_(some))
                 gone = select(tables.removals.c.uid).where(tables.removals.c.change > seen)
                 removed = list((await connection.execute(gone)).scalars())
-                return News(row.last, cocktails, removed, pins)
+                return RemoteChanges(row.last, cocktails, removed, pins)
         return await self._read_all()
 
     @to_the_end
-    async def _read_all(self) -> News:
+    async def _read_all(self) -> RemoteChanges:
         async with self._database.read() as connection:
             last = (await connection.execute(select(tables.changes.c.last))).scalar_one()
-            return News(last, await _cocktails(connection), (), await _pins(connection), is_all=True)
+            return RemoteChanges(last, await _cocktails(connection), (), await _pins(connection), is_all=True)
 
     @to_the_end
     async def forget_removals(self, *, keep: int) -> None:
@@ -120,7 +120,7 @@ class Store:
         *,
         validation: ExampleSet | None = None,
         max_example_bytes: int | None = None,
-        beside: Beside | None = None,
+        beside: ExtraWrites | None = None,
     ) -> Cocktail:
         """Writes a new cocktail with its examples and the keys its scores will be kept under.
 
@@ -175,7 +175,7 @@ class Store:
         cocktail: Cocktail,
         *,
         before: Cocktail | None = None,
-        beside: Beside | None = None,
+        beside: ExtraWrites | None = None,
         newest: bool = False,
     ) -> Cocktail:
         """Overwrites a cocktail's row.

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TypeVar
 
-from cocktail_serve.cocktails.cocktail import Findings, Weighing
+from cocktail_serve.cocktails.cocktail import CrossValidation, Weighing
 from cocktail_serve.cocktails.findings import find
 from cocktail_serve.cocktails.request import CocktailOptions
-from cocktail_serve.cocktails.scores import Attempts, Keeping, Scores, once
+from cocktail_serve.cocktails.scores import Retrying, Scores, ScoreScope, once
 from cocktail_serve.cocktails.weighing import advance, recipe_of, weigh
 from cocktail_serve.engines.base import AnyEngine
 from cocktail_serve.examples import ExampleSet
@@ -20,7 +20,7 @@ from cocktail_serve.weighting.candidates import Candidate, Trial, Trials
 
 _T = TypeVar("_T")
 
-OnProgress = Callable[[Mapping[str, float], float], Awaitable[None]]
+OnScored = Callable[[Mapping[str, float], float], Awaitable[None]]
 """Awaited with the models' mean losses so far, and the share of the work that is done."""
 
 SCORED_BEFORE_SEARCH = 0.4
@@ -47,10 +47,10 @@ class Weigher:
         engine: AnyEngine,
         options: CocktailOptions,
         examples: ExampleSet | None,
-        keeping: Keeping,
+        keeping: ScoreScope,
         *,
-        attempts: Attempts = once,
-        on_progress: OnProgress | None = None,
+        attempts: Retrying = once,
+        on_progress: OnScored | None = None,
     ) -> Weighing:
         """Losses and merging weights of a request.
 
@@ -86,10 +86,10 @@ class Weigher:
         options: CocktailOptions,
         chosen: Candidate | None,
         examples: ExampleSet | None,
-        keeping: Keeping,
+        keeping: ScoreScope,
         *,
-        attempts: Attempts = once,
-    ) -> Findings:
+        attempts: Retrying = once,
+    ) -> CrossValidation:
         """Cross-validates a mixture on its own examples; see `findings.find`.
 
         Raises:
@@ -108,9 +108,9 @@ class Weigher:
         engine: AnyEngine,
         options: CocktailOptions,
         examples: ExampleSet | None,
-        keeping: Keeping,
+        keeping: ScoreScope,
         *,
-        attempts: Attempts,
+        attempts: Retrying,
         on_trial: Callable[[float], Awaitable[None]] | None = None,
     ) -> _T:
         """Mixes and scores what is asked for until the asker has its result."""

@@ -20,7 +20,7 @@ from sqlalchemy.exc import ArgumentError, NoSuchModuleError, SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 
 from cocktail_serve.database.migrations import migrate, needs_change
-from cocktail_serve.database.unbroken import Unbroken
+from cocktail_serve.database.unbroken import Shield
 from cocktail_serve.errors import ConfigError, InvalidRequestError, StorageError
 
 logger = logging.getLogger(__name__)
@@ -83,7 +83,7 @@ class Database:
         self._unbegun = self._engine.execution_options(**{_BEGIN: ""})
         self._writers = self._engine.execution_options(**{_BEGIN: "BEGIN IMMEDIATE"})
         self._writing = asyncio.Lock()
-        self._unbroken = Unbroken()
+        self._unbroken = Shield()
         self._lock_file: int | None = None
         self._lock_holder: AsyncConnection | None = None
 

@@ -13,7 +13,7 @@ _unbroken: WeakSet[asyncio.Task[Any]] = WeakSet()
 """Tasks that nobody cancels."""
 
 
-class Unbroken:
+class Shield:
     """Runs coroutines to their end though the caller is cancelled: a disconnect leaves nothing half done."""
 
     def __init__(self) -> None:

@@ -11,7 +11,7 @@ MAX_KEPT = 1024
 """Tenants kept before those with nothing left to remember are dropped."""
 
 
-class Account:
+class TenantShare:
     """What one tenant was served."""
 
     __slots__ = ("_charged_at", "_tokens")
@@ -30,22 +30,22 @@ class Account:
         self._charged_at = now
 
 
-class Accounts:
+class TenantShares:
     """Accounts by tenant, made as they are asked for. Engines that share them treat a tenant alike.
 
     Knows no clock: `now` is any that only goes forward, in seconds, the same for all who share.
     """
 
     def __init__(self) -> None:
-        self._by_tenant: dict[str, Account] = {}
+        self._by_tenant: dict[str, TenantShare] = {}
 
-    def of(self, tenant: str, now: float) -> Account:
+    def of(self, tenant: str, now: float) -> TenantShare:
         """The account of a tenant."""
         account = self._by_tenant.get(tenant)
         if account is None:
             if len(self._by_tenant) >= MAX_KEPT:
                 self._drop_idle(now)
-            account = self._by_tenant[tenant] = Account()
+            account = self._by_tenant[tenant] = TenantShare()
         return account
 
     def _drop_idle(self, now: float) -> None:

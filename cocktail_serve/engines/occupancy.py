@@ -34,7 +34,7 @@ class Queue:
 
 
 @dataclass(frozen=True, slots=True)
-class Occupancy:
+class SchedulerSnapshot:
     """One engine at one moment.
 
     Attributes:

@@ -9,7 +9,7 @@ from typing import Any
 from cocktail_serve.scoring.text import batches_by_length
 
 
-def generate(
+def generate_texts(
     models: Sequence[Any],
     shares: Sequence[float],
     tokenizer: Any,

@@ -13,7 +13,7 @@ from cocktail_serve.cocktails.request import parse_inline
 from cocktail_serve.cocktails.weighing import recipe_of
 from cocktail_serve.config import PoolConfig, Settings
 from cocktail_serve.errors import CheckpointError
-from cocktail_serve.evaluation.backend import Mixed, Part
+from cocktail_serve.evaluation.backend import EnsemblePart, EvaluatedMixture
 from cocktail_serve.evaluation.cells import CellStore
 from cocktail_serve.examples import ExampleSet
 from cocktail_serve.offline.models import TransformersModels, translated
@@ -43,7 +43,7 @@ class _InMemory(ABC):
         self._store = store
         self._report = report
 
-    def mix(self, body: Mapping[str, Any]) -> Mixed:
+    def mix(self, body: Mapping[str, Any]) -> EvaluatedMixture:
         request = parse_inline(dict(body), pool=self.pool, settings=self._settings)
         options, examples = request.options, request.examples
 
@@ -61,7 +61,7 @@ class _InMemory(ABC):
             "alpha": options.alpha if chosen is None else chosen.alpha,
             "entropy": weighing.entropy,
         }
-        return Mixed(recipe, weighing.merging_weights, about)
+        return EvaluatedMixture(recipe, weighing.merging_weights, about)
 
     def losses(self, names: Sequence[str], examples: ExampleSet) -> dict[str, list[float]]:
         return {name: self.losses_of(one_hot(self.pool, name, dtype=self.dtype), examples, None) for name in names}
@@ -109,15 +109,17 @@ class InMemoryDecoders(_InMemory):
         with translated(self.pool):
             return text.token_log_probs(model, tokenized)
 
-    def generate(self, parts: Sequence[Part], prompts: Sequence[Sequence[int]], *, max_new_tokens: int) -> list[str]:
-        from cocktail_serve.evaluation.generation import generate
+    def generate(
+        self, parts: Sequence[EnsemblePart], prompts: Sequence[Sequence[int]], *, max_new_tokens: int
+    ) -> list[str]:
+        from cocktail_serve.evaluation.generation import generate_texts
 
         if len(parts) == 1:
             models = [self._models.use(parts[0].recipe)]
         else:
             models = [self._models.make(part.recipe) for part in parts]
         with translated(self.pool):
-            return generate(
+            return generate_texts(
                 models,
                 [part.share for part in parts],
                 self.tokenizer,
@@ -127,7 +129,7 @@ class InMemoryDecoders(_InMemory):
                 stop_token_ids=self._stop_token_ids(parts),
             )
 
-    def _stop_token_ids(self, parts: Sequence[Part]) -> list[int]:
+    def _stop_token_ids(self, parts: Sequence[EnsemblePart]) -> list[int]:
         settings = [settings_of(part.recipe, self.pool) for part in parts]
         return sorted({token for each in settings if each is not None for token in each.stop_token_ids})
 

@@ -18,8 +18,8 @@ from cocktail_serve.errors import InvalidRequestError, NotFoundError
 from cocktail_serve.finetuning.job import (
     JOB_STATUS,
     UNFINISHED,
-    Event,
     Job,
+    JobEvent,
     ListedEvent,
     events_between,
     failure_of,
@@ -88,11 +88,11 @@ class JobStore:
     async def deleted(self, connection: AsyncConnection, uids: Sequence[str]) -> None:
         """Cancels the unfinished jobs of cocktails, and removes what their events say about the examples."""
         for job_id in await self._of_cocktails(connection, uids, _jobs.c.status.in_(UNFINISHED)):
-            await self._tell(connection, job_id, [Event("The job was cancelled: its model was deleted", "warn")])
+            await self._tell(connection, job_id, [JobEvent("The job was cancelled: its model was deleted", "warn")])
             cancelled = {"status": "cancelled", "finished_at": self._clock()}
             await connection.execute(update(_jobs).where(_jobs.c.id == job_id).values(cancelled))
         for job_id in await self._of_cocktails(connection, uids, _jobs.c.status == "succeeded"):
-            await self._tell(connection, job_id, [Event("The fine-tuned model was deleted", "warn")])
+            await self._tell(connection, job_id, [JobEvent("The fine-tuned model was deleted", "warn")])
         job_ids = await self._of_cocktails(connection, uids)
         await connection.execute(delete(_events).where(_events.c.job_id.in_(job_ids), _events.c.is_metrics))
         await connection.execute(update(_jobs).where(_jobs.c.id.in_(job_ids)).values(uid=None))
@@ -182,7 +182,7 @@ class JobStore:
         query = select(_jobs.c.id).where(_jobs.c.uid.in_(uids), *conditions)
         return (await connection.execute(query)).scalars().all()
 
-    async def _tell(self, connection: AsyncConnection, job_id: str, events: Iterable[Event]) -> None:
+    async def _tell(self, connection: AsyncConnection, job_id: str, events: Iterable[JobEvent]) -> None:
         events = list(events)
         if not events:
             return
@@ -242,7 +242,7 @@ def _listed(row: RowMapping) -> ListedEvent:
     return ListedEvent(
         id=f"ftevent-{row['job_id'].removeprefix(f'{PREFIX}-')}-{row['position']}",
         created_at=row["created_at"],
-        event=Event(row["message"], row["level"], row["data"], row["is_metrics"]),
+        event=JobEvent(row["message"], row["level"], row["data"], row["is_metrics"]),
     )
 
 

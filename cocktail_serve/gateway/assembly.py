@@ -28,7 +28,7 @@ from cocktail_serve.gateway.run_dir import own_run_dir, place_of, trim_cache
 from cocktail_serve.gateway.state import Gateway
 from cocktail_serve.library_process import LibraryProcess
 from cocktail_serve.pool import Pool
-from cocktail_serve.tenants.limit_book import LimitBook
+from cocktail_serve.tenants.limit_book import LimitsCache
 from cocktail_serve.tenants.limits import Limiter
 from cocktail_serve.tenants.store import TenantStore
 from cocktail_serve.usage.audit import AuditLog
@@ -154,8 +154,8 @@ async def _experts(
     return experts
 
 
-async def _limits(settings: Settings, tenants: TenantStore, stack: AsyncExitStack) -> LimitBook:
-    limits = LimitBook(settings.limits, tenants)
+async def _limits(settings: Settings, tenants: TenantStore, stack: AsyncExitStack) -> LimitsCache:
+    limits = LimitsCache(settings.limits, tenants)
     stack.push_async_callback(limits.stop)
     await limits.start()
     return limits

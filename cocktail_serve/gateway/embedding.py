@@ -116,7 +116,7 @@ MAX_INLINE_NUMBERS = 16_384
 """Numbers of an answer that is encoded on the event loop, in a millisecond at most; larger ones go to a thread."""
 
 
-def encode_answer(
+def encode_embeddings(
     vectors: np.ndarray, *, model_id: str, num_tokens: int, encoding_format: Literal["float", "base64"]
 ) -> bytes:
     """The body of the answer.

@@ -10,7 +10,7 @@ import orjson
 from fastapi import Response
 from starlette.types import Send
 
-from cocktail_serve.cocktails.cocktail import Served
+from cocktail_serve.cocktails.cocktail import ServedModel
 from cocktail_serve.errors import CocktailError, EngineError
 from cocktail_serve.gateway.answers import AnswerRewriter
 from cocktail_serve.gateway.disconnect import ended_with_client
@@ -27,7 +27,7 @@ _STREAM_HEADERS = [
 ]
 
 
-async def generate(asked: Admitted, served: Served, path: str, outgoing: Outgoing) -> None:
+async def generate(asked: Admitted, served: ServedModel, path: str, outgoing: Outgoing) -> None:
     """Forwards a request to its engine and its answer to the client, whatever becomes of it; the engine's turn is held
     exactly as long as the answer takes. What limits or books generations belongs here.
 
@@ -65,7 +65,9 @@ async def generate(asked: Admitted, served: Served, path: str, outgoing: Outgoin
             asked.metered.used(served, num_in=num_in, num_out=num_out)
 
 
-async def _send_events(asked: Admitted, served: Served, rewriter: AnswerRewriter, events: AsyncIterator[bytes]) -> None:
+async def _send_events(
+    asked: Admitted, served: ServedModel, rewriter: AnswerRewriter, events: AsyncIterator[bytes]
+) -> None:
     send, is_started = asked.request.send, False
     last = b"data: [DONE]\n\n"
     try:

@@ -91,7 +91,7 @@ def _text_of(item: Mapping[str, Any], name: str, param: str, rank_fields: Sequen
     return "\n".join(texts.values())
 
 
-def encode_answer(
+def encode_ranking(
     reranked: Reranked,
     documents: Sequence[Document],
     *,

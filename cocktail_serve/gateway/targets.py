@@ -6,13 +6,13 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
-from cocktail_serve.cocktails.cocktail import Served
+from cocktail_serve.cocktails.cocktail import ServedModel
 from cocktail_serve.cocktails.pool_models import no_model
 from cocktail_serve.errors import InvalidRequestError, NotFoundError, WrongModelKindError
 from cocktail_serve.gateway.authentication import Caller
 from cocktail_serve.gateway.direct_route import DirectRequest
 from cocktail_serve.gateway.exchange import Exchange, exchange_of
-from cocktail_serve.gateway.json_body import read_json
+from cocktail_serve.gateway.json_body import read_json_object
 from cocktail_serve.gateway.metering import MeteredRequest
 from cocktail_serve.gateway.state import Gateway, caller_of, gateway_of
 from cocktail_serve.pool import Kind, Pool, with_article
@@ -35,7 +35,7 @@ class Admitted:
     body: dict[str, Any]
     metered: MeteredRequest
 
-    def observe_first_token(self, served: Served) -> None:
+    def observe_first_token(self, served: ServedModel) -> None:
         """The first of the answer is there: the time that it took goes into the metrics."""
         self.gateway.metrics.observe_first_token(served.pool.id, time.perf_counter() - self.exchange.started_at)
 
@@ -49,7 +49,7 @@ class Target:
     """
 
     pool: Pool
-    served: Served | None
+    served: ServedModel | None
 
 
 async def admitted(request: DirectRequest) -> Admitted:
@@ -57,12 +57,12 @@ async def admitted(request: DirectRequest) -> Admitted:
 
     Raises:
         AuthenticationError, PermissionDeniedError: as `caller_of`.
-        InvalidRequestError, PayloadTooLargeError: as `read_json`.
+        InvalidRequestError, PayloadTooLargeError: as `read_json_object`.
         RateLimitError: over a limit of the tenant.
     """
     gateway = await gateway_of(request)
     caller = await caller_of(request)
-    body, num_bytes = await read_json(request)
+    body, num_bytes = await read_json_object(request)
     exchange = exchange_of(request)
     metered = exchange.metered = gateway.meter.admit(caller, body, num_bytes=num_bytes)
     exchange.enter(metered.admission)
@@ -111,7 +111,7 @@ async def target_of(asked: Admitted, *, kind: Kind) -> Target:
     return target
 
 
-async def served_model(asked: Admitted, target: Target) -> Served:
+async def served_model(asked: Admitted, target: Target) -> ServedModel:
     """What answers a request; an inline cocktail is mixed on first use.
 
     Raises:

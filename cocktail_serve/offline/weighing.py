@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from cocktail_serve.cocktails.cocktail import Findings, Weighing
+from cocktail_serve.cocktails.cocktail import CrossValidation, Weighing
 from cocktail_serve.cocktails.findings import find
 from cocktail_serve.cocktails.request import CocktailOptions, CocktailRequest, parse_inline
 from cocktail_serve.cocktails.weighing import advance, recipe_of, weigh
@@ -41,7 +41,7 @@ class OfflineWeighing:
     weighing: Weighing
     dtype: DType
     mixed_loss: float | None
-    findings: Findings | None = None
+    findings: CrossValidation | None = None
 
 
 def weigh_offline(

@@ -17,7 +17,7 @@ REFRESH_S = 5.0
 """How often the store is read: what another process changes (another gateway) holds here after at most this time."""
 
 
-class LimitBook:
+class LimitsCache:
     """The limits of all tenants. Reading is synchronous; a store that is gone leaves the last known in force.
 
     Args:

@@ -14,7 +14,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from cocktail_serve.database import tables
 from cocktail_serve.database.database import Database, to_the_end
 from cocktail_serve.errors import ConflictError, NotFoundError
-from cocktail_serve.tenants.keys import Key, Scope, check_tenant, digest_of, make_key
+from cocktail_serve.tenants.keys import Key, Scope, check_tenant, key_digest, make_key
 from cocktail_serve.usage.audit import Action, record
 
 
@@ -204,7 +204,7 @@ class TenantStore:
             id=key_id,
             tenant=tenant,
             scopes=frozenset(scopes),
-            digest=digest_of(secret.encode()),
+            digest=key_digest(secret.encode()),
             created_at=now,
             expires_at=None if lifetime_s is None else now + lifetime_s,
         )

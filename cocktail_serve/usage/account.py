@@ -7,7 +7,7 @@ from datetime import date
 
 
 @dataclass(frozen=True, slots=True)
-class Account:
+class UsageKey:
     """What use is counted under.
 
     Attributes:
@@ -23,7 +23,7 @@ class Account:
 
 
 @dataclass(slots=True)
-class Use:
+class UsageAmount:
     """How much was used.
 
     Attributes:
@@ -40,7 +40,7 @@ class Use:
     scoring_s: float = 0.0
     mixing_s: float = 0.0
 
-    def add(self, other: Use) -> None:
+    def add(self, other: UsageAmount) -> None:
         self.requests += other.requests
         self.tokens_in += other.tokens_in
         self.tokens_out += other.tokens_out

@@ -55,7 +55,7 @@ acting: ContextVar[Actor] = ContextVar("acting", default=SERVER)
 
 
 @dataclass(frozen=True, slots=True)
-class Event:
+class AuditEvent:
     """One change.
 
     Attributes:
@@ -137,7 +137,7 @@ class AuditLog:
         order: Order = "desc",
         tenant: str | None = None,
         action: Action | None = None,
-    ) -> Page[Event]:
+    ) -> Page[AuditEvent]:
         """Events by the moment they happened, from behind `after` on.
 
         Args:
@@ -156,7 +156,7 @@ class AuditLog:
             query = query.where(audit.c.action == action)
         return Page.of(
             [
-                Event(
+                AuditEvent(
                     id=row["id"],
                     at=row["at"],
                     actor=Actor(row["actor_tenant"], row["actor_key"]),

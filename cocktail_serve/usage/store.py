@@ -14,7 +14,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from cocktail_serve.database import tables
 from cocktail_serve.database.database import Database, insert_or, to_the_end
-from cocktail_serve.usage.account import Account, Use
+from cocktail_serve.usage.account import UsageAmount, UsageKey
 
 Group = Literal["day", "tenant", "key", "model", "pool"]
 """What sums can be kept apart by."""
@@ -31,7 +31,7 @@ WRITER_KEPT_S = 86400.0
 class UsageRow:
     """A sum. What it was not kept apart by is None."""
 
-    use: Use
+    use: UsageAmount
     day: date | None = None
     tenant: str | None = None
     key: str | None = None
@@ -53,7 +53,7 @@ class UsageStore:
         self._clock = clock
 
     @to_the_end
-    async def write(self, writer: str, number: int, batch: Mapping[Account, Use]) -> None:
+    async def write(self, writer: str, number: int, batch: Mapping[UsageKey, UsageAmount]) -> None:
         """Adds a batch, unless it was added before.
 
         Args:
@@ -92,7 +92,7 @@ class UsageStore:
         query = query.group_by(*columns).order_by(*columns).having(func.count() > 0)
         return [
             UsageRow(
-                Use(
+                UsageAmount(
                     requests=int(row["requests"]),
                     tokens_in=int(row["tokens_in"]),
                     tokens_out=int(row["tokens_out"]),

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 # a child of vLLM's logger, whose handlers and level it so shares
 logger = logging.getLogger("vllm.cocktail.mixer")
 
-Source = Literal["cache", "files"]
+ParameterSource = Literal["cache", "files"]
 
 BYTES_AHEAD = 1 << 27
 """Mixed tensors that wait for the engine."""
@@ -120,7 +120,7 @@ class Mixer:
                 )
         return None
 
-    def params(self, recipe: Recipe) -> tuple[Iterator[tuple[str, Tensor]], Source]:
+    def params(self, recipe: Recipe) -> tuple[Iterator[tuple[str, Tensor]], ParameterSource]:
         """The recipe's parameters in checkpoint format, one at a time in the base's file order.
 
         What is computed is kept in memory for the next time once the iterator is exhausted; a model of the pool

@@ -19,10 +19,10 @@ from sqlalchemy import event
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from cocktail_serve.cocktails.cocktail import Cocktail
-from cocktail_serve.cocktails.jobs import Patience
+from cocktail_serve.cocktails.jobs import RetryPolicy
 from cocktail_serve.cocktails.request import CocktailRequest, parse_inline, parse_request
 from cocktail_serve.cocktails.service import CocktailService
-from cocktail_serve.cocktails.store import Witness
+from cocktail_serve.cocktails.store import ChangeHook
 from cocktail_serve.config import Settings
 from cocktail_serve.database.database import Database
 from cocktail_serve.dtypes import DType
@@ -44,7 +44,7 @@ from cocktail_serve.errors import (
 from cocktail_serve.examples import ExampleSet, TextExample, example_digest
 from cocktail_serve.pool import Member, Pool
 from cocktail_serve.recipe import Recipe, one_hot
-from cocktail_serve.usage.account import Use
+from cocktail_serve.usage.account import UsageAmount
 
 A = {"input": "the film was a joy", "output": "positive"}
 B = {"input": "the film was a bore", "output": "negative"}
@@ -52,7 +52,7 @@ C = {"input": "the film was a film", "output": "neutral"}
 QUERY = {"query": "capital of france", "pos": ["paris"], "neg": ["berlin", "madrid"]}
 OTHER_QUERY = {"query": "capital of spain", "pos": ["madrid"], "neg": ["rome"]}
 
-QUICK = Patience(for_capacity_s=5.0, for_store_s=0.05, engine_failures=3, first_delay_s=0.001, max_delay_s=0.01)
+QUICK = RetryPolicy(for_capacity_s=5.0, for_store_s=0.05, engine_failures=3, first_delay_s=0.001, max_delay_s=0.01)
 
 
 def make_pool(pool_id: str, kind: Any, experts: Sequence[str], *, text_digest: str = "text") -> Pool:
@@ -233,9 +233,9 @@ class World:
     async def service(
         self,
         *,
-        patience: Patience = QUICK,
+        patience: RetryPolicy = QUICK,
         place: str = "here",
-        witnesses: Sequence[Witness] = (),
+        witnesses: Sequence[ChangeHook] = (),
         ledger: Any = None,
     ) -> AsyncIterator[CocktailService]:
         engines = {"flan": self.scoring, "mini": self.embedding}
@@ -1118,7 +1118,7 @@ async def test_a_job_gives_up_on_an_engine_that_keeps_failing(world: World, serv
 
 async def test_a_job_gives_up_on_an_engine_that_never_gets_ready(world: World) -> None:
     world.scoring.errors = [ModelNotReadyError("starting") for _ in range(10_000)]
-    patience = Patience(for_capacity_s=0.02, first_delay_s=0.001, max_delay_s=0.005)
+    patience = RetryPolicy(for_capacity_s=0.02, first_delay_s=0.001, max_delay_s=0.005)
     async with world.service(patience=patience) as service:
         failed = await made(service, world.request())
         assert (failed.status, failed.error.code) == ("failed", "model_not_ready")
@@ -1145,7 +1145,7 @@ class Ledger:
     def __init__(self) -> None:
         self.told: list[tuple[str, float]] = []
 
-    def add(self, tenant: str, key_id: str | None, model: str, pool: str, use: Use) -> None:
+    def add(self, tenant: str, key_id: str | None, model: str, pool: str, use: UsageAmount) -> None:
         self.told.append((model, use.scoring_s))
 
 

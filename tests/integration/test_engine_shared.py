@@ -17,8 +17,8 @@ from typing import Any, NoReturn
 import pytest
 
 from cocktail_serve.config import FakeEngineConfig
-from cocktail_serve.engines.fairness import Accounts
-from cocktail_serve.engines.occupancy import Occupancy
+from cocktail_serve.engines.fairness import TenantShares
+from cocktail_serve.engines.occupancy import SchedulerSnapshot
 from cocktail_serve.engines.stats import EngineStats
 from cocktail_serve.engines.turns.base import Turns, loop_time
 from cocktail_serve.engines.turns.hold import Hold, drained_error
@@ -54,7 +54,7 @@ class SharedTurns:
     is_mixing = False
     is_draining = False
 
-    def __init__(self, accounts: Accounts, *, max_in_flight: int) -> None:
+    def __init__(self, accounts: TenantShares, *, max_in_flight: int) -> None:
         self._slots = Slots(accounts, max_in_flight=max_in_flight, gap_s=1.0)
         self._hold = Hold()
         self._queues = WaitQueues()
@@ -118,9 +118,9 @@ class SharedTurns:
         if is_drained:
             self._queues.requests.fail_all(drained_error)
 
-    def occupancy(self) -> Occupancy:
+    def occupancy(self) -> SchedulerSnapshot:
         queues = self._queues.occupancy(loop_time(), reason=lambda _: "no_slot")
-        return Occupancy(None, self.num_in_flight, is_drained=self._hold.is_drained, queues=queues)
+        return SchedulerSnapshot(None, self.num_in_flight, is_drained=self._hold.is_drained, queues=queues)
 
     def give_back(self, lease: Lease) -> None:
         if lease in self._in_flight:
@@ -180,7 +180,7 @@ async def shared_engine(
     args = {"holds": "all", "faults": str(tmp_path / "faults"), **args}
     config = FakeEngineConfig.model_validate({"queue_timeout_s": 20, "max_model_len": 256, "args": args})
     stats = EngineStats()
-    turns: Turns = SharedTurns(Accounts(), max_in_flight=max_in_flight)
+    turns: Turns = SharedTurns(TenantShares(), max_in_flight=max_in_flight)
     parameters: Parameters = SharedParameters(pool.id, stats=stats)
     engine = VLLMEngine(pool, config, turns=turns, parameters=parameters, stats=stats, run_dir=tmp_path / "run")
     await engine.start()
@@ -221,7 +221,7 @@ async def test_recipes_in_one_batch_never_cross(pool: Pool, tmp_path: Path, faul
         tokenized = tokenize_examples(make_decoder_tokenizer(), given, max_tokens=255)
         assert scored.losses == [fake_loss(expert.digest, e.token_ids, e.output_start) for e in tokenized]
         assert engine.stats.num_restarts == 0
-        assert await occupancy_of(engine) == Occupancy(phase=None, num_in_flight=0)
+        assert await occupancy_of(engine) == SchedulerSnapshot(phase=None, num_in_flight=0)
 
 
 async def test_what_was_ready_is_made_ready_again_in_the_next_life(pool: Pool, tmp_path: Path, faults: Path) -> None:
@@ -254,5 +254,5 @@ async def is_restarting(engine: VLLMEngine) -> bool:
     return engine.stats.num_restarts == 1
 
 
-async def occupancy_of(engine: VLLMEngine) -> Occupancy:
+async def occupancy_of(engine: VLLMEngine) -> SchedulerSnapshot:
     return (await engine.snapshot(deadline_s=5)).occupancy

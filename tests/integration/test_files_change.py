@@ -23,7 +23,7 @@ from sqlalchemy import select
 
 from cocktail_serve.checkpoints.opening import open_pool
 from cocktail_serve.cocktails.score_store import ScoreStore
-from cocktail_serve.cocktails.scores import Keeping, Scores, score_items
+from cocktail_serve.cocktails.scores import Scores, ScoreScope, score_items
 from cocktail_serve.cocktails.store import Store
 from cocktail_serve.config import PoolConfig, VLLMEngineConfig
 from cocktail_serve.database import tables
@@ -180,7 +180,7 @@ async def test_losses_are_kept_of_the_old_content_alone(database: Database, tmp_
     await engine.start()
     with ThreadPoolExecutor(1) as executor:
         scores = Scores(ScoreStore(database), executor, truncate={})
-        keeping = Keeping("acme", "1")
+        keeping = ScoreScope("acme", "1")
         try:
             expected = await scores.of_models(engine, ["base", "hotpotqa"], examples, keeping)
             in_place(folders["quora"], folders["hotpotqa"])

@@ -15,14 +15,14 @@ from cocktail_serve.engines.engine_time import CallTimer
 from cocktail_serve.engines.in_process.batching import Batch
 from cocktail_serve.engines.in_process.encoder_model import Encoder
 from cocktail_serve.engines.in_process.engine import PROBES, SentenceTransformersEngine
-from cocktail_serve.engines.in_process.pipeline import ModelRequest
+from cocktail_serve.engines.in_process.pipeline import ModelJob
 from cocktail_serve.errors import ConfigError, ContextLengthError, InvalidRequestError
 from cocktail_serve.examples import ExampleSet, RetrievalExample
 from cocktail_serve.recipe import Recipe
 
 
 @dataclass(eq=False, slots=True, kw_only=True)
-class EmbeddingRequest(ModelRequest[Encoder]):
+class EmbeddingJob(ModelJob[Encoder]):
     """Texts (or token ids) to embed.
 
     Attributes:
@@ -53,7 +53,7 @@ class EmbeddingRequest(ModelRequest[Encoder]):
         self.prompt_length = model.prompt_length(self.prompt)
         return token_ids
 
-    def forward(self, model: Encoder, batch: Batch[EmbeddingRequest]) -> np.ndarray:
+    def forward(self, model: Encoder, batch: Batch[EmbeddingJob]) -> np.ndarray:
         return model.forward(batch.token_ids, prompt_length=self.prompt_length)
 
     def finish(self, model: Encoder) -> None:
@@ -137,9 +137,7 @@ class EncoderEngine(SentenceTransformersEngine[Encoder]):
                 )
             if not inputs:
                 return Embedded(np.empty((0, dimensions or encoder.dimension), dtype=np.float32), 0)
-            make = partial(
-                EmbeddingRequest, inputs=inputs, prompt=prompt, truncate_to=truncate_to, dimensions=dimensions
-            )
+            make = partial(EmbeddingJob, inputs=inputs, prompt=prompt, truncate_to=truncate_to, dimensions=dimensions)
             vectors, num_tokens = await self._compute(
                 recipe, len(inputs), make, timer, background=background, tenant=tenant
             )

@@ -22,10 +22,10 @@ from cocktail_serve.config import PoolConfig, SentenceTransformersEngineConfig
 from cocktail_serve.engines.base import Materialised
 from cocktail_serve.engines.engine_time import CallTimer
 from cocktail_serve.engines.in_process.batching import PassLimits
-from cocktail_serve.engines.in_process.parameter_cache import Mixture, ParameterCache, Params
-from cocktail_serve.engines.in_process.pipeline import ModelRequest, Pipeline, give_way
+from cocktail_serve.engines.in_process.parameter_cache import CachedMixture, ParameterCache, Params
+from cocktail_serve.engines.in_process.pipeline import ModelJob, Pipeline, give_way
 from cocktail_serve.engines.in_process.swappable import SwappableModel
-from cocktail_serve.engines.occupancy import OPERATOR_RETRY_S, Occupancy
+from cocktail_serve.engines.occupancy import OPERATOR_RETRY_S, SchedulerSnapshot
 from cocktail_serve.engines.snapshot import EngineSnapshot, EngineState
 from cocktail_serve.engines.start_failures import REMEDY
 from cocktail_serve.engines.stats import EngineStats
@@ -91,7 +91,7 @@ class SentenceTransformersEngine(Generic[M]):
         self._members = pool.by_fingerprint
         num_passes, threads_per_pass = _passes(self._device, config.concurrent_passes)
         overtakes = self._device.type == "cpu"  # a GPU computes what it is given in order
-        self._pipeline: Pipeline[M, ModelRequest[M]] = Pipeline(
+        self._pipeline: Pipeline[M, ModelJob[M]] = Pipeline(
             pool.id,
             self._load,
             num_passes=num_passes,
@@ -158,7 +158,7 @@ class SentenceTransformersEngine(Generic[M]):
             state,
             num_queued=self._num_waiting,
             detail=detail,
-            occupancy=Occupancy(phase=None, num_in_flight=self._num_requests, is_drained=self._is_drained),
+            occupancy=SchedulerSnapshot(phase=None, num_in_flight=self._num_requests, is_drained=self._is_drained),
             counters=self.stats.copy(),
         )
 
@@ -195,7 +195,7 @@ class SentenceTransformersEngine(Generic[M]):
         self,
         recipe: Recipe,
         num_inputs: int,
-        make: Callable[..., ModelRequest[M]],
+        make: Callable[..., ModelJob[M]],
         timer: CallTimer,
         *,
         background: bool,
@@ -281,7 +281,7 @@ class SentenceTransformersEngine(Generic[M]):
         model.tokenizer.check_truncation(cut, is_pair=is_pair)
         return cut
 
-    async def _lease(self, recipe: Recipe, background: bool) -> Mixture:
+    async def _lease(self, recipe: Recipe, background: bool) -> CachedMixture:
         is_ready = self._cache.is_ready(recipe.digest)
         self.stats.num_cache_hits += is_ready
         self.stats.num_cache_misses += not is_ready
@@ -293,7 +293,7 @@ class SentenceTransformersEngine(Generic[M]):
         except TimeoutError:
             raise self._queue_timeout() from None
 
-    async def _run(self, request: ModelRequest[M], arrived_at: float) -> np.ndarray:
+    async def _run(self, request: ModelJob[M], arrived_at: float) -> np.ndarray:
         """Waits for the request; one whose caller goes, or whose turn does not come in time, is taken back."""
         timer = None
         if not request.background:
@@ -310,7 +310,7 @@ class SentenceTransformersEngine(Generic[M]):
             self.stats.wait.observe(request.started_at - arrived_at)
         return rows
 
-    def _expire(self, request: ModelRequest[M]) -> None:
+    def _expire(self, request: ModelJob[M]) -> None:
         if request.started_at is None and not request.handle.done():
             request.abandoned = True
             request.handle.set_exception(self._queue_timeout())
@@ -393,7 +393,7 @@ class SentenceTransformersEngine(Generic[M]):
             self._state, self._failure = "restarting", error
             self._is_settled.set()
 
-    def _on_over(self, requests: list[ModelRequest[M]]) -> None:
+    def _on_over(self, requests: list[ModelJob[M]]) -> None:
         for request in requests:
             if request.handle.done():
                 continue

@@ -14,8 +14,8 @@ from cocktail_serve.engines.base import Reranked, Scored
 from cocktail_serve.engines.engine_time import CallTimer
 from cocktail_serve.engines.in_process.batching import Batch
 from cocktail_serve.engines.in_process.engine import PROBES, SentenceTransformersEngine
-from cocktail_serve.engines.in_process.input_tokenizer import Pair
-from cocktail_serve.engines.in_process.pipeline import ModelRequest
+from cocktail_serve.engines.in_process.input_tokenizer import TextPair
+from cocktail_serve.engines.in_process.pipeline import ModelJob
 from cocktail_serve.engines.in_process.reranker_model import Reranker
 from cocktail_serve.errors import ContextLengthError
 from cocktail_serve.examples import ExampleSet
@@ -27,7 +27,7 @@ PAIRS_PER_CALL = 256
 
 
 @dataclass(eq=False, slots=True, kw_only=True)
-class RerankingRequest(ModelRequest[Reranker]):
+class RerankingJob(ModelJob[Reranker]):
     """Pairs to score.
 
     Attributes:
@@ -38,7 +38,7 @@ class RerankingRequest(ModelRequest[Reranker]):
 
     param: ClassVar[str] = "documents"
 
-    pairs: Sequence[Pair]
+    pairs: Sequence[TextPair]
     is_raw: bool = False
     max_tokens: tuple[int | None, int | None] = (None, None)
     type_ids: list[list[int]] | None = field(default=None, init=False)
@@ -53,7 +53,7 @@ class RerankingRequest(ModelRequest[Reranker]):
         model.tokenizer.check_length(token_ids, field=self.param, what=" together with the query")
         return token_ids
 
-    def forward(self, model: Reranker, batch: Batch[RerankingRequest]) -> np.ndarray:
+    def forward(self, model: Reranker, batch: Batch[RerankingJob]) -> np.ndarray:
         if self.type_ids is None:
             return model.forward(batch.token_ids)
         type_ids = [job.type_ids[index] for job, indices in batch.entries if job.type_ids for index in indices]
@@ -126,7 +126,7 @@ class RerankerEngine(SentenceTransformersEngine[Reranker]):
     async def _score(
         self,
         recipe: Recipe,
-        pairs: Sequence[Pair],
+        pairs: Sequence[TextPair],
         timer: CallTimer,
         *,
         truncate_to: int | None = None,
@@ -140,7 +140,7 @@ class RerankerEngine(SentenceTransformersEngine[Reranker]):
         truncate_to = self._truncation(reranker, truncate_to, is_pair=True)
         if not pairs:
             return np.empty(0, dtype=np.float32), 0
-        make = partial(RerankingRequest, pairs=pairs, truncate_to=truncate_to, max_tokens=max_tokens, is_raw=is_raw)
+        make = partial(RerankingJob, pairs=pairs, truncate_to=truncate_to, max_tokens=max_tokens, is_raw=is_raw)
         rows, num_tokens = await self._compute(
             recipe, len(pairs), make, timer, background=tenant is None, tenant=tenant or ""
         )

@@ -23,8 +23,8 @@ import asyncio
 from collections.abc import Callable
 from typing import NoReturn
 
-from cocktail_serve.engines.fairness import Accounts
-from cocktail_serve.engines.occupancy import Occupancy, Phase, WaitReason
+from cocktail_serve.engines.fairness import TenantShares
+from cocktail_serve.engines.occupancy import Phase, SchedulerSnapshot, WaitReason
 from cocktail_serve.engines.stats import EngineStats
 from cocktail_serve.engines.turns.base import loop_time
 from cocktail_serve.engines.turns.hold import Hold, drained_error, pinned_error
@@ -70,14 +70,14 @@ class ExclusiveTurns:
         background_delay_s: float,
         patience_s: float | None = None,
         max_in_flight: int | None = None,
-        accounts: Accounts | None = None,
+        accounts: TenantShares | None = None,
         stats: EngineStats | None = None,
     ) -> None:
         self._slice_s = slice_s
         self._drain_s = drain_s
         self._background_delay_s = background_delay_s
         self.stats = stats or EngineStats()
-        self._slots = Slots(accounts or Accounts(), max_in_flight=max_in_flight, gap_s=slice_s)
+        self._slots = Slots(accounts or TenantShares(), max_in_flight=max_in_flight, gap_s=slice_s)
         self._policy = TurnPolicy(
             self._slots,
             slice_s=slice_s,
@@ -201,9 +201,9 @@ class ExclusiveTurns:
         self._admit_waiting()
         self._changed.set()
 
-    def occupancy(self) -> Occupancy:
+    def occupancy(self) -> SchedulerSnapshot:
         now = loop_time()
-        return Occupancy(
+        return SchedulerSnapshot(
             phase=self._phase,
             resident=self._resident,
             num_in_flight=len(self._in_flight),

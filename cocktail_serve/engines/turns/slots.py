@@ -1,7 +1,7 @@
 """Slots of an engine: how many requests it holds at once, and whose they are.
 
 A tenant alone may have all slots. While several use them, each has an equal share; a slot that gets free goes to the
-tenant served least lately. What a tenant was served is its `Account`, which several engines may share; how many
+tenant served least lately. What a tenant was served is its `TenantShare`, which several engines may share; how many
 requests it has in flight, and when the last one ended, is of one engine.
 
 Knows no clock and no event loop: `now` is any time that only goes forward, in seconds.
@@ -15,7 +15,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TypeVar
 
-from cocktail_serve.engines.fairness import HALF_LIFE_S, MAX_KEPT, Accounts
+from cocktail_serve.engines.fairness import HALF_LIFE_S, MAX_KEPT, TenantShares
 from cocktail_serve.engines.turns.wait_queue import Claim
 
 C = TypeVar("C", bound=Claim)
@@ -51,7 +51,7 @@ class Slots:
         num_taken: slots in use.
     """
 
-    def __init__(self, accounts: Accounts, *, max_in_flight: int | None, gap_s: float) -> None:
+    def __init__(self, accounts: TenantShares, *, max_in_flight: int | None, gap_s: float) -> None:
         self.num_taken = 0
         self._accounts = accounts
         self._max_in_flight = max_in_flight or sys.maxsize

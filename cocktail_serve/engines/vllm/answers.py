@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import AsyncIterator
 
 from cocktail_serve.engines.turns.lease import Lease
-from cocktail_serve.engines.vllm.connections import Answer
+from cocktail_serve.engines.vllm.connections import EngineResponse
 from cocktail_serve.engines.vllm.errors import engine_error, is_error
 from cocktail_serve.errors import EngineError
 
@@ -14,7 +14,7 @@ _FINISHED = b'"finish_reason":"'
 _ABORTED = b'"finish_reason":"abort"'
 
 
-async def read_whole(answer: Answer) -> bytes:
+async def read_whole(answer: EngineResponse) -> bytes:
     """The body of a plain answer.
 
     Raises:
@@ -26,7 +26,7 @@ async def read_whole(answer: Answer) -> bytes:
         raise EngineError(f"the engine's answer broke off: {error!r}") from error
 
 
-async def iter_events(answer: Answer, lease: Lease) -> AsyncIterator[bytes]:
+async def iter_events(answer: EngineResponse, lease: Lease) -> AsyncIterator[bytes]:
     """Payloads of a stream of server-sent events, without `[DONE]`; the lease is released at their end.
 
     `[DONE]` alone is no success: vLLM sends it after an error too.

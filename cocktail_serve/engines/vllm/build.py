@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from cocktail_serve.config import VLLMEngineConfig
-from cocktail_serve.engines.fairness import Accounts
+from cocktail_serve.engines.fairness import TenantShares
 from cocktail_serve.engines.stats import EngineStats
 from cocktail_serve.engines.turns.residency import PATIENCE_SLICES, ExclusiveTurns
 from cocktail_serve.engines.vllm.engine import VLLMEngine
@@ -27,7 +27,7 @@ on a CPU each more makes the step longer for all, and in vLLM's own queue no ten
 
 
 def build_vllm_engine(
-    pool: Pool, config: VLLMEngineConfig, *, run_dir: Path, accounts: Accounts | None = None
+    pool: Pool, config: VLLMEngineConfig, *, run_dir: Path, accounts: TenantShares | None = None
 ) -> VLLMEngine:
     """An engine whose recipes take turns; nothing is started.
 

@@ -22,7 +22,7 @@ from cocktail_serve.engines.stats import EngineStats
 from cocktail_serve.engines.turns.base import Turns
 from cocktail_serve.engines.turns.lease import Lease
 from cocktail_serve.engines.vllm.answers import iter_events, read_whole
-from cocktail_serve.engines.vllm.connections import Answer
+from cocktail_serve.engines.vllm.connections import EngineResponse
 from cocktail_serve.engines.vllm.errors import engine_error, is_error
 from cocktail_serve.engines.vllm.launcher import Launcher
 from cocktail_serve.engines.vllm.parameters import Parameters
@@ -223,7 +223,7 @@ class VLLMEngine:
             lease.release()
             raise
 
-    def _check_recipe(self, recipe: Recipe, answer: Answer) -> None:
+    def _check_recipe(self, recipe: Recipe, answer: EngineResponse) -> None:
         """Lets only answers through that this recipe gave.
 
         Raises:

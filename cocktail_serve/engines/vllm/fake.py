@@ -37,7 +37,7 @@ from starlette.routing import Route
 
 from cocktail_serve.errors import CocktailError, InvalidMixError
 from cocktail_serve.recipe import Recipe
-from vllm_cocktail.fence import RECIPE_HEADER, ASGIApp, Fence, FenceMiddleware, Receive, Scope, Send
+from vllm_cocktail.fence import RECIPE_HEADER, ASGIApp, ASGIScope, Fence, FenceMiddleware, Receive, Send
 from vllm_cocktail.lifetime import die_with_owner
 from vllm_cocktail.manifest import Manifest
 
@@ -395,7 +395,7 @@ class _KeyMiddleware:
         self._app = app
         self._expected = None if key is None else f"Bearer {key}".encode()
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def __call__(self, scope: ASGIScope, receive: Receive, send: Send) -> None:
         if self._expected is not None and scope["type"] == "http" and scope["path"].startswith("/v1"):
             given = dict(scope["headers"]).get(b"authorization", b"")
             if not secrets.compare_digest(given, self._expected):

@@ -13,7 +13,7 @@ from cocktail_serve.gateway.embedding import (
     MAX_INLINE_NUMBERS,
     check_inputs,
     dimensions_to_keep,
-    encode_answer,
+    encode_embeddings,
     prompt_of,
 )
 from cocktail_serve.gateway.json_body import parse_as
@@ -63,7 +63,7 @@ async def create_embeddings(request: DirectRequest) -> None:
     asked.metered.used(served, num_in=embedded.num_tokens)
     asked.observe_first_token(served)
     encode = partial(
-        encode_answer,
+        encode_embeddings,
         embedded.vectors,
         model_id=served.model_id,
         num_tokens=embedded.num_tokens,

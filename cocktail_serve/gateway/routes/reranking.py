@@ -8,7 +8,7 @@ from cocktail_serve.gateway.direct_route import DirectRequest, DirectRoute
 from cocktail_serve.gateway.disconnect import ended_with_client
 from cocktail_serve.gateway.json_body import parse_as
 from cocktail_serve.gateway.openapi import engine_errors, json_request
-from cocktail_serve.gateway.reranking import check_documents, encode_answer
+from cocktail_serve.gateway.reranking import check_documents, encode_ranking
 from cocktail_serve.gateway.schemas.reranking import RerankAnswer, RerankRequest
 from cocktail_serve.gateway.synonyms import given
 from cocktail_serve.gateway.targets import admitted, served_model, target_of
@@ -54,7 +54,7 @@ async def rerank(request: DirectRequest) -> None:
         )
     asked.metered.used(served, num_in=reranked.num_tokens)
     asked.observe_first_token(served)
-    answer = encode_answer(
+    answer = encode_ranking(
         reranked,
         documents,
         model_id=served.model_id,

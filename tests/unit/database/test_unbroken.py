@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 
-from cocktail_serve.database.unbroken import Unbroken
+from cocktail_serve.database.unbroken import Shield
 
 
 async def test_a_change_within_a_change_is_part_of_its_task() -> None:
     """Of a registry's change, say, the store's: two owners of unbroken changes, one task."""
-    outer, inner = Unbroken(), Unbroken()
+    outer, inner = Shield(), Shield()
     tasks: list[asyncio.Task[Any] | None] = []
 
     async def write() -> str:
@@ -29,7 +29,7 @@ async def test_a_change_within_a_change_is_part_of_its_task() -> None:
 
 
 async def test_both_end_though_the_caller_leaves() -> None:
-    outer, inner = Unbroken(), Unbroken()
+    outer, inner = Shield(), Shield()
     begun, may_end, done = asyncio.Event(), asyncio.Event(), []
 
     async def write() -> None:
@@ -53,7 +53,7 @@ async def test_both_end_though_the_caller_leaves() -> None:
 
 async def test_a_task_begun_within_a_change_is_not_part_of_it() -> None:
     """It can be cancelled, so what it changes is seen to the end by a task of its own."""
-    unbroken = Unbroken()
+    unbroken = Shield()
     begun, may_end, done = asyncio.Event(), asyncio.Event(), []
 
     async def write() -> None:

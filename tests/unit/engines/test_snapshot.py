@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pickle
 
-from cocktail_serve.engines.occupancy import Occupancy, Queue
+from cocktail_serve.engines.occupancy import Queue, SchedulerSnapshot
 from cocktail_serve.engines.snapshot import EngineSnapshot
 from cocktail_serve.engines.stats import EngineStats
 
@@ -22,7 +22,7 @@ def test_it_can_be_pickled() -> None:
         resident="a" * 64,
         num_queued=2,
         detail={"reason": "lost", "cached": ["b" * 64], "cached_bytes": 7},
-        occupancy=Occupancy(
+        occupancy=SchedulerSnapshot(
             phase="draining",
             num_in_flight=1,
             resident="a" * 64,

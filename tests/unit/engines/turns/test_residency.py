@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cocktail_serve.engines.fairness import HALF_LIFE_S, MAX_KEPT, Account, Accounts
+from cocktail_serve.engines.fairness import HALF_LIFE_S, MAX_KEPT, TenantShare, TenantShares
 from cocktail_serve.engines.turns.lease import Lease
 from cocktail_serve.engines.turns.mixing import MAX_BUSY_MIXES
 from cocktail_serve.engines.turns.residency import ExclusiveTurns
@@ -715,14 +715,14 @@ class TestTenants:
         run(main())
 
     def test_an_idle_tenant_is_owed_what_it_missed_lately_only(self) -> None:
-        account = Account()
+        account = TenantShare()
         account.charge(1000, now=0.0)
         assert account.recent(HALF_LIFE_S) == 500
         account.charge(-2000, now=HALF_LIFE_S)
         assert account.recent(HALF_LIFE_S) == 0
 
     def test_tenants_without_number_are_forgotten(self) -> None:
-        accounts = Accounts()
+        accounts = TenantShares()
         slots = Slots(accounts, max_in_flight=None, gap_s=SLICE_S)
         slots.take("busy", 1, 0.0)
         busy = slots.of("busy")
@@ -735,7 +735,7 @@ class TestTenants:
 
     def test_engines_that_share_accounts_treat_a_tenant_alike(self) -> None:
         async def main() -> None:
-            accounts = Accounts()
+            accounts = TenantShares()
             async with FakeEngine(accounts=accounts) as here, FakeEngine(accounts=accounts) as there:
                 await there.answer(BASE, 1, tenant="flood", tokens=1000)
                 hold = here.ask(BASE, 1, tenant="another")

@@ -9,7 +9,7 @@ import pytest
 
 from cocktail_serve.engines.turns.lease import Lease
 from cocktail_serve.engines.vllm.answers import iter_events
-from cocktail_serve.engines.vllm.connections import Answer
+from cocktail_serve.engines.vllm.connections import EngineResponse
 from cocktail_serve.errors import CocktailError, DrainedError, EngineError, InvalidRequestError
 
 TOKEN, LAST = b'{"choices":[{"finish_reason":null}]}', b'{"choices":[{"finish_reason":"stop"}]}'
@@ -52,7 +52,7 @@ def stream_of(*payloads: bytes) -> bytes:
 
 
 async def events(blocks: Sequence[bytes], lease: Lease, *, breaks: bool = False) -> list[bytes]:
-    answer = cast(Answer, Blocks(blocks, breaks=breaks))
+    answer = cast(EngineResponse, Blocks(blocks, breaks=breaks))
     return [payload async for payload in iter_events(answer, lease)]
 
 
