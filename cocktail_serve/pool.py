@@ -13,7 +13,13 @@ from typing import Literal
 from cocktail_serve.digest import digest_of
 from cocktail_serve.dtypes import DType
 from cocktail_serve.errors import NotFoundError
-from cocktail_serve.generation import NO_OPTIONS, NO_SETTINGS, ChatTemplate, GenerationOptions, GenerationSettings
+from cocktail_serve.generation_settings import (
+    NO_OPTIONS,
+    NO_SETTINGS,
+    ChatTemplate,
+    GenerationOptions,
+    GenerationSettings,
+)
 
 Kind = Literal["decoder", "encoder", "reranker", "encoder_decoder"]
 

@@ -11,7 +11,7 @@ from typing import Any
 from cocktail_serve.digest import digest_of
 from cocktail_serve.dtypes import DType
 from cocktail_serve.errors import InvalidMixError
-from cocktail_serve.generation import GenerationSettings, mixed_settings
+from cocktail_serve.generation_settings import GenerationSettings, mixed_settings
 from cocktail_serve.methods import SUM_TOLERANCE, Method, find_method
 from cocktail_serve.pool import BASE, Pool
 

@@ -21,7 +21,7 @@ from cocktail_serve.checkpoints.tokenizer import FolderTokenizer
 from cocktail_serve.config import PoolConfig, Source
 from cocktail_serve.dtypes import MIXED_AS, DType
 from cocktail_serve.errors import CheckpointError, IncompatibleModelsError
-from cocktail_serve.generation import GenerationOptions
+from cocktail_serve.generation_settings import GenerationOptions
 from cocktail_serve.pool import BASE, Kind, Member, Pool
 
 logger = logging.getLogger(__name__)

@@ -161,7 +161,7 @@ class Catalog:
         ]
 
     def unreported(self) -> Sequence[Cocktail]:
-        """Ready versions whose findings are pending."""
+        """Ready versions whose cross-validation is pending."""
         return [entry.cocktail for entry in self._unreported.values()]
 
     def uses(self, pool_id: str, recipe_digest: str) -> bool:
@@ -352,7 +352,7 @@ class Catalog:
         self._by_status[cocktail.status][cocktail.uid] = entry
         if cocktail.recipe is not None:
             self._by_recipe[cocktail.pool_id, cocktail.recipe.digest][cocktail.uid] = entry
-        if cocktail.findings is not None and cocktail.findings.status == "pending":
+        if cocktail.cross_validation is not None and cocktail.cross_validation.status == "pending":
             self._unreported[cocktail.uid] = entry
 
     def _unindex(self, entry: Entry) -> None:

@@ -17,7 +17,7 @@ from cocktail_serve.cocktails.catalog import Catalog
 from cocktail_serve.cocktails.expert_roots import ExpertRoots
 from cocktail_serve.database import tables
 from cocktail_serve.database.database import Database
-from cocktail_serve.database.unbroken import Shield
+from cocktail_serve.database.shield import Shield
 from cocktail_serve.engines.base import Engine
 from cocktail_serve.errors import (
     CheckpointError,
@@ -86,7 +86,7 @@ class Experts:
         self._added: dict[tuple[str, str], Added] = {}
         self._left_out: dict[tuple[str, str], str] = {}
         self._changing = asyncio.Lock()
-        self._unbroken = Shield()
+        self._shield = Shield()
         self._catalog: Catalog | None = None
         self._learning: asyncio.Task[None] | None = None
 
@@ -106,7 +106,7 @@ class Experts:
 
     async def stop(self) -> None:
         """Ends what `start` began; a change that was begun is made."""
-        await self._unbroken.drain()
+        await self._shield.drain()
         if self._learning is not None:
             self._learning.cancel()
             await asyncio.gather(self._learning, return_exceptions=True)
@@ -134,7 +134,7 @@ class Experts:
             CheckpointError, IncompatibleModelsError: the model cannot be read, or mixed; nothing has changed.
             StorageError: the database or the engine could not be told; nothing has changed.
         """
-        return await self._unbroken.run(self._add(pool_id, name, path))
+        return await self._shield.run(self._add(pool_id, name, path))
 
     async def remove(self, pool_id: str, name: str, *, force: bool) -> None:
         """Takes an added expert out, one that is left out too. Its files stay where they are.
@@ -147,7 +147,7 @@ class Experts:
             ConflictError: it is of the configuration, or cocktails are made of it.
             StorageError: as `add`.
         """
-        await self._unbroken.run(self._remove(pool_id, name, force=force))
+        await self._shield.run(self._remove(pool_id, name, force=force))
 
     async def _add(self, pool_id: str, name: str, path: str) -> tuple[Member, Added, bool]:
         self._pool(pool_id)

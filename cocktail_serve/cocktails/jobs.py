@@ -11,7 +11,7 @@ from functools import partial
 from typing import Any, TypeVar
 
 from cocktail_serve.cocktails.cocktail import Cocktail, Failure
-from cocktail_serve.cocktails.findings import PENDING
+from cocktail_serve.cocktails.cross_validation import PENDING
 from cocktail_serve.cocktails.registry import Registry
 from cocktail_serve.cocktails.request import CocktailOptions
 from cocktail_serve.cocktails.scores import ScoreScope
@@ -19,7 +19,7 @@ from cocktail_serve.cocktails.store import Store
 from cocktail_serve.cocktails.tasks import BackgroundTasks
 from cocktail_serve.cocktails.warnings import warnings_of_losses
 from cocktail_serve.cocktails.weigher import Weigher
-from cocktail_serve.cocktails.weighing import recipe_of
+from cocktail_serve.cocktails.weighing_plan import recipe_of
 from cocktail_serve.engines.base import AnyEngine, Engine
 from cocktail_serve.engines.engine_time import EngineTime, EngineTimeTotal, totalled
 from cocktail_serve.errors import (
@@ -66,7 +66,7 @@ class RetryPolicy:
     max_delay_s: float = 10.0
 
     async def __call__(self, call: Callable[[], Awaitable[_T]]) -> _T:
-        """The result of a call, tried again while its error is retryable and patience lasts."""
+        """The result of a call, tried again while its error is retryable and time is left."""
         loop = asyncio.get_running_loop()
         started = loop.time()
         failures = 0
@@ -75,8 +75,8 @@ class RetryPolicy:
             try:
                 return await call()
             except (CapacityError, StorageError) as error:
-                patience = self.for_store_s if isinstance(error, StorageError) else self.for_capacity_s
-                if loop.time() + delay > started + patience:
+                most_s = self.for_store_s if isinstance(error, StorageError) else self.for_capacity_s
+                if loop.time() + delay > started + most_s:
                     raise
             except CocktailError as error:
                 failures += 1
@@ -119,7 +119,7 @@ class Jobs:
         pools: Mapping[str, Pool],
         engines: Mapping[str, AnyEngine],
         *,
-        patience: RetryPolicy,
+        retry_policy: RetryPolicy,
         on_ready: Callable[[Cocktail], None] | None,
         on_spent: OnSpent,
     ) -> None:
@@ -128,7 +128,7 @@ class Jobs:
         self._weigher = weigher
         self._pools = pools
         self._engines = engines
-        self._patience = patience
+        self._retry = retry_policy
         self._on_ready = on_ready
         self._on_spent = on_spent
         self._slots: defaultdict[str, asyncio.Semaphore] = defaultdict(lambda: asyncio.Semaphore(MAX_RUNNING))
@@ -205,16 +205,16 @@ class Jobs:
                 f"pool {cocktail.pool_id!r} changed before the cocktail was ready; make it again", code="pool_changed"
             )
         engine = self._engines[pool.id]
-        keeping = ScoreScope(tenant=cocktail.tenant, uid=cocktail.uid, spent=spent)
+        score_scope = ScoreScope(tenant=cocktail.tenant, uid=cocktail.uid, spent=spent)
         if examples is not None:
             await self._update(cocktail, status="scoring", progress=0.0)
-        await self._patience(lambda: check_examples(engine, examples, validation))
+        await self._retry(lambda: check_examples(engine, examples, validation))
 
         async def on_progress(losses: Mapping[str, float], share: float) -> None:
             await self._update(cocktail, losses=losses, progress=SCORED * share)
 
         weighing = await self._weigher.weigh(
-            engine, options, examples, keeping, attempts=self._patience, on_progress=on_progress
+            engine, options, examples, score_scope, retry=self._retry, on_progress=on_progress
         )
         recipe = recipe_of(options, pool, weighing.merging_weights, dtype=engine.dtype)
         await self._update(
@@ -227,10 +227,10 @@ class Jobs:
             recipe=recipe,
             candidates=weighing.candidates,
         )
-        await self._patience(lambda: spent.of(engine.materialise(recipe)))
+        await self._retry(lambda: spent.of(engine.materialise(recipe)))
         await self._update(cocktail, progress=MIXED)
-        mixed_loss = await self._mixed_loss(engine, recipe, examples, keeping)
-        validation_loss = await self._mixed_loss(engine, recipe, validation, keeping)
+        mixed_loss = await self._mixed_loss(engine, recipe, examples, score_scope)
+        validation_loss = await self._mixed_loss(engine, recipe, validation, score_scope)
         ready = await self._update(
             cocktail,
             status="ready",
@@ -240,21 +240,21 @@ class Jobs:
             validation_loss=validation_loss,
             candidates=_judged(options, weighing.candidates, mixed_loss),
             warnings=(*cocktail.warnings, *warnings_of_losses(options, weighing.losses, mixed_loss)),
-            findings=None if cocktail.inline or self._on_ready is None else PENDING,
+            cross_validation=None if cocktail.inline or self._on_ready is None else PENDING,
         )
         if self._on_ready is not None and not cocktail.inline:
             self._on_ready(ready)
 
     async def _mixed_loss(
-        self, engine: AnyEngine, recipe: Recipe, examples: ExampleSet | None, keeping: ScoreScope
+        self, engine: AnyEngine, recipe: Recipe, examples: ExampleSet | None, score_scope: ScoreScope
     ) -> float | None:
         if examples is None:
             return None
-        return mean(await self._patience(lambda: self._weigher.scores.of_mixture(engine, recipe, examples, keeping)))
+        return mean(await self._retry(lambda: self._weigher.scores.of_mixture(engine, recipe, examples, score_scope)))
 
     async def _update(self, cocktail: Cocktail, **changes: Any) -> Cocktail:
         update = self._registry.update
-        updated = await self._patience(lambda: update(cocktail.uid, epoch=cocktail.epoch, **changes))
+        updated = await self._retry(lambda: update(cocktail.uid, epoch=cocktail.epoch, **changes))
         if updated is None:
             raise _LostError
         return updated

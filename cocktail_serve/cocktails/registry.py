@@ -100,7 +100,7 @@ class Registry:
         warnings: tuple[str, ...],
         limits: Limits = UNLIMITED,
         key_id: str | None = None,
-        beside: ExtraWrites | None = None,
+        extra_writes: ExtraWrites | None = None,
     ) -> tuple[Cocktail, CreateOutcome, list[Cocktail]]:
         """Finds the version that a request names, or adds it as queued.
 
@@ -110,7 +110,7 @@ class Registry:
             items: keys that its scores will be kept under.
             limits: of the tenant; what is counted and what is added are one step.
             key_id: of the key that asks.
-            beside: writes rows of its own in the transaction that this is done in.
+            extra_writes: writes rows of its own in the transaction that this is done in.
 
         Returns:
             A snapshot, how it was found, and the inline cocktails that had to go for it.
@@ -127,7 +127,7 @@ class Registry:
                 again = entry.cocktail.status in ("failed", "cancelled")
                 if again:
                     self._check_jobs(tenant, limits)
-                await self._ask_again(entry, warnings if again else None, beside)
+                await self._ask_again(entry, warnings if again else None, extra_writes)
                 return entry.cocktail, "again" if again else "existing", []
             self._check_jobs(tenant, limits)
             # inline ones make room for each other, where there is room for any
@@ -141,7 +141,7 @@ class Registry:
                 items,
                 validation=request.validation,
                 max_example_bytes=limits.example_bytes,
-                beside=beside,
+                extra_writes=extra_writes,
             )
             return self.catalog.insert(cocktail).cocktail, "new", gone
 
@@ -182,7 +182,7 @@ class Registry:
                 await self._sync()
                 return None
 
-    async def keep_findings(self, uid: str, findings: CrossValidation) -> Cocktail | None:
+    async def keep_cross_validation(self, uid: str, found: CrossValidation) -> Cocktail | None:
         """Writes down what was found out about a ready version. Returns the snapshot, or None where it is gone."""
 
         async def decide() -> Cocktail | None:
@@ -190,7 +190,7 @@ class Registry:
             if entry is None or entry.cocktail.status != "ready":
                 return None
             # no witness need hear of it: what the cocktail is stays as it was
-            self.catalog.show(entry, await self._store.update(replace(entry.cocktail, findings=findings)))
+            self.catalog.show(entry, await self._store.update(replace(entry.cocktail, cross_validation=found)))
             return entry.cocktail
 
         async with self._changing:
@@ -368,19 +368,21 @@ class Registry:
     async def _apply(
         self,
         entry: Entry,
-        beside: ExtraWrites | None = None,
+        extra_writes: ExtraWrites | None = None,
         *,
         before: Cocktail | None = None,
         newest: bool = False,
         **changes: Any,
     ) -> None:
         cocktail = replace(entry.cocktail, **changes)
-        cocktail = await self._store.update(cocktail, before=before or entry.cocktail, beside=beside, newest=newest)
+        cocktail = await self._store.update(
+            cocktail, before=before or entry.cocktail, extra_writes=extra_writes, newest=newest
+        )
         self._unkept.pop(cocktail.uid, None)
         self.catalog.show(entry, cocktail)
 
     async def _ask_again(
-        self, entry: Entry, warnings: tuple[str, ...] | None, beside: ExtraWrites | None = None
+        self, entry: Entry, warnings: tuple[str, ...] | None, extra_writes: ExtraWrites | None = None
     ) -> None:
         """Makes a version the newest of its name; with warnings, queues it anew."""
         if entry.cocktail.inline:
@@ -392,10 +394,10 @@ class Registry:
         if warnings is not None:
             changes |= {"status": "queued", "progress": 0.0, "error": None, "losses": {}, "warnings": warnings}
             changes |= {"merging_weights": None, "entropy": None, "recipe": None, "candidates": ()}
-            changes |= {"mixed_loss": None, "validation_loss": None, "findings": None}
+            changes |= {"mixed_loss": None, "validation_loss": None, "cross_validation": None}
             changes |= {"owner": self.owner, "epoch": entry.cocktail.epoch + 1, "used_at": self.catalog.now()}
-        if newest or changes or beside is not None:
-            await self._apply(entry, beside, newest=newest, **changes)
+        if newest or changes or extra_writes is not None:
+            await self._apply(entry, extra_writes, newest=newest, **changes)
 
     async def _remove(self, tenant: str, entries: list[Entry]) -> list[Cocktail]:
         await self._store.delete(tenant, [entry.cocktail.uid for entry in entries])

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from functools import partial
 
 from cocktail_serve.cocktails.cocktail import Cocktail, CrossValidation
-from cocktail_serve.cocktails.findings import PENDING, no_findings
+from cocktail_serve.cocktails.cross_validation import PENDING, no_findings
 from cocktail_serve.cocktails.jobs import OnSpent
 from cocktail_serve.cocktails.registry import Registry
 from cocktail_serve.cocktails.scores import Retrying, ScoreScope
@@ -31,7 +31,7 @@ class Reports:
     """The running investigations, one task each.
 
     Args:
-        patience: how often a call to an engine is tried.
+        retry: how often a call to an engine is tried.
     """
 
     def __init__(
@@ -41,14 +41,14 @@ class Reports:
         weigher: Weigher,
         engines: Mapping[str, AnyEngine],
         *,
-        patience: Retrying,
+        retry: Retrying,
         on_spent: OnSpent,
     ) -> None:
         self._registry = registry
         self._store = store
         self._weigher = weigher
         self._engines = engines
-        self._patience = patience
+        self._retry = retry
         self._on_spent = on_spent
         self._turns: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
         self._tasks = BackgroundTasks("report")
@@ -59,11 +59,13 @@ class Reports:
             self._tasks.start(cocktail, self._run(cocktail))
 
     async def ask(self, cocktail: Cocktail) -> Cocktail:
-        """A ready cocktail with findings, pending at least: begins with one that was never looked into."""
-        if cocktail.status != "ready" or (cocktail.findings is not None and cocktail.findings.status == "ready"):
+        """A ready cocktail with its cross-validation, pending at least: begins with one that was never looked into."""
+        if cocktail.status != "ready" or (
+            cocktail.cross_validation is not None and cocktail.cross_validation.status == "ready"
+        ):
             return cocktail
-        if cocktail.findings is None:
-            cocktail = await self._registry.keep_findings(cocktail.uid, PENDING) or cocktail
+        if cocktail.cross_validation is None:
+            cocktail = await self._registry.keep_cross_validation(cocktail.uid, PENDING) or cocktail
             self.submit(cocktail)
         return cocktail
 
@@ -79,8 +81,8 @@ class Reports:
         async with self._turns[cocktail.pool_id]:
             try:
                 with totalled(partial(self._on_spent, cocktail)) as spent:
-                    findings = await self._findings(cocktail, spent)
-                await self._registry.keep_findings(cocktail.uid, findings)
+                    found = await self._cross_validate(cocktail, spent)
+                await self._registry.keep_cross_validation(cocktail.uid, found)
             except CapacityError:
                 logger.warning("the report of %s waits: its engine is not available", cocktail.id)
             except StorageError:
@@ -89,7 +91,7 @@ class Reports:
                 # a fault of ours in a report must not end the server; the report stays pending
                 logger.exception("the report of %s failed by a fault of the server", cocktail.id)
 
-    async def _findings(self, cocktail: Cocktail, spent: EngineTimeTotal) -> CrossValidation:
+    async def _cross_validate(self, cocktail: Cocktail, spent: EngineTimeTotal) -> CrossValidation:
         engine = self._engines.get(cocktail.pool_id)
         if engine is None or engine.pool.fingerprint != cocktail.request.pool_fingerprint:
             return no_findings("the pool's models are no longer those it was made from")
@@ -100,7 +102,7 @@ class Reports:
                 cocktail.chosen,
                 await self._store.example_set(cocktail),
                 ScoreScope(tenant=cocktail.tenant, uid=cocktail.uid, spent=spent),
-                attempts=self._patience,
+                retry=self._retry,
             )
         except CapacityError:
             raise

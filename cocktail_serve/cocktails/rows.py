@@ -41,7 +41,7 @@ def to_row(cocktail: Cocktail) -> dict[str, Any]:
         "owner": cocktail.owner,
         "epoch": cocktail.epoch,
         "change": cocktail.change,
-        "findings": None if cocktail.findings is None else cocktail.findings.to_json(),
+        "findings": None if cocktail.cross_validation is None else cocktail.cross_validation.to_json(),
         "key_id": cocktail.key_id,
         "example_bytes": cocktail.example_bytes,
     }

@@ -11,10 +11,10 @@ from functools import partial
 from typing import Any
 
 from cocktail_serve.cocktails.catalog import Catalog, no_cocktail
+from cocktail_serve.cocktails.cluster_loop import ClusterLoop, Sweep
 from cocktail_serve.cocktails.cocktail import Cocktail, ModelEntry, ServedModel, Weighing
-from cocktail_serve.cocktails.following import ClusterLoop, Sweep
+from cocktail_serve.cocktails.gateway_leases import GatewayLeases
 from cocktail_serve.cocktails.jobs import Jobs, RetryPolicy, check_examples
-from cocktail_serve.cocktails.peers import GatewayLeases
 from cocktail_serve.cocktails.registry import Registry
 from cocktail_serve.cocktails.reports import Reports
 from cocktail_serve.cocktails.request import CocktailRequest
@@ -25,13 +25,13 @@ from cocktail_serve.cocktails.warnings import warnings_of_request
 from cocktail_serve.cocktails.weigher import Weigher
 from cocktail_serve.config import Settings
 from cocktail_serve.database.database import Database
-from cocktail_serve.database.unbroken import Shield
+from cocktail_serve.database.shield import Shield
 from cocktail_serve.engines.base import AnyEngine
 from cocktail_serve.engines.engine_time import EngineTime, totalled
 from cocktail_serve.errors import CapacityError, ModelNotReadyError, NotFoundError, StorageError
 from cocktail_serve.pool import Pool
 from cocktail_serve.tenants.limits import LimitsOf, unlimited
-from cocktail_serve.usage.account import UsageAmount
+from cocktail_serve.usage.amounts import UsageAmount
 from cocktail_serve.usage.audit import acting
 from cocktail_serve.usage.ledger import Ledger
 
@@ -53,8 +53,8 @@ class CocktailService:
         engines: the engine of each pool, by the same ids; the service neither starts nor stops them.
         database: open while the service runs; the service neither opens nor closes it.
         limits_of: limits of a tenant.
-        patience: how long jobs bear with failing engines.
-        witnesses: write down what changes of cocktails mean elsewhere.
+        retry_policy: how long jobs bear with failing engines.
+        change_hooks: write down what changes of cocktails mean elsewhere.
         ledger: counts what jobs use; None: nobody does.
 
     Attributes:
@@ -69,13 +69,13 @@ class CocktailService:
         *,
         database: Database,
         limits_of: LimitsOf = unlimited,
-        patience: RetryPolicy | None = None,
+        retry_policy: RetryPolicy | None = None,
         place: str | None = None,
         sweeps: Sequence[Sweep] = (),
-        witnesses: Sequence[ChangeHook] = (),
+        change_hooks: Sequence[ChangeHook] = (),
         ledger: Ledger | None = None,
     ) -> None:
-        self._store = Store(database, witnesses=witnesses)
+        self._store = Store(database, change_hooks=change_hooks)
         self.catalog = Catalog(pools, {pool_id: engine.dtype for pool_id, engine in engines.items()})
         self._registry = Registry(self.catalog, self._store, max_inline=settings.max_inline_cocktails)
         self._registry.on_remote_change = self._changed_remotely
@@ -89,9 +89,9 @@ class CocktailService:
             ScoreStore(database), self._executor, truncate={pool.id: pool.truncate for pool in settings.pools}
         )
         self._weigher = Weigher(scores, self._executor, self.catalog.uses)
-        patience = patience or RetryPolicy()
+        retry_policy = retry_policy or RetryPolicy()
         self._reports = Reports(
-            self._registry, self._store, self._weigher, engines, patience=patience, on_spent=self._count
+            self._registry, self._store, self._weigher, engines, retry=retry_policy, on_spent=self._count
         )
         self._jobs = Jobs(
             self._registry,
@@ -99,11 +99,11 @@ class CocktailService:
             self._weigher,
             pools,
             engines,
-            patience=patience,
+            retry_policy=retry_policy,
             on_ready=self._reports.submit if settings.reports else None,
             on_spent=self._count,
         )
-        self._unbroken = Shield()
+        self._shield = Shield()
         self._sweeps = sweeps
         self._following = ClusterLoop(
             database,
@@ -127,7 +127,7 @@ class CocktailService:
     async def stop(self) -> None:
         """Ends jobs where they are; engines are not touched. May be called twice."""
         await self._following.pause()
-        await self._unbroken.drain()
+        await self._shield.drain()
         await self._jobs.stop()
         await self._reports.stop()
         await self._following.leave()
@@ -138,7 +138,7 @@ class CocktailService:
         tenant: str,
         request: CocktailRequest,
         *,
-        beside: ExtraWrites | None = None,
+        extra_writes: ExtraWrites | None = None,
     ) -> tuple[Cocktail, bool]:
         """Makes a cocktail, or finds the one that the same request made.
 
@@ -146,7 +146,7 @@ class CocktailService:
         counts as new.
 
         Args:
-            beside: writes rows of its own in the transaction that this is done in; both are there or neither.
+            extra_writes: writes rows of its own in the transaction that this is done in; both are there or neither.
 
         Returns:
             A snapshot, and whether the version existed. It is durable; follow it with `wait`.
@@ -160,7 +160,7 @@ class CocktailService:
         known = self.catalog.version(tenant, request)
         if known is None or known.status in ("failed", "cancelled"):
             await self._check_examples(request)
-        return await self._unbroken.run(self._admit(tenant, request, beside))
+        return await self._shield.run(self._admit(tenant, request, extra_writes))
 
     async def find(self, tenant: str, model_id: str) -> ServedModel:
         """As `Catalog.resolve`, and where that finds nothing to serve, with what another gateway has made just now.
@@ -244,8 +244,8 @@ class CocktailService:
             await self._check_examples(request)
             pool_id = request.options.pool
             with totalled(partial(self._count_use, tenant, acting.get().key_id, pool_id, pool_id)) as spent:
-                keeping = ScoreScope(tenant=tenant, uid=None, spent=spent)
-                return await self._weigher.weigh(self._engines[pool_id], request.options, request.examples, keeping)
+                score_scope = ScoreScope(tenant=tenant, uid=None, spent=spent)
+                return await self._weigher.weigh(self._engines[pool_id], request.options, request.examples, score_scope)
 
     async def inline(
         self,
@@ -271,13 +271,13 @@ class CocktailService:
         return self.catalog.serve(made)
 
     async def report(self, tenant: str, ref: str) -> Cocktail:
-        """As `look_up`; of a ready cocktail the findings are there or in the making.
+        """As `look_up`; of a ready cocktail the cross-validation is there or in the making.
 
         Raises:
             NotFoundError: unknown, or another tenant's.
             StorageError: as `look_up`.
         """
-        return await self._unbroken.run(self._reports.ask(await self.look_up(tenant, ref)))
+        return await self._shield.run(self._reports.ask(await self.look_up(tenant, ref)))
 
     async def set_current(self, tenant: str, name: str, ref: str | None) -> Cocktail:
         """Pins a name to a ready version; None removes the pin. Returns what the name means then.
@@ -286,11 +286,11 @@ class CocktailService:
             NotFoundError: no such name, or no such version of it.
             ConflictError: the version is not ready.
         """
-        return await self._unbroken.run(self._registry.pin(tenant, name, ref))
+        return await self._shield.run(self._registry.pin(tenant, name, ref))
 
     async def cancel(self, tenant: str, ref: str) -> Cocktail:
         """Ends an unfinished job and keeps the cocktail as cancelled; leaves a finished one as it is."""
-        return await self._unbroken.run(self._cancel(await self.look_up(tenant, ref)))
+        return await self._shield.run(self._cancel(await self.look_up(tenant, ref)))
 
     async def delete(self, tenant: str, ref: str) -> Sequence[Cocktail]:
         """Deletes a version, or all versions of a name, with their examples and scores.
@@ -304,9 +304,11 @@ class CocktailService:
             NotFoundError: unknown, or another tenant's.
             PermissionDeniedError: a pool or an expert.
         """
-        return await self._unbroken.run(self._delete(tenant, ref))
+        return await self._shield.run(self._delete(tenant, ref))
 
-    async def _admit(self, tenant: str, request: CocktailRequest, beside: ExtraWrites | None) -> tuple[Cocktail, bool]:
+    async def _admit(
+        self, tenant: str, request: CocktailRequest, extra_writes: ExtraWrites | None
+    ) -> tuple[Cocktail, bool]:
         pool = self._pools[request.options.pool]
         items = score_items(request.examples, pool.kind) + score_items(request.validation, pool.kind)
         cocktail, admission, gone = await self._registry.admit(
@@ -316,7 +318,7 @@ class CocktailService:
             warnings=warnings_of_request(request, pool),
             limits=self._limits_of(tenant),
             key_id=acting.get().key_id,
-            beside=beside,
+            extra_writes=extra_writes,
         )
         self._release(gone)
         if admission != "existing":

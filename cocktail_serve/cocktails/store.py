@@ -10,13 +10,13 @@ from typing import Any, Protocol
 from sqlalchemy import ColumnElement, delete, insert, select, tuple_, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from cocktail_serve.cocktails import history
+from cocktail_serve.cocktails import change_log as history
 from cocktail_serve.cocktails.cocktail import DIGEST8, Cocktail
 from cocktail_serve.cocktails.pacing import paced
 from cocktail_serve.cocktails.rows import from_row, to_row
 from cocktail_serve.cocktails.score_store import forget_scores
 from cocktail_serve.database import tables
-from cocktail_serve.database.database import Database, chunks, insert_missing, to_the_end
+from cocktail_serve.database.database import Database, chunks, insert_missing, shielded
 from cocktail_serve.examples import ExampleSet, parse_examples
 from cocktail_serve.tenants.kept_bytes import check_example_bytes
 
@@ -69,15 +69,15 @@ class Store:
     Every write is on disk when its coroutine returns. Every method raises StorageError when the database refuses.
     """
 
-    def __init__(self, database: Database, *, witnesses: Sequence[ChangeHook] = ()) -> None:
+    def __init__(self, database: Database, *, change_hooks: Sequence[ChangeHook] = ()) -> None:
         self._database = database
-        self._witnesses = witnesses
+        self._change_hooks = change_hooks
 
     async def load(self) -> RemoteChanges:
         """All cocktails in the order they were asked for."""
         return await self._read_all()
 
-    @to_the_end
+    @shielded
     async def news(self, seen: int) -> RemoteChanges | None:
         """What changed after a number; None: nothing."""
         async with self._database.read() as connection:
@@ -96,13 +96,13 @@ class Store:
                 return RemoteChanges(row.last, cocktails, removed, pins)
         return await self._read_all()
 
-    @to_the_end
+    @shielded
     async def _read_all(self) -> RemoteChanges:
         async with self._database.read() as connection:
             last = (await connection.execute(select(tables.changes.c.last))).scalar_one()
             return RemoteChanges(last, await _cocktails(connection), (), await _pins(connection), is_all=True)
 
-    @to_the_end
+    @shielded
     async def forget_removals(self, *, keep: int) -> None:
         """Drops what only says that cocktails are gone, but for the last `keep` changes."""
         async with self._database.write() as connection:
@@ -111,7 +111,7 @@ class Store:
             if (await connection.execute(delete(tables.removals).where(old))).rowcount:
                 await connection.execute(update(tables.changes).values(forgotten=last - keep))
 
-    @to_the_end
+    @shielded
     async def add(
         self,
         cocktail: Cocktail,
@@ -120,7 +120,7 @@ class Store:
         *,
         validation: ExampleSet | None = None,
         max_example_bytes: int | None = None,
-        beside: ExtraWrites | None = None,
+        extra_writes: ExtraWrites | None = None,
     ) -> Cocktail:
         """Writes a new cocktail with its examples and the keys its scores will be kept under.
 
@@ -165,23 +165,23 @@ class Store:
                     insert(tables.items), [{"uid": cocktail.uid, "item": item} for item in dict.fromkeys(items)]
                 )
             await history.made(connection, cocktail)
-            if beside is not None:
-                await beside(connection, cocktail)
+            if extra_writes is not None:
+                await extra_writes(connection, cocktail)
         return cocktail
 
-    @to_the_end
+    @shielded
     async def update(
         self,
         cocktail: Cocktail,
         *,
         before: Cocktail | None = None,
-        beside: ExtraWrites | None = None,
+        extra_writes: ExtraWrites | None = None,
         newest: bool = False,
     ) -> Cocktail:
         """Overwrites a cocktail's row.
 
         Args:
-            before: what it was, for the witnesses; None: they need not hear of it.
+            before: what it was, for the change hooks; None: they need not hear of it.
             newest: it was asked for again, and comes behind all others in the order of asking.
 
         Returns:
@@ -203,13 +203,13 @@ class Store:
                 raise StaleError
             if before is not None:
                 await history.changed(connection, before, changed)
-                for witness in self._witnesses:
+                for witness in self._change_hooks:
                     await witness.changed(connection, before, changed)
-            if beside is not None:
-                await beside(connection, changed)
+            if extra_writes is not None:
+                await extra_writes(connection, changed)
         return changed
 
-    @to_the_end
+    @shielded
     async def touch(self, used_at: Mapping[str, float]) -> None:
         """Writes when cocktails were last used, by uid."""
         async with self._database.write() as connection:
@@ -218,7 +218,7 @@ class Store:
                     update(tables.cocktails).where(tables.cocktails.c.uid == uid).values(used_at=moment)
                 )
 
-    @to_the_end
+    @shielded
     async def pin(self, tenant: str, name: str, uid: str | None) -> None:
         """Pins a name to a version, or removes the pin.
 
@@ -243,7 +243,7 @@ class Store:
                 digest = (await connection.execute(of_version)).scalar_one()
             await history.pinned(connection, tenant, name, digest)
 
-    @to_the_end
+    @shielded
     async def delete(self, tenant: str, uids: Sequence[str]) -> None:
         """Deletes cocktails of a tenant with their examples, and the scores that no other of its cocktails needs."""
         async with self._database.write() as connection:
@@ -254,7 +254,7 @@ class Store:
                 await history.deleted(connection, tenant, [(row.name, row.digest) for row in rows])
                 removals = [{"uid": uid, "change": change} for uid in some]
                 await connection.execute(insert_missing(connection, tables.removals), removals)
-                for witness in self._witnesses:
+                for witness in self._change_hooks:
                     await witness.deleted(connection, some)
                 await forget_scores(connection, tenant, some)
                 for table in (
@@ -267,7 +267,7 @@ class Store:
                     await connection.execute(delete(table).where(table.c.uid.in_(some)))
         await self._database.truncate_wal()
 
-    @to_the_end
+    @shielded
     async def examples(self, uid: str, *, validation: bool = False) -> list[dict[str, Any]]:
         """The examples of a cocktail as JSON rows, in order; empty where there are none.
 

@@ -20,7 +20,7 @@ from sqlalchemy.exc import ArgumentError, NoSuchModuleError, SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 
 from cocktail_serve.database.migrations import migrate, needs_change
-from cocktail_serve.database.unbroken import Shield
+from cocktail_serve.database.shield import Shield
 from cocktail_serve.errors import ConfigError, InvalidRequestError, StorageError
 
 logger = logging.getLogger(__name__)
@@ -83,7 +83,7 @@ class Database:
         self._unbegun = self._engine.execution_options(**{_BEGIN: ""})
         self._writers = self._engine.execution_options(**{_BEGIN: "BEGIN IMMEDIATE"})
         self._writing = asyncio.Lock()
-        self._unbroken = Shield()
+        self._shield = Shield()
         self._lock_file: int | None = None
         self._lock_holder: AsyncConnection | None = None
 
@@ -107,7 +107,7 @@ class Database:
 
     async def close(self) -> None:
         """Waits for what is being written and closes every connection. May be called twice."""
-        await self._unbroken.drain()
+        await self._shield.drain()
         await self._drop_lock_holder()
         await self._engine.dispose()
         if self._lock_file is not None:
@@ -157,9 +157,9 @@ class Database:
                 async with self._writers.begin() as connection:
                     yield connection
 
-    async def to_the_end(self, change: Coroutine[Any, Any, _T]) -> _T:
+    async def run_shielded(self, change: Coroutine[Any, Any, _T]) -> _T:
         """Awaits a coroutine that goes on when the caller is cancelled; `close` waits for it."""
-        return await self._unbroken.run(change)
+        return await self._shield.run(change)
 
     async def truncate_wal(self) -> None:
         """Deleted text also stands in SQLite's write-ahead log until it is checkpointed."""
@@ -291,14 +291,14 @@ class HasDatabase(Protocol):
 _Owner = TypeVar("_Owner", bound=HasDatabase)
 
 
-def to_the_end(
+def shielded(
     method: Callable[Concatenate[_Owner, _P], Coroutine[Any, Any, _T]],
 ) -> Callable[Concatenate[_Owner, _P], Coroutine[Any, Any, _T]]:
     """A cancelled caller leaves; the transaction still ends, so no connection is abandoned halfway."""
 
     @functools.wraps(method)
     async def run(self: _Owner, /, *args: _P.args, **kwargs: _P.kwargs) -> _T:
-        return await self._database.to_the_end(method(self, *args, **kwargs))
+        return await self._database.run_shielded(method(self, *args, **kwargs))
 
     return run
 

@@ -13,7 +13,7 @@ from cocktail_serve.dtypes import DType
 from cocktail_serve.engines.engine_time import EngineTime
 from cocktail_serve.engines.snapshot import EngineSnapshot
 from cocktail_serve.examples import ExampleSet
-from cocktail_serve.generation import GenerationSettings
+from cocktail_serve.generation_settings import GenerationSettings
 from cocktail_serve.pool import Pool
 from cocktail_serve.recipe import Recipe
 

@@ -12,7 +12,7 @@ from cocktail_serve.dtypes import DType
 from cocktail_serve.examples import ExampleSet
 from cocktail_serve.pool import Pool
 from cocktail_serve.recipe import Recipe
-from cocktail_serve.scoring.text import TokenizedExample
+from cocktail_serve.scoring.decoder import TokenizedExample
 
 
 @dataclass(frozen=True, slots=True)

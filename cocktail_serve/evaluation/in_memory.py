@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from cocktail_serve.cocktails.request import parse_inline
-from cocktail_serve.cocktails.weighing import recipe_of
+from cocktail_serve.cocktails.weighing_plan import recipe_of
 from cocktail_serve.config import PoolConfig, Settings
 from cocktail_serve.errors import CheckpointError
 from cocktail_serve.evaluation.backend import EnsemblePart, EvaluatedMixture
@@ -21,8 +21,9 @@ from cocktail_serve.offline.weighing import weigh_by
 from cocktail_serve.pool import Pool
 from cocktail_serve.progress import OnProgress
 from cocktail_serve.recipe import Recipe, one_hot, settings_of
-from cocktail_serve.scoring import contrastive, text
-from cocktail_serve.scoring.text import TokenizedExample, tokenize_examples
+from cocktail_serve.scoring import contrastive
+from cocktail_serve.scoring import decoder as text
+from cocktail_serve.scoring.decoder import TokenizedExample, tokenize_examples
 
 TEXTS_PER_CALL = 512
 """Texts embedded between two reports of progress."""

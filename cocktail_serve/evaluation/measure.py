@@ -40,7 +40,7 @@ from cocktail_serve.evaluation.systems import Contender
 from cocktail_serve.evaluation.tasks import DecoderRow, DecoderTask, EncoderTask, Task
 from cocktail_serve.examples import ExampleSet, TextExample
 from cocktail_serve.recipe import Recipe
-from cocktail_serve.scoring.text import mean_loss, tokenize_examples
+from cocktail_serve.scoring.decoder import mean_loss, tokenize_examples
 
 MAX_REMEMBERED = 12
 """Likelihoods or embeddings of a model on a task that are kept in memory: an ensemble's members at another temperature

@@ -23,7 +23,7 @@ from cocktail_serve.offline.models import TransformersModels
 from cocktail_serve.pool import BASE, Pool
 from cocktail_serve.progress import OnProgress
 from cocktail_serve.recipe import Recipe, one_hot
-from cocktail_serve.scoring.text import TokenizedExample
+from cocktail_serve.scoring.decoder import TokenizedExample
 
 CONCURRENCY = 16
 """Requests in flight: enough for an engine to batch them."""

@@ -13,7 +13,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from cocktail_serve.cocktails.cocktail import Cocktail, Failure
 from cocktail_serve.database import tables
-from cocktail_serve.database.database import Database, page_of, to_the_end
+from cocktail_serve.database.database import Database, page_of, shielded
 from cocktail_serve.errors import InvalidRequestError, NotFoundError
 from cocktail_serve.finetuning.job import (
     JOB_STATUS,
@@ -97,7 +97,7 @@ class JobStore:
         await connection.execute(delete(_events).where(_events.c.job_id.in_(job_ids), _events.c.is_metrics))
         await connection.execute(update(_jobs).where(_jobs.c.id.in_(job_ids)).values(uid=None))
 
-    @to_the_end
+    @shielded
     async def sweep(self, *, older_than_s: float) -> None:
         """Removes jobs that ended longer ago than that, with their events; what they made stays."""
         old = _jobs.c.finished_at <= self._clock() - older_than_s
@@ -109,14 +109,14 @@ class JobStore:
         if found.rowcount:
             await self._database.truncate_wal()
 
-    @to_the_end
+    @shielded
     async def recent(self, tenant: str, digest: str) -> Job | None:
         """The tenant's job of an identical request, made in the last ten minutes; None where it failed, was cancelled,
         or its model has been deleted."""
         async with self._database.read() as connection:
             return await self._recent(connection, tenant, digest)
 
-    @to_the_end
+    @shielded
     async def get(self, tenant: str, job_id: str) -> Job:
         """A job of a tenant.
 
@@ -135,7 +135,7 @@ class JobStore:
             )
         return _job(row)
 
-    @to_the_end
+    @shielded
     async def list(
         self, tenant: str, *, after: str | None, limit: int, metadata: Mapping[str, str] | None = None
     ) -> Page[Job]:
@@ -153,7 +153,7 @@ class JobStore:
             query = query.where(exists().where(same))
         return Page.of([_job(row) for row in await self._database.rows(query)], limit)
 
-    @to_the_end
+    @shielded
     async def events(self, job: Job, *, after: str | None, limit: int) -> Page[ListedEvent]:
         """What happened to a job, the newest first, from behind `after` on.
 

@@ -75,7 +75,7 @@ class FineTuning:
             wanted = await asyncio.get_running_loop().run_in_executor(
                 self.executor, self._parse, asked, training, validation, visible
             )
-            await self.cocktails.create(tenant, wanted, beside=enlist)
+            await self.cocktails.create(tenant, wanted, extra_writes=enlist)
         except CocktailError as error:
             error.param = param_of_job(error.param)
             raise

@@ -9,8 +9,8 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from functools import partial
 
 from cocktail_serve.checkpoints.opening import open_pool
+from cocktail_serve.cocktails.cluster_loop import Sweep
 from cocktail_serve.cocktails.experts import Experts
-from cocktail_serve.cocktails.following import Sweep
 from cocktail_serve.cocktails.service import CocktailService
 from cocktail_serve.config import Settings
 from cocktail_serve.database.database import Database
@@ -28,8 +28,8 @@ from cocktail_serve.gateway.run_dir import own_run_dir, place_of, trim_cache
 from cocktail_serve.gateway.state import Gateway
 from cocktail_serve.library_process import LibraryProcess
 from cocktail_serve.pool import Pool
-from cocktail_serve.tenants.limit_book import LimitsCache
 from cocktail_serve.tenants.limits import Limiter
+from cocktail_serve.tenants.limits_cache import LimitsCache
 from cocktail_serve.tenants.store import TenantStore
 from cocktail_serve.usage.audit import AuditLog
 from cocktail_serve.usage.ledger import Ledger
@@ -86,7 +86,7 @@ async def assembled(
             limits_of=limits.of,
             place=place,
             sweeps=_sweeps(settings, files, jobs, audit),
-            witnesses=[jobs],
+            change_hooks=[jobs],
             ledger=ledger,
         )
         stack.push_async_callback(service.stop)

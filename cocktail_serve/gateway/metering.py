@@ -9,7 +9,7 @@ from cocktail_serve.cocktails.cocktail import ServedModel
 from cocktail_serve.gateway.authentication import Caller
 from cocktail_serve.gateway.metrics import GatewayMetrics
 from cocktail_serve.tenants.limits import Admission, Limiter, Rate, RateStatus
-from cocktail_serve.usage.account import UsageAmount
+from cocktail_serve.usage.amounts import UsageAmount
 from cocktail_serve.usage.ledger import Ledger
 
 BYTES_PER_TOKEN = 4

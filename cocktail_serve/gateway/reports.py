@@ -11,7 +11,7 @@ from cocktail_serve.pool import BASE
 
 def report_of(cocktail: Cocktail) -> CocktailReport:
     """As far as known: a report can be read while the job runs."""
-    weights, findings = cocktail.merging_weights or {}, cocktail.findings
+    weights, found = cocktail.merging_weights or {}, cocktail.cross_validation
     names = list(dict.fromkeys([*weights, *cocktail.losses]))
     models = [
         ModelReport(model=name, loss=cocktail.losses.get(name), merging_weight=weights.get(name)) for name in names
@@ -26,13 +26,13 @@ def report_of(cocktail: Cocktail) -> CocktailReport:
         validation_loss=cocktail.validation_loss,
         base_loss=cocktail.losses.get(BASE),
         best_single_loss=min(cocktail.losses.values(), default=None),
-        report_status="ready" if findings is not None and findings.status == "ready" else "pending",
-        held_out_loss=None if findings is None else findings.held_out_loss,
-        best_expert=None if findings is None else findings.best_expert,
-        best_expert_loss=None if findings is None else findings.best_expert_loss,
-        num_folds=0 if findings is None else findings.num_folds,
-        advice=None if findings is None else findings.advice,
-        verdict=None if findings is None else findings.text,
+        report_status="ready" if found is not None and found.status == "ready" else "pending",
+        held_out_loss=None if found is None else found.held_out_loss,
+        best_expert=None if found is None else found.best_expert,
+        best_expert_loss=None if found is None else found.best_expert_loss,
+        num_folds=0 if found is None else found.num_folds,
+        advice=None if found is None else found.advice,
+        verdict=None if found is None else found.text,
         seconds=None if cocktail.ready_at is None else cocktail.ready_at - cocktail.created_at,
         warnings=list(cocktail.warnings),
     )

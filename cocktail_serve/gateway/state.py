@@ -25,7 +25,7 @@ from cocktail_serve.gateway.lifecycle import Lifecycle
 from cocktail_serve.gateway.metering import Meter
 from cocktail_serve.gateway.metrics import GatewayMetrics
 from cocktail_serve.pool import Pool
-from cocktail_serve.tenants.limit_book import LimitsCache
+from cocktail_serve.tenants.limits_cache import LimitsCache
 from cocktail_serve.tenants.store import TenantStore
 from cocktail_serve.usage.audit import Actor, AuditLog, acting
 from cocktail_serve.usage.ledger import Ledger

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from cocktail_serve.cocktails.cocktail import CrossValidation, Weighing
-from cocktail_serve.cocktails.findings import find
+from cocktail_serve.cocktails.cross_validation import find
 from cocktail_serve.cocktails.request import CocktailOptions, CocktailRequest, parse_inline
-from cocktail_serve.cocktails.weighing import advance, recipe_of, weigh
+from cocktail_serve.cocktails.weighing_plan import advance, recipe_of, weigh
 from cocktail_serve.config import PoolConfig, Settings
 from cocktail_serve.dtypes import DType
 from cocktail_serve.examples import ExampleSet, parse_examples
@@ -33,7 +33,7 @@ class OfflineWeighing:
     Attributes:
         dtype: of the pool's engine, which recipes of this pool round to.
         mixed_loss: mean loss (nats) of the mixture on the examples; None without examples.
-        findings: whether the mixture is worth using, by cross-validation; None where that was not asked for.
+        cross_validation: whether the mixture is worth using, by cross-validation; None where that was not asked for.
     """
 
     pool: Pool
@@ -41,7 +41,7 @@ class OfflineWeighing:
     weighing: Weighing
     dtype: DType
     mixed_loss: float | None
-    findings: CrossValidation | None = None
+    cross_validation: CrossValidation | None = None
 
 
 def weigh_offline(
@@ -75,11 +75,11 @@ def weigh_offline(
         require_finite(of_mixture, "the mixture", dtype)
         mixed_loss = mean(of_mixture)
         report("scoring the mixture", 1, 1)
-        findings = None
+        found = None
         if judge:
             trials = find(request.options, losses, weighing.chosen)
-            findings = _answered(trials, pool, request.options, losses_of, dtype=dtype, report=report, what="judging")
-    return OfflineWeighing(pool, request, weighing, dtype, mixed_loss, findings)
+            found = _answered(trials, pool, request.options, losses_of, dtype=dtype, report=report, what="judging")
+    return OfflineWeighing(pool, request, weighing, dtype, mixed_loss, found)
 
 
 LossesOf = Callable[[Recipe, Sequence[int] | None], list[float]]
@@ -144,8 +144,8 @@ def _opened(pool: Pool, config: PoolConfig, examples: ExampleSet) -> Iterator[Lo
 
 
 def _with_transformers(pool: Pool, config: PoolConfig, examples: ExampleSet) -> LossesOf:
+    from cocktail_serve.scoring.decoder import score_with_transformers, tokenize_examples
     from cocktail_serve.scoring.encoder_decoder import score_encoder_decoder, tokenize_pairs
-    from cocktail_serve.scoring.text import score_with_transformers, tokenize_examples
 
     models = TransformersModels(pool, config)
     tokenized: Sequence[Any]

@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 
 from cocktail_serve.errors import StorageError
-from cocktail_serve.usage.account import UsageAmount, UsageKey
+from cocktail_serve.usage.amounts import UsageAmount, UsageKey
 from cocktail_serve.usage.store import UsageStore
 
 logger = logging.getLogger(__name__)

@@ -13,8 +13,8 @@ from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from cocktail_serve.database import tables
-from cocktail_serve.database.database import Database, insert_or, to_the_end
-from cocktail_serve.usage.account import UsageAmount, UsageKey
+from cocktail_serve.database.database import Database, insert_or, shielded
+from cocktail_serve.usage.amounts import UsageAmount, UsageKey
 
 Group = Literal["day", "tenant", "key", "model", "pool"]
 """What sums can be kept apart by."""
@@ -52,7 +52,7 @@ class UsageStore:
         self._database = database
         self._clock = clock
 
-    @to_the_end
+    @shielded
     async def write(self, writer: str, number: int, batch: Mapping[UsageKey, UsageAmount]) -> None:
         """Adds a batch, unless it was added before.
 
@@ -67,13 +67,13 @@ class UsageStore:
             if await self._is_new(connection, writer, number):
                 await connection.execute(_adding(connection), rows)
 
-    @to_the_end
+    @shielded
     async def leave(self, writer: str) -> None:
         """A writer that sends nothing more is forgotten."""
         async with self._database.write() as connection:
             await connection.execute(delete(tables.usage_writers).where(tables.usage_writers.c.writer == writer))
 
-    @to_the_end
+    @shielded
     async def sums(
         self, start: date, end: date, *, group_by: Sequence[Group], tenant: str | None = None
     ) -> list[UsageRow]:

@@ -20,7 +20,7 @@ from cocktail_serve.engines.vllm.build import build_vllm_engine
 from cocktail_serve.engines.vllm.engine import VLLMEngine
 from cocktail_serve.examples import parse_examples
 from cocktail_serve.recipe import make_recipe
-from cocktail_serve.scoring.text import score_with_transformers, tokenize_examples
+from cocktail_serve.scoring.decoder import score_with_transformers, tokenize_examples
 from tests.e2e.reference import assert_greedy_of
 from tests.zoo.families import MAX_MODEL_LEN, Family, Zoo, cases
 from tests.zoo.making import BASE, FULL, LORA

@@ -26,7 +26,7 @@ from cocktail_serve.engines.vllm.engine import VLLMEngine
 from cocktail_serve.errors import ContextLengthError, EngineError, InvalidRequestError, ModelChangedError
 from cocktail_serve.examples import parse_examples
 from cocktail_serve.recipe import Recipe, make_recipe
-from cocktail_serve.scoring.text import score_with_transformers, tokenize_examples
+from cocktail_serve.scoring.decoder import score_with_transformers, tokenize_examples
 from tests.models import make_decoder, make_decoder_pool
 from tests.processes import is_alive, survivors
 

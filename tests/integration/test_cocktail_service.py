@@ -44,7 +44,7 @@ from cocktail_serve.errors import (
 from cocktail_serve.examples import ExampleSet, TextExample, example_digest
 from cocktail_serve.pool import Member, Pool
 from cocktail_serve.recipe import Recipe, one_hot
-from cocktail_serve.usage.account import UsageAmount
+from cocktail_serve.usage.amounts import UsageAmount
 
 A = {"input": "the film was a joy", "output": "positive"}
 B = {"input": "the film was a bore", "output": "negative"}
@@ -233,9 +233,9 @@ class World:
     async def service(
         self,
         *,
-        patience: RetryPolicy = QUICK,
+        retry_policy: RetryPolicy = QUICK,
         place: str = "here",
-        witnesses: Sequence[ChangeHook] = (),
+        change_hooks: Sequence[ChangeHook] = (),
         ledger: Any = None,
     ) -> AsyncIterator[CocktailService]:
         engines = {"flan": self.scoring, "mini": self.embedding}
@@ -245,8 +245,8 @@ class World:
             self.pools,
             engines,
             database=database,
-            patience=patience,
-            witnesses=witnesses,
+            retry_policy=retry_policy,
+            change_hooks=change_hooks,
             place=place,
             ledger=ledger,
         )
@@ -602,7 +602,7 @@ class Notes:
 
 async def test_a_witness_hears_of_every_change_in_its_transaction(world: World) -> None:
     notes = Notes()
-    async with world.service(witnesses=[notes]) as service:
+    async with world.service(change_hooks=[notes]) as service:
         ready = await made(service, world.request())
         steps = list(dict.fromkeys(notes.changes))
         assert steps == [
@@ -629,7 +629,7 @@ async def test_rows_beside_a_cocktail_are_there_with_it_or_neither_is(world: Wor
         raise StorageError("no")
 
     with pytest.raises(StorageError):
-        await service.create("acme", world.request(), beside=refuse)
+        await service.create("acme", world.request(), extra_writes=refuse)
     assert (service.catalog.list("acme"), world.rows("cocktails")) == ([], [])
     seen = []
 
@@ -637,7 +637,7 @@ async def test_rows_beside_a_cocktail_are_there_with_it_or_neither_is(world: Wor
         seen.append(cocktail.status)
 
     for _ in range(2):
-        cocktail, _ = await service.create("acme", world.request(), beside=note)
+        cocktail, _ = await service.create("acme", world.request(), extra_writes=note)
         await service.wait("acme", cocktail.id, 10.0)
     assert seen == ["queued", "ready"]
 
@@ -1118,8 +1118,8 @@ async def test_a_job_gives_up_on_an_engine_that_keeps_failing(world: World, serv
 
 async def test_a_job_gives_up_on_an_engine_that_never_gets_ready(world: World) -> None:
     world.scoring.errors = [ModelNotReadyError("starting") for _ in range(10_000)]
-    patience = RetryPolicy(for_capacity_s=0.02, first_delay_s=0.001, max_delay_s=0.005)
-    async with world.service(patience=patience) as service:
+    retry_policy = RetryPolicy(for_capacity_s=0.02, first_delay_s=0.001, max_delay_s=0.005)
+    async with world.service(retry_policy=retry_policy) as service:
         failed = await made(service, world.request())
         assert (failed.status, failed.error.code) == ("failed", "model_not_ready")
 
@@ -1228,7 +1228,7 @@ async def test_wait_returns_at_its_timeout_and_at_the_end(world: World, service:
 async def test_a_disconnect_never_cancels(world: World, service: CocktailService) -> None:
     request = world.request()
     caller = asyncio.create_task(service.create("acme", request))
-    await until(lambda: bool(service._unbroken._running) or caller.done())
+    await until(lambda: bool(service._shield._running) or caller.done())
     caller.cancel()
     with pytest.raises(asyncio.CancelledError):
         await caller

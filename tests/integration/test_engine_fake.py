@@ -34,10 +34,10 @@ from cocktail_serve.errors import (
     QueueTimeoutError,
 )
 from cocktail_serve.examples import ExampleSet, parse_examples
-from cocktail_serve.generation import ChatTemplate
+from cocktail_serve.generation_settings import ChatTemplate
 from cocktail_serve.pool import Pool
 from cocktail_serve.recipe import Recipe, make_recipe, one_hot
-from cocktail_serve.scoring.text import tokenize_examples
+from cocktail_serve.scoring.decoder import tokenize_examples
 from tests.fakes import make_fake_pool
 from tests.models import make_decoder_tokenizer
 from tests.processes import is_alive
@@ -155,8 +155,8 @@ async def test_a_snapshot_can_be_pickled_and_grows_no_more(pool: Pool, tmp_path:
         await asyncio.sleep(0)
         seen = await engine.snapshot(deadline_s=5)
         assert (seen.state, seen.resident, seen.num_queued) == ("ready", resident.digest, 1)
-        assert (seen.occupancy.num_in_flight, seen.occupancy.resident) == (1, resident.digest)
-        assert [(queue.recipe_digest, queue.num_waiting) for queue in seen.occupancy.queues] == [(waiting.digest, 1)]
+        assert (seen.scheduler.num_in_flight, seen.scheduler.resident) == (1, resident.digest)
+        assert [(queue.recipe_digest, queue.num_waiting) for queue in seen.scheduler.queues] == [(waiting.digest, 1)]
         assert (seen.counters.wait.count, seen.counters.swap.count) == (1, 1)
         kept = pickle.dumps(seen)
         await asyncio.gather(streamed, asked)

@@ -18,7 +18,7 @@ import pytest
 
 from cocktail_serve.config import FakeEngineConfig
 from cocktail_serve.engines.fairness import TenantShares
-from cocktail_serve.engines.occupancy import SchedulerSnapshot
+from cocktail_serve.engines.scheduling import SchedulerSnapshot
 from cocktail_serve.engines.stats import EngineStats
 from cocktail_serve.engines.turns.base import Turns, loop_time
 from cocktail_serve.engines.turns.hold import Hold, drained_error
@@ -32,7 +32,7 @@ from cocktail_serve.engines.vllm.server import EngineServer
 from cocktail_serve.errors import CocktailError, EngineError, InvalidMixError, InvalidRequestError, ModelNotReadyError
 from cocktail_serve.pool import Pool
 from cocktail_serve.recipe import Recipe, one_hot
-from cocktail_serve.scoring.text import tokenize_examples
+from cocktail_serve.scoring.decoder import tokenize_examples
 from tests.fakes import make_fake_pool
 from tests.integration.test_engine_fake import (
     ask,
@@ -54,8 +54,8 @@ class SharedTurns:
     is_mixing = False
     is_draining = False
 
-    def __init__(self, accounts: TenantShares, *, max_in_flight: int) -> None:
-        self._slots = Slots(accounts, max_in_flight=max_in_flight, gap_s=1.0)
+    def __init__(self, tenant_shares: TenantShares, *, max_in_flight: int) -> None:
+        self._slots = Slots(tenant_shares, max_in_flight=max_in_flight, gap_s=1.0)
         self._hold = Hold()
         self._queues = WaitQueues()
         self._in_flight: set[Lease] = set()
@@ -118,8 +118,8 @@ class SharedTurns:
         if is_drained:
             self._queues.requests.fail_all(drained_error)
 
-    def occupancy(self) -> SchedulerSnapshot:
-        queues = self._queues.occupancy(loop_time(), reason=lambda _: "no_slot")
+    def snapshot(self) -> SchedulerSnapshot:
+        queues = self._queues.snapshot(loop_time(), reason=lambda _: "no_slot")
         return SchedulerSnapshot(None, self.num_in_flight, is_drained=self._hold.is_drained, queues=queues)
 
     def give_back(self, lease: Lease) -> None:
@@ -255,4 +255,4 @@ async def is_restarting(engine: VLLMEngine) -> bool:
 
 
 async def occupancy_of(engine: VLLMEngine) -> SchedulerSnapshot:
-    return (await engine.snapshot(deadline_s=5)).occupancy
+    return (await engine.snapshot(deadline_s=5)).scheduler

@@ -146,7 +146,7 @@ def test_an_ensembles_loss_is_that_of_the_mean_probability(folder):
         measured = evaluation.measure("ensemble", ensemble, task.task).metrics["loss"]
         singles = {}
         from cocktail_serve.examples import ExampleSet, TextExample
-        from cocktail_serve.scoring.text import tokenize_examples
+        from cocktail_serve.scoring.decoder import tokenize_examples
 
         examples = ExampleSet.of(TextExample(row.input, row.output) for row in task.task.rows)
         tokenized = tokenize_examples(evaluation.backend.tokenizer, examples, max_tokens=63)
@@ -182,7 +182,7 @@ def test_a_run_goes_on_where_it_was(everything, folder, monkeypatch):
     def refuse(*_, **__):
         raise AssertionError("what is kept was measured again")
 
-    monkeypatch.setattr("cocktail_serve.scoring.text.token_log_probs", refuse)
+    monkeypatch.setattr("cocktail_serve.scoring.decoder.token_log_probs", refuse)
     monkeypatch.setattr("cocktail_serve.evaluation.generation.generate", refuse)
     how = Measuring(max_new_tokens=4)
     with open_evaluation(settings, "flan", out=out, how=how, multitask=folder / "many") as evaluation:

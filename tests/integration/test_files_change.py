@@ -180,14 +180,14 @@ async def test_losses_are_kept_of_the_old_content_alone(database: Database, tmp_
     await engine.start()
     with ThreadPoolExecutor(1) as executor:
         scores = Scores(ScoreStore(database), executor, truncate={})
-        keeping = ScoreScope("acme", "1")
+        score_scope = ScoreScope("acme", "1")
         try:
-            expected = await scores.of_models(engine, ["base", "hotpotqa"], examples, keeping)
+            expected = await scores.of_models(engine, ["base", "hotpotqa"], examples, score_scope)
             in_place(folders["quora"], folders["hotpotqa"])
             in_place(folders["hotpotqa"], folders["base"])
             with pytest.raises(ModelChangedError, match="quora"):
-                await scores.of_models(engine, ["quora"], examples, keeping)
-            assert await scores.of_models(engine, ["base", "hotpotqa"], examples, keeping) == expected
+                await scores.of_models(engine, ["quora"], examples, score_scope)
+            assert await scores.of_models(engine, ["base", "hotpotqa"], examples, score_scope) == expected
         finally:
             await engine.stop()
         rows = await database.rows(select(tables.losses))

@@ -205,7 +205,7 @@ async def test_two_that_change_at_once_lose_nothing(pair: Pair) -> None:
 
 
 async def test_one_of_them_sweeps(tmp_path: Path, database_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("cocktail_serve.cocktails.following.SWEEP_S", 0.0)
+    monkeypatch.setattr("cocktail_serve.cocktails.cluster_loop.SWEEP_S", 0.0)
     swept: list[str] = []
 
     async def note(self: CocktailService) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from cocktail_serve.database.database import Database
-from cocktail_serve.usage.account import UsageAmount
+from cocktail_serve.usage.amounts import UsageAmount
 from cocktail_serve.usage.ledger import Ledger
 from cocktail_serve.usage.store import UsageStore
 from tests.command_line import answer, exit_code, refusal, write_config

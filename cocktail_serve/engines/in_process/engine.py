@@ -25,7 +25,7 @@ from cocktail_serve.engines.in_process.batching import PassLimits
 from cocktail_serve.engines.in_process.parameter_cache import CachedMixture, ParameterCache, Params
 from cocktail_serve.engines.in_process.pipeline import ModelJob, Pipeline, give_way
 from cocktail_serve.engines.in_process.swappable import SwappableModel
-from cocktail_serve.engines.occupancy import OPERATOR_RETRY_S, SchedulerSnapshot
+from cocktail_serve.engines.scheduling import OPERATOR_RETRY_S, SchedulerSnapshot
 from cocktail_serve.engines.snapshot import EngineSnapshot, EngineState
 from cocktail_serve.engines.start_failures import REMEDY
 from cocktail_serve.engines.stats import EngineStats
@@ -158,7 +158,7 @@ class SentenceTransformersEngine(Generic[M]):
             state,
             num_queued=self._num_waiting,
             detail=detail,
-            occupancy=SchedulerSnapshot(phase=None, num_in_flight=self._num_requests, is_drained=self._is_drained),
+            scheduler=SchedulerSnapshot(phase=None, num_in_flight=self._num_requests, is_drained=self._is_drained),
             counters=self.stats.copy(),
         )
 

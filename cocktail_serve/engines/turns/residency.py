@@ -24,7 +24,7 @@ from collections.abc import Callable
 from typing import NoReturn
 
 from cocktail_serve.engines.fairness import TenantShares
-from cocktail_serve.engines.occupancy import Phase, SchedulerSnapshot, WaitReason
+from cocktail_serve.engines.scheduling import Phase, SchedulerSnapshot, WaitReason
 from cocktail_serve.engines.stats import EngineStats
 from cocktail_serve.engines.turns.base import loop_time
 from cocktail_serve.engines.turns.hold import Hold, drained_error, pinned_error
@@ -57,7 +57,7 @@ class ExclusiveTurns:
             idles.
         patience_s: how long a tenant in line goes without before it is next; None: `PATIENCE_SLICES`.
         max_in_flight: requests in the engine at once, background work left out; None: no bound.
-        accounts: what tenants were served: shared by engines among which they are to be treated alike.
+        tenant_shares: what tenants were served: shared by engines among which they are to be treated alike.
         stats: waits, swaps and what was sent away are counted here.
     """
 
@@ -70,14 +70,14 @@ class ExclusiveTurns:
         background_delay_s: float,
         patience_s: float | None = None,
         max_in_flight: int | None = None,
-        accounts: TenantShares | None = None,
+        tenant_shares: TenantShares | None = None,
         stats: EngineStats | None = None,
     ) -> None:
         self._slice_s = slice_s
         self._drain_s = drain_s
         self._background_delay_s = background_delay_s
         self.stats = stats or EngineStats()
-        self._slots = Slots(accounts or TenantShares(), max_in_flight=max_in_flight, gap_s=slice_s)
+        self._slots = Slots(tenant_shares or TenantShares(), max_in_flight=max_in_flight, gap_s=slice_s)
         self._policy = TurnPolicy(
             self._slots,
             slice_s=slice_s,
@@ -201,7 +201,7 @@ class ExclusiveTurns:
         self._admit_waiting()
         self._changed.set()
 
-    def occupancy(self) -> SchedulerSnapshot:
+    def snapshot(self) -> SchedulerSnapshot:
         now = loop_time()
         return SchedulerSnapshot(
             phase=self._phase,
@@ -210,7 +210,7 @@ class ExclusiveTurns:
             turn_s=None if self._phase in ("closed", "mixing") else now - self._turn_started,
             pinned=self._hold.pinned_digest,
             is_drained=self._hold.is_drained,
-            queues=self._queues.occupancy(now, reason=self._why_waits),
+            queues=self._queues.snapshot(now, reason=self._why_waits),
         )
 
     def give_back(self, lease: Lease) -> None:

@@ -42,7 +42,7 @@ class Slots:
     """The slots of one engine.
 
     Args:
-        accounts: what each tenant was served.
+        tenant_shares: what each tenant was served.
         max_in_flight: how many slots there are; None: no bound.
         gap_s: how long the share of a tenant without requests in flight is kept: one that asks again and again is
             between two requests only for a moment.
@@ -51,9 +51,9 @@ class Slots:
         num_taken: slots in use.
     """
 
-    def __init__(self, accounts: TenantShares, *, max_in_flight: int | None, gap_s: float) -> None:
+    def __init__(self, tenant_shares: TenantShares, *, max_in_flight: int | None, gap_s: float) -> None:
         self.num_taken = 0
-        self._accounts = accounts
+        self._tenant_shares = tenant_shares
         self._max_in_flight = max_in_flight or sys.maxsize
         self._gap_s = gap_s
         self._tenants: dict[str, Presence] = {}
@@ -65,11 +65,11 @@ class Slots:
 
     def served(self, tenant: str, now: float) -> float:
         """Tokens that a tenant was served lately."""
-        return self._accounts.of(tenant, now).recent(now)
+        return self._tenant_shares.of(tenant, now).recent(now)
 
     def charge(self, tenant: str, num_tokens: float, now: float) -> None:
         """A tenant was served more, or less than was charged."""
-        self._accounts.of(tenant, now).charge(num_tokens, now)
+        self._tenant_shares.of(tenant, now).charge(num_tokens, now)
 
     def sharing(self, now: float, gap_s: float) -> dict[str, Presence]:
         """Those among whom the slots are shared out and who are served, or were until so many seconds ago."""

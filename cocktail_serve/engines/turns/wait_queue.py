@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Literal
 
-from cocktail_serve.engines.occupancy import Queue, WaitReason
+from cocktail_serve.engines.scheduling import Queue, WaitReason
 from cocktail_serve.engines.turns.lease import Lease
 from cocktail_serve.errors import CocktailError
 from cocktail_serve.recipe import Recipe
@@ -158,7 +158,7 @@ class WaitQueues:
         self.requests.fail_all(error)
         self.background.fail_all(error)
 
-    def occupancy(self, now: float, *, reason: Callable[[str], WaitReason]) -> tuple[Queue, ...]:
+    def snapshot(self, now: float, *, reason: Callable[[str], WaitReason]) -> tuple[Queue, ...]:
         """The queues of each recipe, the longest waiting first.
 
         Args:

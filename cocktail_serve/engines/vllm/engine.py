@@ -21,18 +21,18 @@ from cocktail_serve.engines.snapshot import EngineSnapshot, EngineState
 from cocktail_serve.engines.stats import EngineStats
 from cocktail_serve.engines.turns.base import Turns
 from cocktail_serve.engines.turns.lease import Lease
-from cocktail_serve.engines.vllm.answers import iter_events, read_whole
 from cocktail_serve.engines.vllm.connections import EngineResponse
 from cocktail_serve.engines.vllm.errors import engine_error, is_error
 from cocktail_serve.engines.vllm.launcher import Launcher
 from cocktail_serve.engines.vllm.parameters import Parameters
 from cocktail_serve.engines.vllm.request_body import BodyWriter, expected_tokens
+from cocktail_serve.engines.vllm.responses import iter_events, read_whole
 from cocktail_serve.engines.vllm.scorer import DecoderScorer
 from cocktail_serve.engines.vllm.server import STATUS_PATH
 from cocktail_serve.engines.vllm.supervisor import Supervisor
 from cocktail_serve.errors import CocktailError, EngineError
 from cocktail_serve.examples import ExampleSet
-from cocktail_serve.generation import GenerationSettings
+from cocktail_serve.generation_settings import GenerationSettings
 from cocktail_serve.pool import Pool
 from cocktail_serve.recipe import Recipe
 from cocktail_serve.scoring.kept_tokenizer import TOKENIZERS
@@ -120,7 +120,7 @@ class VLLMEngine:
             resident=resident,
             num_queued=self._turns.num_waiting,
             detail=detail,
-            occupancy=self._turns.occupancy(),
+            scheduler=self._turns.snapshot(),
             counters=self.stats.copy(),
         )
 

@@ -11,7 +11,13 @@ from typing import Any
 import orjson
 
 from cocktail_serve.errors import InvalidRequestError
-from cocktail_serve.generation import MAX_TOKENS, NEUTRAL_SAMPLING, NO_SETTINGS, GenerationSettings, ignores_end
+from cocktail_serve.generation_settings import (
+    MAX_TOKENS,
+    NEUTRAL_SAMPLING,
+    NO_SETTINGS,
+    GenerationSettings,
+    ignores_end,
+)
 from cocktail_serve.recipe import Recipe
 
 CHAT_PATH = "/v1/chat/completions"

@@ -20,9 +20,9 @@ from cocktail_serve.examples import ExampleSet
 from cocktail_serve.library_process import LibraryProcess
 from cocktail_serve.pool import Pool
 from cocktail_serve.recipe import Recipe
+from cocktail_serve.scoring.decoder import TokenizedExample, tokenize_examples
 from cocktail_serve.scoring.exported_tokenizer import ExampleTokenizer
 from cocktail_serve.scoring.kept_tokenizer import open_tokenizer, prepare_tokenizer
-from cocktail_serve.scoring.text import TokenizedExample, tokenize_examples
 from vllm_cocktail.fence import RECIPE_HEADER
 
 SCORE_TOKENS = 4096

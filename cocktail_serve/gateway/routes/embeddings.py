@@ -9,7 +9,7 @@ from fastapi import APIRouter, Response
 
 from cocktail_serve.gateway.direct_route import DirectRequest, DirectRoute
 from cocktail_serve.gateway.disconnect import ended_with_client
-from cocktail_serve.gateway.embedding import (
+from cocktail_serve.gateway.embedding_fields import (
     MAX_INLINE_NUMBERS,
     check_inputs,
     dimensions_to_keep,
@@ -18,9 +18,9 @@ from cocktail_serve.gateway.embedding import (
 )
 from cocktail_serve.gateway.json_body import parse_as
 from cocktail_serve.gateway.openapi import engine_errors, json_request
+from cocktail_serve.gateway.requested_model import admitted, served_model, target_of
 from cocktail_serve.gateway.schemas.embeddings import EmbeddingList, EmbeddingRequest
 from cocktail_serve.gateway.synonyms import given
-from cocktail_serve.gateway.targets import admitted, served_model, target_of
 from cocktail_serve.gateway.truncation import truncation
 
 router = APIRouter(tags=["embeddings"], route_class=DirectRoute)

@@ -9,15 +9,15 @@ from fastapi import APIRouter
 from cocktail_serve.config import VLLMEngineConfig
 from cocktail_serve.gateway.direct_route import DirectRequest, DirectRoute
 from cocktail_serve.gateway.field_policy import apply_field_policy
-from cocktail_serve.gateway.generation import generate
+from cocktail_serve.gateway.forwarding import generate
 from cocktail_serve.gateway.openapi import engine_errors, json_request
+from cocktail_serve.gateway.requested_model import admitted, served_model, target_of
 from cocktail_serve.gateway.schemas.generation import (
     ChatCompletion,
     ChatCompletionRequest,
     Completion,
     CompletionRequest,
 )
-from cocktail_serve.gateway.targets import admitted, served_model, target_of
 
 router = APIRouter(tags=["generation"], route_class=DirectRoute)
 

@@ -86,8 +86,8 @@ async def remove_expert(gateway: GatewayDep, pool_id: str, name: str, force: boo
 
 async def _view(gateway: Gateway, engine_id: str) -> EngineView:
     snapshot = await gateway.engine(engine_id).snapshot(deadline_s=gateway.settings.server.ready_deadline_s)
-    occupancy = snapshot.occupancy
-    digests = {queue.recipe_digest for queue in occupancy.queues} | {occupancy.resident, occupancy.pinned}
+    scheduler = snapshot.scheduler
+    digests = {queue.recipe_digest for queue in scheduler.queues} | {scheduler.resident, scheduler.pinned}
     names = gateway.service.catalog.named(engine_id, {digest for digest in digests if digest is not None})
     engine_type = gateway.pool_configs[engine_id].engine.type
     return EngineView.of(gateway.pools[engine_id], engine_type=engine_type, snapshot=snapshot, names=names)

@@ -8,10 +8,10 @@ from cocktail_serve.gateway.direct_route import DirectRequest, DirectRoute
 from cocktail_serve.gateway.disconnect import ended_with_client
 from cocktail_serve.gateway.json_body import parse_as
 from cocktail_serve.gateway.openapi import engine_errors, json_request
-from cocktail_serve.gateway.reranking import check_documents, encode_ranking
+from cocktail_serve.gateway.requested_model import admitted, served_model, target_of
+from cocktail_serve.gateway.rerank_fields import check_documents, encode_ranking
 from cocktail_serve.gateway.schemas.reranking import RerankAnswer, RerankRequest
 from cocktail_serve.gateway.synonyms import given
-from cocktail_serve.gateway.targets import admitted, served_model, target_of
 from cocktail_serve.gateway.truncation import truncation
 
 router = APIRouter(tags=["reranking"], route_class=DirectRoute)

@@ -8,7 +8,7 @@ from typing import Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field
 
 from cocktail_serve.cocktails.experts import Added
-from cocktail_serve.engines.occupancy import Phase, Queue, WaitReason
+from cocktail_serve.engines.scheduling import Phase, Queue, WaitReason
 from cocktail_serve.engines.snapshot import EngineSnapshot, EngineState
 from cocktail_serve.pool import Kind, Member, Pool
 from cocktail_serve.tenants.keys import DEFAULT_TENANT
@@ -97,20 +97,20 @@ class EngineView(BaseModel):
 
     @classmethod
     def of(cls, pool: Pool, *, engine_type: str, snapshot: EngineSnapshot, names: Names) -> Self:
-        occupancy, counters = snapshot.occupancy, snapshot.counters
+        scheduler, counters = snapshot.scheduler, snapshot.counters
         return cls(
             id=pool.id,
             kind=pool.kind,
             type=engine_type,
             state=snapshot.state,
             detail=dict(snapshot.detail),
-            phase=occupancy.phase,
-            resident=None if occupancy.resident is None else EngineRecipeView.of(occupancy.resident, names),
-            turn_s=None if occupancy.turn_s is None else round(occupancy.turn_s, 3),
-            in_flight=occupancy.num_in_flight,
-            queues=[QueueView.of_queue(queue, names) for queue in occupancy.queues],
-            pinned=None if occupancy.pinned is None else EngineRecipeView.of(occupancy.pinned, names),
-            drained=occupancy.is_drained,
+            phase=scheduler.phase,
+            resident=None if scheduler.resident is None else EngineRecipeView.of(scheduler.resident, names),
+            turn_s=None if scheduler.turn_s is None else round(scheduler.turn_s, 3),
+            in_flight=scheduler.num_in_flight,
+            queues=[QueueView.of_queue(queue, names) for queue in scheduler.queues],
+            pinned=None if scheduler.pinned is None else EngineRecipeView.of(scheduler.pinned, names),
+            drained=scheduler.is_drained,
             swaps=counters.swap.count,
             last_swap_s=counters.last_swap_s,
             restarts=counters.num_restarts,

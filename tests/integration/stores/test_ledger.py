@@ -15,7 +15,7 @@ from cocktail_serve.database import tables
 from cocktail_serve.database.database import Database
 from cocktail_serve.errors import InvalidRequestError, StorageError
 from cocktail_serve.usage import ledger as ledger_module
-from cocktail_serve.usage.account import UsageAmount, UsageKey
+from cocktail_serve.usage.amounts import UsageAmount, UsageKey
 from cocktail_serve.usage.days import usage_days
 from cocktail_serve.usage.ledger import OTHER_MODELS, Ledger
 from cocktail_serve.usage.store import UsageRow, UsageStore

@@ -10,8 +10,8 @@ import pytest
 from cocktail_serve.config import Limits
 from cocktail_serve.database.database import Database
 from cocktail_serve.errors import StorageError
-from cocktail_serve.tenants import limit_book
-from cocktail_serve.tenants.limit_book import LimitsCache
+from cocktail_serve.tenants import limits_cache as limit_book
+from cocktail_serve.tenants.limits_cache import LimitsCache
 from cocktail_serve.tenants.store import TenantStore
 
 DEFAULTS = Limits(requests_per_minute=60, cocktails=3)

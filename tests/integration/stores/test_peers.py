@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from cocktail_serve.cocktails.peers import GatewayLeases
+from cocktail_serve.cocktails.gateway_leases import GatewayLeases
 from cocktail_serve.database.database import Database
 
 

@@ -181,11 +181,11 @@ async def test_counts_follow_what_a_version_becomes(catalog: Catalog, registry: 
     assert (catalog.statuses(), catalog.of_tenant("acme").num_unfinished) == ({"queued": 1}, 1)
     await registry.update(queued.uid, status="mixing", recipe=recipe(0.3))
     assert catalog.uses("flan", recipe(0.3).digest)
-    await registry.update(queued.uid, status="ready", recipe=recipe(0.4), findings=CrossValidation("pending"))
+    await registry.update(queued.uid, status="ready", recipe=recipe(0.4), cross_validation=CrossValidation("pending"))
     assert not catalog.uses("flan", recipe(0.3).digest)
     assert [one.uid for one in catalog.unreported()] == [queued.uid]
     assert (catalog.statuses(), catalog.of_tenant("acme").num_unfinished) == ({"ready": 1}, 0)
-    await registry.keep_findings(queued.uid, CrossValidation("ready"))
+    await registry.keep_cross_validation(queued.uid, CrossValidation("ready"))
     assert (catalog.unreported(), catalog.unfinished()) == ([], [])
     await registry.remove("acme", "films")
     assert (catalog.statuses(), catalog.list("acme"), catalog.uids()) == ({}, [], set())

@@ -12,7 +12,7 @@ import pytest
 
 from cocktail_serve.config import PoolConfig
 from cocktail_serve.errors import InvalidRequestError, NotFiniteError
-from cocktail_serve.gateway.embedding import check_inputs, dimensions_to_keep, encode_embeddings, prompt_of
+from cocktail_serve.gateway.embedding_fields import check_inputs, dimensions_to_keep, encode_embeddings, prompt_of
 from cocktail_serve.gateway.truncation import truncation
 
 

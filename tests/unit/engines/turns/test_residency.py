@@ -722,21 +722,24 @@ class TestTenants:
         assert account.recent(HALF_LIFE_S) == 0
 
     def test_tenants_without_number_are_forgotten(self) -> None:
-        accounts = TenantShares()
-        slots = Slots(accounts, max_in_flight=None, gap_s=SLICE_S)
+        tenant_shares = TenantShares()
+        slots = Slots(tenant_shares, max_in_flight=None, gap_s=SLICE_S)
         slots.take("busy", 1, 0.0)
         busy = slots.of("busy")
         for number in range(3 * MAX_KEPT):
             slots.take(str(number), 1, float(number))
             slots.leave(str(number), float(number))
-        assert len(accounts._by_tenant) <= MAX_KEPT
+        assert len(tenant_shares._by_tenant) <= MAX_KEPT
         assert len(slots._tenants) <= MAX_KEPT
         assert slots.of("busy") is busy
 
     def test_engines_that_share_accounts_treat_a_tenant_alike(self) -> None:
         async def main() -> None:
-            accounts = TenantShares()
-            async with FakeEngine(accounts=accounts) as here, FakeEngine(accounts=accounts) as there:
+            tenant_shares = TenantShares()
+            async with (
+                FakeEngine(tenant_shares=tenant_shares) as here,
+                FakeEngine(tenant_shares=tenant_shares) as there,
+            ):
                 await there.answer(BASE, 1, tenant="flood", tokens=1000)
                 hold = here.ask(BASE, 1, tenant="another")
                 flood = here.ask(A, 1, tenant="flood")
@@ -778,7 +781,7 @@ class TestOperator:
                 with pytest.raises(ModelNotReadyError, match="keeps another model"):
                     await engine.answer(BASE, 1)
                 await engine.answer(A, 1)
-                assert [(q.recipe_digest, q.reason) for q in engine.residency.occupancy().queues] == [
+                assert [(q.recipe_digest, q.reason) for q in engine.residency.snapshot().queues] == [
                     (B.digest, "pinned")
                 ]
                 engine.residency.pin(None)
@@ -840,7 +843,7 @@ class TestOperator:
                 assert await running == 0
                 await pause(1)
                 assert not scoring.done()
-                assert engine.residency.occupancy().queues[0].reason == "drained"
+                assert engine.residency.snapshot().queues[0].reason == "drained"
                 engine.residency.drain(False)
                 await scoring
 
@@ -851,14 +854,14 @@ class TestOperator:
             async with FakeEngine(max_in_flight=1) as engine:
                 tasks = [engine.ask(BASE, 5), engine.ask(BASE, 1), engine.ask(A, 1)]
                 await pause(1)
-                found = engine.residency.occupancy()
+                found = engine.residency.snapshot()
                 assert {queue.recipe_digest: queue.reason for queue in found.queues} == {
                     BASE.digest: "no_slot",
                     A.digest: "other_turn",
                 }
                 assert (found.phase, found.num_in_flight, found.turn_s) == ("open", 1, 1)
                 await pause(SLICE_S)
-                assert {queue.reason for queue in engine.residency.occupancy().queues} == {"turn_ends"}
+                assert {queue.reason for queue in engine.residency.snapshot().queues} == {"turn_ends"}
                 await asyncio.gather(*tasks)
 
         run(main())

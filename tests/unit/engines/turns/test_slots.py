@@ -12,8 +12,8 @@ from cocktail_serve.recipe import Recipe
 GAP_S = 2.0
 
 
-def slots_of(max_in_flight: int | None, *, accounts: TenantShares | None = None, **in_flight: int) -> Slots:
-    slots = Slots(accounts or TenantShares(), max_in_flight=max_in_flight, gap_s=GAP_S)
+def slots_of(max_in_flight: int | None, *, tenant_shares: TenantShares | None = None, **in_flight: int) -> Slots:
+    slots = Slots(tenant_shares or TenantShares(), max_in_flight=max_in_flight, gap_s=GAP_S)
     for tenant, number in in_flight.items():
         for _ in range(number):
             slots.take(tenant, 1, 0.0)
@@ -104,8 +104,8 @@ def test_slots_that_are_left_are_free_and_charges_stay() -> None:
 
 
 def test_engines_that_share_accounts_have_slots_of_their_own() -> None:
-    accounts = TenantShares()
-    here, there = slots_of(2, accounts=accounts), slots_of(2, accounts=accounts, a=2)
+    tenant_shares = TenantShares()
+    here, there = slots_of(2, tenant_shares=tenant_shares), slots_of(2, tenant_shares=tenant_shares, a=2)
     assert here.has_one_for("a", 0.0)
     assert not there.has_one_for("a", 0.0)
     here.take("b", 1, 0.0)

@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from cocktail_serve.engines.occupancy import Queue
+from cocktail_serve.engines.scheduling import Queue
 from cocktail_serve.engines.turns.wait_queue import Claimant, Waiter, WaitQueues
 from cocktail_serve.errors import ModelNotReadyError
 from cocktail_serve.recipe import Recipe
@@ -31,7 +31,7 @@ async def test_the_operator_is_told_who_waits_and_for_how_long() -> None:
     waiting(queues, B, 4.0)
     waiting(queues, B, 1.0, "", "background")
     assert queues
-    assert queues.occupancy(10.0, reason=lambda digest: "pinned" if digest == A.digest else "mixing") == (
+    assert queues.snapshot(10.0, reason=lambda digest: "pinned" if digest == A.digest else "mixing") == (
         Queue(B.digest, num_waiting=1, num_background=1, oldest_s=9.0, reason="mixing"),
         Queue(A.digest, num_waiting=2, num_background=0, oldest_s=7.0, reason="pinned"),
     )

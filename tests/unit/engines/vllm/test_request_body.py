@@ -15,7 +15,7 @@ from cocktail_serve.engines.vllm.request_body import (
     expected_tokens,
 )
 from cocktail_serve.errors import InvalidRequestError
-from cocktail_serve.generation import ChatTemplate, GenerationSettings
+from cocktail_serve.generation_settings import ChatTemplate, GenerationSettings
 from cocktail_serve.recipe import Recipe
 
 FIELDS = {"model": "flan", "vllm_xargs": {"row": 3}}

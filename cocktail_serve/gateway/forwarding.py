@@ -12,11 +12,11 @@ from starlette.types import Send
 
 from cocktail_serve.cocktails.cocktail import ServedModel
 from cocktail_serve.errors import CocktailError, EngineError
-from cocktail_serve.gateway.answers import AnswerRewriter
+from cocktail_serve.gateway.answer_rewriter import AnswerRewriter
 from cocktail_serve.gateway.disconnect import ended_with_client
 from cocktail_serve.gateway.error_handlers import error_body, internal_error, stopping
 from cocktail_serve.gateway.field_policy import Outgoing
-from cocktail_serve.gateway.targets import Admitted
+from cocktail_serve.gateway.requested_model import Admitted
 
 logger = logging.getLogger(__name__)
 

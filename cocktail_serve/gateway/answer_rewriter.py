@@ -9,7 +9,7 @@ import orjson
 
 from cocktail_serve.errors import EngineError
 from cocktail_serve.gateway.field_policy import Outgoing
-from cocktail_serve.generation import ignores_end
+from cocktail_serve.generation_settings import ignores_end
 
 
 class AnswerRewriter:

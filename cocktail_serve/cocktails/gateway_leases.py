@@ -10,7 +10,7 @@ from math import inf
 from sqlalchemy import delete, insert, select, update
 
 from cocktail_serve.database import tables
-from cocktail_serve.database.database import Database, to_the_end
+from cocktail_serve.database.database import Database, shielded
 
 BEATS_PER_LEASE = 5
 """How often a gateway gives a sign of life within the time after which the others take it for dead."""
@@ -49,7 +49,7 @@ class GatewayLeases:
         """Seconds between two signs of life."""
         return self._lease_s / BEATS_PER_LEASE
 
-    @to_the_end
+    @shielded
     async def join(self) -> None:
         """Begins a life under a new id; the first time, whoever held the place before is struck off."""
         me = uuid.uuid4().hex
@@ -59,7 +59,7 @@ class GatewayLeases:
             await connection.execute(insert(tables.gateways).values(id=me, place=self._place, beat=0))
         self.me = me
 
-    @to_the_end
+    @shielded
     async def beat(self) -> bool:
         """Gives a sign of life. False: the others have taken this gateway for dead; it must `join` again."""
         gateways = tables.gateways
@@ -69,7 +69,7 @@ class GatewayLeases:
             )
         return bool(beaten.rowcount)
 
-    @to_the_end
+    @shielded
     async def alive(self) -> frozenset[str]:
         """Ids of the gateways that are there, this one among them; the dead are struck off."""
         gateways = tables.gateways
@@ -88,7 +88,7 @@ class GatewayLeases:
                 del self._beats[gateway]
         return frozenset(self._beats)
 
-    @to_the_end
+    @shielded
     async def leave(self) -> None:
         """Ends this life at once, so that the others need not wait to go on with its jobs."""
         async with self._database.write() as connection:

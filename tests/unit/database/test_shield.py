@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from cocktail_serve.database.unbroken import Shield
+from cocktail_serve.database.shield import Shield
 
 
 async def test_a_change_within_a_change_is_part_of_its_task() -> None:

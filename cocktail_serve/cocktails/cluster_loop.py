@@ -8,9 +8,9 @@ from collections.abc import Awaitable, Callable, Mapping
 from math import inf
 
 from cocktail_serve.cocktails.cocktail import Cocktail
+from cocktail_serve.cocktails.gateway_leases import GatewayLeases
 from cocktail_serve.cocktails.jobs import Jobs
 from cocktail_serve.cocktails.pacing import paced
-from cocktail_serve.cocktails.peers import GatewayLeases
 from cocktail_serve.cocktails.registry import Registry
 from cocktail_serve.database.database import Database
 from cocktail_serve.errors import StorageError

@@ -10,8 +10,8 @@ import pytest
 
 from cocktail_serve.cocktails.cocktail import Weighing
 from cocktail_serve.cocktails.request import CocktailOptions
-from cocktail_serve.cocktails.weighing import advance
-from cocktail_serve.cocktails.weighing import weigh as weigh_in_steps
+from cocktail_serve.cocktails.weighing_plan import advance
+from cocktail_serve.cocktails.weighing_plan import weigh as weigh_in_steps
 from cocktail_serve.weighting.candidates import Candidate
 
 LOSSES = {"base": 2.0, "nq": 1.0, "squad": 3.0}

@@ -14,9 +14,9 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from cocktail_serve.errors import ContextLengthError, InvalidExamplesError
 from cocktail_serve.examples import ChatExample, ExampleSet, TextExample, parse_examples
-from cocktail_serve.generation import ChatTemplate
-from cocktail_serve.scoring import text as text_scoring
-from cocktail_serve.scoring.text import TokenizedExample, score_with_transformers, tokenize_examples
+from cocktail_serve.generation_settings import ChatTemplate
+from cocktail_serve.scoring import decoder as text_scoring
+from cocktail_serve.scoring.decoder import TokenizedExample, score_with_transformers, tokenize_examples
 from tests.models import CHAT_TEMPLATE, make_decoder, make_decoder_tokenizer
 
 MAX_TOKENS = 255

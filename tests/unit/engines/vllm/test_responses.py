@@ -8,8 +8,8 @@ from typing import cast
 import pytest
 
 from cocktail_serve.engines.turns.lease import Lease
-from cocktail_serve.engines.vllm.answers import iter_events
 from cocktail_serve.engines.vllm.connections import EngineResponse
+from cocktail_serve.engines.vllm.responses import iter_events
 from cocktail_serve.errors import CocktailError, DrainedError, EngineError, InvalidRequestError
 
 TOKEN, LAST = b'{"choices":[{"finish_reason":null}]}', b'{"choices":[{"finish_reason":"stop"}]}'

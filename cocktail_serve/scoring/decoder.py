@@ -15,7 +15,7 @@ import numpy as np
 
 from cocktail_serve.errors import ContextLengthError, InvalidExamplesError
 from cocktail_serve.examples import ChatExample, ExampleSet, RetrievalExample, TextExample
-from cocktail_serve.generation import ChatTemplate
+from cocktail_serve.generation_settings import ChatTemplate
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
