@@ -50,6 +50,7 @@ def to_row(cocktail: Cocktail) -> dict[str, Any]:
 def from_row(row: RowMapping) -> Cocktail:
     """The cocktail that `to_row` wrote."""
     values = dict(row)
+    found = values.pop("findings")
     return Cocktail(
         **{
             **values,
@@ -58,6 +59,6 @@ def from_row(row: RowMapping) -> Cocktail:
             "error": None if values["error"] is None else Failure(**values["error"]),
             "warnings": tuple(values["warnings"]),
             "candidates": tuple(Candidate(**candidate) for candidate in values["candidates"] or ()),
-            "findings": None if values["findings"] is None else CrossValidation(**values["findings"]),
+            "cross_validation": None if found is None else CrossValidation(**found),
         }
     )

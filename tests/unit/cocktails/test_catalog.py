@@ -98,7 +98,7 @@ class Strangers:
             {},
             {"status": "failed", "recipe": None},
             {"status": "scoring", "recipe": None},
-            {"findings": CrossValidation("pending")},
+            {"cross_validation": CrossValidation("pending")},
             {"inline": True, "name": "flan"},
         ]
         entries = [
