@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import socket
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -545,6 +546,11 @@ class TestLimitsAndKeys:
 
     def test_a_key_is_checked_before_the_body_is_read(self, guarded: LiveGateway) -> None:
         assert httpx.post(f"{guarded.url}/v1/chat/completions", content=b"{").status_code == 401
+        head = "POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
+        with socket.create_connection(("127.0.0.1", int(guarded.url.rpartition(":")[2])), timeout=30) as client:
+            # a body is promised, and none of it ever sent
+            client.sendall(f"{head}content-length: 1000\r\n\r\n".encode())
+            assert client.recv(100).startswith(b"HTTP/1.1 401")
 
     @pytest.mark.parametrize("chunked", [True, False])
     def test_bodies_over_the_limit(self, guarded: LiveGateway, chunked: bool) -> None:

@@ -174,6 +174,21 @@ def test_the_digest_follows_the_pools_content() -> None:
     assert changed.digest != parse({"examples": EXAMPLES}).digest
 
 
+def test_a_cocktail_fits_while_its_own_models_are_there() -> None:
+    pool = POOLS["flan"]
+    options = parse({"examples": EXAMPLES, "experts": ["nq"]}).options
+    without = {name: one for name, one in pool.experts.items() if name != "squad"}
+    replaced = {**pool.experts, "nq": replace(pool.experts["nq"], fingerprint="fp-other")}
+    assert options.fits(pool)
+    assert options.fits(replace(pool, experts={**pool.experts, "new": member("new")})), "one more"
+    assert options.fits(replace(pool, experts=without)), "one less that it has nothing of"
+    assert not options.fits(replace(pool, experts=replaced)), "one of its own is another"
+    assert not options.fits(replace(pool, experts=without, text_digest="other")), "the texts mean something else"
+    by_earlier_release = replace(options, members={})
+    assert by_earlier_release.fits(pool)
+    assert not by_earlier_release.fits(replace(pool, experts=without)), "its models are not known"
+
+
 def test_the_digest_is_the_same_in_every_release_of_this_version() -> None:
     digest = parse({"examples": EXAMPLES, "temperature": 0.5, "seed": 7}).digest
     assert digest == "62fcaf62eb6adcb3a1b7c3602422de9e44d8fb4a140453f2a9645491458eed20"

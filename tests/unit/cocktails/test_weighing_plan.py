@@ -62,6 +62,30 @@ def test_weights_by_hand_are_taken_as_they_are() -> None:
     assert weighing.entropy is None, "a negative weight has no entropy"
 
 
+@pytest.mark.parametrize(
+    ("by_hand", "entropy"),
+    [
+        ({"base": 0.25, "nq": 0.75}, -0.25 * math.log(0.25) - 0.75 * math.log(0.75)),
+        ({"base": 0.0, "nq": 0.5, "squad": 0.5}, math.log(2.0)),
+        ({"nq": 1.0}, 0.0),
+    ],
+)
+def test_weights_by_hand_that_are_shares_have_an_entropy(by_hand: dict[str, float], entropy: float) -> None:
+    assert weigh(options(merging_weights=by_hand), {}).entropy == pytest.approx(entropy)
+
+
+def test_weights_by_hand_that_scale_task_vectors_are_no_shares() -> None:
+    weighing = weigh(options(merging_weights={"nq": 0.25, "squad": 0.75}, method="ties"), {})
+    assert weighing.merging_weights == {"base": 1.0, "nq": 0.25, "squad": 0.75}
+    assert weighing.entropy is None
+
+
+def test_shares_of_which_one_is_0_have_an_entropy() -> None:
+    chosen = options(peers=("base", "nq"), weighting="uniform", target="squad", alpha=0.0)
+    assert weigh(chosen, LOSSES).merging_weights == {"base": 0.5, "nq": 0.5, "squad": 0.0}
+    assert weigh(chosen, LOSSES).entropy == pytest.approx(math.log(2.0))
+
+
 def test_weights_that_follow_from_the_losses_are_the_one_candidate() -> None:
     weighing = weigh(
         options(peers=("base", "nq"), weighting="paper", temperature=5.0, target="squad", alpha=0.5), LOSSES

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import pytest
 
 from cocktail_serve.config import Limits
-from cocktail_serve.tenants.limits import Admission, Limiter, unlimited
+from cocktail_serve.tenants.limits import Admission, Limiter, merged, unlimited
 
 
 @dataclass
@@ -39,6 +39,20 @@ def test_without_limits_nothing_is_counted() -> None:
         assert admission.refusal is None
         assert admission.standing.requests is admission.standing.tokens is None
     assert limiter._uses == {}
+
+
+def test_what_the_operator_said_lies_over_the_configuration() -> None:
+    defaults = Limits(requests_per_minute=60, cocktails=5)
+    assert merged(defaults, {"cocktails": None, "scoring_jobs": 2}) == Limits(requests_per_minute=60, scoring_jobs=2)
+    assert merged(defaults, None) == defaults
+
+
+def test_each_tenant_has_its_own_limits() -> None:
+    limits = {"acme": Limits(requests_per_minute=1), "other": Limits(requests_per_minute=2)}
+    limiter = Limiter(limits.__getitem__, timer=lambda: 1000.0)
+    for tenant, most in (("acme", 1), ("other", 2)):
+        assert [limiter.admit_change(tenant).refusal is None for _ in range(3)].count(True) == most
+        assert limiter.admit_model_request(tenant, num_tokens=1).refusal is not None, "they share the bucket"
 
 
 class TestRequests:
@@ -87,6 +101,23 @@ class TestRequests:
         assert world.limiter.admit_change("acme").refusal is None, "neither the place nor the tokens matter"
         refused = world.limiter.admit_change("acme")
         assert retry_after_s(refused) == pytest.approx(30.0)
+        assert str(refused.refusal) == "the limit of 2 requests a minute is reached; send them more slowly"
+
+    def test_a_refused_change_takes_nothing(self) -> None:
+        world = World(Limits(requests_per_minute=2))
+        for remaining in (1, 0):
+            admitted = world.limiter.admit_change("acme")
+            assert admitted.refusal is None
+            assert admitted.standing.requests is not None
+            assert admitted.standing.requests.remaining == remaining
+        for _ in range(10):
+            refused = world.limiter.admit_change("acme")
+            assert retry_after_s(refused) == pytest.approx(30.0)
+            assert refused.standing.requests is not None
+            assert refused.standing.requests.reset_s == pytest.approx(60.0)
+        world.now += 30.1
+        assert world.limiter.admit_change("acme").refusal is None
+        assert world.limiter.admit_change("acme").refusal is not None
 
     def test_the_wait_is_told_within_what_the_contract_allows(self) -> None:
         world = World(Limits(requests_per_minute=1, tokens_per_minute=1))
@@ -122,6 +153,22 @@ class TestTokens:
         assert after is not None
         assert after.remaining == 560
 
+    def test_a_full_bucket_has_nothing_to_wait_for(self) -> None:
+        standing = World(Limits(tokens_per_minute=600)).ask(0).standing.tokens
+        assert standing is not None
+        assert (standing.remaining, standing.reset_s) == (600, 0.0)
+
+    def test_a_limit_that_came_meanwhile_is_charged_whole(self) -> None:
+        """Nothing was reserved for it: there was no limit to reserve of."""
+        world = World(Limits(concurrent_requests=5))
+        early = world.ask(100)
+        world.limits = Limits(tokens_per_minute=600)
+        world.ask(0)
+        early.end(50)
+        standing = world.ask(0).standing.tokens
+        assert standing is not None
+        assert standing.remaining == 550
+
     def test_what_the_engine_never_said_stays_charged(self) -> None:
         world = World(Limits(tokens_per_minute=600))
         world.ask(500).end(None)
@@ -134,6 +181,8 @@ class TestTokens:
         world.ask(10).end(700)
         refused = world.ask(1)
         assert retry_after_s(refused) == pytest.approx(10.1)
+        message = "the limit of 600 tokens a minute is reached; send fewer or shorter requests"
+        assert str(refused.refusal) == message
         assert refused.standing.tokens is not None
         assert refused.standing.tokens.remaining == 0
         world.now += 10.2
@@ -163,6 +212,8 @@ class TestConcurrency:
         held = [world.ask() for _ in range(5)]
         assert [admission.refusal is None for admission in held] == [True, True, True, False, False]
         assert retry_after_s(held[-1]) == 1.0
+        message = "3 requests are in flight and the limit is 3 at once; wait for one to end"
+        assert str(held[-1].refusal) == message
         held[-1].end(0)
         assert world.ask().refusal is not None, "a refused request holds no place that it could free"
         held[0].end(None)

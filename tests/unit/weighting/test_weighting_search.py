@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 import pytest
 
-from cocktail_serve.weighting.candidates import Candidate, Trial, Trials
+from cocktail_serve.weighting.candidates import Candidate, Trial, Trials, chosen_of
 from cocktail_serve.weighting.search import deal, search
 
 Score = Callable[[Mapping[str, float], int], float]
@@ -69,6 +69,7 @@ def test_it_finds_the_temperature_that_a_search_by_hand_finds(best: dict[str, fl
     winner = chosen(candidates)
     assert winner.temperature == min(by_hand, key=by_hand.__getitem__) == tau
     assert len(asked) == len(candidates) * 5 == 35
+    assert {candidate.alpha for candidate in candidates} == {None}, "there is no target to have a share"
     assert [trial.progress for trial in asked] == pytest.approx([number / 35 for number in range(35)])
 
 
@@ -87,6 +88,12 @@ def test_of_equals_the_nearest_to_the_mean_wins() -> None:
     assert (chosen(candidates).temperature, chosen(candidates).loss) == (5.0, 1.0)
 
 
+def test_the_chosen_candidate_is_found() -> None:
+    one, other = Candidate({"base": 1.0}), Candidate({"a": 1.0}, chosen=True)
+    assert chosen_of([one, other]) is other
+    assert chosen_of([one]) is chosen_of([]) is None
+
+
 def test_a_target_brings_alpha_into_the_grid() -> None:
     best = {"t": 0.7, "a": 0.3, "base": 0.0, "b": 0.0}
     candidates, asked = run(search(LOSSES, target="t", alpha=None, seed=0), bowl(best))
@@ -103,6 +110,8 @@ def test_an_alpha_that_is_given_stays() -> None:
     candidates, asked = run(search(LOSSES, target="t", alpha=0.25, seed=0), bowl({"t": 1.0}))
     assert {candidate.alpha for candidate in candidates} == {0.25}
     assert {trial.merging_weights["t"] for trial in asked} == {0.25}
+    _, asked = run(search(LOSSES, target="t", alpha=0.0, seed=0), bowl({"t": 1.0}))
+    assert {trial.merging_weights["t"] for trial in asked} == {0.0}
 
 
 def test_settings_of_the_same_weights_are_tried_once() -> None:

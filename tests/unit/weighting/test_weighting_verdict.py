@@ -24,7 +24,19 @@ def test_the_advice_follows_from_the_losses(mixed, losses, advice):
 def test_the_text_says_the_figures():
     told = verdict([1.02, 1.02], {"base": [2.31, 2.31], "ag-news": [1.1, 1.1], "nq": [4.0, 4.0]})
     assert told.text == "mixed 1.02, best expert 1.10 (ag-news), base 2.31: use it"
-    assert (told.best_expert, told.best_expert_loss, told.base) == ("ag-news", 1.1, 2.31)
+    assert (told.mixed, told.best_expert, told.best_expert_loss, told.base) == (1.02, "ag-news", 1.1, 2.31)
+    told = verdict([3.0, 3.0], {"base": [2.0, 2.0], "ag-news": [4.0, 4.0], "nq": [3.5, 3.5]})
+    assert told.text == "mixed 3.00, best expert 3.50 (nq), base 2.00: no expert is close: expect little"
+    told = verdict([1.0, 3.5], {"base": [2.3, 2.32]})
+    assert told.text == "mixed 2.25, base 2.31: the gain is within chance; give more examples"
+
+
+def test_an_expert_that_is_no_better_than_the_mixture_beyond_chance_is_not_advised():
+    assert verdict([0.5, 2.9], {"base": [2.3, 2.32], "ag-news": [1.0, 1.02]}).advice == "unsure"
+
+
+def test_what_loses_as_much_as_the_base_gains_nothing():
+    assert verdict([2.0, 2.0], {"base": [2.0, 2.0]}).advice == "no_gain"
 
 
 def test_an_experts_lead_over_a_good_mixture_is_told():
@@ -35,7 +47,20 @@ def test_an_experts_lead_over_a_good_mixture_is_told():
 def test_a_gain_below_the_least_is_none():
     assert not is_better([0.99, 0.99], [1.0, 1.0])
     assert is_better([0.97, 0.97], [1.0, 1.0])
+    assert is_better([49.0], [50.0]), "just the least"
+    assert not is_better([3.95], [4.0]), "it is a share of the loss"
+    assert not is_better([0.0], [0.0])
+
+
+def test_a_gain_within_a_standard_error_is_none():
+    # differences of 0.1, 0.2 and 0.9: their mean is 0.4, its standard error 0.25
+    assert is_better([1.9, 1.8, 1.1], [2.0, 2.0, 2.0])
+    # of -0.2, 0.0 and 0.8: 0.2 and 0.31
+    assert not is_better([2.2, 2.0, 1.2], [2.0, 2.0, 2.0])
+    # of 0 and 2: 1 and 1
+    assert is_better([2.0, 0.0], [2.0, 2.0]), "just one"
 
 
 def test_losses_that_are_not_finite_are_not_better():
     assert not is_better([1.0, 1.0], [float("inf"), 1.0])
+    assert not is_better([1.0], [float("inf")])
