@@ -100,7 +100,7 @@ def ready_cocktail(request: CocktailRequest, pool: Pool, tenant: str, number: in
         mixed_loss=min(losses.values()),
         recipe=make_recipe(pool, weights, dtype="float32"),
         candidates=(Candidate(weights, temperature=5.0, chosen=True),),
-        findings=CrossValidation("ready", "unsure", "Within chance.", min(losses.values()), EXPERTS[0], 1.0, 5),
+        cross_validation=CrossValidation("ready", "unsure", "Within chance.", min(losses.values()), EXPERTS[0], 1.0, 5),
     )
 
 

@@ -21,11 +21,11 @@ from cocktail_serve.finetuning.files import Files
 from cocktail_serve.finetuning.jobs import JobStore
 from cocktail_serve.finetuning.service import FineTuning
 from cocktail_serve.gateway.authentication import Authenticator
+from cocktail_serve.gateway.gateway import Gateway
 from cocktail_serve.gateway.lifecycle import Lifecycle
 from cocktail_serve.gateway.metering import Meter
 from cocktail_serve.gateway.metrics import GatewayMetrics
 from cocktail_serve.gateway.run_dir import own_run_dir, place_of, trim_cache
-from cocktail_serve.gateway.state import Gateway
 from cocktail_serve.library_process import LibraryProcess
 from cocktail_serve.pool import Pool
 from cocktail_serve.tenants.limits import Limiter

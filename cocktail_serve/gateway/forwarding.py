@@ -16,7 +16,7 @@ from cocktail_serve.gateway.answer_rewriter import AnswerRewriter
 from cocktail_serve.gateway.disconnect import ended_with_client
 from cocktail_serve.gateway.error_handlers import error_body, internal_error, stopping
 from cocktail_serve.gateway.field_policy import Outgoing
-from cocktail_serve.gateway.requested_model import Admitted
+from cocktail_serve.gateway.requested_model import AdmittedRequest
 
 logger = logging.getLogger(__name__)
 
@@ -27,7 +27,7 @@ _STREAM_HEADERS = [
 ]
 
 
-async def generate(asked: Admitted, served: ServedModel, path: str, outgoing: Outgoing) -> None:
+async def forward_generation(asked: AdmittedRequest, served: ServedModel, path: str, outgoing: Outgoing) -> None:
     """Forwards a request to its engine and its answer to the client, whatever becomes of it; the engine's turn is held
     exactly as long as the answer takes. What limits or books generations belongs here.
 
@@ -66,7 +66,7 @@ async def generate(asked: Admitted, served: ServedModel, path: str, outgoing: Ou
 
 
 async def _send_events(
-    asked: Admitted, served: ServedModel, rewriter: AnswerRewriter, events: AsyncIterator[bytes]
+    asked: AdmittedRequest, served: ServedModel, rewriter: AnswerRewriter, events: AsyncIterator[bytes]
 ) -> None:
     send, is_started = asked.request.send, False
     last = b"data: [DONE]\n\n"

@@ -10,11 +10,12 @@ from cocktail_serve.cocktails.cocktail import ServedModel
 from cocktail_serve.cocktails.pool_models import no_model
 from cocktail_serve.errors import InvalidRequestError, NotFoundError, WrongModelKindError
 from cocktail_serve.gateway.authentication import Caller
+from cocktail_serve.gateway.dependencies import caller_of, gateway_of
 from cocktail_serve.gateway.direct_route import DirectRequest
 from cocktail_serve.gateway.exchange import Exchange, exchange_of
+from cocktail_serve.gateway.gateway import Gateway
 from cocktail_serve.gateway.json_body import read_json_object
 from cocktail_serve.gateway.metering import MeteredRequest
-from cocktail_serve.gateway.state import Gateway, caller_of, gateway_of
 from cocktail_serve.pool import Kind, Pool, with_article
 
 _ROUTES: dict[Kind, str] = {
@@ -25,7 +26,7 @@ _ROUTES: dict[Kind, str] = {
 
 
 @dataclass(frozen=True, slots=True)
-class Admitted:
+class AdmittedRequest:
     """A request to a model, let in."""
 
     request: DirectRequest
@@ -52,7 +53,7 @@ class Target:
     served: ServedModel | None
 
 
-async def admitted(request: DirectRequest) -> Admitted:
+async def admit(request: DirectRequest) -> AdmittedRequest:
     """How every request to a model begins: who sends it, what it says, whether the tenant may ask now.
 
     Raises:
@@ -66,10 +67,10 @@ async def admitted(request: DirectRequest) -> Admitted:
     exchange = exchange_of(request)
     metered = exchange.metered = gateway.meter.admit(caller, body, num_bytes=num_bytes)
     exchange.enter(metered.admission)
-    return Admitted(request, exchange, gateway, caller, body, metered)
+    return AdmittedRequest(request, exchange, gateway, caller, body, metered)
 
 
-async def target_of(asked: Admitted, *, kind: Kind) -> Target:
+async def find_target(asked: AdmittedRequest, *, kind: Kind) -> Target:
     """The model that a request names; its figures are counted under its pool from now on.
 
     Cheap: what is wrong with the rest is found before anything is mixed.
@@ -111,7 +112,7 @@ async def target_of(asked: Admitted, *, kind: Kind) -> Target:
     return target
 
 
-async def served_model(asked: Admitted, target: Target) -> ServedModel:
+async def served_model(asked: AdmittedRequest, target: Target) -> ServedModel:
     """What answers a request; an inline cocktail is mixed on first use.
 
     Raises:

@@ -10,11 +10,11 @@ from fastapi import APIRouter, Query, Request, Response
 from cocktail_serve.cocktails.cocktail import Cocktail
 from cocktail_serve.cocktails.request import CocktailBody
 from cocktail_serve.errors import ModelNotReadyError, NotFoundError
+from cocktail_serve.gateway.dependencies import CallerDep, CreatorDep, GatewayDep, TenantDep
 from cocktail_serve.gateway.disconnect import ended_with_client
 from cocktail_serve.gateway.json_body import JSONObject, parse_as
 from cocktail_serve.gateway.listing import list_response
 from cocktail_serve.gateway.openapi import engine_errors, error_responses, json_request
-from cocktail_serve.gateway.reports import report_of
 from cocktail_serve.gateway.schemas.cocktails import (
     CocktailDeleted,
     CocktailList,
@@ -26,7 +26,6 @@ from cocktail_serve.gateway.schemas.cocktails import (
     WeighingView,
 )
 from cocktail_serve.gateway.schemas.pages import AfterQuery
-from cocktail_serve.gateway.state import CallerDep, CreatorDep, GatewayDep, TenantDep
 
 router = APIRouter(tags=["cocktails"])
 
@@ -145,7 +144,7 @@ async def retrieve_examples(gateway: GatewayDep, tenant: TenantDep, ref: str) ->
 @router.get("/v1/cocktails/{ref}/report", responses=error_responses(404))
 async def retrieve_report(gateway: GatewayDep, tenant: TenantDep, ref: str) -> CocktailReport:
     """Losses beside merging weights, what the mixture bought, and whether to use it: made in the background."""
-    return report_of(await gateway.service.report(tenant, ref))
+    return CocktailReport.of(await gateway.service.report(tenant, ref))
 
 
 @router.patch(

@@ -18,7 +18,7 @@ from cocktail_serve.gateway.embedding_fields import (
 )
 from cocktail_serve.gateway.json_body import parse_as
 from cocktail_serve.gateway.openapi import engine_errors, json_request
-from cocktail_serve.gateway.requested_model import admitted, served_model, target_of
+from cocktail_serve.gateway.requested_model import admit, find_target, served_model
 from cocktail_serve.gateway.schemas.embeddings import EmbeddingList, EmbeddingRequest
 from cocktail_serve.gateway.synonyms import given
 from cocktail_serve.gateway.truncation import truncation
@@ -34,10 +34,10 @@ router = APIRouter(tags=["embeddings"], route_class=DirectRoute)
 )
 async def create_embeddings(request: DirectRequest) -> None:
     """Embeddings of up to 2048 texts, as OpenAI's."""
-    asked = await admitted(request)
+    asked = await admit(request)
     gateway = asked.gateway
     wanted = parse_as(EmbeddingRequest, asked.body)
-    target = await target_of(asked, kind="encoder")
+    target = await find_target(asked, kind="encoder")
     config = gateway.pool_configs[target.pool.id]
     engine = gateway.encoder(target.pool.id)
     inputs = check_inputs(wanted.input, token_inputs=config.token_inputs)

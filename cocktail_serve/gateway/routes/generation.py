@@ -9,9 +9,9 @@ from fastapi import APIRouter
 from cocktail_serve.config import VLLMEngineConfig
 from cocktail_serve.gateway.direct_route import DirectRequest, DirectRoute
 from cocktail_serve.gateway.field_policy import apply_field_policy
-from cocktail_serve.gateway.forwarding import generate
+from cocktail_serve.gateway.forwarding import forward_generation
 from cocktail_serve.gateway.openapi import engine_errors, json_request
-from cocktail_serve.gateway.requested_model import admitted, served_model, target_of
+from cocktail_serve.gateway.requested_model import admit, find_target, served_model
 from cocktail_serve.gateway.schemas.generation import (
     ChatCompletion,
     ChatCompletionRequest,
@@ -49,9 +49,9 @@ async def create_completion(request: DirectRequest) -> None:
 
 
 async def _generate(request: DirectRequest, path: str) -> None:
-    asked = await admitted(request)
-    target = await target_of(asked, kind="decoder")
+    asked = await admit(request)
+    target = await find_target(asked, kind="decoder")
     engine_config = asked.gateway.pool_configs[target.pool.id].engine
     assert isinstance(engine_config, VLLMEngineConfig)  # the configuration lets no decoder have another
     outgoing = apply_field_policy(asked.body, allow_chat_template=engine_config.allow_chat_template)
-    await generate(asked, await served_model(asked, target), path, outgoing)
+    await forward_generation(asked, await served_model(asked, target), path, outgoing)

@@ -9,10 +9,11 @@ from fastapi import APIRouter, Response
 from cocktail_serve.cocktails.cocktail import ModelEntry
 from cocktail_serve.cocktails.pool_models import no_model
 from cocktail_serve.gateway.authentication import Caller
+from cocktail_serve.gateway.dependencies import CallerDep, CreatorDep, GatewayDep
+from cocktail_serve.gateway.gateway import Gateway
 from cocktail_serve.gateway.listing import list_response
 from cocktail_serve.gateway.openapi import error_responses
 from cocktail_serve.gateway.schemas.models import Model, ModelDeleted, ModelList
-from cocktail_serve.gateway.state import CallerDep, CreatorDep, Gateway, GatewayDep
 from cocktail_serve.pool import Pool
 
 router = APIRouter(tags=["models"])

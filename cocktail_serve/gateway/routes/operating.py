@@ -7,6 +7,8 @@ import asyncio
 from fastapi import APIRouter, Depends, Response
 
 from cocktail_serve.errors import InvalidRequestError
+from cocktail_serve.gateway.dependencies import GatewayDep, admin_of
+from cocktail_serve.gateway.gateway import Gateway
 from cocktail_serve.gateway.json_body import JSONObject, parse_as
 from cocktail_serve.gateway.openapi import error_responses, json_request
 from cocktail_serve.gateway.schemas.operating import (
@@ -18,7 +20,6 @@ from cocktail_serve.gateway.schemas.operating import (
     ExpertList,
     ExpertView,
 )
-from cocktail_serve.gateway.state import Gateway, GatewayDep, admin_of
 
 router = APIRouter(prefix="/admin", tags=["admin"], dependencies=[Depends(admin_of)])
 

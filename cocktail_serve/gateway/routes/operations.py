@@ -8,8 +8,9 @@ from fastapi import APIRouter, Response
 
 import cocktail_serve
 from cocktail_serve.engines.snapshot import EngineSnapshot
+from cocktail_serve.gateway.dependencies import GatewayDep
+from cocktail_serve.gateway.gateway import Gateway
 from cocktail_serve.gateway.schemas.operations import EngineReadiness, Health, Readiness
-from cocktail_serve.gateway.state import Gateway, GatewayDep
 
 router = APIRouter(tags=["operations"])
 

@@ -8,7 +8,7 @@ from cocktail_serve.gateway.direct_route import DirectRequest, DirectRoute
 from cocktail_serve.gateway.disconnect import ended_with_client
 from cocktail_serve.gateway.json_body import parse_as
 from cocktail_serve.gateway.openapi import engine_errors, json_request
-from cocktail_serve.gateway.requested_model import admitted, served_model, target_of
+from cocktail_serve.gateway.requested_model import admit, find_target, served_model
 from cocktail_serve.gateway.rerank_fields import check_documents, encode_ranking
 from cocktail_serve.gateway.schemas.reranking import RerankAnswer, RerankRequest
 from cocktail_serve.gateway.synonyms import given
@@ -27,10 +27,10 @@ router = APIRouter(tags=["reranking"], route_class=DirectRoute)
 )
 async def rerank(request: DirectRequest) -> None:
     """Documents in the order of their relevance to a query, as vLLM's; `/rerank` and `/v2/rerank` are the same."""
-    asked = await admitted(request)
+    asked = await admit(request)
     gateway = asked.gateway
     wanted = parse_as(RerankRequest, asked.body)
-    target = await target_of(asked, kind="reranker")
+    target = await find_target(asked, kind="reranker")
     engine = gateway.reranker(target.pool.id)
     _, top_n = given(wanted, "top_n", "top_k")
     documents = check_documents(wanted.documents, rank_fields=wanted.rank_fields)

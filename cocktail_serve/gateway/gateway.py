@@ -1,4 +1,4 @@
-"""What routes work with, and who is asking."""
+"""All that lives as long as the app does, and what routes ask of it."""
 
 from __future__ import annotations
 
@@ -7,9 +7,7 @@ from collections.abc import Mapping
 from concurrent.futures import Executor
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Annotated, Any
-
-from fastapi import Depends, Request
+from typing import Any
 
 from cocktail_serve.cocktails.experts import Experts
 from cocktail_serve.cocktails.request import CocktailRequest, parse_inline, parse_request
@@ -20,14 +18,13 @@ from cocktail_serve.errors import NotFoundError
 from cocktail_serve.finetuning.files import Files
 from cocktail_serve.finetuning.service import FineTuning
 from cocktail_serve.gateway.authentication import Authenticator, Caller
-from cocktail_serve.gateway.exchange import exchange_of
 from cocktail_serve.gateway.lifecycle import Lifecycle
 from cocktail_serve.gateway.metering import Meter
 from cocktail_serve.gateway.metrics import GatewayMetrics
 from cocktail_serve.pool import Pool
 from cocktail_serve.tenants.limits_cache import LimitsCache
 from cocktail_serve.tenants.store import TenantStore
-from cocktail_serve.usage.audit import Actor, AuditLog, acting
+from cocktail_serve.usage.audit import AuditLog
 from cocktail_serve.usage.ledger import Ledger
 from cocktail_serve.usage.store import UsageStore
 
@@ -111,66 +108,3 @@ class Gateway:
 
 def _is_another(engine: Engine, wanted: str) -> TypeError:
     return TypeError(f"the engine of pool {engine.pool.id!r} is of kind {engine.kind}, and not {wanted}")
-
-
-async def gateway_of(request: Request) -> Gateway:
-    """The gateway of the app that the request came to."""
-    gateway: Gateway = request.app.state.gateway
-    return gateway
-
-
-GatewayDep = Annotated[Gateway, Depends(gateway_of)]
-
-
-async def caller_of(request: Request) -> Caller:
-    """Who sent the request; may use models.
-
-    Raises:
-        AuthenticationError: a key is required, and there is none, or one that is not valid.
-        PermissionDeniedError: the key lacks the scope `use`.
-    """
-    gateway = await gateway_of(request)
-    caller = await gateway.authenticator.caller(request.headers.get("authorization", ""))
-    caller.require("use")
-    acting.set(Actor(caller.tenant, caller.key_id))
-    return caller
-
-
-CallerDep = Annotated[Caller, Depends(caller_of)]
-
-
-async def tenant_of(caller: CallerDep) -> str:
-    """Whose request it is; raises as `caller_of` does."""
-    return caller.tenant
-
-
-TenantDep = Annotated[str, Depends(tenant_of)]
-
-
-async def creator_of(request: Request, gateway: GatewayDep, caller: CallerDep) -> str:
-    """Whose request it is that makes, changes or deletes something.
-
-    Raises:
-        AuthenticationError: as `caller_of`.
-        PermissionDeniedError: the key lacks the scope `create`.
-        RateLimitError: over the tenant's requests a minute.
-    """
-    caller.require("create")
-    exchange_of(request).enter(gateway.meter.admit_change(caller))
-    return caller.tenant
-
-
-CreatorDep = Annotated[str, Depends(creator_of)]
-
-
-async def admin_of(request: Request) -> Caller:
-    """Who sent a request to `/admin`.
-
-    Raises:
-        AuthenticationError: no key, or one that is not valid; even where `server.auth` is off.
-        PermissionDeniedError: the key lacks the scope `admin`.
-    """
-    gateway = await gateway_of(request)
-    caller = await gateway.authenticator.admin(request.headers.get("authorization", ""))
-    acting.set(Actor(caller.tenant, caller.key_id))
-    return caller
