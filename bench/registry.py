@@ -41,7 +41,8 @@ from cocktail_serve.config import Settings
 from cocktail_serve.database import tables
 from cocktail_serve.database.database import Database
 from cocktail_serve.gateway.app import create_app
-from cocktail_serve.gateway.assembly import Gateway
+from cocktail_serve.gateway.server import GC_ALLOCATIONS
+from cocktail_serve.gateway.state import Gateway
 from cocktail_serve.pool import Pool
 from cocktail_serve.recipe import make_recipe
 from cocktail_serve.tenants.keys import DEFAULT_TENANT
@@ -283,7 +284,8 @@ async def measure(folder: Path, *, num_cocktails: int, num_tenants: int) -> dict
     async with started(settings, pool) as (app, start):
         gc.collect()
         memory = process.memory_info().rss - before
-        gc.freeze()  # as the server does
+        gc.freeze()  # as the server does, and
+        gc.set_threshold(GC_ALLOCATIONS)
         await until_ready(app)
         with stretches.watched():
             calls = await measure_calls(app, stretches)

@@ -304,7 +304,8 @@ class Registry:
                 of_name[stored.tenant, stored.name][1].append(stored)
         async for (tenant, name), (entries, cocktails) in paced(of_name.items()):
             dropped = [self.catalog.drop(entry) for entry in entries]
-            changed = [cocktail for cocktail in map(self._taken_in, cocktails) if cocktail is not None]
+            # the newest first: what the name means is settled with it
+            changed = [cocktail for cocktail in map(self._taken_in, reversed(cocktails)) if cocktail is not None]
             if cocktails:
                 self.catalog.pin(tenant, name, self.catalog.entry(news.pins.get((tenant, name), "")))
             # before the loop goes on to others: a caller who leaves meanwhile takes no news with it
