@@ -7,6 +7,9 @@ import math
 HALF_LIFE_S = 30.0
 """After this long a token counts half: whoever was idle is owed what it missed lately, not what it missed all day."""
 
+BYTES_PER_TOKEN = 4
+"""Of a request's body: how many tokens it is taken for until the engine has said what it read."""
+
 MAX_KEPT = 1024
 """Tenants kept before those with nothing left to remember are dropped."""
 

@@ -6,14 +6,12 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from cocktail_serve.cocktails.cocktail import ServedModel
+from cocktail_serve.engines.fairness import BYTES_PER_TOKEN
 from cocktail_serve.gateway.authentication import Caller
 from cocktail_serve.gateway.metrics import GatewayMetrics
 from cocktail_serve.tenants.limits import Admission, Limiter, Rate, RateStatus
 from cocktail_serve.usage.amounts import UsageAmount
 from cocktail_serve.usage.ledger import Ledger
-
-BYTES_PER_TOKEN = 4
-"""Of a request's body, for the estimate that is reserved until the engine has said what it read."""
 
 
 class MeteredRequest:
@@ -64,7 +62,8 @@ class Meter:
 
 
 def _estimate(body: Mapping[str, Any], *, num_bytes: int) -> int:
-    """Tokens that a request may read and generate: a quarter of its bytes, and the most that it asks for."""
+    """Tokens that a request may read and generate, reserved until the engine has said: a quarter of its bytes, and the
+    most that it asks for."""
     most = body.get("max_completion_tokens") or body.get("max_tokens")
     choices = body.get("n")
     num_out = most if isinstance(most, int) and most > 0 else 0

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
+from cocktail_serve.engines.fairness import BYTES_PER_TOKEN
 from cocktail_serve.engines.vllm.request_body import (
-    BYTES_PER_TOKEN,
     EXPECTED_OUTPUT_TOKENS,
     BodyWriter,
     expected_tokens,
