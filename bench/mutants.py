@@ -21,9 +21,13 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 
-PARTS: dict[str, tuple[str, str]] = {
+PARTS: dict[str, tuple[str, *tuple[str, ...]]] = {
     "cocktail_serve/weighting": ("cocktail_serve/weighting/", "tests/unit/weighting"),
-    "cocktail_serve/recipe.py": ("cocktail_serve/recipe.py", "tests/unit/test_recipe.py"),
+    "cocktail_serve/recipe.py": (
+        "cocktail_serve/recipe.py",
+        "tests/unit/test_recipe.py",
+        "tests/unit/test_generation.py",
+    ),
     "cocktail_serve/tenants/limits.py": ("cocktail_serve/tenants/limits.py", "tests/unit/tenants/test_limits.py"),
     "plugins/vllm_cocktail/fence.py": ("vllm_cocktail/fence.py", "tests/unit/test_fence.py"),
     "cocktail_serve/engines/turns": ("cocktail_serve/engines/turns/", "tests/unit/engines/turns"),
@@ -52,7 +56,7 @@ def copy_tree(folder: Path) -> None:
 def run(folder: Path, tool: Path, parts: Sequence[str], *, limit_s: float) -> str:
     """Makes and tries the mutants; the outcome of each, a line each, with what the survivors change."""
     sources = [PARTS[part][0] for part in parts]
-    tests = [PARTS[part][1] for part in parts]
+    tests = [test for part in parts for test in PARTS[part][1:]]
     with (folder / "pyproject.toml").open("a") as config:
         config.write(
             f"\n[tool.mutmut]\nsource_paths = {sources!r}\npytest_add_cli_args_test_selection = {tests!r}\n"
@@ -85,7 +89,7 @@ def outcomes(results: str) -> dict[str, str]:
 
 
 def part_of(mutant: str) -> str:
-    for part, (source, _) in PARTS.items():
+    for part, (source, *_) in PARTS.items():
         if mutant.startswith(source.removesuffix("/").removesuffix(".py").replace("/", ".") + "."):
             return part
     raise ValueError(f"{mutant} is of no part that was changed")
