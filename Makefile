@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 REQUIREMENTS := requirements/cpu.txt
 STAMP := $(VENV)/.installed
 
-.PHONY: install demo serve test test-unit test-integration test-full check lint lock bench docs clean help
+.PHONY: install demo serve test test-unit test-integration test-full check lint lock bench docs mutants clean help
 
 help:
 	@echo "make demo     both pools, cocktails made and answered on real engines, in minutes"
@@ -15,6 +15,7 @@ help:
 	@echo "make test     unit, integration and end-to-end tests (real vLLM on CPU)"
 	@echo "make test-unit  unit tests alone, in less than a minute; test-integration: those with servers and databases"
 	@echo "make test-full  all of make test and the long ones: faults, generated requests, a short soak"
+	@echo "make mutants  which changes of the rules that matter most the unit tests do not notice, in some twenty minutes"
 	@echo "make check    lint, format and types"
 	@echo "make docs     regenerate the generated pages of docs/reference"
 	@echo "make install  set up $(VENV) only"
@@ -55,6 +56,12 @@ test-integration: $(STAMP)
 # an empty -m takes the place of the one in pyproject.toml that leaves the long tests out
 test-full: $(STAMP)
 	$(BIN)/python -m pytest -m ""
+
+# mutmut lies beside the environment and not in it: it would bring a pytest of its own
+MUTMUT := $(VENV)/mutmut
+mutants: $(STAMP)
+	test -d $(MUTMUT) || $(BIN)/uv pip install --quiet --python $(BIN)/python --target $(MUTMUT) mutmut==3.8.1
+	$(BIN)/python -m bench.mutants --tool $(MUTMUT)
 
 check: $(STAMP)
 	$(BIN)/ruff check .

@@ -80,10 +80,21 @@ async def test_who_may_enter_an_open_fence(managed: bool, recipe: str | None, st
     assert bool(app.paths) == (status == 200)
     if status == 409:
         answer = json.loads(body["body"])
-        assert answer["error"]["code"] == "recipe_not_resident"
-        assert answer["error"]["param"] is None
+        missing = "header x-cocktail-recipe is missing: it names the recipe to answer"
+        message = missing if recipe is None else f"recipe {recipe} is not resident"
+        assert answer["error"] == {
+            "message": message,
+            "type": "conflict_error",
+            "param": None,
+            "code": "recipe_not_resident",
+        }
         assert answer["resident"] == A
+        assert [message["type"] for message in (start, body)] == ["http.response.start", "http.response.body"]
+        assert header(start, "content-type") == "application/json"
         assert header(start, "content-length") == str(len(body["body"]))
+        assert header(start, "retry-after") == "1"
+    else:
+        assert header(start, "x-cocktail-recipe") == A, "who names none is told whose answer it is"
 
 
 @pytest.mark.parametrize("managed", [True, False])
@@ -126,6 +137,7 @@ def test_a_poisoned_fence_serves_nothing() -> None:
     fence = Fence()
     fence.open(A, B)
     fence.poison("a mix failed")
+    fence.poison("and so did what came after")
     fence.open(A)
     assert (list(fence.serves), fence.resident) == ([], None)
 
@@ -142,13 +154,21 @@ async def test_two_recipe_headers_are_one_wrong_one() -> None:
 async def test_nobody_enters_while_a_mix_is_on(managed: bool, recipe: str | None) -> None:
     fence = open_fence(managed=managed)
     fence.close()
-    start, _ = await call(FenceMiddleware(App(), fence), scope_of(recipe=recipe))
+    assert fence.state == "mixing"
+    start, body = await call(FenceMiddleware(App(), fence), scope_of(recipe=recipe))
     assert start["status"] == 409
+    error = json.loads(body["body"])["error"]
+    assert error["code"] == "recipe_not_resident"
+    assert error["message"] == "another recipe is being mixed into the engine; try again"
+    fence.open(A)
+    assert fence.state == "open"
 
 
-async def test_a_new_fence_is_closed() -> None:
+async def test_a_new_fence_is_closed_and_asks_for_a_recipe() -> None:
     start, _ = await call(FenceMiddleware(App(), Fence(managed=False)), scope_of())
     assert start["status"] == 409
+    fence = Fence()
+    assert (fence.state, fence.managed) == ("mixing", True)
 
 
 async def test_a_poisoned_fence_stays_shut() -> None:
@@ -161,8 +181,9 @@ async def test_a_poisoned_fence_stays_shut() -> None:
     start, body = await call(FenceMiddleware(App(), fence), scope_of(recipe=A))
     assert start["status"] == 503
     error = json.loads(body["body"])["error"]
-    assert error["code"] == "engine_poisoned"
-    assert "a mix failed" in error["message"]
+    assert (error["code"], error["type"]) == ("engine_poisoned", "server_error")
+    assert error["message"] == "the engine lost its parameters and must be restarted: a mix failed"
+    assert header(start, "retry-after") is None, "waiting does not help"
 
 
 @pytest.mark.parametrize("path", sorted(UNFENCED_PATHS))
@@ -231,6 +252,39 @@ async def test_an_answer_names_the_recipe_that_gave_it_not_the_one_resident_at_i
     assert header((await request)[0], "x-cocktail-recipe") == A
 
 
+@pytest.mark.parametrize("scope", [scope_of("/health"), scope_of(recipe=A), {"type": "lifespan"}])
+async def test_the_app_hears_and_answers_the_client_itself(scope: Scope) -> None:
+    heard: list[Message] = []
+
+    async def echo(scope: Scope, receive: Receive, send: Send) -> None:
+        heard.append(await receive())
+        await send({"type": "http.response.start", "status": 200})
+        await send({"type": "http.response.body", "body": b"{}"})
+
+    sent = await call(FenceMiddleware(echo, open_fence()), scope)
+    assert heard == [{"type": "websocket.connect"}], "what `call` has to say"
+    stamp = {"headers": [(b"x-cocktail-recipe", A.encode())]} if scope.get("headers") else {}
+    assert sent == [
+        {"type": "http.response.start", "status": 200, **stamp},
+        {"type": "http.response.body", "body": b"{}"},
+    ]
+
+
+async def test_what_the_app_says_in_headers_stays() -> None:
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"x-own", b"1")]})
+
+    (start,) = await call(FenceMiddleware(app, open_fence()), scope_of(recipe=A))
+    assert start["headers"] == [(b"x-own", b"1"), (b"x-cocktail-recipe", A.encode())]
+
+
+async def test_a_scope_without_a_root_path_is_known() -> None:
+    scope = scope_of("/health")
+    del scope["root_path"]
+    start, _ = await call(FenceMiddleware(App(), Fence()), scope)
+    assert start["status"] == 200
+
+
 async def test_lifespan_passes() -> None:
     app = App()
     await call(FenceMiddleware(app, Fence()), {"type": "lifespan"})
@@ -253,9 +307,10 @@ async def test_a_websocket_for_another_recipe_is_denied_with_the_same_body() -> 
     sent = await call(FenceMiddleware(App(), open_fence()), scope_of(recipe=B, type="websocket", extensions=extensions))
     assert sent[0]["type"] == "websocket.http.response.start"
     assert sent[0]["status"] == 409
+    assert sent[1]["type"] == "websocket.http.response.body"
     assert json.loads(sent[1]["body"])["resident"] == A
 
 
 async def test_a_websocket_of_an_old_server_is_closed() -> None:
     (sent,) = await call(FenceMiddleware(App(), open_fence()), scope_of(recipe=B, type="websocket"))
-    assert sent["type"] == "websocket.close"
+    assert sent == {"type": "websocket.close", "code": 1013, "reason": "recipe_not_resident"}

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from cocktail_serve.errors import InvalidMixError, NotFoundError
 from cocktail_serve.methods import METHODS
 from cocktail_serve.pool import Member, Pool
-from cocktail_serve.recipe import Recipe, make_recipe, one_hot, with_target
+from cocktail_serve.recipe import DType, Recipe, make_recipe, one_hot, with_target
 
 
 def member(name: str, fingerprint: str) -> Member:
@@ -133,6 +133,36 @@ def test_json_that_is_no_recipe_is_refused(changes: dict[str, object]) -> None:
         Recipe.from_json(value)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_json_of_every_dtype_is_read(dtype: DType) -> None:
+    recipe = one_hot(POOL, "base", dtype=dtype)
+    assert Recipe.from_json(recipe.to_json()) == recipe
+
+
+@pytest.mark.parametrize(
+    ("changes", "message", "param"),
+    [
+        ({"version": 1}, "recipe version 1 is not supported; this release reads version 2", None),
+        ({"dtype": "int8"}, "recipe dtype 'int8' is not float32, float16 or bfloat16", None),
+        (
+            {"coefficients": [["m", 0.5], ["m", 0.5]]},
+            "not a recipe: a model has two coefficients",
+            "recipe.coefficients",
+        ),
+        (
+            {"coefficients": [["m", float("inf")]]},
+            "the weight of 'm' must be a finite number, got inf",
+            "merging_weights.m",
+        ),
+    ],
+    ids=str,
+)
+def test_json_that_is_no_recipe_says_why(changes: dict[str, object], message: str, param: str | None) -> None:
+    with pytest.raises(InvalidMixError) as caught:
+        Recipe.from_json(one_hot(POOL, "base", dtype="bfloat16").to_json() | changes)
+    assert (str(caught.value), caught.value.param) == (message, param)
+
+
 @pytest.mark.parametrize("key", ["version", "base", "coefficients", "method", "method_params", "dtype"])
 def test_json_without_a_field_is_refused(key: str) -> None:
     value = one_hot(POOL, "base", dtype="bfloat16").to_json()
@@ -158,7 +188,9 @@ def test_coefficients_of_task_vectors_are_any_finite_numbers_and_the_base_counts
 @pytest.mark.parametrize("method", TASK_VECTOR_METHODS)
 @pytest.mark.parametrize("weight", [0.0, 0.9, 2])
 def test_another_coefficient_of_the_base_is_refused(method: str, weight: float) -> None:
-    with pytest.raises(InvalidMixError, match="base, whose coefficient is always 1") as caught:
+    with pytest.raises(
+        InvalidMixError, match=r"base, whose coefficient is always 1; leave it out, or give 1$"
+    ) as caught:
         make_recipe(POOL, {"base": weight, "nq": 0.5}, dtype="bfloat16", method=method)
     assert caught.value.param == "merging_weights.base"
 
@@ -168,11 +200,15 @@ def test_without_task_vectors_the_base_is_left() -> None:
     pool = replace(POOL, experts={**POOL.experts, "twin": member("twin", "m")})
     recipe = make_recipe(pool, {"twin": 0.4, "nq": 0.0}, dtype="bfloat16", method="ties")
     assert recipe.coefficients == (("m", 1.0),)
+    recipe = make_recipe(pool, {"twin": 0.4, "nq": 0.3}, dtype="bfloat16", method="ties")
+    assert recipe.coefficients == (("m", 1.0), ("a", 0.3)), "and hide none that comes after"
 
 
 def test_no_weights_at_all_are_refused() -> None:
-    with pytest.raises(InvalidMixError, match="nothing to mix"):
+    with pytest.raises(InvalidMixError) as caught:
         make_recipe(POOL, {}, dtype="bfloat16", method="ties")
+    assert str(caught.value) == "merging_weights names no model: there is nothing to mix"
+    assert caught.value.param == "merging_weights"
 
 
 def test_slerp_keeps_its_two_models_whatever_their_coefficients() -> None:
@@ -184,13 +220,15 @@ def test_slerp_keeps_its_two_models_whatever_their_coefficients() -> None:
     "weights", [{"base": 1.0}, {"nq": 0.5, "copy": 0.5}, {"base": 0.2, "nq": 0.3, "ag-news": 0.5}], ids=str
 )
 def test_slerp_takes_two_different_models(weights: dict[str, float]) -> None:
-    with pytest.raises(InvalidMixError, match="mixes 2 different models, got"):
+    with pytest.raises(InvalidMixError, match="mixes 2 different models, got") as caught:
         make_recipe(POOL, weights, dtype="bfloat16", method="slerp")
+    assert caught.value.param == "merging_weights"
 
 
 def test_the_weights_of_slerp_sum_to_1() -> None:
-    with pytest.raises(InvalidMixError, match="'slerp' must sum to 1"):
+    with pytest.raises(InvalidMixError, match="'slerp' must sum to 1") as caught:
         make_recipe(POOL, {"base": 0.5, "nq": 0.6}, dtype="bfloat16", method="slerp")
+    assert caught.value.param == "merging_weights"
 
 
 def test_a_recipe_records_every_parameter_of_its_method() -> None:
@@ -281,8 +319,12 @@ def test_the_target_is_not_its_own_peer() -> None:
     with pytest.raises(InvalidMixError, match="'nq' is among the peers") as caught:
         with_target({"base": 0.5, "nq": 0.5}, target="nq")
     assert caught.value.param == "target"
+    with pytest.raises(InvalidMixError, match="'base' is among the peers"):
+        with_target({"base": 0.5, "nq": 0.5}, target="base")
 
 
 def test_nothing_to_mix() -> None:
-    with pytest.raises(InvalidMixError, match="nothing to mix"):
+    with pytest.raises(InvalidMixError) as caught:
         with_target(None, target=None)
+    assert str(caught.value) == "give examples, merging_weights or a target: there is nothing to mix"
+    assert caught.value.param == "examples"
