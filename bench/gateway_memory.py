@@ -40,6 +40,9 @@ HERE = Path(__file__).parents[1]
 START_TIMEOUT_S = 120
 SAMPLE_S = 0.05
 
+SETTLED_S = 4.0
+"""How long memory stays as it is once all that was begun in the background is done; a busy machine takes long."""
+
 EXAMPLES = [
     {"messages": [{"role": "user", "content": f"what is {word}"}, {"role": "assistant", "content": "paris"}]}
     for word in ("the capital", "of france", "the answer")
@@ -83,8 +86,7 @@ def measure(tree: Path, config: Path) -> dict[str, float]:
     for start in ("first", "later"):
         with served(tree, config) as (http, gateway, helper, listening_s):
             until(lambda http=http: http.get("/ready").status_code == 200)
-            time.sleep(3)  # what is begun in the background is done
-            ready = gateway.memory_info().rss
+            ready = settled(gateway)
             made = http.post("/v1/cocktails?wait=60", json={"name": start, "pool": "bench", "examples": EXAMPLES})
             assert made.json()["status"] == "ready", made.text
             figures |= {
@@ -130,6 +132,17 @@ def watch(gateway: psutil.Process, helper: Helper, is_over: threading.Event) -> 
                     helper.peak = max(helper.peak, child.memory_info().rss)
             except psutil.NoSuchProcess:
                 continue
+
+
+def settled(process: psutil.Process) -> int:
+    """Its resident set, in bytes, once that has not grown by a MiB for a while."""
+    seen, since = process.memory_info().rss, time.monotonic()
+    while time.monotonic() - since < SETTLED_S:
+        time.sleep(SAMPLE_S)
+        now = process.memory_info().rss
+        if abs(now - seen) >= 2**20:
+            seen, since = now, time.monotonic()
+    return process.memory_info().rss
 
 
 def until(condition: Any) -> None:
