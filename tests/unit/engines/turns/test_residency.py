@@ -172,6 +172,22 @@ def test_an_idle_engine_swaps_at_once() -> None:
     run(main())
 
 
+def test_waits_and_swaps_are_counted_in_seconds() -> None:
+    async def main() -> None:
+        async with FakeEngine() as engine:
+            await pause(5)
+            assert await engine.answer(A, 1, timeout_s=1) == 5 + MIX_S
+            await engine.answer(A, 1)
+            stats, occupancy = engine.residency.stats, engine.residency.occupancy()
+            assert (stats.wait.count, stats.wait.total) == (2, MIX_S)
+            assert (stats.swap.count, stats.swap.total) == (1, MIX_S)
+            assert (occupancy.phase, occupancy.turn_s) == ("open", 2)
+            await pause(5)
+            assert stats.num_queue_timeouts == 0, "the first was answered before its time was over"
+
+    run(main())
+
+
 def test_all_who_wait_for_a_recipe_are_admitted_together() -> None:
     async def main() -> None:
         async with FakeEngine() as engine:
@@ -846,6 +862,22 @@ class TestOperator:
                 assert engine.residency.snapshot().queues[0].reason == "drained"
                 engine.residency.drain(False)
                 await scoring
+
+        run(main())
+
+    def test_it_is_told_why_nobody_is_served_while_the_engine_is_down(self) -> None:
+        async def main() -> None:
+            engine = FakeEngine()
+            scoring = engine.ask(A, background=True)
+            await pause(1)
+            reasons = []
+            for pinned, is_drained in ((None, False), (B, False), (B, True), (None, True)):
+                engine.residency.pin(pinned)
+                engine.residency.drain(is_drained)
+                reasons += [queue.reason for queue in engine.residency.occupancy().queues]
+            assert reasons == ["engine_down", "engine_down", "drained", "drained"]
+            assert engine.residency.occupancy().turn_s is None
+            scoring.cancel()
 
         run(main())
 
