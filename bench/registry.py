@@ -36,7 +36,8 @@ from sqlalchemy import create_engine, insert, update
 
 from bench.machine import describe_machine
 from cocktail_serve.cocktails.cocktail import Cocktail, CrossValidation
-from cocktail_serve.cocktails.request import CocktailRequest, parse_request
+from cocktail_serve.cocktails.options import CocktailRequest
+from cocktail_serve.cocktails.parsing import parse_request
 from cocktail_serve.cocktails.rows import to_row
 from cocktail_serve.config import Settings
 from cocktail_serve.database import tables

@@ -19,7 +19,7 @@ from pydantic.fields import FieldInfo
 from cocktail_serve import errors
 from cocktail_serve.checkpoints.adapters.config import FIELDS, INITS
 from cocktail_serve.cli import app as cli_app
-from cocktail_serve.cocktails.request import CocktailBody
+from cocktail_serve.cocktails.parsing import CocktailBody
 from cocktail_serve.config import Settings
 from cocktail_serve.engines.vllm.errors import KINDS
 from cocktail_serve.errors import CocktailError

@@ -15,7 +15,7 @@ import numpy as np
 
 from bench.paper.session import Scores, Session, System
 from cocktail_serve.cocktails.cross_validation import find
-from cocktail_serve.cocktails.request import parse_inline
+from cocktail_serve.cocktails.parsing import parse_inline
 from cocktail_serve.cocktails.weighing_plan import advance, recipe_of
 from cocktail_serve.evaluation.backend import EnsemblePart
 from cocktail_serve.evaluation.in_memory import InMemoryDecoders, InMemoryEncoders

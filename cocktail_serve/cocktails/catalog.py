@@ -10,9 +10,9 @@ from dataclasses import replace
 
 from cocktail_serve.cocktails.cocktail import DIGEST8, FINAL, Cocktail, ModelEntry, ServedModel, Status, version_id
 from cocktail_serve.cocktails.entries import Entry, ListPosition, TenantEntries, Versions, position_of, sequence_of
+from cocktail_serve.cocktails.options import CocktailRequest
 from cocktail_serve.cocktails.pacing import paced
 from cocktail_serve.cocktails.pool_models import PoolModels, no_model, why_not_served
-from cocktail_serve.cocktails.request import CocktailRequest
 from cocktail_serve.dtypes import DType
 from cocktail_serve.errors import ConflictError, InvalidRequestError, NotFoundError
 from cocktail_serve.ids import Page

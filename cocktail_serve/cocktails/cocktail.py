@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, Self
 
 from cocktail_serve import errors
-from cocktail_serve.cocktails.request import CocktailOptions
+from cocktail_serve.cocktails.options import CocktailOptions
 from cocktail_serve.errors import CocktailError
 from cocktail_serve.generation_settings import GenerationSettings
 from cocktail_serve.pool import Kind, Pool

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from cocktail_serve.cocktails.cocktail import CrossValidation
-from cocktail_serve.cocktails.request import CocktailOptions
+from cocktail_serve.cocktails.options import CocktailOptions
 from cocktail_serve.cocktails.weighing_plan import weights_of
 from cocktail_serve.weighting.candidates import Candidate, Trial, Trials
 from cocktail_serve.weighting.search import deal

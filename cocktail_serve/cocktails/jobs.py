@@ -12,8 +12,8 @@ from typing import Any, TypeVar
 
 from cocktail_serve.cocktails.cocktail import Cocktail, Failure
 from cocktail_serve.cocktails.cross_validation import PENDING
+from cocktail_serve.cocktails.options import CocktailOptions
 from cocktail_serve.cocktails.registry import Registry
-from cocktail_serve.cocktails.request import CocktailOptions
 from cocktail_serve.cocktails.scores import ScoreScope
 from cocktail_serve.cocktails.store import Store
 from cocktail_serve.cocktails.tasks import BackgroundTasks

@@ -14,9 +14,9 @@ from typing import Any, Literal, TypeVar
 from cocktail_serve.cocktails.catalog import Catalog, no_cocktail
 from cocktail_serve.cocktails.cocktail import Cocktail, CrossValidation, Failure
 from cocktail_serve.cocktails.entries import Entry, sequence_of
+from cocktail_serve.cocktails.options import CocktailRequest
 from cocktail_serve.cocktails.pacing import paced
 from cocktail_serve.cocktails.quotas import check_cocktails, check_jobs
-from cocktail_serve.cocktails.request import CocktailRequest
 from cocktail_serve.cocktails.store import ExtraWrites, RemoteChanges, StaleError, Store
 from cocktail_serve.config import Limits
 from cocktail_serve.errors import ConflictError, NotFoundError, PermissionDeniedError

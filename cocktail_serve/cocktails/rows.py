@@ -8,7 +8,7 @@ from typing import Any
 from sqlalchemy.engine import RowMapping
 
 from cocktail_serve.cocktails.cocktail import Cocktail, CrossValidation, Failure
-from cocktail_serve.cocktails.request import CocktailOptions
+from cocktail_serve.cocktails.options import CocktailOptions
 from cocktail_serve.recipe import Recipe
 from cocktail_serve.weighting.candidates import Candidate
 

@@ -15,9 +15,9 @@ from cocktail_serve.cocktails.cluster_loop import ClusterLoop, Sweep
 from cocktail_serve.cocktails.cocktail import Cocktail, ModelEntry, ServedModel, Weighing
 from cocktail_serve.cocktails.gateway_leases import GatewayLeases
 from cocktail_serve.cocktails.jobs import Jobs, RetryPolicy, check_examples
+from cocktail_serve.cocktails.options import CocktailRequest
 from cocktail_serve.cocktails.registry import Registry
 from cocktail_serve.cocktails.reports import Reports
-from cocktail_serve.cocktails.request import CocktailRequest
 from cocktail_serve.cocktails.score_store import ScoreStore
 from cocktail_serve.cocktails.scores import Scores, ScoreScope, score_items
 from cocktail_serve.cocktails.store import ChangeHook, ExtraWrites, Store

@@ -11,7 +11,7 @@ from typing import TypeVar
 
 from cocktail_serve.cocktails.cocktail import CrossValidation, Weighing
 from cocktail_serve.cocktails.cross_validation import find
-from cocktail_serve.cocktails.request import CocktailOptions
+from cocktail_serve.cocktails.options import CocktailOptions
 from cocktail_serve.cocktails.scores import Retrying, Scores, ScoreScope, once
 from cocktail_serve.cocktails.weighing_plan import advance, recipe_of, weigh
 from cocktail_serve.engines.base import AnyEngine

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import TypeVar
 
 from cocktail_serve.cocktails.cocktail import Weighing
-from cocktail_serve.cocktails.request import CocktailOptions
+from cocktail_serve.cocktails.options import CocktailOptions
 from cocktail_serve.dtypes import DType
 from cocktail_serve.methods import find_method
 from cocktail_serve.pool import Pool

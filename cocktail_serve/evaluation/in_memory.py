@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from cocktail_serve.cocktails.request import parse_inline
+from cocktail_serve.cocktails.parsing import parse_inline
 from cocktail_serve.cocktails.weighing_plan import recipe_of
 from cocktail_serve.config import PoolConfig, Settings
 from cocktail_serve.errors import CheckpointError

@@ -12,7 +12,8 @@ from typing import Any
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from cocktail_serve.cocktails.cocktail import Cocktail
-from cocktail_serve.cocktails.request import CocktailRequest, parse_request
+from cocktail_serve.cocktails.options import CocktailRequest
+from cocktail_serve.cocktails.parsing import parse_request
 from cocktail_serve.cocktails.service import CocktailService
 from cocktail_serve.config import Settings
 from cocktail_serve.errors import CocktailError, InvalidRequestError, NotFoundError

@@ -10,7 +10,8 @@ from functools import partial
 from typing import Any
 
 from cocktail_serve.cocktails.experts import Experts
-from cocktail_serve.cocktails.request import CocktailRequest, parse_inline, parse_request
+from cocktail_serve.cocktails.options import CocktailRequest
+from cocktail_serve.cocktails.parsing import parse_inline, parse_request
 from cocktail_serve.cocktails.service import CocktailService
 from cocktail_serve.config import PoolConfig, Settings
 from cocktail_serve.engines.base import AnyEngine, EmbeddingEngine, Engine, GenerationEngine, RerankingEngine

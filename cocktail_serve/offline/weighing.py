@@ -10,7 +10,8 @@ from typing import Any, TypeVar
 
 from cocktail_serve.cocktails.cocktail import CrossValidation, Weighing
 from cocktail_serve.cocktails.cross_validation import find
-from cocktail_serve.cocktails.request import CocktailOptions, CocktailRequest, parse_inline
+from cocktail_serve.cocktails.options import CocktailOptions, CocktailRequest
+from cocktail_serve.cocktails.parsing import parse_inline
 from cocktail_serve.cocktails.weighing_plan import advance, recipe_of, weigh
 from cocktail_serve.config import PoolConfig, Settings
 from cocktail_serve.dtypes import DType

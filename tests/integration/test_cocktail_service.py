@@ -20,7 +20,8 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from cocktail_serve.cocktails.cocktail import Cocktail
 from cocktail_serve.cocktails.jobs import RetryPolicy
-from cocktail_serve.cocktails.request import CocktailRequest, parse_inline, parse_request
+from cocktail_serve.cocktails.options import CocktailRequest
+from cocktail_serve.cocktails.parsing import parse_inline, parse_request
 from cocktail_serve.cocktails.service import CocktailService
 from cocktail_serve.cocktails.store import ChangeHook
 from cocktail_serve.config import Settings

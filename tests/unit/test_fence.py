@@ -253,10 +253,10 @@ async def test_an_answer_names_the_recipe_that_gave_it_not_the_one_resident_at_i
 
 
 @pytest.mark.parametrize("scope", [scope_of("/health"), scope_of(recipe=A), {"type": "lifespan"}])
-async def test_the_app_hears_and_answers_the_client_itself(scope: Scope) -> None:
-    heard: list[Message] = []
+async def test_the_app_hears_and_answers_the_client_itself(scope: ASGIScope) -> None:
+    heard: list[ASGIMessage] = []
 
-    async def echo(scope: Scope, receive: Receive, send: Send) -> None:
+    async def echo(scope: ASGIScope, receive: Receive, send: Send) -> None:
         heard.append(await receive())
         await send({"type": "http.response.start", "status": 200})
         await send({"type": "http.response.body", "body": b"{}"})
@@ -271,7 +271,7 @@ async def test_the_app_hears_and_answers_the_client_itself(scope: Scope) -> None
 
 
 async def test_what_the_app_says_in_headers_stays() -> None:
-    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+    async def app(scope: ASGIScope, receive: Receive, send: Send) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": [(b"x-own", b"1")]})
 
     (start,) = await call(FenceMiddleware(app, open_fence()), scope_of(recipe=A))

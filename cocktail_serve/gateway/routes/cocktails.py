@@ -8,7 +8,7 @@ from urllib.parse import quote
 from fastapi import APIRouter, Query, Request, Response
 
 from cocktail_serve.cocktails.cocktail import Cocktail
-from cocktail_serve.cocktails.request import CocktailBody
+from cocktail_serve.cocktails.parsing import CocktailBody
 from cocktail_serve.errors import ModelNotReadyError, NotFoundError
 from cocktail_serve.gateway.dependencies import CallerDep, CreatorDep, GatewayDep, TenantDep
 from cocktail_serve.gateway.disconnect import ended_with_client

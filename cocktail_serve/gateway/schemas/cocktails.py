@@ -1,4 +1,4 @@
-"""Cocktails as the API shows them. The request bodies are those of `cocktails.request`."""
+"""Cocktails as the API shows them. The request bodies are those of `cocktails.parsing`."""
 
 from __future__ import annotations
 

@@ -12,9 +12,9 @@ import pytest
 from cocktail_serve.cocktails import catalog as catalog_module
 from cocktail_serve.cocktails.catalog import Catalog
 from cocktail_serve.cocktails.cocktail import Cocktail, CrossValidation
+from cocktail_serve.cocktails.options import CocktailOptions, CocktailRequest
 from cocktail_serve.cocktails.pacing import paced
 from cocktail_serve.cocktails.registry import Registry
-from cocktail_serve.cocktails.request import CocktailOptions, CocktailRequest
 from cocktail_serve.cocktails.store import Store
 from cocktail_serve.config import Limits
 from cocktail_serve.database.database import Database

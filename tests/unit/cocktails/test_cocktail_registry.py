@@ -10,8 +10,8 @@ import pytest
 from cocktail_serve import errors
 from cocktail_serve.cocktails.catalog import Catalog
 from cocktail_serve.cocktails.cocktail import Failure
+from cocktail_serve.cocktails.options import CocktailOptions, CocktailRequest
 from cocktail_serve.cocktails.registry import Registry
-from cocktail_serve.cocktails.request import CocktailOptions, CocktailRequest
 from cocktail_serve.cocktails.store import Store
 from cocktail_serve.database.database import Database
 from cocktail_serve.errors import CocktailError, ConflictError, NotFoundError, PermissionDeniedError

@@ -5,7 +5,7 @@ import math
 import pytest
 
 from cocktail_serve.cocktails.cross_validation import find
-from cocktail_serve.cocktails.request import CocktailOptions
+from cocktail_serve.cocktails.options import CocktailOptions
 from cocktail_serve.cocktails.weighing_plan import advance
 from cocktail_serve.weighting.candidates import Candidate, Trial
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from cocktail_serve.cocktails.cocktail import Weighing
-from cocktail_serve.cocktails.request import CocktailOptions
+from cocktail_serve.cocktails.options import CocktailOptions
 from cocktail_serve.cocktails.weighing_plan import advance
 from cocktail_serve.cocktails.weighing_plan import weigh as weigh_in_steps
 from cocktail_serve.weighting.candidates import Candidate

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 import pytest
 
-from cocktail_serve.cocktails.request import CocktailOptions
+from cocktail_serve.cocktails.options import CocktailOptions
 from cocktail_serve.errors import NotFiniteError
 from cocktail_serve.offline.weighing import weigh_by
 from cocktail_serve.pool import Pool

@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from cocktail_serve.cocktails.request import CocktailOptions, CocktailRequest, InlineBody, parse_inline, parse_request
+from cocktail_serve.cocktails.options import CocktailOptions, CocktailRequest
+from cocktail_serve.cocktails.parsing import InlineBody, parse_inline, parse_request
 from cocktail_serve.config import TEMPERATURES, Settings
 from cocktail_serve.errors import (
     CocktailError,
