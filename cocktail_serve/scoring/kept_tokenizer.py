@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from pathlib import Path
 
@@ -88,5 +87,8 @@ def _entry(folder: Path, kept: Path) -> Path:
 
 
 def _digest(path: Path) -> str:
+    digest = blake3()
     with path.open("rb") as file:
-        return hashlib.file_digest(file, blake3).hexdigest()
+        while part := file.read(2**20):
+            digest.update(part)
+    return digest.hexdigest()
