@@ -10,7 +10,7 @@ import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from tests.gateways import EXAMPLES, LiveGateway
+from tests.gateways import LiveGateway
 
 WANTED = {
     "cocktail_requests_total",
@@ -44,7 +44,9 @@ def samples(http: httpx.Client) -> dict[tuple[str, tuple[tuple[str, str], ...]],
 
 def test_all_of_it_is_there_and_counts(http: httpx.Client) -> None:
     before = samples(http)
-    body = {"name": "metered", "pool": "flan", "examples": EXAMPLES}
+    # examples of its own: what another test on this gateway had scored and left resident would be mixed no more
+    examples = [{"input": f"is {word} a vegetable?", "output": "yes"} for word in ("leek", "kale", "beet")]
+    body = {"name": "metered", "pool": "flan", "examples": examples}
     assert http.post("/v1/cocktails?wait=30", json=body).json()["status"] == "ready"
     messages = [{"role": "user", "content": "hi"}]
     chat = {"model": "metered", "messages": messages, "max_tokens": 5}
