@@ -256,7 +256,7 @@ async def measure_calls(app: FastAPI, stretches: Stretches) -> dict[str, dict[st
         "GET /v1/cocktails": await measured(lambda _: asked(app, "GET", "/v1/cocktails"), stretches),
         "GET /v1/cocktails/{id}": await measured(lambda _: asked(app, "GET", f"/v1/cocktails/{resolved}"), stretches),
         "GET /metrics": await measured(lambda _: asked(app, "GET", "/metrics"), stretches),
-        "beat": await measured(lambda _: service._following.beat(), stretches),
+        "beat": await measured(lambda _: service._cluster_loop.beat(), stretches),
         "create, until ready": await measured(create, stretches),
         "delete": await measured(delete, stretches),
         "models()": timed(lambda: catalog.models(TENANT)),

@@ -46,7 +46,7 @@ class Recipe:
         return digest_of(self.to_json())
 
     @property
-    def one_hot(self) -> str | None:
+    def only_model(self) -> str | None:
         """The fingerprint of the only model, where the recipe is that model itself."""
         if self.method == "linear" and len(self.coefficients) == 1 and self.coefficients[0][1] == 1.0:
             return self.coefficients[0][0]
@@ -144,8 +144,8 @@ def settings_of(recipe: Recipe, pool: Pool) -> GenerationSettings | None:
     members = pool.by_fingerprint
     if not {recipe.base, *(fingerprint for fingerprint, _ in recipe.coefficients)} <= members.keys():
         return None
-    if recipe.one_hot is not None:
-        return pool.generation_of(members[recipe.one_hot])
+    if recipe.only_model is not None:
+        return pool.generation_of(members[recipe.only_model])
     experts = [members[f].generation for f, weight in recipe.coefficients if f != recipe.base and weight > 0.0]
     return mixed_settings(members[recipe.base].generation, experts, chat_template=pool.chat_template)
 

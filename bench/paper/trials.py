@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from bench.paper.session import Scores, Session, System
-from cocktail_serve.cocktails.cross_validation import find
+from cocktail_serve.cocktails.cross_validation import cross_validate
 from cocktail_serve.cocktails.parsing import parse_inline
 from cocktail_serve.cocktails.weighing_plan import advance, recipe_of
 from cocktail_serve.evaluation.backend import EnsemblePart
@@ -95,7 +95,7 @@ def judge(
         return backend.losses_of(recipe, given, rows)
 
     weighing, losses = weigh_by(backend.pool, request.options, losses_of, backend.dtype, lambda *_, **__: None)
-    trials = find(request.options, losses, weighing.chosen)
+    trials = cross_validate(request.options, losses, weighing.chosen)
     held_out: dict[int, float] = {}
     step = advance(trials, None)
     while isinstance(step, Trial):

@@ -70,7 +70,7 @@ class Catalog:
         served = self._pool_models.by_id.get(model_id)
         if served is not None:
             return served
-        entry = self.find(tenant, model_id)
+        entry = self.find_entry(tenant, model_id)
         if entry is None:
             raise no_model(model_id)
         served = self._served(entry)
@@ -93,7 +93,7 @@ class Catalog:
         Raises:
             NotFoundError: unknown or another tenant's.
         """
-        entry = self.find(tenant, ref)
+        entry = self.find_entry(tenant, ref)
         if entry is None:
             raise no_cocktail(ref)
         return entry.cocktail
@@ -233,7 +233,7 @@ class Catalog:
         entries = self._tenants.get(tenant)
         return None if entries is None else entries.names.get(name)
 
-    def find(self, tenant: str, ref: str) -> Entry | None:
+    def find_entry(self, tenant: str, ref: str) -> Entry | None:
         """By id; by name the current version, or the newest where none is ready yet."""
         name, at, digest8 = ref.partition("@")
         versions = self.versions(tenant, name)
@@ -336,7 +336,7 @@ class Catalog:
                 yield _model_entry(name, current.cocktail)
 
     def _place(self, tenant: str, ref: str) -> ListPosition:
-        entry = self.find(tenant, ref) if "@" in ref else None
+        entry = self.find_entry(tenant, ref) if "@" in ref else None
         if entry is not None and not entry.cocktail.inline:
             return position_of(entry)
         place = self._places.get((tenant, ref))

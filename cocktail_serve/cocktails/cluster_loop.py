@@ -47,7 +47,7 @@ class ClusterLoop:
         poll_s: float,
     ) -> None:
         self._database = database
-        self._peers = peers
+        self._leases = peers
         self._registry = registry
         self._jobs = jobs
         self._pools = pools
@@ -65,7 +65,7 @@ class ClusterLoop:
         """
         await self._join()
         await self._registry.load()
-        await self._adopt(await self._peers.alive())
+        await self._adopt(await self._leases.alive())
         self._task = asyncio.create_task(self._follow(), name="other gateways")
 
     async def pause(self) -> None:
@@ -78,24 +78,24 @@ class ClusterLoop:
         """Tells the others that this gateway ends, so that they go on with its jobs at once."""
         try:
             await self._registry.flush()
-            await self._peers.leave()
+            await self._leases.leave()
         except StorageError as error:
             logger.warning("the store was not told that this gateway ends: %s", error.message)
 
     async def beat(self) -> None:
         """Tells the others that this gateway is there, and does for all what one has to do."""
         await self._database.hold()
-        if not await self._peers.beat():
+        if not await self._leases.beat():
             logger.warning("this gateway gave no sign of life for too long; others may have taken its jobs over")
             await self._join()
         await self._registry.sync()
         # whoever is an owner by now joined before it became one, so it is among these
-        alive = await self._peers.alive()
+        alive = await self._leases.alive()
         await self._adopt(alive)
         await self._registry.flush()
         now = asyncio.get_running_loop().time()
         # two may think so for a moment, and then both sweep: the second finds nothing
-        if self._peers.me == min(alive) and now - self._swept_at >= SWEEP_S:
+        if self._leases.me == min(alive) and now - self._swept_at >= SWEEP_S:
             self._swept_at = now
             await self._sweep()
 
@@ -106,25 +106,25 @@ class ClusterLoop:
             await asyncio.sleep(self._poll_s)
             try:
                 if loop.time() >= beat_at:
-                    beat_at = loop.time() + self._peers.beat_s
+                    beat_at = loop.time() + self._leases.beat_s
                     await self.beat()
                 else:
                     await self._registry.sync()
             except StorageError:
                 # said in the log by the database; the store may be gone for a while
-                await asyncio.sleep(self._peers.beat_s)
+                await asyncio.sleep(self._leases.beat_s)
             except Exception:
                 logger.exception("following the other gateways failed")
-                await asyncio.sleep(self._peers.beat_s)
+                await asyncio.sleep(self._leases.beat_s)
 
     async def _join(self) -> None:
-        await self._peers.join()
-        self._registry.owner = self._peers.me
+        await self._leases.join()
+        self._registry.owner = self._leases.me
 
     async def _adopt(self, alive: frozenset[str]) -> None:
         """Goes on with the jobs whose gateway is gone."""
         async for cocktail in paced(self._registry.catalog.unfinished(), every=500):
-            if cocktail.owner in alive and (cocktail.owner != self._peers.me or self._jobs.is_running(cocktail.uid)):
+            if cocktail.owner in alive and (cocktail.owner != self._leases.me or self._jobs.is_running(cocktail.uid)):
                 continue
             pool = self._pools.get(cocktail.pool_id)
             fits = pool is not None and pool.fingerprint == cocktail.request.pool_fingerprint
@@ -134,5 +134,5 @@ class ClusterLoop:
             if claimed is not None:
                 await self._jobs.resume(claimed)
         async for cocktail in paced(self._registry.catalog.unreported(), every=500):
-            if cocktail.owner not in alive or cocktail.owner == self._peers.me:
+            if cocktail.owner not in alive or cocktail.owner == self._leases.me:
                 self._report(cocktail)

@@ -18,7 +18,7 @@ from cocktail_serve.weighting.verdict import verdict
 PENDING = CrossValidation("pending")
 
 
-def find(
+def cross_validate(
     options: CocktailOptions, losses: Mapping[str, Sequence[float]], chosen: Candidate | None
 ) -> Trials[CrossValidation]:
     """Cross-validates a mixture that is weighed already, by the setting it was weighed with.

@@ -112,7 +112,7 @@ def parse_request(
             f"there is no pool {parsed.pool!r}; there are: {known}", param="pool", code="pool_not_found"
         )
     request = _resolve(parsed, parsed.name, pool, settings, inline=False)
-    return request if parsed.validation_examples is None else _validated_by(request, parsed, pool, settings)
+    return request if parsed.validation_examples is None else _with_validation(request, parsed, pool, settings)
 
 
 def parse_inline(cocktail: Any, *, pool: Pool, settings: Settings) -> CocktailRequest:
@@ -201,7 +201,7 @@ def _fingerprints(pool: Pool, names: Iterable[str]) -> dict[str, str]:
     return {name: pool.member(name).fingerprint for name in sorted({BASE, *names})}
 
 
-def _validated_by(request: CocktailRequest, body: CocktailBody, pool: Pool, settings: Settings) -> CocktailRequest:
+def _with_validation(request: CocktailRequest, body: CocktailBody, pool: Pool, settings: Settings) -> CocktailRequest:
     try:
         validation = parse_examples(
             body.validation_examples,

@@ -189,7 +189,7 @@ class Registry:
             entry = self.catalog.entry(uid)
             if entry is None or entry.cocktail.status != "ready":
                 return None
-            # no witness need hear of it: what the cocktail is stays as it was
+            # no hook need hear of it: what the cocktail is stays as it was
             self.catalog.show(entry, await self._store.update(replace(entry.cocktail, cross_validation=found)))
             return entry.cocktail
 
@@ -236,7 +236,7 @@ class Registry:
         async with self._changing:
             await self._sync()
             if "@" in ref:
-                entry = self.catalog.find(tenant, ref)
+                entry = self.catalog.find_entry(tenant, ref)
                 entries = [] if entry is None else [entry]
             else:
                 versions = self.catalog.versions(tenant, ref)

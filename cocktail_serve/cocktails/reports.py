@@ -96,7 +96,7 @@ class Reports:
         if engine is None or engine.pool.fingerprint != cocktail.request.pool_fingerprint:
             return no_findings("the pool's models are no longer those it was made from")
         try:
-            return await self._weigher.find(
+            return await self._weigher.cross_validate(
                 engine,
                 cocktail.request,
                 cocktail.chosen,

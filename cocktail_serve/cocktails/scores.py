@@ -41,7 +41,7 @@ async def once(call: Callable[[], Awaitable[_T]]) -> _T:
     return await call()
 
 
-def score_items(examples: ExampleSet | None, kind: Kind) -> tuple[str, ...]:
+def score_keys(examples: ExampleSet | None, kind: Kind) -> tuple[str, ...]:
     """The keys that scores of these examples are kept under: example digests, or text digests for an encoder."""
     if examples is None:
         return ()
@@ -116,7 +116,7 @@ class Scores:
 
         async def measure(fingerprint: str, same: list[str]) -> None:
             recipe = one_hot(engine.pool, same[0], dtype=engine.dtype)
-            of_examples = await retry(lambda: self._finite(engine, recipe, examples, score_scope, label=repr(same[0])))
+            of_examples = await retry(lambda: self._losses(engine, recipe, examples, score_scope, label=repr(same[0])))
             losses.update(dict.fromkeys(same, of_examples))
             if on_loss is not None:
                 await on_loss({name: mean(losses[name]) for name in names if name in losses})
@@ -148,9 +148,9 @@ class Scores:
         Raises:
             As `of_models`.
         """
-        return await self._finite(engine, recipe, examples, score_scope, rows, label="the mixture")
+        return await self._losses(engine, recipe, examples, score_scope, rows, label="the mixture")
 
-    async def _finite(
+    async def _losses(
         self,
         engine: AnyEngine,
         recipe: Recipe,
@@ -174,7 +174,7 @@ class Scores:
         loss_version = ranking.LOSS_VERSION if engine.kind == "reranker" else text.LOSS_VERSION
         variant = digest_of({"loss": loss_version, "text": engine.pool.text_digest, "dtype": recipe.dtype})
         unique = {example_digest(example): example for example in examples}
-        key = ScoreKey(recipe.one_hot or recipe.digest, variant)
+        key = ScoreKey(recipe.only_model or recipe.digest, variant)
         kept = await self._store.losses(score_scope.tenant, key, list(unique))
         missing = {digest: example for digest, example in unique.items() if digest not in kept}
         if missing:
@@ -193,7 +193,7 @@ class Scores:
         score_scope: ScoreScope,
         rows: Sequence[int] | None,
     ) -> Sequence[float]:
-        model = recipe.one_hot
+        model = recipe.only_model
         truncate_to = engine.max_length if self._truncate.get(engine.pool.id, False) else None
         variant = digest_of(
             {"text": engine.pool.text_digest, "dtype": recipe.dtype, "prompt": "", "truncate_to": truncate_to}

@@ -19,7 +19,7 @@ from cocktail_serve.cocktails.options import CocktailRequest
 from cocktail_serve.cocktails.registry import Registry
 from cocktail_serve.cocktails.reports import Reports
 from cocktail_serve.cocktails.score_store import ScoreStore
-from cocktail_serve.cocktails.scores import Scores, ScoreScope, score_items
+from cocktail_serve.cocktails.scores import Scores, ScoreScope, score_keys
 from cocktail_serve.cocktails.store import ChangeHook, ExtraWrites, Store
 from cocktail_serve.cocktails.warnings import warnings_of_request
 from cocktail_serve.cocktails.weigher import Weigher
@@ -105,7 +105,7 @@ class CocktailService:
         )
         self._shield = Shield()
         self._sweeps = sweeps
-        self._following = ClusterLoop(
+        self._cluster_loop = ClusterLoop(
             database,
             GatewayLeases(database, place=place, lease_s=settings.store.lease_s),
             self._registry,
@@ -122,15 +122,15 @@ class CocktailService:
         Raises:
             StorageError: the registry cannot be read.
         """
-        await self._following.start()
+        await self._cluster_loop.start()
 
     async def stop(self) -> None:
         """Ends jobs where they are; engines are not touched. May be called twice."""
-        await self._following.pause()
+        await self._cluster_loop.pause()
         await self._shield.drain()
         await self._jobs.stop()
         await self._reports.stop()
-        await self._following.leave()
+        await self._cluster_loop.leave()
         self._executor.shutdown()
 
     async def create(
@@ -310,7 +310,7 @@ class CocktailService:
         self, tenant: str, request: CocktailRequest, extra_writes: ExtraWrites | None
     ) -> tuple[Cocktail, bool]:
         pool = self._pools[request.options.pool]
-        items = score_items(request.examples, pool.kind) + score_items(request.validation, pool.kind)
+        items = score_keys(request.examples, pool.kind) + score_keys(request.validation, pool.kind)
         cocktail, admission, gone = await self._registry.admit(
             tenant,
             request,

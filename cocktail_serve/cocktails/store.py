@@ -10,7 +10,7 @@ from typing import Any, Protocol
 from sqlalchemy import ColumnElement, delete, insert, select, tuple_, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from cocktail_serve.cocktails import change_log as history
+from cocktail_serve.cocktails import change_log
 from cocktail_serve.cocktails.cocktail import DIGEST8, Cocktail
 from cocktail_serve.cocktails.pacing import paced
 from cocktail_serve.cocktails.rows import from_row, to_row
@@ -164,7 +164,7 @@ class Store:
                 await connection.execute(
                     insert(tables.items), [{"uid": cocktail.uid, "item": item} for item in dict.fromkeys(items)]
                 )
-            await history.made(connection, cocktail)
+            await change_log.made(connection, cocktail)
             if extra_writes is not None:
                 await extra_writes(connection, cocktail)
         return cocktail
@@ -202,9 +202,9 @@ class Store:
             if not updated.rowcount:
                 raise StaleError
             if before is not None:
-                await history.changed(connection, before, changed)
-                for witness in self._change_hooks:
-                    await witness.changed(connection, before, changed)
+                await change_log.changed(connection, before, changed)
+                for hook in self._change_hooks:
+                    await hook.changed(connection, before, changed)
             if extra_writes is not None:
                 await extra_writes(connection, changed)
         return changed
@@ -241,7 +241,7 @@ class Store:
                 await connection.execute(insert(tables.pins).values(tenant=tenant, name=name, uid=uid))
                 of_version = select(tables.cocktails.c.digest).where(tables.cocktails.c.uid == uid)
                 digest = (await connection.execute(of_version)).scalar_one()
-            await history.pinned(connection, tenant, name, digest)
+            await change_log.pinned(connection, tenant, name, digest)
 
     @shielded
     async def delete(self, tenant: str, uids: Sequence[str]) -> None:
@@ -251,11 +251,11 @@ class Store:
             for some in chunks(uids):
                 names = select(tables.cocktails.c.name, tables.cocktails.c.digest)
                 rows = await connection.execute(names.where(tables.cocktails.c.uid.in_(some)).with_for_update())
-                await history.deleted(connection, tenant, [(row.name, row.digest) for row in rows])
+                await change_log.deleted(connection, tenant, [(row.name, row.digest) for row in rows])
                 removals = [{"uid": uid, "change": change} for uid in some]
                 await connection.execute(insert_missing(connection, tables.removals), removals)
-                for witness in self._change_hooks:
-                    await witness.deleted(connection, some)
+                for hook in self._change_hooks:
+                    await hook.deleted(connection, some)
                 await forget_scores(connection, tenant, some)
                 for table in (
                     tables.pins,

@@ -10,10 +10,10 @@ from functools import partial
 from typing import TypeVar
 
 from cocktail_serve.cocktails.cocktail import CrossValidation, Weighing
-from cocktail_serve.cocktails.cross_validation import find
+from cocktail_serve.cocktails.cross_validation import cross_validate
 from cocktail_serve.cocktails.options import CocktailOptions
 from cocktail_serve.cocktails.scores import Retrying, Scores, ScoreScope, once
-from cocktail_serve.cocktails.weighing_plan import advance, recipe_of, weigh
+from cocktail_serve.cocktails.weighing_plan import advance, recipe_of, weighing_steps
 from cocktail_serve.engines.base import AnyEngine
 from cocktail_serve.examples import ExampleSet
 from cocktail_serve.weighting.candidates import Candidate, Trial, Trials
@@ -77,10 +77,10 @@ class Weigher:
                 await on_progress(means, scored + (1.0 - scored) * share)
 
         return await self._answer_all(
-            weigh(options, losses), engine, options, examples, score_scope, retry=retry, on_trial=on_trial
+            weighing_steps(options, losses), engine, options, examples, score_scope, retry=retry, on_trial=on_trial
         )
 
-    async def find(
+    async def cross_validate(
         self,
         engine: AnyEngine,
         options: CocktailOptions,
@@ -99,7 +99,7 @@ class Weigher:
         if examples is not None:
             losses = await self.scores.of_models(engine, options.scored, examples, score_scope, retry=retry)
         return await self._answer_all(
-            find(options, losses, chosen), engine, options, examples, score_scope, retry=retry
+            cross_validate(options, losses, chosen), engine, options, examples, score_scope, retry=retry
         )
 
     async def _answer_all(

@@ -20,7 +20,7 @@ from cocktail_serve.weighting.softmax import entropy, softmax_weights, uniform_w
 _T = TypeVar("_T")
 
 
-def weigh(options: CocktailOptions, losses: Mapping[str, Sequence[float]]) -> Trials[Weighing]:
+def weighing_steps(options: CocktailOptions, losses: Mapping[str, Sequence[float]]) -> Trials[Weighing]:
     """Merging weights of a request.
 
     Where the method adds task vectors, the base's share is left out and the base counts 1 (`Method.coefficients`); the

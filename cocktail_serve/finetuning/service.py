@@ -31,7 +31,7 @@ class FineTuning:
     """Jobs of all tenants.
 
     Attributes:
-        cocktails: the service that `jobs` is a witness of.
+        cocktails: the service that `jobs` is a hook of.
         executor: where files are read into examples, away from the event loop.
     """
 

@@ -70,7 +70,7 @@ async def admit(request: DirectRequest) -> AdmittedRequest:
     return AdmittedRequest(request, exchange, gateway, caller, body, metered)
 
 
-async def find_target(asked: AdmittedRequest, *, kind: Kind) -> Target:
+async def find_target(admitted: AdmittedRequest, *, kind: Kind) -> Target:
     """The model that a request names; its figures are counted under its pool from now on.
 
     Cheap: what is wrong with the rest is found before anything is mixed.
@@ -81,13 +81,13 @@ async def find_target(asked: AdmittedRequest, *, kind: Kind) -> Target:
         PermissionDeniedError: an inline cocktail, and the key may not create.
         WrongModelKindError: the pool is not of the kind that the route needs.
         ModelNotReadyError: it is still being made.
-        StorageError: it is not known here, and the store cannot be asked.
+        StorageError: it is not known here, and the store cannot be admitted.
     """
-    gateway, caller = asked.gateway, asked.caller
-    model = asked.body.get("model")
+    gateway, caller = admitted.gateway, admitted.caller
+    model = admitted.body.get("model")
     if not isinstance(model, str) or not model:
         raise InvalidRequestError("model is required: name one of GET /v1/models", param="model")
-    if asked.body.get("cocktail") is None:
+    if admitted.body.get("cocktail") is None:
         served = await gateway.service.find(caller.tenant, model)
         target = Target(served.pool, served)
         if not caller.sees(target.pool.id):
@@ -108,11 +108,11 @@ async def find_target(asked: AdmittedRequest, *, kind: Kind) -> Target:
         raise WrongModelKindError(
             f"model {model!r} is {with_article(found)}; it answers {_ROUTES[found]}", param="model"
         )
-    asked.exchange.pool_id = target.pool.id
+    admitted.exchange.pool_id = target.pool.id
     return target
 
 
-async def served_model(asked: AdmittedRequest, target: Target) -> ServedModel:
+async def served_model(admitted: AdmittedRequest, target: Target) -> ServedModel:
     """What answers a request; an inline cocktail is mixed on first use.
 
     Raises:
@@ -122,5 +122,5 @@ async def served_model(asked: AdmittedRequest, target: Target) -> ServedModel:
     """
     if target.served is not None:
         return target.served
-    request = await asked.gateway.parse_inline(asked.body["cocktail"], target.pool)
-    return await asked.gateway.service.inline(asked.caller.tenant, request)
+    request = await admitted.gateway.parse_inline(admitted.body["cocktail"], target.pool)
+    return await admitted.gateway.service.inline(admitted.caller.tenant, request)

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from cocktail_serve.cocktails.cocktail import CrossValidation, Weighing
-from cocktail_serve.cocktails.cross_validation import find
+from cocktail_serve.cocktails.cross_validation import cross_validate
 from cocktail_serve.cocktails.options import CocktailOptions, CocktailRequest
 from cocktail_serve.cocktails.parsing import parse_inline
-from cocktail_serve.cocktails.weighing_plan import advance, recipe_of, weigh
+from cocktail_serve.cocktails.weighing_plan import advance, recipe_of, weighing_steps
 from cocktail_serve.config import PoolConfig, Settings
 from cocktail_serve.dtypes import DType
 from cocktail_serve.examples import ExampleSet, parse_examples
@@ -78,7 +78,7 @@ def weigh_offline(
         report("scoring the mixture", 1, 1)
         found = None
         if judge:
-            trials = find(request.options, losses, weighing.chosen)
+            trials = cross_validate(request.options, losses, weighing.chosen)
             found = _answered(trials, pool, request.options, losses_of, dtype=dtype, report=report, what="judging")
     return OfflineWeighing(pool, request, weighing, dtype, mixed_loss, found)
 
@@ -108,7 +108,7 @@ def weigh_by(
             losses[name] = losses_of(one_hot(pool, name, dtype=dtype), None)
             require_finite(losses[name], repr(name), dtype)
         report("scoring", len(losses), len(options.scored))
-    trials = weigh(options, losses)
+    trials = weighing_steps(options, losses)
     return _answered(trials, pool, options, losses_of, dtype=dtype, report=report, what="searching"), losses
 
 

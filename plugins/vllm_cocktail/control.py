@@ -9,7 +9,7 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from cocktail_serve.errors import CapacityError, ConfigError, EngineError, InvalidMixError, refusal
+from cocktail_serve.errors import CapacityError, ConfigError, EngineError, InvalidMixError, error_of_code
 from cocktail_serve.recipe import Recipe
 from vllm_cocktail.fence import Fence
 from vllm_cocktail.manifest import Manifest
@@ -196,7 +196,7 @@ class EngineControl:
                 try:
                     await self._on_all_ranks("cocktail_check", recipe_json)
                 except EngineError as error:
-                    raise refusal(error.code, error.message) or InvalidMixError(
+                    raise error_of_code(error.code, error.message) or InvalidMixError(
                         error.message, param="recipe", code="invalid_recipe"
                     ) from error
             self.fence.close()

@@ -136,7 +136,7 @@ class Mixer:
         # vLLM packs and copies a layer while the next is mixed
         mixed = self._open(recipe).params(empty=self._buffers.empty)
         fresh: Iterator[tuple[str, Tensor]] = made_ahead(mixed, depth=BYTES_AHEAD, size_of=lambda item: item[1].nbytes)
-        if recipe.one_hot is None and self.cache.make_room(self._num_bytes(recipe)):
+        if recipe.only_model is None and self.cache.make_room(self._num_bytes(recipe)):
             fresh = self._keeping(recipe.digest, fresh)
         return fresh, "files"
 

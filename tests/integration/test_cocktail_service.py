@@ -130,8 +130,8 @@ class ScoringEngine(DoubleEngine):
 
     async def _losses(self, recipe: Recipe, examples: ExampleSet) -> list[float]:
         await self._answer()
-        self.visits.append((recipe.one_hot or "mixture", tuple(example_digest(example) for example in examples)))
-        if recipe.one_hot is None and recipe.digest not in self.materialised:
+        self.visits.append((recipe.only_model or "mixture", tuple(example_digest(example) for example in examples)))
+        if recipe.only_model is None and recipe.digest not in self.materialised:
             self.tried.append(recipe.digest)
         if len(self.visits_to("mixture")) == self.hold_after:
             self.gate.clear()
@@ -176,7 +176,7 @@ class EmbedEngine(DoubleEngine):
         assert background
         assert prompt == ""
         texts = [text for text in inputs if isinstance(text, str)]
-        self.embedded.append((recipe.one_hot or "mixture", tuple(texts)))
+        self.embedded.append((recipe.only_model or "mixture", tuple(texts)))
         vectors = np.stack([self._vector(recipe, text) for text in texts])
         return Embedded(vectors=vectors.astype(np.float32), num_tokens=len(texts))
 
@@ -585,7 +585,7 @@ async def test_validation_examples_that_do_not_fit_are_named(world: World, servi
 
 
 class Notes:
-    """A witness that remembers what it was told, and can refuse."""
+    """A hook that remembers what it was told, and can refuse."""
 
     def __init__(self) -> None:
         self.changes: list[tuple[str, str]] = []
@@ -1041,7 +1041,7 @@ async def test_an_inline_cocktail_is_found_again_unlisted_and_named(world: World
         service.catalog.resolve("other", served.model_id)
     assert service.catalog.list("acme") == []
     assert served.model_id not in list(service.catalog.models("acme"))
-    assert service.catalog.resolve("acme", "flan").recipe.one_hot == "fp-flan-base", "the pool stays the base"
+    assert service.catalog.resolve("acme", "flan").recipe.only_model == "fp-flan-base", "the pool stays the base"
     await service.delete("acme", served.model_id)
     with pytest.raises(NotFoundError):
         service.catalog.resolve("acme", served.model_id)

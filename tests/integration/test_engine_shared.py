@@ -21,7 +21,7 @@ from cocktail_serve.engines.fairness import TenantShares
 from cocktail_serve.engines.scheduling import SchedulerSnapshot
 from cocktail_serve.engines.stats import EngineStats
 from cocktail_serve.engines.turns.base import Turns, loop_time
-from cocktail_serve.engines.turns.hold import Hold, drained_error
+from cocktail_serve.engines.turns.hold import OperatorHold, drained_error
 from cocktail_serve.engines.turns.lease import Lease
 from cocktail_serve.engines.turns.slots import Slots
 from cocktail_serve.engines.turns.wait_queue import Waiter, WaitQueues
@@ -56,7 +56,7 @@ class SharedTurns:
 
     def __init__(self, tenant_shares: TenantShares, *, max_in_flight: int) -> None:
         self._slots = Slots(tenant_shares, max_in_flight=max_in_flight, gap_s=1.0)
-        self._hold = Hold()
+        self._hold = OperatorHold()
         self._queues = WaitQueues()
         self._in_flight: set[Lease] = set()
         self._is_up = False
@@ -81,8 +81,8 @@ class SharedTurns:
         self._hold.check_admits(recipe.digest)
         waiter = Waiter(
             recipe=recipe,
-            came=loop_time(),
-            arrived=loop_time(),
+            made_at=loop_time(),
+            ranked_from=loop_time(),
             tenant=tenant,
             num_tokens=num_tokens,
             admission=asyncio.get_running_loop().create_future(),

@@ -29,7 +29,7 @@ async def pair(tmp_path: Path, database_url: str) -> AsyncIterator[Pair]:
 
 async def silenced(service: CocktailService) -> None:
     """What others see of a process that stands still: it learns nothing and gives no sign of life."""
-    await service._following.pause()
+    await service._cluster_loop.pause()
 
 
 async def test_what_one_makes_the_other_serves(pair: Pair) -> None:
@@ -131,14 +131,14 @@ async def test_a_job_is_taken_over_when_its_owner_stands_still_and_the_owner_can
 
 async def test_who_was_taken_for_dead_joins_again_and_owns_its_new_jobs(pair: Pair) -> None:
     await silenced(pair.one)
-    before = pair.one._following._peers.me
-    await until(lambda: before not in pair.other._following._peers._beats)
-    await pair.one._following.beat()
-    assert pair.one._following._peers.me != before
+    before = pair.one._cluster_loop._leases.me
+    await until(lambda: before not in pair.other._cluster_loop._leases._beats)
+    await pair.one._cluster_loop.beat()
+    assert pair.one._cluster_loop._leases.me != before
     pair.here.scoring.gate.clear()
     created, _ = await pair.one.create("acme", pair.here.request())
     await until(lambda: pair.one._jobs.is_running(created.uid))
-    assert (await pair.other.look_up("acme", created.id)).owner == pair.one._following._peers.me
+    assert (await pair.other.look_up("acme", created.id)).owner == pair.one._cluster_loop._leases.me
     pair.here.scoring.gate.set()
     assert (await pair.one.wait("acme", created.id, 10.0)).status == "ready"
 
@@ -152,7 +152,7 @@ async def test_who_leaves_hands_its_jobs_over_at_once(tmp_path: Path, database_u
             created, _ = await one.create("acme", here.request())
             await until(lambda: one.catalog.get("acme", created.id).status == "scoring")
         await other.look_up("acme", created.id)
-        await other._following.beat()
+        await other._cluster_loop.beat()
         assert (await other.wait("acme", created.id, 10.0)).status == "ready"
 
 
@@ -209,12 +209,12 @@ async def test_one_of_them_sweeps(tmp_path: Path, database_url: str, monkeypatch
     swept: list[str] = []
 
     async def note(self: CocktailService) -> None:
-        swept.append(self._following._peers.me)
+        swept.append(self._cluster_loop._leases.me)
 
     monkeypatch.setattr(CocktailService, "_sweep", note)
     worlds = [World(tmp_path / name, url=database_url) for name in ("here", "there")]
     async with worlds[0].service(place="here") as one, worlds[1].service(place="there") as other:
-        both = {service._following._peers.me: service for service in (one, other)}
+        both = {service._cluster_loop._leases.me: service for service in (one, other)}
         swept.clear()
         await until(lambda: len(swept) >= 4)
         (sweeper,) = set(swept)

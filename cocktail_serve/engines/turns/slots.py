@@ -88,7 +88,7 @@ class Slots:
     def first_in(self, claims: Iterable[C], now: float) -> C | None:
         """Whose is the next free slot: of the tenant served least lately, of those that may have one more."""
         admissible = [claim for claim in claims if self.has_one_for(claim.tenant, now)]
-        return min(admissible, key=lambda claim: (self.served(claim.tenant, now), claim.arrived), default=None)
+        return min(admissible, key=lambda claim: (self.served(claim.tenant, now), claim.ranked_from), default=None)
 
     def take(self, tenant: str, num_tokens: int, now: float) -> None:
         """A request of a tenant goes in.

@@ -7,7 +7,7 @@ from pathlib import Path
 from cocktail_serve.config import VLLMEngineConfig
 from cocktail_serve.engines.fairness import TenantShares
 from cocktail_serve.engines.stats import EngineStats
-from cocktail_serve.engines.turns.residency import PATIENCE_SLICES, ExclusiveTurns
+from cocktail_serve.engines.turns.exclusive import PATIENCE_SLICES, ExclusiveTurns
 from cocktail_serve.engines.vllm.engine import VLLMEngine
 from cocktail_serve.engines.vllm.parameters import ResidentParameters
 from cocktail_serve.errors import ConfigError

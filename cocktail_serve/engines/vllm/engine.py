@@ -1,8 +1,8 @@
 """A decoder pool in a vLLM server of its own: requests are passed through once they are let in.
 
 Others keep the server alive (`supervisor`), say how it is started (`launcher`), let requests in (`turns`), have the
-server answer by their recipes (`parameters`), write what is sent (`request_body`), read what comes back (`answers`) and
-score examples (`scorer`); here they work together.
+server answer by their recipes (`parameters`), write what is sent (`request_body`), read what comes back (`responses`)
+and score examples (`scorer`); here they work together.
 """
 
 from __future__ import annotations

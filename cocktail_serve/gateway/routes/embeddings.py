@@ -34,10 +34,10 @@ router = APIRouter(tags=["embeddings"], route_class=DirectRoute)
 )
 async def create_embeddings(request: DirectRequest) -> None:
     """Embeddings of up to 2048 texts, as OpenAI's."""
-    asked = await admit(request)
-    gateway = asked.gateway
-    wanted = parse_as(EmbeddingRequest, asked.body)
-    target = await find_target(asked, kind="encoder")
+    admitted = await admit(request)
+    gateway = admitted.gateway
+    wanted = parse_as(EmbeddingRequest, admitted.body)
+    target = await find_target(admitted, kind="encoder")
     config = gateway.pool_configs[target.pool.id]
     engine = gateway.encoder(target.pool.id)
     inputs = check_inputs(wanted.input, token_inputs=config.token_inputs)
@@ -50,7 +50,7 @@ async def create_embeddings(request: DirectRequest) -> None:
     size_by, size = given(wanted, "dimensions", "output_dimension")
     dimensions = dimensions_to_keep(size, full=engine.dimension, pool=config, param=size_by)
     _, encoding_format = given(wanted, "encoding_format", "embedding_type")
-    served = await served_model(asked, target)
+    served = await served_model(admitted, target)
     async with ended_with_client(request.receive):
         embedded = await engine.embed(
             served.recipe,
@@ -58,10 +58,10 @@ async def create_embeddings(request: DirectRequest) -> None:
             prompt=prompt,
             truncate_to=truncate_to,
             dimensions=dimensions,
-            tenant=asked.caller.tenant,
+            tenant=admitted.caller.tenant,
         )
-    asked.metered.used(served, num_in=embedded.num_tokens)
-    asked.observe_first_token(served)
+    admitted.metered.used(served, num_in=embedded.num_tokens)
+    admitted.observe_first_token(served)
     encode = partial(
         encode_embeddings,
         embedded.vectors,

@@ -49,9 +49,9 @@ async def create_completion(request: DirectRequest) -> None:
 
 
 async def _generate(request: DirectRequest, path: str) -> None:
-    asked = await admit(request)
-    target = await find_target(asked, kind="decoder")
-    engine_config = asked.gateway.pool_configs[target.pool.id].engine
+    admitted = await admit(request)
+    target = await find_target(admitted, kind="decoder")
+    engine_config = admitted.gateway.pool_configs[target.pool.id].engine
     assert isinstance(engine_config, VLLMEngineConfig)  # the configuration lets no decoder have another
-    outgoing = apply_field_policy(asked.body, allow_chat_template=engine_config.allow_chat_template)
-    await forward_generation(asked, await served_model(asked, target), path, outgoing)
+    outgoing = apply_field_policy(admitted.body, allow_chat_template=engine_config.allow_chat_template)
+    await forward_generation(admitted, await served_model(admitted, target), path, outgoing)

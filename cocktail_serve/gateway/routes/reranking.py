@@ -27,10 +27,10 @@ router = APIRouter(tags=["reranking"], route_class=DirectRoute)
 )
 async def rerank(request: DirectRequest) -> None:
     """Documents in the order of their relevance to a query, as vLLM's; `/rerank` and `/v2/rerank` are the same."""
-    asked = await admit(request)
-    gateway = asked.gateway
-    wanted = parse_as(RerankRequest, asked.body)
-    target = await find_target(asked, kind="reranker")
+    admitted = await admit(request)
+    gateway = admitted.gateway
+    wanted = parse_as(RerankRequest, admitted.body)
+    target = await find_target(admitted, kind="reranker")
     engine = gateway.reranker(target.pool.id)
     _, top_n = given(wanted, "top_n", "top_k")
     documents = check_documents(wanted.documents, rank_fields=wanted.rank_fields)
@@ -40,7 +40,7 @@ async def rerank(request: DirectRequest) -> None:
         whether=wanted.truncation,
         truncate=gateway.pool_configs[target.pool.id].truncate,
     )
-    served = await served_model(asked, target)
+    served = await served_model(admitted, target)
     async with ended_with_client(request.receive):
         reranked = await engine.rerank(
             served.recipe,
@@ -50,10 +50,10 @@ async def rerank(request: DirectRequest) -> None:
             max_query_tokens=wanted.max_tokens_per_query or None,
             max_document_tokens=wanted.max_tokens_per_doc or None,
             use_activation=wanted.use_activation is not False,
-            tenant=asked.caller.tenant,
+            tenant=admitted.caller.tenant,
         )
-    asked.metered.used(served, num_in=reranked.num_tokens)
-    asked.observe_first_token(served)
+    admitted.metered.used(served, num_in=reranked.num_tokens)
+    admitted.observe_first_token(served)
     answer = encode_ranking(
         reranked,
         documents,

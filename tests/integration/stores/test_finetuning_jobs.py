@@ -25,7 +25,7 @@ class Clock:
 
 
 class World:
-    """A store of cocktails whose witness the jobs are."""
+    """A store of cocktails whose hook the jobs are."""
 
     def __init__(self, database: Database) -> None:
         self.clock = Clock()

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from cocktail_serve.cocktails.cross_validation import find
+from cocktail_serve.cocktails.cross_validation import cross_validate
 from cocktail_serve.cocktails.options import CocktailOptions
 from cocktail_serve.cocktails.weighing_plan import advance
 from cocktail_serve.weighting.candidates import Candidate, Trial
@@ -19,7 +19,7 @@ def options(**changes) -> CocktailOptions:
 
 def asked(chosen: Candidate, losses=LOSSES, **changes):
     """All trials, each answered with 0.5, and the findings."""
-    trials, generator, answer = [], find(options(**changes), losses, chosen), None
+    trials, generator, answer = [], cross_validate(options(**changes), losses, chosen), None
     while isinstance(step := advance(generator, answer), Trial):
         trials.append(step)
         answer = [0.5] * len(step.rows)

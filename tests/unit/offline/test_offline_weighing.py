@@ -44,7 +44,7 @@ def weigh(pool: Pool, weighting: str, overflows: Callable[[Recipe], bool]) -> No
 
 def test_a_loss_that_is_not_finite_is_told_as_the_server_tells_it(pool: Pool) -> None:
     with pytest.raises(NotFiniteError) as caught:
-        weigh(pool, "softmax", lambda recipe: recipe.one_hot == pool.member("nq").fingerprint)
+        weigh(pool, "softmax", lambda recipe: recipe.only_model == pool.member("nq").fingerprint)
     assert (caught.value.code, caught.value.param) == ("not_finite", "examples")
     assert caught.value.message == (
         "row 2: the loss of 'nq' on this example is inf: what it computes overflows in float16; leave the model out "
@@ -54,4 +54,4 @@ def test_a_loss_that_is_not_finite_is_told_as_the_server_tells_it(pool: Pool) ->
 
 def test_so_is_one_of_a_mixture_that_was_tried(pool: Pool) -> None:
     with pytest.raises(NotFiniteError, match=r"^row 2: the loss of the mixture on this example is inf: .*'experts'"):
-        weigh(pool, "search", lambda recipe: recipe.one_hot is None)
+        weigh(pool, "search", lambda recipe: recipe.only_model is None)

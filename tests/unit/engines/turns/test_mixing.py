@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from cocktail_serve.engines.turns.hold import Hold
+from cocktail_serve.engines.turns.hold import OperatorHold
 from cocktail_serve.engines.turns.mixing import Mixing
 from cocktail_serve.engines.turns.wait_queue import Claimant, Waiter, WaitQueues
 from cocktail_serve.errors import CocktailError, EngineError, InvalidMixError
@@ -22,7 +22,7 @@ class World:
 
     def __init__(self, *outcomes: Outcome, pinned: Recipe | None = None) -> None:
         self.outcomes = list(outcomes)
-        self.queues, self.hold = WaitQueues(), Hold()
+        self.queues, self.hold = WaitQueues(), OperatorHold()
         self.mixing = Mixing(self._mix, queues=self.queues, hold=self.hold)
         self.wanted = [self._wait(WANTED, claimant) for claimant in ("tenant", "background")]
         self.others = [self._wait(OTHER, claimant) for claimant in ("tenant", "background")]
@@ -31,7 +31,7 @@ class World:
 
     def _wait(self, recipe: Recipe, claimant: Claimant) -> Waiter:
         admission = asyncio.get_running_loop().create_future()
-        waiter = Waiter(recipe=recipe, came=0.0, arrived=0.0, claimant=claimant, admission=admission)
+        waiter = Waiter(recipe=recipe, made_at=0.0, ranked_from=0.0, claimant=claimant, admission=admission)
         self.queues.holding(waiter).add(waiter)
         return waiter
 

@@ -42,7 +42,7 @@ def policy_of(**tenants: Tenant) -> TurnPolicy:
 
 def claim(arrived: float, tenant: str = "t", **more: Any) -> Claim:
     recipe = Recipe(base="base", coefficients=((f"{tenant} {arrived}", 1.0),), dtype="float32")
-    return Claim(recipe=recipe, came=arrived, arrived=arrived, tenant=tenant, **more)
+    return Claim(recipe=recipe, made_at=arrived, ranked_from=arrived, tenant=tenant, **more)
 
 
 def background(arrived: float) -> Claim:

@@ -22,7 +22,7 @@ def slots_of(max_in_flight: int | None, *, tenant_shares: TenantShares | None = 
 
 def claim(tenant: str, arrived: float = 0.0) -> Claim:
     recipe = Recipe(base="base", coefficients=(("one", 1.0),), dtype="float32")
-    return Claim(recipe=recipe, came=arrived, arrived=arrived, tenant=tenant)
+    return Claim(recipe=recipe, made_at=arrived, ranked_from=arrived, tenant=tenant)
 
 
 @pytest.mark.parametrize(

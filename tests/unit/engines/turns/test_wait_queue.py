@@ -18,7 +18,9 @@ def waiting(
     queues: WaitQueues, recipe: Recipe, came: float, tenant: str = "t", claimant: Claimant = "tenant"
 ) -> Waiter:
     admission = asyncio.get_running_loop().create_future()
-    waiter = Waiter(recipe=recipe, came=came, arrived=came, tenant=tenant, claimant=claimant, admission=admission)
+    waiter = Waiter(
+        recipe=recipe, made_at=came, ranked_from=came, tenant=tenant, claimant=claimant, admission=admission
+    )
     queues.holding(waiter).add(waiter)
     return waiter
 

@@ -27,7 +27,7 @@ from cocktail_serve.engines.fairness import TenantShares
 from cocktail_serve.engines.scheduling import Phase, SchedulerSnapshot, WaitReason
 from cocktail_serve.engines.stats import EngineStats
 from cocktail_serve.engines.turns.base import loop_time
-from cocktail_serve.engines.turns.hold import Hold, drained_error, pinned_error
+from cocktail_serve.engines.turns.hold import OperatorHold, drained_error, pinned_error
 from cocktail_serve.engines.turns.lease import Lease
 from cocktail_serve.engines.turns.mixing import Mix, Mixing
 from cocktail_serve.engines.turns.policy import TurnPolicy
@@ -83,7 +83,7 @@ class ExclusiveTurns:
             slice_s=slice_s,
             patience_s=PATIENCE_SLICES * slice_s if patience_s is None else patience_s,
         )
-        self._hold = Hold()
+        self._hold = OperatorHold()
         self._queues = WaitQueues()
         self._mixing = Mixing(mix, queues=self._queues, hold=self._hold)
         self._phase: Phase = "closed"
@@ -136,8 +136,8 @@ class ExclusiveTurns:
         loop = asyncio.get_running_loop()
         waiter = Waiter(
             recipe=recipe,
-            came=now,
-            arrived=now + (self._background_delay_s if background else 0.0),
+            made_at=now,
+            ranked_from=now + (self._background_delay_s if background else 0.0),
             claimant="background" if background else "tenant",
             tenant="" if background else tenant,
             num_tokens=num_tokens,
@@ -274,7 +274,7 @@ class ExclusiveTurns:
         while (waiter := self._slots.first_in(self._queues.requests.firsts_of(digest), now)) is not None:
             self._queues.requests.discard(waiter)
             if not waiter.is_answered:
-                self.stats.wait.observe(now - waiter.came)
+                self.stats.wait.observe(now - waiter.made_at)
                 waiter.admission.set_result(self._admit(waiter.tenant, waiter.num_tokens))
 
     async def _until_turn_ends(self) -> None:

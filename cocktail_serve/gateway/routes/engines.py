@@ -11,7 +11,7 @@ from cocktail_serve.gateway.dependencies import GatewayDep, admin_of
 from cocktail_serve.gateway.gateway import Gateway
 from cocktail_serve.gateway.json_body import JSONObject, parse_as
 from cocktail_serve.gateway.openapi import error_responses, json_request
-from cocktail_serve.gateway.schemas.operating import (
+from cocktail_serve.gateway.schemas.engines import (
     DeletedExpert,
     EngineBody,
     EngineList,

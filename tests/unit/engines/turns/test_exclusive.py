@@ -15,9 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cocktail_serve.engines.fairness import HALF_LIFE_S, MAX_KEPT, TenantShare, TenantShares
+from cocktail_serve.engines.turns.exclusive import ExclusiveTurns
 from cocktail_serve.engines.turns.lease import Lease
 from cocktail_serve.engines.turns.mixing import MAX_BUSY_MIXES
-from cocktail_serve.engines.turns.residency import ExclusiveTurns
 from cocktail_serve.engines.turns.slots import Presence, Slots
 from cocktail_serve.errors import (
     DrainedError,

@@ -10,7 +10,7 @@ import cocktail_serve
 from cocktail_serve.engines.snapshot import EngineSnapshot
 from cocktail_serve.gateway.dependencies import GatewayDep
 from cocktail_serve.gateway.gateway import Gateway
-from cocktail_serve.gateway.schemas.operations import EngineReadiness, Health, Readiness
+from cocktail_serve.gateway.schemas.probes import EngineReadiness, Health, Readiness
 
 router = APIRouter(tags=["operations"])
 
