@@ -88,7 +88,7 @@ def ready_cocktail(request: CocktailRequest, pool: Pool, tenant: str, number: in
         pool_id=pool.id,
         kind=pool.kind,
         digest=request.digest,
-        request=request.options,
+        options=request.options,
         created_at=1.7e9 + number,
         used_at=1.7e9 + number,
         ready_at=1.7e9 + number + 1,

@@ -25,7 +25,7 @@ def queued_cocktail(uid: str = "1", tenant: str = "acme", **changes: object) -> 
         pool_id="flan",
         kind="decoder",
         digest=uid * 8,
-        request=options,
+        options=options,
         created_at=1_700_000_000.123456,
         sequence=int(uid, 16),
     )

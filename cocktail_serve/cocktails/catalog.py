@@ -382,7 +382,7 @@ def no_cocktail(ref: str) -> NotFoundError:
 def _may_hold(cocktail: Cocktail, member: Member) -> bool:
     if cocktail.recipe is not None:
         return any(fingerprint == member.fingerprint for fingerprint, _ in cocktail.recipe.coefficients)
-    return not cocktail.is_final and cocktail.request.members.get(member.name) == member.fingerprint
+    return not cocktail.is_final and cocktail.options.members.get(member.name) == member.fingerprint
 
 
 def _model_entry(model_id: str, cocktail: Cocktail) -> ModelEntry:

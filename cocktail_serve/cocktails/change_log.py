@@ -13,7 +13,7 @@ from cocktail_serve.usage.audit import Actor, record
 
 async def made(connection: AsyncConnection, cocktail: Cocktail) -> None:
     """A cocktail was asked for."""
-    options = cocktail.request
+    options = cocktail.options
     await record(
         connection,
         "cocktail.created",

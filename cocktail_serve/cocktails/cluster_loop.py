@@ -127,7 +127,7 @@ class ClusterLoop:
             if cocktail.owner in alive and (cocktail.owner != self._leases.me or self._jobs.is_running(cocktail.uid)):
                 continue
             pool = self._pools.get(cocktail.pool_id)
-            fits = pool is not None and pool.fingerprint == cocktail.request.pool_fingerprint
+            fits = pool is not None and pool.fingerprint == cocktail.options.pool_fingerprint
             if not fits and len(alive) > 1:
                 continue  # another gateway may have the pool as it was
             claimed = await self._registry.claim(cocktail.uid)

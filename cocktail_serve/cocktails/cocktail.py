@@ -118,7 +118,7 @@ class Cocktail:
     pool_id: str
     kind: Kind
     digest: str
-    request: CocktailOptions
+    options: CocktailOptions
     created_at: float
     sequence: int
     status: Status = "queued"
@@ -148,11 +148,11 @@ class Cocktail:
 
     @property
     def inline(self) -> bool:
-        return self.request.inline
+        return self.options.inline
 
     @property
     def metadata(self) -> Mapping[str, str]:
-        return self.request.metadata
+        return self.options.metadata
 
     @property
     def chosen(self) -> Candidate | None:

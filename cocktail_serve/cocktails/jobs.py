@@ -109,7 +109,12 @@ class _LostError(Exception):
 
 
 class Jobs:
-    """The running jobs, one task each. They end with the process and go on in the next one, or in another gateway."""
+    """The running jobs, one task each. They end with the process and go on in the next one, or in another gateway.
+
+    Args:
+        on_ready: told of a cocktail that is ready: its report is begun (`Reports.submit`).
+        on_spent: told what a job took of the engines: it goes to the ledger.
+    """
 
     def __init__(
         self,
@@ -198,7 +203,7 @@ class Jobs:
     async def _mix(
         self, cocktail: Cocktail, examples: ExampleSet | None, validation: ExampleSet | None, spent: EngineTimeTotal
     ) -> None:
-        options = cocktail.request
+        options = cocktail.options
         pool = self._pools.get(cocktail.pool_id)
         if pool is None or not options.fits(pool):
             raise ConflictError(

@@ -46,7 +46,9 @@ class Registry:
         on_remote_change: called, at once, when other gateways have changed something.
     """
 
-    def __init__(self, catalog: Catalog, store: Store, *, max_inline: int) -> None:
+    def __init__(
+        self, catalog: Catalog, store: Store, *, max_inline: int, on_remote_change: OnRemoteChange | None = None
+    ) -> None:
         self.catalog = catalog
         self._store = store
         self._max_inline = max_inline
@@ -56,7 +58,7 @@ class Registry:
         self._unkept: dict[str, Cocktail] = {}
         self._dry_runs: Counter[str] = Counter()
         self.owner: str | None = None
-        self.on_remote_change: OnRemoteChange = _ignored
+        self._on_remote_change = on_remote_change or _ignored
 
     async def load(self) -> None:
         """Reads the store into memory."""
@@ -288,7 +290,7 @@ class Registry:
         self._num_syncs += 1
         news = await self._store.news(self._last_change)
         if news is not None:
-            await self._take_in(news, self.on_remote_change)
+            await self._take_in(news, self._on_remote_change)
 
     async def _take_in(self, news: RemoteChanges, tell: OnRemoteChange) -> None:
         """Brings the news of the store into memory name by name, each as it was at one moment."""
@@ -337,7 +339,7 @@ class Registry:
             pool_id=pool.id,
             kind=pool.kind,
             digest=request.digest,
-            request=request.options,
+            options=request.options,
             created_at=now,
             used_at=now,
             sequence=0,

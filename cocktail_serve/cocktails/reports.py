@@ -93,12 +93,12 @@ class Reports:
 
     async def _cross_validate(self, cocktail: Cocktail, spent: EngineTimeTotal) -> CrossValidation:
         engine = self._engines.get(cocktail.pool_id)
-        if engine is None or engine.pool.fingerprint != cocktail.request.pool_fingerprint:
+        if engine is None or engine.pool.fingerprint != cocktail.options.pool_fingerprint:
             return no_findings("the pool's models are no longer those it was made from")
         try:
             return await self._weigher.cross_validate(
                 engine,
-                cocktail.request,
+                cocktail.options,
                 cocktail.chosen,
                 await self._store.example_set(cocktail),
                 ScoreScope(tenant=cocktail.tenant, uid=cocktail.uid, spent=spent),

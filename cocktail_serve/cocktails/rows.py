@@ -22,7 +22,7 @@ def to_row(cocktail: Cocktail) -> dict[str, Any]:
         "pool_id": cocktail.pool_id,
         "kind": cocktail.kind,
         "digest": cocktail.digest,
-        "request": cocktail.request.to_json(),
+        "request": cocktail.options.to_json(),
         "created_at": cocktail.created_at,
         "ready_at": cocktail.ready_at,
         "used_at": cocktail.used_at,
@@ -49,12 +49,12 @@ def to_row(cocktail: Cocktail) -> dict[str, Any]:
 
 def from_row(row: RowMapping) -> Cocktail:
     """The cocktail that `to_row` wrote."""
-    values = dict(row)
-    found = values.pop("findings")
+    values = dict(row)  # the columns are the fields, but for two of other names
+    options, found = values.pop("request"), values.pop("findings")
     return Cocktail(
         **{
             **values,
-            "request": CocktailOptions.from_json(values["request"]),
+            "options": CocktailOptions.from_json(options),
             "recipe": None if values["recipe"] is None else Recipe.from_json(values["recipe"]),
             "error": None if values["error"] is None else Failure(**values["error"]),
             "warnings": tuple(values["warnings"]),

@@ -77,8 +77,12 @@ class CocktailService:
     ) -> None:
         self._store = Store(database, change_hooks=change_hooks)
         self.catalog = Catalog(pools, {pool_id: engine.dtype for pool_id, engine in engines.items()})
-        self._registry = Registry(self.catalog, self._store, max_inline=settings.max_inline_cocktails)
-        self._registry.on_remote_change = self._changed_remotely
+        self._registry = Registry(
+            self.catalog,
+            self._store,
+            max_inline=settings.max_inline_cocktails,
+            on_remote_change=self._changed_remotely,
+        )
         self._ledger = ledger
         self._settings = settings
         self._pools = pools

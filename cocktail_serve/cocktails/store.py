@@ -22,7 +22,10 @@ from cocktail_serve.tenants.kept_bytes import check_example_bytes
 
 
 class ChangeHook(Protocol):
-    """Writes down what a change of a cocktail means elsewhere, in the transaction of the change: both or neither."""
+    """Writes down what a change of a cocktail means elsewhere, in the transaction of the change: both or neither.
+
+    Fine-tuning's `JobStore` is one: a job is a cocktail in other words.
+    """
 
     async def changed(self, connection: AsyncConnection, before: Cocktail, after: Cocktail) -> None:
         """Called behind each change of a cocktail's row."""
@@ -38,7 +41,7 @@ ExtraWrites = Callable[[AsyncConnection, Cocktail], Awaitable[None]]
 
 
 class StaleError(Exception):
-    """Another gateway changed it first, and nothing was written: learn the news, then decide again."""
+    """Another gateway changed it first, and nothing was written: take the changes in, then decide again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -285,7 +288,7 @@ class Store:
         Raises:
             InvalidExamplesError: this release does not read them.
         """
-        options = cocktail.request
+        options = cocktail.options
         if (options.validation_digest if validation else options.examples_digest) is None:
             return None
         rows = await self.examples(cocktail.uid, validation=validation)

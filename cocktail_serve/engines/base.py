@@ -100,7 +100,8 @@ class Forwarded:
     Attributes:
         body: the whole body of a plain answer, or None while it streams.
         events: server-sent events as raw `data:` payloads, without the prefix and `[DONE]`; empty for plain answers.
-        settle: told the tokens that the answer took, read and generated, once they are known: turns are fair by them.
+        settle: told the tokens that the answer took, read and generated, once they are known, also after the
+            answer has ended (`Lease.settle`): turns are fair by them.
     """
 
     body: bytes | None
@@ -136,7 +137,7 @@ class ScoringEngine(Engine, Protocol):
 
 @runtime_checkable
 class GenerationEngine(ScoringEngine, Protocol):
-    """A decoder behind an OpenAI server of its own, one resident recipe at a time."""
+    """A decoder behind an OpenAI server of its own. `engines.build_engine` makes one: a `VLLMEngine`."""
 
     @property
     def kind(self) -> Literal["decoder"]: ...

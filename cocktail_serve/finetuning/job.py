@@ -99,8 +99,8 @@ def events_between(before: Cocktail, after: Cocktail) -> Iterator[JobEvent]:
     """What a change of a cocktail means to its jobs."""
     if after.status == "scoring":
         if before.status != "scoring":
-            count = after.request.num_examples
-            models = len(after.request.scored)
+            count = after.options.num_examples
+            models = len(after.options.scored)
             yield JobEvent(f"Scoring {models} models on {count} examples", data={"progress": after.progress})
         yield from _scored(before, after)
     elif after.status == "mixing" and before.status != "mixing":

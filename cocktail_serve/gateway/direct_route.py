@@ -33,7 +33,7 @@ class DirectRoute(APIRoute):
 class DirectRouting:
     """Calls the endpoints of direct routes before the router, FastAPI and what wraps them have been asked.
 
-    The innermost middleware. Other methods on their paths go on to the router, which refuses them.
+    Inside of all middleware that a POST passes. Other methods on their paths go on to the router, which refuses them.
     """
 
     def __init__(self, app: ASGIApp, *, routes: Iterable[BaseRoute]) -> None:

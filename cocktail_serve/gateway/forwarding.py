@@ -38,8 +38,8 @@ async def forward_generation(admitted: AdmittedRequest, served: ServedModel, pat
         path: of the engine's own API, as `/v1/completions`.
 
     Raises:
-        CocktailError: as `GenerationEngine.forward`, before anything was sent.
-        ClientDisconnect: the client has gone.
+        CocktailError: as `GenerationEngine.forward`, before anything was sent; `DirectRouting` answers it.
+        ClientDisconnect: the client has gone; `RequestBoundary` notes it.
     """
     engine = admitted.gateway.decoder(served.pool.id)
     rewriter = AnswerRewriter(served.model_id, outgoing, end_token_ids=served.generation.end_token_ids)

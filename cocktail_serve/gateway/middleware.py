@@ -30,7 +30,8 @@ _REQUEST_ID = re.compile(rb"[\x21-\x7e]{1,128}")
 class RequestBoundary:
     """Names each request, counts it, and turns what nobody caught into a 500.
 
-    Outermost, so that every answer carries `x-request-id`: the client's own where it sent a printable one.
+    Outermost (but for CORS), so that every answer carries `x-request-id`: the client's own where it sent a printable
+    one.
     Makes the `Exchange`, and reads from it at the end what those inside have filled in.
     """
 

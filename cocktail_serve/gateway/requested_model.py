@@ -66,7 +66,7 @@ async def admit(request: DirectRequest) -> AdmittedRequest:
     body, num_bytes = await read_json_object(request)
     exchange = exchange_of(request)
     metered = exchange.metered = gateway.meter.admit(caller, body, num_bytes=num_bytes)
-    exchange.enter(metered.admission)
+    exchange.require_admitted(metered.admission)
     return AdmittedRequest(request, exchange, gateway, caller, body, metered)
 
 
@@ -113,7 +113,7 @@ async def find_target(admitted: AdmittedRequest, *, kind: Kind) -> Target:
 
 
 async def served_model(admitted: AdmittedRequest, target: Target) -> ServedModel:
-    """What answers a request; an inline cocktail is mixed on first use.
+    """What answers a request: the model that it names, or its own cocktail, which is mixed on first use.
 
     Raises:
         ModelNotReadyError: the inline cocktail is still being made.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -10,6 +11,7 @@ from cocktail_serve.checkpoints import mapping
 from cocktail_serve.merging import native
 from tests.no_process import no_process
 
+UNIT = Path(__file__).parent
 REFUSED = pytest.StashKey[list[str]]()
 
 
@@ -21,7 +23,9 @@ def pytest_collection_finish() -> None:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
-    """Around the fixtures of whole sessions too, which no fixture could watch."""
+    """Around the fixtures of whole sessions too, which no fixture could watch. Called for tests of other folders too."""
+    if not item.path.is_relative_to(UNIT):
+        return (yield)
     with no_process() as item.stash[REFUSED]:
         return (yield)
 

@@ -214,7 +214,7 @@ class ExclusiveTurns:
         )
 
     def give_back(self, lease: Lease) -> None:
-        """For the lease."""
+        """Its request has ended: the slot goes to the next in line. Called by the lease, once."""
         if lease not in self._in_flight:
             return
         self._in_flight.discard(lease)
@@ -226,7 +226,7 @@ class ExclusiveTurns:
             self._changed.set()
 
     def charge(self, tenant: str, num_tokens: int) -> None:
-        """For the lease."""
+        """What a tenant was served, more or less than was thought when it was let in. Called by the lease."""
         self._slots.charge(tenant, num_tokens, loop_time())
 
     @property

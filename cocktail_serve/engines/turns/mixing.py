@@ -30,7 +30,7 @@ class Mixing:
     """Mixes recipes into one engine, of which nothing is in flight.
 
     Args:
-        mix: what the engine does for it.
+        mix: what the engine does for it: `ResidentParameters.mix` of vLLM's.
         queues: those who wait are sent away where their recipe is refused, or keeps losing the engine.
         hold: so is the operator's pin.
     """

@@ -100,7 +100,7 @@ class CocktailView(Listed):
 
     @classmethod
     def of(cls, cocktail: Cocktail, pools: Mapping[str, Pool]) -> Self:
-        options, chosen = cocktail.request, cocktail.chosen
+        options, chosen = cocktail.options, cocktail.chosen
         return cls(
             id=cocktail.id,
             name=cocktail.name,

@@ -56,7 +56,7 @@ def cocktail(tenant: str, number: int, name: str = "films", **changes: Any) -> C
         "pool_id": "flan",
         "kind": "decoder",
         "digest": asked.digest,
-        "request": asked.options,
+        "options": asked.options,
         "created_at": 1_700_000_000.0 + number,
         "sequence": number,
         "status": "ready",
@@ -355,10 +355,18 @@ async def test_news_of_others_are_told_once_though_a_caller_leaves_in_the_middle
     url = f"sqlite:///{tmp_path / 'registry.sqlite'}"
     databases = [Database(url), Database(url)]
     registries = []
+    told: list[str] = []
     for database in databases:
         await database.open()
         catalog = Catalog({"flan": POOL}, {"flan": "float32"})
-        registries.append(Registry(catalog, Store(database), max_inline=3))
+        registries.append(
+            Registry(
+                catalog,
+                Store(database),
+                max_inline=3,
+                on_remote_change=lambda changed, removed: told.extend(one.uid for one in (*changed, *removed)),
+            )
+        )
         await registries[-1].load()
     one, other = registries
     gone, _, _ = await one.admit("acme", request("gone"), items=(), warnings=())
@@ -366,8 +374,7 @@ async def test_news_of_others_are_told_once_though_a_caller_leaves_in_the_middle
         (await other.admit("acme", request(f"films-{number}"), items=(), warnings=()))[0].uid for number in range(12)
     }
     await other.remove("acme", "gone")
-    told: list[str] = []
-    one.on_remote_change = lambda changed, removed: told.extend(one.uid for one in (*changed, *removed))
+    told.clear()
 
     leaving = asyncio.create_task(one.sync())
     while not told:  # noqa: ASYNC110  # what is watched for has no event of its own
