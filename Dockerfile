@@ -1,4 +1,5 @@
 # Two targets: `docker build --target cpu .` and `docker build --target cuda .`
+# Mount a volume at /home/cocktail/.local/share/cocktail-serve, or set store.url: the registry would go with the container.
 FROM python:3.12-slim AS base
 ENV PYTHONUNBUFFERED=1 PIP_NO_CACHE_DIR=1
 RUN apt-get update && apt-get install -y --no-install-recommends gcc g++ libnuma1 && rm -rf /var/lib/apt/lists/* \
@@ -18,7 +19,7 @@ ENTRYPOINT ["cocktail-serve"]
 CMD ["serve", "/config/cocktail.yaml", "--host", "0.0.0.0"]
 
 FROM base AS cuda
-RUN uv pip install --system ".[vllm]"
+RUN uv pip install --system ".[vllm,encoders]"
 USER cocktail
 ENTRYPOINT ["cocktail-serve"]
 CMD ["serve", "/config/cocktail.yaml", "--host", "0.0.0.0"]

@@ -31,8 +31,9 @@ from bench.machine import describe_machine
 from cocktail_serve.checkpoints.mixture import iter_mixture
 from cocktail_serve.checkpoints.opening import open_pool
 from cocktail_serve.config import PoolConfig
+from cocktail_serve.dtypes import DType
 from cocktail_serve.pool import Pool
-from cocktail_serve.recipe import DType, make_recipe
+from cocktail_serve.recipe import make_recipe
 from tests.models import make_decoder, pool_section
 
 MERGEKIT = "mergekit==0.1.5"

@@ -23,9 +23,9 @@ from pydantic import (
     model_validator,
 )
 
+from cocktail_serve.dtypes import DType
 from cocktail_serve.errors import ConfigError
-from cocktail_serve.pool import BASE, NAME_PATTERN, Kind, with_article
-from cocktail_serve.recipe import DType
+from cocktail_serve.pool import BASE, NAME_PATTERN, Kind, Member, with_article
 
 ENV_PREFIX = "COCKTAIL_"
 
@@ -78,6 +78,10 @@ class _EngineBase(_Section):
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = Field(
         "auto", description="dtype of the parameters in the engine; auto: as the base is stored."
     )
+
+    def dtype_over(self, base: Member) -> DType:
+        """The dtype of an engine over this base."""
+        return base.dtype if self.dtype == "auto" else self.dtype
 
 
 class VLLMEngineConfig(_EngineBase):

@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Literal
+
+DType = Literal["float32", "float16", "bfloat16"]
+"""What parameters are mixed to, and computed with."""
+
 ITEM_BYTES = {
     "float64": 8,
     "float32": 4,
@@ -18,3 +24,11 @@ ITEM_BYTES = {
 
 FLOATING = frozenset({"float64", "float32", "float16", "bfloat16"})
 """What is mixed; the others are taken from the base."""
+
+MIXED_AS: Mapping[str, DType] = {
+    "float64": "float32",
+    "float32": "float32",
+    "float16": "float16",
+    "bfloat16": "bfloat16",
+}
+"""What parameters of each floating dtype are mixed to where nothing else is said."""

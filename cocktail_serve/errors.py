@@ -153,7 +153,7 @@ class NotFiniteError(ClientError):
     code = "not_finite"
 
 
-def refusal(code: str | None, message: str) -> ClientError | None:
+def error_of_code(code: str | None, message: str) -> ClientError | None:
     """Why another process does not mix its models, by the code that it gave; None of any other code."""
     for kind in (ModelChangedError, CheckpointError, IncompatibleModelsError, NotFiniteError):
         if code == kind.code:

@@ -25,7 +25,7 @@ _P = ParamSpec("_P")
 _T = TypeVar("_T")
 
 
-class Call(Protocol):
+class LibraryCall(Protocol):
     """Runs a function of some module with these arguments, and returns or raises what it does.
 
     An argument `progress` that can be called is told what the function says, as it says it.
@@ -35,7 +35,7 @@ class Call(Protocol):
 
 
 def call_here(function: Callable[_P, _T], /, *args: _P.args, **kwargs: _P.kwargs) -> _T:
-    """A `Call` in this process."""
+    """A `LibraryCall` in this process."""
     return function(*args, **kwargs)
 
 
@@ -48,6 +48,7 @@ class LibraryProcess:
 
     def __init__(self) -> None:
         self._process: subprocess.Popen[bytes] | None = None
+        self._calling = threading.Lock()
 
     def __enter__(self) -> LibraryProcess:
         return self
@@ -56,36 +57,41 @@ class LibraryProcess:
         self.close()
 
     def call(self, function: Callable[_P, _T], /, *args: _P.args, **kwargs: _P.kwargs) -> _T:
-        """A `Call`.
+        """A `LibraryCall`.
 
         Raises:
             ServerError: the process ended before the function did.
         """
         if "torch" in sys.modules:
             return function(*args, **kwargs)
+        with self._calling:
+            return self._call(function, args, dict(kwargs))
+
+    def _call(self, function: Callable[..., _T], args: tuple[Any, ...], kwargs: dict[str, Any]) -> _T:
         process = self._running()
         assert process.stdin is not None
         assert process.stdout is not None
         progress: Any = kwargs.pop("progress", None)
         try:
-            _send(process.stdin, (function, args, kwargs, progress is not None))
+            _send(process.stdin, pickle.dumps((function, args, kwargs, progress is not None)))
             while True:
                 kind, value = pickle.load(process.stdout)
-                if kind == "returned":
-                    result: _T = value
-                    return result
-                if kind == "raised":
-                    raise value
                 if kind == "log":
                     _log(value)
-                else:
+                elif kind == "progress":
                     progress(*value)
+                else:
+                    break
         except (EOFError, BrokenPipeError, pickle.UnpicklingError) as error:
             code = process.wait()
             ended = f"by signal {-code}" if code < 0 else f"with code {code}"
             raise ServerError(
                 f"the process that reads models ended {ended} before it was done; is the machine short of memory?"
             ) from error
+        if kind == "raised":
+            raise value
+        result: _T = value
+        return result
 
     def close(self) -> None:
         """Ends the process, whatever it is doing. May be called twice."""
@@ -94,10 +100,11 @@ class LibraryProcess:
             return
         process.kill()
         process.wait()
-        for pipe in (process.stdin, process.stdout):
-            with contextlib.suppress(OSError):  # what was not sent to a process that had ended
+        with self._calling:  # who reads an answer sees the end of it
+            for pipe in (process.stdin, process.stdout):
                 assert pipe is not None
-                pipe.close()
+                with contextlib.suppress(OSError):  # what was not sent to a process that had ended
+                    pipe.close()
 
     def _running(self) -> subprocess.Popen[bytes]:
         if self._process is None:
@@ -140,13 +147,14 @@ def _serve() -> None:
     os.dup2(2, 1)  # what libraries print is no message
     logging.getLogger().addHandler(_LogSender(answers))
     logging.getLogger("cocktail_serve").setLevel(logging.INFO)
-    asked: queue.SimpleQueue[Any] = queue.SimpleQueue()
+    asked: queue.SimpleQueue[bytes] = queue.SimpleQueue()
     threading.Thread(target=_listen, args=(asked,), daemon=True).start()
     while True:
-        function, args, kwargs, wants_progress = asked.get()
-        if wants_progress:
-            kwargs["progress"] = lambda *told: _send(answers, ("progress", told))
+        request = asked.get()
         try:
+            function, args, kwargs, wants_progress = pickle.loads(request)
+            if wants_progress:
+                kwargs["progress"] = lambda *told: _send(answers, ("progress", told))
             ended = ("returned", function(*args, **kwargs))
         except Exception as error:  # noqa: BLE001  raised again by the caller
             error.add_note(f"in the process that reads models:\n{traceback.format_exc()}")
@@ -154,11 +162,11 @@ def _serve() -> None:
         _send(answers, ended)
 
 
-def _listen(asked: queue.SimpleQueue[Any]) -> None:
+def _listen(asked: queue.SimpleQueue[bytes]) -> None:
     with open(0, "rb", closefd=False) as requests:
         while True:
             try:
-                asked.put(pickle.load(requests))
+                asked.put(pickle.load(requests))  # bytes, which are no code yet
             except EOFError:
                 os._exit(0)
 

@@ -11,8 +11,15 @@ from types import MappingProxyType
 from typing import Literal
 
 from cocktail_serve.digest import digest_of
+from cocktail_serve.dtypes import DType
 from cocktail_serve.errors import NotFoundError
-from cocktail_serve.generation import NO_OPTIONS, NO_SETTINGS, ChatTemplate, GenerationOptions, GenerationSettings
+from cocktail_serve.generation_settings import (
+    NO_OPTIONS,
+    NO_SETTINGS,
+    ChatTemplate,
+    GenerationOptions,
+    GenerationSettings,
+)
 
 Kind = Literal["decoder", "encoder", "reranker", "encoder_decoder"]
 
@@ -56,7 +63,7 @@ class Member:
         path: folder with config, tokenizer and safetensors (or weights-only `.bin`).
         fingerprint: SHA-256 hex over names, dtypes, shapes and bytes of the tensors: what the parameters are,
             wherever the folder lies and however it is sharded.
-        dtype: dtype of the floating tensors as stored: `float32`, `float16` or `bfloat16`.
+        dtype: what its floating tensors are mixed to where nothing else is said: as they are stored.
         num_bytes: size of the parameters as stored.
         files: the files that the fingerprint is of, as they were then; empty where nobody has looked.
         largest: bound of the magnitudes of its parameters, all of them finite; infinite where it is not known.
@@ -66,7 +73,7 @@ class Member:
     name: str
     path: Path
     fingerprint: str
-    dtype: str
+    dtype: DType
     num_bytes: int
     files: tuple[FileState, ...] = ()
     largest: float = math.inf

@@ -6,15 +6,14 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any
 
 from cocktail_serve.digest import digest_of
+from cocktail_serve.dtypes import DType
 from cocktail_serve.errors import InvalidMixError
-from cocktail_serve.generation import GenerationSettings, mixed_settings
+from cocktail_serve.generation_settings import GenerationSettings, mixed_settings
 from cocktail_serve.methods import SUM_TOLERANCE, Method, find_method
 from cocktail_serve.pool import BASE, Pool
-
-DType = Literal["float32", "float16", "bfloat16"]
 
 RECIPE_VERSION = 2
 """Part of every digest: raised when the same fields come to mean other bits."""
@@ -47,7 +46,7 @@ class Recipe:
         return digest_of(self.to_json())
 
     @property
-    def one_hot(self) -> str | None:
+    def only_model(self) -> str | None:
         """The fingerprint of the only model, where the recipe is that model itself."""
         if self.method == "linear" and len(self.coefficients) == 1 and self.coefficients[0][1] == 1.0:
             return self.coefficients[0][0]
@@ -145,8 +144,8 @@ def settings_of(recipe: Recipe, pool: Pool) -> GenerationSettings | None:
     members = pool.by_fingerprint
     if not {recipe.base, *(fingerprint for fingerprint, _ in recipe.coefficients)} <= members.keys():
         return None
-    if recipe.one_hot is not None:
-        return pool.generation_of(members[recipe.one_hot])
+    if recipe.only_model is not None:
+        return pool.generation_of(members[recipe.only_model])
     experts = [members[f].generation for f, weight in recipe.coefficients if f != recipe.base and weight > 0.0]
     return mixed_settings(members[recipe.base].generation, experts, chat_template=pool.chat_template)
 

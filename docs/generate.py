@@ -19,8 +19,9 @@ from pydantic.fields import FieldInfo
 from cocktail_serve import errors
 from cocktail_serve.checkpoints.adapters.config import FIELDS, INITS
 from cocktail_serve.cli import app as cli_app
-from cocktail_serve.cocktails.request import CocktailBody
+from cocktail_serve.cocktails.parsing import CocktailBody
 from cocktail_serve.config import Settings
+from cocktail_serve.engines.vllm.errors import KINDS
 from cocktail_serve.errors import CocktailError
 from cocktail_serve.finetuning.request import JobBody
 from cocktail_serve.gateway.app import create_app
@@ -230,7 +231,9 @@ too; an uploaded file is JSONL.
 * `merging_weights` excludes `examples`, `target`, `alpha`, `temperature`, `weighting`, `budget` and `experts`: they are the whole mixture, and sum to 1 within 1e-6
   (other rules by [method](methods.md)).
 * `method` `slerp` with examples mixes the base and one expert, named by `experts`; without examples, the base and the `target`.
-* `?wait=SECONDS` (0 to 60) waits for `ready`; a job that fails in that time answers with its error. Without it, poll `Location`.
+* `?wait=SECONDS` (0 to 60) waits for `ready`; a job that fails in that time answers with its error. Without it, follow
+  `Location`: `GET /v1/cocktails/{ref}?wait=SECONDS` (0 to 60) answers the moment status or progress changes, and at
+  once when the job has ended.
 * `?dry_run=true` answers losses and weights and keeps nothing.
 * The same request again is the same version (200), and becomes current. A change of pool, examples, options or seed is another version.
 
@@ -238,6 +241,10 @@ too; an uploaded file is JSONL.
 
 `name` means its current version: the newest ready one, or the one that `PATCH {"current": "name@digest8"}` pinned (`null` unpins). A queued or failed version never moves it.
 `name@digest8` always means that version. Pools resolve first, so no cocktail may take a pool's name (409).
+
+`GET /v1/cocktails` lists all versions, the newest first. With `?limit=` (1 to 10,000, which is the default) the list
+comes in pages: while `has_more`, ask again with `?after=` the `last_id` of the page before, which may have been deleted
+meanwhile.
 """
 
 
@@ -328,6 +335,15 @@ def errors_page() -> str:
         parts.append(f"| `{cls.__name__}` | {status} | `{kind}` | `{cls.code}` | {doc} |\n")
     codes = ", ".join(f"`{code}`" for code in exact_codes())
     parts.append(f"\nWhere one class serves several cases, the code is more exact: {codes}.\n")
+    parts.append(
+        "\n## Errors of vLLM\n\nWhat a decoder's engine answers becomes one of the above, the same in a whole answer and "
+        "inside a stream, with its message. A prompt that does not fit is told by vLLM's words for it: 400 "
+        f"`{errors.ContextLengthError.code}`.\n\n| status of vLLM | error | status | code |\n|---|---|---|---|\n"
+    )
+    for cls in sorted(dict.fromkeys(KINDS.values()), key=lambda cls: cls is errors.EngineError):
+        statuses = ", ".join(str(int(status)) for status, kind in KINDS.items() if kind is cls)
+        told = "any other" if cls is errors.EngineError else statuses
+        parts.append(f"| {told} | `{cls.__name__}` | {HTTP_ERRORS[cls].status} | `{cls.code}` |\n")
     return "".join(parts)
 
 

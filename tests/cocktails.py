@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from cocktail_serve.cocktails.cocktail import Cocktail
-from cocktail_serve.cocktails.request import CocktailOptions
+from cocktail_serve.cocktails.options import CocktailOptions
 
 
 def queued_cocktail(uid: str = "1", tenant: str = "acme", **changes: object) -> Cocktail:

@@ -1,4 +1,7 @@
-"""What a gateway imports in the course of its start, imported once for all the processes that are forked from here."""
+"""What a gateway imports in the course of its start, imported once for all the processes that are forked from here.
+
+With torch, which a gateway of decoders leaves to a process of its own: where it is there, none is started.
+"""
 
 from __future__ import annotations
 

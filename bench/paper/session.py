@@ -12,7 +12,7 @@ from bench.paper.pools import multitask_folder, prepare
 from bench.paper.setting import PoolKind, PoolSetting, Setting
 from cocktail_serve.config import TEMPERATURES, load_settings
 from cocktail_serve.evaluation.measure import Measuring
-from cocktail_serve.evaluation.runs import Entry, Evaluation, open_evaluation
+from cocktail_serve.evaluation.runs import Evaluation, RunEntry, open_evaluation
 from cocktail_serve.evaluation.systems import SYSTEMS, Contender
 from cocktail_serve.evaluation.tasks import DecoderTask, Task, load_task, sample_examples
 from cocktail_serve.examples import ExampleSet, parse_examples
@@ -114,7 +114,7 @@ class Session:
         pooled: ExampleSet | None = None,
     ) -> Contender:
         """A system made for a task; the expert that was fine-tuned for the task is its target, and no peer."""
-        entry = Entry(self.task(task), self.examples(task, seed=seed, num=num), self.pool.targets.get(task))
+        entry = RunEntry(self.task(task), self.examples(task, seed=seed, num=num), self.pool.targets.get(task))
         occasion = self.evaluation.occasion(entry, pooled=pooled, **system.options)
         return self.evaluation.make(SYSTEMS[system.name], occasion)
 

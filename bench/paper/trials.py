@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 
 from bench.paper.session import Scores, Session, System
-from cocktail_serve.cocktails.findings import find
-from cocktail_serve.cocktails.request import parse_inline
-from cocktail_serve.cocktails.weighing import advance, recipe_of
-from cocktail_serve.evaluation.backend import Part
+from cocktail_serve.cocktails.cross_validation import cross_validate
+from cocktail_serve.cocktails.parsing import parse_inline
+from cocktail_serve.cocktails.weighing_plan import advance, recipe_of
+from cocktail_serve.evaluation.backend import EnsemblePart
 from cocktail_serve.evaluation.in_memory import InMemoryDecoders, InMemoryEncoders
 from cocktail_serve.evaluation.systems import Contender
 from cocktail_serve.offline.weighing import weigh_by
@@ -95,7 +95,7 @@ def judge(
         return backend.losses_of(recipe, given, rows)
 
     weighing, losses = weigh_by(backend.pool, request.options, losses_of, backend.dtype, lambda *_, **__: None)
-    trials = find(request.options, losses, weighing.chosen)
+    trials = cross_validate(request.options, losses, weighing.chosen)
     held_out: dict[int, float] = {}
     step = advance(trials, None)
     while isinstance(step, Trial):
@@ -104,7 +104,7 @@ def judge(
         held_out.update(zip(step.rows, answer, strict=True))
         step = advance(trials, answer)
     recipe = recipe_of(request.options, backend.pool, weighing.merging_weights, dtype=backend.dtype)
-    mixed = session.measure(Contender((Part(recipe, 1.0),)), task)
+    mixed = session.measure(Contender((EnsemblePart(recipe, 1.0),)), task)
     base = session.measure(session.make(System(BASE, BASE), task, seed=0), task)
     of_mixture = [held_out[row] for row in range(len(examples))]
     gain, errors = _lead(of_mixture, losses[BASE])
@@ -113,7 +113,7 @@ def judge(
         lead, lead_errors = _lead(losses[step.best_expert], of_mixture)
         if lead > 0.0:
             alone = one_hot(backend.pool, step.best_expert, dtype=backend.dtype)
-            expert_gain = _gain(session.measure(Contender((Part(alone, 1.0),)), task), mixed)
+            expert_gain = _gain(session.measure(Contender((EnsemblePart(alone, 1.0),)), task), mixed)
     return Judged(
         task,
         num,

@@ -11,7 +11,7 @@ from typing import Any
 from cocktail_serve.checkpoints.layout import read_optional_json
 from cocktail_serve.checkpoints.special_tokens import SPECIAL_TOKENS, TOKENIZER_CONFIG
 from cocktail_serve.errors import CheckpointError
-from cocktail_serve.generation import ChatTemplate
+from cocktail_serve.generation_settings import ChatTemplate
 
 CHAT_TEMPLATE = "chat_template.jinja"
 DEFAULT, TOOL_USE = "default", "tool_use"

@@ -28,6 +28,9 @@ logger = logging.getLogger(__name__)
 FINGERPRINT_VERSION = 2
 """Raised when the same parameters come to have another fingerprint."""
 
+FINGERPRINTS = "fingerprints"
+"""Folder of the cache that they are kept in."""
+
 _ENTRY_VERSION = 2
 """Raised when what is kept of a model comes to say more: what was kept before is read anew."""
 
@@ -123,7 +126,7 @@ def identify_folder(folder: Path, *, cache_dir: Path, progress: Callable[[int, i
         CheckpointError: the folder cannot be read as a checkpoint, or as `identify`.
     """
     folder = Path(folder).resolve()
-    entry = Path(cache_dir) / "fingerprints" / f"{digest_of(str(folder))[:32]}.json"
+    entry = Path(cache_dir) / FINGERPRINTS / f"{digest_of(str(folder))[:32]}.json"
     try:
         entry.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(entry.with_suffix(".lock")), CheckpointReader(folder) as reader:

@@ -18,7 +18,7 @@ from cocktail_serve.checkpoints.chat_templates import (
 from cocktail_serve.checkpoints.layout import CONFIG, model_folder, read_config, read_json
 from cocktail_serve.checkpoints.special_tokens import special_tokens, token_id
 from cocktail_serve.errors import CheckpointError
-from cocktail_serve.generation import (
+from cocktail_serve.generation_settings import (
     MAX_TOKENS,
     NEUTRAL_SAMPLING,
     NO_OPTIONS,

@@ -12,7 +12,7 @@ from typing import Any
 from cocktail_serve.checkpoints.generation_files import GENERATION_CONFIG, request_name
 from cocktail_serve.config import PoolConfig, VLLMEngineConfig
 from cocktail_serve.errors import ConfigError
-from cocktail_serve.generation import NO_OPTIONS, ChatTemplate, GenerationOptions
+from cocktail_serve.generation_settings import NO_OPTIONS, ChatTemplate, GenerationOptions
 
 _JINJA = re.compile(r"[{}\n]")
 """What a template has and a path has not, for vLLM."""

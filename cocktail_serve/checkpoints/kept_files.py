@@ -35,9 +35,15 @@ def read_kept(path: Path) -> bytes:
         OSError: it is not there, or cannot be read.
     """
     content = path.read_bytes()
-    with contextlib.suppress(OSError):  # of another user: it then goes sooner than it should
-        os.utime(path)
+    use_kept(path)
     return content
+
+
+def use_kept(path: Path) -> bool:
+    """Whether a file is there, which then counts as used."""
+    with contextlib.suppress(OSError):  # of another user: it goes sooner than it should
+        os.utime(path)
+    return path.is_file()
 
 
 def trim(folders: Iterable[Path], max_bytes: int) -> None:

@@ -33,7 +33,7 @@ POOLER = "pooler."
 
 
 @dataclass(frozen=True, slots=True)
-class Target:
+class ParameterTarget:
     """Where a stored tensor goes.
 
     Attributes:
@@ -80,16 +80,16 @@ class ParameterNames:
         self._known: dict[str, tuple[str, str | None]] = {}
         self._converter_of = {pattern: entry for entry in self._converters for pattern in entry.source_patterns}
 
-    def target(self, stored: str) -> Target:
+    def target(self, stored: str) -> ParameterTarget:
         """Where the tensor goes that a checkpoint calls `stored`; `is_read` is false where the model has no place.
 
         What lies in a folder of its own is a module of sentence-transformers, which is behind the model and read.
         """
         if "/" in stored:
-            return Target(stored)
+            return ParameterTarget(stored)
         name, pattern = self._renamed(stored)
         part = () if pattern is None else (pattern, *re.findall(r"\d+", stored))
-        return Target(self._source.get(name, name), part, name in self._state and not self._is_unread(name))
+        return ParameterTarget(self._source.get(name, name), part, name in self._state and not self._is_unread(name))
 
     def name_of(self, stored: str) -> str:
         """The model's name of what a checkpoint calls `stored`; of several that are tied, this very one."""

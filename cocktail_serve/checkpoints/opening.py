@@ -19,8 +19,9 @@ from cocktail_serve.checkpoints.reader import CheckpointReader
 from cocktail_serve.checkpoints.text_files import text_digest
 from cocktail_serve.checkpoints.tokenizer import FolderTokenizer
 from cocktail_serve.config import PoolConfig, Source
+from cocktail_serve.dtypes import MIXED_AS, DType
 from cocktail_serve.errors import CheckpointError, IncompatibleModelsError
-from cocktail_serve.generation import GenerationOptions
+from cocktail_serve.generation_settings import GenerationOptions
 from cocktail_serve.pool import BASE, Kind, Member, Pool
 
 logger = logging.getLogger(__name__)
@@ -69,7 +70,7 @@ def open_pool(config: PoolConfig, *, cache_dir: Path, progress: Callable[[str, i
     ]
     with _named(config.id, BASE):
         first = _member(BASE, folders.pop(BASE), cache_dir, progress)
-        _check_range(first, first.dtype if config.engine.dtype == "auto" else config.engine.dtype)
+        _check_range(first, config.engine.dtype_over(first))
     experts = {}
     for name, folder in folders.items():
         with _named(config.id, name):
@@ -139,7 +140,7 @@ def _named(pool_id: str, name: str) -> Iterator[None]:
         raise CheckpointError(f"pool {pool_id!r}, {model}: {error.message}") from error
 
 
-def _check_range(base: Member, dtype: str) -> None:
+def _check_range(base: Member, dtype: DType) -> None:
     """Refuses an engine that the base itself does not fit into: it is loaded there before anything is mixed."""
     if base.largest >= OVERFLOWS_FROM[dtype]:
         raise CheckpointError(
@@ -174,15 +175,11 @@ def _member(name: str, folder: Path, cache_dir: Path, progress: Callable[[str, i
             name=name,
             path=folder,
             fingerprint=identity.fingerprint,
-            dtype=_dtype_name(reader),
+            dtype=MIXED_AS[reader.dtype],
             num_bytes=reader.num_bytes,
             files=identity.files,
             largest=identity.largest,
         )
-
-
-def _dtype_name(reader: CheckpointReader) -> str:
-    return "float32" if reader.dtype == "float64" else reader.dtype
 
 
 def _locate(source: Source) -> Path:

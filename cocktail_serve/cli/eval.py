@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
-from cocktail_serve.cli.options import AsJSON, ConfigFile, Experts, PoolId, parse_method_params
+from cocktail_serve.cli.options import AsJSON, ConfigFile, ExpertsOption, PoolId, parse_method_params
 from cocktail_serve.cli.terminal import print_json, progress, stdout
 from cocktail_serve.config import load_settings
 from cocktail_serve.evaluation.metrics import Metric
@@ -17,7 +17,7 @@ from cocktail_serve.evaluation.systems import SYSTEMS, find_systems
 if TYPE_CHECKING:
     from cocktail_serve.evaluation.report import Report
 
-Tasks = Annotated[
+TasksOption = Annotated[
     list[Path],
     typer.Option(
         "--task",
@@ -34,7 +34,7 @@ def evaluate(
     config: ConfigFile,
     *,
     pool: PoolId,
-    task: Tasks,
+    task: TasksOption,
     systems: Annotated[
         str | None,
         typer.Option("--systems", help=f"Rows, as base,lm-cocktail: {', '.join(SYSTEMS)}. All if left out."),
@@ -46,7 +46,7 @@ def evaluate(
     multitask: Annotated[
         str | None, typer.Option(help="Model fine-tuned on many tasks: its folder, or an expert of the pool.")
     ] = None,
-    expert: Experts = None,
+    expert: ExpertsOption = None,
     num_examples: Annotated[int, typer.Option(min=1, help="Few-shot examples sampled from a task's train file.")] = 5,
     examples: Annotated[
         list[str] | None,
@@ -90,7 +90,7 @@ def evaluate(
     from cocktail_serve.evaluation.measure import Measuring
     from cocktail_serve.evaluation.plots import PLOT_FILE, check_plotting, plot_summary
     from cocktail_serve.evaluation.report import Report
-    from cocktail_serve.evaluation.runs import Entry, open_evaluation, run
+    from cocktail_serve.evaluation.runs import RunEntry, open_evaluation, run
     from cocktail_serve.evaluation.tasks import load_examples, load_task, sample_examples, train_file
 
     if choice_norm not in ("sum", "token", "byte"):
@@ -110,7 +110,7 @@ def evaluate(
         elif train_file(path) is not None:
             few = sample_examples(path, pool_config.kind, num=num_examples, seed=seed)
         own = loaded.name if loaded.name in pool_config.experts else None
-        entries.append(Entry(loaded, few, targets.get(loaded.name, own)))
+        entries.append(RunEntry(loaded, few, targets.get(loaded.name, own)))
     for name in (*targets, *files):
         if name not in {entry.task.name for entry in entries}:
             raise typer.BadParameter(f"{name!r} is none of the tasks", param_hint="--target, --examples")

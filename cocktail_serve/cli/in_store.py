@@ -9,9 +9,7 @@ from typing import TYPE_CHECKING, TypeVar
 from cocktail_serve.config import Settings
 
 if TYPE_CHECKING:
-    from sqlalchemy.engine import URL
-
-    from cocktail_serve.database.database import Database
+    from cocktail_serve.database.database import Database, DatabaseURL
 
 _T = TypeVar("_T")
 
@@ -26,7 +24,7 @@ def in_store(settings: Settings, work: Callable[[Database], Awaitable[_T]]) -> _
     from cocktail_serve.database.registry_file import registry_url
     from cocktail_serve.usage.audit import CLI, acting
 
-    async def run(url: URL) -> _T:
+    async def run(url: DatabaseURL) -> _T:
         acting.set(CLI)
         database = Database(url)
         await database.open(as_server=False)

@@ -138,7 +138,7 @@ def _mixed_generation(base: Path, expert: Path) -> dict[str, Any] | None:
     """How a mixture of the two is called in a pool of its own; None where they do not generate."""
     from cocktail_serve.checkpoints.generation_files import common_template, read_settings
     from cocktail_serve.checkpoints.layout import generates
-    from cocktail_serve.generation import mixed_settings
+    from cocktail_serve.generation_settings import mixed_settings
 
     if not generates(base):
         return None

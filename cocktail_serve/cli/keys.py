@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 keys = typer.Typer(name="keys", help="Make, list, revoke and rotate the tenants' API keys.", no_args_is_help=True)
 
-Tenant = Annotated[str, typer.Option(help="Whose key.", show_default=False)]
+TenantOption = Annotated[str, typer.Option(help="Whose key.", show_default=False)]
 OptionalTenant = Annotated[str | None, typer.Option(help="Whose key.", show_default=False)]
 KeyId = Annotated[str, typer.Argument(metavar="ID", help="The visible part of the key: ck-ID-...", show_default=False)]
 
@@ -47,7 +47,7 @@ def parse_duration(text: str) -> float:
 def create(
     *,
     config: Config,
-    tenant: Tenant,
+    tenant: TenantOption,
     scopes: Annotated[str, typer.Option(help="Some of use, create, admin; create contains use.")] = ",".join(
         DEFAULT_SCOPES
     ),

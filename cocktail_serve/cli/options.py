@@ -44,7 +44,7 @@ OptionalExamplesFile = Annotated[
         readable=True,
     ),
 ]
-Target = Annotated[str | None, typer.Option(help="Expert fine-tuned for this task already (Eq. 1).")]
+TargetOption = Annotated[str | None, typer.Option(help="Expert fine-tuned for this task already (Eq. 1).")]
 Alpha = Annotated[float | None, typer.Option(help="Share of the target, 0 to 1.")]
 Temperature = Annotated[
     float | None, typer.Option(help="tau of softmax(-loss / tau); lower is more selective, the paper's is 5.")
@@ -60,7 +60,7 @@ MethodParams = Annotated[
     list[str] | None,
     typer.Option("--method-param", help="A parameter of the method, as density=0.3; may be repeated."),
 ]
-Experts = Annotated[
+ExpertsOption = Annotated[
     list[str] | None, typer.Option("--expert", help="Weigh only this expert beside the base; may be repeated.")
 ]
 Seed = Annotated[int | None, typer.Option(help="Seed of the sampling when there are too many examples.")]
@@ -131,14 +131,14 @@ def parse_method_params(pairs: list[str] | None) -> dict[str, Any] | None:
 class MixtureOptions:
     """How a cocktail is weighed and mixed: the options of `weigh` and `mix`, as the command line gives them."""
 
-    target: Target = None
+    target: TargetOption = None
     alpha: Alpha = None
     temperature: Temperature = None
     weighting: WeightingOption = None
     budget: Budget = None
     method: MethodOption = None
     method_param: MethodParams = None
-    expert: Experts = None
+    expert: ExpertsOption = None
     seed: Seed = None
     judge: Judge = True
 

@@ -51,8 +51,8 @@ def show(console: Console, weighed: OfflineWeighing, *more: str) -> None:
         console.print()
     console.print(weighing_table(weighed.weighing.losses, weighed.weighing.merging_weights))
     console.print(", ".join([*_summary(weighed), *more]))
-    if weighed.findings is not None:
-        console.print(weighed.findings.text, style="bold", markup=False)
+    if weighed.cross_validation is not None:
+        console.print(weighed.cross_validation.text, style="bold", markup=False)
 
 
 def weighing_json(weighed: OfflineWeighing) -> dict[str, Any]:
@@ -66,7 +66,7 @@ def weighing_json(weighed: OfflineWeighing) -> dict[str, Any]:
         "merging_weights": dict(weighed.weighing.merging_weights),
         "entropy": weighed.weighing.entropy,
         "mixed_loss": weighed.mixed_loss,
-        "findings": None if weighed.findings is None else weighed.findings.to_json(),
+        "findings": None if weighed.cross_validation is None else weighed.cross_validation.to_json(),
         "candidates": [asdict(candidate) for candidate in weighed.weighing.candidates],
         "weighting": options.weighting,
         "temperature": options.temperature if chosen is None else chosen.temperature,

@@ -1,111 +1,389 @@
-"""Cocktails as they are asked for: resolved, found, listed, each tenant its own. Changes nothing."""
+"""Which cocktails and models there are: in memory, found at once, each tenant its own."""
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
-from contextlib import suppress
-from typing import Any
+import asyncio
+import time
+from collections import OrderedDict, defaultdict
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import replace
 
-from cocktail_serve.cocktails.cocktail import Cocktail, ModelEntry, Served, Status
-from cocktail_serve.cocktails.registry import Registry
-from cocktail_serve.cocktails.store import Store
-from cocktail_serve.errors import ModelNotReadyError, NotFoundError, StorageError
-from cocktail_serve.examples import ExampleSet, parse_examples
-from cocktail_serve.pool import Member
+from cocktail_serve.cocktails.cocktail import DIGEST8, FINAL, Cocktail, ModelEntry, ServedModel, Status, version_id
+from cocktail_serve.cocktails.entries import Entry, ListPosition, TenantEntries, Versions, position_of, sequence_of
+from cocktail_serve.cocktails.options import CocktailRequest
+from cocktail_serve.cocktails.pacing import paced
+from cocktail_serve.cocktails.pool_models import PoolModels, no_model, why_not_served
+from cocktail_serve.dtypes import DType
+from cocktail_serve.errors import ConflictError, InvalidRequestError, NotFoundError
+from cocktail_serve.ids import Page
+from cocktail_serve.pool import Member, Pool
+
+PLACES_KEPT = 10_000
+"""Deleted cocktails whose place in their lists is still known: who deletes what it has listed can list on."""
 
 
 class Catalog:
-    """What there is, from memory where that is enough, and from the store where another gateway may know more."""
+    """All cocktails of all tenants, indexed by what they are asked by, and the models of the pools.
 
-    def __init__(self, registry: Registry, store: Store) -> None:
-        self._registry = registry
-        self._store = store
+    No call scans cocktails of other tenants, but `made_of`, which is the operator's. Knows no store: whoever changes
+    it (`Registry`) has changed that first.
 
-    def resolve(self, tenant: str, model_id: str) -> Served:
-        """What a model id means now. Synchronous: the hot path of every request.
+    Args:
+        pools: by id, as the operator defines them now.
+        dtypes: dtype of each pool's engine, which recipes round to.
+        clock: seconds since the epoch.
+
+    Attributes:
+        pools: by id, as they are now.
+        inline: inline cocktails of all tenants by uid, the least recently used first.
+        used: when inline cocktails were used, by uid, as far as it is only noted here.
+    """
+
+    def __init__(
+        self, pools: Mapping[str, Pool], dtypes: Mapping[str, DType], *, clock: Callable[[], float] = time.time
+    ) -> None:
+        self._clock = clock
+        self._started_at = int(clock())
+        self._pool_models = PoolModels(pools, dtypes)
+        self.pools = pools
+        self._by_uid: dict[str, Entry] = {}
+        self._tenants: dict[str, TenantEntries] = {}
+        self._by_status: defaultdict[Status, dict[str, Entry]] = defaultdict(dict)
+        self._by_recipe: defaultdict[tuple[str, str], dict[str, Entry]] = defaultdict(dict)
+        self._unreported: dict[str, Entry] = {}
+        self._places: OrderedDict[tuple[str, str], ListPosition] = OrderedDict()
+        self._changes: dict[str, asyncio.Event] = {}
+        self.inline: OrderedDict[str, Entry] = OrderedDict()
+        self.used: dict[str, float] = {}
+
+    def now(self) -> float:
+        """Seconds since the epoch, as all moments here are."""
+        return self._clock()
+
+    def resolve(self, tenant: str, model_id: str) -> ServedModel:
+        """The parameters a model id means now: the hot path, without a single await.
 
         Raises:
-            NotFoundError: `model_not_found`: unknown, another tenant's, failed or deleted.
+            NotFoundError: unknown, another tenant's, failed, or made of models its pool no longer has.
             ModelNotReadyError: its job has not ended.
         """
-        return self._registry.resolve(tenant, model_id)
+        served = self._pool_models.by_id.get(model_id)
+        if served is not None:
+            return served
+        entry = self.find_entry(tenant, model_id)
+        if entry is None:
+            raise no_model(model_id)
+        served = self._served(entry)
+        if served is None:
+            raise why_not_served(entry.cocktail)
+        if entry.cocktail.inline:
+            self.note_use(entry)
+        return served
 
-    async def learn(self) -> None:
-        """Brings what other gateways have done before this call into memory.
-
-        Raises:
-            StorageError: the store cannot be asked.
-        """
-        await self._registry.learn()
-
-    async def find(self, tenant: str, model_id: str) -> Served:
-        """As `resolve`, and where that finds nothing to serve, looks for what another gateway has made just now.
-
-        Raises:
-            StorageError: it is not known here, and the store cannot be asked.
-        """
-        try:
-            return self._registry.resolve(tenant, model_id)
-        except (NotFoundError, ModelNotReadyError):
-            await self._registry.learn()
-        return self._registry.resolve(tenant, model_id)
-
-    async def look_up(self, tenant: str, ref: str) -> Cocktail:
-        """As `get`, with what other gateways have done just now.
-
-        Raises:
-            StorageError: it is not known here, and the store cannot be asked.
-        """
-        try:
-            await self._registry.learn()
-        except StorageError:
-            with suppress(NotFoundError):
-                return self._registry.get(tenant, ref)
-            raise
-        return self._registry.get(tenant, ref)
+    def serve(self, cocktail: Cocktail) -> ServedModel:
+        """What a snapshot is answered by, though it may be gone by now; raises as `resolve`."""
+        served = self._pool_models.serve(cocktail)
+        if served is None:
+            raise why_not_served(cocktail)
+        return served
 
     def get(self, tenant: str, ref: str) -> Cocktail:
-        """A snapshot by `name@digest8`, or by name: the current version, else the newest.
+        """A snapshot by `name@digest8`; by name, of the current version, or of the newest where none is ready yet.
 
         Raises:
-            NotFoundError: unknown, or another tenant's.
+            NotFoundError: unknown or another tenant's.
         """
-        return self._registry.get(tenant, ref)
+        entry = self.find_entry(tenant, ref)
+        if entry is None:
+            raise no_cocktail(ref)
+        return entry.cocktail
+
+    def by_uid(self, uid: str) -> Cocktail | None:
+        """A snapshot by uid, or None where it has been deleted."""
+        entry = self._by_uid.get(uid)
+        return None if entry is None else entry.cocktail
+
+    def version(self, tenant: str, request: CocktailRequest) -> Cocktail | None:
+        """The version that a request names, or None; raises as `find_version`."""
+        entry = self.find_version(tenant, request)
+        return None if entry is None else entry.cocktail
 
     def list(self, tenant: str, name: str | None = None) -> Sequence[Cocktail]:
-        """The tenant's cocktails, newest first, inline ones left out; of one name if given."""
-        return self._registry.of_tenant(tenant, name)
+        """The tenant's cocktails, inline ones left out, the newest first; of one name if given."""
+        return self.page(tenant, name).data
 
-    def models(self, tenant: str) -> Sequence[ModelEntry]:
-        """The model list of a tenant, sorted by id."""
-        return self._registry.models(tenant)
+    def page(
+        self, tenant: str, name: str | None = None, *, after: str | None = None, limit: int | None = None
+    ) -> Page[Cocktail]:
+        """A part of `list`.
 
-    def statuses(self) -> Counter[Status]:
+        Args:
+            after: id of the version to begin behind; it may have been deleted since it was listed.
+            limit: at most so many; None: all.
+
+        Raises:
+            InvalidRequestError: `after` neither is nor lately was a version of this tenant.
+        """
+        before = None if after is None else self._place(tenant, after)
+        entries = self._tenants.get(tenant)
+        if entries is None:
+            return Page(data=[], has_more=False)
+        num_wanted = None if limit is None else limit + 1
+        if name is None:
+            found = entries.newest(before=before, limit=num_wanted)
+        else:
+            named = entries.names[name].named() if name in entries.names else []
+            behind = (entry for entry in named if before is None or position_of(entry) < before)
+            found = sorted(behind, key=position_of, reverse=True)[:num_wanted]
+        return Page.of([entry.cocktail for entry in found], len(found) if limit is None else limit)
+
+    def models(self, tenant: str) -> Mapping[str, ModelEntry]:
+        """Pools, experts, the tenant's names that have a current version, and its ready versions, by id, sorted."""
+        entries = self._tenants.get(tenant)
+        if entries is None:
+            return {entry.id: entry for entry in self._models_of_pools()}
+        if entries.models is None:
+            found = [*self._models_of_pools(), *self._models_of_tenant(entries)]
+            entries.models = {entry.id: entry for entry in sorted(found, key=lambda entry: entry.id)}
+        return entries.models
+
+    def statuses(self) -> Mapping[Status, int]:
         """How many cocktails of all tenants, inline ones included, are in each state."""
-        return self._registry.statuses()
+        return {status: len(entries) for status, entries in self._by_status.items() if entries}
+
+    def unfinished(self) -> Sequence[Cocktail]:
+        """Snapshots of the cocktails whose jobs have not ended, whoever's they are."""
+        return [
+            entry.cocktail
+            for status, entries in self._by_status.items()
+            if status not in FINAL
+            for entry in entries.values()
+        ]
+
+    def unreported(self) -> Sequence[Cocktail]:
+        """Ready versions whose cross-validation is pending."""
+        return [entry.cocktail for entry in self._unreported.values()]
+
+    def uses(self, pool_id: str, recipe_digest: str) -> bool:
+        """Whether a model of a pool, or a cocktail of any tenant, is this recipe."""
+        return (pool_id, recipe_digest) in self._by_recipe or bool(self._pool_models.ids(pool_id, recipe_digest))
 
     def named(self, pool_id: str, recipe_digests: Collection[str]) -> Mapping[str, Sequence[tuple[str | None, str]]]:
         """Tenant (None: a model of the pool itself) and model id of all that each recipe is served as."""
-        return self._registry.named(pool_id, recipe_digests)
+        found: dict[str, list[tuple[str | None, str]]] = {}
+        for digest in recipe_digests:
+            cocktails = (entry.cocktail for entry in self._by_recipe.get((pool_id, digest), {}).values())
+            found[digest] = [(None, model_id) for model_id in self._pool_models.ids(pool_id, digest)]
+            found[digest] += [(cocktail.tenant, cocktail.id) for cocktail in cocktails]
+        return found
 
-    def made_of(self, pool_id: str, member: Member) -> Sequence[Cocktail]:
+    async def made_of(self, pool_id: str, member: Member) -> Sequence[Cocktail]:
         """Cocktails of all tenants that a model of a pool is in, or may be in once their jobs end."""
-        return self._registry.made_of(pool_id, member)
+        return [
+            entry.cocktail
+            async for entry in paced(list(self._by_uid.values()), every=500)
+            if entry.cocktail.pool_id == pool_id and _may_hold(entry.cocktail, member)
+        ]
 
-    async def examples(self, tenant: str, ref: str) -> Sequence[Mapping[str, Any]]:
-        """The examples a cocktail was made from, as JSON rows; empty where it was made without."""
-        return await self._store.examples((await self.look_up(tenant, ref)).uid)
+    async def until(self, uid: str, condition: Callable[[Cocktail], bool], timeout_s: float) -> Cocktail | None:
+        """The snapshot of a version the moment a condition holds, or the one after `timeout_s`; None: it was deleted.
 
-    async def _kept_examples(self, cocktail: Cocktail) -> tuple[ExampleSet | None, ExampleSet | None]:
-        """What a cocktail was made from, and what it is validated on."""
+        Changes of other gateways count once they are known here.
+        """
+        try:
+            async with asyncio.timeout(timeout_s):
+                while (entry := self._by_uid.get(uid)) is not None and not condition(entry.cocktail):
+                    await self._changes.setdefault(uid, asyncio.Event()).wait()
+        except TimeoutError:
+            pass
+        return self.by_uid(uid)
 
-        async def read(*, validation: bool) -> ExampleSet:
-            rows = await self._store.examples(cocktail.uid, validation=validation)
-            return parse_examples(rows, cocktail.kind, max_examples=len(rows))
+    def is_model(self, model_id: str) -> bool:
+        """Whether it is the operator's: a pool or an expert."""
+        return model_id in self._pool_models.by_id
 
-        options = cocktail.request
-        return (
-            None if options.examples_digest is None else await read(validation=False),
-            None if options.validation_digest is None else await read(validation=True),
-        )
+    def reread_pools(self) -> None:
+        """A pool has other experts now; cocktails made of those that are gone are no longer served."""
+        self._pool_models.reread()
+        for entries in self._tenants.values():
+            entries.models = None
+
+    def adopt(self, cocktail: Cocktail) -> Cocktail:
+        """A cocktail of the store as this configuration serves it."""
+        return self._pool_models.adopt(cocktail)
+
+    def uids(self) -> set[str]:
+        """Of all versions of all tenants."""
+        return set(self._by_uid)
+
+    def entry(self, uid: str) -> Entry | None:
+        """None where it has been deleted."""
+        return self._by_uid.get(uid)
+
+    def in_state(self, *statuses: Status) -> Sequence[Entry]:
+        """The versions of all tenants that are in one of these states."""
+        return [entry for status in statuses for entry in self._by_status.get(status, {}).values()]
+
+    def of_tenant(self, tenant: str) -> TenantEntries:
+        """What a tenant has; empty, and not kept, where that is nothing."""
+        return self._tenants.get(tenant) or TenantEntries()
+
+    def versions(self, tenant: str, name: str) -> Versions | None:
+        """The versions of a tenant's name; None: there are none."""
+        entries = self._tenants.get(tenant)
+        return None if entries is None else entries.names.get(name)
+
+    def find_entry(self, tenant: str, ref: str) -> Entry | None:
+        """By id; by name the current version, or the newest where none is ready yet."""
+        name, at, digest8 = ref.partition("@")
+        versions = self.versions(tenant, name)
+        if versions is None:
+            return None
+        if at:
+            return versions.by_digest8.get(digest8)
+        if name in self.pools:
+            return None
+        return versions.current or max(versions.named(), key=sequence_of, default=None)
+
+    def find_version(self, tenant: str, request: CocktailRequest) -> Entry | None:
+        """The version that a request names.
+
+        Raises:
+            ConflictError: another request of the same name has the same first eight digits of its digest.
+        """
+        versions = self.versions(tenant, request.options.name)
+        digest = request.digest
+        entry = None if versions is None else versions.by_digest8.get(digest[:DIGEST8])
+        if entry is not None and entry.cocktail.digest != digest:
+            raise ConflictError(
+                f"another version has the id {version_id(request.options.name, digest)!r}: two digests begin alike; "
+                "change 'seed' to get another id",
+                param="seed",
+            )
+        return entry
+
+    def insert(self, cocktail: Cocktail) -> Entry:
+        """Takes in a version that was not there."""
+        entry = self._by_uid[cocktail.uid] = Entry(cocktail)
+        if cocktail.inline:
+            self.inline[cocktail.uid] = entry
+        self._tenants.setdefault(cocktail.tenant, TenantEntries()).insert(entry)
+        self._index(entry)
+        return entry
+
+    def show(self, entry: Entry, cocktail: Cocktail) -> None:
+        """A version is like this from here on; wakes who waits for a change of it."""
+        entries = self._tenants[cocktail.tenant]
+        self._unindex(entry)
+        entries.take_out(entry)
+        entry.cocktail, entry.served = cocktail, None
+        entries.add(entry)
+        self._index(entry)
+        self._wake(cocktail.uid)
+
+    def pin(self, tenant: str, name: str, entry: Entry | None) -> None:
+        """A name means this version, whatever becomes ready later; None: the newest again."""
+        self._tenants[tenant].pin(name, entry)
+
+    def drop(self, entry: Entry) -> Cocktail:
+        """Forgets a version; its last snapshot, as cancelled if it was unfinished."""
+        cocktail = entry.cocktail
+        self._unindex(entry)
+        entries = self._tenants[cocktail.tenant]
+        entries.drop(entry)
+        if not entries.names:
+            del self._tenants[cocktail.tenant]
+        del self._by_uid[cocktail.uid]
+        self.inline.pop(cocktail.uid, None)
+        self.used.pop(cocktail.uid, None)
+        if not cocktail.inline:
+            self._places[cocktail.tenant, cocktail.id] = position_of(entry)
+            while len(self._places) > PLACES_KEPT:
+                self._places.popitem(last=False)
+        self._wake(cocktail.uid)
+        return cocktail if cocktail.is_final else replace(cocktail, status="cancelled")
+
+    def note_use(self, entry: Entry) -> None:
+        """An inline cocktail was used."""
+        uid = entry.cocktail.uid
+        self.inline.move_to_end(uid)
+        self._tenants[entry.cocktail.tenant].inline.move_to_end(uid)
+        self.used[uid] = self._clock()
+
+    def order_inline(self) -> None:
+        """Puts inline cocktails in the order of the uses that are written down."""
+        for uid, entry in sorted(self.inline.items(), key=lambda item: item[1].cocktail.used_at):
+            self.inline.move_to_end(uid)
+            self._tenants[entry.cocktail.tenant].inline.move_to_end(uid)
+
+    def _served(self, entry: Entry) -> ServedModel | None:
+        served = entry.served
+        if served is None or served.pool is not self.pools.get(served.pool.id):
+            served = entry.served = self._pool_models.serve(entry.cocktail)
+        return served
+
+    def _models_of_pools(self) -> Iterator[ModelEntry]:
+        for model_id, served in self._pool_models.by_id.items():
+            yield ModelEntry(id=model_id, created=self._started_at, kind=served.pool.kind, pool=served.pool.id)
+
+    def _models_of_tenant(self, entries: TenantEntries) -> Iterator[ModelEntry]:
+        for entry in entries.newest():
+            if self._served(entry) is not None:
+                yield _model_entry(entry.cocktail.id, entry.cocktail)
+        for name, versions in entries.names.items():
+            current = versions.current
+            if current is not None and name not in self.pools and self._served(current) is not None:
+                yield _model_entry(name, current.cocktail)
+
+    def _place(self, tenant: str, ref: str) -> ListPosition:
+        entry = self.find_entry(tenant, ref) if "@" in ref else None
+        if entry is not None and not entry.cocktail.inline:
+            return position_of(entry)
+        place = self._places.get((tenant, ref))
+        if place is None:
+            raise InvalidRequestError(
+                f"after: {ref!r} is not an id of this list; give the last one you got, or begin without it",
+                param="after",
+            )
+        return place
+
+    def _index(self, entry: Entry) -> None:
+        cocktail = entry.cocktail
+        self._by_status[cocktail.status][cocktail.uid] = entry
+        if cocktail.recipe is not None:
+            self._by_recipe[cocktail.pool_id, cocktail.recipe.digest][cocktail.uid] = entry
+        if cocktail.cross_validation is not None and cocktail.cross_validation.status == "pending":
+            self._unreported[cocktail.uid] = entry
+
+    def _unindex(self, entry: Entry) -> None:
+        cocktail = entry.cocktail
+        del self._by_status[cocktail.status][cocktail.uid]
+        if cocktail.recipe is not None:
+            key = (cocktail.pool_id, cocktail.recipe.digest)
+            del self._by_recipe[key][cocktail.uid]
+            if not self._by_recipe[key]:
+                del self._by_recipe[key]
+        self._unreported.pop(cocktail.uid, None)
+
+    def _wake(self, uid: str) -> None:
+        """Whoever waits for a change of it looks again."""
+        changed = self._changes.pop(uid, None)
+        if changed is not None:
+            changed.set()
+
+
+def no_cocktail(ref: str) -> NotFoundError:
+    """The error for an id or a name that means nothing to a tenant."""
+    return NotFoundError(
+        f"there is no cocktail {ref!r}; GET /v1/cocktails lists those there are", code="cocktail_not_found"
+    )
+
+
+def _may_hold(cocktail: Cocktail, member: Member) -> bool:
+    if cocktail.recipe is not None:
+        return any(fingerprint == member.fingerprint for fingerprint, _ in cocktail.recipe.coefficients)
+    return not cocktail.is_final and cocktail.request.members.get(member.name) == member.fingerprint
+
+
+def _model_entry(model_id: str, cocktail: Cocktail) -> ModelEntry:
+    return ModelEntry(id=model_id, created=int(cocktail.created_at), kind=cocktail.kind, pool=cocktail.pool_id)

@@ -7,9 +7,9 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, Self
 
 from cocktail_serve import errors
-from cocktail_serve.cocktails.request import CocktailOptions
+from cocktail_serve.cocktails.options import CocktailOptions
 from cocktail_serve.errors import CocktailError
-from cocktail_serve.generation import GenerationSettings
+from cocktail_serve.generation_settings import GenerationSettings
 from cocktail_serve.pool import Kind, Pool
 from cocktail_serve.recipe import Recipe
 from cocktail_serve.weighting.candidates import Candidate, chosen_of
@@ -59,8 +59,8 @@ class Failure:
 
 
 @dataclass(frozen=True, slots=True)
-class Findings:
-    """What a cocktail can be expected to do, or why nothing can be told; see `findings`.
+class CrossValidation:
+    """What a cocktail can be expected to do, or why nothing can be told; see `cross_validation`.
 
     Attributes:
         status: `pending` while it is in the making.
@@ -107,7 +107,7 @@ class Cocktail:
         owner: id of the gateway whose job it is, as long as it is not final.
         epoch: how often it was given to a gateway: a job of an earlier epoch has lost it.
         change: number of the change that wrote it; a write says which one it goes back to.
-        findings: of its report; None until ready, and where nobody asked for them.
+        cross_validation: of its report; None until ready, and where nobody asked for it.
         key_id: of the key that asked for it first; None where none was asked for.
         example_bytes: size of its examples in the store.
     """
@@ -138,7 +138,7 @@ class Cocktail:
     owner: str | None = field(default=None, compare=False)
     epoch: int = field(default=0, compare=False)
     change: int = field(default=0, compare=False)
-    findings: Findings | None = field(default=None, compare=False)
+    cross_validation: CrossValidation | None = field(default=None, compare=False)
     key_id: str | None = None
     example_bytes: int = 0
 
@@ -165,7 +165,7 @@ class Cocktail:
 
 
 @dataclass(frozen=True, slots=True)
-class Served:
+class ServedModel:
     """What a model id means now: the parameters a request is answered by.
 
     Attributes:

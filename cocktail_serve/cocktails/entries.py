@@ -1,158 +1,139 @@
-"""Cocktails in memory: each version by uid and by name, and which version a name means."""
+"""One tenant's cocktails in memory: by name and version, in the order they were made, and what a name means."""
 
 from __future__ import annotations
 
-import asyncio
+from bisect import bisect_left, insort
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
-from cocktail_serve.cocktails.cocktail import DIGEST8, Cocktail, Served, version_id
-from cocktail_serve.cocktails.request import CocktailRequest
-from cocktail_serve.cocktails.serving import Serving
-from cocktail_serve.errors import ConflictError
+from cocktail_serve.cocktails.cocktail import DIGEST8, Cocktail, ModelEntry, ServedModel
+
+ListPosition = tuple[float, int, str]
+"""Where a cocktail stands in the list of its tenant: by the moment it was made, then by when it was asked for."""
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Entry:
-    """One version in memory. `cocktail.current` is left False here and filled in when a snapshot is taken."""
+    """One version in memory.
+
+    Attributes:
+        cocktail: as it stands; `current` is what `Versions` says it is.
+        served: what it was last answered by; its pool may have changed since.
+    """
 
     cocktail: Cocktail
-    served: Served | None = None
-    final: asyncio.Event = field(default_factory=asyncio.Event)
+    served: ServedModel | None = None
+
+
+def position_of(entry: Entry) -> ListPosition:
+    """Where it stands in its tenant's list."""
+    return entry.cocktail.created_at, entry.cocktail.sequence, entry.cocktail.uid
+
+
+def sequence_of(entry: Entry) -> int:
+    """Where it stands in the order in which versions were last asked for."""
+    return entry.cocktail.sequence
 
 
 @dataclass(slots=True)
-class Name:
-    """The versions of a tenant's name, by digest8."""
+class Versions:
+    """The versions of a name, by digest8."""
 
-    versions: dict[str, Entry] = field(default_factory=dict)
+    by_digest8: dict[str, Entry] = field(default_factory=dict)
     pinned: Entry | None = None
     current: Entry | None = None
 
+    def named(self) -> list[Entry]:
+        """Those that the bare name can mean: an inline cocktail has no name."""
+        return [entry for entry in self.by_digest8.values() if not entry.cocktail.inline]
+
     def settle_current(self) -> None:
         """The pinned version, else the newest ready one; a queued or failed version never moves it."""
-        ready = [
-            entry for entry in self.versions.values() if entry.cocktail.status == "ready" and not entry.cocktail.inline
-        ]
-        self.current = self.pinned or max(ready, key=lambda entry: entry.cocktail.sequence, default=None)
+        ready = [entry for entry in self.named() if entry.cocktail.status == "ready"]
+        before, self.current = self.current, self.pinned or max(ready, key=sequence_of, default=None)
+        for entry in (before, self.current):
+            if entry is not None and entry.cocktail.current != (entry is self.current):
+                entry.cocktail = replace(entry.cocktail, current=entry is self.current)
 
 
-class Entries:
-    """All versions of all tenants. Knows no store: who changes it has changed that first.
+class TenantEntries:
+    """The cocktails of one tenant.
 
     Attributes:
-        names: by (tenant, name).
+        names: by name; inline cocktails are under their pool's id.
         inline: inline cocktails by uid, the least recently used first.
-        used: when inline cocktails were used, by uid, as far as it is only noted here.
+        num_unfinished: how many have jobs that have not ended.
+        models: its model list by id, sorted; None: to be made anew.
     """
 
-    def __init__(self, serving: Serving) -> None:
-        self._serving = serving
-        self._by_uid: dict[str, Entry] = {}
-        self.names: dict[tuple[str, str], Name] = {}
+    def __init__(self) -> None:
+        self.names: dict[str, Versions] = {}
         self.inline: OrderedDict[str, Entry] = OrderedDict()
-        self.used: dict[str, float] = {}
+        self.num_unfinished = 0
+        self.models: dict[str, ModelEntry] | None = None
+        self._listed: list[Entry] = []
 
-    def __iter__(self) -> Iterator[Entry]:
-        return iter(self._by_uid.values())
+    @property
+    def num_listed(self) -> int:
+        """Versions, inline ones left out, whatever their state."""
+        return len(self._listed)
 
-    def uids(self) -> set[str]:
-        return set(self._by_uid)
-
-    def by_uid(self, uid: str) -> Entry | None:
-        """None where it has been deleted."""
-        return self._by_uid.get(uid)
-
-    def find(self, tenant: str, ref: str) -> Entry | None:
-        """By id; by name the current version, or the newest where none is ready yet."""
-        name, at, digest8 = ref.partition("@")
-        versions = self.names.get((tenant, name))
-        if versions is None:
-            return None
-        if at:
-            return versions.versions.get(digest8)
-        if name in self._serving.pools:
-            return None
-        if versions.current is not None:
-            return versions.current
-        named = [entry for entry in versions.versions.values() if not entry.cocktail.inline]
-        return max(named, key=lambda entry: entry.cocktail.sequence, default=None)
-
-    def version(self, tenant: str, request: CocktailRequest) -> Entry | None:
-        """The version that a request names.
-
-        Raises:
-            ConflictError: another request of the same name has the same first eight digits of its digest.
-        """
-        versions = self.names.get((tenant, request.options.name))
-        digest = request.digest
-        entry = None if versions is None else versions.versions.get(digest[:DIGEST8])
-        if entry is not None and entry.cocktail.digest != digest:
-            raise ConflictError(
-                f"another version has the id {version_id(request.options.name, digest)!r}: two digests begin alike; "
-                "change 'seed' to get another id",
-                param="seed",
-            )
-        return entry
-
-    def snapshot(self, entry: Entry) -> Cocktail:
-        """The cocktail as it stands, which knows whether the bare name means it."""
-        versions = self.names.get((entry.cocktail.tenant, entry.cocktail.name))
-        is_current = versions is not None and versions.current is entry
-        return replace(entry.cocktail, current=True) if is_current else entry.cocktail
-
-    def insert(self, cocktail: Cocktail) -> Entry:
+    def insert(self, entry: Entry) -> None:
         """Takes in a version that was not there."""
-        entry = Entry(cocktail)
-        self._by_uid[cocktail.uid] = entry
-        self.names.setdefault((cocktail.tenant, cocktail.name), Name()).versions[cocktail.digest[:DIGEST8]] = entry
+        cocktail = entry.cocktail
+        self.names.setdefault(cocktail.name, Versions()).by_digest8[cocktail.digest[:DIGEST8]] = entry
         if cocktail.inline:
             self.inline[cocktail.uid] = entry
-        self.show(entry, cocktail)
-        return entry
+        self.add(entry)
 
-    def show(self, entry: Entry, cocktail: Cocktail) -> None:
-        """A version is like this from here on; wakes who waits for its end."""
-        entry.cocktail = cocktail
-        entry.served = self._serving.serve(cocktail)
-        if cocktail.is_final:
-            entry.final.set()
-        else:
-            entry.final.clear()
-        self.names[cocktail.tenant, cocktail.name].settle_current()
-
-    def drop(self, entry: Entry) -> Cocktail:
-        """Forgets a version; its last snapshot, as cancelled if it was unfinished."""
-        cocktail = self.snapshot(entry)
-        key = (cocktail.tenant, cocktail.name)
-        versions = self.names[key]
-        del self._by_uid[cocktail.uid]
-        if versions.versions.get(cocktail.digest[:DIGEST8]) is entry:
-            del versions.versions[cocktail.digest[:DIGEST8]]
+    def drop(self, entry: Entry) -> None:
+        """Forgets a version."""
+        self.take_out(entry)
+        cocktail = entry.cocktail
+        versions = self.names[cocktail.name]
+        if versions.by_digest8.get(cocktail.digest[:DIGEST8]) is entry:
+            del versions.by_digest8[cocktail.digest[:DIGEST8]]
         self.inline.pop(cocktail.uid, None)
-        self.used.pop(cocktail.uid, None)
         if versions.pinned is entry:
             versions.pinned = None
-        versions.settle_current()
-        if not versions.versions:
-            del self.names[key]
-        entry.final.set()
-        return cocktail if cocktail.is_final else replace(cocktail, status="cancelled")
+        self.settle(cocktail.name)
+        if not versions.by_digest8:
+            del self.names[cocktail.name]
 
-    def serve_anew(self, pool_id: str) -> None:
-        """The pool has other models now: what serves its cocktails may have come or gone."""
-        for entry in self:
-            if entry.cocktail.pool_id == pool_id:
-                entry.served = self._serving.serve(entry.cocktail)
+    def add(self, entry: Entry) -> None:
+        """Counts and lists a version by what it shows."""
+        self.num_unfinished += not entry.cocktail.is_final
+        if not entry.cocktail.inline:
+            insort(self._listed, entry, key=position_of)
+            self.settle(entry.cocktail.name)
 
-    def note_use(self, entry: Entry, now: float) -> None:
-        """An inline cocktail was used."""
-        uid = entry.cocktail.uid
-        self.inline.move_to_end(uid)
-        self.used[uid] = now
+    def take_out(self, entry: Entry) -> None:
+        """Undoes `add`, before a version shows something else."""
+        self.num_unfinished -= not entry.cocktail.is_final
+        if not entry.cocktail.inline:
+            del self._listed[self._index(position_of(entry))]
 
-    def order_inline(self) -> None:
-        """Puts inline cocktails in the order of the uses that are written down."""
-        for uid, _ in sorted(self.inline.items(), key=lambda item: item[1].cocktail.used_at):
-            self.inline.move_to_end(uid)
+    def pin(self, name: str, entry: Entry | None) -> None:
+        """A name means this version, whatever becomes ready later; None: the newest again."""
+        self.names[name].pinned = entry
+        self.settle(name)
+
+    def settle(self, name: str) -> None:
+        """A version of a name came, went or changed, or was pinned."""
+        self.names[name].settle_current()
+        self.models = None
+
+    def newest(self, *, before: ListPosition | None = None, limit: int | None = None) -> Sequence[Entry]:
+        """Versions by the moment they were made, the newest first, inline ones left out.
+
+        Args:
+            before: made before the one at this place; None: from the newest on.
+            limit: at most so many; None: all.
+        """
+        end = len(self._listed) if before is None else self._index(before)
+        start = 0 if limit is None else max(end - limit, 0)
+        return self._listed[start:end][::-1]
+
+    def _index(self, place: ListPosition) -> int:
+        return bisect_left(self._listed, place, key=position_of)

@@ -13,11 +13,11 @@ from pathlib import Path
 from sqlalchemy import delete, insert, select
 
 from cocktail_serve.checkpoints.opening import open_expert
+from cocktail_serve.cocktails.catalog import Catalog
 from cocktail_serve.cocktails.expert_roots import ExpertRoots
-from cocktail_serve.cocktails.service import CocktailService
 from cocktail_serve.database import tables
 from cocktail_serve.database.database import Database
-from cocktail_serve.database.unbroken import Unbroken
+from cocktail_serve.database.shield import Shield
 from cocktail_serve.engines.base import Engine
 from cocktail_serve.errors import (
     CheckpointError,
@@ -27,7 +27,7 @@ from cocktail_serve.errors import (
     NotFoundError,
     StorageError,
 )
-from cocktail_serve.library_process import Call, LibraryProcess
+from cocktail_serve.library_process import LibraryCall, LibraryProcess
 from cocktail_serve.pool import BASE, NAME_PATTERN, Member, Pool
 from cocktail_serve.usage.audit import record
 
@@ -86,8 +86,8 @@ class Experts:
         self._added: dict[tuple[str, str], Added] = {}
         self._left_out: dict[tuple[str, str], str] = {}
         self._changing = asyncio.Lock()
-        self._unbroken = Unbroken()
-        self._service: CocktailService | None = None
+        self._shield = Shield()
+        self._catalog: Catalog | None = None
         self._learning: asyncio.Task[None] | None = None
 
     async def load(self) -> Mapping[str, str]:
@@ -99,14 +99,14 @@ class Experts:
         await self._catch_up()
         return {f"{pool_id}/{name}": why for (pool_id, name), why in self._left_out.items()}
 
-    def start(self, service: CocktailService) -> None:
-        """Tells the service of changes from now on, those that other servers on the database make among them."""
-        self._service = service
+    def start(self, catalog: Catalog) -> None:
+        """Tells the catalog of changes from now on, those that other servers on the database make among them."""
+        self._catalog = catalog
         self._learning = asyncio.create_task(self._learn(), name="experts")
 
     async def stop(self) -> None:
         """Ends what `start` began; a change that was begun is made."""
-        await self._unbroken.drain()
+        await self._shield.drain()
         if self._learning is not None:
             self._learning.cancel()
             await asyncio.gather(self._learning, return_exceptions=True)
@@ -134,7 +134,7 @@ class Experts:
             CheckpointError, IncompatibleModelsError: the model cannot be read, or mixed; nothing has changed.
             StorageError: the database or the engine could not be told; nothing has changed.
         """
-        return await self._unbroken.run(self._add(pool_id, name, path))
+        return await self._shield.run(self._add(pool_id, name, path))
 
     async def remove(self, pool_id: str, name: str, *, force: bool) -> None:
         """Takes an added expert out, one that is left out too. Its files stay where they are.
@@ -147,7 +147,7 @@ class Experts:
             ConflictError: it is of the configuration, or cocktails are made of it.
             StorageError: as `add`.
         """
-        await self._unbroken.run(self._remove(pool_id, name, force=force))
+        await self._shield.run(self._remove(pool_id, name, force=force))
 
     async def _add(self, pool_id: str, name: str, path: str) -> tuple[Member, Added, bool]:
         self._pool(pool_id)
@@ -207,7 +207,7 @@ class Experts:
                     raise ConflictError(
                         f"{name!r} is of the configuration; take it out there and start the server again", param="name"
                     )
-                users = [] if self._service is None else self._service.made_of(pool_id, member)
+                users = [] if self._catalog is None else await self._catalog.made_of(pool_id, member)
                 if users and not force:
                     raise ConflictError(
                         f"{len(users)} cocktails are made of {pool_id}/{name}, among them {users[0].id!r}; delete "
@@ -268,10 +268,10 @@ class Experts:
 
     def _show(self, pool: Pool) -> None:
         self._pools[pool.id] = pool
-        if self._service is not None:
-            self._service.change_pool(pool)
+        if self._catalog is not None:
+            self._catalog.reread_pools()
 
-    async def _load(self, added: Added, call: Call) -> None:
+    async def _load(self, added: Added, call: LibraryCall) -> None:
         pool = self._pool(added.pool_id)
         if added.name in pool.experts:
             raise ConflictError("the configuration has an expert of that name now, and wins")

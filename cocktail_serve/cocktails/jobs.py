@@ -11,16 +11,17 @@ from functools import partial
 from typing import Any, TypeVar
 
 from cocktail_serve.cocktails.cocktail import Cocktail, Failure
-from cocktail_serve.cocktails.findings import PENDING
+from cocktail_serve.cocktails.cross_validation import PENDING
+from cocktail_serve.cocktails.options import CocktailOptions
 from cocktail_serve.cocktails.registry import Registry
-from cocktail_serve.cocktails.request import CocktailOptions
-from cocktail_serve.cocktails.scores import Keeping
-from cocktail_serve.cocktails.tasks import Tasks
+from cocktail_serve.cocktails.scores import ScoreScope
+from cocktail_serve.cocktails.store import Store
+from cocktail_serve.cocktails.tasks import BackgroundTasks
 from cocktail_serve.cocktails.warnings import warnings_of_losses
 from cocktail_serve.cocktails.weigher import Weigher
-from cocktail_serve.cocktails.weighing import recipe_of
+from cocktail_serve.cocktails.weighing_plan import recipe_of
 from cocktail_serve.engines.base import AnyEngine, Engine
-from cocktail_serve.engines.effort import Effort, measured
+from cocktail_serve.engines.engine_time import EngineTime, EngineTimeTotal, totalled
 from cocktail_serve.errors import (
     CapacityError,
     CocktailError,
@@ -48,7 +49,7 @@ _T = TypeVar("_T")
 
 
 @dataclass(frozen=True, slots=True)
-class Patience:
+class RetryPolicy:
     """How long a job bears with an engine that is down, busy or failing. Nobody's socket waits for it.
 
     Attributes:
@@ -65,7 +66,7 @@ class Patience:
     max_delay_s: float = 10.0
 
     async def __call__(self, call: Callable[[], Awaitable[_T]]) -> _T:
-        """The result of a call, tried again while its error is retryable and patience lasts."""
+        """The result of a call, tried again while its error is retryable and time is left."""
         loop = asyncio.get_running_loop()
         started = loop.time()
         failures = 0
@@ -74,8 +75,8 @@ class Patience:
             try:
                 return await call()
             except (CapacityError, StorageError) as error:
-                patience = self.for_store_s if isinstance(error, StorageError) else self.for_capacity_s
-                if loop.time() + delay > started + patience:
+                most_s = self.for_store_s if isinstance(error, StorageError) else self.for_capacity_s
+                if loop.time() + delay > started + most_s:
                     raise
             except CocktailError as error:
                 failures += 1
@@ -86,11 +87,8 @@ class Patience:
             delay = min(2 * delay, self.max_delay_s)
 
 
-OnSpent = Callable[[Cocktail, Effort], None]
+OnSpent = Callable[[Cocktail, EngineTime], None]
 """Is told how long engines worked for a cocktail."""
-
-LoadExamples = Callable[[], Awaitable[tuple[ExampleSet | None, ExampleSet | None]]]
-"""Reads the examples of a cocktail, and those of its validation."""
 
 
 async def check_examples(engine: Engine, examples: ExampleSet | None, validation: ExampleSet | None) -> None:
@@ -116,33 +114,36 @@ class Jobs:
     def __init__(
         self,
         registry: Registry,
+        store: Store,
         weigher: Weigher,
         pools: Mapping[str, Pool],
         engines: Mapping[str, AnyEngine],
         *,
-        patience: Patience,
+        retry_policy: RetryPolicy,
         on_ready: Callable[[Cocktail], None] | None,
         on_spent: OnSpent,
     ) -> None:
         self._registry = registry
+        self._store = store
         self._weigher = weigher
         self._pools = pools
         self._engines = engines
-        self._patience = patience
+        self._retry = retry_policy
         self._on_ready = on_ready
         self._on_spent = on_spent
         self._slots: defaultdict[str, asyncio.Semaphore] = defaultdict(lambda: asyncio.Semaphore(MAX_RUNNING))
-        self._tasks = Tasks("cocktail")
+        self._tasks = BackgroundTasks("cocktail")
 
     def submit(self, cocktail: Cocktail, examples: ExampleSet | None, validation: ExampleSet | None) -> None:
         """Starts the job of a cocktail that is not final."""
         previous = self._tasks.cancel(cocktail.uid)
         self._tasks.start(cocktail, self._after(previous, cocktail, examples, validation))
 
-    async def resume(self, cocktail: Cocktail, load_examples: LoadExamples) -> None:
+    async def resume(self, cocktail: Cocktail) -> None:
         """Goes on with a job that another process left; one whose examples no longer read ends as failed."""
         try:
-            examples, validation = await load_examples()
+            examples = await self._store.example_set(cocktail)
+            validation = await self._store.example_set(cocktail, validation=True)
         except InvalidRequestError as error:
             await self._fail(cocktail, error)
         else:
@@ -152,7 +153,7 @@ class Jobs:
         """Whether there is a job for a cocktail here."""
         return uid in self._tasks
 
-    def heed(self, cocktail: Cocktail) -> None:
+    def changed_remotely(self, cocktail: Cocktail) -> None:
         """Ends the job of a cocktail that another gateway ended, or took over."""
         if cocktail.is_final or self._tasks.epoch_of(cocktail.uid) != cocktail.epoch:
             self.cancel(cocktail.uid)
@@ -176,12 +177,14 @@ class Jobs:
         if previous is not None:
             await asyncio.wait([previous])
         async with self._slots[cocktail.pool_id]:
-            with measured(partial(self._on_spent, cocktail)):
-                await self._run(cocktail, examples, validation)
+            with totalled(partial(self._on_spent, cocktail)) as spent:
+                await self._run(cocktail, examples, validation, spent)
 
-    async def _run(self, cocktail: Cocktail, examples: ExampleSet | None, validation: ExampleSet | None) -> None:
+    async def _run(
+        self, cocktail: Cocktail, examples: ExampleSet | None, validation: ExampleSet | None, spent: EngineTimeTotal
+    ) -> None:
         try:
-            await self._mix(cocktail, examples, validation)
+            await self._mix(cocktail, examples, validation, spent)
         except _LostError:
             return
         except CocktailError as error:
@@ -192,7 +195,9 @@ class Jobs:
             logger.exception("cocktail %s failed by a fault of the server", cocktail.id)
             await self._fail(cocktail, ServerError("the job failed by a fault of the server; its log says more"))
 
-    async def _mix(self, cocktail: Cocktail, examples: ExampleSet | None, validation: ExampleSet | None) -> None:
+    async def _mix(
+        self, cocktail: Cocktail, examples: ExampleSet | None, validation: ExampleSet | None, spent: EngineTimeTotal
+    ) -> None:
         options = cocktail.request
         pool = self._pools.get(cocktail.pool_id)
         if pool is None or not options.fits(pool):
@@ -200,16 +205,16 @@ class Jobs:
                 f"pool {cocktail.pool_id!r} changed before the cocktail was ready; make it again", code="pool_changed"
             )
         engine = self._engines[pool.id]
-        keeping = Keeping(tenant=cocktail.tenant, uid=cocktail.uid)
+        score_scope = ScoreScope(tenant=cocktail.tenant, uid=cocktail.uid, spent=spent)
         if examples is not None:
             await self._update(cocktail, status="scoring", progress=0.0)
-        await self._patience(lambda: check_examples(engine, examples, validation))
+        await self._retry(lambda: check_examples(engine, examples, validation))
 
         async def on_progress(losses: Mapping[str, float], share: float) -> None:
             await self._update(cocktail, losses=losses, progress=SCORED * share)
 
         weighing = await self._weigher.weigh(
-            engine, options, examples, keeping, attempts=self._patience, on_progress=on_progress
+            engine, options, examples, score_scope, retry=self._retry, on_progress=on_progress
         )
         recipe = recipe_of(options, pool, weighing.merging_weights, dtype=engine.dtype)
         await self._update(
@@ -222,34 +227,34 @@ class Jobs:
             recipe=recipe,
             candidates=weighing.candidates,
         )
-        await self._patience(lambda: engine.materialise(recipe))
+        await self._retry(lambda: spent.of(engine.materialise(recipe)))
         await self._update(cocktail, progress=MIXED)
-        mixed_loss = await self._mixed_loss(engine, recipe, examples, keeping)
-        validation_loss = await self._mixed_loss(engine, recipe, validation, keeping)
+        mixed_loss = await self._mixed_loss(engine, recipe, examples, score_scope)
+        validation_loss = await self._mixed_loss(engine, recipe, validation, score_scope)
         ready = await self._update(
             cocktail,
             status="ready",
             progress=1.0,
-            ready_at=self._registry.now(),
+            ready_at=self._registry.catalog.now(),
             mixed_loss=mixed_loss,
             validation_loss=validation_loss,
             candidates=_judged(options, weighing.candidates, mixed_loss),
             warnings=(*cocktail.warnings, *warnings_of_losses(options, weighing.losses, mixed_loss)),
-            findings=None if cocktail.inline or self._on_ready is None else PENDING,
+            cross_validation=None if cocktail.inline or self._on_ready is None else PENDING,
         )
         if self._on_ready is not None and not cocktail.inline:
             self._on_ready(ready)
 
     async def _mixed_loss(
-        self, engine: AnyEngine, recipe: Recipe, examples: ExampleSet | None, keeping: Keeping
+        self, engine: AnyEngine, recipe: Recipe, examples: ExampleSet | None, score_scope: ScoreScope
     ) -> float | None:
         if examples is None:
             return None
-        return mean(await self._patience(lambda: self._weigher.scores.of_mixture(engine, recipe, examples, keeping)))
+        return mean(await self._retry(lambda: self._weigher.scores.of_mixture(engine, recipe, examples, score_scope)))
 
     async def _update(self, cocktail: Cocktail, **changes: Any) -> Cocktail:
         update = self._registry.update
-        updated = await self._patience(lambda: update(cocktail.uid, epoch=cocktail.epoch, **changes))
+        updated = await self._retry(lambda: update(cocktail.uid, epoch=cocktail.epoch, **changes))
         if updated is None:
             raise _LostError
         return updated

@@ -9,52 +9,49 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import defaultdict
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
 
-from cocktail_serve.cocktails.cocktail import Cocktail, Findings
-from cocktail_serve.cocktails.findings import PENDING, no_findings
+from cocktail_serve.cocktails.cocktail import Cocktail, CrossValidation
+from cocktail_serve.cocktails.cross_validation import PENDING, no_findings
 from cocktail_serve.cocktails.jobs import OnSpent
 from cocktail_serve.cocktails.registry import Registry
-from cocktail_serve.cocktails.scores import Attempts, Keeping
-from cocktail_serve.cocktails.tasks import Tasks
+from cocktail_serve.cocktails.scores import Retrying, ScoreScope
+from cocktail_serve.cocktails.store import Store
+from cocktail_serve.cocktails.tasks import BackgroundTasks
 from cocktail_serve.cocktails.weigher import Weigher
 from cocktail_serve.engines.base import AnyEngine
-from cocktail_serve.engines.effort import measured
+from cocktail_serve.engines.engine_time import EngineTimeTotal, totalled
 from cocktail_serve.errors import CapacityError, CocktailError, StorageError
-from cocktail_serve.examples import ExampleSet
 
 logger = logging.getLogger(__name__)
-
-LoadExamples = Callable[[Cocktail], Awaitable[ExampleSet | None]]
 
 
 class Reports:
     """The running investigations, one task each.
 
     Args:
-        load_examples: reads what a cocktail was made from.
-        patience: how often a call to an engine is tried.
+        retry: how often a call to an engine is tried.
     """
 
     def __init__(
         self,
         registry: Registry,
+        store: Store,
         weigher: Weigher,
         engines: Mapping[str, AnyEngine],
-        load_examples: LoadExamples,
         *,
-        patience: Attempts,
+        retry: Retrying,
         on_spent: OnSpent,
     ) -> None:
         self._registry = registry
+        self._store = store
         self._weigher = weigher
         self._engines = engines
-        self._load_examples = load_examples
-        self._patience = patience
+        self._retry = retry
         self._on_spent = on_spent
         self._turns: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
-        self._tasks = Tasks("report")
+        self._tasks = BackgroundTasks("report")
 
     def submit(self, cocktail: Cocktail) -> None:
         """Begins with a ready cocktail, unless it has begun."""
@@ -62,11 +59,13 @@ class Reports:
             self._tasks.start(cocktail, self._run(cocktail))
 
     async def ask(self, cocktail: Cocktail) -> Cocktail:
-        """A ready cocktail with findings, pending at least: begins with one that was never looked into."""
-        if cocktail.status != "ready" or (cocktail.findings is not None and cocktail.findings.status == "ready"):
+        """A ready cocktail with its cross-validation, pending at least: begins with one that was never looked into."""
+        if cocktail.status != "ready" or (
+            cocktail.cross_validation is not None and cocktail.cross_validation.status == "ready"
+        ):
             return cocktail
-        if cocktail.findings is None:
-            cocktail = await self._registry.keep_findings(cocktail.uid, PENDING) or cocktail
+        if cocktail.cross_validation is None:
+            cocktail = await self._registry.keep_cross_validation(cocktail.uid, PENDING) or cocktail
             self.submit(cocktail)
         return cocktail
 
@@ -81,9 +80,9 @@ class Reports:
     async def _run(self, cocktail: Cocktail) -> None:
         async with self._turns[cocktail.pool_id]:
             try:
-                with measured(partial(self._on_spent, cocktail)):
-                    findings = await self._findings(cocktail)
-                await self._registry.keep_findings(cocktail.uid, findings)
+                with totalled(partial(self._on_spent, cocktail)) as spent:
+                    found = await self._cross_validate(cocktail, spent)
+                await self._registry.keep_cross_validation(cocktail.uid, found)
             except CapacityError:
                 logger.warning("the report of %s waits: its engine is not available", cocktail.id)
             except StorageError:
@@ -92,18 +91,18 @@ class Reports:
                 # a fault of ours in a report must not end the server; the report stays pending
                 logger.exception("the report of %s failed by a fault of the server", cocktail.id)
 
-    async def _findings(self, cocktail: Cocktail) -> Findings:
+    async def _cross_validate(self, cocktail: Cocktail, spent: EngineTimeTotal) -> CrossValidation:
         engine = self._engines.get(cocktail.pool_id)
         if engine is None or engine.pool.fingerprint != cocktail.request.pool_fingerprint:
             return no_findings("the pool's models are no longer those it was made from")
         try:
-            return await self._weigher.find(
+            return await self._weigher.cross_validate(
                 engine,
                 cocktail.request,
                 cocktail.chosen,
-                await self._load_examples(cocktail),
-                Keeping(tenant=cocktail.tenant, uid=cocktail.uid),
-                attempts=self._patience,
+                await self._store.example_set(cocktail),
+                ScoreScope(tenant=cocktail.tenant, uid=cocktail.uid, spent=spent),
+                retry=self._retry,
             )
         except CapacityError:
             raise

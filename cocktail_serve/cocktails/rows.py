@@ -7,8 +7,8 @@ from typing import Any
 
 from sqlalchemy.engine import RowMapping
 
-from cocktail_serve.cocktails.cocktail import Cocktail, Failure, Findings
-from cocktail_serve.cocktails.request import CocktailOptions
+from cocktail_serve.cocktails.cocktail import Cocktail, CrossValidation, Failure
+from cocktail_serve.cocktails.options import CocktailOptions
 from cocktail_serve.recipe import Recipe
 from cocktail_serve.weighting.candidates import Candidate
 
@@ -41,7 +41,7 @@ def to_row(cocktail: Cocktail) -> dict[str, Any]:
         "owner": cocktail.owner,
         "epoch": cocktail.epoch,
         "change": cocktail.change,
-        "findings": None if cocktail.findings is None else cocktail.findings.to_json(),
+        "findings": None if cocktail.cross_validation is None else cocktail.cross_validation.to_json(),
         "key_id": cocktail.key_id,
         "example_bytes": cocktail.example_bytes,
     }
@@ -50,6 +50,7 @@ def to_row(cocktail: Cocktail) -> dict[str, Any]:
 def from_row(row: RowMapping) -> Cocktail:
     """The cocktail that `to_row` wrote."""
     values = dict(row)
+    found = values.pop("findings")
     return Cocktail(
         **{
             **values,
@@ -58,6 +59,6 @@ def from_row(row: RowMapping) -> Cocktail:
             "error": None if values["error"] is None else Failure(**values["error"]),
             "warnings": tuple(values["warnings"]),
             "candidates": tuple(Candidate(**candidate) for candidate in values["candidates"] or ()),
-            "findings": None if values["findings"] is None else Findings(**values["findings"]),
+            "cross_validation": None if found is None else CrossValidation(**found),
         }
     )

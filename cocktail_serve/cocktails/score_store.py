@@ -11,7 +11,7 @@ from sqlalchemy import Column, Table, delete, select
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from cocktail_serve.database import tables
-from cocktail_serve.database.database import Database, chunks, insert_missing, to_the_end
+from cocktail_serve.database.database import Database, chunks, insert_missing, shielded
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,23 +33,23 @@ class ScoreStore:
     def __init__(self, database: Database) -> None:
         self._database = database
 
-    @to_the_end
+    @shielded
     async def losses(self, tenant: str, key: ScoreKey, items: Sequence[str]) -> dict[str, float]:
         """Losses kept for these examples of one model, by example digest."""
         return await self._kept(tables.losses, tables.losses.c.loss, tenant=tenant, key=key, items=items)
 
-    @to_the_end
+    @shielded
     async def keep_losses(self, uid: str, key: ScoreKey, losses: Mapping[str, float]) -> None:
         """Keeps losses measured for a cocktail; nothing where it has been deleted meanwhile."""
         await self._keep(tables.losses, "loss", uid=uid, key=key, values=losses)
 
-    @to_the_end
+    @shielded
     async def embeddings(self, tenant: str, key: ScoreKey, items: Sequence[str]) -> dict[str, np.ndarray]:
         """Embeddings kept for these texts under one model, `[D]` float32, by text digest."""
         kept = await self._kept(tables.embeddings, tables.embeddings.c.vector, tenant=tenant, key=key, items=items)
         return {item: np.frombuffer(vector, dtype="<f4") for item, vector in kept.items()}
 
-    @to_the_end
+    @shielded
     async def keep_embeddings(self, uid: str, key: ScoreKey, vectors: Mapping[str, np.ndarray]) -> None:
         """Keeps embeddings made for a cocktail; nothing where it has been deleted meanwhile."""
         packed = {item: np.ascontiguousarray(vector, dtype="<f4").tobytes() for item, vector in vectors.items()}

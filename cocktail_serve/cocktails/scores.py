@@ -7,7 +7,7 @@ import hashlib
 import math
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Executor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol, TypeVar
 
 import numpy as np
@@ -15,10 +15,12 @@ import numpy as np
 from cocktail_serve.cocktails.score_store import ScoreKey, ScoreStore
 from cocktail_serve.digest import digest_of
 from cocktail_serve.engines.base import AnyEngine, EmbeddingEngine, ScoringEngine
+from cocktail_serve.engines.engine_time import EngineTimeTotal
 from cocktail_serve.examples import ExampleSet, example_digest
 from cocktail_serve.pool import Kind
 from cocktail_serve.recipe import Recipe, one_hot
-from cocktail_serve.scoring import contrastive, ranking, text
+from cocktail_serve.scoring import contrastive, ranking
+from cocktail_serve.scoring import decoder as text
 from cocktail_serve.scoring.finite import require_finite
 from cocktail_serve.weighting.candidates import mean
 
@@ -28,7 +30,7 @@ TEXTS_PER_CALL = 256
 _T = TypeVar("_T")
 
 
-class Attempts(Protocol):
+class Retrying(Protocol):
     """How often a call to an engine is tried."""
 
     async def __call__(self, call: Callable[[], Awaitable[_T]]) -> _T: ...
@@ -39,31 +41,33 @@ async def once(call: Callable[[], Awaitable[_T]]) -> _T:
     return await call()
 
 
-def score_items(examples: ExampleSet | None, kind: Kind) -> tuple[str, ...]:
+def score_keys(examples: ExampleSet | None, kind: Kind) -> tuple[str, ...]:
     """The keys that scores of these examples are kept under: example digests, or text digests for an encoder."""
     if examples is None:
         return ()
     if kind == "encoder":
-        return tuple(text_digest(item) for item in contrastive.texts_of(examples))
+        return tuple(embedding_key(item) for item in contrastive.texts_of(examples))
     return tuple(dict.fromkeys(example_digest(example) for example in examples))
 
 
-def text_digest(item: str) -> str:
+def embedding_key(item: str) -> str:
     """SHA-256 of a text, 64 hex characters: the key its embedding is kept under."""
     return hashlib.sha256(item.encode()).hexdigest()
 
 
 @dataclass(frozen=True, slots=True)
-class Keeping:
-    """Whose scores are used, and for which cocktail new ones are kept.
+class ScoreScope:
+    """Whose scores are used, for which cocktail new ones are kept, and who pays for them.
 
     Attributes:
         uid: the cocktail that new scores are kept for, until it is deleted. None: none is kept (a dry run, whose
             examples nobody could delete later).
+        spent: what engines work for it is added there.
     """
 
     tenant: str
     uid: str | None
+    spent: EngineTimeTotal = field(default_factory=EngineTimeTotal, compare=False)
 
 
 class Scores:
@@ -87,9 +91,9 @@ class Scores:
         engine: AnyEngine,
         names: Iterable[str],
         examples: ExampleSet,
-        keeping: Keeping,
+        score_scope: ScoreScope,
         *,
-        attempts: Attempts = once,
+        retry: Retrying = once,
         on_loss: Callable[[Mapping[str, float]], Awaitable[None]] | None = None,
     ) -> dict[str, list[float]]:
         """Loss (nats) of each example under models of the pool, by name in the order given.
@@ -97,7 +101,7 @@ class Scores:
         All are asked for at once, so that the engine can order its visits; models of equal parameters are one.
 
         Args:
-            attempts: how often each model's engine calls are tried.
+            retry: how often each model's engine calls are tried.
             on_loss: awaited with the mean losses so far after each model.
 
         Raises:
@@ -112,7 +116,7 @@ class Scores:
 
         async def measure(fingerprint: str, same: list[str]) -> None:
             recipe = one_hot(engine.pool, same[0], dtype=engine.dtype)
-            of_examples = await attempts(lambda: self._finite(engine, recipe, examples, keeping, label=repr(same[0])))
+            of_examples = await retry(lambda: self._losses(engine, recipe, examples, score_scope, label=repr(same[0])))
             losses.update(dict.fromkeys(same, of_examples))
             if on_loss is not None:
                 await on_loss({name: mean(losses[name]) for name in names if name in losses})
@@ -130,7 +134,7 @@ class Scores:
         engine: AnyEngine,
         recipe: Recipe,
         examples: ExampleSet,
-        keeping: Keeping,
+        score_scope: ScoreScope,
         rows: Sequence[int] | None = None,
     ) -> list[float]:
         """Loss (nats) of examples under a recipe.
@@ -144,40 +148,40 @@ class Scores:
         Raises:
             As `of_models`.
         """
-        return await self._finite(engine, recipe, examples, keeping, rows, label="the mixture")
+        return await self._losses(engine, recipe, examples, score_scope, rows, label="the mixture")
 
-    async def _finite(
+    async def _losses(
         self,
         engine: AnyEngine,
         recipe: Recipe,
         examples: ExampleSet,
-        keeping: Keeping,
+        score_scope: ScoreScope,
         rows: Sequence[int] | None = None,
         *,
         label: str,
     ) -> list[float]:
         if engine.kind == "encoder":
-            losses = await self._from_embeddings(engine, recipe, examples, keeping, rows)
+            losses = await self._from_embeddings(engine, recipe, examples, score_scope, rows)
         else:
             asked = examples if rows is None else examples.subset(rows)
-            losses = await self._by_example(engine, recipe, asked, keeping)
+            losses = await self._by_example(engine, recipe, asked, score_scope)
         require_finite(losses, label, recipe.dtype, rows)
         return list(losses)
 
     async def _by_example(
-        self, engine: ScoringEngine, recipe: Recipe, examples: ExampleSet, keeping: Keeping
+        self, engine: ScoringEngine, recipe: Recipe, examples: ExampleSet, score_scope: ScoreScope
     ) -> Sequence[float]:
         loss_version = ranking.LOSS_VERSION if engine.kind == "reranker" else text.LOSS_VERSION
         variant = digest_of({"loss": loss_version, "text": engine.pool.text_digest, "dtype": recipe.dtype})
         unique = {example_digest(example): example for example in examples}
-        key = ScoreKey(recipe.one_hot or recipe.digest, variant)
-        kept = await self._store.losses(keeping.tenant, key, list(unique))
+        key = ScoreKey(recipe.only_model or recipe.digest, variant)
+        kept = await self._store.losses(score_scope.tenant, key, list(unique))
         missing = {digest: example for digest, example in unique.items() if digest not in kept}
         if missing:
-            measured = await engine.score(recipe, ExampleSet.of(missing.values()))
-            new = dict(zip(missing, measured, strict=True))
-            if keeping.uid is not None and all(map(math.isfinite, measured)):
-                await self._store.keep_losses(keeping.uid, key, new)
+            scored = await score_scope.spent.of(engine.score(recipe, ExampleSet.of(missing.values())))
+            new = dict(zip(missing, scored.losses, strict=True))
+            if score_scope.uid is not None and all(map(math.isfinite, scored.losses)):
+                await self._store.keep_losses(score_scope.uid, key, new)
             kept |= new
         return [kept[example_digest(example)] for example in examples]
 
@@ -186,30 +190,29 @@ class Scores:
         engine: EmbeddingEngine,
         recipe: Recipe,
         examples: ExampleSet,
-        keeping: Keeping,
+        score_scope: ScoreScope,
         rows: Sequence[int] | None,
     ) -> Sequence[float]:
-        model = recipe.one_hot
+        model = recipe.only_model
         truncate_to = engine.max_length if self._truncate.get(engine.pool.id, False) else None
         variant = digest_of(
             {"text": engine.pool.text_digest, "dtype": recipe.dtype, "prompt": "", "truncate_to": truncate_to}
         )
-        by_digest = {text_digest(item): item for item in contrastive.texts_of(examples, rows)}
+        by_digest = {embedding_key(item): item for item in contrastive.texts_of(examples, rows)}
         kept = (
             {}
             if model is None
-            else await self._store.embeddings(keeping.tenant, ScoreKey(model, variant), list(by_digest))
+            else await self._store.embeddings(score_scope.tenant, ScoreKey(model, variant), list(by_digest))
         )
         missing = [digest for digest in by_digest if digest not in kept]
         for start in range(0, len(missing), TEXTS_PER_CALL):
             some = missing[start : start + TEXTS_PER_CALL]
             # no prompt: what requests get unless they name one
-            embedded = await engine.embed(
-                recipe, [by_digest[digest] for digest in some], truncate_to=truncate_to, background=True
-            )
+            texts = [by_digest[digest] for digest in some]
+            embedded = await score_scope.spent.of(engine.embed(recipe, texts, truncate_to=truncate_to, background=True))
             new = dict(zip(some, embedded.vectors, strict=True))
-            if model is not None and keeping.uid is not None and np.isfinite(embedded.vectors).all():
-                await self._store.keep_embeddings(keeping.uid, ScoreKey(model, variant), new)
+            if model is not None and score_scope.uid is not None and np.isfinite(embedded.vectors).all():
+                await self._store.keep_embeddings(score_scope.uid, ScoreKey(model, variant), new)
             kept |= new
         embeddings = {item: kept[digest] for digest, item in by_digest.items()}
         loop = asyncio.get_running_loop()

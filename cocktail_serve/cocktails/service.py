@@ -1,36 +1,37 @@
-"""The one door to cocktails: made, followed, pinned and deleted, each tenant its own; found as in `catalog`."""
+"""The one door to cocktails: made, followed, pinned and deleted, each tenant its own; found in its `catalog`."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
-from cocktail_serve.cocktails.catalog import Catalog
-from cocktail_serve.cocktails.cocktail import Cocktail, Served, Weighing
-from cocktail_serve.cocktails.following import Following, Sweep
-from cocktail_serve.cocktails.jobs import Jobs, Patience, check_examples
-from cocktail_serve.cocktails.peers import Peers
+from cocktail_serve.cocktails.catalog import Catalog, no_cocktail
+from cocktail_serve.cocktails.cluster_loop import ClusterLoop, Sweep
+from cocktail_serve.cocktails.cocktail import Cocktail, ModelEntry, ServedModel, Weighing
+from cocktail_serve.cocktails.gateway_leases import GatewayLeases
+from cocktail_serve.cocktails.jobs import Jobs, RetryPolicy, check_examples
+from cocktail_serve.cocktails.options import CocktailRequest
 from cocktail_serve.cocktails.registry import Registry
 from cocktail_serve.cocktails.reports import Reports
-from cocktail_serve.cocktails.request import CocktailRequest
 from cocktail_serve.cocktails.score_store import ScoreStore
-from cocktail_serve.cocktails.scores import Keeping, Scores, score_items
-from cocktail_serve.cocktails.store import Beside, Store, Witness
+from cocktail_serve.cocktails.scores import Scores, ScoreScope, score_keys
+from cocktail_serve.cocktails.store import ChangeHook, ExtraWrites, Store
 from cocktail_serve.cocktails.warnings import warnings_of_request
 from cocktail_serve.cocktails.weigher import Weigher
 from cocktail_serve.config import Settings
 from cocktail_serve.database.database import Database
-from cocktail_serve.database.unbroken import Unbroken
+from cocktail_serve.database.shield import Shield
 from cocktail_serve.engines.base import AnyEngine
-from cocktail_serve.engines.effort import Effort, measured
-from cocktail_serve.errors import CapacityError
-from cocktail_serve.examples import ExampleSet
+from cocktail_serve.engines.engine_time import EngineTime, totalled
+from cocktail_serve.errors import CapacityError, ModelNotReadyError, NotFoundError, StorageError
 from cocktail_serve.pool import Pool
 from cocktail_serve.tenants.limits import LimitsOf, unlimited
-from cocktail_serve.usage.account import Use
+from cocktail_serve.usage.amounts import UsageAmount
 from cocktail_serve.usage.audit import acting
 from cocktail_serve.usage.ledger import Ledger
 
@@ -44,7 +45,7 @@ INLINE_TIMEOUT_S = 60.0
 """How long a request with an inline cocktail waits for it before it is told to come again."""
 
 
-class CocktailService(Catalog):
+class CocktailService:
     """Cocktails of all tenants over the operator's pools.
 
     Args:
@@ -52,9 +53,12 @@ class CocktailService(Catalog):
         engines: the engine of each pool, by the same ids; the service neither starts nor stops them.
         database: open while the service runs; the service neither opens nor closes it.
         limits_of: limits of a tenant.
-        patience: how long jobs bear with failing engines.
-        witnesses: write down what changes of cocktails mean elsewhere.
+        retry_policy: how long jobs bear with failing engines.
+        change_hooks: write down what changes of cocktails mean elsewhere.
         ledger: counts what jobs use; None: nobody does.
+
+    Attributes:
+        catalog: which cocktails and models there are, to read: what is in memory, and other gateways may have more.
     """
 
     def __init__(
@@ -65,15 +69,16 @@ class CocktailService(Catalog):
         *,
         database: Database,
         limits_of: LimitsOf = unlimited,
-        patience: Patience | None = None,
+        retry_policy: RetryPolicy | None = None,
         place: str | None = None,
         sweeps: Sequence[Sweep] = (),
-        witnesses: Sequence[Witness] = (),
+        change_hooks: Sequence[ChangeHook] = (),
         ledger: Ledger | None = None,
     ) -> None:
-        store = Store(database, witnesses=witnesses)
-        dtypes = {pool_id: engine.dtype for pool_id, engine in engines.items()}
-        super().__init__(Registry(store, pools, dtypes, max_inline=settings.max_inline_cocktails), store)
+        self._store = Store(database, change_hooks=change_hooks)
+        self.catalog = Catalog(pools, {pool_id: engine.dtype for pool_id, engine in engines.items()})
+        self._registry = Registry(self.catalog, self._store, max_inline=settings.max_inline_cocktails)
+        self._registry.on_remote_change = self._changed_remotely
         self._ledger = ledger
         self._settings = settings
         self._pools = pools
@@ -83,25 +88,29 @@ class CocktailService(Catalog):
         scores = Scores(
             ScoreStore(database), self._executor, truncate={pool.id: pool.truncate for pool in settings.pools}
         )
-        self._weigher = Weigher(scores, self._executor, self._registry.uses)
-        patience = patience or Patience()
+        self._weigher = Weigher(scores, self._executor, self.catalog.uses)
+        retry_policy = retry_policy or RetryPolicy()
         self._reports = Reports(
-            self._registry, self._weigher, engines, self._examples_of, patience=patience, on_spent=self._count
+            self._registry, self._store, self._weigher, engines, retry=retry_policy, on_spent=self._count
         )
-        on_ready = self._reports.submit if settings.reports else None
         self._jobs = Jobs(
-            self._registry, self._weigher, pools, engines, patience=patience, on_ready=on_ready, on_spent=self._count
+            self._registry,
+            self._store,
+            self._weigher,
+            pools,
+            engines,
+            retry_policy=retry_policy,
+            on_ready=self._reports.submit if settings.reports else None,
+            on_spent=self._count,
         )
-        self._unbroken = Unbroken()
+        self._shield = Shield()
         self._sweeps = sweeps
-        self._registry.listen(self._heed)
-        self._following = Following(
+        self._cluster_loop = ClusterLoop(
             database,
-            Peers(database, place=place, lease_s=settings.store.lease_s),
+            GatewayLeases(database, place=place, lease_s=settings.store.lease_s),
             self._registry,
             self._jobs,
             pools,
-            examples_of=lambda cocktail: partial(self._kept_examples, cocktail),
             report=self._reports.submit,
             sweep=self._sweep,
             poll_s=settings.store.poll_s,
@@ -113,15 +122,15 @@ class CocktailService(Catalog):
         Raises:
             StorageError: the registry cannot be read.
         """
-        await self._following.start()
+        await self._cluster_loop.start()
 
     async def stop(self) -> None:
         """Ends jobs where they are; engines are not touched. May be called twice."""
-        await self._following.pause()
-        await self._unbroken.drain()
+        await self._cluster_loop.pause()
+        await self._shield.drain()
         await self._jobs.stop()
         await self._reports.stop()
-        await self._following.leave()
+        await self._cluster_loop.leave()
         self._executor.shutdown()
 
     async def create(
@@ -129,7 +138,7 @@ class CocktailService(Catalog):
         tenant: str,
         request: CocktailRequest,
         *,
-        beside: Beside | None = None,
+        extra_writes: ExtraWrites | None = None,
     ) -> tuple[Cocktail, bool]:
         """Makes a cocktail, or finds the one that the same request made.
 
@@ -137,7 +146,7 @@ class CocktailService(Catalog):
         counts as new.
 
         Args:
-            beside: writes rows of its own in the transaction that this is done in; both are there or neither.
+            extra_writes: writes rows of its own in the transaction that this is done in; both are there or neither.
 
         Returns:
             A snapshot, and whether the version existed. It is durable; follow it with `wait`.
@@ -148,10 +157,52 @@ class CocktailService(Catalog):
             QuotaExceededError, RateLimitError: over a limit of the tenant; nothing is kept.
             StorageError: nothing was kept.
         """
-        known = self._registry.version(tenant, request)
+        known = self.catalog.version(tenant, request)
         if known is None or known.status in ("failed", "cancelled"):
             await self._check_examples(request)
-        return await self._unbroken.run(self._admit(tenant, request, beside))
+        return await self._shield.run(self._admit(tenant, request, extra_writes))
+
+    async def find(self, tenant: str, model_id: str) -> ServedModel:
+        """As `Catalog.resolve`, and where that finds nothing to serve, with what another gateway has made just now.
+
+        Raises:
+            StorageError: it is not known here, and the store cannot be asked.
+        """
+        try:
+            return self.catalog.resolve(tenant, model_id)
+        except (NotFoundError, ModelNotReadyError):
+            await self._registry.sync()
+        return self.catalog.resolve(tenant, model_id)
+
+    async def find_model(self, tenant: str, model_id: str) -> ModelEntry | None:
+        """A line of the model list, though another gateway has made it just now; None: there is none.
+
+        Raises:
+            StorageError: as `find`.
+        """
+        entry = self.catalog.models(tenant).get(model_id)
+        if entry is None:
+            await self._registry.sync()
+            entry = self.catalog.models(tenant).get(model_id)
+        return entry
+
+    async def look_up(self, tenant: str, ref: str) -> Cocktail:
+        """As `Catalog.get`, with what other gateways have done just now.
+
+        Raises:
+            StorageError: it is not known here, and the store cannot be asked.
+        """
+        try:
+            await self._registry.sync()
+        except StorageError:
+            with suppress(NotFoundError):
+                return self.catalog.get(tenant, ref)
+            raise
+        return self.catalog.get(tenant, ref)
+
+    async def examples(self, tenant: str, ref: str) -> Sequence[Mapping[str, Any]]:
+        """The examples a cocktail was made from, as JSON rows; empty where it was made without."""
+        return await self._store.examples((await self.look_up(tenant, ref)).uid)
 
     async def wait(self, tenant: str, ref: str, timeout_s: float) -> Cocktail:
         """The snapshot at the moment it becomes ready, failed or cancelled, or the one after `timeout_s`.
@@ -159,9 +210,28 @@ class CocktailService(Catalog):
         Raises:
             NotFoundError: unknown, or another tenant's.
         """
-        cocktail = self._registry.get(tenant, ref)
-        await self._registry.until_final(cocktail.uid, timeout_s)
-        return self._registry.by_uid(cocktail.uid) or replace(cocktail, status="cancelled", current=False)
+        cocktail = self.catalog.get(tenant, ref)
+        ended = await self.catalog.until(cocktail.uid, lambda now: now.is_final, timeout_s)
+        return ended or replace(cocktail, status="cancelled", current=False)
+
+    async def wait_for_change(self, tenant: str, ref: str, timeout_s: float) -> Cocktail:
+        """The snapshot at the moment its status or progress changes, or the one after `timeout_s`.
+
+        One that is ready, failed or cancelled changes no more by itself, and is not waited for.
+
+        Raises:
+            NotFoundError: unknown, another tenant's, or deleted meanwhile.
+            StorageError: as `look_up`.
+        """
+        before = await self.look_up(tenant, ref)
+
+        def has_changed(now: Cocktail) -> bool:
+            return now.is_final or (now.status, now.progress) != (before.status, before.progress)
+
+        changed = await self.catalog.until(before.uid, has_changed, timeout_s)
+        if changed is None:
+            raise no_cocktail(ref)
+        return changed
 
     async def dry_run(self, tenant: str, request: CocktailRequest) -> Weighing:
         """Losses and weights only. Kept scores are used, but nothing is kept: no deletion could ever purge it.
@@ -173,10 +243,9 @@ class CocktailService(Catalog):
         async with self._registry.dry_run(tenant, self._limits_of(tenant)):
             await self._check_examples(request)
             pool_id = request.options.pool
-            with measured(partial(self._count_use, tenant, acting.get().key_id, pool_id, pool_id)):
-                return await self._weigher.weigh(
-                    self._engines[pool_id], request.options, request.examples, Keeping(tenant=tenant, uid=None)
-                )
+            with totalled(partial(self._count_use, tenant, acting.get().key_id, pool_id, pool_id)) as spent:
+                score_scope = ScoreScope(tenant=tenant, uid=None, spent=spent)
+                return await self._weigher.weigh(self._engines[pool_id], request.options, request.examples, score_scope)
 
     async def inline(
         self,
@@ -184,38 +253,31 @@ class CocktailService(Catalog):
         request: CocktailRequest,
         *,
         timeout_s: float = INLINE_TIMEOUT_S,
-    ) -> Served:
+    ) -> ServedModel:
         """What a request with a `cocktail` of its own is answered by: mixed now, or found by digest.
 
         Raises:
             ModelNotReadyError: not ready within `timeout_s`; its job goes on, a retry finds it.
             CocktailError: why its job failed.
         """
-        known = self._registry.version(tenant, request)
+        known = self.catalog.version(tenant, request)
         if known is not None and known.status == "ready":
-            return self._registry.resolve(tenant, known.id)
+            return self.catalog.resolve(tenant, known.id)
         created, _ = await self.create(tenant, request)
         made = await self.wait(tenant, created.id, timeout_s)
         if made.status == "failed" and made.error is not None:
             raise made.error.exception()
         # from the snapshot: under load the least recently used may be gone again by now
-        served = self._registry.serve(made)
-        if served is None:
-            raise self._registry.why_not_served(made)
-        return served
+        return self.catalog.serve(made)
 
     async def report(self, tenant: str, ref: str) -> Cocktail:
-        """As `look_up`; of a ready cocktail the findings are there or in the making.
+        """As `look_up`; of a ready cocktail the cross-validation is there or in the making.
 
         Raises:
             NotFoundError: unknown, or another tenant's.
             StorageError: as `look_up`.
         """
-        return await self._unbroken.run(self._reports.ask(await self.look_up(tenant, ref)))
-
-    def change_pool(self, pool: Pool) -> None:
-        """The pool has other experts now; whoever changes it has changed the mapping of pools too."""
-        self._registry.change_pool(pool)
+        return await self._shield.run(self._reports.ask(await self.look_up(tenant, ref)))
 
     async def set_current(self, tenant: str, name: str, ref: str | None) -> Cocktail:
         """Pins a name to a ready version; None removes the pin. Returns what the name means then.
@@ -224,11 +286,11 @@ class CocktailService(Catalog):
             NotFoundError: no such name, or no such version of it.
             ConflictError: the version is not ready.
         """
-        return await self._unbroken.run(self._registry.pin(tenant, name, ref))
+        return await self._shield.run(self._registry.pin(tenant, name, ref))
 
     async def cancel(self, tenant: str, ref: str) -> Cocktail:
         """Ends an unfinished job and keeps the cocktail as cancelled; leaves a finished one as it is."""
-        return await self._unbroken.run(self._cancel(await self.look_up(tenant, ref)))
+        return await self._shield.run(self._cancel(await self.look_up(tenant, ref)))
 
     async def delete(self, tenant: str, ref: str) -> Sequence[Cocktail]:
         """Deletes a version, or all versions of a name, with their examples and scores.
@@ -242,11 +304,13 @@ class CocktailService(Catalog):
             NotFoundError: unknown, or another tenant's.
             PermissionDeniedError: a pool or an expert.
         """
-        return await self._unbroken.run(self._delete(tenant, ref))
+        return await self._shield.run(self._delete(tenant, ref))
 
-    async def _admit(self, tenant: str, request: CocktailRequest, beside: Beside | None) -> tuple[Cocktail, bool]:
+    async def _admit(
+        self, tenant: str, request: CocktailRequest, extra_writes: ExtraWrites | None
+    ) -> tuple[Cocktail, bool]:
         pool = self._pools[request.options.pool]
-        items = score_items(request.examples, pool.kind) + score_items(request.validation, pool.kind)
+        items = score_keys(request.examples, pool.kind) + score_keys(request.validation, pool.kind)
         cocktail, admission, gone = await self._registry.admit(
             tenant,
             request,
@@ -254,7 +318,7 @@ class CocktailService(Catalog):
             warnings=warnings_of_request(request, pool),
             limits=self._limits_of(tenant),
             key_id=acting.get().key_id,
-            beside=beside,
+            extra_writes=extra_writes,
         )
         self._release(gone)
         if admission != "existing":
@@ -270,27 +334,27 @@ class CocktailService(Catalog):
         for sweep in self._sweeps:
             await sweep()
 
-    def _heed(self, changed: Sequence[Cocktail], removed: Sequence[Cocktail]) -> None:
+    def _changed_remotely(self, changed: Sequence[Cocktail], removed: Sequence[Cocktail]) -> None:
         for cocktail in changed:
-            self._jobs.heed(cocktail)
+            self._jobs.changed_remotely(cocktail)
         self._release(removed)
 
     async def _cancel(self, cocktail: Cocktail) -> Cocktail:
         cancelled = await self._registry.update(cocktail.uid, status="cancelled")
         self._jobs.cancel(cocktail.uid)
-        return cancelled or self._registry.by_uid(cocktail.uid) or cocktail
+        return cancelled or self.catalog.by_uid(cocktail.uid) or cocktail
 
     async def _delete(self, tenant: str, ref: str) -> Sequence[Cocktail]:
         removed = await self._registry.remove(tenant, ref)
         self._release(removed)
         return removed
 
-    def _count(self, cocktail: Cocktail, effort: Effort) -> None:
-        self._count_use(cocktail.tenant, cocktail.key_id, cocktail.id, cocktail.pool_id, effort)
+    def _count(self, cocktail: Cocktail, spent: EngineTime) -> None:
+        self._count_use(cocktail.tenant, cocktail.key_id, cocktail.id, cocktail.pool_id, spent)
 
-    def _count_use(self, tenant: str, key_id: str | None, model: str, pool_id: str, effort: Effort) -> None:
+    def _count_use(self, tenant: str, key_id: str | None, model: str, pool_id: str, spent: EngineTime) -> None:
         if self._ledger is not None:
-            use = Use(scoring_s=effort.scoring_s, mixing_s=effort.mixing_s)
+            use = UsageAmount(scoring_s=spent.scoring_s, mixing_s=spent.mixing_s)
             self._ledger.add(tenant, key_id, model, pool_id, use)
 
     def _release(self, removed: Iterable[Cocktail]) -> None:
@@ -300,7 +364,7 @@ class CocktailService(Catalog):
             engine = self._engines.get(cocktail.pool_id)
             if engine is None or cocktail.recipe is None:
                 continue
-            if not self._registry.uses(cocktail.pool_id, cocktail.recipe.digest):
+            if not self.catalog.uses(cocktail.pool_id, cocktail.recipe.digest):
                 engine.forget(cocktail.recipe.digest)
 
     async def _check_examples(self, request: CocktailRequest) -> None:
@@ -309,7 +373,3 @@ class CocktailService(Catalog):
                 await check_examples(self._engines[request.options.pool], request.examples, request.validation)
         except (CapacityError, TimeoutError):
             return  # an engine that is still starting says it later, to the job
-
-    async def _examples_of(self, cocktail: Cocktail) -> ExampleSet | None:
-        examples, _ = await self._kept_examples(cocktail)
-        return examples

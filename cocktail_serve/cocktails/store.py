@@ -10,17 +10,18 @@ from typing import Any, Protocol
 from sqlalchemy import ColumnElement, delete, insert, select, tuple_, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from cocktail_serve.cocktails import history
+from cocktail_serve.cocktails import change_log
 from cocktail_serve.cocktails.cocktail import DIGEST8, Cocktail
+from cocktail_serve.cocktails.pacing import paced
 from cocktail_serve.cocktails.rows import from_row, to_row
 from cocktail_serve.cocktails.score_store import forget_scores
 from cocktail_serve.database import tables
-from cocktail_serve.database.database import Database, chunks, insert_missing, to_the_end
-from cocktail_serve.examples import ExampleSet
+from cocktail_serve.database.database import Database, chunks, insert_missing, shielded
+from cocktail_serve.examples import ExampleSet, parse_examples
 from cocktail_serve.tenants.kept_bytes import check_example_bytes
 
 
-class Witness(Protocol):
+class ChangeHook(Protocol):
     """Writes down what a change of a cocktail means elsewhere, in the transaction of the change: both or neither."""
 
     async def changed(self, connection: AsyncConnection, before: Cocktail, after: Cocktail) -> None:
@@ -32,7 +33,7 @@ class Witness(Protocol):
         ...
 
 
-Beside = Callable[[AsyncConnection, Cocktail], Awaitable[None]]
+ExtraWrites = Callable[[AsyncConnection, Cocktail], Awaitable[None]]
 """Writes rows that are to come with a cocktail, in the transaction that writes it."""
 
 
@@ -41,7 +42,7 @@ class StaleError(Exception):
 
 
 @dataclass(frozen=True, slots=True)
-class News:
+class RemoteChanges:
     """What changed since a number.
 
     Attributes:
@@ -68,16 +69,16 @@ class Store:
     Every write is on disk when its coroutine returns. Every method raises StorageError when the database refuses.
     """
 
-    def __init__(self, database: Database, *, witnesses: Sequence[Witness] = ()) -> None:
+    def __init__(self, database: Database, *, change_hooks: Sequence[ChangeHook] = ()) -> None:
         self._database = database
-        self._witnesses = witnesses
+        self._change_hooks = change_hooks
 
-    async def load(self) -> News:
+    async def load(self) -> RemoteChanges:
         """All cocktails in the order they were asked for."""
         return await self._read_all()
 
-    @to_the_end
-    async def news(self, seen: int) -> News | None:
+    @shielded
+    async def news(self, seen: int) -> RemoteChanges | None:
         """What changed after a number; None: nothing."""
         async with self._database.read() as connection:
             # first the number, then the rows: who commits in between is told again next time
@@ -92,16 +93,16 @@ class Store:
                     pins |= await _pins(connection, tuple_(tables.pins.c.tenant, tables.pins.c.name).in_(some))
                 gone = select(tables.removals.c.uid).where(tables.removals.c.change > seen)
                 removed = list((await connection.execute(gone)).scalars())
-                return News(row.last, cocktails, removed, pins)
+                return RemoteChanges(row.last, cocktails, removed, pins)
         return await self._read_all()
 
-    @to_the_end
-    async def _read_all(self) -> News:
+    @shielded
+    async def _read_all(self) -> RemoteChanges:
         async with self._database.read() as connection:
             last = (await connection.execute(select(tables.changes.c.last))).scalar_one()
-            return News(last, await _cocktails(connection), (), await _pins(connection), is_all=True)
+            return RemoteChanges(last, await _cocktails(connection), (), await _pins(connection), is_all=True)
 
-    @to_the_end
+    @shielded
     async def forget_removals(self, *, keep: int) -> None:
         """Drops what only says that cocktails are gone, but for the last `keep` changes."""
         async with self._database.write() as connection:
@@ -110,7 +111,7 @@ class Store:
             if (await connection.execute(delete(tables.removals).where(old))).rowcount:
                 await connection.execute(update(tables.changes).values(forgotten=last - keep))
 
-    @to_the_end
+    @shielded
     async def add(
         self,
         cocktail: Cocktail,
@@ -119,7 +120,7 @@ class Store:
         *,
         validation: ExampleSet | None = None,
         max_example_bytes: int | None = None,
-        beside: Beside | None = None,
+        extra_writes: ExtraWrites | None = None,
     ) -> Cocktail:
         """Writes a new cocktail with its examples and the keys its scores will be kept under.
 
@@ -163,24 +164,24 @@ class Store:
                 await connection.execute(
                     insert(tables.items), [{"uid": cocktail.uid, "item": item} for item in dict.fromkeys(items)]
                 )
-            await history.made(connection, cocktail)
-            if beside is not None:
-                await beside(connection, cocktail)
+            await change_log.made(connection, cocktail)
+            if extra_writes is not None:
+                await extra_writes(connection, cocktail)
         return cocktail
 
-    @to_the_end
+    @shielded
     async def update(
         self,
         cocktail: Cocktail,
         *,
         before: Cocktail | None = None,
-        beside: Beside | None = None,
+        extra_writes: ExtraWrites | None = None,
         newest: bool = False,
     ) -> Cocktail:
         """Overwrites a cocktail's row.
 
         Args:
-            before: what it was, for the witnesses; None: they need not hear of it.
+            before: what it was, for the change hooks; None: they need not hear of it.
             newest: it was asked for again, and comes behind all others in the order of asking.
 
         Returns:
@@ -201,14 +202,14 @@ class Store:
             if not updated.rowcount:
                 raise StaleError
             if before is not None:
-                await history.changed(connection, before, changed)
-                for witness in self._witnesses:
-                    await witness.changed(connection, before, changed)
-            if beside is not None:
-                await beside(connection, changed)
+                await change_log.changed(connection, before, changed)
+                for hook in self._change_hooks:
+                    await hook.changed(connection, before, changed)
+            if extra_writes is not None:
+                await extra_writes(connection, changed)
         return changed
 
-    @to_the_end
+    @shielded
     async def touch(self, used_at: Mapping[str, float]) -> None:
         """Writes when cocktails were last used, by uid."""
         async with self._database.write() as connection:
@@ -217,7 +218,7 @@ class Store:
                     update(tables.cocktails).where(tables.cocktails.c.uid == uid).values(used_at=moment)
                 )
 
-    @to_the_end
+    @shielded
     async def pin(self, tenant: str, name: str, uid: str | None) -> None:
         """Pins a name to a version, or removes the pin.
 
@@ -240,9 +241,9 @@ class Store:
                 await connection.execute(insert(tables.pins).values(tenant=tenant, name=name, uid=uid))
                 of_version = select(tables.cocktails.c.digest).where(tables.cocktails.c.uid == uid)
                 digest = (await connection.execute(of_version)).scalar_one()
-            await history.pinned(connection, tenant, name, digest)
+            await change_log.pinned(connection, tenant, name, digest)
 
-    @to_the_end
+    @shielded
     async def delete(self, tenant: str, uids: Sequence[str]) -> None:
         """Deletes cocktails of a tenant with their examples, and the scores that no other of its cocktails needs."""
         async with self._database.write() as connection:
@@ -250,11 +251,11 @@ class Store:
             for some in chunks(uids):
                 names = select(tables.cocktails.c.name, tables.cocktails.c.digest)
                 rows = await connection.execute(names.where(tables.cocktails.c.uid.in_(some)).with_for_update())
-                await history.deleted(connection, tenant, [(row.name, row.digest) for row in rows])
+                await change_log.deleted(connection, tenant, [(row.name, row.digest) for row in rows])
                 removals = [{"uid": uid, "change": change} for uid in some]
                 await connection.execute(insert_missing(connection, tables.removals), removals)
-                for witness in self._witnesses:
-                    await witness.deleted(connection, some)
+                for hook in self._change_hooks:
+                    await hook.deleted(connection, some)
                 await forget_scores(connection, tenant, some)
                 for table in (
                     tables.pins,
@@ -266,7 +267,7 @@ class Store:
                     await connection.execute(delete(table).where(table.c.uid.in_(some)))
         await self._database.truncate_wal()
 
-    @to_the_end
+    @shielded
     async def examples(self, uid: str, *, validation: bool = False) -> list[dict[str, Any]]:
         """The examples of a cocktail as JSON rows, in order; empty where there are none.
 
@@ -277,6 +278,18 @@ class Store:
         query = select(table.c.body).where(table.c.uid == uid).order_by(table.c.position)
         async with self._database.read() as connection:
             return list((await connection.execute(query)).scalars())
+
+    async def example_set(self, cocktail: Cocktail, *, validation: bool = False) -> ExampleSet | None:
+        """What a cocktail was made from, or is validated on; None where it has none.
+
+        Raises:
+            InvalidExamplesError: this release does not read them.
+        """
+        options = cocktail.request
+        if (options.validation_digest if validation else options.examples_digest) is None:
+            return None
+        rows = await self.examples(cocktail.uid, validation=validation)
+        return parse_examples(rows, cocktail.kind, max_examples=len(rows))
 
 
 async def _number(connection: AsyncConnection) -> int:
@@ -289,7 +302,7 @@ async def _number(connection: AsyncConnection) -> int:
 
 async def _cocktails(connection: AsyncConnection, *conditions: ColumnElement[bool]) -> list[Cocktail]:
     query = select(tables.cocktails).where(*conditions).order_by(tables.cocktails.c.sequence)
-    return [from_row(row) for row in (await connection.execute(query)).mappings()]
+    return [from_row(row) async for row in paced((await connection.execute(query)).mappings())]
 
 
 async def _pins(connection: AsyncConnection, *conditions: ColumnElement[bool]) -> dict[tuple[str, str], str]:

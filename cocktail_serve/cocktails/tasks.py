@@ -16,7 +16,7 @@ class _Running:
     epoch: int
 
 
-class Tasks:
+class BackgroundTasks:
     """Running tasks by the uid of their cocktail.
 
     Args:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from cocktail_serve.cocktails.request import CocktailOptions, CocktailRequest
+from cocktail_serve.cocktails.options import CocktailOptions, CocktailRequest
 from cocktail_serve.pool import Pool
 
 

@@ -9,18 +9,18 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TypeVar
 
-from cocktail_serve.cocktails.cocktail import Findings, Weighing
-from cocktail_serve.cocktails.findings import find
-from cocktail_serve.cocktails.request import CocktailOptions
-from cocktail_serve.cocktails.scores import Attempts, Keeping, Scores, once
-from cocktail_serve.cocktails.weighing import advance, recipe_of, weigh
+from cocktail_serve.cocktails.cocktail import CrossValidation, Weighing
+from cocktail_serve.cocktails.cross_validation import cross_validate
+from cocktail_serve.cocktails.options import CocktailOptions
+from cocktail_serve.cocktails.scores import Retrying, Scores, ScoreScope, once
+from cocktail_serve.cocktails.weighing_plan import advance, recipe_of, weighing_steps
 from cocktail_serve.engines.base import AnyEngine
 from cocktail_serve.examples import ExampleSet
 from cocktail_serve.weighting.candidates import Candidate, Trial, Trials
 
 _T = TypeVar("_T")
 
-OnProgress = Callable[[Mapping[str, float], float], Awaitable[None]]
+OnScored = Callable[[Mapping[str, float], float], Awaitable[None]]
 """Awaited with the models' mean losses so far, and the share of the work that is done."""
 
 SCORED_BEFORE_SEARCH = 0.4
@@ -47,10 +47,10 @@ class Weigher:
         engine: AnyEngine,
         options: CocktailOptions,
         examples: ExampleSet | None,
-        keeping: Keeping,
+        score_scope: ScoreScope,
         *,
-        attempts: Attempts = once,
-        on_progress: OnProgress | None = None,
+        retry: Retrying = once,
+        on_progress: OnScored | None = None,
     ) -> Weighing:
         """Losses and merging weights of a request.
 
@@ -69,7 +69,7 @@ class Weigher:
 
         if examples is not None:
             losses = await self.scores.of_models(
-                engine, options.scored, examples, keeping, attempts=attempts, on_loss=on_loss
+                engine, options.scored, examples, score_scope, retry=retry, on_loss=on_loss
             )
 
         async def on_trial(share: float) -> None:
@@ -77,29 +77,29 @@ class Weigher:
                 await on_progress(means, scored + (1.0 - scored) * share)
 
         return await self._answer_all(
-            weigh(options, losses), engine, options, examples, keeping, attempts=attempts, on_trial=on_trial
+            weighing_steps(options, losses), engine, options, examples, score_scope, retry=retry, on_trial=on_trial
         )
 
-    async def find(
+    async def cross_validate(
         self,
         engine: AnyEngine,
         options: CocktailOptions,
         chosen: Candidate | None,
         examples: ExampleSet | None,
-        keeping: Keeping,
+        score_scope: ScoreScope,
         *,
-        attempts: Attempts = once,
-    ) -> Findings:
-        """Cross-validates a mixture on its own examples; see `findings.find`.
+        retry: Retrying = once,
+    ) -> CrossValidation:
+        """Cross-validates a mixture on its own examples; see `cross_validation.find`.
 
         Raises:
             As `Scores.of_models`.
         """
         losses: Mapping[str, Sequence[float]] = {}
         if examples is not None:
-            losses = await self.scores.of_models(engine, options.scored, examples, keeping, attempts=attempts)
+            losses = await self.scores.of_models(engine, options.scored, examples, score_scope, retry=retry)
         return await self._answer_all(
-            find(options, losses, chosen), engine, options, examples, keeping, attempts=attempts
+            cross_validate(options, losses, chosen), engine, options, examples, score_scope, retry=retry
         )
 
     async def _answer_all(
@@ -108,9 +108,9 @@ class Weigher:
         engine: AnyEngine,
         options: CocktailOptions,
         examples: ExampleSet | None,
-        keeping: Keeping,
+        score_scope: ScoreScope,
         *,
-        attempts: Attempts,
+        retry: Retrying,
         on_trial: Callable[[float], Awaitable[None]] | None = None,
     ) -> _T:
         """Mixes and scores what is asked for until the asker has its result."""
@@ -124,9 +124,9 @@ class Weigher:
             if on_trial is not None:
                 await on_trial(step.progress)
             recipe = recipe_of(options, engine.pool, step.merging_weights, dtype=engine.dtype)
-            ask = partial(self.scores.of_mixture, engine, recipe, examples, keeping, step.rows)
+            ask = partial(self.scores.of_mixture, engine, recipe, examples, score_scope, step.rows)
             try:
-                answer = await attempts(ask)
+                answer = await retry(ask)
             finally:
                 if not self.uses(engine.pool.id, recipe.digest):
                     engine.forget(recipe.digest)

@@ -20,7 +20,7 @@ from sqlalchemy.exc import ArgumentError, NoSuchModuleError, SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 
 from cocktail_serve.database.migrations import migrate, needs_change
-from cocktail_serve.database.unbroken import Unbroken
+from cocktail_serve.database.shield import Shield
 from cocktail_serve.errors import ConfigError, InvalidRequestError, StorageError
 
 logger = logging.getLogger(__name__)
@@ -44,6 +44,9 @@ _NUL_IN_TEXT = "22021"
 _IN_CLAUSE = 500
 """Parameters of one IN list: well under SQLite's and PostgreSQL's limits on bound variables."""
 
+DatabaseURL = URL | str
+"""Of SQLAlchemy; as one object where it names a file whose path no text can."""
+
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
 
@@ -60,7 +63,7 @@ class Database:
         ConfigError: not a URL, or its driver is not installed.
     """
 
-    def __init__(self, url: str | URL) -> None:
+    def __init__(self, url: DatabaseURL) -> None:
         try:
             self.url = async_url(url)
             # a server may close connections that idle: look before use
@@ -80,7 +83,7 @@ class Database:
         self._unbegun = self._engine.execution_options(**{_BEGIN: ""})
         self._writers = self._engine.execution_options(**{_BEGIN: "BEGIN IMMEDIATE"})
         self._writing = asyncio.Lock()
-        self._unbroken = Unbroken()
+        self._shield = Shield()
         self._lock_file: int | None = None
         self._lock_holder: AsyncConnection | None = None
 
@@ -104,7 +107,7 @@ class Database:
 
     async def close(self) -> None:
         """Waits for what is being written and closes every connection. May be called twice."""
-        await self._unbroken.drain()
+        await self._shield.drain()
         await self._drop_lock_holder()
         await self._engine.dispose()
         if self._lock_file is not None:
@@ -154,9 +157,9 @@ class Database:
                 async with self._writers.begin() as connection:
                     yield connection
 
-    async def to_the_end(self, change: Coroutine[Any, Any, _T]) -> _T:
+    async def run_shielded(self, change: Coroutine[Any, Any, _T]) -> _T:
         """Awaits a coroutine that goes on when the caller is cancelled; `close` waits for it."""
-        return await self._unbroken.run(change)
+        return await self._shield.run(change)
 
     async def truncate_wal(self) -> None:
         """Deleted text also stands in SQLite's write-ahead log until it is checkpointed."""
@@ -288,19 +291,19 @@ class HasDatabase(Protocol):
 _Owner = TypeVar("_Owner", bound=HasDatabase)
 
 
-def to_the_end(
+def shielded(
     method: Callable[Concatenate[_Owner, _P], Coroutine[Any, Any, _T]],
 ) -> Callable[Concatenate[_Owner, _P], Coroutine[Any, Any, _T]]:
     """A cancelled caller leaves; the transaction still ends, so no connection is abandoned halfway."""
 
     @functools.wraps(method)
     async def run(self: _Owner, /, *args: _P.args, **kwargs: _P.kwargs) -> _T:
-        return await self._database.to_the_end(method(self, *args, **kwargs))
+        return await self._database.run_shielded(method(self, *args, **kwargs))
 
     return run
 
 
-def async_url(url: str | URL) -> URL:
+def async_url(url: DatabaseURL) -> URL:
     """A database URL with a driver that awaits, where it names none."""
     parsed = make_url(url)
     drivers = {"sqlite": "sqlite+aiosqlite", "postgresql": "postgresql+asyncpg", "postgres": "postgresql+asyncpg"}

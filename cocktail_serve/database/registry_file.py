@@ -14,12 +14,13 @@ import sqlite3
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
-from typing import IO, Protocol
+from typing import Protocol
 
 import psutil
-from sqlalchemy.engine import URL, make_url
+from sqlalchemy.engine import URL
 
-from cocktail_serve.errors import ConfigError, StorageError
+from cocktail_serve.database.database import DatabaseURL
+from cocktail_serve.errors import StorageError
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +50,7 @@ class RegistryPlace(Protocol):
 
 
 @contextmanager
-def registry_url(place: RegistryPlace, *, may_move: bool = True) -> Iterator[URL]:
+def registry_url(place: RegistryPlace, *, may_move: bool = True) -> Iterator[DatabaseURL]:
     """The database to open, for as long as the block uses it. Blocks.
 
     A registry in the former place is moved: copied, made durable in its new place as a whole, and only then deleted.
@@ -60,14 +61,10 @@ def registry_url(place: RegistryPlace, *, may_move: bool = True) -> Iterator[URL
         may_move: whether it is moved; else it is used where it is.
 
     Raises:
-        ConfigError: `url` is none.
         StorageError: it cannot be moved; it is where it was.
     """
     if place.url is not None:
-        try:
-            yield make_url(place.url)
-        except ValueError as error:
-            raise ConfigError(f"store.url cannot be used: {error}", param="store.url") from error
+        yield place.url
         return
     with ExitStack() as stack:
         yield URL.create("sqlite", database=str(_found(place, stack, may_move=may_move)))
@@ -87,7 +84,7 @@ def _found(place: RegistryPlace, stack: ExitStack, *, may_move: bool) -> Path:
         return former
     with moving:
         fcntl.flock(moving, fcntl.LOCK_EX)  # who moves it at the same time has done so when this returns
-        if path.exists():
+        if path.exists() or not former.exists():
             if former.exists():
                 logger.warning(
                     "there are two registries: %s is used, and %s is not; delete the latter, or name it in store.url",
@@ -95,35 +92,29 @@ def _found(place: RegistryPlace, stack: ExitStack, *, may_move: bool) -> Path:
                     former,
                 )
             return path
-        if not former.exists():
-            return path
-        if _goes_with_its_container(path.parent) and not _goes_with_its_container(former):
-            logger.warning(
-                "the registry stays in %s: %s would go with its container; mount a volume there, or name the file in "
-                "store.url",
-                former,
-                path.parent,
-            )
+        reason = _reason_to_stay(former, path, stack)
+        if reason:
+            logger.warning("the registry stays in %s: %s", former, reason)
             return former
-        lock = _lock_file(former)
-        if lock is not None:
-            stack.enter_context(lock)
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                fcntl.flock(lock, fcntl.LOCK_SH)  # nobody moves it while this process uses it
-                logger.warning("the registry stays in %s as long as a server works with it there", former)
-                return former
         _move(former, path)
         return path
 
 
-def _lock_file(registry: Path) -> IO[bytes] | None:
-    """The file that servers lock while they work with a registry; None where nobody can write it, so no server does."""
+def _reason_to_stay(former: Path, path: Path, stack: ExitStack) -> str:
+    """Why a registry is not moved now; empty: it is, and no server begins to work with it until the stack ends."""
+    if _goes_with_its_container(path.parent) and not _goes_with_its_container(former):
+        return f"{path.parent} would go with its container; mount a volume there, or name the file in store.url"
     try:
-        return Path(f"{registry}.lock").open("ab")
+        lock = os.open(f"{former}.lock", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
     except OSError:
-        return None
+        return ""  # no server can lock it either
+    stack.callback(os.close, lock)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        fcntl.flock(lock, fcntl.LOCK_SH)  # nobody moves it while this process uses it
+        return "a server works with it there"
+    return ""
 
 
 def _move(former: Path, path: Path) -> None:

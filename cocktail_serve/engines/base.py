@@ -4,20 +4,32 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
 
+from cocktail_serve.dtypes import DType
+from cocktail_serve.engines.engine_time import EngineTime
 from cocktail_serve.engines.snapshot import EngineSnapshot
 from cocktail_serve.examples import ExampleSet
-from cocktail_serve.generation import GenerationSettings
+from cocktail_serve.generation_settings import GenerationSettings
 from cocktail_serve.pool import Pool
-from cocktail_serve.recipe import DType, Recipe
+from cocktail_serve.recipe import Recipe
+
+
+@dataclass(frozen=True, slots=True)
+class Materialised:
+    """A recipe is mixed."""
+
+    engine_time: EngineTime = field(default_factory=EngineTime)
 
 
 class Engine(Protocol):
-    """What every engine does for the pool it owns. All methods run on the event loop and never block it, but one."""
+    """What every engine does for the pool it owns. All methods run on the event loop and never block it, but one.
+
+    How long it worked is part of each result, and of each error that is raised: see `engine_time`.
+    """
 
     pool: Pool
     dtype: DType
@@ -52,7 +64,7 @@ class Engine(Protocol):
         """Raises what would fail later: a row longer than the context (ContextLengthError with its number)."""
         ...
 
-    async def materialise(self, recipe: Recipe) -> None:
+    async def materialise(self, recipe: Recipe) -> Materialised:
         """Mixes the recipe, so that the first request finds it (resident or in the cache of merged parameters)."""
         ...
 
@@ -96,6 +108,18 @@ class Forwarded:
     settle: Callable[[int], object] = lambda _: None
 
 
+@dataclass(frozen=True, slots=True)
+class Scored:
+    """Losses of examples.
+
+    Attributes:
+        losses: in nats, one for each example, in their order; NaN where it is not finite.
+    """
+
+    losses: list[float]
+    engine_time: EngineTime = field(default_factory=EngineTime)
+
+
 @runtime_checkable
 class ScoringEngine(Engine, Protocol):
     """An engine whose loss of an example depends on nothing else."""
@@ -103,7 +127,7 @@ class ScoringEngine(Engine, Protocol):
     @property
     def kind(self) -> Literal["decoder", "reranker"]: ...
 
-    async def score(self, recipe: Recipe, examples: ExampleSet) -> list[float]:
+    async def score(self, recipe: Recipe, examples: ExampleSet) -> Scored:
         """Loss (nats) of each example under `recipe`, which gives way to requests: of a decoder the mean token
         cross-entropy of its output given its input, of a reranker the cross-entropy of its positives among its
         negatives."""
@@ -154,6 +178,7 @@ class Embedded:
 
     vectors: np.ndarray
     num_tokens: int
+    engine_time: EngineTime = field(default_factory=EngineTime)
 
 
 @runtime_checkable
@@ -210,6 +235,7 @@ class Reranked:
 
     scores: np.ndarray
     num_tokens: int
+    engine_time: EngineTime = field(default_factory=EngineTime)
 
 
 @runtime_checkable
@@ -254,4 +280,4 @@ class RerankingEngine(ScoringEngine, Protocol):
 
 
 AnyEngine: TypeAlias = GenerationEngine | EmbeddingEngine | RerankingEngine
-"""The engine of a pool. `kind` tells which it is, to type checkers too: nothing has to be cast or probed for methods."""
+"""The engine of a pool. `kind` tells which it is, to type checkers too: nothing is cast or probed for methods."""

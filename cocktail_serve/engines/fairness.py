@@ -7,11 +7,14 @@ import math
 HALF_LIFE_S = 30.0
 """After this long a token counts half: whoever was idle is owed what it missed lately, not what it missed all day."""
 
+BYTES_PER_TOKEN = 4
+"""Of a request's body: how many tokens it is taken for until the engine has said what it read."""
+
 MAX_KEPT = 1024
 """Tenants kept before those with nothing left to remember are dropped."""
 
 
-class Account:
+class TenantShare:
     """What one tenant was served."""
 
     __slots__ = ("_charged_at", "_tokens")
@@ -30,22 +33,22 @@ class Account:
         self._charged_at = now
 
 
-class Accounts:
+class TenantShares:
     """Accounts by tenant, made as they are asked for. Engines that share them treat a tenant alike.
 
     Knows no clock: `now` is any that only goes forward, in seconds, the same for all who share.
     """
 
     def __init__(self) -> None:
-        self._by_tenant: dict[str, Account] = {}
+        self._by_tenant: dict[str, TenantShare] = {}
 
-    def of(self, tenant: str, now: float) -> Account:
+    def of(self, tenant: str, now: float) -> TenantShare:
         """The account of a tenant."""
         account = self._by_tenant.get(tenant)
         if account is None:
             if len(self._by_tenant) >= MAX_KEPT:
                 self._drop_idle(now)
-            account = self._by_tenant[tenant] = Account()
+            account = self._by_tenant[tenant] = TenantShare()
         return account
 
     def _drop_idle(self, now: float) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from cocktail_serve.engines.occupancy import Occupancy
+from cocktail_serve.engines.scheduling import SchedulerSnapshot
 from cocktail_serve.engines.stats import EngineStats
 
 EngineState = Literal["starting", "ready", "restarting", "failed", "stopped"]
@@ -24,7 +24,7 @@ class EngineSnapshot:
         resident: digest of the recipe whose parameters are in the engine now, as the engine itself says, where it
             holds one at a time.
         num_queued: requests that wait for their turn; of an engine without turns, inputs.
-        occupancy: what it does, and who waits.
+        scheduler: what it does, and who waits.
         counters: since the gateway started.
     """
 
@@ -32,5 +32,5 @@ class EngineSnapshot:
     resident: str | None = None
     num_queued: int = 0
     detail: Mapping[str, Any] = field(default_factory=dict)
-    occupancy: Occupancy = field(default_factory=lambda: Occupancy(phase=None, num_in_flight=0))
+    scheduler: SchedulerSnapshot = field(default_factory=lambda: SchedulerSnapshot(phase=None, num_in_flight=0))
     counters: EngineStats = field(default_factory=EngineStats)

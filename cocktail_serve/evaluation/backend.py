@@ -8,14 +8,15 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from cocktail_serve.dtypes import DType
 from cocktail_serve.examples import ExampleSet
 from cocktail_serve.pool import Pool
-from cocktail_serve.recipe import DType, Recipe
-from cocktail_serve.scoring.text import TokenizedExample
+from cocktail_serve.recipe import Recipe
+from cocktail_serve.scoring.decoder import TokenizedExample
 
 
 @dataclass(frozen=True, slots=True)
-class Mixed:
+class EvaluatedMixture:
     """A mixture that a backend can be asked under.
 
     Attributes:
@@ -28,7 +29,7 @@ class Mixed:
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class EnsemblePart:
     """A mixture and its share of the answer: 1 for most systems, several parts for an ensemble."""
 
     recipe: Recipe
@@ -43,7 +44,7 @@ class Backend(Protocol):
 
     def close(self) -> None: ...
 
-    def mix(self, body: Mapping[str, Any]) -> Mixed:
+    def mix(self, body: Mapping[str, Any]) -> EvaluatedMixture:
         """Makes what `POST /v1/cocktails` would of a body without name and pool.
 
         Raises:
@@ -71,7 +72,9 @@ class DecoderBackend(Backend, Protocol):
         """Log-probability (nats) of each output token, `[T]` float64 for each example."""
         ...
 
-    def generate(self, parts: Sequence[Part], prompts: Sequence[Sequence[int]], *, max_new_tokens: int) -> list[str]:
+    def generate(
+        self, parts: Sequence[EnsemblePart], prompts: Sequence[Sequence[int]], *, max_new_tokens: int
+    ) -> list[str]:
         """What each prompt (token ids) is continued with, greedily, up to the end token or the limit.
 
         Args:

@@ -6,10 +6,10 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from cocktail_serve.scoring.text import batches_by_length
+from cocktail_serve.scoring.decoder import batches_by_length
 
 
-def generate(
+def generate_texts(
     models: Sequence[Any],
     shares: Sequence[float],
     tokenizer: Any,

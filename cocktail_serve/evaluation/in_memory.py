@@ -9,20 +9,21 @@ from typing import Any
 
 import numpy as np
 
-from cocktail_serve.cocktails.request import parse_inline
-from cocktail_serve.cocktails.weighing import recipe_of
+from cocktail_serve.cocktails.parsing import parse_inline
+from cocktail_serve.cocktails.weighing_plan import recipe_of
 from cocktail_serve.config import PoolConfig, Settings
 from cocktail_serve.errors import CheckpointError
-from cocktail_serve.evaluation.backend import Mixed, Part
+from cocktail_serve.evaluation.backend import EnsemblePart, EvaluatedMixture
 from cocktail_serve.evaluation.cells import CellStore
 from cocktail_serve.examples import ExampleSet
-from cocktail_serve.offline.models import TransformersModels, dtype_of, translated
+from cocktail_serve.offline.models import TransformersModels, translated
 from cocktail_serve.offline.weighing import weigh_by
 from cocktail_serve.pool import Pool
 from cocktail_serve.progress import OnProgress
 from cocktail_serve.recipe import Recipe, one_hot, settings_of
-from cocktail_serve.scoring import contrastive, text
-from cocktail_serve.scoring.text import TokenizedExample, tokenize_examples
+from cocktail_serve.scoring import contrastive
+from cocktail_serve.scoring import decoder as text
+from cocktail_serve.scoring.decoder import TokenizedExample, tokenize_examples
 
 TEXTS_PER_CALL = 512
 """Texts embedded between two reports of progress."""
@@ -37,13 +38,13 @@ class _InMemory(ABC):
         self, settings: Settings, config: PoolConfig, pool: Pool, store: CellStore, report: OnProgress
     ) -> None:
         self.pool = pool
-        self.dtype = dtype_of(pool, config)
+        self.dtype = config.engine.dtype_over(pool.base)
         self._settings = settings
         self._config = config
         self._store = store
         self._report = report
 
-    def mix(self, body: Mapping[str, Any]) -> Mixed:
+    def mix(self, body: Mapping[str, Any]) -> EvaluatedMixture:
         request = parse_inline(dict(body), pool=self.pool, settings=self._settings)
         options, examples = request.options, request.examples
 
@@ -61,7 +62,7 @@ class _InMemory(ABC):
             "alpha": options.alpha if chosen is None else chosen.alpha,
             "entropy": weighing.entropy,
         }
-        return Mixed(recipe, weighing.merging_weights, about)
+        return EvaluatedMixture(recipe, weighing.merging_weights, about)
 
     def losses(self, names: Sequence[str], examples: ExampleSet) -> dict[str, list[float]]:
         return {name: self.losses_of(one_hot(self.pool, name, dtype=self.dtype), examples, None) for name in names}
@@ -109,15 +110,17 @@ class InMemoryDecoders(_InMemory):
         with translated(self.pool):
             return text.token_log_probs(model, tokenized)
 
-    def generate(self, parts: Sequence[Part], prompts: Sequence[Sequence[int]], *, max_new_tokens: int) -> list[str]:
-        from cocktail_serve.evaluation.generation import generate
+    def generate(
+        self, parts: Sequence[EnsemblePart], prompts: Sequence[Sequence[int]], *, max_new_tokens: int
+    ) -> list[str]:
+        from cocktail_serve.evaluation.generation import generate_texts
 
         if len(parts) == 1:
             models = [self._models.use(parts[0].recipe)]
         else:
             models = [self._models.make(part.recipe) for part in parts]
         with translated(self.pool):
-            return generate(
+            return generate_texts(
                 models,
                 [part.share for part in parts],
                 self.tokenizer,
@@ -127,7 +130,7 @@ class InMemoryDecoders(_InMemory):
                 stop_token_ids=self._stop_token_ids(parts),
             )
 
-    def _stop_token_ids(self, parts: Sequence[Part]) -> list[int]:
+    def _stop_token_ids(self, parts: Sequence[EnsemblePart]) -> list[int]:
         settings = [settings_of(part.recipe, self.pool) for part in parts]
         return sorted({token for each in settings if each is not None for token in each.stop_token_ids})
 

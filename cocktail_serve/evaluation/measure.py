@@ -26,7 +26,7 @@ from typing import Any, Literal, TypeVar, cast
 import numpy as np
 
 from cocktail_serve.errors import InvalidRequestError
-from cocktail_serve.evaluation.backend import Backend, DecoderBackend, EncoderBackend, Part
+from cocktail_serve.evaluation.backend import Backend, DecoderBackend, EncoderBackend, EnsemblePart
 from cocktail_serve.evaluation.cells import CellStore
 from cocktail_serve.evaluation.metrics import (
     DECODER_METRICS,
@@ -40,7 +40,7 @@ from cocktail_serve.evaluation.systems import Contender
 from cocktail_serve.evaluation.tasks import DecoderRow, DecoderTask, EncoderTask, Task
 from cocktail_serve.examples import ExampleSet, TextExample
 from cocktail_serve.recipe import Recipe
-from cocktail_serve.scoring.text import mean_loss, tokenize_examples
+from cocktail_serve.scoring.decoder import mean_loss, tokenize_examples
 
 MAX_REMEMBERED = 12
 """Likelihoods or embeddings of a model on a task that are kept in memory: an ensemble's members at another temperature
@@ -64,7 +64,7 @@ class Measuring:
     choice_norm: Literal["sum", "token", "byte"] = "sum"
 
 
-class Meter:
+class Measurer:
     """Measures contenders on tasks of one pool.
 
     Args:
@@ -278,7 +278,7 @@ def first_line(text: str) -> str:
     return text.strip().partition("\n")[0].strip()
 
 
-def averaged(of_parts: Sequence[Sequence[np.ndarray]], parts: Sequence[Part]) -> list[np.ndarray]:
+def averaged(of_parts: Sequence[Sequence[np.ndarray]], parts: Sequence[EnsemblePart]) -> list[np.ndarray]:
     """Log of the share-weighted mean of the parts' token probabilities, `[T]` for each text."""
     if len(parts) == 1:
         return list(of_parts[0])

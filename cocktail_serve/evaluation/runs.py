@@ -12,7 +12,7 @@ from cocktail_serve.config import PoolConfig, Settings, Source
 from cocktail_serve.errors import ConfigError, InvalidRequestError
 from cocktail_serve.evaluation.backend import Backend
 from cocktail_serve.evaluation.cells import Cell, CellStore
-from cocktail_serve.evaluation.measure import Measuring, Meter, describe
+from cocktail_serve.evaluation.measure import Measurer, Measuring, describe
 from cocktail_serve.evaluation.systems import Contender, NotMade, Occasion, System
 from cocktail_serve.evaluation.tasks import Task
 from cocktail_serve.examples import ExampleSet
@@ -28,7 +28,7 @@ MULTITASK = "multitask"
 
 
 @dataclass(frozen=True, slots=True)
-class Entry:
+class RunEntry:
     """A task and what systems are made for it from.
 
     Attributes:
@@ -70,13 +70,13 @@ class Evaluation:
         self.backend = backend
         self.multitask = multitask
         self.how = how
-        self._meter = Meter(backend, store, how)
+        self._meter = Measurer(backend, store, how)
 
     @property
     def pool(self) -> Pool:
         return self.backend.pool
 
-    def occasion(self, entry: Entry, *, experts: Sequence[str] | None = None, **options: Any) -> Occasion:
+    def occasion(self, entry: RunEntry, *, experts: Sequence[str] | None = None, **options: Any) -> Occasion:
         """What systems for a task are made from: of the pool's experts all but its target and the multitask model.
 
         Args:
@@ -146,7 +146,7 @@ def open_evaluation(
 
 def run(
     evaluation: Evaluation,
-    entries: Sequence[Entry],
+    entries: Sequence[RunEntry],
     systems: Sequence[System],
     *,
     temperatures: Sequence[float] = (),
@@ -214,7 +214,7 @@ def _rows(systems: Sequence[System], temperatures: Sequence[float]) -> Iterator[
                 yield f"{system.name} tau={temperature:g}", system, temperature
 
 
-def _pooled(entries: Sequence[Entry]) -> ExampleSet | None:
+def _pooled(entries: Sequence[RunEntry]) -> ExampleSet | None:
     """The examples of all tasks, each once."""
     examples = list(dict.fromkeys(example for entry in entries for example in entry.examples or ()))
     return ExampleSet.of(examples) if examples else None

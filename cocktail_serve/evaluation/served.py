@@ -17,13 +17,13 @@ import numpy as np
 from cocktail_serve.config import PoolConfig
 from cocktail_serve.digest import digest_of
 from cocktail_serve.errors import ConfigError, EngineError, EngineTimeoutError, InvalidRequestError
-from cocktail_serve.evaluation.backend import Mixed, Part
+from cocktail_serve.evaluation.backend import EnsemblePart, EvaluatedMixture
 from cocktail_serve.examples import ExampleSet
-from cocktail_serve.offline.models import TransformersModels, dtype_of
+from cocktail_serve.offline.models import TransformersModels
 from cocktail_serve.pool import BASE, Pool
 from cocktail_serve.progress import OnProgress
 from cocktail_serve.recipe import Recipe, one_hot
-from cocktail_serve.scoring.text import TokenizedExample
+from cocktail_serve.scoring.decoder import TokenizedExample
 
 CONCURRENCY = 16
 """Requests in flight: enough for an engine to batch them."""
@@ -54,7 +54,7 @@ class _Served:
             raise ConfigError("httpx is not installed: pip install 'cocktail-serve[eval]'") from error
 
         self.pool = pool
-        self.dtype = dtype_of(pool, config)
+        self.dtype = config.engine.dtype_over(pool.base)
         self._report = report
         self._http = httpx
         headers = {} if api_key is None else {"authorization": f"Bearer {api_key}"}
@@ -71,7 +71,7 @@ class _Served:
         self._threads.shutdown(cancel_futures=True)
         self._client.close()
 
-    def mix(self, body: Mapping[str, Any]) -> Mixed:
+    def mix(self, body: Mapping[str, Any]) -> EvaluatedMixture:
         """Makes a cocktail named by the digest of its request, so that a run that goes on finds it again."""
         name = f"eval-{digest_of([self.pool.id, dict(body)])[:16]}"
         made = self._call("POST", "cocktails", {"name": name, "pool": self.pool.id, **body}, params={"wait": 60})
@@ -89,7 +89,7 @@ class _Served:
             raise ConfigError(f"the server's pool {self.pool.id!r} has another base than this configuration's")
         self._model_ids.setdefault(recipe.digest, made["id"])
         about = {key: made[key] for key in ("merging_weights", "losses", "temperature", "alpha", "entropy")}
-        return Mixed(recipe, made["merging_weights"], about)
+        return EvaluatedMixture(recipe, made["merging_weights"], about)
 
     def losses(self, names: Sequence[str], examples: ExampleSet) -> dict[str, list[float]]:
         """Mean losses, each as often as there are examples: the server tells no more."""
@@ -177,7 +177,9 @@ class ServedDecoders(_Served):
 
         return self._each(ask, tokenized, f"scoring {len(tokenized)} texts")
 
-    def generate(self, parts: Sequence[Part], prompts: Sequence[Sequence[int]], *, max_new_tokens: int) -> list[str]:
+    def generate(
+        self, parts: Sequence[EnsemblePart], prompts: Sequence[Sequence[int]], *, max_new_tokens: int
+    ) -> list[str]:
         if len(parts) > 1:
             raise InvalidRequestError("an ensemble generates in memory only: leave --base-url out, or choose metrics")
         model = self._model_id(parts[0].recipe)

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from cocktail_serve.errors import ClientError, InvalidRequestError
-from cocktail_serve.evaluation.backend import Backend, Mixed, Part
+from cocktail_serve.evaluation.backend import Backend, EnsemblePart, EvaluatedMixture
 from cocktail_serve.examples import ExampleSet, TextExample
 from cocktail_serve.pool import BASE, Kind
 from cocktail_serve.recipe import one_hot
@@ -77,7 +77,7 @@ class Contender:
         about: see `Cell.about`.
     """
 
-    parts: tuple[Part, ...]
+    parts: tuple[EnsemblePart, ...]
     shots: ExampleSet | None = None
     about: Mapping[str, Any] = field(default_factory=dict)
 
@@ -186,7 +186,7 @@ def _ensemble(backend: Backend, occasion: Occasion) -> Contender:
     members = {name: share for name, share in mixed.merging_weights.items() if share >= LEAST_SHARE}
     total = math.fsum(members.values())
     parts = tuple(
-        Part(one_hot(backend.pool, name, dtype=backend.dtype), share / total) for name, share in members.items()
+        EnsemblePart(one_hot(backend.pool, name, dtype=backend.dtype), share / total) for name, share in members.items()
     )
     return Contender(parts, None, mixed.about)
 
@@ -206,12 +206,12 @@ def _method(name: str, occasion: Occasion) -> dict[str, Any]:
 
 def _single(backend: Backend, name: str) -> Contender:
     return Contender(
-        (Part(one_hot(backend.pool, name, dtype=backend.dtype), 1.0),), None, {"merging_weights": {name: 1.0}}
+        (EnsemblePart(one_hot(backend.pool, name, dtype=backend.dtype), 1.0),), None, {"merging_weights": {name: 1.0}}
     )
 
 
-def _mixture(mixed: Mixed) -> Contender:
-    return Contender((Part(mixed.recipe, 1.0),), None, mixed.about)
+def _mixture(mixed: EvaluatedMixture) -> Contender:
+    return Contender((EnsemblePart(mixed.recipe, 1.0),), None, mixed.about)
 
 
 SYSTEMS: Mapping[str, System] = {

@@ -12,7 +12,7 @@ from sqlalchemy import ColumnElement, delete, exists, insert, or_, select
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from cocktail_serve.database import tables
-from cocktail_serve.database.database import Database, insert_missing, page_of, to_the_end
+from cocktail_serve.database.database import Database, insert_missing, page_of, shielded
 from cocktail_serve.errors import InvalidExamplesError, InvalidRequestError, NotFoundError
 from cocktail_serve.examples import jsonl_lines, parse_examples, parse_line
 from cocktail_serve.ids import Order, Page, check_cursor, is_id, new_id
@@ -113,7 +113,7 @@ class Files:
         self._limits_of = limits_of
         self._clock = clock
 
-    @to_the_end
+    @shielded
     async def add(self, tenant: str, filename: str, content: bytes, *, expires_after_s: int | None = None) -> File:
         """Keeps a file; equal contents of one tenant are kept once.
 
@@ -141,7 +141,7 @@ class Files:
             await connection.execute(insert(tables.files).values(_row(file)))
         return file
 
-    @to_the_end
+    @shielded
     async def get(self, tenant: str, file_id: str, *, param: str | None = None) -> File:
         """A file of a tenant.
 
@@ -159,7 +159,7 @@ class Files:
             raise _no_file(file_id, param)
         return File(**row)
 
-    @to_the_end
+    @shielded
     async def content(self, tenant: str, file_id: str, *, param: str | None = None) -> bytes:
         """What was uploaded, byte for byte; raises as `get`."""
         _check_id(file_id, param)
@@ -172,7 +172,7 @@ class Files:
             raise _no_file(file_id, param)
         return bytes(content)
 
-    @to_the_end
+    @shielded
     async def list(
         self, tenant: str, *, after: str | None, limit: int, order: Order, purpose: str | None = None
     ) -> Page[File]:
@@ -184,7 +184,7 @@ class Files:
         query = page_of(of_tenant, tables.files.c.id, after=after, limit=limit, order=order)
         return Page.of([File(**row) for row in await self._database.rows(query)], limit)
 
-    @to_the_end
+    @shielded
     async def delete(self, tenant: str, file_id: str) -> None:
         """Deletes a file, and its content where no other file of the tenant has it; raises as `get`."""
         _check_id(file_id, None)
@@ -194,7 +194,7 @@ class Files:
             raise _no_file(file_id, None)
         await self._database.truncate_wal()
 
-    @to_the_end
+    @shielded
     async def sweep(self) -> None:
         """Deletes the files that have expired, with their contents."""
         async with self._database.write() as connection:

@@ -48,7 +48,7 @@ class Job:
 
 
 @dataclass(frozen=True, slots=True)
-class Event:
+class JobEvent:
     """Something that happened to a job.
 
     Attributes:
@@ -71,7 +71,7 @@ class ListedEvent:
 
     id: str
     created_at: float
-    event: Event
+    event: JobEvent
 
 
 def failure_of(cocktail: Cocktail) -> Failure | None:
@@ -80,28 +80,28 @@ def failure_of(cocktail: Cocktail) -> Failure | None:
     return None if error is None else Failure(error.type, error.code, error.message, param_of_job(error.param))
 
 
-def first_events(job: Job, cocktail: Cocktail) -> Iterator[Event]:
+def first_events(job: Job, cocktail: Cocktail) -> Iterator[JobEvent]:
     """What there is to say of a job that has just been made; its cocktail may have been there before."""
-    yield Event(f"Created fine-tuning job: {job.id}")
+    yield JobEvent(f"Created fine-tuning job: {job.id}")
     ignored = job.request.ignored
     if ignored:
         named = ", ".join(f"{name} {value}" for name, value in ignored.items())
-        yield Event(f"Ignored {named}: models are mixed, not trained", "warn", {"ignored": ignored})
+        yield JobEvent(f"Ignored {named}: models are mixed, not trained", "warn", {"ignored": ignored})
     if cocktail.status == "ready":
-        yield Event("The same request made this model before; nothing had to be done")
+        yield JobEvent("The same request made this model before; nothing had to be done")
         yield _weighed(cocktail)
         yield from _ready(cocktail)
         return
     yield from _warned(cocktail.warnings)
 
 
-def events_between(before: Cocktail, after: Cocktail) -> Iterator[Event]:
+def events_between(before: Cocktail, after: Cocktail) -> Iterator[JobEvent]:
     """What a change of a cocktail means to its jobs."""
     if after.status == "scoring":
         if before.status != "scoring":
             count = after.request.num_examples
             models = len(after.request.scored)
-            yield Event(f"Scoring {models} models on {count} examples", data={"progress": after.progress})
+            yield JobEvent(f"Scoring {models} models on {count} examples", data={"progress": after.progress})
         yield from _scored(before, after)
     elif after.status == "mixing" and before.status != "mixing":
         yield from _scored(before, after)
@@ -111,22 +111,22 @@ def events_between(before: Cocktail, after: Cocktail) -> Iterator[Event]:
     elif after.status == "failed" and before.status != "failed":
         error = failure_of(after)
         message = "" if error is None else f": {error.message}"
-        yield Event(f"The job failed{message}", "error", None if error is None else error.to_json())
+        yield JobEvent(f"The job failed{message}", "error", None if error is None else error.to_json())
     elif after.status == "cancelled" and before.status != "cancelled":
-        yield Event("The job was cancelled")
+        yield JobEvent("The job was cancelled")
 
 
-def _scored(before: Cocktail, after: Cocktail) -> Iterator[Event]:
+def _scored(before: Cocktail, after: Cocktail) -> Iterator[JobEvent]:
     new = {name: loss for name, loss in after.losses.items() if name not in before.losses}
     if new:
         told = ", ".join(f"{name} {loss:.4g}" for name, loss in new.items())
         data = {"losses": dict(after.losses), "progress": after.progress}
-        yield Event(f"Loss on the examples (nats): {told}", data=data, is_metrics=True)
+        yield JobEvent(f"Loss on the examples (nats): {told}", data=data, is_metrics=True)
     elif int(10 * after.progress) > int(10 * before.progress):
-        yield Event(f"Trying mixtures: {after.progress:.0%} done", data={"progress": after.progress})
+        yield JobEvent(f"Trying mixtures: {after.progress:.0%} done", data={"progress": after.progress})
 
 
-def _weighed(cocktail: Cocktail) -> Event:
+def _weighed(cocktail: Cocktail) -> JobEvent:
     weights = dict(cocktail.merging_weights or {})
     told = ", ".join(f"{name} {weight:.3g}" for name, weight in sorted(weights.items(), key=lambda item: -item[1]))
     chosen = cocktail.chosen
@@ -138,10 +138,10 @@ def _weighed(cocktail: Cocktail) -> Event:
         "alpha": None if chosen is None else chosen.alpha,
         "progress": cocktail.progress,
     }
-    return Event(f"Merging weights: {told}", data=data, is_metrics=True)
+    return JobEvent(f"Merging weights: {told}", data=data, is_metrics=True)
 
 
-def _ready(cocktail: Cocktail, known: tuple[str, ...] = ()) -> Iterator[Event]:
+def _ready(cocktail: Cocktail, known: tuple[str, ...] = ()) -> Iterator[JobEvent]:
     data = {
         "mixed_loss": cocktail.mixed_loss,
         "validation_loss": cocktail.validation_loss,
@@ -153,13 +153,15 @@ def _ready(cocktail: Cocktail, known: tuple[str, ...] = ()) -> Iterator[Event]:
         if loss is not None
     ]
     if told:
-        yield Event(f"Loss of the mixture (nats): {', '.join(told)}", data=data, is_metrics=True)
+        yield JobEvent(f"Loss of the mixture (nats): {', '.join(told)}", data=data, is_metrics=True)
     yield from _warned(tuple(text for text in cocktail.warnings if text not in known))
-    yield Event(f"New fine-tuned model created: {cocktail.id}", data={"fine_tuned_model": cocktail.id, "progress": 1.0})
-    yield Event("The job has successfully completed")
+    yield JobEvent(
+        f"New fine-tuned model created: {cocktail.id}", data={"fine_tuned_model": cocktail.id, "progress": 1.0}
+    )
+    yield JobEvent("The job has successfully completed")
 
 
-def _warned(warnings: tuple[str, ...]) -> Iterator[Event]:
+def _warned(warnings: tuple[str, ...]) -> Iterator[JobEvent]:
     """Some of them name losses, so all are treated like them."""
     for text in warnings:
-        yield Event(text, "warn", is_metrics=True)
+        yield JobEvent(text, "warn", is_metrics=True)

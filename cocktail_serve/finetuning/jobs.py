@@ -13,13 +13,13 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from cocktail_serve.cocktails.cocktail import Cocktail, Failure
 from cocktail_serve.database import tables
-from cocktail_serve.database.database import Database, page_of, to_the_end
+from cocktail_serve.database.database import Database, page_of, shielded
 from cocktail_serve.errors import InvalidRequestError, NotFoundError
 from cocktail_serve.finetuning.job import (
     JOB_STATUS,
     UNFINISHED,
-    Event,
     Job,
+    JobEvent,
     ListedEvent,
     events_between,
     failure_of,
@@ -37,7 +37,7 @@ _jobs, _events, _pairs = tables.fine_tuning_jobs, tables.fine_tuning_events, tab
 
 
 class JobStore:
-    """The jobs of all tenants, in a database that is open. A witness of cocktails (`cocktails.store.Witness`).
+    """The jobs of all tenants, in a database that is open. A hook of cocktails (`cocktails.store.Witness`).
 
     Args:
         clock: seconds since the epoch.
@@ -88,16 +88,16 @@ class JobStore:
     async def deleted(self, connection: AsyncConnection, uids: Sequence[str]) -> None:
         """Cancels the unfinished jobs of cocktails, and removes what their events say about the examples."""
         for job_id in await self._of_cocktails(connection, uids, _jobs.c.status.in_(UNFINISHED)):
-            await self._tell(connection, job_id, [Event("The job was cancelled: its model was deleted", "warn")])
+            await self._tell(connection, job_id, [JobEvent("The job was cancelled: its model was deleted", "warn")])
             cancelled = {"status": "cancelled", "finished_at": self._clock()}
             await connection.execute(update(_jobs).where(_jobs.c.id == job_id).values(cancelled))
         for job_id in await self._of_cocktails(connection, uids, _jobs.c.status == "succeeded"):
-            await self._tell(connection, job_id, [Event("The fine-tuned model was deleted", "warn")])
+            await self._tell(connection, job_id, [JobEvent("The fine-tuned model was deleted", "warn")])
         job_ids = await self._of_cocktails(connection, uids)
         await connection.execute(delete(_events).where(_events.c.job_id.in_(job_ids), _events.c.is_metrics))
         await connection.execute(update(_jobs).where(_jobs.c.id.in_(job_ids)).values(uid=None))
 
-    @to_the_end
+    @shielded
     async def sweep(self, *, older_than_s: float) -> None:
         """Removes jobs that ended longer ago than that, with their events; what they made stays."""
         old = _jobs.c.finished_at <= self._clock() - older_than_s
@@ -109,14 +109,14 @@ class JobStore:
         if found.rowcount:
             await self._database.truncate_wal()
 
-    @to_the_end
+    @shielded
     async def recent(self, tenant: str, digest: str) -> Job | None:
         """The tenant's job of an identical request, made in the last ten minutes; None where it failed, was cancelled,
         or its model has been deleted."""
         async with self._database.read() as connection:
             return await self._recent(connection, tenant, digest)
 
-    @to_the_end
+    @shielded
     async def get(self, tenant: str, job_id: str) -> Job:
         """A job of a tenant.
 
@@ -135,7 +135,7 @@ class JobStore:
             )
         return _job(row)
 
-    @to_the_end
+    @shielded
     async def list(
         self, tenant: str, *, after: str | None, limit: int, metadata: Mapping[str, str] | None = None
     ) -> Page[Job]:
@@ -153,7 +153,7 @@ class JobStore:
             query = query.where(exists().where(same))
         return Page.of([_job(row) for row in await self._database.rows(query)], limit)
 
-    @to_the_end
+    @shielded
     async def events(self, job: Job, *, after: str | None, limit: int) -> Page[ListedEvent]:
         """What happened to a job, the newest first, from behind `after` on.
 
@@ -182,7 +182,7 @@ class JobStore:
         query = select(_jobs.c.id).where(_jobs.c.uid.in_(uids), *conditions)
         return (await connection.execute(query)).scalars().all()
 
-    async def _tell(self, connection: AsyncConnection, job_id: str, events: Iterable[Event]) -> None:
+    async def _tell(self, connection: AsyncConnection, job_id: str, events: Iterable[JobEvent]) -> None:
         events = list(events)
         if not events:
             return
@@ -242,7 +242,7 @@ def _listed(row: RowMapping) -> ListedEvent:
     return ListedEvent(
         id=f"ftevent-{row['job_id'].removeprefix(f'{PREFIX}-')}-{row['position']}",
         created_at=row["created_at"],
-        event=Event(row["message"], row["level"], row["data"], row["is_metrics"]),
+        event=JobEvent(row["message"], row["level"], row["data"], row["is_metrics"]),
     )
 
 

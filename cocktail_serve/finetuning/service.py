@@ -12,7 +12,8 @@ from typing import Any
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from cocktail_serve.cocktails.cocktail import Cocktail
-from cocktail_serve.cocktails.request import CocktailRequest, parse_request
+from cocktail_serve.cocktails.options import CocktailRequest
+from cocktail_serve.cocktails.parsing import parse_request
 from cocktail_serve.cocktails.service import CocktailService
 from cocktail_serve.config import Settings
 from cocktail_serve.errors import CocktailError, InvalidRequestError, NotFoundError
@@ -30,7 +31,7 @@ class FineTuning:
     """Jobs of all tenants.
 
     Attributes:
-        cocktails: the service that `jobs` is a witness of.
+        cocktails: the service that `jobs` is a hook of.
         executor: where files are read into examples, away from the event loop.
     """
 
@@ -75,7 +76,7 @@ class FineTuning:
             wanted = await asyncio.get_running_loop().run_in_executor(
                 self.executor, self._parse, asked, training, validation, visible
             )
-            await self.cocktails.create(tenant, wanted, beside=enlist)
+            await self.cocktails.create(tenant, wanted, extra_writes=enlist)
         except CocktailError as error:
             error.param = param_of_job(error.param)
             raise

@@ -27,10 +27,10 @@ from cocktail_serve.gateway.routes import (
     fine_tuning,
     generation,
     models,
-    operating,
-    operations,
+    probes,
     reranking,
 )
+from cocktail_serve.gateway.routes import engines as engines_routes
 from cocktail_serve.gateway.routes import pools as pools_routes
 from cocktail_serve.gateway.routes import usage as usage_routes
 from cocktail_serve.pool import Pool
@@ -77,8 +77,8 @@ def create_app(
         usage_routes,
         pools_routes,
         admin,
-        operating,
-        operations,
+        engines_routes,
+        probes,
     ):
         app.include_router(family.router)
     add_error_handlers(app)

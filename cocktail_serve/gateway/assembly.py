@@ -9,8 +9,8 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from functools import partial
 
 from cocktail_serve.checkpoints.opening import open_pool
+from cocktail_serve.cocktails.cluster_loop import Sweep
 from cocktail_serve.cocktails.experts import Experts
-from cocktail_serve.cocktails.following import Sweep
 from cocktail_serve.cocktails.service import CocktailService
 from cocktail_serve.config import Settings
 from cocktail_serve.database.database import Database
@@ -21,15 +21,15 @@ from cocktail_serve.finetuning.files import Files
 from cocktail_serve.finetuning.jobs import JobStore
 from cocktail_serve.finetuning.service import FineTuning
 from cocktail_serve.gateway.authentication import Authenticator
+from cocktail_serve.gateway.gateway import Gateway
 from cocktail_serve.gateway.lifecycle import Lifecycle
 from cocktail_serve.gateway.metering import Meter
 from cocktail_serve.gateway.metrics import GatewayMetrics
-from cocktail_serve.gateway.run_dir import own_run_dir, place_of
-from cocktail_serve.gateway.state import Gateway
+from cocktail_serve.gateway.run_dir import own_run_dir, place_of, trim_cache
 from cocktail_serve.library_process import LibraryProcess
 from cocktail_serve.pool import Pool
-from cocktail_serve.tenants.limit_book import LimitBook
 from cocktail_serve.tenants.limits import Limiter
+from cocktail_serve.tenants.limits_cache import LimitsCache
 from cocktail_serve.tenants.store import TenantStore
 from cocktail_serve.usage.audit import AuditLog
 from cocktail_serve.usage.ledger import Ledger
@@ -86,14 +86,15 @@ async def assembled(
             limits_of=limits.of,
             place=place,
             sweeps=_sweeps(settings, files, jobs, audit),
-            witnesses=[jobs],
+            change_hooks=[jobs],
             ledger=ledger,
         )
         stack.push_async_callback(service.stop)
         await service.start()
         parsing = stack.enter_context(ThreadPoolExecutor(1, "cocktail-parse"))
         stack.push_async_callback(experts.stop)
-        experts.start(service)
+        experts.start(service.catalog)
+        await asyncio.to_thread(trim_cache, settings)
         yield Gateway(
             settings=settings,
             pools=pools,
@@ -153,8 +154,8 @@ async def _experts(
     return experts
 
 
-async def _limits(settings: Settings, tenants: TenantStore, stack: AsyncExitStack) -> LimitBook:
-    limits = LimitBook(settings.limits, tenants)
+async def _limits(settings: Settings, tenants: TenantStore, stack: AsyncExitStack) -> LimitsCache:
+    limits = LimitsCache(settings.limits, tenants)
     stack.push_async_callback(limits.stop)
     await limits.start()
     return limits

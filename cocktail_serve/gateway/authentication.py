@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from cocktail_serve.errors import AuthenticationError, PermissionDeniedError
-from cocktail_serve.tenants.keys import DEFAULT_TENANT, SCOPES, Key, Scope, digest_of, id_of
+from cocktail_serve.tenants.keys import DEFAULT_TENANT, SCOPES, Key, Scope, id_of, key_digest
 from cocktail_serve.tenants.store import TenantStore
 
 CACHE_TTL_S = 5.0
@@ -79,7 +79,7 @@ class Authenticator:
     ) -> None:
         self._store = store
         self._required = required
-        self._admin_digest = None if admin_key is None else digest_of(admin_key.encode())
+        self._admin_digest = None if admin_key is None else key_digest(admin_key.encode())
         self._clock = clock
         self._timer = timer
         self._known: OrderedDict[str, tuple[float, Key, Caller]] = OrderedDict()
@@ -125,7 +125,7 @@ class Authenticator:
             raise AuthenticationError("an API key is required: send the header 'Authorization: Bearer <key>'")
         # headers are latin-1 on the wire, whatever was meant
         if self._admin_digest is not None and hmac.compare_digest(
-            self._admin_digest, digest_of(presented.encode("latin-1"))
+            self._admin_digest, key_digest(presented.encode("latin-1"))
         ):
             return OPERATOR
         key_id = id_of(presented)

@@ -93,7 +93,7 @@ def internal_error() -> errors.ServerError:
     return errors.ServerError("the server hit an internal error; its log has the details")
 
 
-def stopping() -> errors.ModelNotReadyError:
+def stopping_error() -> errors.ModelNotReadyError:
     """For what a server that ends can begin, or finish, no more."""
     return errors.ModelNotReadyError("the server is stopping; ask again")
 

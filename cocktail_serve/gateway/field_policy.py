@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from cocktail_serve.errors import InvalidRequestError
-from cocktail_serve.generation import MAX_TOKENS, NEUTRAL_SAMPLING
+from cocktail_serve.generation_settings import MAX_TOKENS, NEUTRAL_SAMPLING
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,12 +16,12 @@ MAX_DEPTH = 100
 
 
 async def json_object(request: Request) -> dict[str, Any]:
-    """The body of a request as a JSON object; raises as `read_json`."""
-    body, _ = await read_json(request)
+    """The body of a request as a JSON object; raises as `read_json_object`."""
+    body, _ = await read_json_object(request)
     return body
 
 
-async def read_json(request: Request) -> tuple[dict[str, Any], int]:
+async def read_json_object(request: Request) -> tuple[dict[str, Any], int]:
     """The body of a request as a JSON object, and its size in bytes.
 
     Raises:

@@ -5,15 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from cocktail_serve.cocktails.cocktail import Served
+from cocktail_serve.cocktails.cocktail import ServedModel
+from cocktail_serve.engines.fairness import BYTES_PER_TOKEN
 from cocktail_serve.gateway.authentication import Caller
 from cocktail_serve.gateway.metrics import GatewayMetrics
-from cocktail_serve.tenants.limits import Admission, Limiter, Rate, Standing
-from cocktail_serve.usage.account import Use
+from cocktail_serve.tenants.limits import Admission, Limiter, Rate, RateStatus
+from cocktail_serve.usage.amounts import UsageAmount
 from cocktail_serve.usage.ledger import Ledger
-
-BYTES_PER_TOKEN = 4
-"""Of a request's body, for the estimate that is reserved until the engine has said what it read."""
 
 
 class MeteredRequest:
@@ -27,7 +25,7 @@ class MeteredRequest:
         self.admission = admission
         self._num_tokens: int | None = None
 
-    def used(self, served: Served, *, num_in: int, num_out: int = 0) -> None:
+    def used(self, served: ServedModel, *, num_in: int, num_out: int = 0) -> None:
         """The engine has read and generated so many tokens; also where the answer broke off."""
         self._num_tokens = num_in + num_out
         self._meter.count_tokens(self._caller, served, num_in=num_in, num_out=num_out)
@@ -56,22 +54,23 @@ class Meter:
         """A request that makes, changes or deletes something."""
         return self._limiter.admit_change(caller.tenant)
 
-    def count_tokens(self, caller: Caller, served: Served, *, num_in: int, num_out: int) -> None:
+    def count_tokens(self, caller: Caller, served: ServedModel, *, num_in: int, num_out: int) -> None:
         """Adds to the ledger and the counters."""
-        use = Use(requests=1, tokens_in=num_in, tokens_out=num_out)
+        use = UsageAmount(requests=1, tokens_in=num_in, tokens_out=num_out)
         self._ledger.add(caller.tenant, caller.key_id, served.model_id, served.pool.id, use)
         self._metrics.count_tokens(served.pool.id, num_in=num_in, num_out=num_out)
 
 
 def _estimate(body: Mapping[str, Any], *, num_bytes: int) -> int:
-    """Tokens that a request may read and generate: a quarter of its bytes, and the most that it asks for."""
+    """Tokens that a request may read and generate, reserved until the engine has said: a quarter of its bytes, and the
+    most that it asks for."""
     most = body.get("max_completion_tokens") or body.get("max_tokens")
     choices = body.get("n")
     num_out = most if isinstance(most, int) and most > 0 else 0
     return num_bytes // BYTES_PER_TOKEN + num_out * (choices if isinstance(choices, int) and choices > 0 else 1)
 
 
-def rate_limit_headers(standing: Standing) -> Iterator[tuple[bytes, bytes]]:
+def rate_limit_headers(standing: RateStatus) -> Iterator[tuple[bytes, bytes]]:
     """OpenAI's headers, for the limits that the tenant has."""
     for name, rate in (("requests", standing.requests), ("tokens", standing.tokens)):
         if rate is not None:

@@ -20,7 +20,7 @@ class GatewayMetrics:
 
     def __init__(self) -> None:
         self._registry = CollectorRegistry()
-        self._asked = _Asked()
+        self._asked = _SnapshotCollector()
         self._registry.register(self._asked)
         self._requests = Counter(
             "cocktail_requests",
@@ -61,7 +61,7 @@ class GatewayMetrics:
         return generate_latest(self._registry)
 
 
-class _Asked(Collector):
+class _SnapshotCollector(Collector):
     """What is read when it is asked for, instead of counted here."""
 
     def __init__(self) -> None:

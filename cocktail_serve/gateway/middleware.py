@@ -14,7 +14,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from cocktail_serve import logs
 from cocktail_serve.errors import InvalidRequestError, PayloadTooLargeError
-from cocktail_serve.gateway.error_handlers import error_response, internal_error, stopping
+from cocktail_serve.gateway.error_handlers import error_response, internal_error, stopping_error
 from cocktail_serve.gateway.exchange import Exchange, begin_exchange
 from cocktail_serve.gateway.lifecycle import OPERATIONS, Lifecycle
 from cocktail_serve.gateway.metrics import GatewayMetrics
@@ -66,7 +66,7 @@ class RequestBoundary:
         self._lifecycle.num_open += is_work
         try:
             if is_work and self._lifecycle.is_stopping:
-                await error_response(stopping())(scope, receive, send_named)
+                await error_response(stopping_error())(scope, receive, send_named)
             elif is_work and _holds_nul(scope):
                 await error_response(_no_text())(scope, receive, send_named)
             else:

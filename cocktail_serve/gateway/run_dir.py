@@ -8,9 +8,21 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from cocktail_serve.checkpoints.fingerprint import FINGERPRINTS
+from cocktail_serve.checkpoints.kept_files import trim
 from cocktail_serve.config import Settings
 from cocktail_serve.engines.vllm.server import sweep_sockets
 from cocktail_serve.errors import ConfigError, StorageError
+from cocktail_serve.scoring.kept_tokenizer import TOKENIZERS
+
+ENGINES = "engines"
+"""Folder of the cache that engines write to."""
+
+
+def trim_cache(settings: Settings) -> None:
+    """Keeps what can be made again within `store.cache_bytes`. Blocks."""
+    cache = settings.store.cache_dir
+    trim([cache / FINGERPRINTS, cache / ENGINES / TOKENIZERS], int(settings.store.cache_bytes))
 
 
 def own_run_dir(settings: Settings, stack: AsyncExitStack | ExitStack) -> Path:
@@ -20,7 +32,7 @@ def own_run_dir(settings: Settings, stack: AsyncExitStack | ExitStack) -> Path:
         ConfigError: another server uses the folder.
         StorageError: it cannot be written.
     """
-    run_dir = settings.store.cache_dir / "engines"
+    run_dir = settings.store.cache_dir / ENGINES
     lock = FileLock(run_dir / "lock")
     try:
         run_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -39,7 +51,7 @@ def own_run_dir(settings: Settings, stack: AsyncExitStack | ExitStack) -> Path:
 
 def check_unused(settings: Settings) -> None:
     """Raises ConfigError where another server uses the folder now; makes none."""
-    if (settings.store.cache_dir / "engines").is_dir():
+    if (settings.store.cache_dir / ENGINES).is_dir():
         with ExitStack() as stack:
             own_run_dir(settings, stack)
 

@@ -5,23 +5,18 @@ from __future__ import annotations
 import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from cocktail_serve.checkpoints.layout import model_class, model_folder
 from cocktail_serve.checkpoints.mixture import Mixture, iter_mixture
 from cocktail_serve.config import PoolConfig
 from cocktail_serve.errors import CheckpointError, EngineError
 from cocktail_serve.pool import Pool
-from cocktail_serve.recipe import DType, Recipe
+from cocktail_serve.recipe import Recipe
 from cocktail_serve.scoring.tokenizer import load_fast_tokenizer, load_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
-
-
-def dtype_of(pool: Pool, config: PoolConfig) -> DType:
-    """What recipes of a pool round to: the dtype of its engine."""
-    return cast(DType, pool.base.dtype) if config.engine.dtype == "auto" else config.engine.dtype
 
 
 class TransformersModels:
@@ -45,7 +40,7 @@ class TransformersModels:
 
         transformers_logging.disable_progress_bar()
         self._pool = pool
-        self._dtype = getattr(torch, dtype_of(pool, config))
+        self._dtype = getattr(torch, config.engine.dtype_over(pool.base))
         self._device = "cuda" if torch.cuda.is_available() else "cpu"
         self._members = pool.by_fingerprint
         self._model: Any = None

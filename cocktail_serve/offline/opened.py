@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from cocktail_serve.checkpoints.opening import open_pool
 from cocktail_serve.config import PoolConfig, Settings
-from cocktail_serve.library_process import Call, call_here
+from cocktail_serve.library_process import LibraryCall, call_here
 from cocktail_serve.pool import Pool
 from cocktail_serve.progress import OnProgress
 
 
-def open_with_progress(settings: Settings, config: PoolConfig, report: OnProgress, *, call: Call = call_here) -> Pool:
+def open_with_progress(
+    settings: Settings, config: PoolConfig, report: OnProgress, *, call: LibraryCall = call_here
+) -> Pool:
     """As `open_pool`, which see for errors.
 
     Args:

@@ -8,17 +8,19 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from cocktail_serve.cocktails.cocktail import Findings, Weighing
-from cocktail_serve.cocktails.findings import find
-from cocktail_serve.cocktails.request import CocktailOptions, CocktailRequest, parse_inline
-from cocktail_serve.cocktails.weighing import advance, recipe_of, weigh
+from cocktail_serve.cocktails.cocktail import CrossValidation, Weighing
+from cocktail_serve.cocktails.cross_validation import cross_validate
+from cocktail_serve.cocktails.options import CocktailOptions, CocktailRequest
+from cocktail_serve.cocktails.parsing import parse_inline
+from cocktail_serve.cocktails.weighing_plan import advance, recipe_of, weighing_steps
 from cocktail_serve.config import PoolConfig, Settings
+from cocktail_serve.dtypes import DType
 from cocktail_serve.examples import ExampleSet, parse_examples
-from cocktail_serve.offline.models import TransformersModels, dtype_of, translated
+from cocktail_serve.offline.models import TransformersModels, translated
 from cocktail_serve.offline.opened import open_with_progress
 from cocktail_serve.pool import Pool
 from cocktail_serve.progress import OnProgress
-from cocktail_serve.recipe import DType, Recipe, one_hot
+from cocktail_serve.recipe import Recipe, one_hot
 from cocktail_serve.scoring.finite import require_finite
 from cocktail_serve.weighting.candidates import Trial, Trials, mean
 
@@ -32,7 +34,7 @@ class OfflineWeighing:
     Attributes:
         dtype: of the pool's engine, which recipes of this pool round to.
         mixed_loss: mean loss (nats) of the mixture on the examples; None without examples.
-        findings: whether the mixture is worth using, by cross-validation; None where that was not asked for.
+        cross_validation: whether the mixture is worth using, by cross-validation; None where that was not asked for.
     """
 
     pool: Pool
@@ -40,7 +42,7 @@ class OfflineWeighing:
     weighing: Weighing
     dtype: DType
     mixed_loss: float | None
-    findings: Findings | None = None
+    cross_validation: CrossValidation | None = None
 
 
 def weigh_offline(
@@ -62,7 +64,7 @@ def weigh_offline(
         parse_examples(body["examples"], config.kind, max_examples=config.max_examples)
     pool = open_with_progress(settings, config, report)
     request = parse_inline(dict(body), pool=pool, settings=settings)
-    dtype = dtype_of(pool, config)
+    dtype = config.engine.dtype_over(pool.base)
     if request.examples is None:
         weighing, _ = weigh_by(pool, request.options, None, dtype, report)
         return OfflineWeighing(pool, request, weighing, dtype, mixed_loss=None)
@@ -74,11 +76,11 @@ def weigh_offline(
         require_finite(of_mixture, "the mixture", dtype)
         mixed_loss = mean(of_mixture)
         report("scoring the mixture", 1, 1)
-        findings = None
+        found = None
         if judge:
-            trials = find(request.options, losses, weighing.chosen)
-            findings = _answered(trials, pool, request.options, losses_of, dtype=dtype, report=report, what="judging")
-    return OfflineWeighing(pool, request, weighing, dtype, mixed_loss, findings)
+            trials = cross_validate(request.options, losses, weighing.chosen)
+            found = _answered(trials, pool, request.options, losses_of, dtype=dtype, report=report, what="judging")
+    return OfflineWeighing(pool, request, weighing, dtype, mixed_loss, found)
 
 
 LossesOf = Callable[[Recipe, Sequence[int] | None], list[float]]
@@ -106,7 +108,7 @@ def weigh_by(
             losses[name] = losses_of(one_hot(pool, name, dtype=dtype), None)
             require_finite(losses[name], repr(name), dtype)
         report("scoring", len(losses), len(options.scored))
-    trials = weigh(options, losses)
+    trials = weighing_steps(options, losses)
     return _answered(trials, pool, options, losses_of, dtype=dtype, report=report, what="searching"), losses
 
 
@@ -143,8 +145,8 @@ def _opened(pool: Pool, config: PoolConfig, examples: ExampleSet) -> Iterator[Lo
 
 
 def _with_transformers(pool: Pool, config: PoolConfig, examples: ExampleSet) -> LossesOf:
+    from cocktail_serve.scoring.decoder import score_with_transformers, tokenize_examples
     from cocktail_serve.scoring.encoder_decoder import score_encoder_decoder, tokenize_pairs
-    from cocktail_serve.scoring.text import score_with_transformers, tokenize_examples
 
     models = TransformersModels(pool, config)
     tokenized: Sequence[Any]
@@ -177,7 +179,8 @@ def _in_process(pool: Pool, config: PoolConfig, examples: ExampleSet) -> Iterato
 
     async def score(recipe: Recipe, rows: Sequence[int] | None) -> list[float]:
         if isinstance(engine, RerankerEngine):
-            return await engine.score(recipe, examples if rows is None else examples.subset(rows))
+            scored = await engine.score(recipe, examples if rows is None else examples.subset(rows))
+            return scored.losses
         texts = texts_of(examples, rows)
         embedded = await engine.embed(recipe, texts, background=True)
         return contrastive_losses(examples, dict(zip(texts, embedded.vectors, strict=True)), rows)

@@ -80,7 +80,7 @@ def _compiled(template: str) -> Template:
 class _Generation(Extension):
     """`{% generation %}`: marks what an assistant says, for training; here its content is rendered, and no more."""
 
-    tags = frozenset({"generation"})
+    tags = {"generation"}  # noqa: RUF012  of the class, as Jinja has it
 
     def parse(self, parser: Parser) -> nodes.Node:
         line = next(parser.stream).lineno

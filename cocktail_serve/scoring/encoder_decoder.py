@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from cocktail_serve.errors import ContextLengthError, InvalidExamplesError
 from cocktail_serve.examples import ExampleSet, TextExample
-from cocktail_serve.scoring.text import batches_by_length
+from cocktail_serve.scoring.decoder import batches_by_length
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast

@@ -8,7 +8,7 @@ from pathlib import Path
 from blake3 import blake3
 
 from cocktail_serve.checkpoints.chat_templates import MORE_TEMPLATES
-from cocktail_serve.checkpoints.kept_files import read_kept, write_kept
+from cocktail_serve.checkpoints.kept_files import read_kept, use_kept, write_kept
 from cocktail_serve.digest import digest_of
 from cocktail_serve.errors import ConfigError
 from cocktail_serve.library_process import LibraryProcess
@@ -18,7 +18,12 @@ from cocktail_serve.scoring.tokenizer import load_fast_tokenizer
 
 logger = logging.getLogger(__name__)
 
-_OF_PARAMETERS = frozenset({".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".h5", ".msgpack"})
+TOKENIZERS = "tokenizers"
+"""Folder that they are kept in, among the engines' files."""
+
+_OF_PARAMETERS = frozenset(
+    {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".h5", ".msgpack", ".ckpt", ".npz"}
+)
 """Files that no tokenizer is read from. All others count: which of them transformers reads, it alone knows."""
 
 
@@ -28,7 +33,7 @@ def prepare_tokenizer(folder: Path, *, kept: Path, libraries: LibraryProcess) ->
     Raises:
         ConfigError: as `open_tokenizer`.
     """
-    if not _entry(folder, kept).is_file():
+    if not use_kept(_entry(folder, kept)):
         _export(folder, kept, libraries)
 
 
@@ -71,7 +76,7 @@ def _entry(folder: Path, kept: Path) -> Path:
     """Where the export lies: named by all that decides what it is."""
     try:
         files = {
-            str(path.relative_to(folder)): blake3(path.read_bytes()).hexdigest()
+            str(path.relative_to(folder)): _digest(path)
             for path in (*folder.iterdir(), *(folder / MORE_TEMPLATES).glob("*"))
             if path.suffix not in _OF_PARAMETERS and path.is_file()
         }
@@ -79,3 +84,11 @@ def _entry(folder: Path, kept: Path) -> Path:
         raise ConfigError(f"the tokenizer of {folder} cannot be read: {error}") from error
     libraries = {name: version_of(name) for name in ("transformers", "tokenizers")}
     return kept / f"{digest_of({'format': FORMAT, 'files': files, 'libraries': libraries})[:32]}.tokenizer"
+
+
+def _digest(path: Path) -> str:
+    digest = blake3()
+    with path.open("rb") as file:
+        while part := file.read(2**20):
+            digest.update(part)
+    return digest.hexdigest()

@@ -57,7 +57,7 @@ class Key:
     def matches(self, presented: str) -> bool:
         """Whether a presented key, of the form that `id_of` knows, is this one; takes as long wherever
         they differ."""
-        return hmac.compare_digest(self.digest, digest_of(presented.encode("ascii")))
+        return hmac.compare_digest(self.digest, key_digest(presented.encode("ascii")))
 
 
 def make_key() -> tuple[str, str]:
@@ -66,7 +66,7 @@ def make_key() -> tuple[str, str]:
     return key_id, f"ck-{key_id}-{secrets.token_urlsafe(SECRET_BYTES)}"
 
 
-def digest_of(key: bytes) -> str:
+def key_digest(key: bytes) -> str:
     """What is kept of a key, or compared with it."""
     return hashlib.sha256(key).hexdigest()
 

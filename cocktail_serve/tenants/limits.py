@@ -81,14 +81,14 @@ class Rate:
 
 
 @dataclass(frozen=True, slots=True)
-class Standing:
+class RateStatus:
     """Where a tenant stands; None where it has no such limit."""
 
     requests: Rate | None = None
     tokens: Rate | None = None
 
 
-NO_STANDING = Standing()
+NO_STANDING = RateStatus()
 
 
 class _Use:
@@ -101,8 +101,8 @@ class _Use:
         self.requests: Bucket | None = None
         self.tokens: Bucket | None = None
 
-    def standing(self) -> Standing:
-        return Standing(
+    def standing(self) -> RateStatus:
+        return RateStatus(
             None if self.requests is None else Rate.of(self.requests),
             None if self.tokens is None else Rate.of(self.tokens),
         )
@@ -119,7 +119,7 @@ class Admission:
     __slots__ = ("_reserved", "_use", "refusal", "standing")
 
     def __init__(
-        self, standing: Standing, *, refusal: RateLimitError | None = None, use: _Use | None = None, reserved: int = 0
+        self, standing: RateStatus, *, refusal: RateLimitError | None = None, use: _Use | None = None, reserved: int = 0
     ) -> None:
         self.standing = standing
         self.refusal = refusal

@@ -12,9 +12,9 @@ from sqlalchemy.engine import RowMapping
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from cocktail_serve.database import tables
-from cocktail_serve.database.database import Database, to_the_end
+from cocktail_serve.database.database import Database, shielded
 from cocktail_serve.errors import ConflictError, NotFoundError
-from cocktail_serve.tenants.keys import Key, Scope, check_tenant, digest_of, make_key
+from cocktail_serve.tenants.keys import Key, Scope, check_tenant, key_digest, make_key
 from cocktail_serve.usage.audit import Action, record
 
 
@@ -50,7 +50,7 @@ class TenantStore:
         self._database = database
         self._clock = clock
 
-    @to_the_end
+    @shielded
     async def create_key(
         self, tenant: str, scopes: Iterable[Scope], *, lifetime_s: float | None = None
     ) -> tuple[Key, str]:
@@ -70,7 +70,7 @@ class TenantStore:
             await _record(connection, "key.created", made[0])
         return made
 
-    @to_the_end
+    @shielded
     async def keys(self, tenant: str | None = None) -> Sequence[Key]:
         """All keys, of one tenant if given, the oldest first; those that ended too."""
         query = select(tables.keys).order_by(tables.keys.c.created_at, tables.keys.c.id)
@@ -78,7 +78,7 @@ class TenantStore:
             query = query.where(tables.keys.c.tenant == tenant)
         return [_key(row) for row in await self._database.rows(query)]
 
-    @to_the_end
+    @shielded
     async def find(self, key_id: str) -> tuple[Key, Tenant] | None:
         """A key and its tenant, or None."""
         both = select(tables.keys, tables.tenants.c.pools, tables.tenants.c.created_at.label("tenant_created_at"))
@@ -89,7 +89,7 @@ class TenantStore:
             return None
         return _key(row), Tenant(row["tenant"], _pools(row["pools"]), row["tenant_created_at"])
 
-    @to_the_end
+    @shielded
     async def revoke(self, key_id: str, *, tenant: str | None = None) -> Key:
         """Ends a key now; one that has ended stays as it is.
 
@@ -106,7 +106,7 @@ class TenantStore:
             await _record(connection, "key.revoked", key)
             return await self._end(connection, key, revoked_at=self._clock())
 
-    @to_the_end
+    @shielded
     async def rotate(self, key_id: str, *, overlap_s: float, tenant: str | None = None) -> tuple[Key, str]:
         """Makes a key like another, which ends after `overlap_s`, so that clients can change over.
 
@@ -131,14 +131,14 @@ class TenantStore:
             await _record(connection, "key.rotated", made[0], replaces=old.id, overlap_s=overlap_s)
         return made
 
-    @to_the_end
+    @shielded
     async def tenants(self) -> Sequence[Tenant]:
         """All tenants by name."""
         return [
             _tenant(row) for row in await self._database.rows(select(tables.tenants).order_by(tables.tenants.c.name))
         ]
 
-    @to_the_end
+    @shielded
     async def change_tenant(
         self,
         name: str,
@@ -165,7 +165,7 @@ class TenantStore:
             await self._ensure_tenant(connection, name, self._clock())
             return await self._change(connection, name, changes)
 
-    @to_the_end
+    @shielded
     async def change_limits(
         self, name: str, changed: Callable[[Mapping[str, int | None]], Mapping[str, int | None]]
     ) -> Tenant:
@@ -204,7 +204,7 @@ class TenantStore:
             id=key_id,
             tenant=tenant,
             scopes=frozenset(scopes),
-            digest=digest_of(secret.encode()),
+            digest=key_digest(secret.encode()),
             created_at=now,
             expires_at=None if lifetime_s is None else now + lifetime_s,
         )

@@ -15,7 +15,7 @@ from sqlalchemy import delete, insert, select
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from cocktail_serve.database import tables
-from cocktail_serve.database.database import Database, page_of, to_the_end
+from cocktail_serve.database.database import Database, page_of, shielded
 from cocktail_serve.ids import Order, Page, check_cursor, new_id
 
 Action = Literal[
@@ -55,7 +55,7 @@ acting: ContextVar[Actor] = ContextVar("acting", default=SERVER)
 
 
 @dataclass(frozen=True, slots=True)
-class Event:
+class AuditEvent:
     """One change.
 
     Attributes:
@@ -114,7 +114,7 @@ class AuditLog:
         self._database = database
         self._clock = clock
 
-    @to_the_end
+    @shielded
     async def record(
         self, action: Action, subject: str, *, tenant: str | None = None, detail: Mapping[str, Any] | None = None
     ) -> None:
@@ -122,13 +122,13 @@ class AuditLog:
         async with self._database.write() as connection:
             await record(connection, action, subject, tenant=tenant, detail=detail)
 
-    @to_the_end
+    @shielded
     async def sweep(self, *, older_than_s: float) -> None:
         """Removes what happened longer ago than that."""
         async with self._database.write() as connection:
             await connection.execute(delete(tables.audit).where(tables.audit.c.at <= self._clock() - older_than_s))
 
-    @to_the_end
+    @shielded
     async def list(
         self,
         *,
@@ -137,7 +137,7 @@ class AuditLog:
         order: Order = "desc",
         tenant: str | None = None,
         action: Action | None = None,
-    ) -> Page[Event]:
+    ) -> Page[AuditEvent]:
         """Events by the moment they happened, from behind `after` on.
 
         Args:
@@ -156,7 +156,7 @@ class AuditLog:
             query = query.where(audit.c.action == action)
         return Page.of(
             [
-                Event(
+                AuditEvent(
                     id=row["id"],
                     at=row["at"],
                     actor=Actor(row["actor_tenant"], row["actor_key"]),

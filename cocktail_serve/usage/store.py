@@ -13,8 +13,8 @@ from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from cocktail_serve.database import tables
-from cocktail_serve.database.database import Database, insert_or, to_the_end
-from cocktail_serve.usage.account import Account, Use
+from cocktail_serve.database.database import Database, insert_or, shielded
+from cocktail_serve.usage.amounts import UsageAmount, UsageKey
 
 Group = Literal["day", "tenant", "key", "model", "pool"]
 """What sums can be kept apart by."""
@@ -31,7 +31,7 @@ WRITER_KEPT_S = 86400.0
 class UsageRow:
     """A sum. What it was not kept apart by is None."""
 
-    use: Use
+    use: UsageAmount
     day: date | None = None
     tenant: str | None = None
     key: str | None = None
@@ -52,8 +52,8 @@ class UsageStore:
         self._database = database
         self._clock = clock
 
-    @to_the_end
-    async def write(self, writer: str, number: int, batch: Mapping[Account, Use]) -> None:
+    @shielded
+    async def write(self, writer: str, number: int, batch: Mapping[UsageKey, UsageAmount]) -> None:
         """Adds a batch, unless it was added before.
 
         Args:
@@ -67,13 +67,13 @@ class UsageStore:
             if await self._is_new(connection, writer, number):
                 await connection.execute(_adding(connection), rows)
 
-    @to_the_end
+    @shielded
     async def leave(self, writer: str) -> None:
         """A writer that sends nothing more is forgotten."""
         async with self._database.write() as connection:
             await connection.execute(delete(tables.usage_writers).where(tables.usage_writers.c.writer == writer))
 
-    @to_the_end
+    @shielded
     async def sums(
         self, start: date, end: date, *, group_by: Sequence[Group], tenant: str | None = None
     ) -> list[UsageRow]:
@@ -92,7 +92,7 @@ class UsageStore:
         query = query.group_by(*columns).order_by(*columns).having(func.count() > 0)
         return [
             UsageRow(
-                Use(
+                UsageAmount(
                     requests=int(row["requests"]),
                     tokens_in=int(row["tokens_in"]),
                     tokens_out=int(row["tokens_out"]),

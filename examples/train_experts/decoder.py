@@ -22,7 +22,7 @@ from cocktail_serve.errors import ContextLengthError, InvalidExamplesError
 from cocktail_serve.examples import ExampleSet
 from cocktail_serve.loading import require_words
 from cocktail_serve.progress import OnProgress
-from cocktail_serve.scoring.text import TokenizedExample, tokenize_examples
+from cocktail_serve.scoring.decoder import TokenizedExample, tokenize_examples
 from examples.train_experts.saving import dtype_of, loading, store
 from examples.train_experts.settings import Reporter, TrainSettings
 

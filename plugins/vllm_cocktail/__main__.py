@@ -7,13 +7,13 @@ import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import cast, get_args
+from typing import get_args
 
 from pydantic import ByteSize, TypeAdapter, ValidationError
 
 from cocktail_serve.config import PoolConfig, Source, StoreConfig, VLLMEngineConfig
+from cocktail_serve.dtypes import DType
 from cocktail_serve.errors import ClientError
-from cocktail_serve.recipe import DType
 from vllm_cocktail.launch import WORKER_EXTENSION, plugin_allowlist
 from vllm_cocktail.manifest import MANIFEST_VARIABLE, Manifest
 
@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ClientError, ValidationError) as error:
         print(error, file=sys.stderr)
         return 2
-    dtype = cast(DType, args.dtype or pool.base.dtype)
+    dtype: DType = args.dtype or pool.base.dtype
     manifest = Manifest.of_pool(
         pool, dtype=dtype, cache_bytes=args.cache_bytes, managed=False, expert_bytes=args.expert_memory
     )

@@ -21,8 +21,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from cocktail_serve.dtypes import DType
 from cocktail_serve.merging.linear import merge_param
-from cocktail_serve.recipe import DType, Recipe
+from cocktail_serve.recipe import Recipe
 
 Load = Callable[[Recipe], object]
 """Puts a recipe into the engine through its own reload."""

@@ -9,11 +9,11 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from cocktail_serve.errors import CapacityError, ConfigError, EngineError, InvalidMixError, refusal
+from cocktail_serve.errors import CapacityError, ConfigError, EngineError, InvalidMixError, error_of_code
 from cocktail_serve.recipe import Recipe
 from vllm_cocktail.fence import Fence
 from vllm_cocktail.manifest import Manifest
-from vllm_cocktail.reload_check import TOLERANCE, Answer, ask
+from vllm_cocktail.reload_check import TOLERANCE, ProbeAnswer, ask
 
 if TYPE_CHECKING:
     from vllm.engine.protocol import EngineClient
@@ -28,7 +28,7 @@ kept; whatever else streams."""
 
 
 @dataclass(frozen=True, slots=True)
-class Mixed:
+class MixResult:
     """Outcome of a mix.
 
     Attributes:
@@ -62,7 +62,7 @@ class EngineControl:
         self._kept: frozenset[str] = (
             frozenset()
         )  # digests whose parameters the workers hold: only calls of ours change it
-        self._tasks: set[asyncio.Task[Mixed]] = set()
+        self._tasks: set[asyncio.Task[MixResult]] = set()
 
     async def start(self) -> None:
         """Probes the workers, has them keep the experts, and opens the fence on what the engine started with.
@@ -89,7 +89,7 @@ class EngineControl:
         await self.engine.update_weight_version(self.manifest.resident)
         self.fence.open(self.manifest.resident)
 
-    async def mix(self, recipe: Recipe, *, drain_s: float) -> Mixed:
+    async def mix(self, recipe: Recipe, *, drain_s: float) -> MixResult:
         """Makes a recipe resident. One mix at a time; others wait for it.
 
         A caller that is cancelled leaves no half mix behind: the mix goes on without it.
@@ -155,7 +155,7 @@ class EngineControl:
             "managed": self.fence.managed,
         }
 
-    def _require_same(self, loaded: Answer, reloaded: Answer) -> None:
+    def _require_same(self, loaded: ProbeAnswer, reloaded: ProbeAnswer) -> None:
         """Raises ConfigError where the base, reloaded, is not the model that the engine was started with."""
         moved = loaded.moved(reloaded)
         if moved > TOLERANCE[self.manifest.dtype]:
@@ -181,7 +181,7 @@ class EngineControl:
             logger.info("cocktail: mixtures are streamed: %s", self._streams_because)
             await self._on_all_ranks("cocktail_release")
 
-    async def _mix(self, recipe: Recipe, drain_s: float) -> Mixed:
+    async def _mix(self, recipe: Recipe, drain_s: float) -> MixResult:
         async with self._mixing:
             started = time.perf_counter()
             previous = self.fence.resident
@@ -190,13 +190,13 @@ class EngineControl:
                     "the engine lost its parameters in an earlier mix; end its process", code="mix_failed"
                 )
             if recipe.digest == previous:
-                return Mixed(previous, time.perf_counter() - started, "resident")
+                return MixResult(previous, time.perf_counter() - started, "resident")
             recipe_json = json.dumps(recipe.to_json())
             if recipe.digest not in self._kept:  # what is kept was right before
                 try:
                     await self._on_all_ranks("cocktail_check", recipe_json)
                 except EngineError as error:
-                    raise refusal(error.code, error.message) or InvalidMixError(
+                    raise error_of_code(error.code, error.message) or InvalidMixError(
                         error.message, param="recipe", code="invalid_recipe"
                     ) from error
             self.fence.close()
@@ -210,7 +210,7 @@ class EngineControl:
                 self.fence.poison(f"mixing {recipe.digest} failed: {error}")
                 raise EngineError(f"mixing {recipe.digest} failed: {error}", code="mix_failed") from error
             self.fence.open(recipe.digest)
-            return Mixed(recipe.digest, time.perf_counter() - started, source)
+            return MixResult(recipe.digest, time.perf_counter() - started, source)
 
     async def _swap(self, recipe: Recipe, recipe_json: str) -> str:
         """Replaces the parameters of an engine that no request can reach.
@@ -273,7 +273,7 @@ class EngineControl:
                 raise EngineError(error, code=reply.get("code"))
         return replies
 
-    def _settled(self, task: asyncio.Task[Mixed]) -> None:
+    def _settled(self, task: asyncio.Task[MixResult]) -> None:
         """Lets a finished mix go, its outcome marked as seen even if its caller has gone."""
         self._tasks.discard(task)
         if not task.cancelled():

@@ -12,11 +12,11 @@ from collections.abc import Awaitable, Callable, Collection, MutableMapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-Scope = MutableMapping[str, Any]
-Message = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[Message]]
-Send = Callable[[Message], Awaitable[None]]
-ASGIApp = Callable[[Scope, Receive, Send], Awaitable[None]]
+ASGIScope = MutableMapping[str, Any]
+ASGIMessage = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[ASGIMessage]]
+Send = Callable[[ASGIMessage], Awaitable[None]]
+ASGIApp = Callable[[ASGIScope, Receive, Send], Awaitable[None]]
 
 RECIPE_HEADER = "x-cocktail-recipe"
 """On a request: digest of the recipe that must answer it. On an answer: digest of the recipe that did."""
@@ -150,7 +150,7 @@ class FenceMiddleware:
         self.app = app
         self.fence = fence
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def __call__(self, scope: ASGIScope, receive: Receive, send: Send) -> None:
         if scope["type"] not in ("http", "websocket"):
             return await self.app(scope, receive, send)
         if scope["path"].removeprefix(scope.get("root_path", "")) in UNFENCED_PATHS:
@@ -166,7 +166,7 @@ class FenceMiddleware:
             self.fence.leave()
 
 
-def _header(scope: Scope, name: str) -> str | None:
+def _header(scope: ASGIScope, name: str) -> str | None:
     """A header's value; several of one name are one wrong value, never a choice."""
     values = [value for key, value in scope["headers"] if key == name.encode()]
     return b",".join(values).decode("latin-1") if values else None
@@ -175,7 +175,7 @@ def _header(scope: Scope, name: str) -> str | None:
 def _stamp(send: Send, recipe_digest: str | None) -> Send:
     """Says on the answer which recipe gave it."""
 
-    async def stamped(message: Message) -> None:
+    async def stamped(message: ASGIMessage) -> None:
         if message["type"] == "http.response.start" and recipe_digest is not None:
             headers = [*message.get("headers", ()), (RECIPE_HEADER.encode(), recipe_digest.encode())]
             message = {**message, "headers": headers}
@@ -184,7 +184,7 @@ def _stamp(send: Send, recipe_digest: str | None) -> Send:
     return stamped
 
 
-async def _refuse(scope: Scope, receive: Receive, send: Send, refusal: Refusal, *, resident: str | None) -> None:
+async def _refuse(scope: ASGIScope, receive: Receive, send: Send, refusal: Refusal, *, resident: str | None) -> None:
     prefix = "http.response"
     if scope["type"] == "websocket":
         await receive()  # websocket.connect

@@ -13,8 +13,8 @@ from importlib.metadata import PackageNotFoundError, distribution, entry_points
 from pathlib import Path
 from typing import Any
 
+from cocktail_serve.dtypes import DType
 from cocktail_serve.errors import ConfigError
-from cocktail_serve.recipe import DType
 from vllm_cocktail.manifest import MANIFEST_VARIABLE, OWNER_VARIABLE
 
 WORKER_EXTENSION = "vllm_cocktail.worker.CocktailWorkerExtension"

@@ -12,9 +12,10 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, get_args
 
+from cocktail_serve.dtypes import MIXED_AS, DType
 from cocktail_serve.errors import ConfigError, InvalidMixError
 from cocktail_serve.pool import BASE, FileState, Member, Pool
-from cocktail_serve.recipe import DType, Recipe, make_recipe, one_hot
+from cocktail_serve.recipe import Recipe, make_recipe, one_hot
 
 MANIFEST_VARIABLE = "VLLM_COCKTAIL_MANIFEST"
 """Environment variable with the path of the manifest."""
@@ -171,7 +172,7 @@ def _read_member(value: Mapping[str, Any]) -> Member:
         name=str(value["name"]),
         path=Path(value["path"]),
         fingerprint=str(value["fingerprint"]),
-        dtype=str(value["dtype"]),
+        dtype=MIXED_AS[value["dtype"]],
         num_bytes=int(value["num_bytes"]),
         files=tuple(FileState(**file) for file in value["files"]),
         largest=float(value["largest"]),

@@ -12,10 +12,11 @@ from cocktail_serve.checkpoints.finite import OVERFLOWS_FROM
 from cocktail_serve.checkpoints.mixture import Mixture
 from cocktail_serve.checkpoints.reader import CheckpointReader
 from cocktail_serve.checkpoints.unchanged import open_base, open_expert_of
+from cocktail_serve.dtypes import DType
 from cocktail_serve.errors import ConfigError, InvalidMixError, ModelChangedError
 from cocktail_serve.merging.bounds import largest_of_mixture
 from cocktail_serve.merging.threads import made_ahead
-from cocktail_serve.recipe import DType, Recipe
+from cocktail_serve.recipe import Recipe
 from vllm_cocktail.buffers import Buffers
 from vllm_cocktail.cache import MergedParams
 from vllm_cocktail.manifest import Manifest
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 # a child of vLLM's logger, whose handlers and level it so shares
 logger = logging.getLogger("vllm.cocktail.mixer")
 
-Source = Literal["cache", "files"]
+ParameterSource = Literal["cache", "files"]
 
 BYTES_AHEAD = 1 << 27
 """Mixed tensors that wait for the engine."""
@@ -119,7 +120,7 @@ class Mixer:
                 )
         return None
 
-    def params(self, recipe: Recipe) -> tuple[Iterator[tuple[str, Tensor]], Source]:
+    def params(self, recipe: Recipe) -> tuple[Iterator[tuple[str, Tensor]], ParameterSource]:
         """The recipe's parameters in checkpoint format, one at a time in the base's file order.
 
         What is computed is kept in memory for the next time once the iterator is exhausted; a model of the pool
@@ -135,7 +136,7 @@ class Mixer:
         # vLLM packs and copies a layer while the next is mixed
         mixed = self._open(recipe).params(empty=self._buffers.empty)
         fresh: Iterator[tuple[str, Tensor]] = made_ahead(mixed, depth=BYTES_AHEAD, size_of=lambda item: item[1].nbytes)
-        if recipe.one_hot is None and self.cache.make_room(self._num_bytes(recipe)):
+        if recipe.only_model is None and self.cache.make_room(self._num_bytes(recipe)):
             fresh = self._keeping(recipe.digest, fresh)
         return fresh, "files"
 

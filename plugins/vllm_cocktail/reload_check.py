@@ -21,13 +21,13 @@ give the same bits; parameters in another order than the kernel reads move it by
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
+class ProbeAnswer:
     """Greedy tokens behind a fixed prompt, and the log-probability of each."""
 
     tokens: tuple[int, ...]
     log_probs: tuple[float, ...]
 
-    def moved(self, other: Answer) -> float:
+    def moved(self, other: ProbeAnswer) -> float:
         """Largest difference of log-probabilities, in nats, up to the first token that differs.
 
         That one's own counts, and where two tokens are as likely, it is small. Infinite where one of them is none.
@@ -41,7 +41,7 @@ class Answer:
         return largest
 
 
-async def ask(engine: EngineClient) -> Answer:
+async def ask(engine: EngineClient) -> ProbeAnswer:
     """What the engine answers now, while no request can reach it.
 
     Raises:
@@ -69,5 +69,5 @@ async def ask(engine: EngineClient) -> Answer:
         if answer.logprobs is not None:
             tokens = tuple(answer.token_ids)
             steps = zip(tokens, answer.logprobs, strict=True)
-            return Answer(tokens, tuple(float(step[token].logprob) for token, step in steps))
+            return ProbeAnswer(tokens, tuple(float(step[token].logprob) for token, step in steps))
     raise EngineError("the engine gave no log-probabilities of its own tokens")

@@ -61,7 +61,7 @@ class ForgetRequest(_Body):
     digest: str
 
 
-class TokenizedExample(_Body):
+class ExampleBody(_Body):
     """An example as the engine reads it."""
 
     token_ids: list[int]
@@ -71,7 +71,7 @@ class TokenizedExample(_Body):
 class ScoreRequest(_Body):
     """Body of `POST /v1/cocktail/score`."""
 
-    examples: list[TokenizedExample] = Field(min_length=1)
+    examples: list[ExampleBody] = Field(min_length=1)
 
 
 router = APIRouter(prefix="/v1/cocktail", tags=["cocktail"])
@@ -140,7 +140,7 @@ class CocktailEndpointPlugin:
         state.cocktail_control = EngineControl(engine_client, fence, manifest)
         started = time.perf_counter()
         # the first log-probabilities of a prompt compile a kernel; nobody's first scores should wait for that
-        await mean_losses(engine_client, [TokenizedExample(token_ids=[0, 1, 2, 3], output_start=1)])
+        await mean_losses(engine_client, [ExampleBody(token_ids=[0, 1, 2, 3], output_start=1)])
         logger.info("cocktail: scoring warmed up in %.1f s", time.perf_counter() - started)
         await state.cocktail_control.start()
         logger.info("cocktail: %d models to mix, resident %s", len(manifest.members), manifest.resident)

@@ -15,14 +15,14 @@ if TYPE_CHECKING:
     from vllm.outputs import RequestOutput
 
 
-class Example(Protocol):
+class ScorableTokens(Protocol):
     """Tokens of an input and its output, and where the output starts."""
 
     token_ids: list[int]
     output_start: int
 
 
-def check_example(example: Example, *, row: int, max_model_len: int, vocab_size: int) -> None:
+def check_example(example: ScorableTokens, *, row: int, max_model_len: int, vocab_size: int) -> None:
     """Refuses what the engine would refuse later, or would score wrongly.
 
     Raises:
@@ -41,7 +41,7 @@ def check_example(example: Example, *, row: int, max_model_len: int, vocab_size:
         raise InvalidExamplesError(f"token ids must lie between 0 and {vocab_size - 1}", row=row)
 
 
-async def mean_losses(engine: EngineClient, examples: Sequence[Example]) -> list[float]:
+async def mean_losses(engine: EngineClient, examples: Sequence[ScorableTokens]) -> list[float]:
     """Mean token cross-entropy of each example's output given its input, in nats; not finite where the model overflows.
 
     All examples are in the engine at once, which batches them.
@@ -61,7 +61,7 @@ async def mean_losses(engine: EngineClient, examples: Sequence[Example]) -> list
     return [task.result() for task in tasks]
 
 
-async def _mean_loss(engine: EngineClient, example: Example) -> float:
+async def _mean_loss(engine: EngineClient, example: ScorableTokens) -> float:
     from vllm.inputs import TokensPrompt
     from vllm.sampling_params import RequestOutputKind, SamplingParams
 

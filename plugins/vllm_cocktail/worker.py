@@ -23,7 +23,7 @@ from cocktail_serve.recipe import Recipe
 from vllm_cocktail.captured import CapturedExperts, capture
 from vllm_cocktail.launch import is_cpu_build
 from vllm_cocktail.manifest import Manifest
-from vllm_cocktail.mixer import Mixer, Source
+from vllm_cocktail.mixer import Mixer, ParameterSource
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -182,7 +182,7 @@ class CocktailWorkerExtension:
             source = self._cocktail_stream(recipe)
         return {"digest": recipe.digest, "source": source, "cached": mixer.cache.digests}
 
-    def _cocktail_stream(self, recipe: Recipe) -> Source:
+    def _cocktail_stream(self, recipe: Recipe) -> ParameterSource:
         """Puts a recipe into the engine in checkpoint format, through vLLM's own reload."""
         mixer = _ready(self.cocktail_mixer)
         self.cocktail_resident = None

@@ -10,7 +10,7 @@ import yaml
 
 from cocktail_serve.config import load_settings
 from cocktail_serve.evaluation.measure import Measuring
-from cocktail_serve.evaluation.runs import Entry, Run, open_evaluation, run
+from cocktail_serve.evaluation.runs import Run, RunEntry, open_evaluation, run
 from cocktail_serve.evaluation.systems import find_systems
 from cocktail_serve.evaluation.tasks import load_task, sample_examples
 from tests.conftest import Stack
@@ -66,7 +66,7 @@ def make_config(stack: Stack, folder: Path) -> Path:
     return path
 
 
-def measured(config: Path, pool: str, entries: list[Entry], systems: list[str], base_url: str | None) -> Run:
+def measured(config: Path, pool: str, entries: list[RunEntry], systems: list[str], base_url: str | None) -> Run:
     how = Measuring(max_new_tokens=6)
     with open_evaluation(load_settings(config), pool, how=how, base_url=base_url) as evaluation:
         chosen = find_systems(systems, evaluation.pool.kind)
@@ -76,7 +76,7 @@ def measured(config: Path, pool: str, entries: list[Entry], systems: list[str], 
 def test_a_served_decoder_pool_measures_as_in_memory(stack: Stack, tmp_path: Path) -> None:
     config, tasks = make_config(stack, tmp_path), make_tasks(tmp_path)
     entries = [
-        Entry(load_task(tasks / name, "decoder"), sample_examples(tasks / name, "decoder"), target="north")
+        RunEntry(load_task(tasks / name, "decoder"), sample_examples(tasks / name, "decoder"), target="north")
         for name in (DECODER, "free")
     ]
     systems = ["base", "icl", "fine-tuned", "lm-cocktail-2", "lm-cocktail", "best-single", "soup"]
@@ -91,7 +91,9 @@ def test_a_served_decoder_pool_measures_as_in_memory(stack: Stack, tmp_path: Pat
 
 def test_a_served_encoder_pool_measures_as_in_memory(stack: Stack, tmp_path: Path) -> None:
     config, tasks = make_config(stack, tmp_path), make_tasks(tmp_path)
-    entries = [Entry(load_task(tasks / ENCODER, "encoder"), sample_examples(tasks / ENCODER, "encoder"), target="faq")]
+    entries = [
+        RunEntry(load_task(tasks / ENCODER, "encoder"), sample_examples(tasks / ENCODER, "encoder"), target="faq")
+    ]
     systems = ["base", "lm-cocktail-10", "ensemble"]
     served = measured(config, "mini", entries, systems, stack.base_url)
     in_memory = measured(config, "mini", entries, systems, None)

@@ -15,7 +15,7 @@ from bench.server import RunningServer, running_server
 from cocktail_serve.checkpoints.opening import open_pool
 from cocktail_serve.config import PoolConfig
 from cocktail_serve.examples import parse_examples
-from cocktail_serve.scoring.text import tokenize_examples
+from cocktail_serve.scoring.decoder import tokenize_examples
 from tests.models import CHAIN_TOKENS, make_chain_decoder, pool_section
 
 pytestmark = pytest.mark.vllm

@@ -15,7 +15,7 @@ import pytest
 import yaml
 
 from cocktail_serve.config import load_settings
-from cocktail_serve.evaluation.backend import Part
+from cocktail_serve.evaluation.backend import EnsemblePart
 from cocktail_serve.evaluation.runs import Evaluation, open_evaluation
 from cocktail_serve.evaluation.systems import Contender
 from cocktail_serve.evaluation.tasks import load_task
@@ -80,7 +80,7 @@ def test_mteb_finds_what_we_find(stack: Stack, tmp_path: Path) -> None:
 
 
 def _single(evaluation: Evaluation, name: str) -> Contender:
-    return Contender((Part(one_hot(evaluation.pool, name, dtype=evaluation.backend.dtype), 1.0),))
+    return Contender((EnsemblePart(one_hot(evaluation.pool, name, dtype=evaluation.backend.dtype), 1.0),))
 
 
 def test_the_snippets_are_whole() -> None:

@@ -20,7 +20,7 @@ from cocktail_serve.engines.vllm.build import build_vllm_engine
 from cocktail_serve.engines.vllm.engine import VLLMEngine
 from cocktail_serve.examples import parse_examples
 from cocktail_serve.recipe import make_recipe
-from cocktail_serve.scoring.text import score_with_transformers, tokenize_examples
+from cocktail_serve.scoring.decoder import score_with_transformers, tokenize_examples
 from tests.e2e.reference import assert_greedy_of
 from tests.zoo.families import MAX_MODEL_LEN, Family, Zoo, cases
 from tests.zoo.making import BASE, FULL, LORA
@@ -85,7 +85,8 @@ async def test_members_and_mixtures_answer_and_score_as_in_transformers(family: 
     async with running_engine(config, tmp_path) as engine:
         said = [await complete(engine, mixture) for mixture in mixtures]
         losses = [
-            await engine.score(make_recipe(engine.pool, mixture, dtype="float32"), examples) for mixture in mixtures
+            (await engine.score(make_recipe(engine.pool, mixture, dtype="float32"), examples)).losses
+            for mixture in mixtures
         ]
     tokenized = tokenize_examples(
         AutoTokenizer.from_pretrained(family.folders[BASE]), examples, max_tokens=MAX_MODEL_LEN - 1

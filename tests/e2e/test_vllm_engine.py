@@ -26,7 +26,7 @@ from cocktail_serve.engines.vllm.engine import VLLMEngine
 from cocktail_serve.errors import ContextLengthError, EngineError, InvalidRequestError, ModelChangedError
 from cocktail_serve.examples import parse_examples
 from cocktail_serve.recipe import Recipe, make_recipe
-from cocktail_serve.scoring.text import score_with_transformers, tokenize_examples
+from cocktail_serve.scoring.decoder import score_with_transformers, tokenize_examples
 from tests.models import make_decoder, make_decoder_pool
 from tests.processes import is_alive, survivors
 
@@ -217,13 +217,14 @@ async def test_losses_agree_with_transformers(running: Running) -> None:
         {"input": "my card", "output": "was stolen"},
     ]
     examples = parse_examples(rows, "decoder")
-    losses = await asyncio.gather(
+    scored = await asyncio.gather(
         *(running.engine.score(running.recipe(**{name: 1.0}), examples) for name in running.folders)
     )
-    for folder, of_model in zip(running.folders.values(), losses, strict=True):
+    for folder, of_model in zip(running.folders.values(), scored, strict=True):
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
         tokenized = tokenize_examples(AutoTokenizer.from_pretrained(folder), examples, max_tokens=MAX_MODEL_LEN - 1)
-        assert of_model == pytest.approx(score_with_transformers(model, tokenized), abs=LOSS_TOLERANCE)
+        assert of_model.engine_time.scoring_s > 0
+        assert of_model.losses == pytest.approx(score_with_transformers(model, tokenized), abs=LOSS_TOLERANCE)
 
 
 async def test_the_longest_example_allowed_can_be_scored(running: Running) -> None:
@@ -233,17 +234,25 @@ async def test_the_longest_example_allowed_can_be_scored(running: Running) -> No
     tokenizer = AutoTokenizer.from_pretrained(running.folders["base"])
     used = len(tokenize_examples(tokenizer, example(100), max_tokens=MAX_MODEL_LEN)[0].token_ids) - 100
     longest = MAX_MODEL_LEN - 1 - used
-    (loss,) = await running.engine.score(running.recipe(base=1.0), example(longest))
+    (loss,) = (await running.engine.score(running.recipe(base=1.0), example(longest))).losses
     assert loss > 0
     with pytest.raises(ContextLengthError, match="row 1"):
         await running.engine.check_examples(example(longest + 1))
 
 
-async def test_a_bad_request_is_answered_by_vllm(running: Running) -> None:
-    body = completion(max_tokens=10 * MAX_MODEL_LEN)
-    with pytest.raises(InvalidRequestError):
-        async with running.engine.forward(running.recipe(base=1.0), COMPLETIONS, body, tenant="t"):
-            pytest.fail("it was answered")
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_bad_request_is_refused_by_vllm(running: Running, stream: bool) -> None:
+    async def refusal(**fields: Any) -> InvalidRequestError:
+        body = completion(max_tokens=4, stream=stream) | fields
+        with pytest.raises(InvalidRequestError) as caught:
+            async with running.engine.forward(running.recipe(base=1.0), COMPLETIONS, body, tenant="t"):
+                pytest.fail("it was answered")
+        return caught.value
+
+    too_many = await refusal(max_tokens=10 * MAX_MODEL_LEN)
+    assert (type(too_many), too_many.param) == (InvalidRequestError, "max_tokens")
+    too_long = await refusal(prompt="a b c d " * MAX_MODEL_LEN)
+    assert (type(too_long), too_long.code) == (ContextLengthError, "context_length_exceeded")
 
 
 @pytest.mark.parametrize("role", ["api_server", "EngineCore", "Worker"])

@@ -150,7 +150,7 @@ def test_text_is_cut_behind_a_prompt_as_in_training(folders: dict[str, Path]) ->
     from bench.paper.pools import prepare
     from bench.paper.setting import load_setting
     from cocktail_serve.examples import ExampleSet, TextExample
-    from cocktail_serve.scoring.text import tokenize_examples
+    from cocktail_serve.scoring.decoder import tokenize_examples
 
     setting = load_setting(str(folders["root"] / "pico.yaml")).without_multitask()
     bounded = setting.decoder.model_copy(update={"boundaries": ["\nis", " a"]})

@@ -45,7 +45,7 @@ async def reported(service: CocktailService, ref: str, tenant: str = "acme") -> 
     async with asyncio.timeout(10):
         while True:
             cocktail = await service.report(tenant, ref)
-            if cocktail.findings is not None and cocktail.findings.status == "ready":
+            if cocktail.cross_validation is not None and cocktail.cross_validation.status == "ready":
                 return cocktail
             await asyncio.sleep(0.005)
 
@@ -54,7 +54,7 @@ async def test_each_example_is_predicted_by_a_mixture_weighed_without_it(
     world: World, service: CocktailService
 ) -> None:
     ready = await made(service, world.request(examples=[A, B, C], temperature=0.5))
-    findings = (await reported(service, ready.id)).findings
+    findings = (await reported(service, ready.id)).cross_validation
     assert findings is not None
     held_out = []
     for ease in EASE.values():  # three examples are three folds
@@ -73,7 +73,7 @@ async def test_each_example_is_predicted_by_a_mixture_weighed_without_it(
 
 async def test_a_mixture_as_good_as_the_best_expert_is_to_be_used(world: World, service: CocktailService) -> None:
     ready = await made(service, world.request(**FAR))
-    findings = (await reported(service, ready.id)).findings
+    findings = (await reported(service, ready.id)).cross_validation
     assert findings is not None
     assert findings.advice == "use"
     assert (findings.text or "").endswith("use it")
@@ -83,9 +83,9 @@ async def test_ready_does_not_wait_for_the_report(world: World, service: Cocktai
     world.scoring.hold_after = 1  # the mixture's own loss is the last that is answered
     ready = await made(service, world.request())
     assert ready.status == "ready"
-    assert ready.findings is not None
-    assert ready.findings.status == "pending"
-    assert service.resolve("acme", "films").model_id == ready.id
+    assert ready.cross_validation is not None
+    assert ready.cross_validation.status == "pending"
+    assert service.catalog.resolve("acme", "films").model_id == ready.id
     world.scoring.gate.set()
     assert (await reported(service, ready.id)).status == "ready"
 
@@ -96,11 +96,11 @@ async def test_a_report_survives_a_restart(world: World) -> None:
         ready = await made(service, world.request(examples=[A, B, C]))
     world.scoring.gate.set()
     async with world.service() as service:
-        found = (await reported(service, ready.id)).findings
+        found = (await reported(service, ready.id)).cross_validation
     visits = len(world.scoring.visits)
     async with world.service() as service:
         kept = await service.report("acme", ready.id)
-    assert kept.findings == found
+    assert kept.cross_validation == found
     assert len(world.scoring.visits) == visits, "a report that is there is not made again"
 
 
@@ -117,7 +117,7 @@ async def test_models_are_not_scored_again_and_trials_are_forgotten(world: World
 async def test_what_a_search_tried_is_not_scored_again(world: World, service: CocktailService) -> None:
     ready = await made(service, world.request(examples=[A, B, C], weighting="search"))
     before = len(world.scoring.visits_to("mixture"))
-    findings = (await reported(service, ready.id)).findings
+    findings = (await reported(service, ready.id)).cross_validation
     assert len(world.scoring.visits_to("mixture")) == before
     assert ready.chosen is not None
     assert findings is not None
@@ -126,7 +126,7 @@ async def test_what_a_search_tried_is_not_scored_again(world: World, service: Co
 
 async def test_an_encoders_folds_are_scored_against_the_passages_of_all(world: World, service: CocktailService) -> None:
     ready = await made(service, world.request(pool="mini", temperature=0.1))
-    findings = (await reported(service, ready.id)).findings
+    findings = (await reported(service, ready.id)).cross_validation
     assert findings is not None
     assert (findings.num_folds, findings.best_expert) == (2, "good")
     assert findings.advice == "use"
@@ -147,7 +147,7 @@ async def test_where_nothing_can_be_told_it_says_why(
     world: World, service: CocktailService, options: dict[str, object], why: str
 ) -> None:
     ready = await made(service, world.request(**options))
-    findings = (await reported(service, ready.id)).findings
+    findings = (await reported(service, ready.id)).cross_validation
     assert findings is not None
     assert findings.advice is None
     assert why in (findings.text or "")
@@ -164,18 +164,18 @@ async def test_deletion_ends_a_report_and_takes_what_it_kept(world: World, servi
 
 async def test_an_inline_cocktail_is_looked_into_when_asked(world: World, service: CocktailService) -> None:
     served = await service.inline("acme", world.inline())
-    assert service.get("acme", served.model_id).findings is None
+    assert service.catalog.get("acme", served.model_id).cross_validation is None
     visits = len(world.scoring.visits)
     await asyncio.sleep(0.05)
     assert len(world.scoring.visits) == visits
     first = await service.report("acme", served.model_id)
-    assert first.findings is not None
-    assert (await reported(service, served.model_id)).findings is not None
+    assert first.cross_validation is not None
+    assert (await reported(service, served.model_id)).cross_validation is not None
 
 
 async def test_with_reports_off_they_are_made_when_asked(tmp_path: Path) -> None:
     world = World(tmp_path, reports=False)
     async with world.service() as service:
         ready = await made(service, world.request())
-        assert ready.findings is None
-        assert (await reported(service, ready.id)).findings is not None
+        assert ready.cross_validation is None
+        assert (await reported(service, ready.id)).cross_validation is not None

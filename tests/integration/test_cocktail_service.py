@@ -19,13 +19,16 @@ from sqlalchemy import event
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from cocktail_serve.cocktails.cocktail import Cocktail
-from cocktail_serve.cocktails.jobs import Patience
-from cocktail_serve.cocktails.request import CocktailRequest, parse_inline, parse_request
+from cocktail_serve.cocktails.jobs import RetryPolicy
+from cocktail_serve.cocktails.options import CocktailRequest
+from cocktail_serve.cocktails.parsing import parse_inline, parse_request
 from cocktail_serve.cocktails.service import CocktailService
-from cocktail_serve.cocktails.store import Witness
+from cocktail_serve.cocktails.store import ChangeHook
 from cocktail_serve.config import Settings
 from cocktail_serve.database.database import Database
-from cocktail_serve.engines.base import Embedded, Forwarded
+from cocktail_serve.dtypes import DType
+from cocktail_serve.engines.base import Embedded, Forwarded, Materialised, Scored
+from cocktail_serve.engines.engine_time import CallTimer
 from cocktail_serve.engines.snapshot import EngineSnapshot
 from cocktail_serve.errors import (
     CocktailError,
@@ -41,7 +44,8 @@ from cocktail_serve.errors import (
 )
 from cocktail_serve.examples import ExampleSet, TextExample, example_digest
 from cocktail_serve.pool import Member, Pool
-from cocktail_serve.recipe import DType, Recipe, one_hot
+from cocktail_serve.recipe import Recipe, one_hot
+from cocktail_serve.usage.amounts import UsageAmount
 
 A = {"input": "the film was a joy", "output": "positive"}
 B = {"input": "the film was a bore", "output": "negative"}
@@ -49,7 +53,7 @@ C = {"input": "the film was a film", "output": "neutral"}
 QUERY = {"query": "capital of france", "pos": ["paris"], "neg": ["berlin", "madrid"]}
 OTHER_QUERY = {"query": "capital of spain", "pos": ["madrid"], "neg": ["rome"]}
 
-QUICK = Patience(for_capacity_s=5.0, for_store_s=0.05, engine_failures=3, first_delay_s=0.001, max_delay_s=0.01)
+QUICK = RetryPolicy(for_capacity_s=5.0, for_store_s=0.05, engine_failures=3, first_delay_s=0.001, max_delay_s=0.01)
 
 
 def make_pool(pool_id: str, kind: Any, experts: Sequence[str], *, text_digest: str = "text") -> Pool:
@@ -86,9 +90,10 @@ class DoubleEngine:
             if isinstance(example, TextExample) and len(example.input) > self.max_length:
                 raise ContextLengthError(f"row {row}: too long", param="examples")
 
-    async def materialise(self, recipe: Recipe) -> None:
+    async def materialise(self, recipe: Recipe) -> Materialised:
         await self._answer()
         self.materialised.append(recipe.digest)
+        return Materialised()
 
     def forget(self, recipe_digest: str) -> None:
         self.forgotten.append(recipe_digest)
@@ -118,10 +123,15 @@ class ScoringEngine(DoubleEngine):
         self.tried: list[str] = []
         self.hold_after = math.inf
 
-    async def score(self, recipe: Recipe, examples: ExampleSet) -> list[float]:
+    async def score(self, recipe: Recipe, examples: ExampleSet) -> Scored:
+        with CallTimer() as timer, timer.scoring():
+            losses = await self._losses(recipe, examples)
+        return Scored(losses, timer.time)
+
+    async def _losses(self, recipe: Recipe, examples: ExampleSet) -> list[float]:
         await self._answer()
-        self.visits.append((recipe.one_hot or "mixture", tuple(example_digest(example) for example in examples)))
-        if recipe.one_hot is None and recipe.digest not in self.materialised:
+        self.visits.append((recipe.only_model or "mixture", tuple(example_digest(example) for example in examples)))
+        if recipe.only_model is None and recipe.digest not in self.materialised:
             self.tried.append(recipe.digest)
         if len(self.visits_to("mixture")) == self.hold_after:
             self.gate.clear()
@@ -166,7 +176,7 @@ class EmbedEngine(DoubleEngine):
         assert background
         assert prompt == ""
         texts = [text for text in inputs if isinstance(text, str)]
-        self.embedded.append((recipe.one_hot or "mixture", tuple(texts)))
+        self.embedded.append((recipe.only_model or "mixture", tuple(texts)))
         vectors = np.stack([self._vector(recipe, text) for text in texts])
         return Embedded(vectors=vectors.astype(np.float32), num_tokens=len(texts))
 
@@ -222,7 +232,12 @@ class World:
 
     @asynccontextmanager
     async def service(
-        self, *, patience: Patience = QUICK, place: str = "here", witnesses: Sequence[Witness] = ()
+        self,
+        *,
+        retry_policy: RetryPolicy = QUICK,
+        place: str = "here",
+        change_hooks: Sequence[ChangeHook] = (),
+        ledger: Any = None,
     ) -> AsyncIterator[CocktailService]:
         engines = {"flan": self.scoring, "mini": self.embedding}
         database = Database(self.settings.store.database_url)
@@ -231,9 +246,10 @@ class World:
             self.pools,
             engines,
             database=database,
-            patience=patience,
-            witnesses=witnesses,
+            retry_policy=retry_policy,
+            change_hooks=change_hooks,
             place=place,
+            ledger=ledger,
         )
         try:
             await database.open()
@@ -310,8 +326,8 @@ async def test_a_decoder_cocktail_is_scored_weighed_and_served(world: World, ser
     )
     assert ready.metadata == {"owner": "films"}
 
-    served = service.resolve("acme", "films")
-    assert served == service.resolve("acme", ready.id)
+    served = service.catalog.resolve("acme", "films")
+    assert served == service.catalog.resolve("acme", ready.id)
     assert served.model_id == ready.id
     assert served.recipe == ready.recipe
     assert world.scoring.materialised == [served.recipe.digest]
@@ -358,10 +374,10 @@ async def test_search_chooses_by_what_mixtures_lose(world: World, service: Cockt
     rows = [{"input": f"question {number}", "output": "x" * number} for number in range(1, 5)]
     seen: list[tuple[float, int]] = []
     queued, _ = await service.create("acme", world.request(weighting="search", examples=rows))
-    while not (now := service.get("acme", queued.id)).is_final:
+    while not (now := service.catalog.get("acme", queued.id)).is_final:
         seen.append((now.progress, len(now.losses)))
         await asyncio.sleep(0)
-    ready = service.get("acme", queued.id)
+    ready = service.catalog.get("acme", queued.id)
     assert ready.status == "ready"
     # the double's loss of a mixture is linear in the weights, so the best expert alone is best
     assert ready.chosen is not None
@@ -410,7 +426,7 @@ async def test_a_dry_run_searches_and_keeps_nothing(world: World, service: Cockt
     assert weighing.chosen is not None
     assert len(weighing.candidates) > 3
     assert min(c.loss for c in weighing.candidates) == weighing.chosen.loss
-    assert (world.rows("losses"), world.rows("embeddings"), service.list("acme")) == ([], [], [])
+    assert (world.rows("losses"), world.rows("embeddings"), service.catalog.list("acme")) == ([], [], [])
 
 
 async def test_a_single_example_is_not_searched_with_and_said_so(world: World, service: CocktailService) -> None:
@@ -461,7 +477,7 @@ async def test_weights_of_examples_scale_task_vectors_and_the_base_counts_1(
     assert ready.entropy == linear.entropy
     assert (ready.recipe.method, ready.recipe.method_params["lambda"]) == (method, 0.5)
     assert ready.recipe.method_params.get("seed", 7) == 7, "the mask's seed is the request's"
-    assert service.resolve("acme", ready.id).recipe == ready.recipe
+    assert service.catalog.resolve("acme", ready.id).recipe == ready.recipe
     by_hand = await made(
         service,
         world.request(
@@ -565,11 +581,11 @@ async def test_validation_examples_that_do_not_fit_are_named(world: World, servi
     with pytest.raises(InvalidExamplesError, match="row 1") as unfit:
         world.request(validation_examples=[QUERY])
     assert unfit.value.param == "validation_examples"
-    assert service.list("acme") == []
+    assert service.catalog.list("acme") == []
 
 
 class Notes:
-    """A witness that remembers what it was told, and can refuse."""
+    """A hook that remembers what it was told, and can refuse."""
 
     def __init__(self) -> None:
         self.changes: list[tuple[str, str]] = []
@@ -587,7 +603,7 @@ class Notes:
 
 async def test_a_witness_hears_of_every_change_in_its_transaction(world: World) -> None:
     notes = Notes()
-    async with world.service(witnesses=[notes]) as service:
+    async with world.service(change_hooks=[notes]) as service:
         ready = await made(service, world.request())
         steps = list(dict.fromkeys(notes.changes))
         assert steps == [
@@ -601,11 +617,11 @@ async def test_a_witness_hears_of_every_change_in_its_transaction(world: World) 
         assert notes.deletions == [ready.uid]
         world.scoring.gate.clear()
         queued, _ = await service.create("acme", world.request(seed=1))
-        await until(lambda: service.get("acme", queued.id).status == "scoring")
+        await until(lambda: service.catalog.get("acme", queued.id).status == "scoring")
         notes.refuses = True
         with pytest.raises(StorageError):
             await service.cancel("acme", queued.id)
-        assert service.get("acme", queued.id).status == "scoring", "neither on disk nor in memory"
+        assert service.catalog.get("acme", queued.id).status == "scoring", "neither on disk nor in memory"
         assert [row for row in world.rows("cocktails") if "scoring" in row]
 
 
@@ -614,15 +630,15 @@ async def test_rows_beside_a_cocktail_are_there_with_it_or_neither_is(world: Wor
         raise StorageError("no")
 
     with pytest.raises(StorageError):
-        await service.create("acme", world.request(), beside=refuse)
-    assert (service.list("acme"), world.rows("cocktails")) == ([], [])
+        await service.create("acme", world.request(), extra_writes=refuse)
+    assert (service.catalog.list("acme"), world.rows("cocktails")) == ([], [])
     seen = []
 
     async def note(connection: AsyncConnection, cocktail: Cocktail) -> None:
         seen.append(cocktail.status)
 
     for _ in range(2):
-        cocktail, _ = await service.create("acme", world.request(), beside=note)
+        cocktail, _ = await service.create("acme", world.request(), extra_writes=note)
         await service.wait("acme", cocktail.id, 10.0)
     assert seen == ["queued", "ready"]
 
@@ -659,7 +675,7 @@ async def test_only_new_experts_are_scored(world: World) -> None:
     world.scoring = ScoringEngine(world.pools["flan"], {"base": 2.0, "ag-news": 1.0, "nq": 3.0, "squad": 0.5})
     async with world.service() as service:
         ready = await made(service, world.request())
-        assert [len(service.list("acme")), ready.current] == [2, True]
+        assert [len(service.catalog.list("acme")), ready.current] == [2, True]
     assert [model for model, _ in world.scoring.visits] == ["fp-flan-squad", "mixture"]
 
 
@@ -692,7 +708,7 @@ async def test_only_new_texts_are_embedded(world: World, service: CocktailServic
 async def test_a_dry_run_tells_losses_and_weights_and_keeps_nothing(world: World, service: CocktailService) -> None:
     request = world.request(temperature=0.5)
     weighing = await service.dry_run("acme", request)
-    assert service.list("acme") == []
+    assert service.catalog.list("acme") == []
     assert [world.rows(table) for table in ("cocktails", "examples", "items", "losses")] == [[], [], [], []]
     ready = await made(service, request)
     assert (weighing.losses, weighing.merging_weights) == (ready.losses, ready.merging_weights)
@@ -705,17 +721,17 @@ async def test_a_dry_run_tells_losses_and_weights_and_keeps_nothing(world: World
 async def test_the_newest_ready_version_is_current_and_a_pin_holds(world: World, service: CocktailService) -> None:
     first = await made(service, world.request(seed=1))
     second = await made(service, world.request(seed=2))
-    assert service.resolve("acme", "films").model_id == second.id
-    assert [cocktail.id for cocktail in service.list("acme", "films") if cocktail.current] == [second.id]
+    assert service.catalog.resolve("acme", "films").model_id == second.id
+    assert [cocktail.id for cocktail in service.catalog.list("acme", "films") if cocktail.current] == [second.id]
 
     pinned = await service.set_current("acme", "films", first.id)
     assert (pinned.id, pinned.current) == (first.id, True)
     third = await made(service, world.request(seed=3))
     assert not third.current
-    assert service.resolve("acme", "films").model_id == first.id
+    assert service.catalog.resolve("acme", "films").model_id == first.id
 
     assert (await service.set_current("acme", "films", None)).id == third.id
-    assert service.resolve("acme", "films").model_id == third.id
+    assert service.catalog.resolve("acme", "films").model_id == third.id
 
 
 async def test_an_identical_request_makes_its_version_current_again(world: World, service: CocktailService) -> None:
@@ -724,7 +740,7 @@ async def test_an_identical_request_makes_its_version_current_again(world: World
     visits = len(world.scoring.visits)
     again, existed = await service.create("acme", world.request(seed=1))
     assert (existed, again.id, again.current, again.status) == (True, first.id, True, "ready")
-    assert service.resolve("acme", "films").model_id == first.id
+    assert service.catalog.resolve("acme", "films").model_id == first.id
     assert len(world.scoring.visits) == visits
 
 
@@ -732,10 +748,10 @@ async def test_a_queued_or_failed_version_never_moves_the_name(world: World, ser
     first = await made(service, world.request(seed=1))
     world.scoring.gate.clear()
     unfinished, _ = await service.create("acme", world.request(examples=[C], seed=2))
-    await until(lambda: service.get("acme", unfinished.id).status == "scoring")
-    assert service.resolve("acme", "films").model_id == first.id
+    await until(lambda: service.catalog.get("acme", unfinished.id).status == "scoring")
+    assert service.catalog.resolve("acme", "films").model_id == first.id
     with pytest.raises(ModelNotReadyError, match="scoring"):
-        service.resolve("acme", unfinished.id)
+        service.catalog.resolve("acme", unfinished.id)
     with pytest.raises(ConflictError, match="only a ready version"):
         await service.set_current("acme", "films", unfinished.id)
 
@@ -744,9 +760,9 @@ async def test_a_queued_or_failed_version_never_moves_the_name(world: World, ser
     world.scoring.errors = [InvalidMixError("torn")]
     failed = await made(service, world.request(seed=4))
     assert (failed.status, failed.error.message, failed.current) == ("failed", "torn", False)
-    assert service.resolve("acme", "films").model_id == unfinished.id
+    assert service.catalog.resolve("acme", "films").model_id == unfinished.id
     with pytest.raises(NotFoundError, match="failed: torn"):
-        service.resolve("acme", failed.id)
+        service.catalog.resolve("acme", failed.id)
 
 
 async def test_versions_are_ordered_by_when_they_were_asked_for_not_by_when_they_are_ready(
@@ -758,7 +774,7 @@ async def test_versions_are_ordered_by_when_they_were_asked_for_not_by_when_they
     world.scoring.gate.set()
     await service.wait("acme", quick.id, 10.0)
     await service.wait("acme", slow.id, 10.0)
-    assert service.resolve("acme", "films").model_id == quick.id
+    assert service.catalog.resolve("acme", "films").model_id == quick.id
 
 
 async def test_a_pin_on_a_deleted_version_is_gone_with_it(world: World, service: CocktailService) -> None:
@@ -766,7 +782,7 @@ async def test_a_pin_on_a_deleted_version_is_gone_with_it(world: World, service:
     second = await made(service, world.request(seed=2))
     await service.set_current("acme", "films", first.id)
     await service.delete("acme", first.id)
-    assert service.resolve("acme", "films").model_id == second.id
+    assert service.catalog.resolve("acme", "films").model_id == second.id
     assert world.rows("pins") == []
 
 
@@ -776,18 +792,18 @@ async def test_a_restart_finds_ready_cocktails_pins_and_order(world: World) -> N
         second = await made(service, world.request(seed=2))
         await made(service, world.request("other", seed=1))
         await service.set_current("acme", "films", first.id)
-        before = service.list("acme")
-        models = service.models("acme")
+        before = service.catalog.list("acme")
+        models = service.catalog.models("acme")
     visits = len(world.scoring.visits)
     async with world.service() as service:
-        assert service.list("acme") == before
-        assert [entry.id for entry in service.models("acme")] == [entry.id for entry in models]
-        assert service.resolve("acme", "films").model_id == first.id
-        assert service.resolve("acme", second.id).recipe == second.recipe
+        assert service.catalog.list("acme") == before
+        assert list(service.catalog.models("acme")) == list(models)
+        assert service.catalog.resolve("acme", "films").model_id == first.id
+        assert service.catalog.resolve("acme", second.id).recipe == second.recipe
         await service.set_current("acme", "films", None)
         _, existed = await service.create("acme", world.request(seed=1))
         assert existed
-        assert service.resolve("acme", "films").model_id == first.id
+        assert service.catalog.resolve("acme", "films").model_id == first.id
     assert len(world.scoring.visits) == visits
 
 
@@ -796,7 +812,7 @@ async def test_a_restart_finishes_unfinished_jobs(world: World) -> None:
         await made(service, world.request(examples=[A]))
         world.scoring.gate.clear()
         created, _ = await service.create("acme", world.request(seed=7))
-        await until(lambda: service.get("acme", created.id).status == "scoring")
+        await until(lambda: service.catalog.get("acme", created.id).status == "scoring")
     assert [row for row in world.rows("cocktails") if "scoring" in row]
     world.scoring.gate.set()
     world.scoring.visits.clear()
@@ -814,7 +830,7 @@ async def test_what_was_announced_survives_a_crash(tmp_path: Path) -> None:
         queued, _ = await service.create("acme", world.request("unfinished", examples=[C]))
         after = World(world.copied_as_a_crash_leaves_it())
     async with after.service() as service:
-        assert service.resolve("acme", "films").recipe == ready.recipe
+        assert service.catalog.resolve("acme", "films").recipe == ready.recipe
         assert (await service.wait("acme", queued.id, 10.0)).status == "ready"
         assert await service.examples("acme", queued.id) == [C]
 
@@ -841,7 +857,7 @@ async def test_memory_and_disk_agree_after_many_things_at_once(world: World) -> 
                         await service.wait(tenant, cocktail.id, 10.0)
 
         await asyncio.gather(*(something(number) for number in range(120)))
-        shown = {tenant: service.list(tenant) for tenant in ("acme", "other")}
+        shown = {tenant: service.catalog.list(tenant) for tenant in ("acme", "other")}
         assert all(cocktail.is_final for cocktails in shown.values() for cocktail in cocktails)
         uids = {cocktail.uid for cocktails in shown.values() for cocktail in cocktails}
         assert {row[0] for row in world.rows("cocktails")} == uids
@@ -850,7 +866,7 @@ async def test_memory_and_disk_agree_after_many_things_at_once(world: World) -> 
         needed = {(tenants[uid], item) for uid, item in world.rows("items")}
         assert {(row[0], row[1]) for row in world.rows("losses")} <= needed, "no score outlives its last cocktail"
     async with world.service() as service:
-        assert {tenant: service.list(tenant) for tenant in ("acme", "other")} == shown
+        assert {tenant: service.catalog.list(tenant) for tenant in ("acme", "other")} == shown
 
 
 async def test_an_unfinished_job_whose_pool_changed_fails_and_says_so(world: World) -> None:
@@ -870,14 +886,14 @@ async def test_a_cocktail_outlives_new_experts_but_not_the_loss_of_its_own(world
     world.pools["flan"] = make_pool("flan", "decoder", ["nq", "squad"])
     world.scoring = ScoringEngine(world.pools["flan"], {"base": 2.0, "nq": 3.0, "squad": 1.0})
     async with world.service() as service:
-        assert service.resolve("acme", "films").recipe == ready.recipe
+        assert service.catalog.resolve("acme", "films").recipe == ready.recipe
     world.pools["flan"] = make_pool("flan", "decoder", ["squad"])
     world.scoring = ScoringEngine(world.pools["flan"], {"base": 2.0, "squad": 1.0})
     async with world.service() as service:
         with pytest.raises(NotFoundError, match="no longer has"):
-            service.resolve("acme", "films")
-        assert ready.id not in [entry.id for entry in service.models("acme")]
-        assert service.get("acme", "films").status == "ready"
+            service.catalog.resolve("acme", "films")
+        assert ready.id not in list(service.catalog.models("acme"))
+        assert service.catalog.get("acme", "films").status == "ready"
 
 
 async def test_another_dtype_of_the_engine_rounds_the_same_weights_anew(world: World) -> None:
@@ -886,9 +902,9 @@ async def test_another_dtype_of_the_engine_rounds_the_same_weights_anew(world: W
     world.scoring = ScoringEngine(world.pools["flan"], {"base": 2.0, "ag-news": 1.0, "nq": 3.0}, dtype="bfloat16")
     for _ in range(2):
         async with world.service() as service:
-            recipe = service.resolve("acme", "films").recipe
+            recipe = service.catalog.resolve("acme", "films").recipe
             assert (recipe.dtype, recipe.coefficients) == ("bfloat16", ready.recipe.coefficients)
-            assert len([w for w in service.get("acme", "films").warnings if "made for float32" in w]) == 1
+            assert len([w for w in service.catalog.get("acme", "films").warnings if "made for float32" in w]) == 1
 
 
 async def test_deletion_purges_examples_and_scores_down_to_the_bytes(world: World, service: CocktailService) -> None:
@@ -898,9 +914,9 @@ async def test_deletion_purges_examples_and_scores_down_to_the_bytes(world: Worl
     await made(service, world.request("vault", examples=[A, secret]), tenant="other")
     await service.delete("acme", "vault")
     with pytest.raises(NotFoundError):
-        service.get("acme", gone.id)
+        service.catalog.get("acme", gone.id)
     with pytest.raises(NotFoundError):
-        service.resolve("acme", "vault")
+        service.catalog.resolve("acme", "vault")
     kept = {(row[0], row[1]) for row in world.rows("losses")}
     digests = {name: example_digest(TextExample(**row)) for name, row in (("a", A), ("b", B), ("secret", secret))}
     assert kept == {
@@ -909,7 +925,7 @@ async def test_deletion_purges_examples_and_scores_down_to_the_bytes(world: Worl
         ("other", digests["a"]),
         ("other", digests["secret"]),
     }
-    assert {row[0] for row in world.rows("examples")} == {stays.uid, service.get("other", "vault").uid}
+    assert {row[0] for row in world.rows("examples")} == {stays.uid, service.catalog.get("other", "vault").uid}
 
     await service.delete("other", "vault")
     await service.delete("acme", "films")
@@ -930,7 +946,7 @@ async def test_deletion_cancels_an_unfinished_job_and_answers_who_waits(world: W
     created, _ = await service.create("acme", world.request())
     # "scoring" is told while its three calls are still on their way to the engine
     await until(lambda: world.scoring.num_waiting == 3)
-    assert service.get("acme", created.id).status == "scoring"
+    assert service.catalog.get("acme", created.id).status == "scoring"
     waiting = asyncio.create_task(service.wait("acme", created.id, 30.0))
     await asyncio.sleep(0)
     (removed,) = await service.delete("acme", created.id)
@@ -963,13 +979,13 @@ async def test_the_parameters_of_a_pools_own_model_are_never_freed(world: World,
 
 async def test_tenants_see_only_their_own(world: World, service: CocktailService) -> None:
     mine = await made(service, world.request())
-    assert service.list("other") == []
-    assert all("films" not in entry.id for entry in service.models("other"))
+    assert service.catalog.list("other") == []
+    assert all("films" not in model_id for model_id in service.catalog.models("other"))
     for ref in ("films", mine.id):
         with pytest.raises(NotFoundError):
-            service.get("other", ref)
+            service.catalog.get("other", ref)
         with pytest.raises(NotFoundError, match="does not exist"):
-            service.resolve("other", ref)
+            service.catalog.resolve("other", ref)
         with pytest.raises(NotFoundError):
             await service.delete("other", ref)
         with pytest.raises(NotFoundError):
@@ -984,21 +1000,21 @@ async def test_tenants_see_only_their_own(world: World, service: CocktailService
     assert theirs.id == mine.id
     assert theirs.uid != mine.uid
     await service.delete("other", "films")
-    assert service.resolve("acme", "films").model_id == mine.id
+    assert service.catalog.resolve("acme", "films").model_id == mine.id
 
 
 async def test_pools_and_experts_resolve_to_themselves_and_cannot_be_deleted(
     world: World, service: CocktailService
 ) -> None:
     pool = world.pools["flan"]
-    assert service.resolve("anyone", "flan").recipe == one_hot(pool, "base", dtype="float32")
-    assert service.resolve("anyone", "flan/nq").recipe == one_hot(pool, "nq", dtype="float32")
+    assert service.catalog.resolve("anyone", "flan").recipe == one_hot(pool, "base", dtype="float32")
+    assert service.catalog.resolve("anyone", "flan/nq").recipe == one_hot(pool, "nq", dtype="float32")
     for model_id in ("flan", "flan/nq"):
         with pytest.raises(PermissionDeniedError):
             await service.delete("acme", model_id)
     for unknown in ("flan/none", "nothing", "", "flan@12345678", "films@", "@", "flan/nq@1"):
         with pytest.raises(NotFoundError) as caught:
-            service.resolve("acme", unknown)
+            service.catalog.resolve("acme", unknown)
         assert caught.value.code == "model_not_found"
 
 
@@ -1008,7 +1024,7 @@ async def test_the_model_list_is_sorted_and_complete(world: World, service: Cock
     await service.inline("acme", world.inline(seed=3))
     world.scoring.errors = [InvalidMixError("torn")]
     await made(service, world.request("broken", seed=4, examples=[C]))
-    ids = [entry.id for entry in service.models("acme")]
+    ids = list(service.catalog.models("acme"))
     pools = ["flan", "flan/ag-news", "flan/nq", "mini", "mini/good", "mini/poor"]
     assert ids == sorted([*pools, "films", first.id, second.id])
 
@@ -1020,15 +1036,15 @@ async def test_an_inline_cocktail_is_found_again_unlisted_and_named(world: World
     visits = len(world.scoring.visits)
     assert await service.inline("acme", request) == served
     assert len(world.scoring.visits) == visits
-    assert service.resolve("acme", served.model_id) == served
+    assert service.catalog.resolve("acme", served.model_id) == served
     with pytest.raises(NotFoundError):
-        service.resolve("other", served.model_id)
-    assert service.list("acme") == []
-    assert served.model_id not in [entry.id for entry in service.models("acme")]
-    assert service.resolve("acme", "flan").recipe.one_hot == "fp-flan-base", "the pool stays the base"
+        service.catalog.resolve("other", served.model_id)
+    assert service.catalog.list("acme") == []
+    assert served.model_id not in list(service.catalog.models("acme"))
+    assert service.catalog.resolve("acme", "flan").recipe.only_model == "fp-flan-base", "the pool stays the base"
     await service.delete("acme", served.model_id)
     with pytest.raises(NotFoundError):
-        service.resolve("acme", served.model_id)
+        service.catalog.resolve("acme", served.model_id)
     assert world.rows("examples") == []
 
 
@@ -1037,17 +1053,17 @@ async def test_inline_cocktails_go_least_recently_used_first(tmp_path: Path) -> 
     async with world.service() as service:
         first = await service.inline("acme", world.inline(seed=1, examples=[A]))
         second = await service.inline("acme", world.inline(seed=2, examples=[B]))
-        service.resolve("acme", first.model_id)
+        service.catalog.resolve("acme", first.model_id)
         third = await service.inline("other", world.inline(seed=3, examples=[C]))
         with pytest.raises(NotFoundError):
-            service.resolve("acme", second.model_id)
+            service.catalog.resolve("acme", second.model_id)
         assert second.recipe.digest in {first.recipe.digest, *world.scoring.forgotten}
-        service.resolve("acme", first.model_id)
+        service.catalog.resolve("acme", first.model_id)
     async with world.service() as service:
         await service.inline("acme", world.inline(seed=4))
-        service.resolve("acme", first.model_id)
+        service.catalog.resolve("acme", first.model_id)
         with pytest.raises(NotFoundError):
-            service.resolve("other", third.model_id)
+            service.catalog.resolve("other", third.model_id)
     assert len(world.rows("cocktails")) == 2
 
 
@@ -1079,7 +1095,7 @@ async def test_examples_that_do_not_fit_leave_nothing_behind(world: World, servi
         await service.create("acme", world.request(examples=[A, long]))
     with pytest.raises(ContextLengthError, match="row 2"):
         await service.dry_run("acme", world.request(examples=[A, long]))
-    assert service.list("acme") == []
+    assert service.catalog.list("acme") == []
     assert [world.rows(table) for table in ("cocktails", "examples", "items", "losses")] == [[], [], [], []]
 
 
@@ -1095,7 +1111,7 @@ async def test_a_job_gives_up_on_an_engine_that_keeps_failing(world: World, serv
     assert (failed.status, failed.error.code, failed.error.type) == ("failed", "engine_error", "EngineError")
     assert len(world.scoring.errors) >= 30 - 3 * QUICK.engine_failures
     world.scoring.errors.clear()
-    assert service.get("acme", failed.id).error == failed.error, "it stays readable"
+    assert service.catalog.get("acme", failed.id).error == failed.error, "it stays readable"
     retried, existed = await service.create("acme", world.request())
     assert (existed, retried.id, retried.error) == (False, failed.id, None)
     assert (await service.wait("acme", retried.id, 10.0)).status == "ready"
@@ -1103,8 +1119,8 @@ async def test_a_job_gives_up_on_an_engine_that_keeps_failing(world: World, serv
 
 async def test_a_job_gives_up_on_an_engine_that_never_gets_ready(world: World) -> None:
     world.scoring.errors = [ModelNotReadyError("starting") for _ in range(10_000)]
-    patience = Patience(for_capacity_s=0.02, first_delay_s=0.001, max_delay_s=0.005)
-    async with world.service(patience=patience) as service:
+    retry_policy = RetryPolicy(for_capacity_s=0.02, first_delay_s=0.001, max_delay_s=0.005)
+    async with world.service(retry_policy=retry_policy) as service:
         failed = await made(service, world.request())
         assert (failed.status, failed.error.code) == ("failed", "model_not_ready")
 
@@ -1117,11 +1133,54 @@ async def test_an_engine_that_is_down_holds_up_no_other_pool(
     first, _ = await service.create("acme", world.request("first"))
     second, _ = await service.create("acme", world.request("second"))
     assert (await made(service, world.request("third", pool="mini"))).status == "ready"
-    assert service.get("acme", first.id).status == "scoring"
-    assert service.get("acme", second.id).status == "queued"
-    assert service.statuses() == {"ready": 1, "scoring": 1, "queued": 1}
+    assert service.catalog.get("acme", first.id).status == "scoring"
+    assert service.catalog.get("acme", second.id).status == "queued"
+    assert service.catalog.statuses() == {"ready": 1, "scoring": 1, "queued": 1}
     world.scoring.gate.set()
     assert (await service.wait("acme", second.id, 10.0)).status == "ready"
+
+
+class Ledger:
+    """Takes note of what it is told of seconds, by model."""
+
+    def __init__(self) -> None:
+        self.told: list[tuple[str, float]] = []
+
+    def add(self, tenant: str, key_id: str | None, model: str, pool: str, use: UsageAmount) -> None:
+        self.told.append((model, use.scoring_s))
+
+
+@pytest.mark.parametrize("end", ["ready", "failed", "cancelled", "deleted"])
+async def test_what_engines_worked_is_counted_once_however_a_job_ends(world: World, end: str) -> None:
+    ledger = Ledger()
+    async with world.service(ledger=ledger) as service:
+        world.scoring.gate.clear()
+        created, _ = await service.create("acme", world.request())
+        await until(lambda: world.scoring.num_waiting == 3)
+        await asyncio.sleep(0.05)
+        assert ledger.told == []
+        if end == "failed":
+            del world.scoring.loss_of["fp-flan-ag-news"]
+        if end == "cancelled":
+            await service.cancel("acme", created.id)
+        elif end == "deleted":
+            await service.delete("acme", created.id)
+        else:
+            world.scoring.gate.set()
+            assert (await service.wait("acme", created.id, 10.0)).status == end
+        await until(lambda: bool(ledger.told))
+    ((model, scoring_s),) = ledger.told
+    assert model == created.id
+    assert 3 * 0.04 <= scoring_s < 10, "three models at once, and each counts"
+
+
+async def test_a_dry_run_is_counted_under_its_pool(world: World) -> None:
+    ledger = Ledger()
+    async with world.service(ledger=ledger) as service:
+        await service.dry_run("acme", world.request())
+    ((model, scoring_s),) = ledger.told
+    assert model == "flan"
+    assert scoring_s > 0
 
 
 async def test_a_fault_of_ours_fails_the_job_alone(world: World, service: CocktailService) -> None:
@@ -1147,7 +1206,7 @@ async def test_cancel_keeps_the_cocktail_and_the_same_request_starts_it_again(
 ) -> None:
     world.scoring.gate.clear()
     created, _ = await service.create("acme", world.request())
-    await until(lambda: service.get("acme", created.id).status == "scoring")
+    await until(lambda: service.catalog.get("acme", created.id).status == "scoring")
     cancelled = await service.cancel("acme", created.id)
     assert cancelled.status == "cancelled"
     assert (await service.wait("acme", created.id, 1.0)).status == "cancelled"
@@ -1170,11 +1229,11 @@ async def test_wait_returns_at_its_timeout_and_at_the_end(world: World, service:
 async def test_a_disconnect_never_cancels(world: World, service: CocktailService) -> None:
     request = world.request()
     caller = asyncio.create_task(service.create("acme", request))
-    await until(lambda: bool(service._unbroken._running) or caller.done())
+    await until(lambda: bool(service._shield._running) or caller.done())
     caller.cancel()
     with pytest.raises(asyncio.CancelledError):
         await caller
-    await until(lambda: bool(service.list("acme")))
+    await until(lambda: bool(service.catalog.list("acme")))
     assert (await service.wait("acme", "films", 10.0)).status == "ready"
 
 
@@ -1185,7 +1244,7 @@ async def test_progress_never_goes_back_and_is_on_disk_before_it_shows(world: Wo
 
     async def look() -> None:
         while not seen or seen[-1][0] != "ready":
-            shown = service.get("acme", created.id)
+            shown = service.catalog.get("acme", created.id)
             with sqlite3.connect(world.path) as connection:
                 row = connection.execute("select status, progress from cocktails").fetchone()
             assert row[1] >= shown.progress
@@ -1216,8 +1275,8 @@ async def test_a_full_disk_is_a_storage_error_and_leaves_nothing_behind(world: W
             await service.create("acme", world.request("big", examples=rows))
         assert [world.rows(table) for table in ("cocktails", "examples", "items", "losses")] == before
         with pytest.raises(NotFoundError):
-            service.get("acme", "big")
-        assert service.resolve("acme", "films").model_id, "what is there is served on"
+            service.catalog.get("acme", "big")
+        assert service.catalog.resolve("acme", "films").model_id, "what is there is served on"
 
 
 async def test_a_job_whose_store_refuses_ends_as_failed_for_those_who_wait(
@@ -1229,7 +1288,7 @@ async def test_a_job_whose_store_refuses_ends_as_failed_for_those_who_wait(
     async def refuse(cocktail: Cocktail, **_: Any) -> None:
         raise StorageError("the disk is full")
 
-    await until(lambda: service.get("acme", created.id).status == "scoring")
+    await until(lambda: service.catalog.get("acme", created.id).status == "scoring")
     with monkeypatch.context() as patch:
         patch.setattr(service._store, "update", refuse)
         world.scoring.gate.set()
@@ -1241,7 +1300,7 @@ async def test_a_job_whose_store_refuses_ends_as_failed_for_those_who_wait(
 async def test_the_hot_path_needs_no_event_loop(world: World) -> None:
     async with world.service() as service:
         ready = await made(service, world.request())
-        resolved = await asyncio.get_running_loop().run_in_executor(None, service.resolve, "acme", "films")
+        resolved = await asyncio.get_running_loop().run_in_executor(None, service.catalog.resolve, "acme", "films")
         assert resolved.recipe == ready.recipe
 
 
@@ -1249,8 +1308,8 @@ async def test_what_failed_is_removed_after_its_time_and_nothing_else(
     world: World, service: CocktailService, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     days = 0.0
-    start = service._registry.now()
-    monkeypatch.setattr(service._registry, "_clock", lambda: start + days * 86_400)
+    start = service.catalog.now()
+    monkeypatch.setattr(service.catalog, "_clock", lambda: start + days * 86_400)
     ready = await made(service, world.request("ready"))
     world.scoring.errors = [InvalidMixError("torn")]
     failed = await made(service, world.request("failed", examples=[C]))
@@ -1260,15 +1319,15 @@ async def test_what_failed_is_removed_after_its_time_and_nothing_else(
     world.scoring.gate.set()
     days = 29.0
     await service._sweep()
-    assert {cocktail.name for cocktail in service.list("acme")} == {"ready", "failed", "cancelled"}
+    assert {cocktail.name for cocktail in service.catalog.list("acme")} == {"ready", "failed", "cancelled"}
     world.scoring.errors = [InvalidMixError("torn again")]
     assert (await made(service, world.request("failed", examples=[C]))).status == "failed"
     days = 31.0
     await service._sweep()
-    assert {cocktail.name for cocktail in service.list("acme")} == {"ready", "failed"}, "asked for two days ago"
+    assert {cocktail.name for cocktail in service.catalog.list("acme")} == {"ready", "failed"}, "asked for two days ago"
     days = 60.0
     await service._sweep()
-    assert [cocktail.id for cocktail in service.list("acme")] == [ready.id]
+    assert [cocktail.id for cocktail in service.catalog.list("acme")] == [ready.id]
     assert {row[0] for row in world.rows("examples")} == {ready.uid}
     assert failed.uid not in {row[0] for row in world.rows("items")}
 
@@ -1278,6 +1337,6 @@ async def test_retention_can_be_turned_off(tmp_path: Path, monkeypatch: pytest.M
     async with world.service() as service:
         world.scoring.errors = [InvalidMixError("torn")]
         failed = await made(service, world.request())
-        monkeypatch.setattr(service._registry, "_clock", lambda: failed.created_at + 1e9)
+        monkeypatch.setattr(service.catalog, "_clock", lambda: failed.created_at + 1e9)
         await service._sweep()
-        assert service.get("acme", failed.id).status == "failed"
+        assert service.catalog.get("acme", failed.id).status == "failed"

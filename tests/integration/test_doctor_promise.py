@@ -26,10 +26,10 @@ from cocktail_serve.engines.base import EmbeddingEngine, RerankingEngine
 from cocktail_serve.errors import CocktailError
 from cocktail_serve.gateway.app import create_app
 from cocktail_serve.gateway.assembly import assembled
+from cocktail_serve.gateway.gateway import Gateway
 from cocktail_serve.gateway.lifecycle import Lifecycle
 from cocktail_serve.gateway.metrics import GatewayMetrics
 from cocktail_serve.gateway.server import bind
-from cocktail_serve.gateway.state import Gateway
 from cocktail_serve.progress import silent
 from cocktail_serve.recipe import one_hot
 from tests.models import (

@@ -19,6 +19,7 @@ import pytest
 
 from cocktail_serve.config import FakeEngineConfig
 from cocktail_serve.engines.base import GenerationEngine
+from cocktail_serve.engines.engine_time import EngineTimeTotal
 from cocktail_serve.engines.vllm.build import build_vllm_engine
 from cocktail_serve.engines.vllm.engine import VLLMEngine
 from cocktail_serve.engines.vllm.fake import Fault, fake_loss, fake_text
@@ -33,10 +34,10 @@ from cocktail_serve.errors import (
     QueueTimeoutError,
 )
 from cocktail_serve.examples import ExampleSet, parse_examples
-from cocktail_serve.generation import ChatTemplate
+from cocktail_serve.generation_settings import ChatTemplate
 from cocktail_serve.pool import Pool
 from cocktail_serve.recipe import Recipe, make_recipe, one_hot
-from cocktail_serve.scoring.text import tokenize_examples
+from cocktail_serve.scoring.decoder import tokenize_examples
 from tests.fakes import make_fake_pool
 from tests.models import make_decoder_tokenizer
 from tests.processes import is_alive
@@ -154,8 +155,8 @@ async def test_a_snapshot_can_be_pickled_and_grows_no_more(pool: Pool, tmp_path:
         await asyncio.sleep(0)
         seen = await engine.snapshot(deadline_s=5)
         assert (seen.state, seen.resident, seen.num_queued) == ("ready", resident.digest, 1)
-        assert (seen.occupancy.num_in_flight, seen.occupancy.resident) == (1, resident.digest)
-        assert [(queue.recipe_digest, queue.num_waiting) for queue in seen.occupancy.queues] == [(waiting.digest, 1)]
+        assert (seen.scheduler.num_in_flight, seen.scheduler.resident) == (1, resident.digest)
+        assert [(queue.recipe_digest, queue.num_waiting) for queue in seen.scheduler.queues] == [(waiting.digest, 1)]
         assert (seen.counters.wait.count, seen.counters.swap.count) == (1, 1)
         kept = pickle.dumps(seen)
         await asyncio.gather(streamed, asked)
@@ -187,7 +188,7 @@ async def test_scores_are_those_of_the_recipe(pool: Pool, tmp_path: Path, faults
         losses = await asyncio.gather(*(engine.score(recipe, given) for recipe in recipes))
         tokenized = tokenize_examples(tokenizer, given, max_tokens=255)
         for recipe, of_recipe in zip(recipes, losses, strict=True):
-            assert of_recipe == [fake_loss(recipe.digest, e.token_ids, e.output_start) for e in tokenized]
+            assert of_recipe.losses == [fake_loss(recipe.digest, e.token_ids, e.output_start) for e in tokenized]
 
 
 async def test_scoring_gives_way_and_loses_nothing(
@@ -204,8 +205,48 @@ async def test_scoring_gives_way_and_loses_nothing(
             assert await ask(engine, cocktail, "hello") == expected(cocktail, "hello")
             num_answers += 1
         tokenized = tokenize_examples(make_decoder_tokenizer(), given, max_tokens=255)
-        assert job.result() == [fake_loss(expert.digest, e.token_ids, e.output_start) for e in tokenized]
+        assert job.result().losses == [fake_loss(expert.digest, e.token_ids, e.output_start) for e in tokenized]
         assert num_answers > 2
+
+
+async def test_scoring_tells_how_long_it_held_the_engine_and_what_was_mixed_for_it(
+    pool: Pool, tmp_path: Path, faults: Path
+) -> None:
+    async with running(pool, tmp_path, args={"score-ms": 100, "mix-ms": 50}) as engine:
+        scored = await engine.score(mixture(pool, 0.5), examples())
+        assert 0.09 <= scored.engine_time.scoring_s < 5
+        assert 0.04 <= scored.engine_time.mixing_s < 5
+        again = await engine.score(mixture(pool, 0.5), examples())
+        assert 0.09 <= again.engine_time.scoring_s < 5
+        assert again.engine_time.mixing_s == 0.0
+        mixed = await engine.materialise(mixture(pool, 0.25))
+        assert mixed.engine_time.scoring_s == 0.0
+        assert 0.04 <= mixed.engine_time.mixing_s < 5
+
+
+async def test_scoring_that_fails_or_is_cancelled_has_held_the_engine_too(
+    pool: Pool, tmp_path: Path, faults: Path
+) -> None:
+    async with running(pool, tmp_path, args={"score-ms": 200, "mix-ms": 50}) as engine:
+        total = EngineTimeTotal()
+        (faults / "score_error").write_text("500 no memory")
+        with pytest.raises(EngineError, match="scoring failed with status 500: no memory"):
+            await total.of(engine.score(mixture(pool, 0.5), examples()))
+        assert 0.19 <= total.time.scoring_s < 5
+        assert 0.04 <= total.time.mixing_s < 5
+        total = EngineTimeTotal()
+        job = asyncio.create_task(total.of(engine.score(mixture(pool, 0.25), examples())))
+
+        async def is_scoring() -> bool:
+            return engine._turns.num_in_flight == 1
+
+        await eventually(is_scoring)
+        await asyncio.sleep(0.1)
+        job.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await job
+        assert 0.09 <= total.time.scoring_s < 5
+        assert 0.04 <= total.time.mixing_s < 5
 
 
 async def test_materialise_makes_the_next_swap_a_copy(pool: Pool, tmp_path: Path, faults: Path) -> None:
@@ -483,4 +524,4 @@ async def test_messages_are_scored_through_the_pools_template(pool: Pool, tmp_pa
     start = len(tokenizer("[user] what\n", add_special_tokens=False).input_ids)
     recipe = one_hot(pool, "nq", dtype="float32")
     async with running(replace(pool, chat_template=template), tmp_path) as engine:
-        assert await engine.score(recipe, given) == [fake_loss(recipe.digest, ids, start)]
+        assert (await engine.score(recipe, given)).losses == [fake_loss(recipe.digest, ids, start)]

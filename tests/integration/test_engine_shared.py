@@ -17,11 +17,11 @@ from typing import Any, NoReturn
 import pytest
 
 from cocktail_serve.config import FakeEngineConfig
-from cocktail_serve.engines.fairness import Accounts
-from cocktail_serve.engines.occupancy import Occupancy
+from cocktail_serve.engines.fairness import TenantShares
+from cocktail_serve.engines.scheduling import SchedulerSnapshot
 from cocktail_serve.engines.stats import EngineStats
 from cocktail_serve.engines.turns.base import Turns, loop_time
-from cocktail_serve.engines.turns.hold import Hold, drained_error
+from cocktail_serve.engines.turns.hold import OperatorHold, drained_error
 from cocktail_serve.engines.turns.lease import Lease
 from cocktail_serve.engines.turns.slots import Slots
 from cocktail_serve.engines.turns.wait_queue import Waiter, WaitQueues
@@ -32,7 +32,7 @@ from cocktail_serve.engines.vllm.server import EngineServer
 from cocktail_serve.errors import CocktailError, EngineError, InvalidMixError, InvalidRequestError, ModelNotReadyError
 from cocktail_serve.pool import Pool
 from cocktail_serve.recipe import Recipe, one_hot
-from cocktail_serve.scoring.text import tokenize_examples
+from cocktail_serve.scoring.decoder import tokenize_examples
 from tests.fakes import make_fake_pool
 from tests.integration.test_engine_fake import (
     ask,
@@ -54,9 +54,9 @@ class SharedTurns:
     is_mixing = False
     is_draining = False
 
-    def __init__(self, accounts: Accounts, *, max_in_flight: int) -> None:
-        self._slots = Slots(accounts, max_in_flight=max_in_flight, gap_s=1.0)
-        self._hold = Hold()
+    def __init__(self, tenant_shares: TenantShares, *, max_in_flight: int) -> None:
+        self._slots = Slots(tenant_shares, max_in_flight=max_in_flight, gap_s=1.0)
+        self._hold = OperatorHold()
         self._queues = WaitQueues()
         self._in_flight: set[Lease] = set()
         self._is_up = False
@@ -81,8 +81,8 @@ class SharedTurns:
         self._hold.check_admits(recipe.digest)
         waiter = Waiter(
             recipe=recipe,
-            came=loop_time(),
-            arrived=loop_time(),
+            made_at=loop_time(),
+            ranked_from=loop_time(),
             tenant=tenant,
             num_tokens=num_tokens,
             admission=asyncio.get_running_loop().create_future(),
@@ -118,9 +118,9 @@ class SharedTurns:
         if is_drained:
             self._queues.requests.fail_all(drained_error)
 
-    def occupancy(self) -> Occupancy:
-        queues = self._queues.occupancy(loop_time(), reason=lambda _: "no_slot")
-        return Occupancy(None, self.num_in_flight, is_drained=self._hold.is_drained, queues=queues)
+    def snapshot(self) -> SchedulerSnapshot:
+        queues = self._queues.snapshot(loop_time(), reason=lambda _: "no_slot")
+        return SchedulerSnapshot(None, self.num_in_flight, is_drained=self._hold.is_drained, queues=queues)
 
     def give_back(self, lease: Lease) -> None:
         if lease in self._in_flight:
@@ -154,10 +154,11 @@ class SharedParameters(ResidentParameters):
         super().begin_life(server)
         self._ready.clear()
 
-    async def make_ready(self, recipe: Recipe) -> None:
+    async def make_ready(self, recipe: Recipe, *, since: float) -> float:
         if recipe.digest not in self._ready:
             assert await self.mix(recipe)
             self._ready.add(recipe.digest)
+        return await super().make_ready(recipe, since=since)
 
 
 @pytest.fixture(scope="module")
@@ -179,7 +180,7 @@ async def shared_engine(
     args = {"holds": "all", "faults": str(tmp_path / "faults"), **args}
     config = FakeEngineConfig.model_validate({"queue_timeout_s": 20, "max_model_len": 256, "args": args})
     stats = EngineStats()
-    turns: Turns = SharedTurns(Accounts(), max_in_flight=max_in_flight)
+    turns: Turns = SharedTurns(TenantShares(), max_in_flight=max_in_flight)
     parameters: Parameters = SharedParameters(pool.id, stats=stats)
     engine = VLLMEngine(pool, config, turns=turns, parameters=parameters, stats=stats, run_dir=tmp_path / "run")
     await engine.start()
@@ -198,11 +199,11 @@ async def test_two_recipes_are_in_flight_at_once(pool: Pool, tmp_path: Path, fau
         await first.wait()
         short = asyncio.create_task(stream(engine, other, "hello", max_tokens=20, first=second))
         await second.wait()
-        assert engine.occupancy().num_in_flight == 2
+        assert (await occupancy_of(engine)).num_in_flight == 2
         assert await short == expected(other, "hello", max_tokens=20)
         assert not long.done(), "the other recipe had to wait for its turn"
         assert await long == expected(one, "hello", max_tokens=150)
-        assert engine.occupancy().num_in_flight == 0
+        assert (await occupancy_of(engine)).num_in_flight == 0
         assert engine.stats.num_swaps_by_source == {"files": 2}
 
 
@@ -216,17 +217,18 @@ async def test_recipes_in_one_batch_never_cross(pool: Pool, tmp_path: Path, faul
                 assert await (stream if turn % 2 else ask)(engine, recipe, text) == expected(recipe, text)
 
         given, expert = examples(), one_hot(pool, "nq", dtype="float32")
-        losses, *_ = await asyncio.gather(engine.score(expert, given), *(client(number) for number in range(10)))
+        scored, *_ = await asyncio.gather(engine.score(expert, given), *(client(number) for number in range(10)))
         tokenized = tokenize_examples(make_decoder_tokenizer(), given, max_tokens=255)
-        assert losses == [fake_loss(expert.digest, e.token_ids, e.output_start) for e in tokenized]
+        assert scored.losses == [fake_loss(expert.digest, e.token_ids, e.output_start) for e in tokenized]
         assert engine.stats.num_restarts == 0
-        assert (engine.occupancy().num_in_flight, engine.occupancy().queues) == (0, ())
+        assert await occupancy_of(engine) == SchedulerSnapshot(phase=None, num_in_flight=0)
 
 
 async def test_what_was_ready_is_made_ready_again_in_the_next_life(pool: Pool, tmp_path: Path, faults: Path) -> None:
-    async with shared_engine(pool, tmp_path) as engine:
+    async with shared_engine(pool, tmp_path, **{"mix-ms": 50}) as engine:
         recipe = mixture(pool, 0.5)
-        await engine.materialise(recipe)
+        assert 0.04 <= (await engine.materialise(recipe)).engine_time.mixing_s < 5
+        assert (await engine.materialise(recipe)).engine_time.mixing_s == 0.0
         os.kill(processes_of(engine)[0].pid, signal.SIGKILL)
         await eventually(lambda: is_restarting(engine))
         assert await ask(engine, recipe, "hello") == expected(recipe, "hello")
@@ -239,7 +241,7 @@ async def test_a_recipe_that_cannot_be_made_ready_gives_its_slot_back(pool: Pool
         strike(faults, "mix_invalid")
         with pytest.raises(InvalidMixError):
             await ask(engine, mixture(pool, 0.5), "hello")
-        assert engine.occupancy().num_in_flight == 0
+        assert (await occupancy_of(engine)).num_in_flight == 0
         assert await ask(engine, mixture(pool, 0.5), "hello") == expected(mixture(pool, 0.5), "hello")
         engine.drain(True)
         with pytest.raises(ModelNotReadyError, match="drains this engine"):
@@ -250,3 +252,7 @@ async def test_a_recipe_that_cannot_be_made_ready_gives_its_slot_back(pool: Pool
 
 async def is_restarting(engine: VLLMEngine) -> bool:
     return engine.stats.num_restarts == 1
+
+
+async def occupancy_of(engine: VLLMEngine) -> SchedulerSnapshot:
+    return (await engine.snapshot(deadline_s=5)).scheduler

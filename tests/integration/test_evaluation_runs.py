@@ -13,7 +13,7 @@ from cocktail_serve.config import load_settings
 from cocktail_serve.errors import InvalidRequestError
 from cocktail_serve.evaluation.measure import Measuring, first_line
 from cocktail_serve.evaluation.report import Report
-from cocktail_serve.evaluation.runs import Entry, open_evaluation, run
+from cocktail_serve.evaluation.runs import RunEntry, open_evaluation, run
 from cocktail_serve.evaluation.systems import SYSTEMS, NotMade, find_systems
 from cocktail_serve.evaluation.tasks import load_task, sample_examples
 from tests.models import make_decoder, make_decoder_pool, make_encoder_pool, pool_section
@@ -60,9 +60,9 @@ def _write(path: Path, rows: list[dict]) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def entry(folder: Path, name: str, kind="decoder", target=None) -> Entry:
+def entry(folder: Path, name: str, kind="decoder", target=None) -> RunEntry:
     path = folder / "tasks" / name
-    return Entry(load_task(path, kind), sample_examples(path, kind), target)
+    return RunEntry(load_task(path, kind), sample_examples(path, kind), target)
 
 
 @pytest.fixture(scope="module")
@@ -146,7 +146,7 @@ def test_an_ensembles_loss_is_that_of_the_mean_probability(folder):
         measured = evaluation.measure("ensemble", ensemble, task.task).metrics["loss"]
         singles = {}
         from cocktail_serve.examples import ExampleSet, TextExample
-        from cocktail_serve.scoring.text import tokenize_examples
+        from cocktail_serve.scoring.decoder import tokenize_examples
 
         examples = ExampleSet.of(TextExample(row.input, row.output) for row in task.task.rows)
         tokenized = tokenize_examples(evaluation.backend.tokenizer, examples, max_tokens=63)
@@ -160,14 +160,16 @@ def test_an_ensembles_loss_is_that_of_the_mean_probability(folder):
 
 
 def test_an_ensemble_of_one_model_twice_says_what_the_model_says(folder):
-    from cocktail_serve.evaluation.backend import Part
+    from cocktail_serve.evaluation.backend import EnsemblePart
 
     settings = load_settings(folder / "config.yaml")
     with open_evaluation(settings, "flan") as evaluation:
         recipe = evaluation.make(SYSTEMS["base"], evaluation.occasion(entry(folder, "free"))).parts[0].recipe
         prompts = [evaluation.backend.tokenizer(text).input_ids for text in ("my card", "what is the capital of")]
-        alone = evaluation.backend.generate([Part(recipe, 1.0)], prompts, max_new_tokens=6)
-        twice = evaluation.backend.generate([Part(recipe, 0.4), Part(recipe, 0.6)], prompts, max_new_tokens=6)
+        alone = evaluation.backend.generate([EnsemblePart(recipe, 1.0)], prompts, max_new_tokens=6)
+        twice = evaluation.backend.generate(
+            [EnsemblePart(recipe, 0.4), EnsemblePart(recipe, 0.6)], prompts, max_new_tokens=6
+        )
     assert alone == twice
     assert all(alone)
 
@@ -180,7 +182,7 @@ def test_a_run_goes_on_where_it_was(everything, folder, monkeypatch):
     def refuse(*_, **__):
         raise AssertionError("what is kept was measured again")
 
-    monkeypatch.setattr("cocktail_serve.scoring.text.token_log_probs", refuse)
+    monkeypatch.setattr("cocktail_serve.scoring.decoder.token_log_probs", refuse)
     monkeypatch.setattr("cocktail_serve.evaluation.generation.generate", refuse)
     how = Measuring(max_new_tokens=4)
     with open_evaluation(settings, "flan", out=out, how=how, multitask=folder / "many") as evaluation:
@@ -233,7 +235,7 @@ def test_the_report_says_the_same_in_every_form(everything, tmp_path):
 def test_what_is_missing_is_said(folder):
     settings = load_settings(folder / "config.yaml")
     with open_evaluation(settings, "flan") as evaluation:
-        occasion = evaluation.occasion(Entry(load_task(folder / "tasks/free", "decoder")))
+        occasion = evaluation.occasion(RunEntry(load_task(folder / "tasks/free", "decoder")))
         for name in ("fine-tuned", "multitask", "lm-cocktail", "unified"):
             with pytest.raises(NotMade):
                 evaluation.make(SYSTEMS[name], occasion)

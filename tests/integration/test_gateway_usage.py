@@ -170,6 +170,17 @@ class TestJobs:
         eventually(lambda: bool(usage(http)), "the count of the job")
         assert usage(http)[0]["scoring_s"] > 0
 
+    def test_a_job_that_failed_is_counted_too(self, tenants: Tenants) -> None:
+        http = tenants.of("failed-jobs")
+        (tenants.live.faults / "score_error").write_text("400 not an example")
+        body = {"name": "refused", "pool": "flan", "examples": [{"input": "not so", "output": "yes"}] * 3}
+        failed = http.post("/v1/cocktails", params={"wait": "30"}, json=body)
+        assert (failed.status_code, failed.json()["error"]["message"]) == (400, "not an example")
+        eventually(lambda: bool(usage(http)), "the count of the job")
+        (row,) = usage(http)
+        assert row["model"].startswith("refused@")
+        assert 0.04 <= row["scoring_s"] < 20
+
     def test_a_dry_run_is_counted_under_its_pool(self, tenants: Tenants) -> None:
         http = tenants.of("dry")
         body = {"name": "tried", "pool": "flan", "examples": [{"input": "hardly", "output": "no"}]}

@@ -18,6 +18,8 @@ from tests.models import make_decoder_pool, pool_section
 
 LIBRARIES = {"torch", "transformers", "sentence_transformers"}
 
+ADMIN = "the-operators-own"
+
 MAX_RESIDENT_BYTES = 150 * 2**20
 
 EXAMPLES = [
@@ -66,7 +68,7 @@ class Watched:
         code = WATCH.format(libraries=LIBRARIES, is_missing=is_missing, file=str(self._file))
         (folder / "site").mkdir()
         (folder / "site" / "sitecustomize.py").write_text(code)
-        self.env = {"PYTHONPATH": ":".join([str(folder / "site"), *sys.path[1:]])}
+        self.env = {"PYTHONPATH": ":".join([str(folder / "site"), *sys.path[1:]]), "COCKTAIL_ADMIN_KEY": ADMIN}
 
     @property
     def imports(self) -> Mapping[int, set[str]]:
@@ -81,7 +83,7 @@ class Watched:
 def write_config(folder: Path, folders: Mapping[str, Path]) -> Path:
     section = pool_section("flan", "decoder", folders, {"type": "fake", "max_model_len": 256})
     path = folder / "config.yaml"
-    server = {"port": free_port()}
+    server = {"port": free_port(), "expert_roots": [str(folder)]}
     path.write_text(yaml.safe_dump({"server": server, "store": {"cache_dir": "cache"}, "pools": [section]}))
     return path
 
@@ -99,7 +101,7 @@ def ask(server: RunningServer, model: str) -> str:
 
 
 def test_neither_torch_nor_transformers_is_imported(tmp_path: Path, folders: Mapping[str, Path]) -> None:
-    """Though one expert has to be compared by what its settings mean, and examples are tokenised."""
+    """Though experts are compared by what their settings mean, one while it serves, and examples are tokenised."""
     other = tmp_path / "other"
     other.mkdir()
     for file in folders["nq"].iterdir():
@@ -117,12 +119,16 @@ def test_neither_torch_nor_transformers_is_imported(tmp_path: Path, folders: Map
         assert created["status"] == "ready"
         assert set(created["losses"]) == {"base", "ag-news", "nq", "other"}
         assert ask(server, "mine")
+        late = {"name": "late", "path": str(other)}
+        added = server.http.post("/admin/pools/flan/experts", json=late, headers={"authorization": f"Bearer {ADMIN}"})
+        assert added.status_code == 201, added.text
+        assert ask(server, "flan/late")
         mapped = {Path(each.path).name for each in gateway.memory_maps()}
     assert server.process.pid not in watched.imports
     assert not any("torch" in name for name in mapped)
     assert any(name.startswith("tokenizers") for name in mapped), "mapped files are seen"
     helpers = Counter(name for names in watched.imports.values() for name in names)
-    assert helpers["transformers"] == 2, "one process for the models, one for the tokenizer"
+    assert helpers["transformers"] == 3, "a process for the models, one for the tokenizer, one for the late expert"
 
 
 def test_an_installation_without_them_serves_decoders(tmp_path: Path, folders: Mapping[str, Path]) -> None:
@@ -156,14 +162,11 @@ def test_without_them_what_needs_them_names_the_extra(tmp_path: Path, folders: M
     encoders.write_text(yaml.safe_dump({"store": {"cache_dir": "cache"}, "pools": [section]}))
     weights = ("--pool", "flan", "--weights", "base=0.5,nq=0.5", "--method", "slerp", "--out", str(tmp_path / "out"))
     for words, said in (
-        (
-            ("serve", str(encoders)),
-            "pool 'bge': sentence-transformers is not installed: pip install 'cocktail-serve[encoders]'",
-        ),
-        (("mix", str(config), *weights), "torch is not installed: pip install 'cocktail-serve[encoders]'"),
+        (("serve", str(encoders)), "pool 'bge': sentence-transformers is not installed: "),
+        (("mix", str(config), *weights), "torch is not installed: "),
     ):
         command = [sys.executable, "-m", "cocktail_serve.cli", *words]
         ended = subprocess.run(command, env=watched.env, capture_output=True, text=True, check=False, timeout=60)
         assert ended.returncode == 2
-        assert said in ended.stderr
+        assert f"{said}pip install 'cocktail-serve[encoders]'" in ended.stderr
         assert "Traceback" not in ended.stderr

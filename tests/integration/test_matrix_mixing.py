@@ -23,8 +23,8 @@ from cocktail_serve.examples import ExampleSet, parse_examples
 from cocktail_serve.offline.weighing import weigh_offline
 from cocktail_serve.recipe import make_recipe
 from cocktail_serve.scoring.contrastive import contrastive_losses, texts_of
+from cocktail_serve.scoring.decoder import tokenize_examples
 from cocktail_serve.scoring.ranking import pairs_of, ranking_losses
-from cocktail_serve.scoring.text import tokenize_examples
 from tests.zoo.families import MAX_MODEL_LEN, Family, Zoo, cases
 from tests.zoo.making import BASE, BASE_RESAVED_BY_4, BASE_RESAVED_BY_5, FULL, LORA, RESAVED_BY_4, RESAVED_BY_5
 from tests.zoo.reference import answers

@@ -199,7 +199,8 @@ class TestScoring:
         async with running(folders) as engine:
             got = await engine.score(recipe_of(engine, WEIGHTS), parse_examples(rows, "reranker"))
         model = merged_apart(folders, WEIGHTS, torch.float32)
-        for loss, row in zip(got, rows, strict=True):
+        assert 0 < got.engine_time.scoring_s < 60
+        for loss, row in zip(got.losses, rows, strict=True):
             texts = [*row["pos"], *row["neg"]]
             logits = torch.from_numpy(predicted(model, row["query"], texts, activation_fn=torch.nn.Identity()))
             want = torch.nn.functional.cross_entropy(logits.double()[None], torch.tensor([0]))
@@ -213,7 +214,8 @@ class TestScoring:
                 await engine.check_examples(examples)
         async with running(folders, pool={"truncate": True}) as engine:
             await engine.check_examples(examples)
-            assert len(await engine.score(one_hot(engine.pool, "base", dtype="float32"), examples)) == 2
+            scored = await engine.score(one_hot(engine.pool, "base", dtype="float32"), examples)
+            assert len(scored.losses) == 2
 
 
 class TestRefuses:

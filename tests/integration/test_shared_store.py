@@ -29,7 +29,7 @@ async def pair(tmp_path: Path, database_url: str) -> AsyncIterator[Pair]:
 
 async def silenced(service: CocktailService) -> None:
     """What others see of a process that stands still: it learns nothing and gives no sign of life."""
-    await service._following.pause()
+    await service._cluster_loop.pause()
 
 
 async def test_what_one_makes_the_other_serves(pair: Pair) -> None:
@@ -37,7 +37,7 @@ async def test_what_one_makes_the_other_serves(pair: Pair) -> None:
     served = await pair.other.find("acme", "films")
     assert (served.model_id, served.recipe) == (ready.id, ready.recipe)
     assert await pair.other.look_up("acme", ready.id) == ready
-    assert pair.other.list("acme") == [ready]
+    assert pair.other.catalog.list("acme") == [ready]
     assert pair.there.scoring.visits == [], "nothing was measured again"
     other = await made(pair.one, pair.here.request("books", examples=[C]))
     assert await pair.other.examples("acme", other.id) == [C]
@@ -69,21 +69,21 @@ async def test_equal_requests_to_both_at_once_are_one_job(pair: Pair) -> None:
 async def test_the_newest_version_pins_and_deletions_are_the_same_in_both(pair: Pair) -> None:
     first = await made(pair.one, pair.here.request(seed=1))
     second = await made(pair.other, pair.there.request(seed=2))
-    await until(lambda: pair.one.resolve("acme", "films").model_id == second.id)
+    await until(lambda: pair.one.catalog.resolve("acme", "films").model_id == second.id)
     await pair.one.create("acme", pair.here.request(seed=1))
-    await until(lambda: pair.other.resolve("acme", "films").model_id == first.id)
+    await until(lambda: pair.other.catalog.resolve("acme", "films").model_id == first.id)
     await pair.other.set_current("acme", "films", second.id)
-    await until(lambda: pair.one.resolve("acme", "films").model_id == second.id)
+    await until(lambda: pair.one.catalog.resolve("acme", "films").model_id == second.id)
     await pair.one.set_current("acme", "films", None)
-    await until(lambda: pair.other.resolve("acme", "films").model_id == first.id)
+    await until(lambda: pair.other.catalog.resolve("acme", "films").model_id == first.id)
     await pair.other.set_current("acme", "films", second.id)
     await pair.one.delete("acme", second.id)
-    assert pair.one.resolve("acme", "films").model_id == first.id
-    await until(lambda: pair.other.resolve("acme", "films").model_id == first.id)
+    assert pair.one.catalog.resolve("acme", "films").model_id == first.id
+    await until(lambda: pair.other.catalog.resolve("acme", "films").model_id == first.id)
     with pytest.raises(NotFoundError):
         await pair.other.set_current("acme", "films", second.id)
     await pair.other.delete("acme", "films")
-    await until(lambda: pair.one.list("acme") == [])
+    await until(lambda: pair.one.catalog.list("acme") == [])
 
 
 async def test_the_other_frees_the_parameters_of_what_one_deletes(pair: Pair) -> None:
@@ -99,7 +99,7 @@ async def test_cancelling_and_deleting_ends_the_others_job(pair: Pair) -> None:
         created, _ = await pair.one.create("acme", pair.here.request())
         # "scoring" is told while its three calls are still on their way to the engine
         await until(lambda: pair.here.scoring.num_waiting == 3)
-        assert pair.one.get("acme", "films").status == "scoring"
+        assert pair.one.catalog.get("acme", "films").status == "scoring"
         dropped = pair.here.scoring.num_dropped
         await pair.other.look_up("acme", created.id)
         waiting = asyncio.create_task(pair.one.wait("acme", created.id, 10.0))
@@ -112,7 +112,7 @@ async def test_cancelling_and_deleting_ends_the_others_job(pair: Pair) -> None:
 async def test_a_job_is_taken_over_when_its_owner_stands_still_and_the_owner_can_no_longer_write(pair: Pair) -> None:
     pair.here.scoring.gate.clear()
     created, _ = await pair.one.create("acme", pair.here.request())
-    await until(lambda: pair.one.get("acme", created.id).status == "scoring")
+    await until(lambda: pair.one.catalog.get("acme", created.id).status == "scoring")
     await silenced(pair.one)
     await pair.other.look_up("acme", created.id)
     ready = await pair.other.wait("acme", created.id, 20.0)
@@ -120,7 +120,7 @@ async def test_a_job_is_taken_over_when_its_owner_stands_still_and_the_owner_can
     assert len(pair.there.scoring.visits) == 4
 
     # the owner wakes up, and measures something else before it hears of anything
-    assert pair.one.get("acme", created.id).status == "scoring"
+    assert pair.one.catalog.get("acme", created.id).status == "scoring"
     pair.here.scoring.loss_of = dict.fromkeys(pair.here.scoring.loss_of, 9.0)
     pair.here.scoring.gate.set()
     await until(lambda: not pair.one._jobs.is_running(created.uid))
@@ -131,14 +131,14 @@ async def test_a_job_is_taken_over_when_its_owner_stands_still_and_the_owner_can
 
 async def test_who_was_taken_for_dead_joins_again_and_owns_its_new_jobs(pair: Pair) -> None:
     await silenced(pair.one)
-    before = pair.one._following._peers.me
-    await until(lambda: before not in pair.other._following._peers._beats)
-    await pair.one._following.beat()
-    assert pair.one._following._peers.me != before
+    before = pair.one._cluster_loop._leases.me
+    await until(lambda: before not in pair.other._cluster_loop._leases._beats)
+    await pair.one._cluster_loop.beat()
+    assert pair.one._cluster_loop._leases.me != before
     pair.here.scoring.gate.clear()
     created, _ = await pair.one.create("acme", pair.here.request())
     await until(lambda: pair.one._jobs.is_running(created.uid))
-    assert (await pair.other.look_up("acme", created.id)).owner == pair.one._following._peers.me
+    assert (await pair.other.look_up("acme", created.id)).owner == pair.one._cluster_loop._leases.me
     pair.here.scoring.gate.set()
     assert (await pair.one.wait("acme", created.id, 10.0)).status == "ready"
 
@@ -150,9 +150,9 @@ async def test_who_leaves_hands_its_jobs_over_at_once(tmp_path: Path, database_u
         here.scoring.gate.clear()
         async with here.service(place="here") as one:
             created, _ = await one.create("acme", here.request())
-            await until(lambda: one.get("acme", created.id).status == "scoring")
+            await until(lambda: one.catalog.get("acme", created.id).status == "scoring")
         await other.look_up("acme", created.id)
-        await other._following.beat()
+        await other._cluster_loop.beat()
         assert (await other.wait("acme", created.id, 10.0)).status == "ready"
 
 
@@ -165,7 +165,7 @@ async def test_a_job_goes_only_to_a_gateway_whose_pool_is_as_it_was(tmp_path: Pa
         async with third.service(place="third") as last:
             async with here.service(place="here") as one:
                 created, _ = await one.create("acme", here.request())
-                await until(lambda: one.get("acme", created.id).status == "scoring")
+                await until(lambda: one.catalog.get("acme", created.id).status == "scoring")
             await last.look_up("acme", created.id)
             assert (await last.wait("acme", created.id, 10.0)).status == "ready"
         assert there.scoring.visits == []
@@ -196,25 +196,25 @@ async def test_two_that_change_at_once_lose_nothing(pair: Pair) -> None:
         *(drop(pair.other, pair.there, seed) for seed in range(2)),
     )
     for service in (pair.one, pair.other):
-        await service._registry.learn()
-    shown = pair.one.list("acme")
-    assert shown == pair.other.list("acme")
+        await service._registry.sync()
+    shown = pair.one.catalog.list("acme")
+    assert shown == pair.other.catalog.list("acme")
     kept = {pair.here.request(seed=seed).digest for seed in range(4)}
     assert kept <= {cocktail.digest for cocktail in shown}
     assert all(cocktail.status == "ready" for cocktail in shown if cocktail.digest in kept)
 
 
 async def test_one_of_them_sweeps(tmp_path: Path, database_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("cocktail_serve.cocktails.following.SWEEP_S", 0.0)
+    monkeypatch.setattr("cocktail_serve.cocktails.cluster_loop.SWEEP_S", 0.0)
     swept: list[str] = []
 
     async def note(self: CocktailService) -> None:
-        swept.append(self._following._peers.me)
+        swept.append(self._cluster_loop._leases.me)
 
     monkeypatch.setattr(CocktailService, "_sweep", note)
     worlds = [World(tmp_path / name, url=database_url) for name in ("here", "there")]
     async with worlds[0].service(place="here") as one, worlds[1].service(place="there") as other:
-        both = {service._following._peers.me: service for service in (one, other)}
+        both = {service._cluster_loop._leases.me: service for service in (one, other)}
         swept.clear()
         await until(lambda: len(swept) >= 4)
         (sweeper,) = set(swept)

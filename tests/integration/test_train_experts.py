@@ -16,7 +16,7 @@ from cocktail_serve.config import load_settings
 from cocktail_serve.examples import ExampleSet, parse_examples
 from cocktail_serve.pool import Pool
 from cocktail_serve.scoring.contrastive import contrastive_losses, texts_of
-from cocktail_serve.scoring.text import score_with_transformers, tokenize_examples
+from cocktail_serve.scoring.decoder import score_with_transformers, tokenize_examples
 from tests.models import CHAT_TEMPLATE, make_decoder, make_encoder
 
 TASKS = {

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from cocktail_serve.generation import ChatTemplate
+from cocktail_serve.generation_settings import ChatTemplate
 from tests.command_line import run
 from tests.models import make_chain_decoder, make_decoder, make_decoder_pool, make_encoder_pool
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from cocktail_serve.database.database import Database
-from cocktail_serve.usage.account import Use
+from cocktail_serve.usage.amounts import UsageAmount
 from cocktail_serve.usage.ledger import Ledger
 from cocktail_serve.usage.store import UsageStore
 from tests.command_line import answer, exit_code, refusal, write_config
@@ -29,7 +29,9 @@ def config(tmp_path: Path) -> Path:
         await database.open()
         ledger = Ledger(UsageStore(database), clock=lambda: NOW)
         for tenant, key_id, num_out in (("acme", "k1", 3), ("acme", "k2", 4), ("other", None, 5)):
-            ledger.add(tenant, key_id, "films@1a2b3c4d", "flan", Use(requests=1, tokens_in=1000, tokens_out=num_out))
+            ledger.add(
+                tenant, key_id, "films@1a2b3c4d", "flan", UsageAmount(requests=1, tokens_in=1000, tokens_out=num_out)
+            )
         await ledger.stop()
         await database.close()
 

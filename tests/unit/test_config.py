@@ -8,6 +8,7 @@ from typing import Any, get_args
 
 import pytest
 import yaml
+from platformdirs import user_data_path
 
 from cocktail_serve.config import (
     TEMPERATURES,
@@ -73,7 +74,8 @@ def test_defaults(load: Load, tmp_path: Path) -> None:
     assert (settings.defaults.alpha, settings.defaults.weighting) == (0.5, "softmax")
     assert {kind: settings.defaults.temperature_of(kind) for kind in TEMPERATURES} == TEMPERATURES
     assert set(TEMPERATURES) == set(get_args(Kind))
-    assert settings.store.database_url == f"sqlite:///{settings.store.cache_dir}/registry.sqlite"
+    assert settings.store.database_url == f"sqlite:///{user_data_path('cocktail-serve')}/registry.sqlite"
+    assert settings.store.former_registry_path == settings.store.cache_dir / "registry.sqlite"
     assert settings.store.cache_dir == Path("~/.cache/cocktail-serve").expanduser()
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from vllm_cocktail.fence import UNFENCED_PATHS, Fence, FenceMiddleware, Message, Receive, Scope, Send
+from vllm_cocktail.fence import UNFENCED_PATHS, ASGIMessage, ASGIScope, Fence, FenceMiddleware, Receive, Send
 
 A, B = "a" * 64, "b" * 64
 
@@ -29,7 +29,7 @@ class App:
         self.fails = False
         self.paths: list[str] = []
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def __call__(self, scope: ASGIScope, receive: Receive, send: Send) -> None:
         self.paths.append(scope.get("path", scope["type"]))
         self.entered.set()
         await self.finish.wait()
@@ -40,25 +40,25 @@ class App:
             await send({"type": "http.response.body", "body": b"{}"})
 
 
-def scope_of(path: str = "/v1/completions", *, recipe: str | None = None, **more: Any) -> Scope:
+def scope_of(path: str = "/v1/completions", *, recipe: str | None = None, **more: Any) -> ASGIScope:
     headers = [] if recipe is None else [(b"x-cocktail-recipe", recipe.encode())]
     return {"type": "http", "path": path, "root_path": "", "method": "POST", "headers": headers, **more}
 
 
-async def call(middleware: FenceMiddleware, scope: Scope) -> list[Message]:
-    sent: list[Message] = []
+async def call(middleware: FenceMiddleware, scope: ASGIScope) -> list[ASGIMessage]:
+    sent: list[ASGIMessage] = []
 
-    async def receive() -> Message:
+    async def receive() -> ASGIMessage:
         return {"type": "websocket.connect"}
 
-    async def send(message: Message) -> None:
+    async def send(message: ASGIMessage) -> None:
         sent.append(message)
 
     await middleware(scope, receive, send)
     return sent
 
 
-def header(message: Message, name: str) -> str | None:
+def header(message: ASGIMessage, name: str) -> str | None:
     return next((value.decode() for key, value in message["headers"] if key.decode() == name), None)
 
 
@@ -253,10 +253,10 @@ async def test_an_answer_names_the_recipe_that_gave_it_not_the_one_resident_at_i
 
 
 @pytest.mark.parametrize("scope", [scope_of("/health"), scope_of(recipe=A), {"type": "lifespan"}])
-async def test_the_app_hears_and_answers_the_client_itself(scope: Scope) -> None:
-    heard: list[Message] = []
+async def test_the_app_hears_and_answers_the_client_itself(scope: ASGIScope) -> None:
+    heard: list[ASGIMessage] = []
 
-    async def echo(scope: Scope, receive: Receive, send: Send) -> None:
+    async def echo(scope: ASGIScope, receive: Receive, send: Send) -> None:
         heard.append(await receive())
         await send({"type": "http.response.start", "status": 200})
         await send({"type": "http.response.body", "body": b"{}"})
@@ -271,7 +271,7 @@ async def test_the_app_hears_and_answers_the_client_itself(scope: Scope) -> None
 
 
 async def test_what_the_app_says_in_headers_stays() -> None:
-    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+    async def app(scope: ASGIScope, receive: Receive, send: Send) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": [(b"x-own", b"1")]})
 
     (start,) = await call(FenceMiddleware(app, open_fence()), scope_of(recipe=A))

@@ -8,9 +8,9 @@ import orjson
 import pytest
 
 from cocktail_serve.errors import EngineError, InvalidRequestError
-from cocktail_serve.gateway.answers import AnswerRewriter
+from cocktail_serve.gateway.answer_rewriter import AnswerRewriter
 from cocktail_serve.gateway.field_policy import FIELD_POLICY, Outgoing, apply_field_policy
-from cocktail_serve.generation import NEUTRAL_SAMPLING
+from cocktail_serve.generation_settings import NEUTRAL_SAMPLING
 
 CHAT: dict[str, Any] = {"model": "flan", "messages": [{"role": "user", "content": "hi"}]}
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from cocktail_serve.generation import ChatTemplate, GenerationSettings, ignores_end, mixed_settings
+from cocktail_serve.generation_settings import ChatTemplate, GenerationSettings, ignores_end, mixed_settings
 from cocktail_serve.pool import Member, Pool
 from cocktail_serve.recipe import make_recipe, one_hot, settings_of
 

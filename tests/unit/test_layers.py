@@ -20,7 +20,7 @@ NOUNS = {"errors", "digest", "dtypes", "ids", "kept_text", "pool", "methods", "r
     "examples",
     "example_rows",
     "chat_rows",
-    "generation",
+    "generation_settings",
     "loading",
     "library_process",
 }

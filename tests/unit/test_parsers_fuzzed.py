@@ -12,7 +12,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cocktail_serve.cocktails.request import parse_inline, parse_request
+from cocktail_serve.cocktails.parsing import parse_inline, parse_request
 from cocktail_serve.config import Settings, load_settings
 from cocktail_serve.errors import ClientError, ConfigError, InvalidExamplesError, InvalidRequestError
 from cocktail_serve.examples import parse_examples, read_jsonl

@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from cocktail_serve.dtypes import DType
 from cocktail_serve.merging.linear import merge_param
-from cocktail_serve.recipe import DType, Recipe
+from cocktail_serve.recipe import Recipe
 from vllm_cocktail.captured import CapturedExperts, capture
 
 MEMBERS = ("0" * 64, "1" * 64, "2" * 64)

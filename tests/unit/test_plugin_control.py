@@ -28,7 +28,7 @@ from cocktail_serve.recipe import Recipe, make_recipe, one_hot
 from vllm_cocktail.control import EngineControl
 from vllm_cocktail.fence import Fence
 from vllm_cocktail.manifest import Manifest
-from vllm_cocktail.reload_check import Answer
+from vllm_cocktail.reload_check import ProbeAnswer
 
 # before a test runs: vLLM asks the machine by processes while it is imported
 pytest.importorskip("vllm.sampling_params", reason="what is asked of the engine is in vLLM's own types")
@@ -382,16 +382,19 @@ async def test_a_reload_that_only_rounds_is_none() -> None:
 @pytest.mark.parametrize(
     ("other", "moved"),
     [
-        (Answer((5, 6, 7), (-1.0, -2.0, -3.0)), 0.0),
-        (Answer((5, 6, 7), (-1.0, -2.0, -3.5)), 0.5),
-        (Answer((5, 8, 9), (-1.0, -2.001, -9.0)), 0.001),  # a tie fell the other way, and what follows is another text
-        (Answer((5, 8, 9), (-1.0, -1.2, -9.0)), 0.8),
-        (Answer((5, 6, 7), (-1.0, math.nan, -3.0)), math.inf),
+        (ProbeAnswer((5, 6, 7), (-1.0, -2.0, -3.0)), 0.0),
+        (ProbeAnswer((5, 6, 7), (-1.0, -2.0, -3.5)), 0.5),
+        (
+            ProbeAnswer((5, 8, 9), (-1.0, -2.001, -9.0)),
+            0.001,
+        ),  # a tie fell the other way, and what follows is another text
+        (ProbeAnswer((5, 8, 9), (-1.0, -1.2, -9.0)), 0.8),
+        (ProbeAnswer((5, 6, 7), (-1.0, math.nan, -3.0)), math.inf),
     ],
     ids=["same", "moved", "tie", "other token", "nan"],
 )
-def test_how_far_an_answer_moved(other: Answer, moved: float) -> None:
-    assert Answer((5, 6, 7), (-1.0, -2.0, -3.0)).moved(other) == pytest.approx(moved)
+def test_how_far_an_answer_moved(other: ProbeAnswer, moved: float) -> None:
+    assert ProbeAnswer((5, 6, 7), (-1.0, -2.0, -3.0)).moved(other) == pytest.approx(moved)
 
 
 async def test_workers_that_hold_something_else_than_the_fence_says_poison() -> None:

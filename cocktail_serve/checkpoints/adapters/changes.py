@@ -11,7 +11,7 @@ from typing import Any
 
 from cocktail_serve.checkpoints.adapters.config import AdapterConfig
 from cocktail_serve.checkpoints.adapters.names import BaseNames
-from cocktail_serve.checkpoints.adapters.tensors import Part, sort_tensors
+from cocktail_serve.checkpoints.adapters.tensors import AdapterPart, sort_tensors
 from cocktail_serve.checkpoints.layout import read_config
 from cocktail_serve.checkpoints.reader import CheckpointReader, ties_embeddings
 from cocktail_serve.checkpoints.tensor_files import TensorSource
@@ -27,7 +27,7 @@ _IN_A_LAYER = re.compile(r".*\.\d+\..*")
 
 
 @dataclass(frozen=True, slots=True)
-class Pair:
+class FactorPair:
     """What is added to one parameter: `scaling * up @ down`.
 
     Attributes:
@@ -57,7 +57,7 @@ class Change:
     whole: str | None = None
     rows: tuple[str, tuple[int, ...]] | None = None
     bias: tuple[str, float] | None = None
-    pair: Pair | None = None
+    pair: FactorPair | None = None
 
     @property
     def is_computed(self) -> bool:
@@ -114,7 +114,7 @@ class ChangeFinder:
             raise CheckpointError(f"{self._folder} holds {parameter} twice and differently: {before!r} and {stored!r}")
         self._change(parameter, whole=before or stored)
 
-    def _take_parts(self, module: str, parts: Mapping[Part, str]) -> None:
+    def _take_parts(self, module: str, parts: Mapping[AdapterPart, str]) -> None:
         parameter = self._parameter_of(f"{module}.weight")
         if "rows" in parts:
             self._change(parameter, rows=(parts["rows"], self._tokens_of(module, parameter, parts["rows"])))
@@ -133,12 +133,12 @@ class ChangeFinder:
             raise CheckpointError(f"{self._folder} changes {parameter} twice, under two names; save it with peft again")
         self._changes[parameter] = replace(change, **part)
 
-    def _require_parts(self, module: str, parts: Mapping[Part, str]) -> None:
+    def _require_parts(self, module: str, parts: Mapping[AdapterPart, str]) -> None:
         """peft fills in what a file lacks with random numbers, and passes over what the configuration lacks."""
         if not {"down", "up"} <= parts.keys():
             raise CheckpointError(f"{self._folder}: {module} has only one of the factors lora_A and lora_B")
         is_embedding = parts["down"].endswith("lora_embedding_A")
-        wanted: tuple[tuple[Part, str, bool], ...] = (
+        wanted: tuple[tuple[AdapterPart, str, bool], ...] = (
             ("magnitude", "use_dora", self._config.is_dora),
             ("bias", "lora_bias", self._config.has_lora_bias and not is_embedding),
         )
@@ -149,7 +149,7 @@ class ChangeFinder:
                     f"{module} has {parts.get(part) or 'no such tensor'}; save the adapter with peft again"
                 )
 
-    def _pair_of(self, module: str, parameter: str, parts: Mapping[Part, str]) -> Pair:
+    def _pair_of(self, module: str, parameter: str, parts: Mapping[AdapterPart, str]) -> FactorPair:
         down, up = self._infos[parts["down"]].shape, self._infos[parts["up"]].shape
         if not (len(down) == len(up) == 2 and up[1] == down[0]):
             raise self._misfit(parameter, parts["up"], parts["down"])
@@ -166,7 +166,7 @@ class ChangeFinder:
         magnitude = parts.get("magnitude")
         if magnitude is not None and self._infos[magnitude].shape != (up[0],):
             raise self._misfit(parameter, magnitude)
-        return Pair(parts["down"], parts["up"], self._config.scaling_of(module), is_turned, magnitude)
+        return FactorPair(parts["down"], parts["up"], self._config.scaling_of(module), is_turned, magnitude)
 
     def _is_conv1d(self, module: str, *, is_turned_only: bool) -> bool:
         """peft looks at the layer and corrects a flag that says otherwise, so the flag decides for no known layer."""

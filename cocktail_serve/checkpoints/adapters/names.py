@@ -17,7 +17,7 @@ _WRAPPING_MODULE = "language_model."
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class AdaptedParameter:
     """A parameter of the model that an adapter was trained in.
 
     Attributes:
@@ -41,7 +41,7 @@ class BaseNames:
         self._folder = folder
         self._base = base
 
-    def place_of(self, name: str) -> Place:
+    def place_of(self, name: str) -> AdaptedParameter:
         """Where a parameter is stored: under its name; under one that begins otherwise, since classes put prefixes such
         as `model.` before it; or under one that transformers renames to it, or to what it is tied to.
 
@@ -50,7 +50,7 @@ class BaseNames:
         """
         found = [name] if name in self._base.tensors else self._ends.find(name)
         if len(found) == 1:
-            return Place(found[0], found[0])
+            return AdaptedParameter(found[0], found[0])
         if not found:
             found = self._held_as(name)
         if len(found) != 1:
@@ -59,7 +59,7 @@ class BaseNames:
                 + (f"holds as {found}" if found else "does not hold: it is the adapter of another model or model class")
             )
         is_tied = len(self.library.sharing(found[0])) > 1
-        return Place(self.library.name_of(name) if is_tied else found[0], found[0])
+        return AdaptedParameter(self.library.name_of(name) if is_tied else found[0], found[0])
 
     def _held_as(self, name: str) -> list[str]:
         """The tensors that transformers makes the same parameter of."""

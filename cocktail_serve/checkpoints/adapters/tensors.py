@@ -12,10 +12,10 @@ from cocktail_serve.checkpoints.tensor_files import TensorInfo
 from cocktail_serve.dtypes import ITEM_BYTES
 from cocktail_serve.errors import CheckpointError
 
-Part = Literal["down", "up", "bias", "magnitude", "rows"]
+AdapterPart = Literal["down", "up", "bias", "magnitude", "rows"]
 """A, B and B's bias, DoRA's magnitudes, and rows of single tokens."""
 
-_PARTS: Mapping[str, Part] = {
+_PARTS: Mapping[str, AdapterPart] = {
     "lora_A.weight": "down",
     "lora_embedding_A": "down",
     "lora_B.weight": "up",
@@ -38,7 +38,9 @@ _WRAPPER = re.compile(r"\.(?:(?:token_adapter\.)?base_layer|modules_to_save)\.")
 """What peft puts between a module it wraps and the module's own parameters."""
 
 
-def sort_tensors(folder: Path, infos: Mapping[str, TensorInfo]) -> tuple[dict[str, str], dict[str, dict[Part, str]]]:
+def sort_tensors(
+    folder: Path, infos: Mapping[str, TensorInfo]
+) -> tuple[dict[str, str], dict[str, dict[AdapterPart, str]]]:
     """Stored names by what they are.
 
     Returns:
@@ -49,7 +51,7 @@ def sort_tensors(folder: Path, infos: Mapping[str, TensorInfo]) -> tuple[dict[st
         CheckpointError: a tensor that is nothing of LoRA, or of a dtype that cannot be folded.
     """
     wholes: dict[str, str] = {}
-    modules: dict[str, dict[Part, str]] = {}
+    modules: dict[str, dict[AdapterPart, str]] = {}
     for stored, info in infos.items():
         name = stored.removeprefix(_PREFIX)
         if _UNUSED.fullmatch(name):

@@ -9,13 +9,13 @@ from typing import Annotated
 import typer
 
 from cocktail_serve.cli.doctor.configuration import check_config
-from cocktail_serve.cli.doctor.finding import Status
+from cocktail_serve.cli.doctor.finding import CheckStatus
 from cocktail_serve.cli.doctor.installation import check_installation
 from cocktail_serve.cli.doctor.machine import check_machine
 from cocktail_serve.cli.options import AsJSON
 from cocktail_serve.cli.terminal import print_json, progress, stdout
 
-_MARKS: dict[Status, tuple[str, str]] = {"ok": ("✓", "green"), "warning": ("!", "yellow"), "problem": ("✗", "red")}
+_MARKS: dict[CheckStatus, tuple[str, str]] = {"ok": ("✓", "green"), "warning": ("!", "yellow"), "problem": ("✗", "red")}
 
 
 def doctor(

@@ -131,7 +131,9 @@ def _check_registry(settings: Settings, pools: dict[str, Pool]) -> list[Check]:
     try:
         with registry_url(settings.store, may_move=False) as url:
             database = Database(url)
-            where = str(url.database) if database.is_sqlite else url.render_as_string(hide_password=True)
+            where = (
+                str(database.url.database) if database.is_sqlite else database.url.render_as_string(hide_password=True)
+            )
             if database.is_sqlite and not Path(where).exists():
                 return [Check(name, "ok", f"not there yet: made at the first start, in {where}")]
             left_out = asyncio.run(_added_but_left_out(database, settings, pools))

@@ -8,7 +8,7 @@ from typing import Literal
 
 from cocktail_serve.errors import CocktailError
 
-Status = Literal["ok", "warning", "problem"]
+CheckStatus = Literal["ok", "warning", "problem"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,12 +21,12 @@ class Check:
     """
 
     name: str
-    status: Status
+    status: CheckStatus
     detail: str
     fix: str = ""
 
 
-def tried(name: str, look: Callable[[], str], *, status: Status = "problem") -> Check:
+def tried(name: str, look: Callable[[], str], *, status: CheckStatus = "problem") -> Check:
     """What a look found, or the error that it ended in, with that status."""
     try:
         return Check(name, "ok", look())

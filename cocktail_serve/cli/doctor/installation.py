@@ -32,7 +32,7 @@ def check_installation() -> Iterator[Check]:
             else Check(
                 package,
                 "warning",
-                "not installed: encoders and rerankers cannot be served, and no models mixed from the command line",
+                "not installed: encoders and rerankers cannot be served, nor examples scored",
                 INSTALL_ENCODERS,
             )
         )

@@ -17,7 +17,7 @@ from typing import Any, Generic, TypeVar
 
 import numpy as np
 
-from cocktail_serve.engines.fairness import MAX_KEPT, Accounts
+from cocktail_serve.engines.fairness import MAX_KEPT, TenantShares
 
 MAX_WINDOW = 256
 """Inputs looked at when a batch is formed: enough to find company of like length, few enough to sort in no time."""
@@ -55,7 +55,7 @@ class PassLimits:
 
 
 @dataclass(eq=False, slots=True)
-class Job:
+class ForwardJob:
     """One request's inputs on their way through the model.
 
     Attributes:
@@ -100,7 +100,7 @@ class Job:
         return self.num_missing == 0
 
 
-J = TypeVar("J", bound=Job)
+J = TypeVar("J", bound=ForwardJob)
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,7 +132,7 @@ class Batch(Generic[J]):
         return [job for job, _ in self.entries]
 
 
-class Call:
+class ThreadCall:
     """Something to do between two passes on a thread that computes."""
 
     def __init__(self, function: Callable[[], Any]) -> None:
@@ -182,7 +182,7 @@ class _Lane(Generic[J]):
     def __init__(self, limits: PassLimits) -> None:
         self._limits = limits
         self._contended_limits = replace(limits, max_tokens=max(1, limits.max_tokens // CONTENDED_SHARE))
-        self._accounts = Accounts()
+        self._tenant_shares = TenantShares()
         self._served_at: dict[str, float] = {}  # when a pass of a tenant last began or ended; a second at least
         self._turns: dict[str, OrderedDict[Hashable, deque[J]]] = {}
 
@@ -217,11 +217,11 @@ class _Lane(Generic[J]):
         waiting = [name for name, turns in self._turns.items() if _has_work(turns)]
         if not waiting or not set(waiting).issubset(computed):
             return 0.0
-        least = min(self._accounts.of(name, now).recent(now) for name in waiting)
+        least = min(self._tenant_shares.of(name, now).recent(now) for name in waiting)
         left_s = 0.0
         for name, served_at in self._served_at.items():
             kept_s = HOLD_S if name in overtaking else served_at + HOLD_S - now
-            if kept_s > left_s and name not in computed and self._accounts.of(name, now).recent(now) < least:
+            if kept_s > left_s and name not in computed and self._tenant_shares.of(name, now).recent(now) < least:
                 left_s = kept_s
         return left_s
 
@@ -259,7 +259,7 @@ class _Lane(Generic[J]):
     def _next_tenant(self, now: float) -> str | None:
         """The tenant served least lately of those who wait, with a job that is not over at the head of its turns."""
         while self._turns:
-            tenant = min(self._turns, key=lambda name: self._accounts.of(name, now).recent(now))
+            tenant = min(self._turns, key=lambda name: self._tenant_shares.of(name, now).recent(now))
             turns = self._turns[tenant]
             key, jobs = next(iter(turns.items()))
             while jobs and jobs[0].is_over:
@@ -312,7 +312,7 @@ class _Lane(Generic[J]):
         for job, indices in chosen.items():
             job.started_at = job.started_at or now
             num_tokens = sum(len(job.token_ids[index]) for index in indices)
-            self._accounts.of(job.tenant, now).charge(num_tokens, now)
+            self._tenant_shares.of(job.tenant, now).charge(num_tokens, now)
             self._note_served(job.tenant, now)
             taken = set(indices)
             # A pass takes from the window only, so only the head of a long list has to be gone through.
@@ -320,7 +320,7 @@ class _Lane(Generic[J]):
         return Batch(key, list(chosen.items()))
 
 
-def _has_work(turns: Mapping[Hashable, Iterable[Job]]) -> bool:
+def _has_work(turns: Mapping[Hashable, Iterable[ForwardJob]]) -> bool:
     return any(not job.is_over for job in chain.from_iterable(turns.values()))
 
 
@@ -342,7 +342,7 @@ class BatchQueue(Generic[J]):
         self._traffic: _Lane[J] = _Lane(limits)
         self._background: _Lane[J] = _Lane(limits)
         self._num_takers = num_takers
-        self._calls: tuple[deque[Call], ...] = tuple(deque() for _ in range(num_takers + overtakes))
+        self._calls: tuple[deque[ThreadCall], ...] = tuple(deque() for _ in range(num_takers + overtakes))
         lock = threading.RLock()
         self._condition = threading.Condition(lock)
         self._overtaking = threading.Condition(lock)  # what the last thread waits on
@@ -365,7 +365,7 @@ class BatchQueue(Generic[J]):
 
     def call_each(self, functions: Sequence[Callable[[], Any]]) -> list[Future[Any]]:
         """Runs one function on each taker's thread before its next batch; cancelled where the queue is closed."""
-        calls = [Call(function) for function in functions]
+        calls = [ThreadCall(function) for function in functions]
         with self._condition:
             for waiting, call in zip(self._calls, calls, strict=True):
                 if self._is_closed:
@@ -375,7 +375,7 @@ class BatchQueue(Generic[J]):
             self._wake_all()
         return [call.future for call in calls]
 
-    def take(self, taker: int = 0) -> Batch[J] | Call | None:
+    def take(self, taker: int = 0) -> Batch[J] | ThreadCall | None:
         """Waits for work; None once the queue is closed.
 
         Args:

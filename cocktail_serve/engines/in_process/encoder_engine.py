@@ -11,17 +11,18 @@ from typing import ClassVar, Literal, cast
 import numpy as np
 
 from cocktail_serve.engines.base import Embedded
+from cocktail_serve.engines.engine_time import CallTimer
 from cocktail_serve.engines.in_process.batching import Batch
 from cocktail_serve.engines.in_process.encoder_model import Encoder
 from cocktail_serve.engines.in_process.engine import PROBES, SentenceTransformersEngine
-from cocktail_serve.engines.in_process.pipeline import ModelRequest
+from cocktail_serve.engines.in_process.pipeline import ModelJob
 from cocktail_serve.errors import ConfigError, ContextLengthError, InvalidRequestError
 from cocktail_serve.examples import ExampleSet, RetrievalExample
 from cocktail_serve.recipe import Recipe
 
 
 @dataclass(eq=False, slots=True, kw_only=True)
-class EmbeddingRequest(ModelRequest[Encoder]):
+class EmbeddingJob(ModelJob[Encoder]):
     """Texts (or token ids) to embed.
 
     Attributes:
@@ -52,7 +53,7 @@ class EmbeddingRequest(ModelRequest[Encoder]):
         self.prompt_length = model.prompt_length(self.prompt)
         return token_ids
 
-    def forward(self, model: Encoder, batch: Batch[EmbeddingRequest]) -> np.ndarray:
+    def forward(self, model: Encoder, batch: Batch[EmbeddingJob]) -> np.ndarray:
         return model.forward(batch.token_ids, prompt_length=self.prompt_length)
 
     def finish(self, model: Encoder) -> None:
@@ -64,12 +65,14 @@ class EncoderEngine(SentenceTransformersEngine[Encoder]):
     """An `EmbeddingEngine`."""
 
     kind: ClassVar[Literal["encoder"]] = "encoder"
-    _model_class = Encoder
 
     @property
     def dimension(self) -> int:
         """Size of an embedding. Raises ModelNotReadyError until the model is loaded."""
         return self._loaded.dimension
+
+    def _open_model(self) -> Encoder:
+        return Encoder(self.pool.base.path, dtype=self.dtype, device=self._device)
 
     def _check_model(self, encoder: Encoder) -> None:
         config = self._pool_config
@@ -124,15 +127,18 @@ class EncoderEngine(SentenceTransformersEngine[Encoder]):
         background: bool = False,
         tenant: str = "",
     ) -> Embedded:
-        encoder = await self._ready()
-        self._check_recipe(recipe)
-        truncate_to = self._truncation(encoder, truncate_to, is_pair=False)
-        if dimensions is not None and not 1 <= dimensions <= encoder.dimension:
-            raise InvalidRequestError(
-                f"dimensions must lie between 1 and {encoder.dimension}, got {dimensions}", param="dimensions"
+        with CallTimer() as timer:
+            encoder = await self._ready()
+            self._check_recipe(recipe)
+            truncate_to = self._truncation(encoder, truncate_to, is_pair=False)
+            if dimensions is not None and not 1 <= dimensions <= encoder.dimension:
+                raise InvalidRequestError(
+                    f"dimensions must lie between 1 and {encoder.dimension}, got {dimensions}", param="dimensions"
+                )
+            if not inputs:
+                return Embedded(np.empty((0, dimensions or encoder.dimension), dtype=np.float32), 0)
+            make = partial(EmbeddingJob, inputs=inputs, prompt=prompt, truncate_to=truncate_to, dimensions=dimensions)
+            vectors, num_tokens = await self._compute(
+                recipe, len(inputs), make, timer, background=background, tenant=tenant
             )
-        if not inputs:
-            return Embedded(np.empty((0, dimensions or encoder.dimension), dtype=np.float32), 0)
-        make = partial(EmbeddingRequest, inputs=inputs, prompt=prompt, truncate_to=truncate_to, dimensions=dimensions)
-        vectors, num_tokens = await self._compute(recipe, len(inputs), make, background=background, tenant=tenant)
-        return Embedded(vectors, num_tokens)
+            return Embedded(vectors, num_tokens, timer.time)

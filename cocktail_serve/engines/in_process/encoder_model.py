@@ -14,10 +14,10 @@ from torch import Tensor
 
 from cocktail_serve.checkpoints.layout import read_modules
 from cocktail_serve.checkpoints.naming import POOLER
+from cocktail_serve.dtypes import DType
 from cocktail_serve.engines.in_process.packing import Packing
 from cocktail_serve.engines.in_process.swappable import SwappableModel
 from cocktail_serve.errors import ConfigError
-from cocktail_serve.recipe import DType
 
 _LAST_HIDDEN_STATE = {"method": "forward", "method_output_name": "last_hidden_state"}
 """What sentence-transformers makes token embeddings of, unless it is told otherwise."""

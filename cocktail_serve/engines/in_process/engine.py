@@ -13,18 +13,19 @@ import time
 from abc import abstractmethod
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, ClassVar, Generic, TypeVar, cast
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import torch
 
 from cocktail_serve.config import PoolConfig, SentenceTransformersEngineConfig
-from cocktail_serve.engines.effort import spend
+from cocktail_serve.engines.base import Materialised
+from cocktail_serve.engines.engine_time import CallTimer
 from cocktail_serve.engines.in_process.batching import PassLimits
-from cocktail_serve.engines.in_process.parameter_cache import Mixture, ParameterCache, Params
-from cocktail_serve.engines.in_process.pipeline import ModelRequest, Pipeline, give_way
+from cocktail_serve.engines.in_process.parameter_cache import CachedMixture, ParameterCache, Params
+from cocktail_serve.engines.in_process.pipeline import ModelJob, Pipeline, give_way
 from cocktail_serve.engines.in_process.swappable import SwappableModel
-from cocktail_serve.engines.occupancy import OPERATOR_RETRY_S, Occupancy
+from cocktail_serve.engines.scheduling import OPERATOR_RETRY_S, SchedulerSnapshot
 from cocktail_serve.engines.snapshot import EngineSnapshot, EngineState
 from cocktail_serve.engines.start_failures import REMEDY
 from cocktail_serve.engines.stats import EngineStats
@@ -38,7 +39,7 @@ from cocktail_serve.errors import (
 )
 from cocktail_serve.examples import ExampleSet
 from cocktail_serve.pool import BASE, Pool
-from cocktail_serve.recipe import DType, Recipe, one_hot
+from cocktail_serve.recipe import Recipe, one_hot
 
 logger = logging.getLogger(__name__)
 
@@ -75,14 +76,12 @@ class SentenceTransformersEngine(Generic[M]):
     away under the server.
     """
 
-    _model_class: ClassVar[type[SwappableModel]]
-
     def __init__(self, pool: Pool, pool_config: PoolConfig) -> None:
         config = pool_config.engine
         if not isinstance(config, SentenceTransformersEngineConfig):
             raise ConfigError(f"pool {pool.id!r}: engine.type must be sentence_transformers, not {config.type!r}")
         self.pool = pool
-        self.dtype: DType = cast(DType, pool.base.dtype) if config.dtype == "auto" else config.dtype
+        self.dtype = config.dtype_over(pool.base)
         self.stats = EngineStats()
         self._config = config
         self._pool_config = pool_config
@@ -92,7 +91,7 @@ class SentenceTransformersEngine(Generic[M]):
         self._members = pool.by_fingerprint
         num_passes, threads_per_pass = _passes(self._device, config.concurrent_passes)
         overtakes = self._device.type == "cpu"  # a GPU computes what it is given in order
-        self._pipeline: Pipeline[M, ModelRequest[M]] = Pipeline(
+        self._pipeline: Pipeline[M, ModelJob[M]] = Pipeline(
             pool.id,
             self._load,
             num_passes=num_passes,
@@ -159,7 +158,7 @@ class SentenceTransformersEngine(Generic[M]):
             state,
             num_queued=self._num_waiting,
             detail=detail,
-            occupancy=Occupancy(phase=None, num_in_flight=self._num_requests, is_drained=self._is_drained),
+            scheduler=SchedulerSnapshot(phase=None, num_in_flight=self._num_requests, is_drained=self._is_drained),
             counters=self.stats.copy(),
         )
 
@@ -179,24 +178,34 @@ class SentenceTransformersEngine(Generic[M]):
     @abstractmethod
     async def check_examples(self, examples: ExampleSet) -> None: ...
 
-    async def materialise(self, recipe: Recipe) -> None:
-        await self._ready()
-        self._check_recipe(recipe)
-        started = time.monotonic()
-        self._cache.release(await self._cache.lease(recipe))
-        spend(mixing_s=time.monotonic() - started)
+    async def materialise(self, recipe: Recipe) -> Materialised:
+        with CallTimer() as timer:
+            await self._ready()
+            self._check_recipe(recipe)
+            started = time.monotonic()
+            self._cache.release(await self._cache.lease(recipe))
+            timer.add(mixing_s=time.monotonic() - started)
+        return Materialised(timer.time)
 
     def forget(self, recipe_digest: str) -> None:
         if self._model is not None:
             self._cache.forget(recipe_digest)
 
     async def _compute(
-        self, recipe: Recipe, num_inputs: int, make: Callable[..., ModelRequest[M]], *, background: bool, tenant: str
+        self,
+        recipe: Recipe,
+        num_inputs: int,
+        make: Callable[..., ModelJob[M]],
+        timer: CallTimer,
+        *,
+        background: bool,
+        tenant: str,
     ) -> tuple[np.ndarray, int]:
         """Runs a request through the model under a recipe.
 
         Args:
             make: the request, given what all requests have.
+            timer: told how long background work took.
 
         Returns:
             What it computed, `[N, D]` float32, and the tokens it read.
@@ -216,7 +225,7 @@ class SentenceTransformersEngine(Generic[M]):
             finally:
                 self._cache.release(mixture)
             if background and request.started_at is not None:
-                spend(scoring_s=time.monotonic() - request.started_at)
+                timer.add(scoring_s=time.monotonic() - request.started_at)
         return rows, request.num_tokens
 
     @property
@@ -272,7 +281,7 @@ class SentenceTransformersEngine(Generic[M]):
         model.tokenizer.check_truncation(cut, is_pair=is_pair)
         return cut
 
-    async def _lease(self, recipe: Recipe, background: bool) -> Mixture:
+    async def _lease(self, recipe: Recipe, background: bool) -> CachedMixture:
         is_ready = self._cache.is_ready(recipe.digest)
         self.stats.num_cache_hits += is_ready
         self.stats.num_cache_misses += not is_ready
@@ -284,7 +293,7 @@ class SentenceTransformersEngine(Generic[M]):
         except TimeoutError:
             raise self._queue_timeout() from None
 
-    async def _run(self, request: ModelRequest[M], arrived_at: float) -> np.ndarray:
+    async def _run(self, request: ModelJob[M], arrived_at: float) -> np.ndarray:
         """Waits for the request; one whose caller goes, or whose turn does not come in time, is taken back."""
         timer = None
         if not request.background:
@@ -301,7 +310,7 @@ class SentenceTransformersEngine(Generic[M]):
             self.stats.wait.observe(request.started_at - arrived_at)
         return rows
 
-    def _expire(self, request: ModelRequest[M]) -> None:
+    def _expire(self, request: ModelJob[M]) -> None:
         if request.started_at is None and not request.handle.done():
             request.abandoned = True
             request.handle.set_exception(self._queue_timeout())
@@ -325,7 +334,7 @@ class SentenceTransformersEngine(Generic[M]):
         await asyncio.gather(*map(asyncio.wrap_future, self._pipeline.call_each(lambda model: model.unbind(params))))
 
     def _load(self) -> M:
-        model = cast(M, self._model_class(self.pool.base.path, dtype=self.dtype, device=self._device))
+        model = self._open_model()
         if model.mixture_bytes > self._config.cache_bytes:
             raise ConfigError(
                 f"pool {self.pool.id!r}: engine.cache_bytes is {self._config.cache_bytes}, but the parameters of one "
@@ -336,6 +345,10 @@ class SentenceTransformersEngine(Generic[M]):
         with torch.inference_mode():
             self._check_model(model)
         return model
+
+    @abstractmethod
+    def _open_model(self) -> M:
+        """The base's model, on the device of the engine."""
 
     @abstractmethod
     def _check_model(self, model: M) -> None:
@@ -380,7 +393,7 @@ class SentenceTransformersEngine(Generic[M]):
             self._state, self._failure = "restarting", error
             self._is_settled.set()
 
-    def _on_over(self, requests: list[ModelRequest[M]]) -> None:
+    def _on_over(self, requests: list[ModelJob[M]]) -> None:
         for request in requests:
             if request.handle.done():
                 continue

@@ -10,7 +10,7 @@ from tokenizers import Encoding, Tokenizer
 
 from cocktail_serve.errors import ConfigError, ContextLengthError, InvalidRequestError
 
-Pair = tuple[str, str]
+TextPair = tuple[str, str]
 """Two texts that the model reads together, as query and document."""
 
 
@@ -58,7 +58,7 @@ class InputTokenizer:
         return [encoding.ids for encoding in self._encode(texts, truncate_to)]
 
     def encode_pairs(
-        self, pairs: Sequence[Pair], *, truncate_to: int | None = None
+        self, pairs: Sequence[TextPair], *, truncate_to: int | None = None
     ) -> tuple[list[list[int]], list[list[int]] | None]:
         """Token ids and token types of each pair; where it is cut, the longer text goes first, token by token.
 
@@ -72,7 +72,7 @@ class InputTokenizer:
         types = [encoding.type_ids for encoding in encodings] if self.has_token_types else None
         return [encoding.ids for encoding in encodings], types
 
-    def shorten_pairs(self, pairs: Sequence[Pair], max_tokens: tuple[int | None, int | None]) -> Sequence[Pair]:
+    def shorten_pairs(self, pairs: Sequence[TextPair], max_tokens: tuple[int | None, int | None]) -> Sequence[TextPair]:
         """Pairs whose first and second texts have at most so many tokens, special tokens not counted; None: any.
 
         Texts are cut at their end, on whole characters.
@@ -109,7 +109,7 @@ class InputTokenizer:
             self._tokenizer.enable_truncation(truncate_to, direction=self._truncation_side)
         self._truncate_to = truncate_to
 
-    def _encode(self, inputs: Sequence[str] | Sequence[Pair], truncate_to: int | None) -> list[Encoding]:
+    def _encode(self, inputs: Sequence[str] | Sequence[TextPair], truncate_to: int | None) -> list[Encoding]:
         self._set_truncation(truncate_to)
         try:
             return self._tokenizer.encode_batch_fast(list(inputs))
@@ -180,7 +180,7 @@ def _within(backend: Tokenizer, vocab_size: int) -> Tokenizer:
     return Tokenizer.from_str(json.dumps(content))
 
 
-def check_encodable(inputs: Sequence[str] | Sequence[Pair]) -> None:
+def check_encodable(inputs: Sequence[str] | Sequence[TextPair]) -> None:
     """Raises InvalidRequestError for a lone surrogate, which JSON can carry and UTF-8 cannot."""
     for index, texts in enumerate(inputs):
         for text in (texts,) if isinstance(texts, str) else texts:

@@ -21,7 +21,7 @@ Params = dict[str, Any]
 
 
 @dataclass(eq=False, slots=True)
-class Mixture:
+class CachedMixture:
     """The parameters of one recipe.
 
     Attributes:
@@ -62,8 +62,8 @@ class ParameterCache:
         self._num_bytes = 0
         self._is_closed = False
         self._num_leaving = 0  # retired, mixed, not free yet
-        self._listed: OrderedDict[str, Mixture] = OrderedDict()
-        self._pinned: dict[str, Mixture] = {}
+        self._listed: OrderedDict[str, CachedMixture] = OrderedDict()
+        self._pinned: dict[str, CachedMixture] = {}
         self._room = asyncio.Lock()
         self._changed = asyncio.Event()  # a mixture was freed, or can be from now on
         self._tasks: set[asyncio.Task[None]] = set()
@@ -85,9 +85,9 @@ class ParameterCache:
 
     def pin(self, digest: str, params: Params) -> None:
         """Lists parameters that stay for good and are not counted: the model's own."""
-        self._pinned[digest] = Mixture(digest, params)
+        self._pinned[digest] = CachedMixture(digest, params)
 
-    async def lease(self, recipe: Recipe) -> Mixture:
+    async def lease(self, recipe: Recipe) -> CachedMixture:
         """The mixture of a recipe, mixed if need be, once for all who wait; give it back with `release`.
 
         Raises:
@@ -98,7 +98,7 @@ class ParameterCache:
             raise ModelNotReadyError("the engine is shutting down")
         mixture = self._pinned.get(recipe.digest) or self._listed.get(recipe.digest)
         if mixture is None:
-            mixture = self._listed[recipe.digest] = Mixture(recipe.digest, {})
+            mixture = self._listed[recipe.digest] = CachedMixture(recipe.digest, {})
             mixture.mixing = self._spawn(self._fill(mixture, recipe))
         elif recipe.digest in self._listed:
             self._listed.move_to_end(recipe.digest)
@@ -113,7 +113,7 @@ class ParameterCache:
                 raise
         return mixture
 
-    def release(self, mixture: Mixture) -> None:
+    def release(self, mixture: CachedMixture) -> None:
         mixture.num_users -= 1
         self._free_if_unused(mixture)
 
@@ -134,7 +134,7 @@ class ParameterCache:
         self._listed.clear()
         self._pinned.clear()
 
-    async def _fill(self, mixture: Mixture, recipe: Recipe) -> None:
+    async def _fill(self, mixture: CachedMixture, recipe: Recipe) -> None:
         try:
             async with self._room:  # in the order of arrival
                 await self._make_room()
@@ -167,11 +167,11 @@ class ParameterCache:
                     self.forget(next((mixture for mixture in filled if not mixture.num_users), filled[0]).digest)
             await self._changed.wait()
 
-    def _free_if_unused(self, mixture: Mixture) -> None:
+    def _free_if_unused(self, mixture: CachedMixture) -> None:
         if mixture.is_retired and not mixture.num_users and mixture.params:
             self._spawn(self._free(mixture))
 
-    async def _free(self, mixture: Mixture) -> None:
+    async def _free(self, mixture: CachedMixture) -> None:
         params, mixture.params = mixture.params, {}
         try:
             await self._unbind(params)

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cocktail_serve.engines.in_process.batching import Batch, BatchQueue, Call, Job, PassLimits
+from cocktail_serve.engines.in_process.batching import Batch, BatchQueue, ForwardJob, PassLimits, ThreadCall
 from cocktail_serve.engines.in_process.swappable import SwappableModel
 from cocktail_serve.engines.start_failures import backoff_s, may_pass
 from cocktail_serve.errors import CocktailError, EngineError, InvalidRequestError, ModelNotReadyError
@@ -38,7 +38,7 @@ def give_way() -> None:
 
 
 @dataclass(eq=False, slots=True, kw_only=True)
-class ModelRequest(Job, Generic[M]):
+class ModelJob(ForwardJob, Generic[M]):
     """Something to compute under one recipe, from its arrival to its rows of numbers.
 
     Attributes:
@@ -78,7 +78,7 @@ class ModelRequest(Job, Generic[M]):
         """Makes of `vectors`, now complete, what the caller asked for; on the thread of `model`."""
 
 
-R = TypeVar("R", bound=ModelRequest[Any])
+R = TypeVar("R", bound=ModelJob[Any])
 
 
 class Pipeline(Generic[M, R]):
@@ -203,7 +203,7 @@ class Pipeline(Generic[M, R]):
                 give_way()
             with torch.inference_mode():  # per thread
                 while (work := self._batches.take(number)) is not None:
-                    work.run() if isinstance(work, Call) else self._run(work, self._replicas[number])
+                    work.run() if isinstance(work, ThreadCall) else self._run(work, self._replicas[number])
         except BaseException as error:  # noqa: BLE001  # nothing above this thread would hear of it
             self._end(self._batches.close(), EngineError(f"a model's thread of pool {self._name!r} has ended"))
             self._on_failed(error)

@@ -10,11 +10,12 @@ from typing import ClassVar, Literal
 
 import numpy as np
 
-from cocktail_serve.engines.base import Reranked
+from cocktail_serve.engines.base import Reranked, Scored
+from cocktail_serve.engines.engine_time import CallTimer
 from cocktail_serve.engines.in_process.batching import Batch
 from cocktail_serve.engines.in_process.engine import PROBES, SentenceTransformersEngine
-from cocktail_serve.engines.in_process.input_tokenizer import Pair
-from cocktail_serve.engines.in_process.pipeline import ModelRequest
+from cocktail_serve.engines.in_process.input_tokenizer import TextPair
+from cocktail_serve.engines.in_process.pipeline import ModelJob
 from cocktail_serve.engines.in_process.reranker_model import Reranker
 from cocktail_serve.errors import ContextLengthError
 from cocktail_serve.examples import ExampleSet
@@ -26,7 +27,7 @@ PAIRS_PER_CALL = 256
 
 
 @dataclass(eq=False, slots=True, kw_only=True)
-class RerankingRequest(ModelRequest[Reranker]):
+class RerankingJob(ModelJob[Reranker]):
     """Pairs to score.
 
     Attributes:
@@ -37,7 +38,7 @@ class RerankingRequest(ModelRequest[Reranker]):
 
     param: ClassVar[str] = "documents"
 
-    pairs: Sequence[Pair]
+    pairs: Sequence[TextPair]
     is_raw: bool = False
     max_tokens: tuple[int | None, int | None] = (None, None)
     type_ids: list[list[int]] | None = field(default=None, init=False)
@@ -52,7 +53,7 @@ class RerankingRequest(ModelRequest[Reranker]):
         model.tokenizer.check_length(token_ids, field=self.param, what=" together with the query")
         return token_ids
 
-    def forward(self, model: Reranker, batch: Batch[RerankingRequest]) -> np.ndarray:
+    def forward(self, model: Reranker, batch: Batch[RerankingJob]) -> np.ndarray:
         if self.type_ids is None:
             return model.forward(batch.token_ids)
         type_ids = [job.type_ids[index] for job, indices in batch.entries if job.type_ids for index in indices]
@@ -67,7 +68,9 @@ class RerankerEngine(SentenceTransformersEngine[Reranker]):
     """A `RerankingEngine`."""
 
     kind: ClassVar[Literal["reranker"]] = "reranker"
-    _model_class = Reranker
+
+    def _open_model(self) -> Reranker:
+        return Reranker(self.pool.base.path, dtype=self.dtype, device=self._device)
 
     def _check_model(self, reranker: Reranker) -> None:
         pairs = [(PROBES[0], text) for text in PROBES]
@@ -100,38 +103,45 @@ class RerankerEngine(SentenceTransformersEngine[Reranker]):
         use_activation: bool = True,
         tenant: str = "",
     ) -> Reranked:
-        return await self._score(
-            recipe,
-            [(query, document) for document in documents],
-            truncate_to=truncate_to,
-            max_tokens=(max_query_tokens, max_document_tokens),
-            is_raw=not use_activation,
-            tenant=tenant,
-        )
+        with CallTimer() as timer:
+            scores, num_tokens = await self._score(
+                recipe,
+                [(query, document) for document in documents],
+                timer,
+                truncate_to=truncate_to,
+                max_tokens=(max_query_tokens, max_document_tokens),
+                is_raw=not use_activation,
+                tenant=tenant,
+            )
+        return Reranked(scores, num_tokens, timer.time)
 
-    async def score(self, recipe: Recipe, examples: ExampleSet) -> list[float]:
+    async def score(self, recipe: Recipe, examples: ExampleSet) -> Scored:
         groups = [pairs_of(example) for example in examples]
         pairs = [pair for group in groups for pair in group]
         calls = [pairs[start : start + PAIRS_PER_CALL] for start in range(0, len(pairs), PAIRS_PER_CALL)]
-        logits = [await self._score(recipe, some, is_raw=True, tenant=None) for some in calls]
-        return ranking_losses(examples, np.concatenate([reranked.scores for reranked in logits]))
+        with CallTimer() as timer:
+            logits = [(await self._score(recipe, some, timer, is_raw=True, tenant=None))[0] for some in calls]
+        return Scored(ranking_losses(examples, np.concatenate(logits)), timer.time)
 
     async def _score(
         self,
         recipe: Recipe,
-        pairs: Sequence[Pair],
+        pairs: Sequence[TextPair],
+        timer: CallTimer,
         *,
         truncate_to: int | None = None,
         max_tokens: tuple[int | None, int | None] = (None, None),
         is_raw: bool,
         tenant: str | None,
-    ) -> Reranked:
-        """Scores of pairs; without a tenant it is background work."""
+    ) -> tuple[np.ndarray, int]:
+        """Scores of pairs, and the tokens read; without a tenant it is background work."""
         reranker = await self._ready()
         self._check_recipe(recipe)
         truncate_to = self._truncation(reranker, truncate_to, is_pair=True)
         if not pairs:
-            return Reranked(np.empty(0, dtype=np.float32), 0)
-        make = partial(RerankingRequest, pairs=pairs, truncate_to=truncate_to, max_tokens=max_tokens, is_raw=is_raw)
-        rows, num_tokens = await self._compute(recipe, len(pairs), make, background=tenant is None, tenant=tenant or "")
-        return Reranked(rows[:, 0], num_tokens)
+            return np.empty(0, dtype=np.float32), 0
+        make = partial(RerankingJob, pairs=pairs, truncate_to=truncate_to, max_tokens=max_tokens, is_raw=is_raw)
+        rows, num_tokens = await self._compute(
+            recipe, len(pairs), make, timer, background=tenant is None, tenant=tenant or ""
+        )
+        return rows[:, 0], num_tokens

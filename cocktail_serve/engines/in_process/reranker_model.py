@@ -12,10 +12,10 @@ from jinja2 import TemplateError
 from sentence_transformers import CrossEncoder
 from torch import Tensor
 
-from cocktail_serve.engines.in_process.input_tokenizer import Pair, check_encodable
+from cocktail_serve.dtypes import DType
+from cocktail_serve.engines.in_process.input_tokenizer import TextPair, check_encodable
 from cocktail_serve.engines.in_process.swappable import SwappableModel
 from cocktail_serve.errors import ConfigError, InvalidRequestError
-from cocktail_serve.recipe import DType
 
 _ANY_LENGTH = 1 << 24
 """Tokens that no pair has: those of one that is too long are counted, not cut."""
@@ -45,7 +45,7 @@ class Reranker(SwappableModel):
         self._has_template = "message" in self._model[0].modalities
 
     def tokenize(
-        self, pairs: Sequence[Pair], *, truncate_to: int | None = None
+        self, pairs: Sequence[TextPair], *, truncate_to: int | None = None
     ) -> tuple[list[list[int]], list[list[int]] | None]:
         """Ids and types of each pair's tokens, as `InputTokenizer.encode_pairs`, the model's default prompt before each
         query; of a model with a chat template, those that it renders a pair into. On the thread that owns the
@@ -64,7 +64,7 @@ class Reranker(SwappableModel):
         prompted = [(self._prompt + query, document) for query, document in pairs]
         return self.tokenizer.encode_pairs(prompted, truncate_to=truncate_to)
 
-    def _rendered(self, pair: Pair, truncate_to: int | None) -> list[int]:
+    def _rendered(self, pair: TextPair, truncate_to: int | None) -> list[int]:
         """Ids of a pair as sentence-transformers' `CrossEncoder.predict` reads it where the tokenizer has a chat
         template: two messages, of the roles query and document."""
         limit = _ANY_LENGTH if truncate_to is None else truncate_to

@@ -18,11 +18,12 @@ from cocktail_serve.checkpoints.layout import read_modules
 from cocktail_serve.checkpoints.mapping import library_reads
 from cocktail_serve.checkpoints.mixture import iter_mixture
 from cocktail_serve.checkpoints.naming import ParameterNames
+from cocktail_serve.dtypes import DType
 from cocktail_serve.engines.in_process.input_tokenizer import InputTokenizer
 from cocktail_serve.errors import CheckpointError, ConfigError
 from cocktail_serve.loading import library_loading, require_words
 from cocktail_serve.pool import Member
-from cocktail_serve.recipe import DType, Recipe
+from cocktail_serve.recipe import Recipe
 
 
 class SwappableModel:

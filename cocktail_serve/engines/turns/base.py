@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Callable
 from typing import NoReturn, Protocol
 
-from cocktail_serve.engines.occupancy import Occupancy
+from cocktail_serve.engines.scheduling import SchedulerSnapshot
 from cocktail_serve.engines.turns.lease import Lease
 from cocktail_serve.errors import CocktailError
 from cocktail_serve.recipe import Recipe
@@ -89,7 +89,7 @@ class Turns(Protocol):
         """Lets nobody in from now on, and sends requests in line away; or lets them in again."""
         ...
 
-    def occupancy(self) -> Occupancy:
+    def snapshot(self) -> SchedulerSnapshot:
         """What the engine does now, and who waits for it."""
         ...
 

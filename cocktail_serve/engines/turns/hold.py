@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import Literal
 
-from cocktail_serve.engines.occupancy import OPERATOR_RETRY_S
+from cocktail_serve.engines.scheduling import OPERATOR_RETRY_S
 from cocktail_serve.engines.turns.wait_queue import Claim
 from cocktail_serve.errors import ModelNotReadyError
 from cocktail_serve.recipe import Recipe
 
 
-class Hold:
+class OperatorHold:
     """The operator's pin and drain.
 
     Attributes:
@@ -27,7 +27,7 @@ class Hold:
         return None if self.pinned is None else self.pinned.recipe.digest
 
     def pin(self, recipe: Recipe, now: float) -> None:
-        self.pinned = Claim(recipe=recipe, came=now, arrived=now, claimant="operator")
+        self.pinned = Claim(recipe=recipe, made_at=now, ranked_from=now, claimant="operator")
 
     def unpin(self) -> None:
         self.pinned = None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable
 
-from cocktail_serve.engines.turns.hold import Hold
+from cocktail_serve.engines.turns.hold import OperatorHold
 from cocktail_serve.engines.turns.wait_queue import WaitQueues
 from cocktail_serve.errors import ClientError, CocktailError, EngineError
 from cocktail_serve.recipe import Recipe
@@ -35,7 +35,7 @@ class Mixing:
         hold: so is the operator's pin.
     """
 
-    def __init__(self, mix: Mix, *, queues: WaitQueues, hold: Hold) -> None:
+    def __init__(self, mix: Mix, *, queues: WaitQueues, hold: OperatorHold) -> None:
         self._mix = mix
         self._queues = queues
         self._hold = hold

@@ -58,7 +58,7 @@ class TurnPolicy:
         oldest = min(background, key=_arrived, default=None)
         if not requests:
             return oldest
-        if oldest is not None and not is_after_background and oldest.arrived < min(map(_arrived, requests)):
+        if oldest is not None and not is_after_background and oldest.ranked_from < min(map(_arrived, requests)):
             return oldest
         return min(requests, key=lambda claim: self.rank(claim, now))
 
@@ -66,8 +66,8 @@ class TurnPolicy:
         """Lower is sooner: tenants that starve, by how long; then those served least lately; then who came first."""
         since = self._without_since(request, now)
         if now - since >= self.patience_s:
-            return (0, since, request.arrived)
-        return (1, self.slots.served(request.tenant, now), request.arrived)
+            return (0, since, request.ranked_from)
+        return (1, self.slots.served(request.tenant, now), request.ranked_from)
 
     def ends_at(self, claim: Claim, now: float, *, started: float, is_in_use: bool) -> float:
         """When the turn that is on ends for the sake of the next in line, as things stand now.
@@ -76,7 +76,7 @@ class TurnPolicy:
             started: when the turn began.
             is_in_use: whether anything is in flight.
         """
-        starts = max(started, claim.arrived)
+        starts = max(started, claim.ranked_from)
         if claim.claimant != "tenant":
             return starts + self.slice_s if is_in_use else now
         served = self.slots.served(claim.tenant, now)
@@ -99,8 +99,8 @@ class TurnPolicy:
     def _without_since(self, request: Claim, now: float) -> float:
         """Since when the tenant of a request that waits has not been served here."""
         presence = self.slots.of(request.tenant)
-        return now if presence.num_in_flight else max(request.arrived, presence.left_at)
+        return now if presence.num_in_flight else max(request.ranked_from, presence.left_at)
 
 
 def _arrived(claim: Claim) -> float:
-    return claim.arrived
+    return claim.ranked_from

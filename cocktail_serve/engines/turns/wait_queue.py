@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Literal
 
-from cocktail_serve.engines.occupancy import Queue, WaitReason
+from cocktail_serve.engines.scheduling import Queue, WaitReason
 from cocktail_serve.engines.turns.lease import Lease
 from cocktail_serve.errors import CocktailError
 from cocktail_serve.recipe import Recipe
@@ -21,16 +21,16 @@ class Claim:
     """What somebody wants of an engine.
 
     Attributes:
-        came: when it was made.
-        arrived: time in line counts from here; for background work later than it came.
+        made_at: when it was made.
+        ranked_from: time in line counts from here; for background work later than it came.
         tenant: whose request it is; empty for other claimants.
         num_tokens: what its answer is expected to take.
         num_lost_mixes: times that the engine was lost while it mixed the recipe for this claim.
     """
 
     recipe: Recipe
-    came: float
-    arrived: float
+    made_at: float
+    ranked_from: float
     claimant: Claimant = "tenant"
     tenant: str = ""
     num_tokens: int = 0
@@ -158,7 +158,7 @@ class WaitQueues:
         self.requests.fail_all(error)
         self.background.fail_all(error)
 
-    def occupancy(self, now: float, *, reason: Callable[[str], WaitReason]) -> tuple[Queue, ...]:
+    def snapshot(self, now: float, *, reason: Callable[[str], WaitReason]) -> tuple[Queue, ...]:
         """The queues of each recipe, the longest waiting first.
 
         Args:
@@ -170,7 +170,7 @@ class WaitQueues:
                 recipe_digest=digest,
                 num_waiting=len(self.requests.of(digest)),
                 num_background=len(self.background.of(digest)),
-                oldest_s=now - min(waiter.came for waiter in self.of(digest)),
+                oldest_s=now - min(waiter.made_at for waiter in self.of(digest)),
                 reason=reason(digest),
             )
             for digest in digests

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from cocktail_serve.config import VLLMEngineConfig
-from cocktail_serve.engines.fairness import Accounts
+from cocktail_serve.engines.fairness import TenantShares
 from cocktail_serve.engines.stats import EngineStats
-from cocktail_serve.engines.turns.residency import PATIENCE_SLICES, ExclusiveTurns
+from cocktail_serve.engines.turns.exclusive import PATIENCE_SLICES, ExclusiveTurns
 from cocktail_serve.engines.vllm.engine import VLLMEngine
 from cocktail_serve.engines.vllm.parameters import ResidentParameters
 from cocktail_serve.errors import ConfigError
@@ -27,13 +27,13 @@ on a CPU each more makes the step longer for all, and in vLLM's own queue no ten
 
 
 def build_vllm_engine(
-    pool: Pool, config: VLLMEngineConfig, *, run_dir: Path, accounts: Accounts | None = None
+    pool: Pool, config: VLLMEngineConfig, *, run_dir: Path, tenant_shares: TenantShares | None = None
 ) -> VLLMEngine:
     """An engine whose recipes take turns; nothing is started.
 
     Args:
         pool, config, run_dir: as `VLLMEngine`.
-        accounts: what tenants were served, where several engines are to treat them alike.
+        tenant_shares: what tenants were served, where several engines are to treat them alike.
 
     Raises:
         ConfigError: `args` or `env` set what is set here, or what cannot be read here.
@@ -47,7 +47,7 @@ def build_vllm_engine(
         background_delay_s=BACKGROUND_DELAY_SLICES * config.slice_s,
         patience_s=min(PATIENCE_SLICES * config.slice_s, PATIENCE_SHARE * config.queue_timeout_s),
         max_in_flight=_max_in_flight(config),
-        accounts=accounts,
+        tenant_shares=tenant_shares,
         stats=stats,
     )
     return VLLMEngine(pool, config, turns=turns, parameters=parameters, stats=stats, run_dir=run_dir)

@@ -21,7 +21,7 @@ MAX_BUFFERED_BYTES = 2**18
 """What is kept of an answer that nobody reads; beyond it the server has to wait."""
 
 
-class Answer:
+class EngineResponse:
     """An answer while it comes in. Read it to its end or close it.
 
     Attributes:
@@ -116,14 +116,14 @@ class _Connection(asyncio.Protocol):
         self._pool = pool
         self._parser = httptools.HttpResponseParser(self)
         self._transport: asyncio.Transport | None = None
-        self._answer: Answer | None = None
+        self._answer: EngineResponse | None = None
         self._is_paused = False
         self.idle_since = 0.0
 
-    def request(self, head: bytes, body: bytes) -> Answer:
+    def request(self, head: bytes, body: bytes) -> EngineResponse:
         """Sends a request; the answer's headers are yet to come."""
         assert self._transport is not None
-        answer = self._answer = Answer(self)
+        answer = self._answer = EngineResponse(self)
         self._transport.writelines((head, body))
         return answer
 
@@ -216,7 +216,7 @@ class Connections:
         self._idle: dict[_Connection, None] = {}
         self._is_closed = False
 
-    async def send(self, method: str, path: str, body: bytes = b"", *, headers: Mapping[str, str]) -> Answer:
+    async def send(self, method: str, path: str, body: bytes = b"", *, headers: Mapping[str, str]) -> EngineResponse:
         """Sends a request and returns the answer once its headers are there.
 
         Args:

@@ -1,39 +1,41 @@
 """A decoder pool in a vLLM server of its own: requests are passed through once they are let in.
 
 Others keep the server alive (`supervisor`), say how it is started (`launcher`), let requests in (`turns`), have the
-server answer by their recipes (`parameters`), write what is sent (`request_body`), read what comes back (`answers`) and
-score examples (`scorer`); here they work together.
+server answer by their recipes (`parameters`), write what is sent (`request_body`), read what comes back (`responses`)
+and score examples (`scorer`); here they work together.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from cocktail_serve.config import VLLMEngineConfig
-from cocktail_serve.engines.base import Forwarded
-from cocktail_serve.engines.effort import spend
+from cocktail_serve.engines.base import Forwarded, Materialised, Scored
+from cocktail_serve.engines.engine_time import CallTimer
 from cocktail_serve.engines.snapshot import EngineSnapshot, EngineState
 from cocktail_serve.engines.stats import EngineStats
 from cocktail_serve.engines.turns.base import Turns
 from cocktail_serve.engines.turns.lease import Lease
-from cocktail_serve.engines.vllm.answers import iter_events, read_whole
-from cocktail_serve.engines.vllm.connections import Answer
+from cocktail_serve.engines.vllm.connections import EngineResponse
 from cocktail_serve.engines.vllm.errors import engine_error, is_error
 from cocktail_serve.engines.vllm.launcher import Launcher
 from cocktail_serve.engines.vllm.parameters import Parameters
 from cocktail_serve.engines.vllm.request_body import BodyWriter, expected_tokens
+from cocktail_serve.engines.vllm.responses import iter_events, read_whole
 from cocktail_serve.engines.vllm.scorer import DecoderScorer
 from cocktail_serve.engines.vllm.server import STATUS_PATH
 from cocktail_serve.engines.vllm.supervisor import Supervisor
 from cocktail_serve.errors import CocktailError, EngineError
 from cocktail_serve.examples import ExampleSet
-from cocktail_serve.generation import GenerationSettings
+from cocktail_serve.generation_settings import GenerationSettings
 from cocktail_serve.pool import Pool
-from cocktail_serve.recipe import DType, Recipe
+from cocktail_serve.recipe import Recipe
+from cocktail_serve.scoring.kept_tokenizer import TOKENIZERS
 from vllm_cocktail.fence import RECIPE_HEADER
 
 _REPORTED = (
@@ -79,7 +81,7 @@ class VLLMEngine:
         run_dir: Path,
     ) -> None:
         self.pool = pool
-        self.dtype: DType = pool.base.dtype if config.dtype == "auto" else config.dtype  # type: ignore[assignment]
+        self.dtype = config.dtype_over(pool.base)
         self.stats = stats
         self._config = config
         self._turns = turns
@@ -95,7 +97,7 @@ class VLLMEngine:
             max_model_len=config.max_model_len,
             stats=stats,
         )
-        self._scorer = DecoderScorer(pool, self._supervisor, turn=self._background_turn, kept=run_dir / "tokenizers")
+        self._scorer = DecoderScorer(pool, self._supervisor, turn=self._background_turn, kept=run_dir / TOKENIZERS)
 
     async def start(self) -> None:
         if not self._supervisor.is_started:
@@ -118,7 +120,7 @@ class VLLMEngine:
             resident=resident,
             num_queued=self._turns.num_waiting,
             detail=detail,
-            occupancy=self._turns.occupancy(),
+            scheduler=self._turns.snapshot(),
             counters=self.stats.copy(),
         )
 
@@ -136,12 +138,13 @@ class VLLMEngine:
     async def check_examples(self, examples: ExampleSet) -> None:
         await self._scorer.tokenize(examples)
 
-    async def score(self, recipe: Recipe, examples: ExampleSet) -> list[float]:
+    async def score(self, recipe: Recipe, examples: ExampleSet) -> Scored:
         return await self._scorer.score(recipe, examples)
 
-    async def materialise(self, recipe: Recipe) -> None:
-        with await self._background_turn(recipe):
+    async def materialise(self, recipe: Recipe) -> Materialised:
+        with CallTimer() as timer, await self._background_turn(recipe, timer):
             pass  # resident once is enough: the worker keeps merged parameters in its cache
+        return Materialised(timer.time)
 
     def forget(self, recipe_digest: str) -> None:
         self._parameters.forget(recipe_digest)
@@ -197,30 +200,30 @@ class VLLMEngine:
 
     async def _turn(self, recipe: Recipe, *, tenant: str, num_tokens: int) -> Lease:
         self._supervisor.check_available()
+        since = time.monotonic()
         lease = await self._turns.acquire(
             recipe, tenant=tenant, num_tokens=num_tokens, timeout_s=self._config.queue_timeout_s
         )
-        return await self._ready(lease, recipe)
+        await self._make_ready(recipe, lease, since=since)
+        return lease
 
-    async def _background_turn(self, recipe: Recipe) -> Lease:
+    async def _background_turn(self, recipe: Recipe, timer: CallTimer) -> Lease:
         self._supervisor.check_available()
-        num_mixes = self.stats.swap.count
+        since = time.monotonic()
         lease = await self._turns.acquire(recipe, background=True)
-        if self.stats.swap.count > num_mixes:
-            spend(mixing_s=self._parameters.last_mix_s)  # the last mix is the one that this turn began with
-        return await self._ready(lease, recipe)
+        timer.add(mixing_s=await self._make_ready(recipe, lease, since=since))
+        return lease
 
-    async def _ready(self, lease: Lease, recipe: Recipe) -> Lease:
-        """The lease, once the server can answer by the recipe; given back if it cannot."""
+    async def _make_ready(self, recipe: Recipe, lease: Lease, *, since: float) -> float:
+        """As `Parameters.make_ready`; the lease is given back where the recipe does not become ready."""
         try:
             with lease.interruptible():
-                await self._parameters.make_ready(recipe)
+                return await self._parameters.make_ready(recipe, since=since)
         except BaseException:
             lease.release()
             raise
-        return lease
 
-    def _check_recipe(self, recipe: Recipe, answer: Answer) -> None:
+    def _check_recipe(self, recipe: Recipe, answer: EngineResponse) -> None:
         """Lets only answers through that this recipe gave.
 
         Raises:

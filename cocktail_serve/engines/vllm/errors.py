@@ -14,7 +14,7 @@ from cocktail_serve.errors import (
     EngineError,
     InvalidRequestError,
     ModelNotReadyError,
-    refusal,
+    error_of_code,
 )
 
 KINDS: Mapping[int, type[CocktailError]] = {
@@ -59,7 +59,7 @@ def engine_error(
     kind = KINDS.get(status, EngineError)
     if not issubclass(kind, InvalidRequestError):
         return kind(f"{what} failed with status {status}: {message}")
-    if isinstance(code, str) and (refused := refusal(code, message)) is not None:
+    if isinstance(code, str) and (refused := error_of_code(code, message)) is not None:
         return refused
     if isinstance(code, str) or not isinstance(param, str):
         param = None  # the plugin's names a field of its own routes

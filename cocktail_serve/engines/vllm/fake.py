@@ -3,8 +3,8 @@
     python -m cocktail_serve.engines.vllm.fake --uds /tmp/x/engine.sock --served-model-name flan
 
 It has the routes of the plugin under `/v1/cocktail/` and stands behind the plugin's own fence, so whoever gets on with
-it gets the order of mixes and requests right. Answers are pure functions of the resident recipe and the request. It
-starts in about a second.
+it gets the order of mixes and requests right. Answers are pure functions of the recipe and the request. It starts in
+about a second.
 
 Faults come from files: with `--faults FOLDER`, a file of a fault's name in that folder happens once, to the next
 request that it concerns, and is removed. Those that say so read from the file the status and the message of the error
@@ -37,7 +37,7 @@ from starlette.routing import Route
 
 from cocktail_serve.errors import CocktailError, InvalidMixError
 from cocktail_serve.recipe import Recipe
-from vllm_cocktail.fence import RECIPE_HEADER, ASGIApp, Fence, FenceMiddleware, Receive, Scope, Send
+from vllm_cocktail.fence import RECIPE_HEADER, ASGIApp, ASGIScope, Fence, FenceMiddleware, Receive, Send
 from vllm_cocktail.lifetime import die_with_owner
 from vllm_cocktail.manifest import Manifest
 
@@ -56,6 +56,7 @@ Fault = Literal[
 ]
 
 Holds = Literal["one", "all"]
+"""Of the recipes that were mixed: the last one, which is resident, as with the plugin; or all, side by side."""
 
 WORDS = (
     "amber basil clove dill elder fennel ginger hyssop iris juniper kaffir lemon mint nutmeg orange pepper "
@@ -106,7 +107,7 @@ class FakeServer:
         manifest: what the plugin is given: which recipes can be mixed, and which is resident at the start.
         token_delay_s: time between two words.
         mix_s: time that one mix takes.
-        holds: `one` recipe, which the next mix replaces, as the plugin does; or `all` that were mixed, side by side.
+        holds: how many recipes at a time.
         faults: folder of fault files.
     """
 
@@ -394,7 +395,7 @@ class _KeyMiddleware:
         self._app = app
         self._expected = None if key is None else f"Bearer {key}".encode()
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def __call__(self, scope: ASGIScope, receive: Receive, send: Send) -> None:
         if self._expected is not None and scope["type"] == "http" and scope["path"].startswith("/v1"):
             given = dict(scope["headers"]).get(b"authorization", b"")
             if not secrets.compare_digest(given, self._expected):

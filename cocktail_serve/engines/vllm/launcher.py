@@ -9,11 +9,11 @@ from pathlib import Path
 
 from cocktail_serve.checkpoints.unchanged import check_unchanged
 from cocktail_serve.config import VLLMEngineConfig
+from cocktail_serve.dtypes import DType
 from cocktail_serve.engines.start_failures import reason_in
 from cocktail_serve.engines.vllm.fake import fake_args
 from cocktail_serve.errors import ConfigError, StorageError
 from cocktail_serve.pool import Pool
-from cocktail_serve.recipe import DType
 from vllm_cocktail.launch import check_args, server_args, server_env
 from vllm_cocktail.manifest import Manifest
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
+import time
 from collections.abc import Mapping
 from typing import Any, Protocol
 
@@ -22,13 +24,7 @@ FORGET_TIMEOUT_S = 120.0
 
 
 class Parameters(Protocol):
-    """The recipes of one engine's server, life after life.
-
-    Attributes:
-        last_mix_s: how long the last mix took.
-    """
-
-    last_mix_s: float
+    """The recipes of one engine's server, life after life."""
 
     def begin_life(self, server: EngineServer) -> None:
         """A server is ready, which knows nothing but what it was started with."""
@@ -45,8 +41,14 @@ class Parameters(Protocol):
         """
         ...
 
-    async def make_ready(self, recipe: Recipe) -> None:
+    async def make_ready(self, recipe: Recipe, *, since: float) -> float:
         """Returns when the server can answer by the recipe, for as long as the lease is held under which it is called.
+
+        Args:
+            since: by the monotonic clock, when the caller began to wait.
+
+        Returns:
+            Seconds of the mixing that the caller waited for: here, or before it was given the lease.
 
         Raises:
             ClientError: the recipe cannot be mixed; nothing else was disturbed.
@@ -73,11 +75,12 @@ class ResidentParameters:
     """
 
     def __init__(self, pool_id: str, *, swap_timeout_s: float, stats: EngineStats) -> None:
-        self.last_mix_s = 0.0
         self._pool_id = pool_id
         self._swap_timeout_s = swap_timeout_s
         self._stats = stats
         self._server: EngineServer | None = None
+        self._last_mix_s = 0.0
+        self._last_mixed_at = -math.inf
         self._forgetting: set[asyncio.Task[None]] = set()
 
     def begin_life(self, server: EngineServer) -> None:
@@ -89,8 +92,9 @@ class ResidentParameters:
     def request_fields(self, recipe: Recipe) -> Mapping[str, Any]:
         return {"model": self._pool_id}
 
-    async def make_ready(self, recipe: Recipe) -> None:
-        pass
+    async def make_ready(self, recipe: Recipe, *, since: float) -> float:
+        # the last mix is the one that the caller's turn began with
+        return self._last_mix_s if self._last_mixed_at >= since else 0.0
 
     async def mix(self, recipe: Recipe) -> bool:
         """Makes a recipe resident; False: the server was still busy and nothing changed. For `ExclusiveTurns`.
@@ -133,7 +137,7 @@ class ResidentParameters:
         stats.mix.observe(seconds)
         stats.num_cache_hits += source == "cache"
         stats.num_cache_misses += source == "files"
-        self.last_mix_s = seconds
+        self._last_mix_s, self._last_mixed_at = seconds, time.monotonic()
         logger.info("%s: recipe %s from %s in %.3f s", self._pool_id, recipe.digest[:8], source, seconds)
 
     async def _forget(self, server: EngineServer, recipe_digest: str) -> None:

@@ -10,13 +10,19 @@ from typing import Any
 
 import orjson
 
+from cocktail_serve.engines.fairness import BYTES_PER_TOKEN
 from cocktail_serve.errors import InvalidRequestError
-from cocktail_serve.generation import MAX_TOKENS, NEUTRAL_SAMPLING, NO_SETTINGS, GenerationSettings, ignores_end
+from cocktail_serve.generation_settings import (
+    MAX_TOKENS,
+    NEUTRAL_SAMPLING,
+    NO_SETTINGS,
+    GenerationSettings,
+    ignores_end,
+)
 from cocktail_serve.recipe import Recipe
 
 CHAT_PATH = "/v1/chat/completions"
 
-BYTES_PER_TOKEN = 4
 EXPECTED_OUTPUT_TOKENS = 128
 """What a request is charged at its admission: a guess, replaced by the answer's usage at its end."""
 
@@ -94,7 +100,9 @@ class BodyWriter:
 
 
 def expected_tokens(body: Mapping[str, Any], content: bytes) -> int:
-    """A guess of the tokens, read and generated, that the answer to a body will take.
+    """A guess of the tokens, read and generated, that the answer to a body will take: what its turn is charged.
+
+    A tenant's limits hold a reserve instead (`gateway.metering`): the most that it may take, this is what most do.
 
     Args:
         content: the body as it is sent.

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import math
 import time
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
-from cocktail_serve.engines.effort import spend
+from cocktail_serve.engines.base import Scored
+from cocktail_serve.engines.engine_time import CallTimer
 from cocktail_serve.engines.turns.lease import Lease
 from cocktail_serve.engines.vllm.errors import engine_error
 from cocktail_serve.engines.vllm.supervisor import Supervisor
@@ -20,9 +20,9 @@ from cocktail_serve.examples import ExampleSet
 from cocktail_serve.library_process import LibraryProcess
 from cocktail_serve.pool import Pool
 from cocktail_serve.recipe import Recipe
+from cocktail_serve.scoring.decoder import TokenizedExample, tokenize_examples
 from cocktail_serve.scoring.exported_tokenizer import ExampleTokenizer
 from cocktail_serve.scoring.kept_tokenizer import open_tokenizer, prepare_tokenizer
-from cocktail_serve.scoring.text import TokenizedExample, tokenize_examples
 from vllm_cocktail.fence import RECIPE_HEADER
 
 SCORE_TOKENS = 4096
@@ -41,12 +41,17 @@ class DecoderScorer:
     Args:
         pool: its base's tokenizer is used, and its chat template.
         supervisor: keeps the server that computes.
-        turn: waits for a recipe's turn, in the background.
+        turn: waits for a recipe's turn, in the background, and adds to the timer what was mixed for it.
         kept: folder of the tokenizers as they are kept.
     """
 
     def __init__(
-        self, pool: Pool, supervisor: Supervisor, *, turn: Callable[[Recipe], Awaitable[Lease]], kept: Path
+        self,
+        pool: Pool,
+        supervisor: Supervisor,
+        *,
+        turn: Callable[[Recipe, CallTimer], Awaitable[Lease]],
+        kept: Path,
     ) -> None:
         self._pool_id = pool.id
         self._folder = pool.base.path
@@ -109,26 +114,27 @@ class DecoderScorer:
         )
         return await asyncio.get_running_loop().run_in_executor(self._executor, tokenize)
 
-    async def score(self, recipe: Recipe, examples: ExampleSet) -> list[float]:
+    async def score(self, recipe: Recipe, examples: ExampleSet) -> Scored:
         """Loss (nats) of each example under a recipe, in as many turns as it takes; NaN where it is not finite.
 
         Raises:
             CocktailError: the engine failed, or answered with an error; see `engine_error`.
             DrainedError: too many turns in a row ended before one request had its answer.
         """
-        tokenized = await self.tokenize(examples)
         losses: list[float] = []
         num_drained = 0
-        while len(losses) < len(tokenized):
-            try:
-                with await self._turn(recipe) as lease, _scoring():
-                    losses += await self._score_some(lease, recipe, tokenized[len(losses) :])
-                num_drained = 0
-            except DrainedError:
-                num_drained += 1
-                if num_drained == MAX_DRAINED_SCORES:
-                    raise
-        return losses
+        with CallTimer() as timer:
+            tokenized = await self.tokenize(examples)
+            while len(losses) < len(tokenized):
+                try:
+                    with await self._turn(recipe, timer) as lease, timer.scoring():
+                        losses += await self._score_some(lease, recipe, tokenized[len(losses) :])
+                    num_drained = 0
+                except DrainedError:
+                    num_drained += 1
+                    if num_drained == MAX_DRAINED_SCORES:
+                        raise
+        return Scored(losses, timer.time)
 
     async def _score_some(self, lease: Lease, recipe: Recipe, tokenized: Sequence[TokenizedExample]) -> list[float]:
         """Losses of the first examples: all, unless the turn ends."""
@@ -154,15 +160,6 @@ class DecoderScorer:
                 raise engine_error(status, body, what="scoring")
             losses += [math.nan if loss is None else float(loss) for loss in body["losses"]]
         return losses
-
-
-@contextlib.contextmanager
-def _scoring() -> Iterator[None]:
-    started = time.monotonic()
-    try:
-        yield
-    finally:
-        spend(scoring_s=time.monotonic() - started)
 
 
 def _chunks(tokenized: Sequence[TokenizedExample]) -> list[list[TokenizedExample]]:

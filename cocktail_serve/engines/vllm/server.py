@@ -16,7 +16,7 @@ from typing import Any, Self
 import orjson
 
 from cocktail_serve.engines.start_failures import Exit, reason_in
-from cocktail_serve.engines.vllm.connections import Answer, Connections
+from cocktail_serve.engines.vllm.connections import Connections, EngineResponse
 from cocktail_serve.engines.vllm.process import ProcessGroup
 from cocktail_serve.errors import EngineError, EngineTimeoutError
 
@@ -116,7 +116,7 @@ class EngineServer:
         """Waits until the server is gone, for whatever reason, and says how: any exit is a failure."""
         return f"{await self._exit()}; {self._log_end()}"
 
-    async def post(self, path: str, content: bytes, *, headers: Mapping[str, str]) -> Answer:
+    async def post(self, path: str, content: bytes, *, headers: Mapping[str, str]) -> EngineResponse:
         """Sends a JSON body and returns the answer once its headers are there; an answer may take as long as it takes.
 
         Closing the answer before its end tells the server to abort the request.

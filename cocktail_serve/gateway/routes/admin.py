@@ -5,6 +5,7 @@ from __future__ import annotations
 from fastapi import APIRouter, Depends
 
 from cocktail_serve.errors import NotFoundError
+from cocktail_serve.gateway.dependencies import GatewayDep, admin_of
 from cocktail_serve.gateway.json_body import JSONObject, parse_as
 from cocktail_serve.gateway.openapi import error_responses, json_request
 from cocktail_serve.gateway.schemas.admin import (
@@ -17,7 +18,6 @@ from cocktail_serve.gateway.schemas.admin import (
     TenantList,
     TenantView,
 )
-from cocktail_serve.gateway.state import GatewayDep, admin_of
 
 router = APIRouter(prefix="/admin", tags=["admin"], dependencies=[Depends(admin_of)])
 

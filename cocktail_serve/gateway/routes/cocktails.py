@@ -8,12 +8,13 @@ from urllib.parse import quote
 from fastapi import APIRouter, Query, Request, Response
 
 from cocktail_serve.cocktails.cocktail import Cocktail
-from cocktail_serve.cocktails.request import CocktailBody
+from cocktail_serve.cocktails.parsing import CocktailBody
 from cocktail_serve.errors import ModelNotReadyError, NotFoundError
+from cocktail_serve.gateway.dependencies import CallerDep, CreatorDep, GatewayDep, TenantDep
 from cocktail_serve.gateway.disconnect import ended_with_client
 from cocktail_serve.gateway.json_body import JSONObject, parse_as
+from cocktail_serve.gateway.listing import list_response
 from cocktail_serve.gateway.openapi import engine_errors, error_responses, json_request
-from cocktail_serve.gateway.reports import report_of
 from cocktail_serve.gateway.schemas.cocktails import (
     CocktailDeleted,
     CocktailList,
@@ -24,11 +25,14 @@ from cocktail_serve.gateway.schemas.cocktails import (
     RecipeView,
     WeighingView,
 )
-from cocktail_serve.gateway.state import CallerDep, CreatorDep, GatewayDep, TenantDep
+from cocktail_serve.gateway.schemas.pages import AfterQuery
 
 router = APIRouter(tags=["cocktails"])
 
 MAX_WAIT_S = 60.0
+
+MAX_COCKTAILS = 10_000
+"""Versions of one page, and the default, as of files: a client that asks for no pages sees all."""
 
 _LOCATION = {"Location": {"description": "Where to follow it.", "schema": {"type": "string"}}}
 
@@ -81,16 +85,43 @@ def _status_of(cocktail: Cocktail, *, existed: bool) -> int:
     return 201 if cocktail.status == "ready" else 202
 
 
-@router.get("/v1/cocktails", responses=error_responses())
-async def list_cocktails(gateway: GatewayDep, tenant: TenantDep, name: str | None = None) -> CocktailList:
+@router.get("/v1/cocktails", response_model=CocktailList, responses=error_responses())
+async def list_cocktails(
+    *,
+    gateway: GatewayDep,
+    tenant: TenantDep,
+    name: Annotated[str | None, Query(description="Only versions of this name.")] = None,
+    after: AfterQuery = None,
+    limit: Annotated[int, Query(ge=1, le=MAX_COCKTAILS)] = MAX_COCKTAILS,
+) -> Response:
     """All versions, the newest first; of one name if given."""
-    return CocktailList.of(gateway.service.list(tenant, name), gateway.pools)
+    page = gateway.service.catalog.page(tenant, name, after=after, limit=limit)
+    views = (CocktailView.of(cocktail, gateway.pools) for cocktail in page.data)
+    return await list_response(CocktailList.without_data(page.data, has_more=page.has_more), views, every=2)
 
 
 @router.get("/v1/cocktails/{ref}", responses=error_responses(404))
-async def retrieve_cocktail(gateway: GatewayDep, tenant: TenantDep, ref: str) -> CocktailView:
-    """One version; by name, the current one."""
-    return CocktailView.of(await gateway.service.look_up(tenant, ref), gateway.pools)
+async def retrieve_cocktail(
+    *,
+    gateway: GatewayDep,
+    tenant: TenantDep,
+    request: Request,
+    ref: str,
+    wait: Annotated[
+        float,
+        Query(
+            ge=0,
+            le=MAX_WAIT_S,
+            allow_inf_nan=False,
+            description="Seconds to wait for its status or progress to change, unless its job has ended.",
+        ),
+    ] = 0,
+) -> CocktailView:
+    """One version; by name, the current one. May wait for a change of it."""
+    if not wait:
+        return CocktailView.of(await gateway.service.look_up(tenant, ref), gateway.pools)
+    async with ended_with_client(request.receive):
+        return CocktailView.of(await gateway.service.wait_for_change(tenant, ref, wait), gateway.pools)
 
 
 @router.get("/v1/cocktails/{ref}/recipe", responses=error_responses(404, 503))
@@ -113,7 +144,7 @@ async def retrieve_examples(gateway: GatewayDep, tenant: TenantDep, ref: str) ->
 @router.get("/v1/cocktails/{ref}/report", responses=error_responses(404))
 async def retrieve_report(gateway: GatewayDep, tenant: TenantDep, ref: str) -> CocktailReport:
     """Losses beside merging weights, what the mixture bought, and whether to use it: made in the background."""
-    return report_of(await gateway.service.report(tenant, ref))
+    return CocktailReport.of(await gateway.service.report(tenant, ref))
 
 
 @router.patch(

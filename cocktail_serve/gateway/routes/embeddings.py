@@ -9,18 +9,18 @@ from fastapi import APIRouter, Response
 
 from cocktail_serve.gateway.direct_route import DirectRequest, DirectRoute
 from cocktail_serve.gateway.disconnect import ended_with_client
-from cocktail_serve.gateway.embedding import (
+from cocktail_serve.gateway.embedding_fields import (
     MAX_INLINE_NUMBERS,
     check_inputs,
     dimensions_to_keep,
-    encode_answer,
+    encode_embeddings,
     prompt_of,
 )
 from cocktail_serve.gateway.json_body import parse_as
 from cocktail_serve.gateway.openapi import engine_errors, json_request
+from cocktail_serve.gateway.requested_model import admit, find_target, served_model
 from cocktail_serve.gateway.schemas.embeddings import EmbeddingList, EmbeddingRequest
 from cocktail_serve.gateway.synonyms import given
-from cocktail_serve.gateway.targets import admitted, requested_pool, served_model
 from cocktail_serve.gateway.truncation import truncation
 
 router = APIRouter(tags=["embeddings"], route_class=DirectRoute)
@@ -34,12 +34,12 @@ router = APIRouter(tags=["embeddings"], route_class=DirectRoute)
 )
 async def create_embeddings(request: DirectRequest) -> None:
     """Embeddings of up to 2048 texts, as OpenAI's."""
-    asked = await admitted(request)
-    gateway = asked.gateway
-    wanted = parse_as(EmbeddingRequest, asked.body)
-    pool = await requested_pool(asked, kind="encoder")
-    config = gateway.pool_configs[pool.id]
-    engine = gateway.encoder(pool.id)
+    admitted = await admit(request)
+    gateway = admitted.gateway
+    wanted = parse_as(EmbeddingRequest, admitted.body)
+    target = await find_target(admitted, kind="encoder")
+    config = gateway.pool_configs[target.pool.id]
+    engine = gateway.encoder(target.pool.id)
     inputs = check_inputs(wanted.input, token_inputs=config.token_inputs)
     asked_by, prompt_name = given(wanted, "prompt_name", "input_type", "task")
     prompt = prompt_of(prompt_name, config, inputs, param=asked_by)
@@ -50,7 +50,7 @@ async def create_embeddings(request: DirectRequest) -> None:
     size_by, size = given(wanted, "dimensions", "output_dimension")
     dimensions = dimensions_to_keep(size, full=engine.dimension, pool=config, param=size_by)
     _, encoding_format = given(wanted, "encoding_format", "embedding_type")
-    served = await served_model(asked)
+    served = await served_model(admitted, target)
     async with ended_with_client(request.receive):
         embedded = await engine.embed(
             served.recipe,
@@ -58,12 +58,12 @@ async def create_embeddings(request: DirectRequest) -> None:
             prompt=prompt,
             truncate_to=truncate_to,
             dimensions=dimensions,
-            tenant=asked.caller.tenant,
+            tenant=admitted.caller.tenant,
         )
-    asked.metered.used(served, num_in=embedded.num_tokens)
-    asked.observe_first_token(served)
+    admitted.metered.used(served, num_in=embedded.num_tokens)
+    admitted.observe_first_token(served)
     encode = partial(
-        encode_answer,
+        encode_embeddings,
         embedded.vectors,
         model_id=served.model_id,
         num_tokens=embedded.num_tokens,

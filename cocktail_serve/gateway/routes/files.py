@@ -11,10 +11,11 @@ from starlette.exceptions import HTTPException
 
 from cocktail_serve.errors import InvalidRequestError
 from cocktail_serve.finetuning.files import PURPOSE, check_jsonl
+from cocktail_serve.gateway.dependencies import CreatorDep, GatewayDep, TenantDep
 from cocktail_serve.gateway.json_body import parse_as
 from cocktail_serve.gateway.openapi import error_responses, form_request
 from cocktail_serve.gateway.schemas.files import FileDeleted, FileList, FileUpload, FileView
-from cocktail_serve.gateway.state import CreatorDep, GatewayDep, TenantDep
+from cocktail_serve.gateway.schemas.pages import AfterQuery
 from cocktail_serve.ids import Order
 from cocktail_serve.kept_text import check_text
 
@@ -55,7 +56,7 @@ async def list_files(
     *,
     gateway: GatewayDep,
     tenant: TenantDep,
-    after: Annotated[str | None, Query(description="Id to begin behind.")] = None,
+    after: AfterQuery = None,
     limit: Annotated[int, Query(ge=1, le=MAX_FILES)] = MAX_FILES,
     order: Annotated[Order, Query(description="By creation.")] = "desc",
     purpose: Annotated[str | None, Query(description="Only files of this purpose.")] = None,

@@ -8,10 +8,11 @@ from fastapi import APIRouter, Query, Request
 
 from cocktail_serve.errors import InvalidRequestError
 from cocktail_serve.finetuning.request import JobBody
+from cocktail_serve.gateway.dependencies import CallerDep, CreatorDep, GatewayDep, TenantDep
 from cocktail_serve.gateway.json_body import JSONObject, parse_as
 from cocktail_serve.gateway.openapi import engine_errors, error_responses, json_request
 from cocktail_serve.gateway.schemas.fine_tuning import CheckpointList, JobEventList, JobEventView, JobList, JobView
-from cocktail_serve.gateway.state import CallerDep, CreatorDep, GatewayDep, TenantDep
+from cocktail_serve.gateway.schemas.pages import AfterQuery
 
 router = APIRouter(tags=["fine-tuning"])
 
@@ -20,7 +21,6 @@ DEFAULT_LIMIT = 20
 
 MAX_LIMIT = 1000
 
-AfterQuery = Annotated[str | None, Query(description="Id to begin behind.")]
 LimitQuery = Annotated[int, Query(ge=1, le=MAX_LIMIT)]
 
 

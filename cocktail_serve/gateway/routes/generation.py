@@ -9,15 +9,15 @@ from fastapi import APIRouter
 from cocktail_serve.config import VLLMEngineConfig
 from cocktail_serve.gateway.direct_route import DirectRequest, DirectRoute
 from cocktail_serve.gateway.field_policy import apply_field_policy
-from cocktail_serve.gateway.generation import generate
+from cocktail_serve.gateway.forwarding import forward_generation
 from cocktail_serve.gateway.openapi import engine_errors, json_request
+from cocktail_serve.gateway.requested_model import admit, find_target, served_model
 from cocktail_serve.gateway.schemas.generation import (
     ChatCompletion,
     ChatCompletionRequest,
     Completion,
     CompletionRequest,
 )
-from cocktail_serve.gateway.targets import admitted, requested_pool, served_model
 
 router = APIRouter(tags=["generation"], route_class=DirectRoute)
 
@@ -49,9 +49,9 @@ async def create_completion(request: DirectRequest) -> None:
 
 
 async def _generate(request: DirectRequest, path: str) -> None:
-    asked = await admitted(request)
-    pool = await requested_pool(asked, kind="decoder")
-    engine_config = asked.gateway.pool_configs[pool.id].engine
+    admitted = await admit(request)
+    target = await find_target(admitted, kind="decoder")
+    engine_config = admitted.gateway.pool_configs[target.pool.id].engine
     assert isinstance(engine_config, VLLMEngineConfig)  # the configuration lets no decoder have another
-    outgoing = apply_field_policy(asked.body, allow_chat_template=engine_config.allow_chat_template)
-    await generate(asked, await served_model(asked), path, outgoing)
+    outgoing = apply_field_policy(admitted.body, allow_chat_template=engine_config.allow_chat_template)
+    await forward_generation(admitted, await served_model(admitted, target), path, outgoing)

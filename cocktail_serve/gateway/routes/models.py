@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Response
 
 from cocktail_serve.cocktails.cocktail import ModelEntry
-from cocktail_serve.cocktails.serving import no_model
+from cocktail_serve.cocktails.pool_models import no_model
 from cocktail_serve.gateway.authentication import Caller
+from cocktail_serve.gateway.dependencies import CallerDep, CreatorDep, GatewayDep
+from cocktail_serve.gateway.gateway import Gateway
+from cocktail_serve.gateway.listing import list_response
 from cocktail_serve.gateway.openapi import error_responses
 from cocktail_serve.gateway.schemas.models import Model, ModelDeleted, ModelList
-from cocktail_serve.gateway.state import CallerDep, CreatorDep, Gateway, GatewayDep
 from cocktail_serve.pool import Pool
 
 router = APIRouter(tags=["models"])
 
 
-@router.get("/v1/models", responses=error_responses())
-async def list_models(gateway: GatewayDep, caller: CallerDep) -> ModelList:
+@router.get("/v1/models", response_model=ModelList, responses=error_responses())
+async def list_models(gateway: GatewayDep, caller: CallerDep) -> Response:
     """Pools, experts, current names and ready versions."""
-    return ModelList(data=[_view(entry, caller.tenant, gateway.pools) for entry in _entries(gateway, caller)])
+    entries = gateway.service.catalog.models(caller.tenant).values()
+    views = (_view(entry, caller.tenant, gateway.pools) for entry in entries if caller.sees(entry.pool))
+    return await list_response(ModelList(data=[]), views, every=25)
 
 
 @router.get("/v1/models/{model_id:path}", responses=error_responses(404))
@@ -37,19 +41,9 @@ async def delete_model(gateway: GatewayDep, caller: CallerDep, tenant: CreatorDe
     return ModelDeleted(id=model_id)
 
 
-def _entries(gateway: Gateway, caller: Caller) -> Iterator[ModelEntry]:
-    return (entry for entry in gateway.service.models(caller.tenant) if caller.sees(entry.pool))
-
-
 async def _entry(gateway: Gateway, caller: Caller, model_id: str) -> ModelEntry:
-    def find() -> ModelEntry | None:
-        return next((entry for entry in _entries(gateway, caller) if entry.id == model_id), None)
-
-    entry = find()
-    if entry is None:
-        await gateway.service.learn()
-        entry = find()
-    if entry is None:
+    entry = await gateway.service.find_model(caller.tenant, model_id)
+    if entry is None or not caller.sees(entry.pool):
         raise no_model(model_id)
     return entry
 

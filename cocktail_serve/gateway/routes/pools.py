@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from fastapi import APIRouter
 
+from cocktail_serve.gateway.dependencies import CallerDep, GatewayDep
 from cocktail_serve.gateway.openapi import error_responses
 from cocktail_serve.gateway.schemas.pools import PoolList, PoolView
-from cocktail_serve.gateway.state import CallerDep, GatewayDep
 
 router = APIRouter(tags=["pools"])
 

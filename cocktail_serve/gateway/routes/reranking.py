@@ -8,10 +8,10 @@ from cocktail_serve.gateway.direct_route import DirectRequest, DirectRoute
 from cocktail_serve.gateway.disconnect import ended_with_client
 from cocktail_serve.gateway.json_body import parse_as
 from cocktail_serve.gateway.openapi import engine_errors, json_request
-from cocktail_serve.gateway.reranking import check_documents, encode_answer
+from cocktail_serve.gateway.requested_model import admit, find_target, served_model
+from cocktail_serve.gateway.rerank_fields import check_documents, encode_ranking
 from cocktail_serve.gateway.schemas.reranking import RerankAnswer, RerankRequest
 from cocktail_serve.gateway.synonyms import given
-from cocktail_serve.gateway.targets import admitted, requested_pool, served_model
 from cocktail_serve.gateway.truncation import truncation
 
 router = APIRouter(tags=["reranking"], route_class=DirectRoute)
@@ -27,20 +27,20 @@ router = APIRouter(tags=["reranking"], route_class=DirectRoute)
 )
 async def rerank(request: DirectRequest) -> None:
     """Documents in the order of their relevance to a query, as vLLM's; `/rerank` and `/v2/rerank` are the same."""
-    asked = await admitted(request)
-    gateway = asked.gateway
-    wanted = parse_as(RerankRequest, asked.body)
-    pool = await requested_pool(asked, kind="reranker")
-    engine = gateway.reranker(pool.id)
+    admitted = await admit(request)
+    gateway = admitted.gateway
+    wanted = parse_as(RerankRequest, admitted.body)
+    target = await find_target(admitted, kind="reranker")
+    engine = gateway.reranker(target.pool.id)
     _, top_n = given(wanted, "top_n", "top_k")
     documents = check_documents(wanted.documents, rank_fields=wanted.rank_fields)
     truncate_to = truncation(
         wanted.truncate_prompt_tokens,
         max_length=engine.max_length,
         whether=wanted.truncation,
-        truncate=gateway.pool_configs[pool.id].truncate,
+        truncate=gateway.pool_configs[target.pool.id].truncate,
     )
-    served = await served_model(asked)
+    served = await served_model(admitted, target)
     async with ended_with_client(request.receive):
         reranked = await engine.rerank(
             served.recipe,
@@ -50,11 +50,11 @@ async def rerank(request: DirectRequest) -> None:
             max_query_tokens=wanted.max_tokens_per_query or None,
             max_document_tokens=wanted.max_tokens_per_doc or None,
             use_activation=wanted.use_activation is not False,
-            tenant=asked.caller.tenant,
+            tenant=admitted.caller.tenant,
         )
-    asked.metered.used(served, num_in=reranked.num_tokens)
-    asked.observe_first_token(served)
-    answer = encode_answer(
+    admitted.metered.used(served, num_in=reranked.num_tokens)
+    admitted.observe_first_token(served)
+    answer = encode_ranking(
         reranked,
         documents,
         model_id=served.model_id,

@@ -7,9 +7,10 @@ from typing import Annotated, Literal
 
 from fastapi import APIRouter, Depends, Query, Request, Response
 
+from cocktail_serve.gateway.dependencies import GatewayDep, TenantDep, admin_of
+from cocktail_serve.gateway.gateway import Gateway
 from cocktail_serve.gateway.openapi import ErrorResponses, error_responses
 from cocktail_serve.gateway.schemas.usage import AuditEventList, AuditEventView, UsageList, UsageView, usage_csv
-from cocktail_serve.gateway.state import Gateway, GatewayDep, TenantDep, admin_of
 from cocktail_serve.ids import Order
 from cocktail_serve.usage.audit import Action
 from cocktail_serve.usage.days import usage_days

@@ -1,8 +1,9 @@
-"""Cocktails as the API shows them. The request bodies are those of `cocktails.request`."""
+"""Cocktails as the API shows them. The request bodies are those of `cocktails.parsing`."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Annotated, Any, Literal, Self
 
@@ -12,7 +13,8 @@ from cocktail_serve.cocktails.cocktail import Cocktail, Status, Weighing
 from cocktail_serve.gateway.error_handlers import error_body
 from cocktail_serve.gateway.schemas.errors import ErrorDetail
 from cocktail_serve.gateway.schemas.generation_settings import GenerationView
-from cocktail_serve.pool import Kind, Pool
+from cocktail_serve.gateway.schemas.pages import Listed, PageView
+from cocktail_serve.pool import BASE, Kind, Pool
 from cocktail_serve.recipe import Recipe, settings_of
 from cocktail_serve.weighting.candidates import Candidate
 from cocktail_serve.weighting.verdict import Advice
@@ -59,7 +61,7 @@ class CandidateView(BaseModel):
         return cls(**asdict(candidate))
 
 
-class CocktailView(BaseModel):
+class CocktailView(Listed):
     """One version of a name."""
 
     object: Literal["cocktail"] = "cocktail"
@@ -132,13 +134,8 @@ class CocktailView(BaseModel):
         )
 
 
-class CocktailList(BaseModel):
-    object: Literal["list"] = "list"
-    data: list[CocktailView]
-
-    @classmethod
-    def of(cls, cocktails: Sequence[Cocktail], pools: Mapping[str, Pool]) -> Self:
-        return cls(data=[CocktailView.of(cocktail, pools) for cocktail in cocktails])
+class CocktailList(PageView[CocktailView]):
+    """The newest first."""
 
 
 class WeighingView(BaseModel):
@@ -206,6 +203,35 @@ class CocktailReport(BaseModel):
     verdict: str | None = Field(description="The advice in a sentence with its figures; else why there is none.")
     seconds: float | None = Field(description="From the request to ready.")
     warnings: list[str]
+
+    @classmethod
+    def of(cls, cocktail: Cocktail) -> Self:
+        """As far as known: a report can be read while the job runs."""
+        weights, found = cocktail.merging_weights or {}, cocktail.cross_validation
+        names = list(dict.fromkeys([*weights, *cocktail.losses]))
+        models = [
+            ModelReport(model=name, loss=cocktail.losses.get(name), merging_weight=weights.get(name)) for name in names
+        ]
+        return cls(
+            id=cocktail.id,
+            status=cocktail.status,
+            models=sorted(models, key=lambda model: -(model.merging_weight or 0.0)),
+            entropy=cocktail.entropy,
+            effective_models=None if cocktail.entropy is None else math.exp(cocktail.entropy),
+            mixed_loss=cocktail.mixed_loss,
+            validation_loss=cocktail.validation_loss,
+            base_loss=cocktail.losses.get(BASE),
+            best_single_loss=min(cocktail.losses.values(), default=None),
+            report_status="ready" if found is not None and found.status == "ready" else "pending",
+            held_out_loss=None if found is None else found.held_out_loss,
+            best_expert=None if found is None else found.best_expert,
+            best_expert_loss=None if found is None else found.best_expert_loss,
+            num_folds=0 if found is None else found.num_folds,
+            advice=None if found is None else found.advice,
+            verdict=None if found is None else found.text,
+            seconds=None if cocktail.ready_at is None else cocktail.ready_at - cocktail.created_at,
+            warnings=list(cocktail.warnings),
+        )
 
 
 class CurrentVersion(BaseModel):

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from cocktail_serve.cocktails.request import InlineBody
+from cocktail_serve.cocktails.parsing import InlineBody
 
 
 class _Generation(BaseModel):

@@ -6,7 +6,7 @@ from typing import Self
 
 from pydantic import BaseModel, Field
 
-from cocktail_serve.generation import GenerationSettings
+from cocktail_serve.generation_settings import GenerationSettings
 
 
 class GenerationView(BaseModel):

@@ -10,7 +10,7 @@ from typing import Any, Literal, Self
 from pydantic import BaseModel, Field
 
 from cocktail_serve.gateway.schemas.pages import Listed, PageView
-from cocktail_serve.usage.audit import Action, Event
+from cocktail_serve.usage.audit import Action, AuditEvent
 from cocktail_serve.usage.store import AMOUNTS, Group, UsageRow
 
 
@@ -79,7 +79,7 @@ class AuditEventView(Listed):
     detail: dict[str, Any] = Field(description="Digests, experts and coefficients of a cocktail, and the like.")
 
     @classmethod
-    def of(cls, event: Event) -> Self:
+    def of(cls, event: AuditEvent) -> Self:
         return cls(
             id=event.id,
             created_at=event.at,

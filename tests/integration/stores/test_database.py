@@ -186,12 +186,12 @@ class TestServers:
         await other.close()
 
     async def test_a_write_ends_though_its_caller_leaves(self, database: Database) -> None:
-        going = asyncio.create_task(database.to_the_end(add_score(database, "kept")))
+        going = asyncio.create_task(database.run_shielded(add_score(database, "kept")))
         await asyncio.sleep(0)
         going.cancel()
         with pytest.raises(asyncio.CancelledError):
             await going
-        await database._unbroken.drain()
+        await database._shield.drain()
         assert await scored_items(database) == ["kept"]
 
 

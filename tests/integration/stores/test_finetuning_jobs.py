@@ -25,26 +25,26 @@ class Clock:
 
 
 class World:
-    """A store of cocktails whose witness the jobs are."""
+    """A store of cocktails whose hook the jobs are."""
 
     def __init__(self, database: Database) -> None:
         self.clock = Clock()
         self.jobs = JobStore(database, clock=self.clock)
-        self.cocktails = Store(database, witnesses=[self.jobs])
+        self.cocktails = Store(database, change_hooks=[self.jobs])
         self.latest: dict[str, Cocktail] = {}
 
     async def enlist(self, cocktail: Cocktail, request: JobRequest, *, is_new: bool = False) -> Job:
         """Makes a job beside a cocktail, as a creation does."""
         made: list[Job] = []
 
-        async def beside(connection: Any, cocktail: Cocktail) -> None:
+        async def extra_writes(connection: Any, cocktail: Cocktail) -> None:
             made.append(await self.jobs.add(connection, request, cocktail))
 
         if is_new:
-            self.latest[cocktail.uid] = await self.cocktails.add(cocktail, None, [], beside=beside)
+            self.latest[cocktail.uid] = await self.cocktails.add(cocktail, None, [], extra_writes=extra_writes)
         else:
             known = self.latest[cocktail.uid]
-            self.latest[cocktail.uid] = await self.cocktails.update(known, before=known, beside=beside)
+            self.latest[cocktail.uid] = await self.cocktails.update(known, before=known, extra_writes=extra_writes)
         return made[0]
 
     async def change(self, cocktail: Cocktail, **changes: Any) -> Cocktail:

@@ -15,7 +15,7 @@ from cocktail_serve.database import tables
 from cocktail_serve.database.database import Database
 from cocktail_serve.errors import InvalidRequestError, StorageError
 from cocktail_serve.usage import ledger as ledger_module
-from cocktail_serve.usage.account import Account, Use
+from cocktail_serve.usage.amounts import UsageAmount, UsageKey
 from cocktail_serve.usage.days import usage_days
 from cocktail_serve.usage.ledger import OTHER_MODELS, Ledger
 from cocktail_serve.usage.store import UsageRow, UsageStore
@@ -30,7 +30,7 @@ class Flaky(UsageStore):
     is_gone = False
     loses_answers = False
 
-    async def write(self, writer: str, number: int, batch: Mapping[Account, Use]) -> None:
+    async def write(self, writer: str, number: int, batch: Mapping[UsageKey, UsageAmount]) -> None:
         if self.is_gone:
             raise StorageError("gone")
         await super().write(writer, number, batch)
@@ -51,14 +51,14 @@ class World:
 
     def ask(self, num_in: int = 10, num_out: int = 5, **who: Any) -> None:
         account = {"tenant": "acme", "key_id": "k1", "model": "films@1a2b3c4d", "pool": "flan", **who}
-        self.ledger.add(**account, use=Use(requests=1, tokens_in=num_in, tokens_out=num_out))
+        self.ledger.add(**account, use=UsageAmount(requests=1, tokens_in=num_in, tokens_out=num_out))
 
     async def rows(self, *group_by: Any, **where: Any) -> list[UsageRow]:
         return await self.store.sums(DAY - timedelta(days=400), DAY + timedelta(days=400), group_by=group_by, **where)
 
-    async def total(self) -> Use:
+    async def total(self) -> UsageAmount:
         rows = await self.rows()
-        return rows[0].use if rows else Use()
+        return rows[0].use if rows else UsageAmount()
 
 
 @pytest.fixture
@@ -71,18 +71,18 @@ async def test_what_is_counted_comes_out_by_day_key_and_model(world: World) -> N
     world.ask()
     world.ask(model="flan", key_id=None)
     world.ask(tenant="other")
-    world.ledger.add("acme", "k1", "films@1a2b3c4d", "flan", Use(scoring_s=1.5, mixing_s=0.25))
+    world.ledger.add("acme", "k1", "films@1a2b3c4d", "flan", UsageAmount(scoring_s=1.5, mixing_s=0.25))
     world.now += 86400
     world.ask()
     await world.ledger.flush()
     films = "films@1a2b3c4d"
     assert await world.rows("day", "key", "model", "pool", tenant="acme") == [
-        UsageRow(Use(1, 10, 5), DAY, None, "", "flan", "flan"),
-        UsageRow(Use(2, 20, 10, 1.5, 0.25), DAY, None, "k1", films, "flan"),
-        UsageRow(Use(1, 10, 5), DAY + timedelta(days=1), None, "k1", films, "flan"),
+        UsageRow(UsageAmount(1, 10, 5), DAY, None, "", "flan", "flan"),
+        UsageRow(UsageAmount(2, 20, 10, 1.5, 0.25), DAY, None, "k1", films, "flan"),
+        UsageRow(UsageAmount(1, 10, 5), DAY + timedelta(days=1), None, "k1", films, "flan"),
     ]
     assert [(row.tenant, row.use.requests) for row in await world.rows("tenant")] == [("acme", 4), ("other", 1)]
-    assert await world.store.sums(DAY, DAY, group_by=[], tenant="acme") == [UsageRow(Use(3, 30, 15, 1.5, 0.25))]
+    assert await world.store.sums(DAY, DAY, group_by=[], tenant="acme") == [UsageRow(UsageAmount(3, 30, 15, 1.5, 0.25))]
     assert await world.rows(tenant="never") == []
 
 
@@ -90,9 +90,9 @@ async def test_batches_add_to_each_other_and_to_other_writers(world: World) -> N
     other = Ledger(world.store, clock=lambda: world.now)
     for _ in range(3):
         world.ask()
-        other.add("acme", "k1", "films@1a2b3c4d", "flan", Use(requests=1, tokens_in=1))
+        other.add("acme", "k1", "films@1a2b3c4d", "flan", UsageAmount(requests=1, tokens_in=1))
         await asyncio.gather(world.ledger.flush(), other.flush())
-    assert await world.total() == Use(6, 33, 15)
+    assert await world.total() == UsageAmount(6, 33, 15)
     await world.ledger.stop()
     await other.stop()
     async with world.database.read() as connection:
@@ -113,13 +113,13 @@ async def test_a_store_that_is_gone_loses_nothing(world: World, monkeypatch: pyt
         await asyncio.sleep(0.002)
     with pytest.raises(StorageError):
         await world.ledger.flush()
-    assert await world.total() == Use()
+    assert await world.total() == UsageAmount()
     world.store.is_gone = False
     async with asyncio.timeout(10):
         while (await world.total()).requests < 20:  # noqa: ASYNC110  # the ledger tells nobody
             await asyncio.sleep(0.001)
     await world.ledger.stop()
-    assert await world.total() == Use(20, 200, 100)
+    assert await world.total() == UsageAmount(20, 200, 100)
 
 
 async def test_a_batch_whose_commit_was_not_heard_of_counts_once(world: World) -> None:
@@ -131,7 +131,7 @@ async def test_a_batch_whose_commit_was_not_heard_of_counts_once(world: World) -
     world.store.loses_answers = False
     await world.ledger.flush()
     await world.ledger.flush()
-    assert await world.total() == Use(2, 20, 10)
+    assert await world.total() == UsageAmount(2, 20, 10)
 
 
 async def test_stopping_writes_what_is_left(world: World) -> None:
@@ -139,7 +139,7 @@ async def test_stopping_writes_what_is_left(world: World) -> None:
     world.ask()
     await world.ledger.stop()
     await world.ledger.stop()
-    assert await world.total() == Use(1, 10, 5)
+    assert await world.total() == UsageAmount(1, 10, 5)
 
 
 async def test_what_is_lost_at_the_end_is_told(world: World, caplog: pytest.LogCaptureFixture) -> None:
@@ -155,7 +155,7 @@ async def test_memory_is_bounded_and_tokens_are_kept(world: World, monkeypatch: 
         world.ask(model=f"flan@{number:08x}")
     assert len(world.ledger._counting) == 4
     await world.ledger.flush()
-    assert await world.total() == Use(10, 100, 50)
+    assert await world.total() == UsageAmount(10, 100, 50)
     assert {row.model: row.use.requests for row in await world.rows("model")}[OTHER_MODELS] == 7
 
 
@@ -169,7 +169,7 @@ async def test_many_tasks_at_once(world: World) -> None:
 
     await asyncio.gather(*(ask(number) for number in range(10)))
     await world.ledger.flush()
-    assert await world.total() == Use(200, 2000, 1000)
+    assert await world.total() == UsageAmount(200, 2000, 1000)
 
 
 def test_days() -> None:

@@ -10,8 +10,8 @@ import pytest
 from cocktail_serve.config import Limits
 from cocktail_serve.database.database import Database
 from cocktail_serve.errors import StorageError
-from cocktail_serve.tenants import limit_book
-from cocktail_serve.tenants.limit_book import LimitBook
+from cocktail_serve.tenants import limits_cache as limit_book
+from cocktail_serve.tenants.limits_cache import LimitsCache
 from cocktail_serve.tenants.store import TenantStore
 
 DEFAULTS = Limits(requests_per_minute=60, cocktails=3)
@@ -31,7 +31,7 @@ async def eventually(condition: Callable[[], bool]) -> None:
 async def test_the_configurations_unless_the_operator_said_otherwise(store: TenantStore) -> None:
     await store.change_tenant("acme", limits={"requests_per_minute": None, "scoring_jobs": 0})
     await store.change_tenant("other", pools=["flan"])
-    book = LimitBook(DEFAULTS, store)
+    book = LimitsCache(DEFAULTS, store)
     await book.start()
     assert book.of("acme") == Limits(cocktails=3, scoring_jobs=0)
     assert book.of("other") == book.of("never-seen") == DEFAULTS
@@ -49,7 +49,7 @@ async def test_a_change_holds_at_once_here_and_soon_elsewhere(
     store: TenantStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(limit_book, "REFRESH_S", 0.01)
-    here, elsewhere = LimitBook(DEFAULTS, store), LimitBook(DEFAULTS, store)
+    here, elsewhere = LimitsCache(DEFAULTS, store), LimitsCache(DEFAULTS, store)
     await here.start()
     await elsewhere.start()
     await store.change_tenant("acme", limits={"cocktails": 7})
@@ -67,7 +67,7 @@ async def test_a_store_that_is_gone_leaves_the_last_known_in_force(
 ) -> None:
     monkeypatch.setattr(limit_book, "REFRESH_S", 0.001)
     await store.change_tenant("acme", limits={"cocktails": 7})
-    book = LimitBook(DEFAULTS, store)
+    book = LimitsCache(DEFAULTS, store)
     await book.start()
     failures = 0
 
@@ -88,7 +88,7 @@ async def test_a_store_that_is_gone_leaves_the_last_known_in_force(
 async def test_what_was_read_before_a_change_does_not_undo_it(
     store: TenantStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    book = LimitBook(DEFAULTS, store)
+    book = LimitsCache(DEFAULTS, store)
     read, go_on = asyncio.Event(), asyncio.Event()
     tenants = store.tenants
 

@@ -18,9 +18,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 from cocktail_serve.checkpoints import folder as module
 from cocktail_serve.checkpoints.folder import save_mixture
 from cocktail_serve.checkpoints.mixture import iter_mixture
+from cocktail_serve.dtypes import DType
 from cocktail_serve.errors import ConflictError, ModelChangedError, StorageError
 from cocktail_serve.pool import Pool
-from cocktail_serve.recipe import DType, Recipe, make_recipe, one_hot
+from cocktail_serve.recipe import Recipe, make_recipe, one_hot
 from tests.models import CHAIN_TOKENS, make_chain_decoder
 
 Folders = dict[str, Path]

@@ -13,7 +13,7 @@ from cocktail_serve.checkpoints.generation_files import common_template, read_se
 from cocktail_serve.checkpoints.generation_options import read_options
 from cocktail_serve.config import PoolConfig
 from cocktail_serve.errors import CheckpointError, ConfigError
-from cocktail_serve.generation import ChatTemplate, GenerationOptions, GenerationSettings
+from cocktail_serve.generation_settings import ChatTemplate, GenerationOptions, GenerationSettings
 from tests.models import CHAIN_TOKENS
 
 CONFIG = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 200, "eos_token_id": 2}

@@ -14,9 +14,10 @@ from torch import Tensor
 
 from cocktail_serve.checkpoints.mixture import iter_mixture
 from cocktail_serve.checkpoints.reader import CheckpointReader
+from cocktail_serve.dtypes import DType
 from cocktail_serve.errors import CheckpointError, IncompatibleModelsError, InvalidMixError
 from cocktail_serve.pool import FileState, Member, Pool
-from cocktail_serve.recipe import DType, Recipe, make_recipe, one_hot
+from cocktail_serve.recipe import Recipe, make_recipe, one_hot
 from tests.models import make_decoder
 
 Folders = dict[str, Path]

@@ -16,7 +16,7 @@ from cocktail_serve.checkpoints.opening import open_expert, open_pool
 from cocktail_serve.checkpoints.text_files import text_digest
 from cocktail_serve.config import PoolConfig
 from cocktail_serve.errors import CheckpointError, IncompatibleModelsError
-from cocktail_serve.generation import ChatTemplate, GenerationSettings
+from cocktail_serve.generation_settings import ChatTemplate, GenerationSettings
 from cocktail_serve.pool import Pool
 from tests.models import CHAIN_TOKENS, make_chain_decoder, make_decoder, make_decoder_pool
 

@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 
 from cocktail_serve import errors
+from cocktail_serve.cocktails.catalog import Catalog
 from cocktail_serve.cocktails.cocktail import Failure
+from cocktail_serve.cocktails.options import CocktailOptions, CocktailRequest
 from cocktail_serve.cocktails.registry import Registry
-from cocktail_serve.cocktails.request import CocktailOptions, CocktailRequest
 from cocktail_serve.cocktails.store import Store
 from cocktail_serve.database.database import Database
 from cocktail_serve.errors import CocktailError, ConflictError, NotFoundError, PermissionDeniedError
@@ -37,7 +38,8 @@ async def registry() -> AsyncIterator[Registry]:
     database = Database("sqlite:///:memory:")
     await database.open()
     store = Store(database)
-    registry = Registry(store, {"flan": POOL}, {"flan": "float32"}, max_inline=3, clock=lambda: 1700000000.0)
+    catalog = Catalog({"flan": POOL}, {"flan": "float32"}, clock=lambda: 1700000000.0)
+    registry = Registry(catalog, store, max_inline=3)
     await registry.load()
     yield registry
     await database.close()
@@ -53,6 +55,7 @@ async def ready(registry: Registry, wanted: CocktailRequest) -> str:
 def one_digit_ids(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ids of one hexadecimal digit, so that among seventeen requests two collide."""
     monkeypatch.setattr("cocktail_serve.cocktails.entries.DIGEST8", 1)
+    monkeypatch.setattr("cocktail_serve.cocktails.catalog.DIGEST8", 1)
     monkeypatch.setattr("cocktail_serve.cocktails.cocktail.DIGEST8", 1)
 
 
@@ -68,8 +71,8 @@ async def test_two_requests_whose_digests_begin_alike_never_share_an_id(registry
     with pytest.raises(ConflictError, match="change 'seed'") as caught:
         await registry.admit("acme", wanted, items=(), warnings=())
     assert caught.value.param == "seed"
-    assert registry.get("acme", f"films@{digit}").digest == by_digit[digit].digest
-    assert len(registry.of_tenant("acme")) == len(by_digit)
+    assert registry.catalog.get("acme", f"films@{digit}").digest == by_digit[digit].digest
+    assert len(registry.catalog.list("acme")) == len(by_digit)
     _, admission, _ = await registry.admit("other", wanted, items=(), warnings=())
     assert admission == "new", "another tenant's ids are its own"
 
@@ -78,15 +81,16 @@ async def test_a_cocktail_whose_name_a_new_pool_takes_stays_reachable_by_id() ->
     database = Database("sqlite:///:memory:")
     await database.open()
     store = Store(database)
-    before = Registry(store, {"flan": POOL}, {"flan": "float32"}, max_inline=3)
+    before = Registry(Catalog({"flan": POOL}, {"flan": "float32"}), store, max_inline=3)
     await before.load()
     version = await ready(before, request())
     films = Pool("films", "decoder", POOL.base, {}, "text")
-    after = Registry(store, {"flan": POOL, "films": films}, {"flan": "float32", "films": "float32"}, max_inline=3)
+    catalog = Catalog({"flan": POOL, "films": films}, {"flan": "float32", "films": "float32"})
+    after = Registry(catalog, store, max_inline=3)
     await after.load()
-    assert after.resolve("acme", "films").pool is films
-    assert after.resolve("acme", version).pool is POOL
-    assert [entry.id for entry in after.models("acme")] == ["films", version, "flan"]
+    assert after.catalog.resolve("acme", "films").pool is films
+    assert after.catalog.resolve("acme", version).pool is POOL
+    assert list(after.catalog.models("acme")) == ["films", version, "flan"]
     with pytest.raises(PermissionDeniedError):
         await after.remove("acme", "films")
     await after.remove("acme", version)
@@ -95,9 +99,9 @@ async def test_a_cocktail_whose_name_a_new_pool_takes_stays_reachable_by_id() ->
 
 async def test_an_update_of_a_final_version_changes_nothing(registry: Registry) -> None:
     version = await ready(registry, request())
-    uid = registry.get("acme", version).uid
+    uid = registry.catalog.get("acme", version).uid
     assert await registry.update(uid, status="failed") is None
-    assert registry.get("acme", version).status == "ready"
+    assert registry.catalog.get("acme", version).status == "ready"
 
 
 async def test_an_inline_cocktail_at_work_is_not_the_one_to_go(registry: Registry) -> None:
@@ -105,13 +109,13 @@ async def test_an_inline_cocktail_at_work_is_not_the_one_to_go(registry: Registr
     versions = [await ready(registry, request(seed, "flan", inline=True)) for seed in (1, 2)]
     _, _, gone = await registry.admit("acme", request(3, "flan", inline=True), items=(), warnings=())
     assert [cocktail.id for cocktail in gone] == versions[:1]
-    assert registry.by_uid(working.uid) is not None
+    assert registry.catalog.by_uid(working.uid) is not None
 
 
 async def test_names_of_inline_cocktails_are_no_names(registry: Registry) -> None:
     version = await ready(registry, request(0, "flan", inline=True))
     with pytest.raises(NotFoundError):
-        registry.get("acme", "flan")
+        registry.catalog.get("acme", "flan")
     with pytest.raises(NotFoundError):
         await registry.pin("acme", "flan", version)
 

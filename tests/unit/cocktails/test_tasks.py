@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from cocktail_serve.cocktails.tasks import Tasks
+from cocktail_serve.cocktails.tasks import BackgroundTasks
 from tests.cocktails import queued_cocktail
 
 
@@ -19,7 +19,7 @@ async def at_once() -> None:
 
 
 async def test_a_task_is_known_until_it_ends() -> None:
-    tasks = Tasks("job")
+    tasks = BackgroundTasks("job")
     tasks.start(queued_cocktail("1", epoch=3), at_once())
     assert "1" in tasks
     assert (tasks.epoch_of("1"), tasks.epoch_of("2")) == (3, None)
@@ -30,7 +30,7 @@ async def test_a_task_is_known_until_it_ends() -> None:
 
 
 async def test_the_end_of_the_task_before_leaves_the_one_that_replaced_it() -> None:
-    tasks = Tasks("job")
+    tasks = BackgroundTasks("job")
     tasks.start(queued_cocktail("1", epoch=1), for_ever())
     previous = tasks.cancel("1")
     assert previous is not None
@@ -52,7 +52,7 @@ async def test_stopping_ends_all_and_waits_for_them() -> None:
             await asyncio.sleep(0)
             ended.append(uid)
 
-    tasks = Tasks("job")
+    tasks = BackgroundTasks("job")
     for uid in ("1", "2"):
         tasks.start(queued_cocktail(uid), slow_to_leave(uid))
     await asyncio.sleep(0)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pickle
 
-from cocktail_serve.engines.occupancy import Occupancy, Queue
+from cocktail_serve.engines.scheduling import Queue, SchedulerSnapshot
 from cocktail_serve.engines.snapshot import EngineSnapshot
 from cocktail_serve.engines.stats import EngineStats
 
@@ -22,7 +22,7 @@ def test_it_can_be_pickled() -> None:
         resident="a" * 64,
         num_queued=2,
         detail={"reason": "lost", "cached": ["b" * 64], "cached_bytes": 7},
-        occupancy=Occupancy(
+        scheduler=SchedulerSnapshot(
             phase="draining",
             num_in_flight=1,
             resident="a" * 64,
@@ -36,7 +36,7 @@ def test_it_can_be_pickled() -> None:
     again = pickle.loads(pickle.dumps(snapshot))
     assert again == snapshot
     assert (again.counters.wait.count, again.counters.swap.total) == (1, 0.02)
-    assert again.occupancy.queues[0].reason == "turn_ends"
+    assert again.scheduler.queues[0].reason == "turn_ends"
 
 
 def test_its_counters_are_its_own() -> None:

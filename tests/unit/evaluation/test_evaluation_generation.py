@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from cocktail_serve.evaluation.generation import generate
+from cocktail_serve.evaluation.generation import generate_texts
 from tests.models import CHAIN_TOKENS, make_chain_decoder
 
 
@@ -19,5 +19,5 @@ def test_answers_end_at_the_tokens_given(tmp_path: Path, stops: tuple[int, ...],
     tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder)
     model.generation_config.eos_token_id = 2  # as a mixture's, which is loaded with the base's configuration
     prompts = [[CHAIN_TOKENS.index("<|assistant|>")]]
-    said = generate([model], [1.0], tokenizer, prompts, max_new_tokens=8, max_tokens=64, stop_token_ids=stops)
+    said = generate_texts([model], [1.0], tokenizer, prompts, max_new_tokens=8, max_tokens=64, stop_token_ids=stops)
     assert said == [answer]

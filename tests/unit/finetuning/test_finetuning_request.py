@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from cocktail_serve.cocktails.request import CocktailBody
+from cocktail_serve.cocktails.parsing import CocktailBody
 from cocktail_serve.errors import InvalidRequestError, NotFoundError
 from cocktail_serve.finetuning.request import JobBody, JobRequest, param_of_job
 from cocktail_serve.pool import NAME_PATTERN, Member, Pool

@@ -12,7 +12,7 @@ import pytest
 
 from cocktail_serve.config import PoolConfig
 from cocktail_serve.errors import InvalidRequestError, NotFiniteError
-from cocktail_serve.gateway.embedding import check_inputs, dimensions_to_keep, encode_answer, prompt_of
+from cocktail_serve.gateway.embedding_fields import check_inputs, dimensions_to_keep, encode_embeddings, prompt_of
 from cocktail_serve.gateway.truncation import truncation
 
 
@@ -116,8 +116,8 @@ def test_truncation() -> None:
 
 def test_encodings() -> None:
     vectors = np.random.default_rng(0).standard_normal((3, 4)).astype(np.float32)
-    as_float = orjson.loads(encode_answer(vectors, model_id="bge", num_tokens=9, encoding_format="float"))
-    as_base64 = orjson.loads(encode_answer(vectors, model_id="bge", num_tokens=9, encoding_format="base64"))
+    as_float = orjson.loads(encode_embeddings(vectors, model_id="bge", num_tokens=9, encoding_format="float"))
+    as_base64 = orjson.loads(encode_embeddings(vectors, model_id="bge", num_tokens=9, encoding_format="base64"))
     assert as_float["usage"] == {"prompt_tokens": 9, "total_tokens": 9}
     assert [item["index"] for item in as_float["data"]] == [0, 1, 2]
     for row, plain, packed in zip(vectors, as_float["data"], as_base64["data"], strict=True):
@@ -127,11 +127,13 @@ def test_encodings() -> None:
 
 def test_columns_of_a_larger_array_are_encoded_right() -> None:
     vectors = np.arange(12, dtype=np.float32).reshape(3, 4)[:, :2]
-    answer = orjson.loads(encode_answer(vectors, model_id="bge", num_tokens=1, encoding_format="base64"))
+    answer = orjson.loads(encode_embeddings(vectors, model_id="bge", num_tokens=1, encoding_format="base64"))
     second = np.frombuffer(base64.b64decode(answer["data"][1]["embedding"]), dtype="<f4")
     np.testing.assert_array_equal(second, [4.0, 5.0])
 
 
 def test_vectors_that_are_not_finite_never_leave() -> None:
     with pytest.raises(NotFiniteError, match="not finite"):
-        encode_answer(np.array([[np.nan, 1]], dtype=np.float32), model_id="bge", num_tokens=1, encoding_format="float")
+        encode_embeddings(
+            np.array([[np.nan, 1]], dtype=np.float32), model_id="bge", num_tokens=1, encoding_format="float"
+        )

@@ -14,10 +14,10 @@ from transformers import AutoTokenizer
 
 from cocktail_serve.errors import ConfigError
 from cocktail_serve.examples import ExampleSet, TextExample, parse_examples
-from cocktail_serve.generation import ChatTemplate
+from cocktail_serve.generation_settings import ChatTemplate
 from cocktail_serve.scoring import exported_tokenizer
+from cocktail_serve.scoring.decoder import tokenize_examples
 from cocktail_serve.scoring.exported_tokenizer import ExportedTokenizer, export_tokenizer
-from cocktail_serve.scoring.text import tokenize_examples
 from tests.models import make_decoder_tokenizer
 from tests.unit.scoring.chat_templates import REFUSING, TEMPLATES
 from tests.zoo.specimens import SPECIMENS, Specimen

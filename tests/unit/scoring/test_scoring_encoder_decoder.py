@@ -32,7 +32,7 @@ def examples_of(rows):
 
 @pytest.mark.parametrize("batch_tokens", [1, 2048])
 def test_losses_are_transformers_own(folder, tokenizer, monkeypatch, batch_tokens):
-    monkeypatch.setattr("cocktail_serve.scoring.text.MAX_BATCH_TOKENS", batch_tokens)
+    monkeypatch.setattr("cocktail_serve.scoring.decoder.MAX_BATCH_TOKENS", batch_tokens)
     model = AutoModelForSeq2SeqLM.from_pretrained(folder).eval()
     want = []
     for row in ROWS:

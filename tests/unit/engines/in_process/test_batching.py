@@ -14,35 +14,35 @@ from cocktail_serve.engines.in_process.batching import (
     CONTENDED_SHARE,
     Batch,
     BatchQueue,
-    Call,
-    Job,
+    ForwardJob,
     PassLimits,
+    ThreadCall,
     cut_by_length,
 )
 
 LIMITS = PassLimits(max_tokens=64, pass_tokens=8)
 
 
-def job(lengths: list[int], *, key: str = "a", background: bool = False, tenant: str = "t") -> Job:
-    made = Job(background=background, tenant=tenant)
+def job(lengths: list[int], *, key: str = "a", background: bool = False, tenant: str = "t") -> ForwardJob:
+    made = ForwardJob(background=background, tenant=tenant)
     made.set_inputs(key, [[1] * length for length in lengths])
     return made
 
 
-def queue_of(*jobs: Job, limits: PassLimits = LIMITS) -> BatchQueue[Job]:
-    queue: BatchQueue[Job] = BatchQueue(limits)
+def queue_of(*jobs: ForwardJob, limits: PassLimits = LIMITS) -> BatchQueue[ForwardJob]:
+    queue: BatchQueue[ForwardJob] = BatchQueue(limits)
     for each in jobs:
         assert queue.put(each)
     return queue
 
 
-def take(queue: BatchQueue[Job]) -> Batch[Job]:
+def take(queue: BatchQueue[ForwardJob]) -> Batch[ForwardJob]:
     batch = queue.take()
     assert isinstance(batch, Batch)
     return batch
 
 
-def drain(queue: BatchQueue[Job], num_inputs: int) -> list[Batch[Job]]:
+def drain(queue: BatchQueue[ForwardJob], num_inputs: int) -> list[Batch[ForwardJob]]:
     batches = []
     while num_inputs:
         batches.append(take(queue))
@@ -50,7 +50,7 @@ def drain(queue: BatchQueue[Job], num_inputs: int) -> list[Batch[Job]]:
     return batches
 
 
-def num_padded(batch: Batch[Job]) -> int:
+def num_padded(batch: Batch[ForwardJob]) -> int:
     lengths = [len(ids) for ids in batch.token_ids]
     return max(lengths) * len(lengths)
 
@@ -96,7 +96,7 @@ class TestBatchQueue:
         jobs = [job([rng.randint(1, 60) for _ in range(rng.randint(1, 40))]) for _ in range(10)]
         for number, each in enumerate(jobs):  # each input is told apart by its first token
             each.set_inputs("a", [[1000 * number + index, *ids[1:]] for index, ids in enumerate(each.token_ids)])
-        complete: list[Job] = []
+        complete: list[ForwardJob] = []
         for batch in drain(queue_of(*jobs), sum(len(each.token_ids) for each in jobs)):
             complete += batch.store(np.array([[ids[0], len(ids)] for ids in batch.token_ids], dtype=np.float32))
         assert set(complete) == set(jobs)
@@ -146,16 +146,16 @@ class TestBatchQueue:
         queue = queue_of(job([5]))
         (future,) = queue.call_each([lambda: 7])
         call = queue.take()
-        assert isinstance(call, Call)
+        assert isinstance(call, ThreadCall)
         call.run()
         assert future.result(timeout=0) == 7
 
     def test_each_taker_gets_its_own_call(self) -> None:
-        queue: BatchQueue[Job] = BatchQueue(LIMITS, num_takers=2)
+        queue: BatchQueue[ForwardJob] = BatchQueue(LIMITS, num_takers=2)
         futures = queue.call_each([lambda: "first", lambda: "second"])
         for taker in (1, 0):
             call = queue.take(taker)
-            assert isinstance(call, Call)
+            assert isinstance(call, ThreadCall)
             call.run()
         assert [future.result(timeout=0) for future in futures] == ["first", "second"]
 
@@ -163,7 +163,7 @@ class TestBatchQueue:
         queue = queue_of()
         (future,) = queue.call_each([lambda: 1 / 0])
         call = queue.take()
-        assert isinstance(call, Call)
+        assert isinstance(call, ThreadCall)
         call.run()
         assert isinstance(future.exception(timeout=0), ZeroDivisionError)
 
@@ -178,7 +178,7 @@ class TestBatchQueue:
         assert queue.call_each([lambda: None])[0].cancelled()
 
     def test_wakes_a_waiting_taker(self) -> None:
-        queue: BatchQueue[Job] = BatchQueue(LIMITS)
+        queue: BatchQueue[ForwardJob] = BatchQueue(LIMITS)
         taken: list[object] = []
         thread = threading.Thread(target=lambda: taken.append(queue.take()))
         thread.start()
@@ -187,7 +187,7 @@ class TestBatchQueue:
         assert isinstance(taken[0], Batch)
 
     def test_every_input_is_taken_once_under_concurrent_puts(self) -> None:
-        queue: BatchQueue[Job] = BatchQueue(LIMITS)
+        queue: BatchQueue[ForwardJob] = BatchQueue(LIMITS)
         rng = random.Random(2)
         jobs = [job([rng.randint(1, 70) for _ in range(20)], key=rng.choice("abc")) for _ in range(60)]
         threads = [
@@ -238,15 +238,15 @@ class TestGathering:
     """Two threads compute; the first is busy."""
 
     @pytest.fixture
-    def queue(self, monkeypatch: pytest.MonkeyPatch) -> BatchQueue[Job]:
+    def queue(self, monkeypatch: pytest.MonkeyPatch) -> BatchQueue[ForwardJob]:
         monkeypatch.setattr(batching, "GATHER_S", 30.0)
-        queue: BatchQueue[Job] = BatchQueue(LIMITS, num_takers=2)
+        queue: BatchQueue[ForwardJob] = BatchQueue(LIMITS, num_takers=2)
         queue.put(job([2]))
         assert isinstance(queue.take(0), Batch)  # nobody computes: at once
         return queue
 
     @pytest.fixture
-    def second(self, queue: BatchQueue[Job]) -> Iterator[Future[Batch[Job] | Call | None]]:
+    def second(self, queue: BatchQueue[ForwardJob]) -> Iterator[Future[Batch[ForwardJob] | ThreadCall | None]]:
         queue.put(job([2]))
         with ThreadPoolExecutor(1) as thread:
             taking = thread.submit(queue.take, 1)
@@ -255,41 +255,45 @@ class TestGathering:
             yield taking
             queue.close()
 
-    def test_a_few_tokens_wait_for_company(self, queue: BatchQueue[Job], second: Future[Batch[Job]]) -> None:
+    def test_a_few_tokens_wait_for_company(
+        self, queue: BatchQueue[ForwardJob], second: Future[Batch[ForwardJob]]
+    ) -> None:
         queue.put(job([3]))
         with pytest.raises(TimeoutError):
             second.result(0.05)
         queue.put(job([3]))
         assert sorted(map(len, second.result(10).token_ids)) == [2, 3, 3]
 
-    def test_whose_caller_has_gone_is_no_company(self, queue: BatchQueue[Job], second: Future[Batch[Job]]) -> None:
+    def test_whose_caller_has_gone_is_no_company(
+        self, queue: BatchQueue[ForwardJob], second: Future[Batch[ForwardJob]]
+    ) -> None:
         gone = job([3] * 20)
         gone.abandoned = True
         queue.put(gone)
         with pytest.raises(TimeoutError):
             second.result(0.05)
 
-    def test_not_once_nobody_computes(self, queue: BatchQueue[Job], second: Future[Batch[Job]]) -> None:
+    def test_not_once_nobody_computes(self, queue: BatchQueue[ForwardJob], second: Future[Batch[ForwardJob]]) -> None:
         assert isinstance(queue.take(0), Batch)
         queue.put(job([20]))
         assert isinstance(second.result(10), Batch)
 
-    def test_calls_do_not_wait(self, queue: BatchQueue[Job], second: Future[Batch[Job]]) -> None:
+    def test_calls_do_not_wait(self, queue: BatchQueue[ForwardJob], second: Future[Batch[ForwardJob]]) -> None:
         queue.call_each([lambda: None, lambda: None])
-        assert isinstance(second.result(10), Call)
+        assert isinstance(second.result(10), ThreadCall)
 
-    def test_many_tokens_never_wait(self, queue: BatchQueue[Job]) -> None:
+    def test_many_tokens_never_wait(self, queue: BatchQueue[ForwardJob]) -> None:
         queue.put(job([1] * 1000))
         assert isinstance(queue.take(1), Batch)
 
-    def test_no_longer_than_is_worth_it(self, queue: BatchQueue[Job], monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_no_longer_than_is_worth_it(self, queue: BatchQueue[ForwardJob], monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(batching, "GATHER_S", 0.01)
         queue.put(job([2]))
         assert isinstance(queue.take(1), Batch)
 
 
 def test_what_one_thread_leaves_wakes_another() -> None:
-    queue: BatchQueue[Job] = BatchQueue(LIMITS, num_takers=2, overtakes=True)
+    queue: BatchQueue[ForwardJob] = BatchQueue(LIMITS, num_takers=2, overtakes=True)
     with ThreadPoolExecutor(2) as threads:
         taking = [threads.submit(queue.take, taker) for taker in range(2)]
         while len(queue._condition._waiters) < 2:  # type: ignore[attr-defined]
@@ -305,33 +309,33 @@ class TestFloods:
     """Two threads compute, and a third may overtake them. A tenant floods."""
 
     @pytest.fixture
-    def queue(self, monkeypatch: pytest.MonkeyPatch) -> Iterator[BatchQueue[Job]]:
+    def queue(self, monkeypatch: pytest.MonkeyPatch) -> Iterator[BatchQueue[ForwardJob]]:
         monkeypatch.setattr(batching, "HOLD_S", 30.0)
-        queue: BatchQueue[Job] = BatchQueue(LIMITS, num_takers=2, overtakes=True)
+        queue: BatchQueue[ForwardJob] = BatchQueue(LIMITS, num_takers=2, overtakes=True)
         for _ in range(20):
             queue.put(job([60], tenant="flood"))
         yield queue
         queue.close()
 
     @pytest.fixture
-    def threads(self, queue: BatchQueue[Job]) -> Iterator[ThreadPoolExecutor]:
+    def threads(self, queue: BatchQueue[ForwardJob]) -> Iterator[ThreadPoolExecutor]:
         with ThreadPoolExecutor(3) as threads:
             yield threads
             queue.close()  # before the executor waits for those that take
 
-    def take(self, queue: BatchQueue[Job], taker: int) -> set[str]:
+    def take(self, queue: BatchQueue[ForwardJob], taker: int) -> set[str]:
         batch = queue.take(taker)
         assert isinstance(batch, Batch)
         for each in batch.jobs:
             each.num_missing = 0
         return {each.tenant for each in batch.jobs}
 
-    def test_a_tenant_overtakes_the_passes_of_another(self, queue: BatchQueue[Job]) -> None:
+    def test_a_tenant_overtakes_the_passes_of_another(self, queue: BatchQueue[ForwardJob]) -> None:
         assert [self.take(queue, taker) for taker in (0, 1)] == [{"flood"}, {"flood"}]
         queue.put(job([5], tenant="one"))
         assert self.take(queue, 2) == {"one"}
 
-    def test_the_flood_overtakes_nobody(self, queue: BatchQueue[Job], threads: ThreadPoolExecutor) -> None:
+    def test_the_flood_overtakes_nobody(self, queue: BatchQueue[ForwardJob], threads: ThreadPoolExecutor) -> None:
         self.take(queue, 0), self.take(queue, 1)
         third = threads.submit(self.take, queue, 2)
         queue.put(job([60], tenant="flood"))
@@ -340,7 +344,9 @@ class TestFloods:
         queue.put(job([5], tenant="one"))
         assert third.result(10) == {"one"}
 
-    def test_nobody_overtakes_while_a_thread_is_free(self, queue: BatchQueue[Job], threads: ThreadPoolExecutor) -> None:
+    def test_nobody_overtakes_while_a_thread_is_free(
+        self, queue: BatchQueue[ForwardJob], threads: ThreadPoolExecutor
+    ) -> None:
         self.take(queue, 0)
         third = threads.submit(self.take, queue, 2)
         queue.put(job([5], tenant="one"))
@@ -351,7 +357,7 @@ class TestFloods:
         assert first | third.result(10) == {"one", "two"}  # the last free thread has woken it
 
     def test_a_tenant_has_one_pass_that_overtakes_and_it_is_small(
-        self, queue: BatchQueue[Job], threads: ThreadPoolExecutor
+        self, queue: BatchQueue[ForwardJob], threads: ThreadPoolExecutor
     ) -> None:
         self.take(queue, 0), self.take(queue, 1)
         queue.put(job([8] * 20, tenant="one"))
@@ -364,7 +370,7 @@ class TestFloods:
             third.result(0.05)
 
     def test_a_thread_is_kept_for_the_next_request_of_a_tenant_who_is_behind(
-        self, queue: BatchQueue[Job], threads: ThreadPoolExecutor
+        self, queue: BatchQueue[ForwardJob], threads: ThreadPoolExecutor
     ) -> None:
         assert self.take(queue, 0) == {"flood"}
         queue.put(job([5], tenant="one"))
@@ -376,7 +382,7 @@ class TestFloods:
         assert second.result(10) == {"one"}
 
     def test_a_thread_is_kept_while_the_tenant_overtakes(
-        self, queue: BatchQueue[Job], threads: ThreadPoolExecutor
+        self, queue: BatchQueue[ForwardJob], threads: ThreadPoolExecutor
     ) -> None:
         self.take(queue, 0), self.take(queue, 1)
         queue.put(job([5], tenant="one"))
@@ -385,27 +391,27 @@ class TestFloods:
         with pytest.raises(TimeoutError):
             second.result(0.05)
 
-    def test_only_one_is_kept(self, queue: BatchQueue[Job]) -> None:
+    def test_only_one_is_kept(self, queue: BatchQueue[ForwardJob]) -> None:
         self.take(queue, 0)
         queue.put(job([5], tenant="one"))
         assert self.take(queue, 1) == {"one"}
         assert self.take(queue, 0) == {"flood"}  # the other goes on with the flood
 
-    def test_none_is_kept_while_somebody_waits_for_whom_nobody_computes(self, queue: BatchQueue[Job]) -> None:
+    def test_none_is_kept_while_somebody_waits_for_whom_nobody_computes(self, queue: BatchQueue[ForwardJob]) -> None:
         self.take(queue, 0)
         queue.put(job([5], tenant="one"))
         assert self.take(queue, 1) == {"one"}
         queue.put(job([50], tenant="other"))
         assert self.take(queue, 1) == {"other"}
 
-    def test_none_is_kept_for_long(self, queue: BatchQueue[Job], monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_none_is_kept_for_long(self, queue: BatchQueue[ForwardJob], monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(batching, "HOLD_S", 0.01)
         self.take(queue, 0)
         queue.put(job([5], tenant="one"))
         assert self.take(queue, 1) == {"one"}
         assert self.take(queue, 1) == {"flood"}
 
-    def test_none_is_kept_for_a_tenant_that_is_not_behind(self, queue: BatchQueue[Job]) -> None:
+    def test_none_is_kept_for_a_tenant_that_is_not_behind(self, queue: BatchQueue[ForwardJob]) -> None:
         self.take(queue, 0)
         queue.put(job([64], tenant="one"))
         assert self.take(queue, 1) == {"one"}

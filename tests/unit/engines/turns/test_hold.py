@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from cocktail_serve.engines.occupancy import OPERATOR_RETRY_S
-from cocktail_serve.engines.turns.hold import Hold
+from cocktail_serve.engines.scheduling import OPERATOR_RETRY_S
+from cocktail_serve.engines.turns.hold import OperatorHold
 from cocktail_serve.errors import ModelNotReadyError
 from cocktail_serve.recipe import Recipe
 
@@ -24,7 +24,7 @@ PINNED, OTHER = (Recipe(base="base", coefficients=((name, 1.0),), dtype="float32
     ],
 )
 def test_who_is_kept_out(is_drained: bool, pinned: Recipe | None, asked: Recipe, reason: str | None) -> None:
-    hold = Hold()
+    hold = OperatorHold()
     hold.is_drained = is_drained
     if pinned is not None:
         hold.pin(pinned, 5.0)
@@ -39,11 +39,11 @@ def test_who_is_kept_out(is_drained: bool, pinned: Recipe | None, asked: Recipe,
 
 
 def test_a_pin_is_the_operators_claim_and_can_be_taken_back() -> None:
-    hold = Hold()
+    hold = OperatorHold()
     assert hold.pinned_digest is None
     hold.pin(PINNED, 5.0)
     assert hold.pinned is not None
-    assert (hold.pinned.claimant, hold.pinned.arrived, hold.pinned_digest) == ("operator", 5.0, PINNED.digest)
+    assert (hold.pinned.claimant, hold.pinned.ranked_from, hold.pinned_digest) == ("operator", 5.0, PINNED.digest)
     hold.unpin()
     assert hold.pinned_digest is None
     hold.check_admits(OTHER.digest)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from cocktail_serve.engines.fairness import HALF_LIFE_S, MAX_KEPT, Accounts
+from cocktail_serve.engines.fairness import HALF_LIFE_S, MAX_KEPT, TenantShares
 from cocktail_serve.engines.turns.slots import Slots
 from cocktail_serve.engines.turns.wait_queue import Claim
 from cocktail_serve.recipe import Recipe
@@ -12,8 +12,8 @@ from cocktail_serve.recipe import Recipe
 GAP_S = 2.0
 
 
-def slots_of(max_in_flight: int | None, *, accounts: Accounts | None = None, **in_flight: int) -> Slots:
-    slots = Slots(accounts or Accounts(), max_in_flight=max_in_flight, gap_s=GAP_S)
+def slots_of(max_in_flight: int | None, *, tenant_shares: TenantShares | None = None, **in_flight: int) -> Slots:
+    slots = Slots(tenant_shares or TenantShares(), max_in_flight=max_in_flight, gap_s=GAP_S)
     for tenant, number in in_flight.items():
         for _ in range(number):
             slots.take(tenant, 1, 0.0)
@@ -22,7 +22,7 @@ def slots_of(max_in_flight: int | None, *, accounts: Accounts | None = None, **i
 
 def claim(tenant: str, arrived: float = 0.0) -> Claim:
     recipe = Recipe(base="base", coefficients=(("one", 1.0),), dtype="float32")
-    return Claim(recipe=recipe, came=arrived, arrived=arrived, tenant=tenant)
+    return Claim(recipe=recipe, made_at=arrived, ranked_from=arrived, tenant=tenant)
 
 
 @pytest.mark.parametrize(
@@ -55,6 +55,16 @@ def test_the_share_of_who_has_left_is_kept_for_a_moment(since_s: float, expected
     slots = slots_of(4, a=2, b=1)
     slots.leave("b", 10.0)
     assert slots.has_one_for("a", 10.0 + since_s) is expected
+
+
+def test_more_tenants_than_slots_have_a_first_one_each() -> None:
+    slots = slots_of(2, a=1, b=1)
+    slots.leave("a", 0.0)
+    slots.leave("b", 0.0)
+    slots.take("c", 1, 0.0)
+    # a share of three in two slots is none
+    assert slots.has_one_for("d", 0.0)
+    assert not slots.has_one_for("c", 0.0)
 
 
 def test_another_turn_keeps_no_share_of_the_last() -> None:
@@ -94,8 +104,8 @@ def test_slots_that_are_left_are_free_and_charges_stay() -> None:
 
 
 def test_engines_that_share_accounts_have_slots_of_their_own() -> None:
-    accounts = Accounts()
-    here, there = slots_of(2, accounts=accounts), slots_of(2, accounts=accounts, a=2)
+    tenant_shares = TenantShares()
+    here, there = slots_of(2, tenant_shares=tenant_shares), slots_of(2, tenant_shares=tenant_shares, a=2)
     assert here.has_one_for("a", 0.0)
     assert not there.has_one_for("a", 0.0)
     here.take("b", 1, 0.0)

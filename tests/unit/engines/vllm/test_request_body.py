@@ -8,14 +8,14 @@ from typing import Any
 
 import pytest
 
+from cocktail_serve.engines.fairness import BYTES_PER_TOKEN
 from cocktail_serve.engines.vllm.request_body import (
-    BYTES_PER_TOKEN,
     EXPECTED_OUTPUT_TOKENS,
     BodyWriter,
     expected_tokens,
 )
 from cocktail_serve.errors import InvalidRequestError
-from cocktail_serve.generation import ChatTemplate, GenerationSettings
+from cocktail_serve.generation_settings import ChatTemplate, GenerationSettings
 from cocktail_serve.recipe import Recipe
 
 FIELDS = {"model": "flan", "vllm_xargs": {"row": 3}}

@@ -1,0 +1,58 @@
+"""What a cocktail can be expected to do, found on its own examples: the verdict of its report.
+
+The mixture was weighed with all examples, so its loss on them flatters it. Here the examples are dealt into at most
+five folds, each is predicted by a mixture weighed with the others, and `weighting.verdict` compares.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from cocktail_serve.cocktails.cocktail import CrossValidation
+from cocktail_serve.cocktails.options import CocktailOptions
+from cocktail_serve.cocktails.weighing_plan import weights_of
+from cocktail_serve.weighting.candidates import Candidate, Trial, Trials
+from cocktail_serve.weighting.search import deal
+from cocktail_serve.weighting.verdict import verdict
+
+PENDING = CrossValidation("pending")
+
+
+def cross_validate(
+    options: CocktailOptions, losses: Mapping[str, Sequence[float]], chosen: Candidate | None
+) -> Trials[CrossValidation]:
+    """Cross-validates a mixture that is weighed already, by the setting it was weighed with.
+
+    What a search chose (tau, alpha) was chosen on the same folds, so its held-out loss is a little too good; the
+    mixtures are those that the search tried, whose losses a decoder's engine need not measure again.
+
+    Args:
+        losses: loss (nats) of each example by model in `options.scored`; empty without examples.
+        chosen: the candidate that the mixture is; None where nothing was weighed.
+
+    Returns:
+        Generator of at most five trials.
+    """
+    if not losses or chosen is None:
+        return no_findings("there are no examples to measure it on")
+    if options.weighting == "blackbox":
+        return no_findings("what blackbox makes of fewer examples would have to be searched anew")
+    num_examples = len(next(iter(losses.values())))
+    folds = deal(num_examples, seed=options.seed)
+    if not folds:
+        return no_findings("one example cannot be held out; give more")
+    held_out: dict[int, float] = {}
+    for number, fold in enumerate(folds):
+        others = [row for row in range(num_examples) if row not in fold]
+        weights = weights_of(options, losses, rows=others, temperature=chosen.temperature, alpha=chosen.alpha)
+        of_fold = yield Trial(weights, fold, progress=number / len(folds))
+        held_out.update(zip(fold, of_fold, strict=True))
+    told = verdict([held_out[row] for row in range(num_examples)], losses)
+    return CrossValidation(
+        "ready", told.advice, told.text, told.mixed, told.best_expert, told.best_expert_loss, len(folds)
+    )
+
+
+def no_findings(why: str) -> CrossValidation:
+    """Nothing can be told; says why."""
+    return CrossValidation("ready", text=f"no verdict: {why}")

@@ -1,0 +1,98 @@
+"""What answers under the pools as they are now: the models they have, and of cocktails those made of these."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+
+from cocktail_serve.cocktails.cocktail import Cocktail, ServedModel
+from cocktail_serve.dtypes import DType
+from cocktail_serve.errors import CocktailError, ModelNotReadyError, NotFoundError
+from cocktail_serve.pool import BASE, Pool
+from cocktail_serve.recipe import one_hot, settings_of
+
+
+class PoolModels:
+    """The base and the experts of each pool as models, and what a cocktail is served by.
+
+    Args:
+        pools: by id, as the operator defines them now; whoever changes a pool changes this mapping too.
+        dtypes: dtype of each pool's engine, which recipes round to.
+
+    Attributes:
+        by_id: what each pool and each expert is served by, by model id.
+    """
+
+    def __init__(self, pools: Mapping[str, Pool], dtypes: Mapping[str, DType]) -> None:
+        self._pools = pools
+        self._dtypes = dtypes
+        self.by_id: dict[str, ServedModel] = {}
+        self._ids: dict[tuple[str, str], list[str]] = {}
+        self.reread()
+
+    def reread(self) -> None:
+        """A pool has other experts now."""
+        served = [model for pool in self._pools.values() for model in _models(pool, self._dtypes[pool.id])]
+        self.by_id = {model.model_id: model for model in sorted(served, key=lambda model: model.model_id)}
+        ids = defaultdict(list)
+        for model in served:
+            ids[model.pool.id, model.recipe.digest].append(model.model_id)
+        self._ids = dict(ids)
+
+    def ids(self, pool_id: str, recipe_digest: str) -> Sequence[str]:
+        """Ids of the models of a pool that are this recipe."""
+        return self._ids.get((pool_id, recipe_digest), ())
+
+    def serve(self, cocktail: Cocktail) -> ServedModel | None:
+        """What a snapshot is answered by; None unless it is ready and its pool still has its models."""
+        pool = self._pools.get(cocktail.pool_id)
+        if cocktail.status != "ready" or cocktail.recipe is None or pool is None:
+            return None
+        generation = settings_of(cocktail.recipe, pool)
+        if cocktail.recipe.base != pool.base.fingerprint or generation is None:
+            return None
+        return ServedModel(model_id=cocktail.id, pool=pool, recipe=cocktail.recipe, generation=generation)
+
+    def adopt(self, cocktail: Cocktail) -> Cocktail:
+        """A cocktail as this configuration serves it: the operator may have changed the engine's dtype."""
+        dtype = self._dtypes.get(cocktail.pool_id)
+        if dtype is None or cocktail.recipe is None or cocktail.recipe.dtype == dtype:
+            return cocktail
+        warning = f"made for {cocktail.recipe.dtype}; the engine runs {dtype} now, so the mixture rounds differently"
+        return replace(cocktail, recipe=replace(cocktail.recipe, dtype=dtype), warnings=(*cocktail.warnings, warning))
+
+
+def why_not_served(cocktail: Cocktail) -> CocktailError:
+    """The error for a cocktail that `PoolModels.serve` has nothing for."""
+    if not cocktail.is_final:
+        return ModelNotReadyError(
+            f"{cocktail.id!r} is {cocktail.status}; follow it at /v1/cocktails/{cocktail.id}", param="model"
+        )
+    if cocktail.status == "ready":
+        return NotFoundError(
+            f"{cocktail.id!r} is made of models that pool {cocktail.pool_id!r} no longer has; make it again",
+            param="model",
+            code="model_not_found",
+        )
+    why = "" if cocktail.error is None else f": {cocktail.error.message}"
+    return NotFoundError(
+        f"{cocktail.id!r} {'failed' if cocktail.status == 'failed' else 'was cancelled'}{why}; make it again",
+        param="model",
+        code="model_not_found",
+    )
+
+
+def no_model(model_id: str) -> NotFoundError:
+    """The error for a model id that means nothing to a tenant."""
+    return NotFoundError(
+        f"the model {model_id!r} does not exist; GET /v1/models lists those that do",
+        param="model",
+        code="model_not_found",
+    )
+
+
+def _models(pool: Pool, dtype: DType) -> Iterator[ServedModel]:
+    for member in pool:
+        model_id = pool.id if member.name == BASE else f"{pool.id}/{member.name}"
+        yield ServedModel(model_id, pool, one_hot(pool, member.name, dtype=dtype), pool.generation_of(member))

@@ -1,0 +1,112 @@
+"""From losses to merging weights: Eq. 2 over the peers, then Eq. 1 or 3 with the target; or a search over both."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import TypeVar
+
+from cocktail_serve.cocktails.cocktail import Weighing
+from cocktail_serve.cocktails.options import CocktailOptions
+from cocktail_serve.dtypes import DType
+from cocktail_serve.methods import find_method
+from cocktail_serve.pool import Pool
+from cocktail_serve.recipe import Recipe, make_recipe, with_target
+from cocktail_serve.weighting.blackbox import BUDGET, blackbox
+from cocktail_serve.weighting.candidates import Candidate, Trial, Trials, mean
+from cocktail_serve.weighting.search import search
+from cocktail_serve.weighting.softmax import entropy, softmax_weights, uniform_weights
+
+_T = TypeVar("_T")
+
+
+def weighing_steps(options: CocktailOptions, losses: Mapping[str, Sequence[float]]) -> Trials[Weighing]:
+    """Merging weights of a request.
+
+    Where the method adds task vectors, the base's share is left out and the base counts 1 (`Method.coefficients`); the
+    entropy is that of the shares.
+
+    Args:
+        losses: loss (nats) of each example by model in `options.scored`; not read where nothing is weighed.
+
+    Returns:
+        Generator of the trials that the weighting needs, none for those that follow from the losses alone.
+    """
+    method = find_method(options.method)
+    if options.merging_weights is not None:
+        weights = dict(options.merging_weights)
+        are_shares = not method.adds_task_vectors and min(weights.values()) >= 0.0
+        return Weighing({}, method.coefficients(weights), entropy(weights) if are_shares else None)
+    if not options.peers:
+        weights = with_target(None, target=options.target, alpha=options.alpha or 0.0)
+        return Weighing({}, method.coefficients(weights), entropy(weights))
+    candidates = yield from _candidates(options, losses)
+    shares = next(candidate.merging_weights for candidate in candidates if candidate.chosen)
+    return Weighing(
+        losses={name: mean(losses[name]) for name in options.scored},
+        merging_weights=method.coefficients(shares),
+        entropy=entropy(shares) if min(shares.values()) >= 0.0 else None,
+        candidates=tuple(
+            replace(candidate, merging_weights=method.coefficients(candidate.merging_weights))
+            for candidate in candidates
+        ),
+    )
+
+
+def advance(weighing: Trials[_T], losses: Sequence[float] | None) -> Trial | _T:
+    """The next question of a weighing or a cross-validation, or its result.
+
+    Args:
+        losses: the answer to the previous question; None to begin.
+    """
+    try:
+        return next(weighing) if losses is None else weighing.send(losses)
+    except StopIteration as ended:
+        result: _T = ended.value
+        return result
+
+
+def recipe_of(options: CocktailOptions, pool: Pool, merging_weights: Mapping[str, float], *, dtype: DType) -> Recipe:
+    """The recipe of these weights, of a trial or a weighing, under the request's method.
+
+    Raises:
+        As `make_recipe`.
+    """
+    coefficients = find_method(options.method).coefficients(merging_weights)
+    return make_recipe(pool, coefficients, dtype=dtype, method=options.method, method_params=options.method_params)
+
+
+def _candidates(options: CocktailOptions, losses: Mapping[str, Sequence[float]]) -> Trials[tuple[Candidate, ...]]:
+    of_peers = {name: losses[name] for name in options.peers}
+    if options.weighting == "search":
+        return (yield from search(of_peers, target=options.target, alpha=options.alpha, seed=options.seed))
+    if options.weighting == "blackbox":
+        everything = {name: losses[name] for name in options.scored}
+        return (yield from blackbox(everything, budget=options.budget or BUDGET, seed=options.seed))
+    weights = weights_of(options, losses, rows=None, temperature=options.temperature, alpha=options.alpha)
+    return (Candidate(weights, options.temperature, options.alpha, chosen=True),)
+
+
+def weights_of(
+    options: CocktailOptions,
+    losses: Mapping[str, Sequence[float]],
+    *,
+    rows: Sequence[int] | None,
+    temperature: float | None,
+    alpha: float | None,
+) -> dict[str, float]:
+    """Shares by Eq. 2 over the peers and Eq. 1 with the target.
+
+    Args:
+        losses: loss (nats) of each example, at least by peer.
+        rows: examples that are weighed with; None: all.
+        temperature: tau; None: all peers weigh the same.
+    """
+    if temperature is None:
+        shares = uniform_weights(options.peers)
+    else:
+        means = {
+            name: mean(losses[name] if rows is None else [losses[name][row] for row in rows]) for name in options.peers
+        }
+        shares = softmax_weights(means, temperature=temperature)
+    return with_target(shares, target=options.target, alpha=alpha or 0.0)

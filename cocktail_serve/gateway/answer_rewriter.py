@@ -1,0 +1,116 @@
+"""What the engine answered, made ours: the version's id as `model`, usage as asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+from typing import Any
+
+import orjson
+
+from cocktail_serve.errors import EngineError
+from cocktail_serve.gateway.field_policy import Outgoing
+from cocktail_serve.generation_settings import ignores_end
+
+
+class AnswerRewriter:
+    """Rewrites the answer of one request, and counts its tokens as the engine says them.
+
+    Every chunk of a stream tells how many tokens its choice has so far, so that one that breaks off is counted too.
+
+    Args:
+        end_token_ids: end tokens of the model's own. The engine is told of those that are not the base's as further
+            tokens to stop at, and gives them as `stop_reason`, which is null where a model ended by itself.
+    """
+
+    __slots__ = ("_ends", "_model_id", "_num_choices", "_of_choices", "_shows_each", "_shows_usage", "_totals")
+
+    def __init__(self, model_id: str, outgoing: Outgoing, *, end_token_ids: Collection[int] = ()) -> None:
+        self._model_id = model_id
+        self._ends = () if ignores_end(outgoing.body) else end_token_ids
+        self._shows_usage = outgoing.shows_usage
+        self._shows_each = outgoing.shows_usage_in_chunks
+        num_choices = outgoing.body.get("n")
+        self._num_choices = num_choices if isinstance(num_choices, int) and num_choices > 0 else 1
+        self._of_choices: dict[int, tuple[int, int]] = {}
+        self._totals: tuple[int, int] | None = None
+
+    @property
+    def is_counted(self) -> bool:
+        """Whether the engine has said anything of tokens."""
+        return self._totals is not None or bool(self._of_choices)
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        """Tokens read, as far as the engine has said."""
+        if self._totals is not None:
+            return self._totals[0]
+        # several prompts have `n` choices each, which repeat the size of theirs
+        of_prompts = {index // self._num_choices: num_in for index, (num_in, _) in self._of_choices.items()}
+        return sum(of_prompts.values())
+
+    @property
+    def num_completion_tokens(self) -> int:
+        """Tokens generated, as far as the engine has said."""
+        if self._totals is not None:
+            return self._totals[1]
+        return sum(num_out for _, num_out in self._of_choices.values())
+
+    def whole(self, body: bytes) -> bytes:
+        """A plain answer.
+
+        Raises:
+            EngineError: the answer is no JSON object.
+        """
+        answer = _object(body)
+        answer["model"] = self._model_id
+        self._hide_own_ends(answer.get("choices") or ())
+        self._totals = _num_tokens(answer.get("usage"))
+        return orjson.dumps(answer)
+
+    def chunk(self, payload: bytes) -> bytes | None:
+        """The data of one event; None for the usage chunk that the client did not ask for.
+
+        With `include_usage`, OpenAI sends `usage: null` in every chunk but the last and usage without choices in the
+        last; without, no chunk has the field. vLLM's `continuous_usage_stats` puts it into every chunk.
+
+        Raises:
+            EngineError: the event is no JSON object.
+        """
+        chunk = _object(payload)
+        chunk["model"] = self._model_id
+        choices = chunk.get("choices")
+        self._hide_own_ends(choices or ())
+        num_tokens = _num_tokens(chunk.get("usage"))
+        if not choices:
+            self._totals = num_tokens or self._totals
+            if num_tokens is not None and not self._shows_usage:
+                return None
+        elif num_tokens is not None:
+            self._of_choices[choices[0]["index"]] = num_tokens
+        if not self._shows_usage:
+            chunk.pop("usage", None)
+        elif choices and not self._shows_each:
+            chunk["usage"] = None
+        return orjson.dumps(chunk)
+
+    def _hide_own_ends(self, choices: Iterable[dict[str, Any]]) -> None:
+        for choice in choices:
+            if choice.get("stop_reason") in self._ends:
+                choice["stop_reason"] = None
+
+
+def _num_tokens(usage: Any) -> tuple[int, int] | None:
+    """Tokens read and generated; None where the engine does not say."""
+    if not isinstance(usage, dict):
+        return None
+    return usage.get("prompt_tokens") or 0, usage.get("completion_tokens") or 0
+
+
+def _object(raw: bytes) -> dict[str, Any]:
+    try:
+        value = orjson.loads(raw)
+    except orjson.JSONDecodeError as error:
+        raise EngineError(f"the engine's answer is not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise EngineError(f"the engine's answer is no JSON object but {type(value).__name__}")
+    return value

@@ -1,0 +1,75 @@
+"""What FastAPI hands to routes: the gateway, and who is asking, with the right to."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from fastapi import Depends, Request
+
+from cocktail_serve.gateway.authentication import Caller
+from cocktail_serve.gateway.exchange import exchange_of
+from cocktail_serve.gateway.gateway import Gateway
+from cocktail_serve.usage.audit import Actor, acting
+
+
+async def gateway_of(request: Request) -> Gateway:
+    """The gateway of the app that the request came to."""
+    gateway: Gateway = request.app.state.gateway
+    return gateway
+
+
+GatewayDep = Annotated[Gateway, Depends(gateway_of)]
+
+
+async def caller_of(request: Request) -> Caller:
+    """Who sent the request; may use models.
+
+    Raises:
+        AuthenticationError: a key is required, and there is none, or one that is not valid.
+        PermissionDeniedError: the key lacks the scope `use`.
+    """
+    gateway = await gateway_of(request)
+    caller = await gateway.authenticator.caller(request.headers.get("authorization", ""))
+    caller.require("use")
+    acting.set(Actor(caller.tenant, caller.key_id))
+    return caller
+
+
+CallerDep = Annotated[Caller, Depends(caller_of)]
+
+
+async def tenant_of(caller: CallerDep) -> str:
+    """Whose request it is; raises as `caller_of` does."""
+    return caller.tenant
+
+
+TenantDep = Annotated[str, Depends(tenant_of)]
+
+
+async def creator_of(request: Request, gateway: GatewayDep, caller: CallerDep) -> str:
+    """Whose request it is that makes, changes or deletes something.
+
+    Raises:
+        AuthenticationError: as `caller_of`.
+        PermissionDeniedError: the key lacks the scope `create`.
+        RateLimitError: over the tenant's requests a minute.
+    """
+    caller.require("create")
+    exchange_of(request).enter(gateway.meter.admit_change(caller))
+    return caller.tenant
+
+
+CreatorDep = Annotated[str, Depends(creator_of)]
+
+
+async def admin_of(request: Request) -> Caller:
+    """Who sent a request to `/admin`.
+
+    Raises:
+        AuthenticationError: no key, or one that is not valid; even where `server.auth` is off.
+        PermissionDeniedError: the key lacks the scope `admin`.
+    """
+    gateway = await gateway_of(request)
+    caller = await gateway.authenticator.admin(request.headers.get("authorization", ""))
+    acting.set(Actor(caller.tenant, caller.key_id))
+    return caller

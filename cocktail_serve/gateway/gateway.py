@@ -1,0 +1,111 @@
+"""All that lives as long as the app does, and what routes ask of it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+from concurrent.futures import Executor
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+from cocktail_serve.cocktails.experts import Experts
+from cocktail_serve.cocktails.options import CocktailRequest
+from cocktail_serve.cocktails.parsing import parse_inline, parse_request
+from cocktail_serve.cocktails.service import CocktailService
+from cocktail_serve.config import PoolConfig, Settings
+from cocktail_serve.engines.base import AnyEngine, EmbeddingEngine, Engine, GenerationEngine, RerankingEngine
+from cocktail_serve.errors import NotFoundError
+from cocktail_serve.finetuning.files import Files
+from cocktail_serve.finetuning.service import FineTuning
+from cocktail_serve.gateway.authentication import Authenticator, Caller
+from cocktail_serve.gateway.lifecycle import Lifecycle
+from cocktail_serve.gateway.metering import Meter
+from cocktail_serve.gateway.metrics import GatewayMetrics
+from cocktail_serve.pool import Pool
+from cocktail_serve.tenants.limits_cache import LimitsCache
+from cocktail_serve.tenants.store import TenantStore
+from cocktail_serve.usage.audit import AuditLog
+from cocktail_serve.usage.ledger import Ledger
+from cocktail_serve.usage.store import UsageStore
+
+
+@dataclass(frozen=True, slots=True)
+class Gateway:
+    """All that lives as long as the app does.
+
+    Attributes:
+        parsing: one thread for bodies that may be megabytes: the checks of cocktail requests, answers of embeddings.
+    """
+
+    settings: Settings
+    pools: Mapping[str, Pool]
+    engines: Mapping[str, AnyEngine]
+    service: CocktailService
+    experts: Experts
+    files: Files
+    fine_tuning: FineTuning
+    metrics: GatewayMetrics
+    lifecycle: Lifecycle
+    tenants: TenantStore
+    authenticator: Authenticator
+    limits: LimitsCache
+    ledger: Ledger
+    usage: UsageStore
+    audit: AuditLog
+    meter: Meter
+    parsing: Executor
+    pool_configs: Mapping[str, PoolConfig] = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "pool_configs", {pool.id: pool for pool in self.settings.pools})
+
+    async def parse_cocktail(self, body: Mapping[str, Any], caller: Caller) -> CocktailRequest:
+        """The body of `POST /v1/cocktails`, checked; raises as `parse_request` does."""
+        parse = partial(parse_request, body, settings=self.settings, pools=self.pools, visible=caller.pools)
+        return await asyncio.get_running_loop().run_in_executor(self.parsing, parse)
+
+    async def parse_inline(self, cocktail: Any, pool: Pool) -> CocktailRequest:
+        """The `cocktail` of a generation, embedding or rerank request, checked; raises as `parse_inline` does."""
+        parse = partial(parse_inline, cocktail, pool=pool, settings=self.settings)
+        return await asyncio.get_running_loop().run_in_executor(self.parsing, parse)
+
+    def engine(self, pool_id: str) -> AnyEngine:
+        """Any pool's engine.
+
+        Raises:
+            NotFoundError: no such pool.
+        """
+        if pool_id not in self.engines:
+            known = ", ".join(sorted(self.engines))
+            raise NotFoundError(f"there is no engine {pool_id!r}; there are: {known}", code="engine_not_found")
+        return self.engines[pool_id]
+
+    def decoder(self, pool_id: str) -> GenerationEngine:
+        """The engine of a decoder pool: requests for other pools have been turned away.
+
+        Raises:
+            TypeError: it is of another kind.
+        """
+        engine = self.engines[pool_id]
+        if engine.kind != "decoder":
+            raise _is_another(engine, "a decoder")
+        return engine
+
+    def encoder(self, pool_id: str) -> EmbeddingEngine:
+        """The engine of an encoder pool; raises as `decoder` does."""
+        engine = self.engines[pool_id]
+        if engine.kind != "encoder":
+            raise _is_another(engine, "an encoder")
+        return engine
+
+    def reranker(self, pool_id: str) -> RerankingEngine:
+        """The engine of a reranker pool; raises as `decoder` does."""
+        engine = self.engines[pool_id]
+        if engine.kind != "reranker":
+            raise _is_another(engine, "a reranker")
+        return engine
+
+
+def _is_another(engine: Engine, wanted: str) -> TypeError:
+    return TypeError(f"the engine of pool {engine.pool.id!r} is of kind {engine.kind}, and not {wanted}")

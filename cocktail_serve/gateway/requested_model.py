@@ -1,0 +1,126 @@
+"""From the `model` (and inline `cocktail`) of a request to the parameters that answer it."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+from cocktail_serve.cocktails.cocktail import ServedModel
+from cocktail_serve.cocktails.pool_models import no_model
+from cocktail_serve.errors import InvalidRequestError, NotFoundError, WrongModelKindError
+from cocktail_serve.gateway.authentication import Caller
+from cocktail_serve.gateway.dependencies import caller_of, gateway_of
+from cocktail_serve.gateway.direct_route import DirectRequest
+from cocktail_serve.gateway.exchange import Exchange, exchange_of
+from cocktail_serve.gateway.gateway import Gateway
+from cocktail_serve.gateway.json_body import read_json_object
+from cocktail_serve.gateway.metering import MeteredRequest
+from cocktail_serve.pool import Kind, Pool, with_article
+
+_ROUTES: dict[Kind, str] = {
+    "decoder": "/v1/chat/completions and /v1/completions",
+    "encoder": "/v1/embeddings",
+    "reranker": "/v1/rerank",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class AdmittedRequest:
+    """A request to a model, let in."""
+
+    request: DirectRequest
+    exchange: Exchange
+    gateway: Gateway
+    caller: Caller
+    body: dict[str, Any]
+    metered: MeteredRequest
+
+    def observe_first_token(self, served: ServedModel) -> None:
+        """The first of the answer is there: the time that it took goes into the metrics."""
+        self.gateway.metrics.observe_first_token(served.pool.id, time.perf_counter() - self.exchange.started_at)
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """What a request names.
+
+    Attributes:
+        served: what it is answered by; None where the request brings a cocktail of its own, which `served_model` mixes.
+    """
+
+    pool: Pool
+    served: ServedModel | None
+
+
+async def admit(request: DirectRequest) -> AdmittedRequest:
+    """How every request to a model begins: who sends it, what it says, whether the tenant may ask now.
+
+    Raises:
+        AuthenticationError, PermissionDeniedError: as `caller_of`.
+        InvalidRequestError, PayloadTooLargeError: as `read_json_object`.
+        RateLimitError: over a limit of the tenant.
+    """
+    gateway = await gateway_of(request)
+    caller = await caller_of(request)
+    body, num_bytes = await read_json_object(request)
+    exchange = exchange_of(request)
+    metered = exchange.metered = gateway.meter.admit(caller, body, num_bytes=num_bytes)
+    exchange.enter(metered.admission)
+    return AdmittedRequest(request, exchange, gateway, caller, body, metered)
+
+
+async def find_target(admitted: AdmittedRequest, *, kind: Kind) -> Target:
+    """The model that a request names; its figures are counted under its pool from now on.
+
+    Cheap: what is wrong with the rest is found before anything is mixed.
+
+    Raises:
+        InvalidRequestError: no model named.
+        NotFoundError: unknown, another tenant's, or of a pool that is not there for the tenant.
+        PermissionDeniedError: an inline cocktail, and the key may not create.
+        WrongModelKindError: the pool is not of the kind that the route needs.
+        ModelNotReadyError: it is still being made.
+        StorageError: it is not known here, and the store cannot be admitted.
+    """
+    gateway, caller = admitted.gateway, admitted.caller
+    model = admitted.body.get("model")
+    if not isinstance(model, str) or not model:
+        raise InvalidRequestError("model is required: name one of GET /v1/models", param="model")
+    if admitted.body.get("cocktail") is None:
+        served = await gateway.service.find(caller.tenant, model)
+        target = Target(served.pool, served)
+        if not caller.sees(target.pool.id):
+            raise no_model(model)
+    elif model in gateway.pools and caller.sees(model):
+        caller.require("create")
+        target = Target(gateway.pools[model], None)
+    else:
+        known = ", ".join(sorted(filter(caller.sees, gateway.pools)))
+        raise NotFoundError(
+            f"with an inline cocktail, model names the pool to mix from, and there is no pool {model!r}; "
+            f"there are: {known}",
+            param="model",
+            code="model_not_found",
+        )
+    found = target.pool.kind
+    if found != kind:
+        raise WrongModelKindError(
+            f"model {model!r} is {with_article(found)}; it answers {_ROUTES[found]}", param="model"
+        )
+    admitted.exchange.pool_id = target.pool.id
+    return target
+
+
+async def served_model(admitted: AdmittedRequest, target: Target) -> ServedModel:
+    """What answers a request; an inline cocktail is mixed on first use.
+
+    Raises:
+        ModelNotReadyError: the inline cocktail is still being made.
+        QuotaExceededError, RateLimitError: over a limit of the tenant.
+        CocktailError: what is wrong with the inline cocktail.
+    """
+    if target.served is not None:
+        return target.served
+    request = await admitted.gateway.parse_inline(admitted.body["cocktail"], target.pool)
+    return await admitted.gateway.service.inline(admitted.caller.tenant, request)

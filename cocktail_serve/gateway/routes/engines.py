@@ -1,0 +1,94 @@
+"""`/admin/engines` and `/admin/pools/{id}/experts`: what the operator does while the server runs."""
+
+from __future__ import annotations
+
+import asyncio
+
+from fastapi import APIRouter, Depends, Response
+
+from cocktail_serve.errors import InvalidRequestError
+from cocktail_serve.gateway.dependencies import GatewayDep, admin_of
+from cocktail_serve.gateway.gateway import Gateway
+from cocktail_serve.gateway.json_body import JSONObject, parse_as
+from cocktail_serve.gateway.openapi import error_responses, json_request
+from cocktail_serve.gateway.schemas.engines import (
+    DeletedExpert,
+    EngineBody,
+    EngineList,
+    EngineView,
+    ExpertBody,
+    ExpertList,
+    ExpertView,
+)
+
+router = APIRouter(prefix="/admin", tags=["admin"], dependencies=[Depends(admin_of)])
+
+
+@router.get("/engines", responses=error_responses())
+async def list_engines(gateway: GatewayDep) -> EngineList:
+    """What each engine does now: the resident recipe, who waits and why."""
+    return EngineList(data=list(await asyncio.gather(*(_view(gateway, pool_id) for pool_id in gateway.engines))))
+
+
+@router.get("/engines/{engine_id}", responses=error_responses(404))
+async def get_engine(gateway: GatewayDep, engine_id: str) -> EngineView:
+    """One engine, by the id of its pool."""
+    return await _view(gateway, engine_id)
+
+
+@router.post("/engines/{engine_id}", responses=error_responses(404, 413, 503), openapi_extra=json_request(EngineBody))
+async def operate_engine(gateway: GatewayDep, engine_id: str, body: JSONObject) -> EngineView:
+    """Pins a model in an engine, or drains it. Neither outlives the server."""
+    engine = gateway.engine(engine_id)
+    wanted = parse_as(EngineBody, body)
+    if "pin" in wanted.model_fields_set:
+        recipe = None
+        if wanted.pin is not None:
+            served = gateway.service.catalog.resolve(wanted.tenant, wanted.pin)
+            if served.pool.id != engine_id:
+                raise InvalidRequestError(f"{wanted.pin!r} is a model of pool {served.pool.id!r}", param="pin")
+            recipe = served.recipe
+        engine.pin(recipe)
+    if wanted.drain is not None:
+        engine.drain(wanted.drain)
+    return await _view(gateway, engine_id)
+
+
+@router.get("/pools/{pool_id}/experts", responses=error_responses(404))
+async def list_experts(gateway: GatewayDep, pool_id: str) -> ExpertList:
+    """The experts of a pool, and where they lie."""
+    return ExpertList(data=[ExpertView.of(pool_id, member, added) for member, added in gateway.experts.of(pool_id)])
+
+
+@router.post(
+    "/pools/{pool_id}/experts",
+    status_code=201,
+    responses={
+        **error_responses(404, 409, 413, 422),
+        200: {"model": ExpertView, "description": "The same model was there under this name."},
+    },
+    openapi_extra=json_request(ExpertBody),
+)
+async def add_expert(gateway: GatewayDep, pool_id: str, body: JSONObject, response: Response) -> ExpertView:
+    """Takes a model of `server.expert_roots` into a pool, for good. Existing cocktails stay what they are."""
+    wanted = parse_as(ExpertBody, body)
+    member, added, was_there = await gateway.experts.add(pool_id, wanted.name, wanted.path)
+    if was_there:
+        response.status_code = 200
+    return ExpertView.of(pool_id, member, added)
+
+
+@router.delete("/pools/{pool_id}/experts/{name}", responses=error_responses(404, 409))
+async def remove_expert(gateway: GatewayDep, pool_id: str, name: str, force: bool = False) -> DeletedExpert:
+    """Takes an added model out of a pool: 409 while cocktails are made of it, unless forced. Its files stay."""
+    await gateway.experts.remove(pool_id, name, force=force)
+    return DeletedExpert(id=f"{pool_id}/{name}")
+
+
+async def _view(gateway: Gateway, engine_id: str) -> EngineView:
+    snapshot = await gateway.engine(engine_id).snapshot(deadline_s=gateway.settings.server.ready_deadline_s)
+    scheduler = snapshot.scheduler
+    digests = {queue.recipe_digest for queue in scheduler.queues} | {scheduler.resident, scheduler.pinned}
+    names = gateway.service.catalog.named(engine_id, {digest for digest in digests if digest is not None})
+    engine_type = gateway.pool_configs[engine_id].engine.type
+    return EngineView.of(gateway.pools[engine_id], engine_type=engine_type, snapshot=snapshot, names=names)
