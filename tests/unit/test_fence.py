@@ -137,7 +137,6 @@ def test_a_poisoned_fence_serves_nothing() -> None:
     fence = Fence()
     fence.open(A, B)
     fence.poison("a mix failed")
-    fence.poison("and so did what came after")
     fence.open(A)
     assert (list(fence.serves), fence.resident) == ([], None)
 
@@ -174,6 +173,7 @@ async def test_a_new_fence_is_closed_and_asks_for_a_recipe() -> None:
 async def test_a_poisoned_fence_stays_shut() -> None:
     fence = open_fence()
     fence.poison("a mix failed")
+    fence.poison("and so did what came after")
     fence.open(A)
     fence.close()
     assert fence.state == "poisoned"
