@@ -23,7 +23,10 @@ def pytest_collection_finish() -> None:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
-    """Around the fixtures of whole sessions too, which no fixture could watch. Called for tests of other folders too."""
+    """Around the fixtures of whole sessions too, which no fixture could watch.
+
+    Called for the tests of other folders as well.
+    """
     if not item.path.is_relative_to(UNIT):
         return (yield)
     with no_process() as item.stash[REFUSED]:

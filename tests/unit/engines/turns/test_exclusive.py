@@ -178,7 +178,7 @@ def test_waits_and_swaps_are_counted_in_seconds() -> None:
             await pause(5)
             assert await engine.answer(A, 1, timeout_s=1) == 5 + MIX_S
             await engine.answer(A, 1)
-            stats, occupancy = engine.residency.stats, engine.residency.occupancy()
+            stats, occupancy = engine.residency.stats, engine.residency.snapshot()
             assert (stats.wait.count, stats.wait.total) == (2, MIX_S)
             assert (stats.swap.count, stats.swap.total) == (1, MIX_S)
             assert (occupancy.phase, occupancy.turn_s) == ("open", 2)
@@ -874,9 +874,9 @@ class TestOperator:
             for pinned, is_drained in ((None, False), (B, False), (B, True), (None, True)):
                 engine.residency.pin(pinned)
                 engine.residency.drain(is_drained)
-                reasons += [queue.reason for queue in engine.residency.occupancy().queues]
+                reasons += [queue.reason for queue in engine.residency.snapshot().queues]
             assert reasons == ["engine_down", "engine_down", "drained", "drained"]
-            assert engine.residency.occupancy().turn_s is None
+            assert engine.residency.snapshot().turn_s is None
             scoring.cancel()
 
         run(main())
