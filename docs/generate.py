@@ -8,6 +8,7 @@ from __future__ import annotations
 import inspect
 import json
 import re
+import textwrap
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
@@ -36,12 +37,13 @@ from cocktail_serve.pool import BASE
 from tests.zoo.table import models_page
 
 REFERENCE = Path(__file__).parent / "reference"
+COLUMNS = 120
 NOTE = "<!-- made by `make docs` from the code; edit that instead -->\n\n"
 
 
 def pages() -> dict[str, str]:
-    """Text of every generated page, by file name."""
-    return {
+    """Text of every generated page, by file name, wrapped where it is no table."""
+    made = {
         "config.md": config_page(),
         "cli.md": cli_page(),
         "http.md": http_page(),
@@ -51,6 +53,16 @@ def pages() -> dict[str, str]:
         "adapters.md": adapters_page(),
         "models.md": models_page(NOTE),
     }
+    return {name: "\n".join(map(_wrapped, text.split("\n"))) for name, text in made.items()}
+
+
+def _wrapped(line: str) -> str:
+    if line.startswith(("|", "<!--")):
+        return line
+    indent = "  " if line.startswith("* ") else ""
+    return textwrap.fill(
+        line, COLUMNS, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False, drop_whitespace=True
+    )
 
 
 def config_page() -> str:

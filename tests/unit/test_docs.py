@@ -31,6 +31,21 @@ def test_every_setting_has_a_description() -> None:
     assert untold == []
 
 
+def prose_of(page: Path) -> list[str]:
+    """Lines that are neither code nor rows of a table, which cannot be wrapped."""
+    parts = page.read_text().split("```")[::2]
+    return [line for part in parts for line in part.splitlines() if not line.lstrip().startswith("|")]
+
+
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_prose_is_wrapped(page: Path) -> None:
+    """So that a change shows as the lines that changed."""
+    assert [line for line in prose_of(page) if len(line) > generate.COLUMNS and not line.startswith("<!--")] == []
+
+
 @pytest.mark.parametrize("page", sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]), ids=lambda p: p.name)
 def test_links_between_pages_lead_somewhere(page: Path) -> None:
     for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", page.read_text()):
