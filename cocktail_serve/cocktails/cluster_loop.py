@@ -119,7 +119,7 @@ class ClusterLoop:
 
     async def _join(self) -> None:
         await self._leases.join()
-        self._registry.owner = self._leases.me
+        self._registry.join_as(self._leases.me)
 
     async def _adopt(self, alive: frozenset[str]) -> None:
         """Goes on with the jobs whose gateway is gone."""
@@ -127,8 +127,7 @@ class ClusterLoop:
             if cocktail.owner in alive and (cocktail.owner != self._leases.me or self._jobs.is_running(cocktail.uid)):
                 continue
             pool = self._pools.get(cocktail.pool_id)
-            fits = pool is not None and pool.fingerprint == cocktail.options.pool_fingerprint
-            if not fits and len(alive) > 1:
+            if (pool is None or not cocktail.options.fits(pool)) and len(alive) > 1:
                 continue  # another gateway may have the pool as it was
             claimed = await self._registry.claim(cocktail.uid)
             if claimed is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, TypedDict
 
 from cocktail_serve import errors
 from cocktail_serve.cocktails.options import CocktailOptions
@@ -94,8 +94,8 @@ class Cocktail:
         digest: of the request, 64 hex characters, known at once.
         progress: 0 to 1.
         created_at: seconds since the epoch, as `ready_at`.
-        current: whether the bare name means this version.
-        request: the options, with what omissions meant filled in.
+        current: whether the bare name means this version; settled by the catalog, which knows the others.
+        options: as asked for, with what omissions meant filled in.
         losses: loss (nats) by model name, `base` first, as far as measured.
         merging_weights: coefficients by model name over base, experts and target; None until weighed.
         entropy: of the shares that the weights stand for (nats); None where they are none: a negative one, or
@@ -162,6 +162,27 @@ class Cocktail:
     @property
     def is_final(self) -> bool:
         return self.status in FINAL
+
+
+class CocktailChanges(TypedDict, total=False):
+    """What may change of a cocktail, by the names of its fields."""
+
+    status: Status
+    progress: float
+    ready_at: float | None
+    used_at: float
+    losses: Mapping[str, float]
+    merging_weights: Mapping[str, float] | None
+    entropy: float | None
+    mixed_loss: float | None
+    validation_loss: float | None
+    recipe: Recipe | None
+    error: Failure | None
+    warnings: tuple[str, ...]
+    candidates: tuple[Candidate, ...]
+    owner: str | None
+    epoch: int
+    cross_validation: CrossValidation | None
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,9 +8,9 @@ from collections import defaultdict
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, TypeVar
+from typing import TypeVar, Unpack
 
-from cocktail_serve.cocktails.cocktail import Cocktail, Failure
+from cocktail_serve.cocktails.cocktail import Cocktail, CocktailChanges, Failure
 from cocktail_serve.cocktails.cross_validation import PENDING
 from cocktail_serve.cocktails.options import CocktailOptions
 from cocktail_serve.cocktails.registry import Registry
@@ -257,9 +257,9 @@ class Jobs:
             return None
         return mean(await self._retry(lambda: self._weigher.scores.of_mixture(engine, recipe, examples, score_scope)))
 
-    async def _update(self, cocktail: Cocktail, **changes: Any) -> Cocktail:
+    async def _update(self, cocktail: Cocktail, **changes: Unpack[CocktailChanges]) -> Cocktail:
         update = self._registry.update
-        updated = await self._retry(lambda: update(cocktail.uid, epoch=cocktail.epoch, **changes))
+        updated = await self._retry(lambda: update(cocktail.uid, of_epoch=cocktail.epoch, **changes))
         if updated is None:
             raise _LostError
         return updated
@@ -267,7 +267,7 @@ class Jobs:
     async def _fail(self, cocktail: Cocktail, error: CocktailError) -> None:
         failure = Failure.of(error)
         try:
-            await self._registry.update(cocktail.uid, epoch=cocktail.epoch, status="failed", error=failure)
+            await self._registry.update(cocktail.uid, of_epoch=cocktail.epoch, status="failed", error=failure)
         except StorageError:
             logger.exception("the failure of cocktail %s could not be kept", cocktail.id)
             self._registry.fail_in_memory(cocktail.uid, failure)

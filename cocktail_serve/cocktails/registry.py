@@ -9,10 +9,10 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from itertools import islice
-from typing import Any, Literal, TypeVar
+from typing import Literal, TypeVar, Unpack
 
 from cocktail_serve.cocktails.catalog import Catalog, no_cocktail
-from cocktail_serve.cocktails.cocktail import Cocktail, CrossValidation, Failure
+from cocktail_serve.cocktails.cocktail import Cocktail, CocktailChanges, CrossValidation, Failure
 from cocktail_serve.cocktails.entries import Entry, sequence_of
 from cocktail_serve.cocktails.options import CocktailRequest
 from cocktail_serve.cocktails.pacing import paced
@@ -42,7 +42,6 @@ class Registry:
 
     Attributes:
         catalog: what the store holds, as far as known here.
-        owner: id of this gateway, whose the jobs are that begin here.
         on_remote_change: called, at once, when other gateways have changed something.
     """
 
@@ -57,8 +56,12 @@ class Registry:
         self._num_syncs = 0
         self._unkept: dict[str, Cocktail] = {}
         self._dry_runs: Counter[str] = Counter()
-        self.owner: str | None = None
+        self._owner: str | None = None
         self._on_remote_change = on_remote_change or _ignored
+
+    def join_as(self, gateway: str) -> None:
+        """Jobs that begin here are this gateway's from now on, by the id that it has among those on the store."""
+        self._owner = gateway
 
     async def load(self) -> None:
         """Reads the store into memory."""
@@ -151,11 +154,13 @@ class Registry:
             await self._sync()
             return await self._decided(decide)
 
-    async def update(self, uid: str, *, epoch: int | None = None, **changes: Any) -> Cocktail | None:
+    async def update(
+        self, uid: str, *, of_epoch: int | None = None, **changes: Unpack[CocktailChanges]
+    ) -> Cocktail | None:
         """Changes a version, in the store first.
 
         Args:
-            epoch: of the job that asks: one that was given to another gateway since changes nothing.
+            of_epoch: of the job that asks: one that was given to another gateway since changes nothing.
 
         Returns:
             The snapshot, or None where it has been deleted, is final, or is no longer the job's.
@@ -163,7 +168,7 @@ class Registry:
 
         async def decide() -> Cocktail | None:
             entry = self.catalog.entry(uid)
-            if entry is None or entry.cocktail.is_final or epoch not in (None, entry.cocktail.epoch):
+            if entry is None or entry.cocktail.is_final or of_epoch not in (None, entry.cocktail.epoch):
                 return None
             await self._apply(entry, **changes)
             return entry.cocktail
@@ -178,7 +183,7 @@ class Registry:
             if entry is None or entry.cocktail.is_final:
                 return None
             try:
-                await self._apply(entry, owner=self.owner, epoch=entry.cocktail.epoch + 1)
+                await self._apply(entry, owner=self._owner, epoch=entry.cocktail.epoch + 1)
                 return entry.cocktail
             except StaleError:
                 await self._sync()
@@ -344,7 +349,7 @@ class Registry:
             used_at=now,
             sequence=0,
             warnings=warnings,
-            owner=self.owner,
+            owner=self._owner,
             epoch=1,
             key_id=key_id,
         )
@@ -375,7 +380,7 @@ class Registry:
         *,
         before: Cocktail | None = None,
         newest: bool = False,
-        **changes: Any,
+        **changes: Unpack[CocktailChanges],
     ) -> None:
         cocktail = replace(entry.cocktail, **changes)
         cocktail = await self._store.update(
@@ -393,12 +398,12 @@ class Registry:
         versions = self.catalog.versions(entry.cocktail.tenant, entry.cocktail.name)
         assert versions is not None
         newest = entry is not max(versions.by_digest8.values(), key=sequence_of)
-        changes: dict[str, Any] = {}
+        changes: CocktailChanges = {}
         if warnings is not None:
             changes |= {"status": "queued", "progress": 0.0, "error": None, "losses": {}, "warnings": warnings}
             changes |= {"merging_weights": None, "entropy": None, "recipe": None, "candidates": ()}
             changes |= {"mixed_loss": None, "validation_loss": None, "cross_validation": None}
-            changes |= {"owner": self.owner, "epoch": entry.cocktail.epoch + 1, "used_at": self.catalog.now()}
+            changes |= {"owner": self._owner, "epoch": entry.cocktail.epoch + 1, "used_at": self.catalog.now()}
         if newest or changes or extra_writes is not None:
             await self._apply(entry, extra_writes, newest=newest, **changes)
 

@@ -93,7 +93,7 @@ class Reports:
 
     async def _cross_validate(self, cocktail: Cocktail, spent: EngineTimeTotal) -> CrossValidation:
         engine = self._engines.get(cocktail.pool_id)
-        if engine is None or engine.pool.fingerprint != cocktail.options.pool_fingerprint:
+        if engine is None or not cocktail.options.fits(engine.pool):
             return no_findings("the pool's models are no longer those it was made from")
         try:
             return await self._weigher.cross_validate(

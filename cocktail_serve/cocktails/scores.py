@@ -19,8 +19,7 @@ from cocktail_serve.engines.engine_time import EngineTimeTotal
 from cocktail_serve.examples import ExampleSet, example_digest
 from cocktail_serve.pool import Kind
 from cocktail_serve.recipe import Recipe, one_hot
-from cocktail_serve.scoring import contrastive, ranking
-from cocktail_serve.scoring import decoder as text
+from cocktail_serve.scoring import contrastive, decoder, ranking
 from cocktail_serve.scoring.finite import require_finite
 from cocktail_serve.weighting.candidates import mean
 
@@ -171,7 +170,7 @@ class Scores:
     async def _by_example(
         self, engine: ScoringEngine, recipe: Recipe, examples: ExampleSet, score_scope: ScoreScope
     ) -> Sequence[float]:
-        loss_version = ranking.LOSS_VERSION if engine.kind == "reranker" else text.LOSS_VERSION
+        loss_version = ranking.LOSS_VERSION if engine.kind == "reranker" else decoder.LOSS_VERSION
         variant = digest_of({"loss": loss_version, "text": engine.pool.text_digest, "dtype": recipe.dtype})
         unique = {example_digest(example): example for example in examples}
         key = ScoreKey(recipe.only_model or recipe.digest, variant)

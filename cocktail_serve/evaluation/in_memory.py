@@ -21,8 +21,7 @@ from cocktail_serve.offline.weighing import weigh_by
 from cocktail_serve.pool import Pool
 from cocktail_serve.progress import OnProgress
 from cocktail_serve.recipe import Recipe, one_hot, settings_of
-from cocktail_serve.scoring import contrastive
-from cocktail_serve.scoring import decoder as text
+from cocktail_serve.scoring import contrastive, decoder
 from cocktail_serve.scoring.decoder import TokenizedExample, tokenize_examples
 
 TEXTS_PER_CALL = 512
@@ -90,7 +89,7 @@ class _InMemory(ABC):
 class InMemoryDecoders(_InMemory):
     """A `DecoderBackend`: one model in memory at a time, except for ensembles that generate."""
 
-    loss_version = text.LOSS_VERSION
+    loss_version = decoder.LOSS_VERSION
 
     def __init__(
         self, settings: Settings, config: PoolConfig, pool: Pool, store: CellStore, report: OnProgress
@@ -108,7 +107,7 @@ class InMemoryDecoders(_InMemory):
     def log_probs(self, recipe: Recipe, tokenized: Sequence[TokenizedExample]) -> list[np.ndarray]:
         model = self._models.use(recipe)
         with translated(self.pool):
-            return text.token_log_probs(model, tokenized)
+            return decoder.token_log_probs(model, tokenized)
 
     def generate(
         self, parts: Sequence[EnsemblePart], prompts: Sequence[Sequence[int]], *, max_new_tokens: int
@@ -139,7 +138,7 @@ class InMemoryDecoders(_InMemory):
         tokenized = tokenize_examples(
             self.tokenizer, asked, max_tokens=self.max_tokens - 1, chat_template=self.pool.chat_template
         )
-        return [text.mean_loss(of_tokens) for of_tokens in self.log_probs(recipe, tokenized)]
+        return [decoder.mean_loss(of_tokens) for of_tokens in self.log_probs(recipe, tokenized)]
 
 
 class InMemoryEncoders(_InMemory):

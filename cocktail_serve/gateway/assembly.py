@@ -75,7 +75,7 @@ async def assembled(
         limits = await _limits(settings, tenants, stack)
         usage = UsageStore(database)
         ledger = _ledger(usage, stack)
-        jobs = JobStore(database)
+        fine_tuning_jobs = JobStore(database)
         files = Files(database, limits_of=limits.of)
         audit = AuditLog(database)
         service = CocktailService(
@@ -85,8 +85,8 @@ async def assembled(
             database=database,
             limits_of=limits.of,
             place=place,
-            sweeps=_sweeps(settings, files, jobs, audit),
-            change_hooks=[jobs],
+            sweeps=_sweeps(settings, files, fine_tuning_jobs, audit),
+            change_hooks=[fine_tuning_jobs],
             ledger=ledger,
         )
         stack.push_async_callback(service.stop)
@@ -102,7 +102,7 @@ async def assembled(
             service=service,
             experts=experts,
             files=files,
-            fine_tuning=FineTuning(settings, pools, service, files, jobs, parsing),
+            fine_tuning=FineTuning(settings, pools, service, files, fine_tuning_jobs, parsing),
             parsing=parsing,
             metrics=metrics,
             lifecycle=lifecycle,

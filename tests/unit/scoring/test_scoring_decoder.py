@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from cocktail_serve.errors import ContextLengthError, InvalidExamplesError
 from cocktail_serve.examples import ChatExample, ExampleSet, TextExample, parse_examples
 from cocktail_serve.generation_settings import ChatTemplate
-from cocktail_serve.scoring import decoder as text_scoring
+from cocktail_serve.scoring import decoder
 from cocktail_serve.scoring.decoder import TokenizedExample, score_with_transformers, tokenize_examples
 from tests.models import CHAT_TEMPLATE, make_decoder, make_decoder_tokenizer
 
@@ -258,7 +258,7 @@ def naive_loss(model: Any, example: TokenizedExample) -> float:
 def test_losses_equal_a_naive_loop(
     tokenizer: PreTrainedTokenizerFast, model_folder: Path, batch_tokens: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(text_scoring, "MAX_BATCH_TOKENS", batch_tokens)
+    monkeypatch.setattr(decoder, "MAX_BATCH_TOKENS", batch_tokens)
     model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32).eval()
     tokenized = tokenize_examples(tokenizer, texts(*ROWS), max_tokens=MAX_TOKENS)
     losses = score_with_transformers(model, tokenized)
