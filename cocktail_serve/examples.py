@@ -161,7 +161,7 @@ def parse_examples(rows: Iterable[Any], kind: Kind, *, max_examples: int = 100, 
     """Checks rows against the pool's kind and makes an `ExampleSet` of them.
 
     Args:
-        rows: JSON objects in a form of DESIGN section 4, or of `example_rows`. Keys beyond the form's own are an error,
+        rows: JSON objects in a form of `_FORMS`, or of `example_rows`. Keys beyond the form's own are an error,
             save those that data sets carry beside the text and that change no loss.
         max_examples: more rows than this are sampled without replacement, in their order, by `seed`.
 

@@ -318,6 +318,7 @@ class Catalog:
 
     def _served(self, entry: Entry) -> ServedModel | None:
         served = entry.served
+        # `Experts` puts another pool in the place of one whose experts change
         if served is None or served.pool is not self.pools.get(served.pool.id):
             served = entry.served = self._pool_models.serve(entry.cocktail)
         return served

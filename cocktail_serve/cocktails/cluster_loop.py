@@ -37,7 +37,7 @@ class ClusterLoop:
     def __init__(
         self,
         database: Database,
-        peers: GatewayLeases,
+        leases: GatewayLeases,
         registry: Registry,
         jobs: Jobs,
         pools: Mapping[str, Pool],
@@ -47,7 +47,7 @@ class ClusterLoop:
         poll_s: float,
     ) -> None:
         self._database = database
-        self._leases = peers
+        self._leases = leases
         self._registry = registry
         self._jobs = jobs
         self._pools = pools

@@ -189,7 +189,7 @@ class Jobs:
         self, cocktail: Cocktail, examples: ExampleSet | None, validation: ExampleSet | None, spent: EngineTimeTotal
     ) -> None:
         try:
-            await self._mix(cocktail, examples, validation, spent)
+            await self._make(cocktail, examples, validation, spent)
         except _LostError:
             return
         except CocktailError as error:
@@ -200,7 +200,7 @@ class Jobs:
             logger.exception("cocktail %s failed by a fault of the server", cocktail.id)
             await self._fail(cocktail, ServerError("the job failed by a fault of the server; its log says more"))
 
-    async def _mix(
+    async def _make(
         self, cocktail: Cocktail, examples: ExampleSet | None, validation: ExampleSet | None, spent: EngineTimeTotal
     ) -> None:
         options = cocktail.options
@@ -232,7 +232,7 @@ class Jobs:
             recipe=recipe,
             candidates=weighing.candidates,
         )
-        await self._retry(lambda: spent.of(engine.materialise(recipe)))
+        await self._retry(lambda: spent.of(engine.mix_ahead(recipe)))
         await self._update(cocktail, progress=MIXED)
         mixed_loss = await self._mixed_loss(engine, recipe, examples, score_scope)
         validation_loss = await self._mixed_loss(engine, recipe, validation, score_scope)

@@ -15,7 +15,7 @@ Weighting = Literal["softmax", "paper", "uniform", "search", "blackbox"]
 REQUEST_VERSION = 1
 """Part of every digest: raised when the same options come to mean another mixture."""
 
-CHOSEN: dict[str, tuple[str, ...]] = {"search": ("temperature",), "blackbox": ("temperature", "alpha")}
+CHOSEN_BY_WEIGHTING: dict[str, tuple[str, ...]] = {"search": ("temperature",), "blackbox": ("temperature", "alpha")}
 """What a weighting that tries mixtures chooses itself, and so takes from no request."""
 
 
@@ -74,7 +74,7 @@ class CocktailOptions:
     @property
     def searches(self) -> bool:
         """Whether the weights are chosen by the losses of mixtures, beside those of the models."""
-        return self.weighting in CHOSEN
+        return self.weighting in CHOSEN_BY_WEIGHTING
 
     @property
     def digest(self) -> str:

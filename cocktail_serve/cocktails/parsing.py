@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from cocktail_serve.cocktails.options import CHOSEN, CocktailOptions, CocktailRequest, Weighting
+from cocktail_serve.cocktails.options import CHOSEN_BY_WEIGHTING, CocktailOptions, CocktailRequest, Weighting
 from cocktail_serve.config import CocktailDefaults, Settings
 from cocktail_serve.errors import (
     ConflictError,
@@ -20,10 +20,10 @@ from cocktail_serve.errors import (
     NotFoundError,
 )
 from cocktail_serve.examples import parse_examples
-from cocktail_serve.kept_text import check_text
 from cocktail_serve.methods import Method, MethodName, find_method
 from cocktail_serve.pool import BASE, NAME_PATTERN, Kind, Pool
 from cocktail_serve.recipe import make_recipe
+from cocktail_serve.storable_text import check_text
 from cocktail_serve.weighting.blackbox import BUDGET, MAX_BUDGET, check_available
 
 PAPER_TEMPERATURE = 5.0
@@ -290,7 +290,7 @@ def _weighting(
     """
     weighting: Weighting = body.weighting or defaults.weighting
     fallback = (defaults.temperature_of(kind), defaults.alpha)
-    for option in CHOSEN.get(weighting, ()):
+    for option in CHOSEN_BY_WEIGHTING.get(weighting, ()):
         if getattr(body, option) is not None:
             if body.weighting == weighting:
                 raise InvalidMixError(
@@ -315,7 +315,7 @@ def _weighting(
         check_available()
     elif body.budget is not None:
         raise InvalidMixError(f"budget is of weighting 'blackbox'; {weighting!r} takes none", param="budget")
-    if weighting in CHOSEN and body.examples is not None:
+    if weighting in CHOSEN_BY_WEIGHTING and body.examples is not None:
         return weighting, None, body.alpha
     return weighting, None if weighting == "uniform" else temperature, alpha
 

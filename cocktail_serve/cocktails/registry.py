@@ -60,7 +60,7 @@ class Registry:
         self._on_remote_change = on_remote_change or _ignored
 
     def join_as(self, gateway: str) -> None:
-        """Jobs that begin here are this gateway's from now on, by the id that it has among those on the store."""
+        """Jobs that begin here are this gateway's from now on, by the id that `GatewayLeases` gave it."""
         self._owner = gateway
 
     async def load(self) -> None:
@@ -101,7 +101,7 @@ class Registry:
         tenant: str,
         request: CocktailRequest,
         *,
-        items: tuple[str, ...],
+        score_keys: tuple[str, ...],
         warnings: tuple[str, ...],
         limits: Limits = UNLIMITED,
         key_id: str | None = None,
@@ -112,7 +112,7 @@ class Registry:
         A version asked for again is the newest again, so it becomes current once ready; a pin stands.
 
         Args:
-            items: keys that its scores will be kept under.
+            score_keys: keys that its scores will be kept under.
             limits: of the tenant; what is counted and what is added are one step.
             key_id: of the key that asks.
             extra_writes: writes rows of its own in the transaction that this is done in.
@@ -143,7 +143,7 @@ class Registry:
             cocktail = await self._store.add(
                 queued,
                 request.examples,
-                items,
+                score_keys,
                 validation=request.validation,
                 max_example_bytes=limits.example_bytes,
                 extra_writes=extra_writes,

@@ -161,7 +161,7 @@ class CocktailService:
             QuotaExceededError, RateLimitError: over a limit of the tenant; nothing is kept.
             StorageError: nothing was kept.
         """
-        known = self.catalog.version(tenant, request)
+        known = self.catalog.version(tenant, request)  # a guess, so that examples are checked outside of the lock
         if known is None or known.status in ("failed", "cancelled"):
             await self._check_examples(request)
         return await self._shield.run(self._admit(tenant, request, extra_writes))
@@ -264,7 +264,7 @@ class CocktailService:
             ModelNotReadyError: not ready within `timeout_s`; its job goes on, a retry finds it.
             CocktailError: why its job failed.
         """
-        known = self.catalog.version(tenant, request)
+        known = self.catalog.version(tenant, request)  # a guess, so that examples are checked outside of the lock
         if known is not None and known.status == "ready":
             return self.catalog.resolve(tenant, known.id)
         created, _ = await self.create(tenant, request)
@@ -314,20 +314,20 @@ class CocktailService:
         self, tenant: str, request: CocktailRequest, extra_writes: ExtraWrites | None
     ) -> tuple[Cocktail, bool]:
         pool = self._pools[request.options.pool]
-        items = score_keys(request.examples, pool.kind) + score_keys(request.validation, pool.kind)
-        cocktail, admission, gone = await self._registry.admit(
+        keys = score_keys(request.examples, pool.kind) + score_keys(request.validation, pool.kind)
+        cocktail, outcome, gone = await self._registry.admit(
             tenant,
             request,
-            items=items,
+            score_keys=keys,
             warnings=warnings_of_request(request, pool),
             limits=self._limits_of(tenant),
             key_id=acting.get().key_id,
             extra_writes=extra_writes,
         )
         self._release(gone)
-        if admission != "existing":
+        if outcome != "existing":
             self._jobs.submit(cocktail, request.examples, request.validation)
-        return cocktail, admission == "existing"
+        return cocktail, outcome == "existing"
 
     async def _sweep(self) -> None:
         """Removes what has been kept as long as `store.retention` says."""

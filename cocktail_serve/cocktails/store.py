@@ -18,7 +18,7 @@ from cocktail_serve.cocktails.score_store import forget_scores
 from cocktail_serve.database import tables
 from cocktail_serve.database.database import Database, chunks, insert_missing, shielded
 from cocktail_serve.examples import ExampleSet, parse_examples
-from cocktail_serve.tenants.kept_bytes import check_example_bytes
+from cocktail_serve.tenants.example_quota import check_example_bytes
 
 
 class ChangeHook(Protocol):
@@ -119,7 +119,7 @@ class Store:
         self,
         cocktail: Cocktail,
         examples: ExampleSet | None,
-        items: Sequence[str],
+        score_keys: Sequence[str],
         *,
         validation: ExampleSet | None = None,
         max_example_bytes: int | None = None,
@@ -163,9 +163,9 @@ class Store:
             await connection.execute(insert(tables.cocktails).values(to_row(cocktail)))
             for table, rows in rows_of.items():
                 await connection.execute(insert(table), rows)
-            if items:
+            if score_keys:
                 await connection.execute(
-                    insert(tables.items), [{"uid": cocktail.uid, "item": item} for item in dict.fromkeys(items)]
+                    insert(tables.items), [{"uid": cocktail.uid, "item": item} for item in dict.fromkeys(score_keys)]
                 )
             await change_log.made(connection, cocktail)
             if extra_writes is not None:

@@ -90,7 +90,7 @@ class Weigher:
         *,
         retry: Retrying = once,
     ) -> CrossValidation:
-        """Cross-validates a mixture on its own examples; see `cross_validation.find`.
+        """Cross-validates a mixture on its own examples; see `cross_validation.cross_validate`.
 
         Raises:
             As `Scores.of_models`.

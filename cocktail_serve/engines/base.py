@@ -19,7 +19,7 @@ from cocktail_serve.recipe import Recipe
 
 
 @dataclass(frozen=True, slots=True)
-class Materialised:
+class MixedAhead:
     """A recipe is mixed."""
 
     engine_time: EngineTime = field(default_factory=EngineTime)
@@ -64,7 +64,7 @@ class Engine(Protocol):
         """Raises what would fail later: a row longer than the context (ContextLengthError with its number)."""
         ...
 
-    async def materialise(self, recipe: Recipe) -> Materialised:
+    async def mix_ahead(self, recipe: Recipe) -> MixedAhead:
         """Mixes the recipe, so that the first request finds it (resident or in the cache of merged parameters)."""
         ...
 

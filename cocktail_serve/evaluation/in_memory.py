@@ -157,7 +157,7 @@ class InMemoryEncoders(_InMemory):
         self._runner.run(self._engine.start())
         try:
             # waits until the model is there, or says why it is not
-            self._runner.run(self._engine.materialise(one_hot(pool, "base", dtype=self.dtype)))
+            self._runner.run(self._engine.mix_ahead(one_hot(pool, "base", dtype=self.dtype)))
         except BaseException:
             self.close()
             raise

@@ -17,7 +17,7 @@ from cocktail_serve.errors import InvalidExamplesError, InvalidRequestError, Not
 from cocktail_serve.examples import jsonl_lines, parse_examples, parse_line
 from cocktail_serve.ids import Order, Page, check_cursor, is_id, new_id
 from cocktail_serve.pool import Kind
-from cocktail_serve.tenants.kept_bytes import check_example_bytes
+from cocktail_serve.tenants.example_quota import check_example_bytes
 from cocktail_serve.tenants.limits import LimitsOf, unlimited
 
 PURPOSE: Final = "fine-tune"

@@ -37,7 +37,7 @@ _jobs, _events, _pairs = tables.fine_tuning_jobs, tables.fine_tuning_events, tab
 
 
 class JobStore:
-    """The jobs of all tenants, in a database that is open. A hook of cocktails (`cocktails.store.Witness`).
+    """The jobs of all tenants, in a database that is open. A hook of cocktails (`cocktails.store.ChangeHook`).
 
     Args:
         clock: seconds since the epoch.

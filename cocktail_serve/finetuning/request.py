@@ -13,8 +13,8 @@ from pydantic_core import PydanticCustomError
 
 from cocktail_serve.digest import digest_of
 from cocktail_serve.errors import InvalidRequestError, NotFoundError
-from cocktail_serve.kept_text import check_text
 from cocktail_serve.pool import BASE, NAME_PATTERN, Pool
+from cocktail_serve.storable_text import check_text
 
 AUTO: Final = "auto"
 

@@ -14,7 +14,8 @@ from cocktail_serve.usage.audit import Actor, acting
 
 async def gateway_of(request: Request) -> Gateway:
     """The gateway of the app that the request came to."""
-    gateway: Gateway = request.app.state.gateway
+    gateway = request.app.state.gateway
+    assert isinstance(gateway, Gateway)
     return gateway
 
 
@@ -46,8 +47,8 @@ async def tenant_of(caller: CallerDep) -> str:
 TenantDep = Annotated[str, Depends(tenant_of)]
 
 
-async def creator_of(request: Request, gateway: GatewayDep, caller: CallerDep) -> str:
-    """Whose request it is that makes, changes or deletes something.
+async def creator_of(request: Request, gateway: GatewayDep, caller: CallerDep) -> Caller:
+    """Who makes, changes or deletes something; it counts against the tenant's requests a minute.
 
     Raises:
         AuthenticationError: as `caller_of`.
@@ -56,10 +57,10 @@ async def creator_of(request: Request, gateway: GatewayDep, caller: CallerDep) -
     """
     caller.require("create")
     exchange_of(request).require_admitted(gateway.meter.admit_change(caller))
-    return caller.tenant
+    return caller
 
 
-CreatorDep = Annotated[str, Depends(creator_of)]
+CreatorDep = Annotated[Caller, Depends(creator_of)]
 
 
 async def admin_of(request: Request) -> Caller:

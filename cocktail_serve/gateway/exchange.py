@@ -37,7 +37,7 @@ class Exchange:
         Raises:
             RateLimitError: the tenant may not ask now.
         """
-        self.headers = tuple(rate_limit_headers(admission.standing))
+        self.headers = tuple(rate_limit_headers(admission.rate_status))
         if admission.refusal is not None:
             raise admission.refusal
 
@@ -50,5 +50,6 @@ def begin_exchange(scope: Scope, exchange: Exchange) -> None:
 
 def exchange_of(request: Request) -> Exchange:
     """Of a request that came through `RequestBoundary`."""
-    exchange: Exchange = request.scope["state"][_KEY]
+    exchange = request.scope["state"][_KEY]
+    assert isinstance(exchange, Exchange)
     return exchange

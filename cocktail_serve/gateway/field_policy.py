@@ -88,13 +88,11 @@ class Outgoing:
     Attributes:
         body: without `model` and `cocktail`. `model` and `cache_salt` are set by the engine: they depend on the
             process and on the recipe in turn.
-        stream: whether the answer is a stream of events.
         shows_usage: whether the client asked for usage in its stream.
         shows_usage_in_chunks: whether it asked for it in every chunk too.
     """
 
     body: dict[str, Any]
-    stream: bool
     shows_usage: bool
     shows_usage_in_chunks: bool = False
 
@@ -128,7 +126,7 @@ def apply_field_policy(body: Mapping[str, Any], *, allow_chat_template: bool) ->
     # vLLM reads "true" and 1 as true; then it would stream to a gateway that waits for a whole answer
     stream = _boolean(body, "stream")
     if not stream:
-        return Outgoing(outgoing, stream=False, shows_usage=False)
+        return Outgoing(outgoing, shows_usage=False)
     options = body.get("stream_options") or {}
     if not isinstance(options, Mapping):
         raise InvalidRequestError("stream_options must be an object", param="stream_options")
@@ -136,7 +134,7 @@ def apply_field_policy(body: Mapping[str, Any], *, allow_chat_template: bool) ->
     # vLLM's usage in every chunk counts only beside include_usage
     shows_each = shows_usage and _boolean(options, "continuous_usage_stats", "stream_options.continuous_usage_stats")
     outgoing["stream_options"] = {**options, "include_usage": True, "continuous_usage_stats": True}
-    return Outgoing(outgoing, stream=True, shows_usage=shows_usage, shows_usage_in_chunks=shows_each)
+    return Outgoing(outgoing, shows_usage=shows_usage, shows_usage_in_chunks=shows_each)
 
 
 def _lookup(body: Mapping[str, Any], path: tuple[str, ...]) -> Any:

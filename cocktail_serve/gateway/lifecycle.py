@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-OPERATIONS = frozenset({"/health", "/ready", "/metrics"})
+PROBE_PATHS = frozenset({"/health", "/ready", "/metrics"})
 """Paths that answer to the end, so that probes see what is going on; exact, as they are routed."""
 
 
@@ -11,7 +11,7 @@ class Lifecycle:
 
     Attributes:
         is_stopping: told to end: what is open may finish, and nothing new begins.
-        num_open: requests that have not been answered to their end, those of `OPERATIONS` left out.
+        num_open: requests that have not been answered to their end, those of `PROBE_PATHS` left out.
     """
 
     __slots__ = ("is_stopping", "num_open")

@@ -31,7 +31,8 @@ class MeteredRequest:
         self._meter.count_tokens(self._caller, served, num_in=num_in, num_out=num_out)
 
     def close(self, *, has_client_left: bool) -> None:
-        """The request has ended. A client that left before the engine said anything is charged the estimate."""
+        """The request has ended. A client that left before the engine said anything, so that `used` was not called, is
+        charged the estimate."""
         is_unknown = self._num_tokens is None and has_client_left
         self.admission.end(None if is_unknown else self._num_tokens or 0)
 
@@ -70,9 +71,9 @@ def _estimate(body: Mapping[str, Any], *, num_bytes: int) -> int:
     return num_bytes // BYTES_PER_TOKEN + num_out * (choices if isinstance(choices, int) and choices > 0 else 1)
 
 
-def rate_limit_headers(standing: RateStatus) -> Iterator[tuple[bytes, bytes]]:
+def rate_limit_headers(rate_status: RateStatus) -> Iterator[tuple[bytes, bytes]]:
     """OpenAI's headers, for the limits that the tenant has."""
-    for name, rate in (("requests", standing.requests), ("tokens", standing.tokens)):
+    for name, rate in (("requests", rate_status.requests), ("tokens", rate_status.tokens)):
         if rate is not None:
             yield from _headers_of(name, rate)
 

@@ -16,7 +16,7 @@ from cocktail_serve import logs
 from cocktail_serve.errors import InvalidRequestError, PayloadTooLargeError
 from cocktail_serve.gateway.error_handlers import error_response, internal_error, stopping_error
 from cocktail_serve.gateway.exchange import Exchange, begin_exchange
-from cocktail_serve.gateway.lifecycle import OPERATIONS, Lifecycle
+from cocktail_serve.gateway.lifecycle import PROBE_PATHS, Lifecycle
 from cocktail_serve.gateway.metrics import GatewayMetrics
 
 logger = logging.getLogger(__name__)
@@ -49,7 +49,7 @@ class RequestBoundary:
         exchange = Exchange(request_id.decode(), started_at=time.perf_counter())
         begin_exchange(scope, exchange)
         logs.request_id.set(exchange.request_id)
-        is_work = scope["path"] not in OPERATIONS
+        is_work = scope["path"] not in PROBE_PATHS
         status = CLIENT_GONE
         has_client_left = False
 

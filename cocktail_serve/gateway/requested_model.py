@@ -34,7 +34,11 @@ class AdmittedRequest:
     gateway: Gateway
     caller: Caller
     body: dict[str, Any]
-    metered: MeteredRequest
+
+    @property
+    def metered(self) -> MeteredRequest:
+        assert self.exchange.metered is not None  # since it was admitted
+        return self.exchange.metered
 
     def observe_first_token(self, served: ServedModel) -> None:
         """The first of the answer is there: the time that it took goes into the metrics."""
@@ -65,9 +69,9 @@ async def admit(request: DirectRequest) -> AdmittedRequest:
     caller = await caller_of(request)
     body, num_bytes = await read_json_object(request)
     exchange = exchange_of(request)
-    metered = exchange.metered = gateway.meter.admit(caller, body, num_bytes=num_bytes)
-    exchange.require_admitted(metered.admission)
-    return AdmittedRequest(request, exchange, gateway, caller, body, metered)
+    exchange.metered = gateway.meter.admit(caller, body, num_bytes=num_bytes)
+    exchange.require_admitted(exchange.metered.admission)
+    return AdmittedRequest(request, exchange, gateway, caller, body)
 
 
 async def find_target(admitted: AdmittedRequest, *, kind: Kind) -> Target:

@@ -13,7 +13,7 @@ from cocktail_serve.checkpoints.kept_files import trim
 from cocktail_serve.config import Settings
 from cocktail_serve.engines.vllm.server import sweep_sockets
 from cocktail_serve.errors import ConfigError, StorageError
-from cocktail_serve.scoring.kept_tokenizer import TOKENIZERS
+from cocktail_serve.scoring.tokenizer_cache import TOKENIZERS
 
 ENGINES = "engines"
 """Folder of the cache that engines write to."""

@@ -88,7 +88,7 @@ class RateStatus:
     tokens: Rate | None = None
 
 
-NO_STANDING = RateStatus()
+NO_RATES = RateStatus()
 
 
 class _Use:
@@ -101,7 +101,7 @@ class _Use:
         self.requests: Bucket | None = None
         self.tokens: Bucket | None = None
 
-    def standing(self) -> RateStatus:
+    def rate_status(self) -> RateStatus:
         return RateStatus(
             None if self.requests is None else Rate.of(self.requests),
             None if self.tokens is None else Rate.of(self.tokens),
@@ -112,16 +112,21 @@ class Admission:
     """The answer to a request's question whether it may begin. End it when the request has.
 
     Attributes:
-        standing: after this request.
+        rate_status: after this request.
         refusal: why it may not begin.
     """
 
-    __slots__ = ("_reserved", "_use", "refusal", "standing")
+    __slots__ = ("_reserved", "_use", "rate_status", "refusal")
 
     def __init__(
-        self, standing: RateStatus, *, refusal: RateLimitError | None = None, use: _Use | None = None, reserved: int = 0
+        self,
+        rate_status: RateStatus,
+        *,
+        refusal: RateLimitError | None = None,
+        use: _Use | None = None,
+        reserved: int = 0,
     ) -> None:
-        self.standing = standing
+        self.rate_status = rate_status
         self.refusal = refusal
         self._use = use
         self._reserved = reserved
@@ -141,7 +146,7 @@ class Admission:
             use.tokens.take(num_tokens - self._reserved)
 
 
-_FREE = Admission(NO_STANDING)
+_FREE = Admission(NO_RATES)
 
 
 class Limiter:
@@ -170,7 +175,7 @@ class Limiter:
         use = self._refilled(tenant, limits)
         refusal = self._refusal(use, limits)
         if refusal is not None:
-            return Admission(use.standing(), refusal=refusal)
+            return Admission(use.rate_status(), refusal=refusal)
         use.in_flight += 1
         reserved = 0
         if use.requests is not None:
@@ -178,7 +183,7 @@ class Limiter:
         if use.tokens is not None:
             reserved = min(num_tokens, use.tokens.capacity)
             use.tokens.take(reserved)
-        return Admission(use.standing(), use=use, reserved=reserved)
+        return Admission(use.rate_status(), use=use, reserved=reserved)
 
     def admit_change(self, tenant: str) -> Admission:
         """A request that makes, changes or deletes something: takes one request."""
@@ -189,7 +194,7 @@ class Limiter:
         refusal = _out_of_requests(use)
         if refusal is None and use.requests is not None:
             use.requests.take(1)
-        return Admission(use.standing(), refusal=refusal)
+        return Admission(use.rate_status(), refusal=refusal)
 
     def _refilled(self, tenant: str, limits: Limits) -> _Use:
         use = self._uses.get(tenant)

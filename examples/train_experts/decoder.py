@@ -90,7 +90,7 @@ def longest_row(config: PretrainedConfig, tokenizer: PreTrainedTokenizerFast) ->
 
 
 def tokenize(tokenizer: PreTrainedTokenizerFast, examples: ExampleSet, *, max_tokens: int) -> list[TokenizedExample]:
-    """The rows that fit, as `scoring.text` makes tokens of them.
+    """The rows that fit, as `scoring.decoder` makes tokens of them.
 
     Raises:
         InvalidExamplesError: none fits.

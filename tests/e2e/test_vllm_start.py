@@ -137,7 +137,7 @@ async def why_not_started(config: Path) -> str:
             assert time.monotonic() < deadline
             await asyncio.sleep(0.1)
         if state == "ready":
-            await engine.materialise(make_recipe(pool, {"base": 0.5, "twin": 0.5}, dtype="float32"))
+            await engine.mix_ahead(make_recipe(pool, {"base": 0.5, "twin": 0.5}, dtype="float32"))
             assert (await engine.snapshot(deadline_s=10)).state == "ready"
             return ""
         return engine._supervisor.failure

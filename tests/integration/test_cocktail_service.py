@@ -27,7 +27,7 @@ from cocktail_serve.cocktails.store import ChangeHook
 from cocktail_serve.config import Settings
 from cocktail_serve.database.database import Database
 from cocktail_serve.dtypes import DType
-from cocktail_serve.engines.base import Embedded, Forwarded, Materialised, Scored
+from cocktail_serve.engines.base import Embedded, Forwarded, MixedAhead, Scored
 from cocktail_serve.engines.engine_time import CallTimer
 from cocktail_serve.engines.snapshot import EngineSnapshot
 from cocktail_serve.errors import (
@@ -90,10 +90,10 @@ class DoubleEngine:
             if isinstance(example, TextExample) and len(example.input) > self.max_length:
                 raise ContextLengthError(f"row {row}: too long", param="examples")
 
-    async def materialise(self, recipe: Recipe) -> Materialised:
+    async def mix_ahead(self, recipe: Recipe) -> MixedAhead:
         await self._answer()
         self.materialised.append(recipe.digest)
-        return Materialised()
+        return MixedAhead()
 
     def forget(self, recipe_digest: str) -> None:
         self.forgotten.append(recipe_digest)

@@ -475,7 +475,7 @@ async def _answered(gateway: Gateway) -> str:
     elif isinstance(engine, RerankingEngine):
         assert len((await engine.rerank(recipe, "a dog", texts)).scores) == 2
     else:
-        await engine.materialise(recipe)
+        await engine.mix_ahead(recipe)
     return ""
 
 

@@ -200,7 +200,7 @@ class TestRequests:
 
     async def test_is_an_embedding_engine(self, folders: dict[str, Path]) -> None:
         async with self.base(folders) as (engine, recipe):
-            await engine.materialise(recipe)
+            await engine.mix_ahead(recipe)
             assert isinstance(engine, EmbeddingEngine)
             snapshot = await engine.snapshot(deadline_s=10)
             assert pickle.loads(pickle.dumps(snapshot)) == snapshot
@@ -433,7 +433,7 @@ class TestLifecycle:
     async def test_a_model_that_cannot_be_served_is_said_so(self, folders: dict[str, Path]) -> None:
         async with running(folders, cache_bytes=1000) as engine:
             with pytest.raises(EngineError, match=r"cache_bytes.*one mixture") as caught:
-                await engine.materialise(one_hot(engine.pool, "base", dtype="float32"))
+                await engine.mix_ahead(one_hot(engine.pool, "base", dtype="float32"))
             assert isinstance(caught.value.__cause__, ConfigError)
             snapshot = await engine.snapshot(deadline_s=1)
             assert snapshot.state == "failed"
@@ -520,7 +520,7 @@ def record_passes(monkeypatch: pytest.MonkeyPatch, record: Callable[[Any], None]
 
 async def ready(engine: EncoderEngine) -> None:
     await engine._is_settled.wait()  # however short its queue_timeout_s
-    await engine.materialise(one_hot(engine.pool, "base", dtype="float32"))
+    await engine.mix_ahead(one_hot(engine.pool, "base", dtype="float32"))
 
 
 @asynccontextmanager

@@ -219,7 +219,7 @@ async def test_scoring_tells_how_long_it_held_the_engine_and_what_was_mixed_for_
         again = await engine.score(mixture(pool, 0.5), examples())
         assert 0.09 <= again.engine_time.scoring_s < 5
         assert again.engine_time.mixing_s == 0.0
-        mixed = await engine.materialise(mixture(pool, 0.25))
+        mixed = await engine.mix_ahead(mixture(pool, 0.25))
         assert mixed.engine_time.scoring_s == 0.0
         assert 0.04 <= mixed.engine_time.mixing_s < 5
 
@@ -252,7 +252,7 @@ async def test_scoring_that_fails_or_is_cancelled_has_held_the_engine_too(
 async def test_materialise_makes_the_next_swap_a_copy(pool: Pool, tmp_path: Path, faults: Path) -> None:
     async with running(pool, tmp_path) as engine:
         recipe = mixture(pool, 0.5)
-        await engine.materialise(recipe)
+        await engine.mix_ahead(recipe)
         assert recipe.digest in (await engine.snapshot(deadline_s=5)).detail["cached"]
         await ask(engine, one_hot(pool, "base", dtype="float32"), "hello")
         await ask(engine, recipe, "hello")
@@ -361,7 +361,7 @@ async def test_a_refused_recipe_disturbs_nobody(pool: Pool, tmp_path: Path, faul
         await ask(engine, kept, "hello")
         strike(faults, "mix_invalid")
         with pytest.raises(InvalidMixError):
-            await engine.materialise(mixture(pool, 0.9))
+            await engine.mix_ahead(mixture(pool, 0.9))
         assert (await engine.snapshot(deadline_s=5)).resident == kept.digest
         assert engine.stats.num_restarts == 0
 
@@ -391,7 +391,7 @@ async def test_a_torn_mix_ends_the_processes(
 
 async def test_a_recipe_that_always_loses_the_engine_is_given_up(pool: Pool, tmp_path: Path, faults: Path) -> None:
     async with running(pool, tmp_path) as engine:
-        job = asyncio.create_task(engine.materialise(mixture(pool, 0.9)))
+        job = asyncio.create_task(engine.mix_ahead(mixture(pool, 0.9)))
         while not job.done():
             strike(faults, "mix_failed")
             await asyncio.wait({job}, timeout=0.05)

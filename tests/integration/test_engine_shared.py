@@ -21,7 +21,7 @@ from cocktail_serve.engines.fairness import TenantShares
 from cocktail_serve.engines.scheduling import SchedulerSnapshot
 from cocktail_serve.engines.stats import EngineStats
 from cocktail_serve.engines.turns.base import Turns, loop_time
-from cocktail_serve.engines.turns.hold import OperatorHold, drained_error
+from cocktail_serve.engines.turns.hold import OperatorHold, operator_drains_error
 from cocktail_serve.engines.turns.lease import Lease
 from cocktail_serve.engines.turns.slots import Slots
 from cocktail_serve.engines.turns.wait_queue import Waiter, WaitQueues
@@ -85,7 +85,7 @@ class SharedTurns:
             ranked_from=loop_time(),
             tenant=tenant,
             num_tokens=num_tokens,
-            admission=asyncio.get_running_loop().create_future(),
+            granted=asyncio.get_running_loop().create_future(),
         )
         self._queues.requests.add(waiter)
         self._fill()
@@ -116,7 +116,7 @@ class SharedTurns:
     def drain(self, is_drained: bool) -> None:
         self._hold.is_drained = is_drained
         if is_drained:
-            self._queues.requests.fail_all(drained_error)
+            self._queues.requests.fail_all(operator_drains_error)
 
     def snapshot(self) -> SchedulerSnapshot:
         queues = self._queues.snapshot(loop_time(), reason=lambda _: "no_slot")
@@ -139,7 +139,7 @@ class SharedTurns:
                 self._slots.take(waiter.tenant, waiter.num_tokens, loop_time())
                 lease = Lease(self, tenant=waiter.tenant, num_tokens=waiter.num_tokens)
                 self._in_flight.add(lease)
-                waiter.admission.set_result(lease)
+                waiter.granted.set_result(lease)
             firsts = self._queues.requests.firsts(other_than=None)
 
 
@@ -154,11 +154,11 @@ class SharedParameters(ResidentParameters):
         super().begin_life(server)
         self._ready.clear()
 
-    async def make_ready(self, recipe: Recipe, *, since: float) -> float:
+    async def mixing_waited_for(self, recipe: Recipe, *, since: float) -> float:
         if recipe.digest not in self._ready:
             assert await self.mix(recipe)
             self._ready.add(recipe.digest)
-        return await super().make_ready(recipe, since=since)
+        return await super().mixing_waited_for(recipe, since=since)
 
 
 @pytest.fixture(scope="module")
@@ -227,8 +227,8 @@ async def test_recipes_in_one_batch_never_cross(pool: Pool, tmp_path: Path, faul
 async def test_what_was_ready_is_made_ready_again_in_the_next_life(pool: Pool, tmp_path: Path, faults: Path) -> None:
     async with shared_engine(pool, tmp_path, **{"mix-ms": 50}) as engine:
         recipe = mixture(pool, 0.5)
-        assert 0.04 <= (await engine.materialise(recipe)).engine_time.mixing_s < 5
-        assert (await engine.materialise(recipe)).engine_time.mixing_s == 0.0
+        assert 0.04 <= (await engine.mix_ahead(recipe)).engine_time.mixing_s < 5
+        assert (await engine.mix_ahead(recipe)).engine_time.mixing_s == 0.0
         os.kill(processes_of(engine)[0].pid, signal.SIGKILL)
         await eventually(lambda: is_restarting(engine))
         assert await ask(engine, recipe, "hello") == expected(recipe, "hello")

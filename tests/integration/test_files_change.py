@@ -140,7 +140,7 @@ async def test_a_base_that_is_replaced_before_it_is_loaded(folders: dict[str, Pa
     await engine.start()
     try:
         with pytest.raises(EngineError, match="'base' are not what they were"):
-            await engine.materialise(one_hot(engine.pool, "base", dtype="float32"))
+            await engine.mix_ahead(one_hot(engine.pool, "base", dtype="float32"))
     finally:
         await engine.stop()
 
@@ -238,8 +238,8 @@ async def test_a_mixture_that_overflows_is_refused_before_it_serves(tmp_path: Pa
     await engine.start()
     try:
         with pytest.raises(NotFiniteError, match=r"tensor 'encoder\.layer\.0\.output\.dense\.weight' .*1 quora"):
-            await engine.materialise(one_hot(engine.pool, "quora", dtype="float16"))
-        await engine.materialise(one_hot(engine.pool, "hotpotqa", dtype="float16"))
+            await engine.mix_ahead(one_hot(engine.pool, "quora", dtype="float16"))
+        await engine.mix_ahead(one_hot(engine.pool, "hotpotqa", dtype="float16"))
     finally:
         await engine.stop()
 

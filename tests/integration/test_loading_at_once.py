@@ -129,7 +129,7 @@ async def test_pools_of_different_dtypes_load_side_by_side(tmp_path: Path) -> No
     engines = [encoder_engine(folder, dtype=dtype) for dtype in ("float32", "bfloat16", "float16")]
     async with started(*engines):
         for engine in engines:
-            await engine.materialise(one_hot(engine.pool, "base", dtype=engine.dtype))
+            await engine.mix_ahead(one_hot(engine.pool, "base", dtype=engine.dtype))
             assert engine._model is not None
             assert {tensor.dtype for tensor in engine._model.own_params.values()} == {getattr(torch, engine.dtype)}
     assert torch.get_default_dtype() == torch.float32

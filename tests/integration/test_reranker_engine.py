@@ -244,7 +244,7 @@ class TestRefuses:
     async def test_a_classifier_of_several_labels(self, tmp_path: Path) -> None:
         async with running({"base": make_reranker(tmp_path / "base", num_labels=3)}) as engine:
             with pytest.raises(EngineError, match=r"one label.*3 labels"):
-                await engine.materialise(one_hot(engine.pool, "base", dtype="float32"))
+                await engine.mix_ahead(one_hot(engine.pool, "base", dtype="float32"))
 
     def test_an_expert_of_another_number_of_labels(self, folders: dict[str, Path], tmp_path: Path) -> None:
         other = make_reranker(tmp_path / "other", num_labels=2)

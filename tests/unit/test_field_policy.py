@@ -111,7 +111,7 @@ def test_fields_of_ours_have_their_types(fields: dict[str, Any], param: str) -> 
 
 
 def make_rewriter(*, shows_usage: bool = False, shows_each: bool = False, n: int = 1) -> AnswerRewriter:
-    return AnswerRewriter("flan@1a2b3c4d", Outgoing({"n": n}, True, shows_usage, shows_each))
+    return AnswerRewriter("flan@1a2b3c4d", Outgoing({"n": n}, shows_usage, shows_each))
 
 
 def rewritten(chunk: dict[str, Any], *, shows_usage: bool, shows_each: bool = False) -> dict[str, Any] | None:
@@ -195,7 +195,7 @@ def test_a_models_own_end_is_no_reason_to_stop(said: Any, body: dict[str, Any], 
     answer = orjson.dumps({"choices": [choice, {"index": 1}], "usage": {"prompt_tokens": 1, "completion_tokens": 1}})
 
     def rewriter() -> AnswerRewriter:
-        return AnswerRewriter("flan/nq", Outgoing(body, stream=False, shows_usage=False), end_token_ids=(7,))
+        return AnswerRewriter("flan/nq", Outgoing(body, shows_usage=False), end_token_ids=(7,))
 
     assert orjson.loads(rewriter().whole(answer))["choices"] == [{**choice, "stop_reason": told}, {"index": 1}]
     streamed = rewriter().chunk(answer)

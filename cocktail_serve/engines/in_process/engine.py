@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from cocktail_serve.config import PoolConfig, SentenceTransformersEngineConfig
-from cocktail_serve.engines.base import Materialised
+from cocktail_serve.engines.base import MixedAhead
 from cocktail_serve.engines.engine_time import CallTimer
 from cocktail_serve.engines.in_process.batching import PassLimits
 from cocktail_serve.engines.in_process.parameter_cache import CachedMixture, ParameterCache, Params
@@ -178,14 +178,14 @@ class SentenceTransformersEngine(Generic[M]):
     @abstractmethod
     async def check_examples(self, examples: ExampleSet) -> None: ...
 
-    async def materialise(self, recipe: Recipe) -> Materialised:
+    async def mix_ahead(self, recipe: Recipe) -> MixedAhead:
         with CallTimer() as timer:
             await self._ready()
             self._check_recipe(recipe)
             started = time.monotonic()
             self._cache.release(await self._cache.lease(recipe))
             timer.add(mixing_s=time.monotonic() - started)
-        return Materialised(timer.time)
+        return MixedAhead(timer.time)
 
     def forget(self, recipe_digest: str) -> None:
         if self._model is not None:

@@ -13,7 +13,7 @@ until its answer is finished. The rules, in the order they bite:
 Background leases (scoring, mixing ahead) take no slot and are charged to nobody. What the operator pins or drains
 (`hold`) comes before all of this; background work waits meanwhile.
 
-All state is changed on the event loop between two awaits, and an admission is counted in the moment it is decided, not
+All state is changed on the event loop between two awaits, and an granted is counted in the moment it is decided, not
 when the admitted task wakes up. So no lease is ever held while another recipe is resident or being mixed.
 """
 
@@ -27,7 +27,7 @@ from cocktail_serve.engines.fairness import TenantShares
 from cocktail_serve.engines.scheduling import Phase, SchedulerSnapshot, WaitReason
 from cocktail_serve.engines.stats import EngineStats
 from cocktail_serve.engines.turns.base import loop_time
-from cocktail_serve.engines.turns.hold import OperatorHold, drained_error, pinned_error
+from cocktail_serve.engines.turns.hold import OperatorHold, operator_drains_error, pinned_error
 from cocktail_serve.engines.turns.lease import Lease
 from cocktail_serve.engines.turns.mixing import Mix, Mixing
 from cocktail_serve.engines.turns.policy import TurnPolicy
@@ -141,7 +141,7 @@ class ExclusiveTurns:
             claimant="background" if background else "tenant",
             tenant="" if background else tenant,
             num_tokens=num_tokens,
-            admission=loop.create_future(),
+            granted=loop.create_future(),
         )
         queue = self._queues.holding(waiter)
         queue.add(waiter)
@@ -197,7 +197,7 @@ class ExclusiveTurns:
         """Admits nobody from now on, and sends those in line away, background work excepted; or admits again."""
         self._hold.is_drained = is_drained
         if is_drained:
-            self._queues.requests.fail_all(drained_error)
+            self._queues.requests.fail_all(operator_drains_error)
         self._admit_waiting()
         self._changed.set()
 
@@ -265,7 +265,7 @@ class ExclusiveTurns:
         for waiter in self._queues.background.of(digest):
             self._queues.background.discard(waiter)
             if not waiter.is_answered:
-                waiter.admission.set_result(self._admit(None, 0))
+                waiter.granted.set_result(self._admit(None, 0))
         self._fill_slots(digest)
 
     def _fill_slots(self, digest: str) -> None:
@@ -275,7 +275,7 @@ class ExclusiveTurns:
             self._queues.requests.discard(waiter)
             if not waiter.is_answered:
                 self.stats.wait.observe(now - waiter.made_at)
-                waiter.admission.set_result(self._admit(waiter.tenant, waiter.num_tokens))
+                waiter.granted.set_result(self._admit(waiter.tenant, waiter.num_tokens))
 
     async def _until_turn_ends(self) -> None:
         while True:

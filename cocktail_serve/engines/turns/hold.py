@@ -46,10 +46,10 @@ class OperatorHold:
         """
         reason = self.keeps_out(recipe_digest)
         if reason is not None:
-            raise drained_error() if reason == "drained" else pinned_error()
+            raise operator_drains_error() if reason == "drained" else pinned_error()
 
 
-def drained_error() -> ModelNotReadyError:
+def operator_drains_error() -> ModelNotReadyError:
     return ModelNotReadyError("the operator drains this engine; ask again later", retry_after_s=OPERATOR_RETRY_S)
 
 

@@ -33,7 +33,7 @@ class Lease:
 
     Args:
         tenant: whom its tokens are charged to; None: background work, which is nobody's.
-        num_tokens: what was charged at its admission, an estimate.
+        num_tokens: what was charged at its granted, an estimate.
 
     Attributes:
         error: why the lease was ended before its release: `DrainedError`, or `EngineError` when the engine was lost.
@@ -74,7 +74,10 @@ class Lease:
             self._on_end = None
 
     def on_end(self, callback: Callable[[], object]) -> None:
-        """Calls back once if the lease ends before its release: close the connection, the engine needs it gone."""
+        """Calls back once if the lease ends before its release: close the connection, the engine needs it gone.
+
+        In place of `interruptible`, not inside of it: one thing happens at a lease's end.
+        """
         self.raise_if_ended()
         self._on_end = callback
 

@@ -80,10 +80,10 @@ class Slots:
         if self.num_taken >= self._max_in_flight:
             return False
         num_in_flight = self.of(tenant).num_in_flight
-        if not num_in_flight or num_in_flight < self._share:
+        if not num_in_flight or num_in_flight < self._slots_each:
             return True
         self._sharing = self.sharing(now, self._gap_s)
-        return num_in_flight < self._share
+        return num_in_flight < self._slots_each
 
     def first_in(self, claims: Iterable[C], now: float) -> C | None:
         """Whose is the next free slot: of the tenant served least lately, of those that may have one more."""
@@ -118,7 +118,7 @@ class Slots:
         self._sharing.clear()
 
     @property
-    def _share(self) -> int:
+    def _slots_each(self) -> int:
         return self._max_in_flight // (len(self._sharing) or 1)
 
     def _drop_idle(self, now: float) -> None:

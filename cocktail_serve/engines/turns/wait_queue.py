@@ -42,29 +42,29 @@ class Waiter(Claim):
     """One who waits in line, and is given a lease or an error.
 
     Attributes:
-        admission: what it is given.
+        granted: what it is given.
         timer: ends its waiting.
     """
 
-    admission: asyncio.Future[Lease]
+    granted: asyncio.Future[Lease]
     timer: asyncio.TimerHandle | None = None
 
     @property
     def is_answered(self) -> bool:
         """Whether it waits for nothing any more: admitted, sent away or cancelled, though it may not know yet."""
-        return self.admission.done()
+        return self.granted.done()
 
     async def lease(self) -> Lease:
         """Waits for the lease, and gives it back if the caller is cancelled before it could wake up.
 
         Raises:
-            CocktailError: it was sent away, or its lease ended between the admission and the waking up.
+            CocktailError: it was sent away, or its lease ended between the granted and the waking up.
         """
         try:
-            lease = await self.admission
+            lease = await self.granted
         except asyncio.CancelledError:
-            if self.admission.done() and not self.admission.cancelled() and self.admission.exception() is None:
-                self.admission.result().release()
+            if self.granted.done() and not self.granted.cancelled() and self.granted.exception() is None:
+                self.granted.result().release()
             raise
         lease.raise_if_ended()
         return lease
@@ -95,7 +95,7 @@ class WaitQueue:
         """Sends one away."""
         self.discard(waiter)
         if not waiter.is_answered:
-            waiter.admission.set_exception(error)
+            waiter.granted.set_exception(error)
 
     def fail_all(self, error: Callable[[], CocktailError], *, but: str | None = None) -> None:
         """Sends everybody away, or all but those who wait for one recipe."""

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from cocktail_serve.config import VLLMEngineConfig
-from cocktail_serve.engines.base import Forwarded, Materialised, Scored
+from cocktail_serve.engines.base import Forwarded, MixedAhead, Scored
 from cocktail_serve.engines.engine_time import CallTimer
 from cocktail_serve.engines.snapshot import EngineSnapshot, EngineState
 from cocktail_serve.engines.stats import EngineStats
@@ -35,7 +35,7 @@ from cocktail_serve.examples import ExampleSet
 from cocktail_serve.generation_settings import GenerationSettings
 from cocktail_serve.pool import Pool
 from cocktail_serve.recipe import Recipe
-from cocktail_serve.scoring.kept_tokenizer import TOKENIZERS
+from cocktail_serve.scoring.tokenizer_cache import TOKENIZERS
 from vllm_cocktail.fence import RECIPE_HEADER
 
 _REPORTED = (
@@ -141,10 +141,10 @@ class VLLMEngine:
     async def score(self, recipe: Recipe, examples: ExampleSet) -> Scored:
         return await self._scorer.score(recipe, examples)
 
-    async def materialise(self, recipe: Recipe) -> Materialised:
+    async def mix_ahead(self, recipe: Recipe) -> MixedAhead:
         with CallTimer() as timer, await self._background_turn(recipe, timer):
             pass  # resident once is enough: the worker keeps merged parameters in its cache
-        return Materialised(timer.time)
+        return MixedAhead(timer.time)
 
     def forget(self, recipe_digest: str) -> None:
         self._parameters.forget(recipe_digest)
@@ -204,21 +204,21 @@ class VLLMEngine:
         lease = await self._turns.acquire(
             recipe, tenant=tenant, num_tokens=num_tokens, timeout_s=self._config.queue_timeout_s
         )
-        await self._make_ready(recipe, lease, since=since)
+        await self._mixing_waited_for(recipe, lease, since=since)
         return lease
 
     async def _background_turn(self, recipe: Recipe, timer: CallTimer) -> Lease:
         self._supervisor.check_available()
         since = time.monotonic()
         lease = await self._turns.acquire(recipe, background=True)
-        timer.add(mixing_s=await self._make_ready(recipe, lease, since=since))
+        timer.add(mixing_s=await self._mixing_waited_for(recipe, lease, since=since))
         return lease
 
-    async def _make_ready(self, recipe: Recipe, lease: Lease, *, since: float) -> float:
-        """As `Parameters.make_ready`; the lease is given back where the recipe does not become ready."""
+    async def _mixing_waited_for(self, recipe: Recipe, lease: Lease, *, since: float) -> float:
+        """As `Parameters.mixing_waited_for`; the lease is given back where the recipe does not become ready."""
         try:
             with lease.interruptible():
-                return await self._parameters.make_ready(recipe, since=since)
+                return await self._parameters.mixing_waited_for(recipe, since=since)
         except BaseException:
             lease.release()
             raise

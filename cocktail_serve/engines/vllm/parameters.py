@@ -41,7 +41,7 @@ class Parameters(Protocol):
         """
         ...
 
-    async def make_ready(self, recipe: Recipe, *, since: float) -> float:
+    async def mixing_waited_for(self, recipe: Recipe, *, since: float) -> float:
         """Returns when the server can answer by the recipe, for as long as the lease is held under which it is called.
 
         Args:
@@ -92,7 +92,7 @@ class ResidentParameters:
     def request_fields(self, recipe: Recipe) -> Mapping[str, Any]:
         return {"model": self._pool_id}
 
-    async def make_ready(self, recipe: Recipe, *, since: float) -> float:
+    async def mixing_waited_for(self, recipe: Recipe, *, since: float) -> float:
         # the last mix is the one that the caller's turn began with
         return self._last_mix_s if self._last_mixed_at >= since else 0.0
 

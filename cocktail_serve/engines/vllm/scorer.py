@@ -22,7 +22,7 @@ from cocktail_serve.pool import Pool
 from cocktail_serve.recipe import Recipe
 from cocktail_serve.scoring.decoder import TokenizedExample, tokenize_examples
 from cocktail_serve.scoring.exported_tokenizer import ExampleTokenizer
-from cocktail_serve.scoring.kept_tokenizer import open_tokenizer, prepare_tokenizer
+from cocktail_serve.scoring.tokenizer_cache import open_tokenizer, prepare_tokenizer
 from vllm_cocktail.fence import RECIPE_HEADER
 
 SCORE_TOKENS = 4096
@@ -97,7 +97,7 @@ class DecoderScorer:
         """The examples as they will be scored.
 
         Raises:
-            ContextLengthError, InvalidExamplesError: as `scoring.text.tokenize_examples`.
+            ContextLengthError, InvalidExamplesError: as `scoring.decoder.tokenize_examples`.
             ConfigError: the pool's base has no tokenizer that tells where an output starts.
             ModelNotReadyError: the context length is not known yet, or the engine was stopped.
         """

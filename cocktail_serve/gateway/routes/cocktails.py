@@ -10,7 +10,7 @@ from fastapi import APIRouter, Query, Request, Response
 from cocktail_serve.cocktails.cocktail import Cocktail
 from cocktail_serve.cocktails.parsing import CocktailBody
 from cocktail_serve.errors import ModelNotReadyError, NotFoundError
-from cocktail_serve.gateway.dependencies import CallerDep, CreatorDep, GatewayDep, TenantDep
+from cocktail_serve.gateway.dependencies import CreatorDep, GatewayDep, TenantDep
 from cocktail_serve.gateway.disconnect import ended_with_client
 from cocktail_serve.gateway.json_body import JSONObject, parse_as
 from cocktail_serve.gateway.listing import list_response
@@ -51,8 +51,7 @@ _LOCATION = {"Location": {"description": "Where to follow it.", "schema": {"type
 async def create_cocktail(
     *,
     gateway: GatewayDep,
-    caller: CallerDep,
-    tenant: CreatorDep,
+    creator: CreatorDep,
     body: JSONObject,
     request: Request,
     response: Response,
@@ -62,16 +61,16 @@ async def create_cocktail(
     dry_run: Annotated[bool, Query(description="Losses and weights only; nothing is kept.")] = False,
 ) -> CocktailView | WeighingView:
     """Makes a cocktail from examples or weights, or finds the one that the same request made."""
-    wanted = await gateway.parse_cocktail(body, caller)
+    wanted = await gateway.parse_cocktail(body, creator)
     if dry_run:
         response.status_code = 200
         async with ended_with_client(request.receive):
-            return WeighingView.of(await gateway.service.dry_run(tenant, wanted))
-    cocktail, existed = await gateway.service.create(tenant, wanted)
+            return WeighingView.of(await gateway.service.dry_run(creator.tenant, wanted))
+    cocktail, existed = await gateway.service.create(creator.tenant, wanted)
     if wait and not cocktail.is_final:
         # the job goes on when the client leaves: only the waiting ends
         async with ended_with_client(request.receive):
-            cocktail = await gateway.service.wait(tenant, cocktail.id, wait)
+            cocktail = await gateway.service.wait(creator.tenant, cocktail.id, wait)
     if cocktail.status == "failed" and cocktail.error is not None:
         raise cocktail.error.exception()
     response.status_code = _status_of(cocktail, existed=existed)
@@ -150,14 +149,14 @@ async def retrieve_report(gateway: GatewayDep, tenant: TenantDep, ref: str) -> C
 @router.patch(
     "/v1/cocktails/{name}", responses=error_responses(404, 409, 413, 429), openapi_extra=json_request(CurrentVersion)
 )
-async def update_cocktail(gateway: GatewayDep, tenant: CreatorDep, name: str, body: JSONObject) -> CocktailView:
+async def update_cocktail(gateway: GatewayDep, creator: CreatorDep, name: str, body: JSONObject) -> CocktailView:
     """Says which version the name means: a ready one, or null for the newest."""
     wanted = parse_as(CurrentVersion, body)
-    return CocktailView.of(await gateway.service.set_current(tenant, name, wanted.current), gateway.pools)
+    return CocktailView.of(await gateway.service.set_current(creator.tenant, name, wanted.current), gateway.pools)
 
 
 @router.delete("/v1/cocktails/{ref}", responses=error_responses(404, 429))
-async def delete_cocktail(gateway: GatewayDep, tenant: CreatorDep, ref: str) -> CocktailDeleted:
+async def delete_cocktail(gateway: GatewayDep, creator: CreatorDep, ref: str) -> CocktailDeleted:
     """Deletes a version, or all versions of a name, with examples and losses."""
-    await gateway.service.delete(tenant, ref)
+    await gateway.service.delete(creator.tenant, ref)
     return CocktailDeleted(id=ref)

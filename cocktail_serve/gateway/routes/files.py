@@ -17,7 +17,7 @@ from cocktail_serve.gateway.openapi import error_responses, form_request
 from cocktail_serve.gateway.schemas.files import FileDeleted, FileList, FileUpload, FileView
 from cocktail_serve.gateway.schemas.pages import AfterQuery
 from cocktail_serve.ids import Order
-from cocktail_serve.kept_text import check_text
+from cocktail_serve.storable_text import check_text
 
 router = APIRouter(tags=["files"])
 
@@ -29,7 +29,7 @@ MAX_FILENAME = 255
 
 
 @router.post("/v1/files", responses=error_responses(413, 429), openapi_extra=form_request(FileUpload))
-async def upload_file(gateway: GatewayDep, tenant: CreatorDep, request: Request) -> FileView:
+async def upload_file(gateway: GatewayDep, creator: CreatorDep, request: Request) -> FileView:
     """Keeps a JSONL file of examples, once every line of it is one."""
     form = await _form(request)
     try:
@@ -48,7 +48,9 @@ async def upload_file(gateway: GatewayDep, tenant: CreatorDep, request: Request)
                 await part.close()
     await asyncio.get_running_loop().run_in_executor(gateway.parsing, check_jsonl, content)
     filename = check_text((upload.file.filename or "examples.jsonl")[:MAX_FILENAME], param="file")
-    return FileView.of(await gateway.files.add(tenant, filename, content, expires_after_s=upload.expires_after_s))
+    return FileView.of(
+        await gateway.files.add(creator.tenant, filename, content, expires_after_s=upload.expires_after_s)
+    )
 
 
 @router.get("/v1/files", responses=error_responses())
@@ -86,9 +88,9 @@ async def retrieve_file_content(gateway: GatewayDep, tenant: TenantDep, file_id:
 
 
 @router.delete("/v1/files/{file_id}", responses=error_responses(404, 429))
-async def delete_file(gateway: GatewayDep, tenant: CreatorDep, file_id: str) -> FileDeleted:
+async def delete_file(gateway: GatewayDep, creator: CreatorDep, file_id: str) -> FileDeleted:
     """Deletes a file and its content; models made from it stay, with the examples they were made from."""
-    await gateway.files.delete(tenant, file_id)
+    await gateway.files.delete(creator.tenant, file_id)
     return FileDeleted(id=file_id)
 
 

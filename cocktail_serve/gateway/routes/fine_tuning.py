@@ -8,7 +8,7 @@ from fastapi import APIRouter, Query, Request
 
 from cocktail_serve.errors import InvalidRequestError
 from cocktail_serve.finetuning.request import JobBody
-from cocktail_serve.gateway.dependencies import CallerDep, CreatorDep, GatewayDep, TenantDep
+from cocktail_serve.gateway.dependencies import CreatorDep, GatewayDep, TenantDep
 from cocktail_serve.gateway.json_body import JSONObject, parse_as
 from cocktail_serve.gateway.openapi import engine_errors, error_responses, json_request
 from cocktail_serve.gateway.schemas.fine_tuning import CheckpointList, JobEventList, JobEventView, JobList, JobView
@@ -25,10 +25,10 @@ LimitQuery = Annotated[int, Query(ge=1, le=MAX_LIMIT)]
 
 
 @router.post("/v1/fine_tuning/jobs", responses=engine_errors(), openapi_extra=json_request(JobBody))
-async def create_job(gateway: GatewayDep, caller: CallerDep, tenant: CreatorDep, body: JSONObject) -> JobView:
+async def create_job(gateway: GatewayDep, creator: CreatorDep, body: JSONObject) -> JobView:
     """Mixes a model from a file of examples; an identical request within ten minutes finds the same job."""
     wanted = parse_as(JobBody, body)
-    return JobView.of(await gateway.fine_tuning.create(tenant, wanted, visible=caller.pools))
+    return JobView.of(await gateway.fine_tuning.create(creator.tenant, wanted, visible=creator.pools))
 
 
 @router.get("/v1/fine_tuning/jobs", responses=error_responses())
@@ -56,9 +56,9 @@ async def retrieve_job(gateway: GatewayDep, tenant: TenantDep, job_id: str) -> J
 
 
 @router.post("/v1/fine_tuning/jobs/{job_id}/cancel", responses=error_responses(404, 429))
-async def cancel_job(gateway: GatewayDep, tenant: CreatorDep, job_id: str) -> JobView:
+async def cancel_job(gateway: GatewayDep, creator: CreatorDep, job_id: str) -> JobView:
     """Ends an unfinished job; 400 for one that has succeeded or failed."""
-    return JobView.of(await gateway.fine_tuning.cancel(tenant, job_id))
+    return JobView.of(await gateway.fine_tuning.cancel(creator.tenant, job_id))
 
 
 @router.get("/v1/fine_tuning/jobs/{job_id}/events", responses=error_responses(404))
@@ -78,16 +78,16 @@ async def list_checkpoints(gateway: GatewayDep, tenant: TenantDep, job_id: str) 
 
 
 @router.post("/v1/fine_tuning/jobs/{job_id}/pause", responses=error_responses(404, 429))
-async def pause_job(gateway: GatewayDep, tenant: CreatorDep, job_id: str) -> JobView:
+async def pause_job(gateway: GatewayDep, creator: CreatorDep, job_id: str) -> JobView:
     """Not served: 400."""
-    await gateway.fine_tuning.jobs.get(tenant, job_id)
+    await gateway.fine_tuning.jobs.get(creator.tenant, job_id)
     raise _not_paused()
 
 
 @router.post("/v1/fine_tuning/jobs/{job_id}/resume", responses=error_responses(404, 429))
-async def resume_job(gateway: GatewayDep, tenant: CreatorDep, job_id: str) -> JobView:
+async def resume_job(gateway: GatewayDep, creator: CreatorDep, job_id: str) -> JobView:
     """Not served: 400."""
-    await gateway.fine_tuning.jobs.get(tenant, job_id)
+    await gateway.fine_tuning.jobs.get(creator.tenant, job_id)
     raise _not_paused()
 
 

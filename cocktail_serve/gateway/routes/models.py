@@ -34,10 +34,10 @@ async def retrieve_model(gateway: GatewayDep, caller: CallerDep, model_id: str) 
 
 
 @router.delete("/v1/models/{model_id:path}", responses=error_responses(404, 429))
-async def delete_model(gateway: GatewayDep, caller: CallerDep, tenant: CreatorDep, model_id: str) -> ModelDeleted:
+async def delete_model(gateway: GatewayDep, creator: CreatorDep, model_id: str) -> ModelDeleted:
     """Deletes a cocktail's version, or all versions of a name."""
-    await _entry(gateway, caller, model_id)
-    await gateway.service.delete(tenant, model_id)
+    await _entry(gateway, creator, model_id)
+    await gateway.service.delete(creator.tenant, model_id)
     return ModelDeleted(id=model_id)
 
 

@@ -7,12 +7,12 @@ import pickle
 
 import pytest
 
-from cocktail_serve.engines.base import Materialised, Scored
+from cocktail_serve.engines.base import MixedAhead, Scored
 from cocktail_serve.engines.engine_time import CallTimer, EngineTime, EngineTimeTotal, engine_time_of, totalled
 from cocktail_serve.errors import ContextLengthError, EngineError
 
 
-async def work(*, scoring_s: float = 0.0, mixing_s: float = 0.0, error: BaseException | None = None) -> Materialised:
+async def work(*, scoring_s: float = 0.0, mixing_s: float = 0.0, error: BaseException | None = None) -> MixedAhead:
     """A call of an engine, which ends in an error if there is one."""
     with CallTimer() as timer:
         await asyncio.sleep(0)
@@ -20,7 +20,7 @@ async def work(*, scoring_s: float = 0.0, mixing_s: float = 0.0, error: BaseExce
         timer.add(mixing_s=mixing_s)
         if error is not None:
             raise error
-    return Materialised(timer.time)
+    return MixedAhead(timer.time)
 
 
 async def test_tasks_inside_are_added_up() -> None:

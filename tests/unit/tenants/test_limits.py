@@ -37,7 +37,7 @@ def test_without_limits_nothing_is_counted() -> None:
     for _ in range(1000):
         admission = limiter.admit_model_request("acme", num_tokens=10**9)
         assert admission.refusal is None
-        assert admission.standing.requests is admission.standing.tokens is None
+        assert admission.rate_status.requests is admission.rate_status.tokens is None
     assert limiter._uses == {}
 
 
@@ -75,15 +75,15 @@ class TestRequests:
             admitted += world.num_admitted(1)
         assert admitted == pytest.approx(60 + 600, abs=1)
 
-    def test_standing(self) -> None:
+    def test_rate_status(self) -> None:
         world = World(Limits(requests_per_minute=60))
         for remaining in (59, 58, 57):
-            rate = world.ask().standing.requests
+            rate = world.ask().rate_status.requests
             assert rate is not None
             assert (rate.limit, rate.remaining) == (60, remaining)
             assert rate.reset_s == pytest.approx(60 - remaining)
         world.now += 1.5
-        refreshed = world.ask().standing.requests
+        refreshed = world.ask().rate_status.requests
         assert refreshed is not None
         assert (refreshed.remaining, refreshed.reset_s) == (57, pytest.approx(2.5))
 
@@ -108,13 +108,13 @@ class TestRequests:
         for remaining in (1, 0):
             admitted = world.limiter.admit_change("acme")
             assert admitted.refusal is None
-            assert admitted.standing.requests is not None
-            assert admitted.standing.requests.remaining == remaining
+            assert admitted.rate_status.requests is not None
+            assert admitted.rate_status.requests.remaining == remaining
         for _ in range(10):
             refused = world.limiter.admit_change("acme")
             assert retry_after_s(refused) == pytest.approx(30.0)
-            assert refused.standing.requests is not None
-            assert refused.standing.requests.reset_s == pytest.approx(60.0)
+            assert refused.rate_status.requests is not None
+            assert refused.rate_status.requests.reset_s == pytest.approx(60.0)
         world.now += 30.1
         assert world.limiter.admit_change("acme").refusal is None
         assert world.limiter.admit_change("acme").refusal is not None
@@ -146,17 +146,17 @@ class TestTokens:
     def test_an_estimate_is_reserved_and_corrected(self) -> None:
         world = World(Limits(tokens_per_minute=600))
         admission = world.ask(500)
-        assert admission.standing.tokens is not None
-        assert admission.standing.tokens.remaining == 100
+        assert admission.rate_status.tokens is not None
+        assert admission.rate_status.tokens.remaining == 100
         admission.end(40)
-        after = world.ask().standing.tokens
+        after = world.ask().rate_status.tokens
         assert after is not None
         assert after.remaining == 560
 
     def test_a_full_bucket_has_nothing_to_wait_for(self) -> None:
-        standing = World(Limits(tokens_per_minute=600)).ask(0).standing.tokens
-        assert standing is not None
-        assert (standing.remaining, standing.reset_s) == (600, 0.0)
+        rate_status = World(Limits(tokens_per_minute=600)).ask(0).rate_status.tokens
+        assert rate_status is not None
+        assert (rate_status.remaining, rate_status.reset_s) == (600, 0.0)
 
     def test_a_limit_that_came_meanwhile_is_charged_whole(self) -> None:
         """Nothing was reserved for it: there was no limit to reserve of."""
@@ -165,14 +165,14 @@ class TestTokens:
         world.limits = Limits(tokens_per_minute=600)
         world.ask(0)
         early.end(50)
-        standing = world.ask(0).standing.tokens
-        assert standing is not None
-        assert standing.remaining == 550
+        rate_status = world.ask(0).rate_status.tokens
+        assert rate_status is not None
+        assert rate_status.remaining == 550
 
     def test_what_the_engine_never_said_stays_charged(self) -> None:
         world = World(Limits(tokens_per_minute=600))
         world.ask(500).end(None)
-        after = world.ask().standing.tokens
+        after = world.ask().rate_status.tokens
         assert after is not None
         assert after.remaining == 100
 
@@ -183,8 +183,8 @@ class TestTokens:
         assert retry_after_s(refused) == pytest.approx(10.1)
         message = "the limit of 600 tokens a minute is reached; send fewer or shorter requests"
         assert str(refused.refusal) == message
-        assert refused.standing.tokens is not None
-        assert refused.standing.tokens.remaining == 0
+        assert refused.rate_status.tokens is not None
+        assert refused.rate_status.tokens.remaining == 0
         world.now += 10.2
         assert world.ask(1).refusal is None
 
@@ -201,9 +201,9 @@ class TestTokens:
         for _ in range(3):
             admission.end(100)
         assert world.num_admitted(5) == 2
-        standing = world.ask().standing.tokens
-        assert standing is not None
-        assert standing.remaining == 500
+        rate_status = world.ask().rate_status.tokens
+        assert rate_status is not None
+        assert rate_status.remaining == 500
 
 
 class TestConcurrency:

@@ -30,8 +30,8 @@ class World:
             self.hold.pin(pinned, 0.0)
 
     def _wait(self, recipe: Recipe, claimant: Claimant) -> Waiter:
-        admission = asyncio.get_running_loop().create_future()
-        waiter = Waiter(recipe=recipe, made_at=0.0, ranked_from=0.0, claimant=claimant, admission=admission)
+        granted = asyncio.get_running_loop().create_future()
+        waiter = Waiter(recipe=recipe, made_at=0.0, ranked_from=0.0, claimant=claimant, granted=granted)
         self.queues.holding(waiter).add(waiter)
         return waiter
 
@@ -46,7 +46,7 @@ class World:
         """Those who wait for the recipe, and nobody else."""
         for waiter in self.wanted:
             with pytest.raises(error, match=message):
-                waiter.admission.result()
+                waiter.granted.result()
         assert not any(waiter.is_answered for waiter in self.others)
         assert list(self.queues.requests) + list(self.queues.background) == self.others
 

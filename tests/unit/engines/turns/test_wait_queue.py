@@ -17,10 +17,8 @@ A, B = (Recipe(base="base", coefficients=((name, 1.0),), dtype="float32") for na
 def waiting(
     queues: WaitQueues, recipe: Recipe, came: float, tenant: str = "t", claimant: Claimant = "tenant"
 ) -> Waiter:
-    admission = asyncio.get_running_loop().create_future()
-    waiter = Waiter(
-        recipe=recipe, made_at=came, ranked_from=came, tenant=tenant, claimant=claimant, admission=admission
-    )
+    granted = asyncio.get_running_loop().create_future()
+    waiter = Waiter(recipe=recipe, made_at=came, ranked_from=came, tenant=tenant, claimant=claimant, granted=granted)
     queues.holding(waiter).add(waiter)
     return waiter
 

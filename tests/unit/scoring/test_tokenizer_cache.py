@@ -11,9 +11,10 @@ import pytest
 
 from cocktail_serve.errors import ConfigError
 from cocktail_serve.library_process import LibraryProcess
-from cocktail_serve.scoring import exported_tokenizer, kept_tokenizer
+from cocktail_serve.scoring import exported_tokenizer
+from cocktail_serve.scoring import tokenizer_cache as kept_tokenizer
 from cocktail_serve.scoring.exported_tokenizer import ExportedTokenizer
-from cocktail_serve.scoring.kept_tokenizer import open_tokenizer, prepare_tokenizer
+from cocktail_serve.scoring.tokenizer_cache import open_tokenizer, prepare_tokenizer
 from tests.models import make_decoder_tokenizer
 
 OPTIONS = {"add_special_tokens": True, "return_offsets_mapping": True, "truncation": False, "verbose": False}
