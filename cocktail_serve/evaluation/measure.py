@@ -1,10 +1,10 @@
 """One system on one task: from its answers to the metrics of every row.
 
-Likelihood: each choice is scored behind the prompt as examples are when models are weighed (`scoring.decoder`, one space
-between), and the largest counts as the answer. The end token that closes examples is left out, as lm-evaluation-harness
-does: only fine-tuned models know that an answer ends there, and the base would be judged by that alone. `sum` compares
-log-probabilities of the whole choice: the default, the harness's `acc`. `token` divides by the number of tokens, `byte`
-by the choice's bytes of UTF-8, the harness's `acc_norm`.
+Likelihood: each choice is scored behind the prompt as examples are when models are weighed (`scoring.decoder`, one
+space between), and the largest counts as the answer. The end token that closes examples is left out, as lm-evaluation-
+harness does: only fine-tuned models know that an answer ends there, and the base would be judged by that alone. `sum`
+compares log-probabilities of the whole choice: the default, the harness's `acc`. `token` divides by the number of
+tokens, `byte` by the choice's bytes of UTF-8, the harness's `acc_norm`.
 
 Generation: greedy, up to the end token or `max_new_tokens`; what stands before the first line break is the answer.
 
