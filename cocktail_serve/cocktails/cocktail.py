@@ -88,6 +88,9 @@ class CrossValidation:
 class Cocktail:
     """A snapshot of one version of a name, or of an inline cocktail.
 
+    Three numbers count for it: `sequence` orders the versions of a name, `epoch` tells jobs that work on it apart, and
+    `change` the writes of its row.
+
     Attributes:
         uid: key of its rows, never shown: an id that comes again after a deletion is another cocktail.
         sequence: order in which versions were last asked for; the newest ready one is current.

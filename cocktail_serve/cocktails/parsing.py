@@ -147,21 +147,21 @@ def _validated(model: type[_Body], body: Any) -> _Body:
 def _resolve(body: InlineBody, name: str, pool: Pool, settings: Settings, *, inline: bool) -> CocktailRequest:
     seed = body.seed or 0
     method = find_method(body.method or "linear")
-    common: dict[str, Any] = {
-        "name": name,
-        "pool": pool.id,
-        "pool_fingerprint": pool.fingerprint,
-        "method": method.name,
-        "method_params": method.check_params(body.method_params or {}, seed=seed),
-        "seed": seed,
-        "metadata": _metadata(body.metadata or {}),
-        "inline": inline,
-        "text_digest": pool.text_digest,
-    }
+    options = CocktailOptions(
+        name,
+        pool.id,
+        pool.fingerprint,
+        method=method.name,
+        method_params=method.check_params(body.method_params or {}, seed=seed),
+        seed=seed,
+        metadata=_metadata(body.metadata or {}),
+        inline=inline,
+        text_digest=pool.text_digest,
+    )
     _check_bounds(body)
     if body.merging_weights is not None:
-        weights = _by_hand(body, pool, method, common["method_params"])
-        options = CocktailOptions(**common, members=_fingerprints(pool, weights), merging_weights=weights)
+        weights = _by_hand(body, pool, method, options.method_params)
+        options = replace(options, members=_fingerprints(pool, weights), merging_weights=weights)
         return CocktailRequest(options, examples=None)
     experts = _experts(body, pool)
     if body.target is not None:
@@ -180,8 +180,8 @@ def _resolve(body: InlineBody, name: str, pool: Pool, settings: Settings, *, inl
     peers = () if examples is None else _peers(pool, experts, body.target)
     _check_count(method, peers or (BASE,), body.target, pool)
     weighting, temperature, alpha = _weighting(body, settings.defaults, pool.kind)
-    options = CocktailOptions(
-        **common,
+    options = replace(
+        options,
         members=_fingerprints(pool, (*peers, *filter(None, [body.target]))),
         target=body.target,
         alpha=None if body.target is None else alpha,
