@@ -183,7 +183,7 @@ def test_a_run_goes_on_where_it_was(everything, folder, monkeypatch):
         raise AssertionError("what is kept was measured again")
 
     monkeypatch.setattr("cocktail_serve.scoring.decoder.token_log_probs", refuse)
-    monkeypatch.setattr("cocktail_serve.evaluation.generation.generate", refuse)
+    monkeypatch.setattr("cocktail_serve.evaluation.generation.generate_texts", refuse)
     how = Measuring(max_new_tokens=4)
     with open_evaluation(settings, "flan", out=out, how=how, multitask=folder / "many") as evaluation:
         again = run(evaluation, entries, find_systems(None, "decoder"), temperatures=(5.0, 0.1), budget=3)

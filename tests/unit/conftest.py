@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,9 +17,11 @@ REFUSED = pytest.StashKey[list[str]]()
 
 
 def pytest_collection_finish() -> None:
-    """What is written in C is compiled once a machine, by the first that needs it: no test is to be that one."""
+    """What is written in C is compiled once a machine, and matplotlib asks once for its fonts, both by the first one
+    that needs it: no test is to be that one."""
     native.load_kernel()
     mapping._library()
+    importlib.import_module("matplotlib.font_manager")
 
 
 @pytest.hookimpl(wrapper=True)

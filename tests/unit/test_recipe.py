@@ -182,7 +182,7 @@ def test_coefficients_of_task_vectors_are_any_finite_numbers_and_the_base_counts
     ]
     assert recipes[0] == recipes[1]
     assert recipes[0].coefficients == (("m", 1.0), ("a", -0.3), ("z", 1.7))
-    assert recipes[0].one_hot is None
+    assert recipes[0].only_model is None
 
 
 @pytest.mark.parametrize("method", TASK_VECTOR_METHODS)
