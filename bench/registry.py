@@ -30,7 +30,6 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from cocktail_serve.gateway.state import Gateway
 from fastapi import FastAPI
 from sqlalchemy import create_engine, insert, update
 
@@ -43,6 +42,7 @@ from cocktail_serve.config import Settings
 from cocktail_serve.database import tables
 from cocktail_serve.database.database import Database
 from cocktail_serve.gateway.app import create_app
+from cocktail_serve.gateway.gateway import Gateway
 from cocktail_serve.gateway.server import GC_ALLOCATIONS
 from cocktail_serve.pool import Pool
 from cocktail_serve.recipe import make_recipe
