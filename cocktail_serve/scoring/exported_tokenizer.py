@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from blake3 import blake3
 from tokenizers import Tokenizer
@@ -71,7 +71,7 @@ class ExampleTokenizer(Protocol):
         conversation: list[dict[str, Any]],
         *,
         tools: list[dict[str, Any]] | None,
-        tokenize: bool,
+        tokenize: Literal[False],
         add_generation_prompt: bool,
         **variables: Any,
     ) -> Any:
@@ -112,12 +112,10 @@ class ExportedTokenizer:
         *,
         tools: list[dict[str, Any]] | None,
         add_generation_prompt: bool,
-        tokenize: bool = False,
+        tokenize: Literal[False] = False,
         chat_template: str | None = None,
         **variables: Any,
     ) -> str:
-        if tokenize:
-            raise NotImplementedError("it renders text")
         if not conversation:
             raise ValueError("a conversation has at least one message")
         return render(

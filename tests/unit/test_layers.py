@@ -196,3 +196,23 @@ def test_a_loose_import_is_found() -> None:
 )
 def test_imports_are_found_wherever_they_stand(source: str, found: list[str]) -> None:
     assert list(imports(source)) == found
+
+
+def is_module(parts: list[str]) -> bool:
+    root = ROOT / "plugins" if parts[0] == PLUGIN.name else ROOT
+    path = root.joinpath(*parts)
+    return path.with_suffix(".py").is_file() or (path / "__init__.py").is_file()
+
+
+@pytest.mark.parametrize("folder", ["bench", "docs", "examples", "tests"])
+def test_what_is_imported_from_the_packages_is_there(folder: str) -> None:
+    """Benchmarks and examples run by hand: no other test would see that a module has moved."""
+    wrong = [
+        (str(path.relative_to(ROOT)), name)
+        for path in (ROOT / folder).rglob("*.py")
+        for name in imports(path.read_text(encoding="utf-8"))
+        if name.partition(".")[0] in (PACKAGE.name, PLUGIN.name)
+        and not is_module(name.split("."))
+        and not is_module(name.split(".")[:-1])
+    ]
+    assert wrong == []
