@@ -64,6 +64,11 @@ class Change:
         """Whether it is computed, in float32, instead of read as it is stored."""
         return bool(self.rows or self.bias or self.pair)
 
+    @property
+    def is_low_rank(self) -> bool:
+        """Whether it is a product of two factors that is added, and nothing else."""
+        return self.pair is not None and self == Change(pair=replace(self.pair, magnitude=None))
+
 
 class ChangeFinder:
     """Finds what an adapter changes.

@@ -155,6 +155,15 @@ class AdapterReader:
         return tensor_bytes(self.get(name))
 
     @property
+    def changes(self) -> Mapping[str, Change]:
+        """What becomes of the base's parameters, by stored name; all others are the base's own."""
+        return MappingProxyType(self._changes)
+
+    def factor(self, stored: str) -> Tensor:
+        """What is stored under a name of `factors`, as long as the file is open."""
+        return self._tensor(stored)
+
+    @property
     def factors(self) -> Mapping[str, TensorInfo]:
         """What is stored, by its own name; that of modules beside the adapter behind their folder, as `2_Dense/`."""
         return MappingProxyType(self._infos)
