@@ -84,25 +84,25 @@ def load_kernel() -> Kernel | str:
     return library if isinstance(library, str) else Kernel(library)
 
 
-def load_library(source: Path) -> ctypes.CDLL | str:
-    """A C source of ours, built where it is not yet, or why it cannot be."""
+def load_library(source: Path, flags: Sequence[str] = ()) -> ctypes.CDLL | str:
+    """A C source of ours, built where it is not yet, or why it cannot be. `flags` come after `_FLAGS`."""
     if sys.byteorder != "little" or os.name != "posix":
         return "the kernel is written for little-endian POSIX machines"
     compiler = find_compiler()
     if compiler is None:
         return "there is no C compiler (cc, gcc or clang)"
-    name = f"{source.stem}-{_digest(compiler, source)[:16]}.so"
+    name = f"{source.stem}-{_digest(compiler, source, flags)[:16]}.so"
     try:
         try:
             built = _cache_folder() / name
             if not built.is_file():
-                build(compiler, source, built)
+                build(compiler, source, built, flags)
             _require_own(built)
             return ctypes.CDLL(str(built))
         except (OSError, PermissionError):  # a home that cannot be written, or a cache that somebody else could
             with tempfile.TemporaryDirectory(prefix="cocktail-kernel-") as folder:
                 built = Path(folder) / name
-                build(compiler, source, built)
+                build(compiler, source, built, flags)
                 return ctypes.CDLL(str(built))
     except (OSError, subprocess.SubprocessError) as error:
         reason = getattr(error, "stderr", None) or error
@@ -121,10 +121,10 @@ def find_compiler() -> list[str] | None:
     return [found] if found else None
 
 
-def _digest(compiler: Sequence[str], source: Path) -> str:
+def _digest(compiler: Sequence[str], source: Path, flags: Sequence[str]) -> str:
     """Names a build by all that decides it. A home may be shared between machines, so the CPU is part of it."""
     digest = hashlib.sha256(source.read_bytes())
-    for part in (*compiler, *_FLAGS, platform.machine(), _cpu_features()):
+    for part in (*compiler, *_FLAGS, *flags, platform.machine(), _cpu_features()):
         digest.update(b"\0" + part.encode())
     return digest.hexdigest()
 
@@ -152,7 +152,7 @@ def _require_own(path: Path) -> None:
         raise PermissionError(f"{path} can be written by others")
 
 
-def build(compiler: Sequence[str], source: Path, built: Path) -> None:
+def build(compiler: Sequence[str], source: Path, built: Path, flags: Sequence[str] = ()) -> None:
     """Compiles to a name of its own and renames, so that two processes may build at once.
 
     Raises:
@@ -161,7 +161,7 @@ def build(compiler: Sequence[str], source: Path, built: Path) -> None:
     partial = built.with_suffix(f".{os.getpid()}.partial")
     try:
         subprocess.run(
-            [*compiler, *_FLAGS, "-o", str(partial), str(source), "-lm"],
+            [*compiler, *_FLAGS, *flags, "-o", str(partial), str(source), "-lm"],
             check=True,
             capture_output=True,
             text=True,

@@ -13,6 +13,8 @@ from cocktail_serve.dtypes import FLOATING
 from cocktail_serve.merging import native
 from cocktail_serve.merging.linear import merge_param
 from cocktail_serve.merging.native import Kernel, load_kernel
+from vllm_cocktail.unmerged.kernel import self_check
+from vllm_cocktail.unmerged.native_kernel import NativeKernel, load_native
 
 
 @pytest.fixture(autouse=True)
@@ -104,3 +106,17 @@ def test_older_machines_compute_the_same_bits(architecture: str, monkeypatch: py
     assert isinstance(load_kernel(), Kernel)
     for mine, theirs in zip(own, merged(), strict=True):
         np.testing.assert_array_equal(mine, theirs)
+
+
+@pytest.mark.usefixtures("compiler")
+@pytest.mark.parametrize("architecture", ["x86-64", "haswell"])
+def test_older_machines_compute_the_product_of_a_step(
+    architecture: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if native.platform.machine() != "x86_64":
+        pytest.skip("for x86 alone")
+    monkeypatch.setattr(native, "_FLAGS", (*native._FLAGS, f"-march={architecture}"))
+    library = load_native.__wrapped__()
+    assert not isinstance(library, str)
+    assert len(list((tmp_path / "cocktail-serve" / "kernels").iterdir())) == 1
+    assert self_check(NativeKernel(library)) is None

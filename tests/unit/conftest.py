@@ -11,6 +11,7 @@ import pytest
 from cocktail_serve.checkpoints import mapping
 from cocktail_serve.merging import native
 from tests.no_process import no_process
+from vllm_cocktail.unmerged import native_kernel
 
 UNIT = Path(__file__).parent
 REFUSED = pytest.StashKey[list[str]]()
@@ -21,6 +22,7 @@ def pytest_collection_finish() -> None:
     that needs it: no test is to be that one."""
     native.load_kernel()
     mapping._library()
+    native_kernel.load_native()
     importlib.import_module("matplotlib.font_manager")
 
 
