@@ -25,7 +25,7 @@ from pydantic import (
 
 from cocktail_serve.dtypes import DType
 from cocktail_serve.errors import ConfigError
-from cocktail_serve.pool import BASE, NAME_PATTERN, Kind, Member, with_article
+from cocktail_serve.pool import BASE, NAME_PATTERN, Form, Kind, Member, Pool, with_article
 
 ENV_PREFIX = "COCKTAIL_"
 
@@ -83,11 +83,25 @@ class _EngineBase(_Section):
         """The dtype of an engine over this base."""
         return base.dtype if self.dtype == "auto" else self.dtype
 
+    def form_over(self, pool: Pool) -> Form:
+        """How mixtures of this pool's models reach the engine.
+
+        Raises:
+            ConfigError: the configuration says unmerged, and an expert can only be merged.
+        """
+        return "merged"
+
 
 class VLLMEngineConfig(_EngineBase):
     """A vLLM server of its own, started and supervised by the gateway."""
 
     type: Literal["vllm"] = Field("vllm", description="vLLM, for decoders.")
+    mode: Form | None = Field(
+        None,
+        description="unmerged: the factors of experts that are LoRA adapters stay apart and every request brings its "
+        "coefficients, so that any number of cocktails share a batch. merged: parameters are summed first, and recipes "
+        "take turns. Omitted: unmerged where all experts of the configuration are adapters that can be, else merged.",
+    )
     max_model_len: int | None = Field(None, ge=8, description="Context length in tokens; omitted: the model's own.")
     slice_s: float = Field(
         2.0, ge=0, description="How long the resident recipe is served while requests for others wait, seconds."
@@ -130,6 +144,25 @@ class VLLMEngineConfig(_EngineBase):
     def argument(self, name: str) -> Any:
         """One of `args`, however its name is written there; None where it is not given."""
         return next((value for key, value in self.args.items() if _argument_name(key) == name), None)
+
+    def form_over(self, pool: Pool) -> Form:
+        if self.mode == "unmerged" and pool.merged_only is not None:
+            raise ConfigError(
+                f"pool {pool.id!r}: engine.mode is unmerged, and {pool.merged_only}; set it to merged, or leave the "
+                "expert out",
+                param="engine.mode",
+            )
+        if self.mode is not None:
+            return self.mode
+        return "merged"  # until the plugin serves unmerged pools
+
+    def reason_of_form(self, pool: Pool) -> str:
+        """Why mixtures of an opened pool's models reach the engine as they do."""
+        if self.mode is not None:
+            return f"engine.mode is {self.mode}"
+        if pool.form == "unmerged":
+            return "all experts of the configuration are LoRA adapters that can be served unmerged"
+        return pool.merged_only or "the configuration has no experts"
 
 
 _PATH_ARGUMENTS = frozenset({"chat-template", "generation-config"})

@@ -5,6 +5,7 @@ CocktailError
 │   ├── InvalidRequestError
 │   │   ├── InvalidExamplesError
 │   │   ├── InvalidMixError
+│   │   │   └── MethodNotServedError
 │   │   ├── WrongModelKindError
 │   │   └── ContextLengthError
 │   ├── ConfigError
@@ -78,6 +79,12 @@ class InvalidMixError(InvalidRequestError):
     """Merging weights, alpha, temperature or a method that break their rule."""
 
     code = "invalid_mix"
+
+
+class MethodNotServedError(InvalidMixError):
+    """A method that needs merged parameters, in a pool that is served unmerged; says what the operator can do."""
+
+    code = "method_not_served"
 
 
 class WrongModelKindError(InvalidRequestError):

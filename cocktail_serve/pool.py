@@ -23,6 +23,10 @@ from cocktail_serve.generation_settings import (
 
 Kind = Literal["decoder", "encoder", "reranker", "encoder_decoder"]
 
+Form = Literal["merged", "unmerged"]
+"""How a mixture reaches the engine. merged: its parameters are summed first, and one recipe is in the engine at a time;
+unmerged: the experts' factors stay apart, beside the base's parameters, and each request brings its coefficients."""
+
 BASE = "base"
 """What the base is called in `merging_weights` and `losses`; no expert may take the name."""
 
@@ -68,6 +72,8 @@ class Member:
         files: the files that the fingerprint is of, as they were then; empty where nobody has looked.
         largest: bound of the magnitudes of its parameters, all of them finite; infinite where it is not known.
         generation: how its folder says that it is called, alone; of decoders.
+        merged_only: of an expert, why no engine can serve it unmerged; None: it is a LoRA adapter that changes nothing
+            but products.
     """
 
     name: str
@@ -78,6 +84,7 @@ class Member:
     files: tuple[FileState, ...] = ()
     largest: float = math.inf
     generation: GenerationSettings = NO_SETTINGS
+    merged_only: str | None = "nobody has looked whether it is an adapter"
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +98,7 @@ class Pool:
         chat_template: what messages are rendered by for scoring, for every mixture, and for models that have none of
             their own. Experts that are added later do not change it.
         generation_options: what the operator lays down for all models, those that are added later too.
+        form: how its mixtures reach the engine that serves it. What is known of its models does not depend on it.
     """
 
     id: str
@@ -101,6 +109,7 @@ class Pool:
     warnings: tuple[str, ...] = field(default=(), compare=False)
     chat_template: ChatTemplate | None = None
     generation_options: GenerationOptions = NO_OPTIONS
+    form: Form = "merged"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "experts", MappingProxyType(dict(sorted(self.experts.items()))))
@@ -127,6 +136,14 @@ class Pool:
         for member in self:
             members.setdefault(member.fingerprint, member)
         return members
+
+    @property
+    def merged_only(self) -> str | None:
+        """Why the pool cannot be served unmerged: its first expert of those that cannot; None: it can."""
+        for name, member in self.experts.items():
+            if member.merged_only is not None:
+                return f"expert {name!r}: {member.merged_only}"
+        return None
 
     @property
     def fingerprint(self) -> str:

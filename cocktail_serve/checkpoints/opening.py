@@ -54,7 +54,8 @@ def open_pool(config: PoolConfig, *, cache_dir: Path, progress: Callable[[str, i
     Raises:
         CheckpointError: a model is not there, cannot be read, or holds what is not finite.
         IncompatibleModelsError: an expert cannot be mixed with the base; names the tensor or setting.
-        ConfigError: `engine.args` names a chat template or a generation_config.json that is not there.
+        ConfigError: `engine.args` names a chat template or a generation_config.json that is not there; or `engine.mode`
+            is unmerged, and an expert can only be merged.
     """
     folders = {name: _locate(source) for name, source in {BASE: config.base, **config.experts}.items()}
     base = folders[BASE]
@@ -83,6 +84,7 @@ def open_pool(config: PoolConfig, *, cache_dir: Path, progress: Callable[[str, i
         text_digest=text_digest(base, prompts=config.prompts),
         warnings=tuple(warnings),
     )
+    pool = replace(pool, form=config.engine.form_over(pool))
     return _with_generation(pool, config) if config.kind == "decoder" else pool
 
 
@@ -91,12 +93,18 @@ def open_expert(pool: Pool, name: str, folder: Path, *, cache_dir: Path) -> Memb
 
     Raises:
         CheckpointError: it cannot be read, or holds what is not finite.
-        IncompatibleModelsError: it cannot be mixed with the base; names the tensor or setting.
+        IncompatibleModelsError: it cannot be mixed with the base, names the tensor or setting; or the pool is served
+            unmerged, and it can only be merged.
     """
     _check_library_class(folder, pool.kind)
     _check_fits(pool.id, pool.base.path, name, folder, FolderTokenizer(pool.base.path))
     with _named(pool.id, name):
         member = _expert(name, folder, pool.base, cache_dir, None)
+    if pool.form == "unmerged" and member.merged_only is not None:
+        raise IncompatibleModelsError(
+            f"pool {pool.id!r} is served unmerged, and the model {folder} cannot be: {member.merged_only}; have the "
+            "operator set engine.mode: merged, or add an adapter"
+        )
     return _called(member, pool.base, pool.generation_options) if pool.kind == "decoder" else member
 
 
@@ -153,7 +161,9 @@ def _expert(
     name: str, folder: Path, base: Member, cache_dir: Path, progress: Callable[[str, int, int], None] | None
 ) -> Member:
     if not is_adapter(folder):
-        return _member(name, folder, cache_dir, progress)
+        member = _member(name, folder, cache_dir, progress)
+        is_base = member.fingerprint == base.fingerprint
+        return replace(member, merged_only=None if is_base else "it is a full model, and no LoRA adapter")
     with CheckpointReader(base.path) as base_reader, AdapterReader(folder, base_reader) as reader:
         identity = identify_adapter(reader, base.fingerprint, largest_of_base=base.largest)
         return Member(
@@ -164,6 +174,7 @@ def _expert(
             num_bytes=reader.num_bytes,
             files=identity.files,
             largest=identity.largest,
+            merged_only=reader.merged_only,
         )
 
 

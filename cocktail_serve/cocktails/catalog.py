@@ -12,7 +12,7 @@ from cocktail_serve.cocktails.cocktail import DIGEST8, FINAL, Cocktail, ModelEnt
 from cocktail_serve.cocktails.entries import Entry, ListPosition, TenantEntries, Versions, position_of, sequence_of
 from cocktail_serve.cocktails.options import CocktailRequest
 from cocktail_serve.cocktails.pacing import paced
-from cocktail_serve.cocktails.pool_models import PoolModels, no_model, why_not_served
+from cocktail_serve.cocktails.pool_models import PoolModels, no_model
 from cocktail_serve.dtypes import DType
 from cocktail_serve.errors import ConflictError, InvalidRequestError, NotFoundError
 from cocktail_serve.ids import Page
@@ -75,7 +75,7 @@ class Catalog:
             raise no_model(model_id)
         served = self._served(entry)
         if served is None:
-            raise why_not_served(entry.cocktail)
+            raise self._pool_models.why_not_served(entry.cocktail)
         if entry.cocktail.inline:
             self.note_use(entry)
         return served
@@ -84,7 +84,7 @@ class Catalog:
         """What a snapshot is answered by, though it may be gone by now; raises as `resolve`."""
         served = self._pool_models.serve(cocktail)
         if served is None:
-            raise why_not_served(cocktail)
+            raise self._pool_models.why_not_served(cocktail)
         return served
 
     def get(self, tenant: str, ref: str) -> Cocktail:

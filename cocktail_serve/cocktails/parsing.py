@@ -22,7 +22,7 @@ from cocktail_serve.errors import (
 from cocktail_serve.examples import parse_examples
 from cocktail_serve.methods import Method, MethodName, find_method
 from cocktail_serve.pool import BASE, NAME_PATTERN, Kind, Pool
-from cocktail_serve.recipe import make_recipe
+from cocktail_serve.recipe import check_form, make_recipe
 from cocktail_serve.storable_text import check_text
 from cocktail_serve.weighting.blackbox import BUDGET, MAX_BUDGET, check_available
 
@@ -91,6 +91,7 @@ def parse_request(
         InvalidRequestError: an unknown or malformed field; `param` names it.
         InvalidExamplesError: examples that do not fit the pool.
         InvalidMixError: options that break their rule or exclude each other.
+        MethodNotServedError: the method needs merged parameters, and the pool is served unmerged.
         NotFoundError: an unknown pool or expert.
         ConflictError: the name is a pool's.
     """
@@ -147,6 +148,7 @@ def _validated(model: type[_Body], body: Any) -> _Body:
 def _resolve(body: InlineBody, name: str, pool: Pool, settings: Settings, *, inline: bool) -> CocktailRequest:
     seed = body.seed or 0
     method = find_method(body.method or "linear")
+    check_form(method.name, pool.form)
     options = CocktailOptions(
         name,
         pool.id,

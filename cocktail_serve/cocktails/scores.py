@@ -171,7 +171,8 @@ class Scores:
         self, engine: ScoringEngine, recipe: Recipe, examples: ExampleSet, score_scope: ScoreScope
     ) -> Sequence[float]:
         loss_version = ranking.LOSS_VERSION if engine.kind == "reranker" else decoder.LOSS_VERSION
-        variant = digest_of({"loss": loss_version, "text": engine.pool.text_digest, "dtype": recipe.dtype})
+        rounding = {"dtype": recipe.dtype} | ({} if recipe.form == "merged" else {"form": recipe.form})
+        variant = digest_of({"loss": loss_version, "text": engine.pool.text_digest, **rounding})
         unique = {example_digest(example): example for example in examples}
         key = ScoreKey(recipe.only_model or recipe.digest, variant)
         kept = await self._store.losses(score_scope.tenant, key, list(unique))

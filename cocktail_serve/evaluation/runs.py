@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -137,6 +137,8 @@ def open_evaluation(
     settings, config, name = _with_multitask(settings, config, multitask, served=base_url is not None)
     store = CellStore(None if out is None else out / CELLS)
     pool = open_with_progress(settings, config, report)
+    if base_url is None:
+        pool = replace(pool, form="merged")  # one model in memory at a time
     backend = _backend(settings, config, pool, store, report, base_url=base_url, api_key=api_key)
     try:
         yield Evaluation(settings, backend, store, how or Measuring(), name)

@@ -145,7 +145,7 @@ class _Served:
             raise kind(f"{method} {response.url} answered {response.status_code}: {message}")
 
 
-_RECIPE_KEYS = ("version", "base", "coefficients", "method", "method_params", "dtype")
+_RECIPE_KEYS = ("version", "base", "coefficients", "method", "method_params", "dtype", "form")
 
 
 class ServedDecoders(_Served):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 from cocktail_serve.cocktails.cocktail import CrossValidation, Weighing
@@ -62,7 +62,7 @@ def weigh_offline(
     if body.get("examples") is not None:
         # opening a pool may read gigabytes: what can be refused before is
         parse_examples(body["examples"], config.kind, max_examples=config.max_examples)
-    pool = open_with_progress(settings, config, report)
+    pool = replace(open_with_progress(settings, config, report), form="merged")  # one model in memory at a time
     request = parse_inline(dict(body), pool=pool, settings=settings)
     dtype = config.engine.dtype_over(pool.base)
     if request.examples is None:

@@ -14,7 +14,7 @@ from typing import Any, get_args
 
 from cocktail_serve.dtypes import MIXED_AS, DType
 from cocktail_serve.errors import ConfigError, InvalidMixError
-from cocktail_serve.pool import BASE, FileState, Member, Pool
+from cocktail_serve.pool import BASE, FileState, Form, Member, Pool
 from cocktail_serve.recipe import Recipe, make_recipe, one_hot
 
 MANIFEST_VARIABLE = "VLLM_COCKTAIL_MANIFEST"
@@ -38,6 +38,8 @@ class Manifest:
             otherwise requests may come without, and every mix drops the prefix cache.
         expert_bytes: bound of the models kept in the engine's layout, over all ranks together; 0 keeps none.
         names: fingerprint by name, for recipes written by hand; `base` and the experts' names.
+        mode: how mixtures reach the engine. Where they are unmerged, `resident` stays what it is: the parameters beside
+            which the experts' factors are.
     """
 
     members: Mapping[str, Member]
@@ -48,6 +50,7 @@ class Manifest:
     managed: bool
     expert_bytes: int = 0
     names: Mapping[str, str] = field(default_factory=dict)
+    mode: Form = "merged"
 
     @classmethod
     def of_pool(cls, pool: Pool, *, dtype: DType, cache_bytes: int, managed: bool, expert_bytes: int = 0) -> Manifest:
@@ -56,11 +59,12 @@ class Manifest:
             members=pool.by_fingerprint,
             base=pool.base.fingerprint,
             dtype=dtype,
-            resident=one_hot(pool, pool.base.name, dtype=dtype).digest,
+            resident=one_hot(pool, pool.base.name, dtype=dtype, form="merged").digest,
             cache_bytes=cache_bytes,
             managed=managed,
             expert_bytes=expert_bytes,
             names={member.name: member.fingerprint for member in pool},
+            mode=pool.form,
         )
 
     @classmethod
@@ -81,6 +85,7 @@ class Manifest:
                 managed=bool(value["managed"]),
                 expert_bytes=int(value.get("expert_bytes", 0)),
                 names={str(name): str(f) for name, f in value.get("names", {}).items()},
+                mode=value.get("mode", "merged"),
             )
         except OSError as error:
             raise ConfigError(f"cannot read the manifest {path}: {error}") from error
@@ -125,6 +130,7 @@ class Manifest:
             "managed": self.managed,
             "expert_bytes": self.expert_bytes,
             "names": dict(self.names),
+            "mode": self.mode,
         }
 
     def recipe(
@@ -146,12 +152,14 @@ class Manifest:
             raise InvalidMixError(
                 "the manifest gives no names; send a recipe instead of merging_weights", param="recipe"
             )
-        pool = Pool(id="manifest", kind="decoder", base=base, experts=members, text_digest="")
+        pool = Pool(id="manifest", kind="decoder", base=base, experts=members, text_digest="", form=self.mode)
         return make_recipe(pool, merging_weights, dtype=self.dtype, method=method, method_params=method_params)
 
     def _check(self, path: Path) -> None:
         if self.dtype not in get_args(DType):
             raise ConfigError(f"{path}: dtype {self.dtype!r} is not one of {', '.join(get_args(DType))}")
+        if self.mode not in get_args(Form):
+            raise ConfigError(f"{path}: mode {self.mode!r} is not one of {', '.join(get_args(Form))}")
         if self.base not in self.members:
             raise ConfigError(f"{path}: the base {self.base!r} is not among the members")
         if unknown := sorted(set(self.names.values()) - set(self.members)):

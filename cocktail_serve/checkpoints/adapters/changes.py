@@ -26,6 +26,13 @@ _IN_A_LAYER = re.compile(r".*\.\d+\..*")
 """Names of parameters that are not tied to others."""
 
 
+_NOT_PLAIN = {
+    re.compile(r"\.experts\."): "it changes experts of a mixture (MoE), which engines compute in one fused product",
+    re.compile(r"\.kv_b_proj\."): "it changes a projection of latent attention (MLA), which engines absorb in others",
+}
+"""Parameters whose layers are no plain products inside an engine, by name, and why."""
+
+
 @dataclass(frozen=True, slots=True)
 class FactorPair:
     """What is added to one parameter: `scaling * up @ down`.
@@ -68,6 +75,26 @@ class Change:
     def is_low_rank(self) -> bool:
         """Whether it is a product of two factors that is added, and nothing else."""
         return self.pair is not None and self == Change(pair=replace(self.pair, magnitude=None))
+
+
+def why_merged(parameter: str, change: Change, shape: tuple[int, ...]) -> str | None:
+    """Why a change can only be served merged into the base; None: it is a product beside that of a plain layer.
+
+    Args:
+        parameter: the base's stored name.
+        shape: the parameter's.
+    """
+    if change.whole is not None:
+        return "it brings a module trained whole (modules_to_save)"
+    if change.rows is not None:
+        return "it brings trained tokens (trainable_token_indices)"
+    if change.bias is not None:
+        return "it trained biases"
+    if change.pair is not None and change.pair.magnitude is not None:
+        return "it is DoRA, which is no sum of products"
+    if len(shape) != 2:
+        return "it changes a parameter that is no matrix"
+    return next((why for pattern, why in _NOT_PLAIN.items() if pattern.search(parameter)), None)
 
 
 class ChangeFinder:

@@ -7,7 +7,7 @@ from pathlib import Path
 from types import MappingProxyType, TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
-from cocktail_serve.checkpoints.adapters.changes import Change, ChangeFinder
+from cocktail_serve.checkpoints.adapters.changes import Change, ChangeFinder, why_merged
 from cocktail_serve.checkpoints.adapters.config import AdapterConfig
 from cocktail_serve.checkpoints.layout import ADAPTER_CONFIG, MODULES, model_folder, module_files, read_modules
 from cocktail_serve.checkpoints.mapping import settings_state
@@ -120,6 +120,12 @@ class AdapterReader:
     def num_bytes(self) -> int:
         """Size of the adapter as stored."""
         return sum(info.num_bytes for info in self._infos.values())
+
+    @property
+    def merged_only(self) -> str | None:
+        """Why it cannot be served unmerged, as `Member.merged_only` says it; names the parameter."""
+        found = ((name, why_merged(name, change, self.tensors[name].shape)) for name, change in self._changes.items())
+        return next((f"{why}: {name}" for name, why in found if why is not None), None)
 
     def get(self, name: str) -> Tensor:
         """The parameter of that name, as the adapter makes it. Called by one thread at a time.

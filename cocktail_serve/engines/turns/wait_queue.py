@@ -115,6 +115,16 @@ class WaitQueue:
         """The first in line of each tenant for each recipe but one."""
         return [waiter for digest in self._by_recipe if digest != other_than for waiter in self.firsts_of(digest)]
 
+    def firsts_of_tenants(self) -> list[Waiter]:
+        """The first in line of each tenant, whatever its recipe."""
+        firsts: dict[str, Waiter] = {}
+        for of_recipe in self._by_recipe.values():
+            for tenant, of_tenant in of_recipe.items():
+                first = next(iter(of_tenant))
+                if tenant not in firsts or first.made_at < firsts[tenant].made_at:
+                    firsts[tenant] = first
+        return list(firsts.values())
+
     def __contains__(self, digest: str) -> bool:
         return digest in self._by_recipe
 

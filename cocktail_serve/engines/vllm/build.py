@@ -7,9 +7,11 @@ from pathlib import Path
 from cocktail_serve.config import VLLMEngineConfig
 from cocktail_serve.engines.fairness import TenantShares
 from cocktail_serve.engines.stats import EngineStats
+from cocktail_serve.engines.turns.base import Turns
 from cocktail_serve.engines.turns.exclusive import PATIENCE_SLICES, ExclusiveTurns
+from cocktail_serve.engines.turns.shared import SharedTurns
 from cocktail_serve.engines.vllm.engine import VLLMEngine
-from cocktail_serve.engines.vllm.parameters import ResidentParameters
+from cocktail_serve.engines.vllm.parameters import Parameters, ResidentParameters, UnmergedParameters
 from cocktail_serve.errors import ConfigError
 from cocktail_serve.pool import Pool
 from vllm_cocktail.launch import is_cpu_build
@@ -29,7 +31,8 @@ on a CPU each more makes the step longer for all, and in vLLM's own queue no ten
 def build_vllm_engine(
     pool: Pool, config: VLLMEngineConfig, *, run_dir: Path, tenant_shares: TenantShares | None = None
 ) -> VLLMEngine:
-    """An engine whose recipes take turns; nothing is started.
+    """An engine whose recipes share a batch where the pool is served unmerged, and take turns otherwise; nothing is
+    started.
 
     Args:
         pool, config, run_dir: as `VLLMEngine`.
@@ -39,17 +42,23 @@ def build_vllm_engine(
         ConfigError: `args` or `env` set what is set here, or what cannot be read here.
     """
     stats = EngineStats()
-    parameters = ResidentParameters(pool.id, swap_timeout_s=config.swap_timeout_s, stats=stats)
-    turns = ExclusiveTurns(
-        parameters.mix,
-        slice_s=config.slice_s,
-        drain_s=config.drain_s,
-        background_delay_s=BACKGROUND_DELAY_SLICES * config.slice_s,
-        patience_s=min(PATIENCE_SLICES * config.slice_s, PATIENCE_SHARE * config.queue_timeout_s),
-        max_in_flight=_max_in_flight(config),
-        tenant_shares=tenant_shares,
-        stats=stats,
-    )
+    turns: Turns
+    parameters: Parameters
+    if pool.form == "unmerged":
+        parameters = UnmergedParameters()
+        turns = SharedTurns(max_in_flight=_max_in_flight(config), tenant_shares=tenant_shares, stats=stats)
+    else:
+        parameters = resident = ResidentParameters(pool.id, swap_timeout_s=config.swap_timeout_s, stats=stats)
+        turns = ExclusiveTurns(
+            resident.mix,
+            slice_s=config.slice_s,
+            drain_s=config.drain_s,
+            background_delay_s=BACKGROUND_DELAY_SLICES * config.slice_s,
+            patience_s=min(PATIENCE_SLICES * config.slice_s, PATIENCE_SHARE * config.queue_timeout_s),
+            max_in_flight=_max_in_flight(config),
+            tenant_shares=tenant_shares,
+            stats=stats,
+        )
     return VLLMEngine(pool, config, turns=turns, parameters=parameters, stats=stats, run_dir=run_dir)
 
 

@@ -39,6 +39,7 @@ from cocktail_serve.scoring.tokenizer_cache import TOKENIZERS
 from vllm_cocktail.fence import RECIPE_HEADER
 
 _REPORTED = (
+    "mode",
     "mixing_path",
     "streams_because",
     "captured",
@@ -97,7 +98,13 @@ class VLLMEngine:
             max_model_len=config.max_model_len,
             stats=stats,
         )
-        self._scorer = DecoderScorer(pool, self._supervisor, turn=self._background_turn, kept=run_dir / TOKENIZERS)
+        self._scorer = DecoderScorer(
+            pool,
+            self._supervisor,
+            turn=self._background_turn,
+            request_fields=parameters.request_fields,
+            kept=run_dir / TOKENIZERS,
+        )
 
     async def start(self) -> None:
         if not self._supervisor.is_started:
@@ -161,7 +168,8 @@ class VLLMEngine:
     ) -> AsyncIterator[Forwarded]:
         if settings is not None:
             body = self._bodies.complete(body, path, settings, max_model_len=self._supervisor.max_model_len)
-        content = self._bodies.write(body, recipe, tenant=tenant, fields=self._parameters.request_fields(recipe))
+        fields = {"model": self.pool.id, **self._parameters.request_fields(recipe)}
+        content = self._bodies.write(body, recipe, tenant=tenant, fields=fields)
         headers = {RECIPE_HEADER: recipe.digest}
         with await self._turn(recipe, tenant=tenant, num_tokens=expected_tokens(body, content)) as lease:
             with lease.interruptible():

@@ -9,6 +9,7 @@ import time
 from collections.abc import Mapping
 from typing import Any, Protocol
 
+from cocktail_serve.digest import canonical_json
 from cocktail_serve.engines.stats import EngineStats
 from cocktail_serve.engines.vllm.errors import engine_error
 from cocktail_serve.engines.vllm.server import EngineServer
@@ -35,7 +36,7 @@ class Parameters(Protocol):
         ...
 
     def request_fields(self, recipe: Recipe) -> Mapping[str, Any]:
-        """What the body of a request says, whatever its client said, so that the recipe answers it: `model` at least.
+        """What a request's body says, in place of what its client said, so that the recipe answers it.
 
         Known before the recipe is ready: bodies are written, and refused, before they wait.
         """
@@ -65,11 +66,34 @@ class Parameters(Protocol):
         ...
 
 
+class UnmergedParameters:
+    """`Parameters` of a server that keeps the experts' factors apart: each request brings the coefficients of its own
+    recipe, and any number of recipes are in one batch."""
+
+    def begin_life(self, server: EngineServer) -> None:
+        pass
+
+    def end_life(self) -> None:
+        pass
+
+    def request_fields(self, recipe: Recipe) -> Mapping[str, Any]:
+        return {"vllm_xargs": {"cocktail_recipe": canonical_json(recipe.to_json()).decode()}}
+
+    async def mixing_waited_for(self, recipe: Recipe, *, since: float) -> float:
+        return 0.0
+
+    def forget(self, recipe_digest: str) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
 class ResidentParameters:
     """`Parameters` of a server that holds one recipe at a time: turns have made it resident before a lease is given.
 
     Args:
-        pool_id: what the server calls its model, whichever recipe is resident.
+        pool_id: names the engine in logs.
         swap_timeout_s: how long a mix may take.
         stats: mixes are counted here.
     """
@@ -90,7 +114,7 @@ class ResidentParameters:
         self._server = None
 
     def request_fields(self, recipe: Recipe) -> Mapping[str, Any]:
-        return {"model": self._pool_id}
+        return {}
 
     async def mixing_waited_for(self, recipe: Recipe, *, since: float) -> float:
         # the last mix is the one that the caller's turn began with

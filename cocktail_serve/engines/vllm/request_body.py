@@ -85,8 +85,7 @@ class BodyWriter:
         """An OpenAI body (already under the field policy) in JSON.
 
         Args:
-            fields: what it says so that the recipe answers it, in place of what it said: the server's name for the
-                model at least.
+            fields: what it says so that the recipe answers it, in place of what it said.
 
         Raises:
             InvalidRequestError: an integer beyond 64 bits, or text that is no Unicode.

@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from cocktail_serve.engines.base import Scored
 from cocktail_serve.engines.engine_time import CallTimer
@@ -42,6 +43,7 @@ class DecoderScorer:
         pool: its base's tokenizer is used, and its chat template.
         supervisor: keeps the server that computes.
         turn: waits for a recipe's turn, in the background, and adds to the timer what was mixed for it.
+        request_fields: as `Parameters.request_fields`.
         kept: folder of the tokenizers as they are kept.
     """
 
@@ -51,6 +53,7 @@ class DecoderScorer:
         supervisor: Supervisor,
         *,
         turn: Callable[[Recipe, CallTimer], Awaitable[Lease]],
+        request_fields: Callable[[Recipe], Mapping[str, Any]],
         kept: Path,
     ) -> None:
         self._pool_id = pool.id
@@ -58,6 +61,7 @@ class DecoderScorer:
         self._chat_template = pool.chat_template
         self._supervisor = supervisor
         self._turn = turn
+        self._request_fields = request_fields
         self._kept = kept
         self._libraries = LibraryProcess()
         self._executor = ThreadPoolExecutor(1, thread_name_prefix=f"tokenizer-{pool.id}")
@@ -148,7 +152,7 @@ class DecoderScorer:
                     status, body = await self._supervisor.running.call(
                         "POST",
                         "/v1/cocktail/score",
-                        {"examples": examples},
+                        {**self._request_fields(recipe), "examples": examples},
                         timeout_s=None,
                         headers={RECIPE_HEADER: recipe.digest},
                     )

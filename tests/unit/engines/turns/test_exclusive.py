@@ -1,13 +1,11 @@
-"""Turns on an engine, under a clock of their own: the loop's time jumps to the next timer instead of sleeping."""
+"""Turns on an engine that holds one recipe at a time, under a clock of their own."""
 
 from __future__ import annotations
 
 import asyncio
 import itertools
 import random
-import selectors
 from collections import Counter
-from collections.abc import Coroutine
 from typing import Any
 
 import pytest
@@ -27,38 +25,9 @@ from cocktail_serve.errors import (
     QueueTimeoutError,
 )
 from cocktail_serve.recipe import Recipe
+from tests.jumping_clock import pause, run
 
 SLICE_S, DRAIN_S, DELAY_S, MIX_S = 2.0, 30.0, 4.0, 0.5
-
-
-class _JumpingSelector(selectors.DefaultSelector):
-    """Where the loop would sleep until its next timer, time passes at once."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.now = 0.0
-
-    def select(self, timeout: float | None = None) -> list[Any]:
-        ready = super().select(0)
-        if not ready:
-            if timeout is None:
-                raise RuntimeError("everybody waits, and for no timer: a deadlock")
-            self.now += timeout
-        return ready
-
-
-class _JumpingLoop(asyncio.SelectorEventLoop):
-    def __init__(self) -> None:
-        self._jumping = _JumpingSelector()
-        super().__init__(self._jumping)
-
-    def time(self) -> float:
-        return self._jumping.now
-
-
-def run(main: Coroutine[Any, Any, None]) -> None:
-    with asyncio.Runner(loop_factory=_JumpingLoop) as runner:
-        runner.run(main)
 
 
 def recipe(name: str) -> Recipe:
@@ -145,10 +114,6 @@ class FakeEngine:
         if isinstance(outcome, Exception):
             raise outcome
         return outcome
-
-
-async def pause(seconds: float) -> None:
-    await asyncio.sleep(seconds)
 
 
 def test_the_resident_recipe_is_served_at_once_and_side_by_side() -> None:
