@@ -267,6 +267,11 @@ class PoolConfig(_Section):
         return isinstance(self.engine, SentenceTransformersEngineConfig)
 
     @property
+    def allow_chat_template(self) -> bool:
+        """Whether requests may bring a chat template of their own."""
+        return isinstance(self.engine, VLLMEngineConfig) and self.engine.allow_chat_template
+
+    @property
     def token_inputs(self) -> bool:
         """Whether embedding inputs may be arrays of token ids."""
         return isinstance(self.engine, SentenceTransformersEngineConfig) and self.engine.token_inputs

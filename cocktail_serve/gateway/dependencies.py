@@ -56,7 +56,7 @@ async def creator_of(request: Request, gateway: GatewayDep, caller: CallerDep) -
         RateLimitError: over the tenant's requests a minute.
     """
     caller.require("create")
-    exchange_of(request).require_admitted(gateway.meter.admit_change(caller))
+    exchange_of(request).enforce_limits(gateway.meter.admit_change(caller))
     return caller
 
 

@@ -31,7 +31,7 @@ class Exchange:
     headers: tuple[tuple[bytes, bytes], ...] = ()
     metered: MeteredRequest | None = None
 
-    def require_admitted(self, admission: Admission) -> None:
+    def enforce_limits(self, admission: Admission) -> None:
         """Tells the client the tenant's limits, and ends here where they are exceeded.
 
         Raises:

@@ -11,6 +11,7 @@ from fastapi import Response
 from starlette.types import Send
 
 from cocktail_serve.cocktails.cocktail import ServedModel
+from cocktail_serve.engines.base import GenerationEngine
 from cocktail_serve.errors import CocktailError, EngineError
 from cocktail_serve.gateway.answer_rewriter import AnswerRewriter
 from cocktail_serve.gateway.disconnect import ended_with_client
@@ -27,7 +28,9 @@ _STREAM_HEADERS = [
 ]
 
 
-async def forward_generation(admitted: AdmittedRequest, served: ServedModel, path: str, outgoing: Outgoing) -> None:
+async def forward_generation(
+    admitted: AdmittedRequest, engine: GenerationEngine, served: ServedModel, path: str, outgoing: Outgoing
+) -> None:
     """Forwards a request to its engine and its answer to the client, whatever becomes of it; the engine's turn is held
     exactly as long as the answer takes. What limits or books generations belongs here.
 
@@ -41,7 +44,6 @@ async def forward_generation(admitted: AdmittedRequest, served: ServedModel, pat
         CocktailError: as `GenerationEngine.forward`, before anything was sent; `DirectRouting` answers it.
         ClientDisconnect: the client has gone; `RequestBoundary` notes it.
     """
-    engine = admitted.gateway.decoder(served.pool.id)
     rewriter = AnswerRewriter(served.model_id, outgoing, end_token_ids=served.generation.end_token_ids)
     settle: Callable[[int], object] | None = None
     try:

@@ -14,7 +14,7 @@ from cocktail_serve.cocktails.options import CocktailRequest
 from cocktail_serve.cocktails.parsing import parse_inline, parse_request
 from cocktail_serve.cocktails.service import CocktailService
 from cocktail_serve.config import PoolConfig, Settings
-from cocktail_serve.engines.base import AnyEngine, EmbeddingEngine, Engine, GenerationEngine, RerankingEngine
+from cocktail_serve.engines.base import AnyEngine, EmbeddingEngine, GenerationEngine, RerankingEngine
 from cocktail_serve.errors import NotFoundError
 from cocktail_serve.finetuning.files import Files
 from cocktail_serve.finetuning.service import FineTuning
@@ -35,6 +35,7 @@ class Gateway:
     """All that lives as long as the app does.
 
     Attributes:
+        engines: one for each pool; `decoders`, `encoders` and `rerankers` are those of a kind, typed.
         parsing: one thread for bodies that may be megabytes: the checks of cocktail requests, answers of embeddings.
     """
 
@@ -56,9 +57,20 @@ class Gateway:
     meter: Meter
     parsing: Executor
     pool_configs: Mapping[str, PoolConfig] = field(init=False)
+    decoders: Mapping[str, GenerationEngine] = field(init=False)
+    encoders: Mapping[str, EmbeddingEngine] = field(init=False)
+    rerankers: Mapping[str, RerankingEngine] = field(init=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "pool_configs", {pool.id: pool for pool in self.settings.pools})
+        engines = self.engines.items()
+        found: Mapping[str, object] = {
+            "pool_configs": {pool.id: pool for pool in self.settings.pools},
+            "decoders": {pool_id: engine for pool_id, engine in engines if engine.kind == "decoder"},
+            "encoders": {pool_id: engine for pool_id, engine in engines if engine.kind == "encoder"},
+            "rerankers": {pool_id: engine for pool_id, engine in engines if engine.kind == "reranker"},
+        }
+        for name, value in found.items():
+            object.__setattr__(self, name, value)
 
     async def parse_cocktail(self, body: Mapping[str, Any], caller: Caller) -> CocktailRequest:
         """The body of `POST /v1/cocktails`, checked; raises as `parse_request` does."""
@@ -80,32 +92,3 @@ class Gateway:
             known = ", ".join(sorted(self.engines))
             raise NotFoundError(f"there is no engine {pool_id!r}; there are: {known}", code="engine_not_found")
         return self.engines[pool_id]
-
-    def decoder(self, pool_id: str) -> GenerationEngine:
-        """The engine of a decoder pool: requests for other pools have been turned away.
-
-        Raises:
-            TypeError: it is of another kind.
-        """
-        engine = self.engines[pool_id]
-        if engine.kind != "decoder":
-            raise _is_another(engine, "a decoder")
-        return engine
-
-    def encoder(self, pool_id: str) -> EmbeddingEngine:
-        """The engine of an encoder pool; raises as `decoder` does."""
-        engine = self.engines[pool_id]
-        if engine.kind != "encoder":
-            raise _is_another(engine, "an encoder")
-        return engine
-
-    def reranker(self, pool_id: str) -> RerankingEngine:
-        """The engine of a reranker pool; raises as `decoder` does."""
-        engine = self.engines[pool_id]
-        if engine.kind != "reranker":
-            raise _is_another(engine, "a reranker")
-        return engine
-
-
-def _is_another(engine: Engine, wanted: str) -> TypeError:
-    return TypeError(f"the engine of pool {engine.pool.id!r} is of kind {engine.kind}, and not {wanted}")

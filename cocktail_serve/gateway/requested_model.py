@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from cocktail_serve.cocktails.cocktail import ServedModel
 from cocktail_serve.cocktails.pool_models import no_model
+from cocktail_serve.config import PoolConfig
+from cocktail_serve.engines.base import Engine
 from cocktail_serve.errors import InvalidRequestError, NotFoundError, WrongModelKindError
 from cocktail_serve.gateway.authentication import Caller
 from cocktail_serve.gateway.dependencies import caller_of, gateway_of
@@ -34,26 +37,29 @@ class AdmittedRequest:
     gateway: Gateway
     caller: Caller
     body: dict[str, Any]
-
-    @property
-    def metered(self) -> MeteredRequest:
-        assert self.exchange.metered is not None  # since it was admitted
-        return self.exchange.metered
+    metered: MeteredRequest
 
     def observe_first_token(self, served: ServedModel) -> None:
         """The first of the answer is there: the time that it took goes into the metrics."""
         self.gateway.metrics.observe_first_token(served.pool.id, time.perf_counter() - self.exchange.started_at)
 
 
+_E = TypeVar("_E", bound=Engine)
+
+
 @dataclass(frozen=True, slots=True)
-class Target:
+class Target(Generic[_E]):
     """What a request names.
 
     Attributes:
+        engine: the pool's, of the kind that the route needs.
+        config: the pool's.
         served: what it is answered by; None where the request brings a cocktail of its own, which `served_model` mixes.
     """
 
     pool: Pool
+    engine: _E
+    config: PoolConfig
     served: ServedModel | None
 
 
@@ -69,15 +75,18 @@ async def admit(request: DirectRequest) -> AdmittedRequest:
     caller = await caller_of(request)
     body, num_bytes = await read_json_object(request)
     exchange = exchange_of(request)
-    exchange.metered = gateway.meter.admit(caller, body, num_bytes=num_bytes)
-    exchange.require_admitted(exchange.metered.admission)
-    return AdmittedRequest(request, exchange, gateway, caller, body)
+    exchange.metered = metered = gateway.meter.admit(caller, body, num_bytes=num_bytes)
+    exchange.enforce_limits(metered.admission)
+    return AdmittedRequest(request, exchange, gateway, caller, body, metered)
 
 
-async def find_target(admitted: AdmittedRequest, *, kind: Kind) -> Target:
+async def find_target(admitted: AdmittedRequest, engines: Mapping[str, _E]) -> Target[_E]:
     """The model that a request names; its figures are counted under its pool from now on.
 
     Cheap: what is wrong with the rest is found before anything is mixed.
+
+    Args:
+        engines: those of the kind that the route needs, by pool.
 
     Raises:
         InvalidRequestError: no model named.
@@ -88,17 +97,18 @@ async def find_target(admitted: AdmittedRequest, *, kind: Kind) -> Target:
         StorageError: it is not known here, and the store cannot be admitted.
     """
     gateway, caller = admitted.gateway, admitted.caller
+    served: ServedModel | None
     model = admitted.body.get("model")
     if not isinstance(model, str) or not model:
         raise InvalidRequestError("model is required: name one of GET /v1/models", param="model")
     if admitted.body.get("cocktail") is None:
         served = await gateway.service.find(caller.tenant, model)
-        target = Target(served.pool, served)
-        if not caller.sees(target.pool.id):
+        pool = served.pool
+        if not caller.sees(pool.id):
             raise no_model(model)
     elif model in gateway.pools and caller.sees(model):
         caller.require("create")
-        target = Target(gateway.pools[model], None)
+        pool, served = gateway.pools[model], None
     else:
         known = ", ".join(sorted(filter(caller.sees, gateway.pools)))
         raise NotFoundError(
@@ -107,16 +117,16 @@ async def find_target(admitted: AdmittedRequest, *, kind: Kind) -> Target:
             param="model",
             code="model_not_found",
         )
-    found = target.pool.kind
-    if found != kind:
+    engine = engines.get(pool.id)
+    if engine is None:
         raise WrongModelKindError(
-            f"model {model!r} is {with_article(found)}; it answers {_ROUTES[found]}", param="model"
+            f"model {model!r} is {with_article(pool.kind)}; it answers {_ROUTES[pool.kind]}", param="model"
         )
-    admitted.exchange.pool_id = target.pool.id
-    return target
+    admitted.exchange.pool_id = pool.id
+    return Target(pool, engine, gateway.pool_configs[pool.id], served)
 
 
-async def served_model(admitted: AdmittedRequest, target: Target) -> ServedModel:
+async def served_model(admitted: AdmittedRequest, target: Target[Any]) -> ServedModel:
     """What answers a request: the model that it names, or its own cocktail, which is mixed on first use.
 
     Raises:

@@ -58,11 +58,11 @@ def http(gateway: LiveGateway) -> Iterator[httpx.Client]:
 
 def test_an_engine_is_looked_up_as_what_it_is(gateway: LiveGateway) -> None:
     state = gateway.app.state.gateway
-    assert state.decoder("flan") is state.engine("flan")
-    assert state.encoder("bge") is state.engine("bge")
-    for look_up, pool_id in ((state.decoder, "bge"), (state.encoder, "flan"), (state.reranker, "bge")):
-        with pytest.raises(TypeError, match=f"the engine of pool '{pool_id}' is of kind"):
-            look_up(pool_id)
+    assert state.decoders["flan"] is state.engine("flan")
+    assert state.encoders["bge"] is state.engine("bge")
+    for engines, pool_id in ((state.decoders, "bge"), (state.encoders, "flan"), (state.rerankers, "bge")):
+        with pytest.raises(KeyError, match=pool_id):
+            engines[pool_id]
 
 
 def until_reported(http: httpx.Client, ref: str) -> dict[str, Any]:

@@ -37,9 +37,8 @@ async def create_embeddings(request: DirectRequest) -> None:
     admitted = await admit(request)
     gateway = admitted.gateway
     wanted = parse_as(EmbeddingRequest, admitted.body)
-    target = await find_target(admitted, kind="encoder")
-    config = gateway.pool_configs[target.pool.id]
-    engine = gateway.encoder(target.pool.id)
+    target = await find_target(admitted, gateway.encoders)
+    engine, config = target.engine, target.config
     inputs = check_inputs(wanted.input, token_inputs=config.token_inputs)
     asked_by, prompt_name = given(wanted, "prompt_name", "input_type", "task")
     prompt = prompt_of(prompt_name, config, inputs, param=asked_by)

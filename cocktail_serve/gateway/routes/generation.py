@@ -6,7 +6,6 @@ from typing import Any
 
 from fastapi import APIRouter
 
-from cocktail_serve.config import VLLMEngineConfig
 from cocktail_serve.gateway.direct_route import DirectRequest, DirectRoute
 from cocktail_serve.gateway.field_policy import apply_field_policy
 from cocktail_serve.gateway.forwarding import forward_generation
@@ -50,8 +49,7 @@ async def create_completion(request: DirectRequest) -> None:
 
 async def _generate(request: DirectRequest, path: str) -> None:
     admitted = await admit(request)
-    target = await find_target(admitted, kind="decoder")
-    engine_config = admitted.gateway.pool_configs[target.pool.id].engine
-    assert isinstance(engine_config, VLLMEngineConfig)  # the configuration lets no decoder have another
-    outgoing = apply_field_policy(admitted.body, allow_chat_template=engine_config.allow_chat_template)
-    await forward_generation(admitted, await served_model(admitted, target), path, outgoing)
+    target = await find_target(admitted, admitted.gateway.decoders)
+    outgoing = apply_field_policy(admitted.body, allow_chat_template=target.config.allow_chat_template)
+    served = await served_model(admitted, target)
+    await forward_generation(admitted, target.engine, served, path, outgoing)

@@ -28,17 +28,16 @@ router = APIRouter(tags=["reranking"], route_class=DirectRoute)
 async def rerank(request: DirectRequest) -> None:
     """Documents in the order of their relevance to a query, as vLLM's; `/rerank` and `/v2/rerank` are the same."""
     admitted = await admit(request)
-    gateway = admitted.gateway
     wanted = parse_as(RerankRequest, admitted.body)
-    target = await find_target(admitted, kind="reranker")
-    engine = gateway.reranker(target.pool.id)
+    target = await find_target(admitted, admitted.gateway.rerankers)
+    engine = target.engine
     _, top_n = given(wanted, "top_n", "top_k")
     documents = check_documents(wanted.documents, rank_fields=wanted.rank_fields)
     truncate_to = truncation(
         wanted.truncate_prompt_tokens,
         max_length=engine.max_length,
         whether=wanted.truncation,
-        truncate=gateway.pool_configs[target.pool.id].truncate,
+        truncate=target.config.truncate,
     )
     served = await served_model(admitted, target)
     async with ended_with_client(request.receive):
