@@ -2,14 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal, TypedDict
 
 from cocktail_serve.engines.scheduling import SchedulerSnapshot
 from cocktail_serve.engines.stats import EngineStats
 
 EngineState = Literal["starting", "ready", "restarting", "failed", "stopped"]
+
+
+class EngineDetail(TypedDict, total=False):
+    """What `/ready` shows of an engine besides, as far as it applies; never a prompt or an example.
+
+    Attributes:
+        reason: why it is not ready.
+        mixing: its server is busy with a mix, and has not said more.
+        device: of an engine in this process.
+        mode, mixing_path, streams_because, captured, mixing_kernel, in_flight, cached, cached_bytes: as of the plugin's
+            `StatusReply`; an engine in this process has the last two.
+    """
+
+    reason: str
+    mixing: bool
+    device: str
+    mode: str
+    mixing_path: str
+    streams_because: str | None
+    captured: list[str]
+    mixing_kernel: str
+    in_flight: int
+    cached: list[str]
+    cached_bytes: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,8 +42,6 @@ class EngineSnapshot:
     It changes no more and can be pickled: the engine may live in another process than who reads it.
 
     Attributes:
-        detail: why it is not ready (`reason`), or which mixing path it took and what it keeps; never a prompt or an
-            example.
         resident: digest of the recipe whose parameters are in the engine now, as the engine itself says, where it
             holds one at a time.
         num_queued: requests that wait for their turn; of an engine without turns, inputs.
@@ -31,6 +52,6 @@ class EngineSnapshot:
     state: EngineState
     resident: str | None = None
     num_queued: int = 0
-    detail: Mapping[str, Any] = field(default_factory=dict)
+    detail: EngineDetail = field(default_factory=EngineDetail)
     scheduler: SchedulerSnapshot = field(default_factory=lambda: SchedulerSnapshot(phase=None, num_in_flight=0))
     counters: EngineStats = field(default_factory=EngineStats)

@@ -6,40 +6,28 @@ import asyncio
 import json
 import logging
 import time
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from cocktail_serve.errors import CapacityError, ConfigError, EngineError, InvalidMixError, error_of_code
 from cocktail_serve.recipe import Recipe
 from vllm_cocktail.fence import Fence
 from vllm_cocktail.manifest import Manifest
 from vllm_cocktail.reload_check import TOLERANCE, ProbeAnswer, ask
+from vllm_cocktail.replies import (
+    CapturedWorker,
+    MixedWorker,
+    MixingPath,
+    MixReply,
+    ParameterSource,
+    ProbedWorker,
+    StatusReply,
+)
 
 if TYPE_CHECKING:
     from vllm.engine.protocol import EngineClient
 
 # a child of vLLM's logger, whose handlers and level it so shares
 logger = logging.getLogger("vllm.cocktail.control")
-
-MixingPath = Literal["in_place", "stream"]
-"""How parameters reach the engine: summed where they lie, from models kept in the engine's own layout; or in checkpoint
-format, one tensor at a time, through vLLM's own reload. In place goes only what is a linear mixture of models that are
-kept; whatever else streams."""
-
-
-@dataclass(frozen=True, slots=True)
-class MixResult:
-    """Outcome of a mix.
-
-    Attributes:
-        resident: digest of the recipe that the engine holds now.
-        seconds: from the request's turn to the fence's opening.
-        source: `resident` (nothing to do), `experts` (in place), `cache` or `files`.
-    """
-
-    resident: str
-    seconds: float
-    source: str
 
 
 class EngineControl:
@@ -59,10 +47,9 @@ class EngineControl:
         self._mixing_path: MixingPath = "stream"
         self._streams_because: str | None = None
         self._num_swaps = 0
-        self._kept: frozenset[str] = (
-            frozenset()
-        )  # digests whose parameters the workers hold: only calls of ours change it
-        self._tasks: set[asyncio.Task[MixResult]] = set()
+        # digests whose parameters the workers hold: only calls of ours change it
+        self._kept: frozenset[str] = frozenset()
+        self._tasks: set[asyncio.Task[MixReply]] = set()
 
     async def start(self) -> None:
         """Probes the workers, has them keep the experts, and opens the fence on what the engine started with.
@@ -81,7 +68,7 @@ class EngineControl:
                 base = Recipe(self.manifest.base, ((self.manifest.base, 1.0),), self.manifest.dtype)
                 await self._swap(base, json.dumps(base.to_json()))
             self._require_same(loaded, await ask(self.engine))
-            probed = await self._on_all_ranks("cocktail_probe")
+            probed: ProbedWorker = await self._on_all_ranks("cocktail_probe")
         except EngineError as error:
             raise ConfigError(f"vllm_cocktail: {error.message}") from error
         if probed["digest"] != self.manifest.resident:
@@ -89,7 +76,7 @@ class EngineControl:
         await self.engine.update_weight_version(self.manifest.resident)
         self.fence.open(self.manifest.resident)
 
-    async def mix(self, recipe: Recipe, *, drain_s: float) -> MixResult:
+    async def mix(self, recipe: Recipe, *, drain_s: float) -> MixReply:
         """Makes a recipe resident. One mix at a time; others wait for it.
 
         A caller that is cancelled leaves no half mix behind: the mix goes on without it.
@@ -120,7 +107,7 @@ class EngineControl:
         await self._on_all_ranks("cocktail_forget", recipe_digest)
         self._kept -= {recipe_digest}  # a mix that was on its way has told what was kept before
 
-    async def status(self) -> dict[str, Any]:
+    async def status(self) -> StatusReply:
         """What the fence and the workers hold. Asks the workers through the engine: a hung engine gives no answer.
 
         Workers that do not hold what the fence lets requests in for poison it.
@@ -129,7 +116,7 @@ class EngineControl:
             EngineError: the workers could not answer, or disagree.
         """
         before = (self.fence.state, self.fence.resident, self._num_swaps)
-        probed = await self._on_all_ranks("cocktail_probe")
+        probed: ProbedWorker = await self._on_all_ranks("cocktail_probe")
         weight_version = await self.engine.get_weight_version()
         after = (self.fence.state, self.fence.resident, self._num_swaps)
         settled = before == after and self.fence.state == "open"
@@ -172,7 +159,7 @@ class EngineControl:
             EngineError: a rank failed half-way: the engine is lost.
         """
         started = time.perf_counter()
-        replies = await self._call("cocktail_capture")
+        replies: list[CapturedWorker] = await self._call("cocktail_capture")
         self._streams_because = next((reply["reason"] for reply in replies if reply["reason"] is not None), None)
         if self._streams_because is None:
             self._mixing_path = "in_place"
@@ -181,7 +168,7 @@ class EngineControl:
             logger.info("cocktail: mixtures are streamed: %s", self._streams_because)
             await self._on_all_ranks("cocktail_release")
 
-    async def _mix(self, recipe: Recipe, drain_s: float) -> MixResult:
+    async def _mix(self, recipe: Recipe, drain_s: float) -> MixReply:
         async with self._mixing:
             started = time.perf_counter()
             previous = self.fence.resident
@@ -190,7 +177,7 @@ class EngineControl:
                     "the engine lost its parameters in an earlier mix; end its process", code="mix_failed"
                 )
             if recipe.digest == previous:
-                return MixResult(previous, time.perf_counter() - started, "resident")
+                return {"resident": previous, "seconds": time.perf_counter() - started, "source": "resident"}
             recipe_json = json.dumps(recipe.to_json())
             if recipe.digest not in self._kept:  # what is kept was right before
                 try:
@@ -210,9 +197,9 @@ class EngineControl:
                 self.fence.poison(f"mixing {recipe.digest} failed: {error}")
                 raise EngineError(f"mixing {recipe.digest} failed: {error}", code="mix_failed") from error
             self.fence.open(recipe.digest)
-            return MixResult(recipe.digest, time.perf_counter() - started, source)
+            return {"resident": recipe.digest, "seconds": time.perf_counter() - started, "source": source}
 
-    async def _swap(self, recipe: Recipe, recipe_json: str) -> str:
+    async def _swap(self, recipe: Recipe, recipe_json: str) -> ParameterSource:
         """Replaces the parameters of an engine that no request can reach.
 
         What vLLM still holds belongs to clients that have gone: it cancels a request's handler without waiting until
@@ -223,7 +210,7 @@ class EngineControl:
         self._num_swaps += 1
         # with salts, blocks of every recipe stay valid; without, they would be read by the next one
         await self._pause(clear_cache=not self.fence.managed)
-        mixed = await self._on_all_ranks("cocktail_mix", recipe_json)
+        mixed: MixedWorker = await self._on_all_ranks("cocktail_mix", recipe_json)
         self._kept = frozenset(mixed["cached"])
         if mixed["digest"] != recipe.digest:
             raise EngineError(f"the workers mixed {mixed['digest']} instead of {recipe.digest}")
@@ -233,7 +220,7 @@ class EngineControl:
             await self.engine.reset_mm_cache()
             await self.engine.reset_encoder_cache()
         await self.engine.resume_generation()
-        return str(mixed["source"])
+        return mixed["source"]
 
     async def _pause(self, *, clear_cache: bool) -> None:
         """Pauses vLLM and returns when it is idle.
@@ -247,7 +234,7 @@ class EngineControl:
         else:
             await core.pause_scheduler_async(mode="abort", clear_cache=False)
 
-    async def _on_all_ranks(self, method: str, *args: str) -> dict[str, Any]:
+    async def _on_all_ranks(self, method: str, *args: str) -> Any:
         """Calls a method of the worker extension everywhere; the one answer that all ranks gave.
 
         Raises:
@@ -258,22 +245,22 @@ class EngineControl:
             raise EngineError(f"the ranks disagree after {method}: {replies}")
         return replies[0]
 
-    async def _call(self, method: str, *args: str) -> list[dict[str, Any]]:
-        """The answer of every rank.
+    async def _call(self, method: str, *args: str) -> list[Any]:
+        """The answer of every rank: what the method returns, beside `ok` and `error`.
 
         No timeout is set: replies that come after one would be taken for those of the next call.
 
         Raises:
             EngineError: a rank failed; of its own error it has the code.
         """
-        replies: list[dict[str, Any]] = await self.engine.collective_rpc(method, args=args)
+        replies: list[Any] = await self.engine.collective_rpc(method, args=args)
         for rank, reply in enumerate(replies):
             if not reply["ok"]:
                 error = reply["error"] if len(replies) == 1 else f"rank {rank}: {reply['error']}"
                 raise EngineError(error, code=reply.get("code"))
         return replies
 
-    def _settled(self, task: asyncio.Task[MixResult]) -> None:
+    def _settled(self, task: asyncio.Task[MixReply]) -> None:
         """Lets a finished mix go, its outcome marked as seen even if its caller has gone."""
         self._tasks.discard(task)
         if not task.cancelled():

@@ -10,7 +10,9 @@ import asyncio
 import json
 from collections.abc import Awaitable, Callable, Collection, MutableMapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
+
+from vllm_cocktail.replies import FORGET_PATH, MIX_PATH, STATUS_PATH, FenceState
 
 ASGIScope = MutableMapping[str, Any]
 ASGIMessage = MutableMapping[str, Any]
@@ -20,8 +22,6 @@ ASGIApp = Callable[[ASGIScope, Receive, Send], Awaitable[None]]
 
 RECIPE_HEADER = "x-cocktail-recipe"
 """On a request: digest of the recipe that must answer it. On an answer: digest of the recipe that did."""
-
-FenceState = Literal["open", "mixing", "poisoned"]
 
 UNFENCED_PATHS = frozenset(
     {
@@ -35,9 +35,9 @@ UNFENCED_PATHS = frozenset(
         "/ping",
         "/redoc",
         "/tokenize",
-        "/v1/cocktail/forget",
-        "/v1/cocktail/mix",
-        "/v1/cocktail/status",
+        FORGET_PATH,
+        MIX_PATH,
+        STATUS_PATH,
         "/v1/models",
         "/version",
     }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from cocktail_serve.checkpoints.adapters.reader import AdapterReader, read_expert
 from cocktail_serve.checkpoints.finite import OVERFLOWS_FROM
@@ -20,14 +20,13 @@ from cocktail_serve.recipe import Recipe
 from vllm_cocktail.buffers import Buffers
 from vllm_cocktail.cache import MergedParams
 from vllm_cocktail.manifest import Manifest
+from vllm_cocktail.replies import ParameterSource
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 # a child of vLLM's logger, whose handlers and level it so shares
 logger = logging.getLogger("vllm.cocktail.mixer")
-
-ParameterSource = Literal["cache", "files"]
 
 BYTES_AHEAD = 1 << 27
 """Mixed tensors that wait for the engine."""

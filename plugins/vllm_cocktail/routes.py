@@ -10,7 +10,6 @@ import logging
 import math
 import time
 from argparse import Namespace
-from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from fastapi import APIRouter, FastAPI, Request
@@ -24,6 +23,7 @@ from vllm_cocktail.control import EngineControl
 from vllm_cocktail.fence import Fence, FenceMiddleware
 from vllm_cocktail.launch import WORKER_EXTENSION
 from vllm_cocktail.manifest import Manifest
+from vllm_cocktail.replies import FORGET_PATH, MIX_PATH, SCORE_PATH, STATUS_PATH, MixReply, ScoreReply, StatusReply
 from vllm_cocktail.scoring import mean_losses
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ class _Body(BaseModel):
 
 
 class MixRequest(_Body):
-    """Body of `POST /v1/cocktail/mix`: a recipe, or merging weights by the manifest's names."""
+    """Body of `POST MIX_PATH`: a recipe, or merging weights by the manifest's names."""
 
     recipe: dict[str, Any] | None = None
     merging_weights: dict[str, float] | None = None
@@ -56,7 +56,7 @@ class MixRequest(_Body):
 
 
 class ForgetRequest(_Body):
-    """Body of `POST /v1/cocktail/forget`."""
+    """Body of `POST FORGET_PATH`."""
 
     digest: str
 
@@ -69,22 +69,22 @@ class ExampleBody(_Body):
 
 
 class ScoreRequest(_Body):
-    """Body of `POST /v1/cocktail/score`."""
+    """Body of `POST SCORE_PATH`."""
 
     examples: list[ExampleBody] = Field(min_length=1)
 
 
-router = APIRouter(prefix="/v1/cocktail", tags=["cocktail"])
+router = APIRouter(tags=["cocktail"])
 
 
-@router.get("/status")
-async def status(request: Request) -> dict[str, Any]:
+@router.get(STATUS_PATH, response_model=None)
+async def status(request: Request) -> StatusReply:
     """What the engine holds, asked of the engine itself."""
     return await _control(request).status()
 
 
-@router.post("/mix")
-async def mix(body: MixRequest, request: Request) -> dict[str, Any]:
+@router.post(MIX_PATH, response_model=None)
+async def mix(body: MixRequest, request: Request) -> MixReply:
     """Makes a recipe resident."""
     control = _control(request)
     if body.recipe is not None:
@@ -93,21 +93,21 @@ async def mix(body: MixRequest, request: Request) -> dict[str, Any]:
         recipe = control.manifest.recipe(
             body.merging_weights or {}, method=body.method or "linear", method_params=body.method_params
         )
-    return asdict(await control.mix(recipe, drain_s=body.drain_s))
+    return await control.mix(recipe, drain_s=body.drain_s)
 
 
-@router.post("/forget")
+@router.post(FORGET_PATH)
 async def forget(body: ForgetRequest, request: Request) -> dict[str, Any]:
     """Frees the merged parameters of a recipe."""
     await _control(request).forget(body.digest)
     return {}
 
 
-@router.post("/score")
-async def score(body: ScoreRequest, request: Request) -> dict[str, Any]:
+@router.post(SCORE_PATH, response_model=None)
+async def score(body: ScoreRequest, request: Request) -> ScoreReply:
     """Mean token cross-entropy of each example under the resident recipe; null: not finite. Behind the fence."""
     losses = await mean_losses(_control(request).engine, body.examples)
-    return {"losses": [loss if math.isfinite(loss) else None for loss in losses]}  # JSON has no other word for it
+    return {"losses": [loss if math.isfinite(loss) else None for loss in losses]}
 
 
 class CocktailEndpointPlugin:

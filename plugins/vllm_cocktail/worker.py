@@ -13,7 +13,7 @@ import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 
 from cocktail_serve.checkpoints.unchanged import check_unchanged
 from cocktail_serve.errors import CocktailError, ConfigError, IncompatibleModelsError
@@ -23,7 +23,8 @@ from cocktail_serve.recipe import Recipe
 from vllm_cocktail.captured import CapturedExperts, capture
 from vllm_cocktail.launch import is_cpu_build
 from vllm_cocktail.manifest import Manifest
-from vllm_cocktail.mixer import Mixer, ParameterSource
+from vllm_cocktail.mixer import Mixer
+from vllm_cocktail.replies import CapturedWorker, MixedWorker, ParameterSource, ProbedWorker, WorkerDigest
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -31,10 +32,13 @@ if TYPE_CHECKING:
 # a child of vLLM's logger, whose handlers and level it so shares
 logger = logging.getLogger("vllm.cocktail.worker")
 
-Reply = dict[str, Any]
+_P = ParamSpec("_P")
+_R = TypeVar("_R", ProbedWorker, CapturedWorker, MixedWorker, WorkerDigest)
 
 
-def _reply(method: Callable[..., Reply]) -> Callable[..., Reply]:
+def _reply(
+    method: Callable[Concatenate[CocktailWorkerExtension, _P], _R],
+) -> Callable[Concatenate[CocktailWorkerExtension, _P], dict[str, Any]]:
     """Turns a method's value into `{ok: True, error: None, ...}` and whatever it raises into `{ok: False, error}`.
 
     An error of ours has its `code` too. It runs under vLLM's configuration, as what builds a model does: telling what a
@@ -42,12 +46,12 @@ def _reply(method: Callable[..., Reply]) -> Callable[..., Reply]:
     """
 
     @functools.wraps(method)
-    def never_raises(worker: CocktailWorkerExtension, *args: Any) -> Reply:
+    def never_raises(worker: CocktailWorkerExtension, /, *args: _P.args, **kwargs: _P.kwargs) -> dict[str, Any]:
         from vllm.config import set_current_vllm_config
 
         try:
             with set_current_vllm_config(worker.vllm_config):
-                return {"ok": True, "error": None, **method(worker, *args)}
+                return {"ok": True, "error": None, **method(worker, *args, **kwargs)}
         except CocktailError as error:
             return {"ok": False, "error": error.message, "code": error.code}
         except Exception as error:
@@ -71,14 +75,8 @@ class CocktailWorkerExtension:
     cocktail_experts: CapturedExperts | None = None
 
     @_reply
-    def cocktail_probe(self) -> Reply:
-        """Gets this worker ready to mix at the first call; says what it holds at every one.
-
-        Returns:
-            `digest` of the resident recipe (null after a failed mix), `cached` digests, `cached_bytes`,
-            `cache_bytes`, `model_dtype`, `mixing_kernel`: `compiled`, or `torch` without a C compiler,
-            `captured` fingerprints and `captured_bytes`.
-        """
+    def cocktail_probe(self) -> ProbedWorker:
+        """Gets this worker ready to mix at the first call; says what it holds at every one."""
         if self.cocktail_mixer is None:
             manifest = Manifest.from_environ()
             require_mixable(self.vllm_config, manifest)
@@ -105,13 +103,10 @@ class CocktailWorkerExtension:
         }
 
     @_reply
-    def cocktail_capture(self) -> Reply:
+    def cocktail_capture(self) -> CapturedWorker:
         """Keeps the pool's models as this worker holds them, if that is possible. Before the first request.
 
         `ok: False` means that the engine is lost, as after `cocktail_mix`.
-
-        Returns:
-            `digest` of the base, which is resident again; `reason` why mixtures must be streamed, or null.
         """
         mixer = _ready(self.cocktail_mixer)
         manifest = mixer.manifest
@@ -138,7 +133,7 @@ class CocktailWorkerExtension:
         return {"digest": self.cocktail_resident, "reason": reason}
 
     @_reply
-    def cocktail_release(self) -> Reply:
+    def cocktail_release(self) -> WorkerDigest:
         """Lets go of what `cocktail_capture` kept: another rank could not keep its part.
 
         Returns:
@@ -148,7 +143,7 @@ class CocktailWorkerExtension:
         return {"digest": self.cocktail_resident}
 
     @_reply
-    def cocktail_check(self, recipe_json: str) -> Reply:
+    def cocktail_check(self, recipe_json: str) -> WorkerDigest:
         """Finds what is wrong with a recipe, as `Mixer.check`. Touches nothing.
 
         Returns:
@@ -160,15 +155,11 @@ class CocktailWorkerExtension:
         return {"digest": recipe.digest}
 
     @_reply
-    def cocktail_mix(self, recipe_json: str) -> Reply:
+    def cocktail_mix(self, recipe_json: str) -> MixedWorker:
         """Mixes a recipe into the live parameters. `ok: False` means that the engine is lost.
 
         A reload of vLLM that fails leaves half-loaded layers behind, and a second one over them gives garbage without
         an exception: the process must end.
-
-        Returns:
-            `digest` of the recipe, now resident; `source` of its parameters, `experts`, `files` or `cache`; `cached`
-            digests.
         """
         recipe = Recipe.from_json(json.loads(recipe_json))
         mixer, experts = _ready(self.cocktail_mixer), self.cocktail_experts
@@ -177,7 +168,7 @@ class CocktailWorkerExtension:
             mixer.require_ours(recipe)
             experts.mix(recipe)
             self.cocktail_resident = recipe.digest
-            source = "experts"
+            source: ParameterSource = "experts"
         else:
             source = self._cocktail_stream(recipe)
         return {"digest": recipe.digest, "source": source, "cached": mixer.cache.digests}
@@ -197,7 +188,7 @@ class CocktailWorkerExtension:
         return source
 
     @_reply
-    def cocktail_forget(self, recipe_digest: str) -> Reply:
+    def cocktail_forget(self, recipe_digest: str) -> WorkerDigest:
         """Frees the merged parameters of a recipe, where they are kept. What is resident stays.
 
         Returns:

@@ -134,7 +134,7 @@ async def test_a_mix_goes_on_between_a_pause_and_a_resume() -> None:
     control = await control_of(engine)
     mixed = await control.mix(RED, drain_s=0)
     assert engine.calls == ["cocktail_check", "pause abort", "cocktail_mix", "version", "resume"]
-    assert (mixed.resident, mixed.source) == (RED.digest, "files")
+    assert (mixed["resident"], mixed["source"]) == (RED.digest, "files")
     assert (control.fence.state, control.fence.resident) == ("open", RED.digest)
     assert engine.weight_version == RED.digest
 
@@ -219,7 +219,7 @@ async def test_vllms_core_is_paused_without_the_wait_for_callers() -> None:
 async def test_the_resident_recipe_is_left_alone() -> None:
     engine = Engine()
     mixed = await (await control_of(engine)).mix(BASE, drain_s=0)
-    assert (mixed.source, engine.calls) == ("resident", [])
+    assert (mixed["source"], engine.calls) == ("resident", [])
 
 
 async def test_an_invalid_recipe_is_found_while_requests_go_on() -> None:
@@ -318,7 +318,7 @@ async def test_mixes_come_one_after_the_other() -> None:
     engine = Engine()
     control = await control_of(engine)
     mixed = await asyncio.gather(*(control.mix(recipe, drain_s=0) for recipe in (RED, HALF, HALF)))
-    assert [m.source for m in mixed] == ["files", "files", "resident"]
+    assert [m["source"] for m in mixed] == ["files", "files", "resident"]
     assert [c for c in engine.calls if c.startswith(("pause", "resume"))] == ["pause abort", "resume"] * 2
 
 

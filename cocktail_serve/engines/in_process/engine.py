@@ -26,7 +26,7 @@ from cocktail_serve.engines.in_process.parameter_cache import CachedMixture, Par
 from cocktail_serve.engines.in_process.pipeline import ModelJob, Pipeline, give_way
 from cocktail_serve.engines.in_process.swappable import SwappableModel
 from cocktail_serve.engines.scheduling import OPERATOR_RETRY_S, SchedulerSnapshot
-from cocktail_serve.engines.snapshot import EngineSnapshot, EngineState
+from cocktail_serve.engines.snapshot import EngineDetail, EngineSnapshot, EngineState
 from cocktail_serve.engines.start_failures import REMEDY
 from cocktail_serve.engines.stats import EngineStats
 from cocktail_serve.errors import (
@@ -144,7 +144,7 @@ class SentenceTransformersEngine(Generic[M]):
 
     async def snapshot(self, *, deadline_s: float) -> EngineSnapshot:
         state: EngineState = self._state
-        detail: dict[str, Any] = {"device": str(self._device)}
+        detail: EngineDetail = {"device": str(self._device)}
         if self._failure is not None:
             detail["reason"] = f"{self._failure}; {REMEDY}" if state == "failed" else str(self._failure)
         elif state == "ready":
@@ -153,7 +153,7 @@ class SentenceTransformersEngine(Generic[M]):
             if missing or any(answer.cancelled() for answer in answers):
                 state, detail["reason"] = "failed", f"a model's thread did not answer within {deadline_s:g} s"
         if self._model is not None:
-            detail |= {"cached": self._cache.digests, "cached_bytes": self._cache.num_bytes}
+            detail["cached"], detail["cached_bytes"] = self._cache.digests, self._cache.num_bytes
         return EngineSnapshot(
             state,
             num_queued=self._num_waiting,

@@ -17,7 +17,7 @@ from typing import Any, ClassVar, Literal
 from cocktail_serve.config import VLLMEngineConfig
 from cocktail_serve.engines.base import Forwarded, MixedAhead, Scored
 from cocktail_serve.engines.engine_time import CallTimer
-from cocktail_serve.engines.snapshot import EngineSnapshot, EngineState
+from cocktail_serve.engines.snapshot import EngineDetail, EngineSnapshot, EngineState
 from cocktail_serve.engines.stats import EngineStats
 from cocktail_serve.engines.turns.base import Turns
 from cocktail_serve.engines.turns.lease import Lease
@@ -28,7 +28,6 @@ from cocktail_serve.engines.vllm.parameters import Parameters
 from cocktail_serve.engines.vllm.request_body import BodyWriter, expected_tokens
 from cocktail_serve.engines.vllm.responses import iter_events, read_whole
 from cocktail_serve.engines.vllm.scorer import DecoderScorer
-from cocktail_serve.engines.vllm.server import STATUS_PATH
 from cocktail_serve.engines.vllm.supervisor import Supervisor
 from cocktail_serve.errors import CocktailError, EngineError
 from cocktail_serve.examples import ExampleSet
@@ -37,18 +36,7 @@ from cocktail_serve.pool import Pool
 from cocktail_serve.recipe import Recipe
 from cocktail_serve.scoring.tokenizer_cache import TOKENIZERS
 from vllm_cocktail.fence import RECIPE_HEADER
-
-_REPORTED = (
-    "mode",
-    "mixing_path",
-    "streams_because",
-    "captured",
-    "mixing_kernel",
-    "in_flight",
-    "cached",
-    "cached_bytes",
-)
-"""What `/ready` says of a server's own status."""
+from vllm_cocktail.replies import STATUS_PATH, StatusReply
 
 
 class VLLMEngine:
@@ -189,7 +177,7 @@ class VLLMEngine:
             lease.release()  # the engine has done its part
             yield Forwarded(whole, None, lease.settle)
 
-    async def _ask(self, deadline_s: float) -> tuple[EngineState, str | None, dict[str, Any]]:
+    async def _ask(self, deadline_s: float) -> tuple[EngineState, str | None, EngineDetail]:
         """State, resident recipe and details, as the server says them itself."""
         supervisor, server = self._supervisor, self._supervisor.server
         if supervisor.state != "ready" or server is None:
@@ -204,7 +192,19 @@ class VLLMEngine:
             return "restarting", None, {"reason": error.message}
         if status != 200 or body["state"] == "poisoned":
             return "restarting", None, {"reason": f"status {status}: {body}"}
-        return "ready", body["resident"], {key: body[key] for key in _REPORTED if key in body}
+        reply: StatusReply = body
+        detail: EngineDetail = {
+            "mixing_path": reply["mixing_path"],
+            "streams_because": reply["streams_because"],
+            "captured": reply["captured"],
+            "mixing_kernel": reply["mixing_kernel"],
+            "in_flight": reply["in_flight"],
+            "cached": reply["cached"],
+            "cached_bytes": reply["cached_bytes"],
+        }
+        if "mode" in reply:
+            detail["mode"] = reply["mode"]
+        return "ready", reply["resident"], detail
 
     async def _turn(self, recipe: Recipe, *, tenant: str, num_tokens: int) -> Lease:
         self._supervisor.check_available()

@@ -40,6 +40,7 @@ from cocktail_serve.recipe import Recipe
 from vllm_cocktail.fence import RECIPE_HEADER, ASGIApp, ASGIScope, Fence, FenceMiddleware, Receive, Send
 from vllm_cocktail.lifetime import die_with_owner
 from vllm_cocktail.manifest import Manifest
+from vllm_cocktail.replies import FORGET_PATH, MIX_PATH, SCORE_PATH, STATUS_PATH, MixReply, ParameterSource, StatusReply
 
 Fault = Literal[
     "answer_error",  # the next completion is answered with the error in the file
@@ -142,10 +143,10 @@ class FakeServer:
             Route("/v1/models", self._models),
             Route("/v1/chat/completions", self._chat, methods=["POST"]),
             Route("/v1/completions", self._completions, methods=["POST"]),
-            Route("/v1/cocktail/status", self._status),
-            Route("/v1/cocktail/mix", self._mix, methods=["POST"]),
-            Route("/v1/cocktail/score", self._score, methods=["POST"]),
-            Route("/v1/cocktail/forget", self._forget, methods=["POST"]),
+            Route(STATUS_PATH, self._status),
+            Route(MIX_PATH, self._mix, methods=["POST"]),
+            Route(SCORE_PATH, self._score, methods=["POST"]),
+            Route(FORGET_PATH, self._forget, methods=["POST"]),
         ]
         # the key first: a stranger learns nothing from the fence
         middleware = [Middleware(_KeyMiddleware, key=api_key), Middleware(FenceMiddleware, fence=self.fence)]
@@ -161,21 +162,23 @@ class FakeServer:
     async def _status(self, request: Request) -> Response:
         if self._strikes("hang"):
             await asyncio.Event().wait()
-        return _json(
-            {
-                "resident": self.fence.resident,
-                "state": self.fence.state,
-                "in_flight": self.fence.in_flight,
-                "mixing_path": "fake",
-                "mixing_kernel": "none",
-                "streams_because": None,
-                "captured": [],
-                "cached": self._cached,
-                "cache_bytes": 0,
-                "weight_version": self.fence.resident,
-                "model_dtype": self._manifest.dtype,
-            }
-        )
+        reply: StatusReply = {
+            "resident": self.fence.resident,
+            "state": self.fence.state,
+            "in_flight": self.fence.in_flight,
+            "mixing_path": "fake",
+            "mixing_kernel": "none",
+            "streams_because": None,
+            "captured": [],
+            "captured_bytes": 0,
+            "cached": self._cached,
+            "cached_bytes": 0,
+            "cache_bytes": 0,
+            "weight_version": self.fence.resident,
+            "model_dtype": self._manifest.dtype,
+            "managed": self._manifest.managed,
+        }
+        return _json(reply)
 
     async def _mix(self, request: Request) -> Response:
         body = orjson.loads(await request.body())
@@ -202,13 +205,13 @@ class FakeServer:
             if self._strikes("mix_failed"):
                 self.fence.poison("a fault was asked for")
                 return _error(500, "mix_failed", "the mix failed half-way")
-            source = "cache" if recipe.digest in self._cached else "files"
+            source: ParameterSource = "cache" if recipe.digest in self._cached else "files"
             if source == "files":
                 self._cached.append(recipe.digest)
             self.fence.open(recipe.digest, *(before if self._holds == "all" else ()))
-            return _json(
-                {"resident": recipe.digest, "seconds": time.perf_counter() - started, "source": source},
-            )
+            seconds = time.perf_counter() - started
+            reply: MixReply = {"resident": recipe.digest, "seconds": seconds, "source": source}
+            return _json(reply)
 
     async def _score(self, request: Request) -> Response:
         examples = orjson.loads(await request.body())["examples"]

@@ -15,6 +15,7 @@ from cocktail_serve.engines.vllm.errors import engine_error
 from cocktail_serve.engines.vllm.server import EngineServer
 from cocktail_serve.errors import CocktailError, EngineError, InvalidMixError
 from cocktail_serve.recipe import Recipe
+from vllm_cocktail.replies import FORGET_PATH, MIX_PATH, MixReply, ParameterSource
 
 logger = logging.getLogger(__name__)
 
@@ -131,13 +132,15 @@ class ResidentParameters:
             raise EngineError("the engine's server is not running")
         status, body = await self._server.call(
             "POST",
-            "/v1/cocktail/mix",
+            MIX_PATH,
             {"recipe": recipe.to_json(), "drain_s": ABORT_S},
             timeout_s=ABORT_S + self._swap_timeout_s,
         )
-        if status == 200 and body["resident"] == recipe.digest:
-            self._count(recipe, source=body["source"], seconds=float(body["seconds"]))
-            return True
+        if status == 200:
+            reply: MixReply = body
+            if reply["resident"] == recipe.digest:
+                self._count(recipe, source=reply["source"], seconds=reply["seconds"])
+                return True
         if status == 409:
             return False
         error = engine_error(status, body, what="mixing", unfit=InvalidMixError)
@@ -155,7 +158,7 @@ class ResidentParameters:
         for task in self._forgetting:
             task.cancel()
 
-    def _count(self, recipe: Recipe, *, source: str, seconds: float) -> None:
+    def _count(self, recipe: Recipe, *, source: ParameterSource, seconds: float) -> None:
         stats = self._stats
         stats.num_swaps_by_source[source] = stats.num_swaps_by_source.get(source, 0) + 1
         stats.mix.observe(seconds)
@@ -166,7 +169,7 @@ class ResidentParameters:
 
     async def _forget(self, server: EngineServer, recipe_digest: str) -> None:
         try:
-            await server.call("POST", "/v1/cocktail/forget", {"digest": recipe_digest}, timeout_s=FORGET_TIMEOUT_S)
+            await server.call("POST", FORGET_PATH, {"digest": recipe_digest}, timeout_s=FORGET_TIMEOUT_S)
         except CocktailError as error:
             # the cache is bounded anyway, and a new life starts with an empty one
             logger.info("%s: recipe %s was not forgotten: %s", self._pool_id, recipe_digest[:8], error)

@@ -25,6 +25,7 @@ from cocktail_serve.scoring.decoder import TokenizedExample, tokenize_examples
 from cocktail_serve.scoring.exported_tokenizer import ExampleTokenizer
 from cocktail_serve.scoring.tokenizer_cache import open_tokenizer, prepare_tokenizer
 from vllm_cocktail.fence import RECIPE_HEADER
+from vllm_cocktail.replies import SCORE_PATH, ScoreReply
 
 SCORE_TOKENS = 4096
 """Tokens of one scoring request; between two the turn may be given up."""
@@ -151,7 +152,7 @@ class DecoderScorer:
                 with lease.interruptible():
                     status, body = await self._supervisor.running.call(
                         "POST",
-                        "/v1/cocktail/score",
+                        SCORE_PATH,
                         {**self._request_fields(recipe), "examples": examples},
                         timeout_s=None,
                         headers={RECIPE_HEADER: recipe.digest},
@@ -162,7 +163,8 @@ class DecoderScorer:
                 raise
             if status != 200:
                 raise engine_error(status, body, what="scoring")
-            losses += [math.nan if loss is None else float(loss) for loss in body["losses"]]
+            reply: ScoreReply = body
+            losses += [math.nan if loss is None else float(loss) for loss in reply["losses"]]
         return losses
 
 

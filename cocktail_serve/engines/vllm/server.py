@@ -19,11 +19,11 @@ from cocktail_serve.engines.start_failures import Exit, reason_in
 from cocktail_serve.engines.vllm.connections import Connections, EngineResponse
 from cocktail_serve.engines.vllm.process import ProcessGroup
 from cocktail_serve.errors import EngineError, EngineTimeoutError
+from vllm_cocktail.replies import STATUS_PATH
 
 logger = logging.getLogger(__name__)
 
 _SOCKET_PREFIX = "cocktail-"
-STATUS_PATH = "/v1/cocktail/status"
 _POLL_S = 0.1
 _POLL_TIMEOUT_S = 10.0
 _STOP_GRACE_S = 5.0

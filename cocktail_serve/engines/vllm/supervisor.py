@@ -14,8 +14,9 @@ from cocktail_serve.engines.turns.base import Turns
 from cocktail_serve.engines.vllm.errors import error_message
 from cocktail_serve.engines.vllm.launcher import Launcher
 from cocktail_serve.engines.vllm.parameters import Parameters
-from cocktail_serve.engines.vllm.server import STATUS_PATH, EngineServer
+from cocktail_serve.engines.vllm.server import EngineServer
 from cocktail_serve.errors import CocktailError, EngineError, EngineTimeoutError, ModelNotReadyError
+from vllm_cocktail.replies import STATUS_PATH
 
 logger = logging.getLogger(__name__)
 
