@@ -5,7 +5,7 @@ docs/explanation/generation.md says what a model alone and a mixture take, and w
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
@@ -124,6 +124,38 @@ def mixed_settings(
         sampling=sampling[0] if agree else base.sampling,
         chat_template=chat_template,
     )
+
+
+def told_stop_token_ids(
+    body: Mapping[str, Any], settings: GenerationSettings, own: GenerationSettings
+) -> list[Any] | None:
+    """The `stop_token_ids` that a server is sent, which ends answers by tokens of its own anyway.
+
+    It gives one of them as `stop_reason`, where its own give null: `hidden_stop_reasons` tells which are hidden again.
+
+    Args:
+        settings: of the model that answers.
+        own: the server's.
+
+    Returns:
+        Those of the request, and of the model's what the server does not know; None: the request's as they are.
+    """
+    if settings.stop_token_ids == own.stop_token_ids or ignores_end(body):
+        return None
+    given = body.get("stop_token_ids") or []
+    if not isinstance(given, list):  # refused by vLLM, in words of its own
+        return None
+    known = {*own.stop_token_ids, *(token for token in given if isinstance(token, int))}
+    return [*given, *(token for token in settings.stop_token_ids if token not in known)]
+
+
+def hidden_stop_reasons(body: Mapping[str, Any], end_token_ids: Collection[int]) -> Collection[int]:
+    """Tokens that are no `stop_reason` of an answer to the client: the model has ended by itself, which is null.
+
+    Args:
+        end_token_ids: of the model that answers.
+    """
+    return () if ignores_end(body) else end_token_ids
 
 
 def ignores_end(body: Mapping[str, Any]) -> bool:

@@ -7,9 +7,6 @@ import math
 HALF_LIFE_S = 30.0
 """After this long a token counts half: whoever was idle is owed what it missed lately, not what it missed all day."""
 
-BYTES_PER_TOKEN = 4
-"""Of a request's body: how many tokens it is taken for until the engine has said what it read."""
-
 MAX_KEPT = 1024
 """Tenants kept before those with nothing left to remember are dropped."""
 
@@ -34,7 +31,7 @@ class TenantShare:
 
 
 class TenantShares:
-    """Accounts by tenant, made as they are asked for. Engines that share them treat a tenant alike.
+    """Shares by tenant, made as they are asked for. Engines that share them treat a tenant alike.
 
     Knows no clock: `now` is any that only goes forward, in seconds, the same for all who share.
     """
@@ -43,13 +40,13 @@ class TenantShares:
         self._by_tenant: dict[str, TenantShare] = {}
 
     def of(self, tenant: str, now: float) -> TenantShare:
-        """The account of a tenant."""
-        account = self._by_tenant.get(tenant)
-        if account is None:
+        """The share of a tenant."""
+        share = self._by_tenant.get(tenant)
+        if share is None:
             if len(self._by_tenant) >= MAX_KEPT:
                 self._drop_idle(now)
-            account = self._by_tenant[tenant] = TenantShare()
-        return account
+            share = self._by_tenant[tenant] = TenantShare()
+        return share
 
     def _drop_idle(self, now: float) -> None:
-        self._by_tenant = {tenant: account for tenant, account in self._by_tenant.items() if account.recent(now) >= 1.0}
+        self._by_tenant = {tenant: share for tenant, share in self._by_tenant.items() if share.recent(now) >= 1.0}

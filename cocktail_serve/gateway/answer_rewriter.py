@@ -9,7 +9,7 @@ import orjson
 
 from cocktail_serve.errors import EngineError
 from cocktail_serve.gateway.field_policy import Outgoing
-from cocktail_serve.generation_settings import ignores_end
+from cocktail_serve.generation_settings import hidden_stop_reasons
 
 
 class AnswerRewriter:
@@ -18,15 +18,22 @@ class AnswerRewriter:
     Every chunk of a stream tells how many tokens its choice has so far, so that one that breaks off is counted too.
 
     Args:
-        end_token_ids: end tokens of the model's own. The engine is told of those that are not the base's as further
-            tokens to stop at, and gives them as `stop_reason`, which is null where a model ended by itself.
+        end_token_ids: of the model; see `hidden_stop_reasons`.
     """
 
-    __slots__ = ("_ends", "_model_id", "_num_choices", "_of_choices", "_shows_each", "_shows_usage", "_totals")
+    __slots__ = (
+        "_hidden_stop_reasons",
+        "_model_id",
+        "_num_choices",
+        "_of_choices",
+        "_shows_each",
+        "_shows_usage",
+        "_totals",
+    )
 
     def __init__(self, model_id: str, outgoing: Outgoing, *, end_token_ids: Collection[int] = ()) -> None:
         self._model_id = model_id
-        self._ends = () if ignores_end(outgoing.body) else end_token_ids
+        self._hidden_stop_reasons = hidden_stop_reasons(outgoing.body, end_token_ids)
         self._shows_usage = outgoing.shows_usage
         self._shows_each = outgoing.shows_usage_in_chunks
         num_choices = outgoing.body.get("n")
@@ -63,7 +70,7 @@ class AnswerRewriter:
         """
         answer = _object(body)
         answer["model"] = self._model_id
-        self._hide_own_ends(answer.get("choices") or ())
+        self._hide_stop_reasons(answer.get("choices") or ())
         self._totals = _num_tokens(answer.get("usage"))
         return orjson.dumps(answer)
 
@@ -79,7 +86,7 @@ class AnswerRewriter:
         chunk = _object(payload)
         chunk["model"] = self._model_id
         choices = chunk.get("choices")
-        self._hide_own_ends(choices or ())
+        self._hide_stop_reasons(choices or ())
         num_tokens = _num_tokens(chunk.get("usage"))
         if not choices:
             self._totals = num_tokens or self._totals
@@ -93,9 +100,9 @@ class AnswerRewriter:
             chunk["usage"] = None
         return orjson.dumps(chunk)
 
-    def _hide_own_ends(self, choices: Iterable[dict[str, Any]]) -> None:
+    def _hide_stop_reasons(self, choices: Iterable[dict[str, Any]]) -> None:
         for choice in choices:
-            if choice.get("stop_reason") in self._ends:
+            if choice.get("stop_reason") in self._hidden_stop_reasons:
                 choice["stop_reason"] = None
 
 

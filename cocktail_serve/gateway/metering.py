@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from cocktail_serve.cocktails.cocktail import ServedModel
-from cocktail_serve.engines.fairness import BYTES_PER_TOKEN
+from cocktail_serve.engines.token_estimates import reserved_tokens
 from cocktail_serve.gateway.authentication import Caller
 from cocktail_serve.gateway.metrics import GatewayMetrics
 from cocktail_serve.tenants.limits import Admission, Limiter, Rate, RateStatus
@@ -48,7 +48,7 @@ class Meter:
     def admit(self, caller: Caller, body: Mapping[str, Any], *, num_bytes: int) -> MeteredRequest:
         """A request to a model, whose body was read: `num_bytes` of it. To be called before any work is done for it;
         its admission says whether the tenant may ask now."""
-        estimate = _estimate(body, num_bytes=num_bytes)
+        estimate = reserved_tokens(body, num_bytes=num_bytes)
         return MeteredRequest(self, caller, self._limiter.admit_model_request(caller.tenant, num_tokens=estimate))
 
     def admit_change(self, caller: Caller) -> Admission:
@@ -60,15 +60,6 @@ class Meter:
         use = UsageAmount(requests=1, tokens_in=num_in, tokens_out=num_out)
         self._ledger.add(caller.tenant, caller.key_id, served.model_id, served.pool.id, use)
         self._metrics.count_tokens(served.pool.id, num_in=num_in, num_out=num_out)
-
-
-def _estimate(body: Mapping[str, Any], *, num_bytes: int) -> int:
-    """Tokens that a request may read and generate, reserved until the engine has said: a quarter of its bytes, and the
-    most that it asks for."""
-    most = body.get("max_completion_tokens") or body.get("max_tokens")
-    choices = body.get("n")
-    num_out = most if isinstance(most, int) and most > 0 else 0
-    return num_bytes // BYTES_PER_TOKEN + num_out * (choices if isinstance(choices, int) and choices > 0 else 1)
 
 
 def rate_limit_headers(rate_status: RateStatus) -> Iterator[tuple[bytes, bytes]]:

@@ -13,8 +13,8 @@ until its answer is finished. The rules, in the order they bite:
 Background leases (scoring, mixing ahead) take no slot and are charged to nobody. What the operator pins or drains
 (`hold`) comes before all of this; background work waits meanwhile.
 
-All state is changed on the event loop between two awaits, and an granted is counted in the moment it is decided, not
-when the admitted task wakes up. So no lease is ever held while another recipe is resident or being mixed.
+All state is changed on the event loop between two awaits, and a lease is counted the moment it is granted, not when
+the task that waits for it wakes up. So no lease is ever held while another recipe is resident or being mixed.
 """
 
 from __future__ import annotations

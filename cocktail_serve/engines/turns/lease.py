@@ -33,7 +33,7 @@ class Lease:
 
     Args:
         tenant: whom its tokens are charged to; None: background work, which is nobody's.
-        num_tokens: what was charged at its granted, an estimate.
+        num_tokens: what was charged when it was granted, an estimate.
 
     Attributes:
         error: why the lease was ended before its release: `DrainedError`, or `EngineError` when the engine was lost.

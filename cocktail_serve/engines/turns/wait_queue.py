@@ -58,7 +58,7 @@ class Waiter(Claim):
         """Waits for the lease, and gives it back if the caller is cancelled before it could wake up.
 
         Raises:
-            CocktailError: it was sent away, or its lease ended between the granted and the waking up.
+            CocktailError: it was sent away, or its lease ended after it was granted and before it woke up.
         """
         try:
             lease = await self.granted

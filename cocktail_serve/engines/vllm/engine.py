@@ -19,13 +19,14 @@ from cocktail_serve.engines.base import Forwarded, MixedAhead, Scored
 from cocktail_serve.engines.engine_time import CallTimer
 from cocktail_serve.engines.snapshot import EngineDetail, EngineSnapshot, EngineState
 from cocktail_serve.engines.stats import EngineStats
+from cocktail_serve.engines.token_estimates import expected_tokens
 from cocktail_serve.engines.turns.base import Turns
 from cocktail_serve.engines.turns.lease import Lease
 from cocktail_serve.engines.vllm.connections import EngineResponse
 from cocktail_serve.engines.vllm.errors import engine_error, is_error
 from cocktail_serve.engines.vllm.launcher import Launcher
 from cocktail_serve.engines.vllm.parameters import Parameters
-from cocktail_serve.engines.vllm.request_body import BodyWriter, expected_tokens
+from cocktail_serve.engines.vllm.request_body import BodyWriter
 from cocktail_serve.engines.vllm.responses import iter_events, read_whole
 from cocktail_serve.engines.vllm.scorer import DecoderScorer
 from cocktail_serve.engines.vllm.supervisor import Supervisor
@@ -159,7 +160,8 @@ class VLLMEngine:
         fields = {"model": self.pool.id, **self._parameters.request_fields(recipe)}
         content = self._bodies.write(body, recipe, tenant=tenant, fields=fields)
         headers = {RECIPE_HEADER: recipe.digest}
-        with await self._turn(recipe, tenant=tenant, num_tokens=expected_tokens(body, content)) as lease:
+        num_tokens = expected_tokens(body, num_bytes=len(content))
+        with await self._turn(recipe, tenant=tenant, num_tokens=num_tokens) as lease:
             with lease.interruptible():
                 answer = await self._supervisor.running.post(path, content, headers=headers)
             with contextlib.closing(answer):

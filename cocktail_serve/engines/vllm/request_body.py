@@ -10,21 +10,17 @@ from typing import Any
 
 import orjson
 
-from cocktail_serve.engines.fairness import BYTES_PER_TOKEN
 from cocktail_serve.errors import InvalidRequestError
 from cocktail_serve.generation_settings import (
     MAX_TOKENS,
     NEUTRAL_SAMPLING,
     NO_SETTINGS,
     GenerationSettings,
-    ignores_end,
+    told_stop_token_ids,
 )
 from cocktail_serve.recipe import Recipe
 
 CHAT_PATH = "/v1/chat/completions"
-
-EXPECTED_OUTPUT_TOKENS = 128
-"""What a request is charged at its admission: a guess, replaced by the answer's usage at its end."""
 
 
 class BodyWriter:
@@ -50,11 +46,9 @@ class BodyWriter:
         if settings == own:
             return body
         more: dict[str, Any] = {}
-        if settings.stop_token_ids != own.stop_token_ids and not ignores_end(body):
-            given = body.get("stop_token_ids") or []
-            if isinstance(given, list):  # anything else is refused by vLLM, in words of its own
-                told = {*own.stop_token_ids, *(token for token in given if isinstance(token, int))}
-                more["stop_token_ids"] = [*given, *(token for token in settings.stop_token_ids if token not in told)]
+        stop_token_ids = told_stop_token_ids(body, settings, own)
+        if stop_token_ids is not None:
+            more["stop_token_ids"] = stop_token_ids
         if settings.sampling != own.sampling:
             for name, neutral in NEUTRAL_SAMPLING.items():
                 wanted = settings.sampling.get(name, neutral)
@@ -96,19 +90,6 @@ class BodyWriter:
     def cache_salt(self, tenant: str, recipe: Recipe, client_salt: Any) -> str:
         """What keeps KV blocks of tenants and recipes apart: part of every block's hash inside the engine."""
         return hmac.digest(self._salt_key, _dump([tenant, recipe.digest, client_salt]), "sha256").hex()
-
-
-def expected_tokens(body: Mapping[str, Any], content: bytes) -> int:
-    """A guess of the tokens, read and generated, that the answer to a body will take: what its turn is charged.
-
-    A tenant's limits hold a reserve instead (`gateway.metering`): the most that it may take, this is what most do.
-
-    Args:
-        content: the body as it is sent.
-    """
-    wanted = body.get("max_completion_tokens") or body.get("max_tokens")
-    num_out = min(wanted, EXPECTED_OUTPUT_TOKENS) if isinstance(wanted, int) else EXPECTED_OUTPUT_TOKENS
-    return len(content) // BYTES_PER_TOKEN + num_out
 
 
 def _dump(value: Any) -> bytes:

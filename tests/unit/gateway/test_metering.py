@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from cocktail_serve.gateway.metering import _estimate, format_duration
+from cocktail_serve.engines.token_estimates import reserved_tokens
+from cocktail_serve.gateway.metering import format_duration
 
 
 @pytest.mark.parametrize(
@@ -42,4 +43,4 @@ def test_durations(seconds: float, shown: str) -> None:
     ],
 )
 def test_estimates(body: dict[str, Any], estimate: int) -> None:
-    assert _estimate(body, num_bytes=400) == estimate
+    assert reserved_tokens(body, num_bytes=400) == estimate

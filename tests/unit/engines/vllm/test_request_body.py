@@ -8,11 +8,9 @@ from typing import Any
 
 import pytest
 
-from cocktail_serve.engines.fairness import BYTES_PER_TOKEN
+from cocktail_serve.engines.token_estimates import BYTES_PER_TOKEN, EXPECTED_OUTPUT_TOKENS, expected_tokens
 from cocktail_serve.engines.vllm.request_body import (
-    EXPECTED_OUTPUT_TOKENS,
     BodyWriter,
-    expected_tokens,
 )
 from cocktail_serve.errors import InvalidRequestError
 from cocktail_serve.generation_settings import ChatTemplate, GenerationSettings
@@ -59,10 +57,11 @@ def test_what_is_no_json_is_the_clients_fault(field: str, value: Any) -> None:
         ({"max_tokens": 5, "max_completion_tokens": 7}, 7),
         ({"max_tokens": 10**6}, EXPECTED_OUTPUT_TOKENS),
         ({"max_tokens": "many"}, EXPECTED_OUTPUT_TOKENS),
+        ({"max_tokens": -(10**9)}, EXPECTED_OUTPUT_TOKENS),
     ],
 )
 def test_a_request_is_first_charged_a_guess(body: dict[str, Any], num_out: int) -> None:
-    assert expected_tokens(body, b"x" * 10 * BYTES_PER_TOKEN) == 10 + num_out
+    assert expected_tokens(body, num_bytes=10 * BYTES_PER_TOKEN) == 10 + num_out
 
 
 CHAT, COMPLETION = "/v1/chat/completions", "/v1/completions"
