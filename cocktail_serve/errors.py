@@ -32,6 +32,8 @@ CocktailError
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import ClassVar
 
 
@@ -166,6 +168,22 @@ def error_of_code(code: str | None, message: str) -> ClientError | None:
         if code == kind.code:
             return kind(message)
     return None
+
+
+@contextmanager
+def params_named(rename: Callable[[str | None], str | None]) -> Iterator[None]:
+    """What is at fault inside is named as the caller's request has it: a field within another, or by another word.
+
+    The one place that changes an error on its way.
+
+    Args:
+        rename: the caller's `param` for that of an error.
+    """
+    try:
+        yield
+    except ClientError as error:
+        error.param = rename(error.param)
+        raise
 
 
 class CapacityError(CocktailError):

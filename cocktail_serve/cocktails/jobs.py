@@ -29,6 +29,7 @@ from cocktail_serve.errors import (
     InvalidRequestError,
     ServerError,
     StorageError,
+    params_named,
 )
 from cocktail_serve.examples import ExampleSet
 from cocktail_serve.pool import Pool
@@ -97,11 +98,8 @@ async def check_examples(engine: Engine, examples: ExampleSet | None, validation
         await engine.check_examples(examples)
     if validation is None:
         return
-    try:
+    with params_named(lambda _: "validation_examples"):
         await engine.check_examples(validation)
-    except InvalidRequestError as error:
-        error.param = "validation_examples"
-        raise
 
 
 class _LostError(Exception):

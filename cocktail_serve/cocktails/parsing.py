@@ -6,23 +6,24 @@ import math
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 from cocktail_serve.cocktails.options import CHOSEN_BY_WEIGHTING, CocktailOptions, CocktailRequest, Weighting
 from cocktail_serve.config import CocktailDefaults, Settings
 from cocktail_serve.errors import (
     ConflictError,
-    InvalidExamplesError,
     InvalidMixError,
     InvalidRequestError,
     NotFoundError,
+    params_named,
 )
 from cocktail_serve.examples import parse_examples
 from cocktail_serve.methods import Method, MethodName, find_method
 from cocktail_serve.pool import BASE, NAME_PATTERN, Kind, Pool
 from cocktail_serve.recipe import check_form, make_recipe
+from cocktail_serve.request_schema import parse_as
 from cocktail_serve.storable_text import check_text
 from cocktail_serve.weighting.blackbox import BUDGET, MAX_BUDGET, check_available
 
@@ -71,9 +72,6 @@ class CocktailBody(InlineBody):
     )
 
 
-_Body = TypeVar("_Body", bound=InlineBody)
-
-
 def parse_request(
     body: Mapping[str, Any],
     *,
@@ -95,7 +93,7 @@ def parse_request(
         NotFoundError: an unknown pool or expert.
         ConflictError: the name is a pool's.
     """
-    parsed = _validated(CocktailBody, body)
+    parsed = parse_as(CocktailBody, body)
     if not re.fullmatch(NAME_PATTERN, parsed.name):
         raise InvalidRequestError(
             f"{parsed.name!r} is not a name of a cocktail: lower-case letters, digits, '.', '_' and '-', at most 64, "
@@ -122,27 +120,8 @@ def parse_inline(cocktail: Any, *, pool: Pool, settings: Settings) -> CocktailRe
     Raises:
         As `parse_request`; `param` begins with `cocktail.`.
     """
-    try:
-        return _resolve(_validated(InlineBody, cocktail), pool.id, pool, settings, inline=True)
-    except (InvalidRequestError, NotFoundError) as error:
-        error.param = "cocktail" if error.param is None else f"cocktail.{error.param}"
-        raise
-
-
-def _validated(model: type[_Body], body: Any) -> _Body:
-    if not isinstance(body, Mapping):
-        raise InvalidRequestError(f"expected a JSON object, got {type(body).__name__}")
-    try:
-        return model.model_validate(dict(body))
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        where = ".".join(str(part) for part in first["loc"] if part != "[key]")
-        if first["type"] == "extra_forbidden":
-            known = ", ".join(model.model_fields)
-            raise InvalidRequestError(f"unknown field {where!r}; a cocktail takes: {known}", param=where) from error
-        if first["type"] == "missing":
-            raise InvalidRequestError(f"{where!r} is required", param=where) from error
-        raise InvalidRequestError(f"{where!r}: {first['msg']}", param=where) from error
+    with params_named(lambda param: "cocktail" if param is None else f"cocktail.{param}"):
+        return _resolve(parse_as(InlineBody, cocktail), pool.id, pool, settings, inline=True)
 
 
 def _resolve(body: InlineBody, name: str, pool: Pool, settings: Settings, *, inline: bool) -> CocktailRequest:
@@ -204,16 +183,13 @@ def _fingerprints(pool: Pool, names: Iterable[str]) -> dict[str, str]:
 
 
 def _with_validation(request: CocktailRequest, body: CocktailBody, pool: Pool, settings: Settings) -> CocktailRequest:
-    try:
+    with params_named(lambda _: "validation_examples"):
         validation = parse_examples(
             body.validation_examples,
             pool.kind,
             max_examples=settings.pool(pool.id).max_examples,
             seed=request.options.seed,
         )
-    except InvalidExamplesError as error:
-        error.param = "validation_examples"
-        raise
     options = replace(request.options, validation_digest=validation.digest, num_validation_examples=len(validation))
     return replace(request, options=options, validation=validation)
 

@@ -16,7 +16,7 @@ from cocktail_serve.cocktails.options import CocktailRequest
 from cocktail_serve.cocktails.parsing import parse_request
 from cocktail_serve.cocktails.service import CocktailService
 from cocktail_serve.config import Settings
-from cocktail_serve.errors import CocktailError, InvalidRequestError, NotFoundError
+from cocktail_serve.errors import InvalidRequestError, NotFoundError, params_named
 from cocktail_serve.examples import read_jsonl
 from cocktail_serve.finetuning.files import Files
 from cocktail_serve.finetuning.job import Job, ListedEvent
@@ -72,14 +72,11 @@ class FineTuning:
         async def enlist(connection: AsyncConnection, cocktail: Cocktail) -> None:
             made.append(await self.jobs.add(connection, request, cocktail))
 
-        try:
+        with params_named(param_of_job):
             wanted = await asyncio.get_running_loop().run_in_executor(
                 self.executor, self._parse, asked, training, validation, visible
             )
             await self.cocktails.create(tenant, wanted, extra_writes=enlist)
-        except CocktailError as error:
-            error.param = param_of_job(error.param)
-            raise
         return made[-1]
 
     async def cancel(self, tenant: str, job_id: str) -> Job:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any
 
 import orjson
 from fastapi import Depends, Request
-from pydantic import BaseModel, ValidationError
 from starlette.requests import ClientDisconnect
 
 from cocktail_serve.errors import InvalidRequestError
@@ -47,30 +46,7 @@ async def read_json_object(request: Request) -> tuple[dict[str, Any], int]:
     return body, len(raw)
 
 
-Schema = TypeVar("Schema", bound=BaseModel)
-
 JSONObject = Annotated[dict[str, Any], Depends(json_object)]
-
-
-def parse_as(schema: type[Schema], value: Any, *, param: str | None = None) -> Schema:
-    """Checks a JSON value against a schema of ours.
-
-    Args:
-        param: name of the field that `value` stands in, put before the names of its own fields.
-
-    Raises:
-        InvalidRequestError: names the field, in dotted form, and what is wrong with it.
-    """
-    try:
-        return schema.model_validate(value)
-    except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False)[0]
-        path = [param] if param else []
-        where = ".".join([*path, *map(str, first["loc"])])
-        message = first["msg"]
-        if first["type"] == "extra_forbidden":
-            message = f"unknown field; known are {', '.join(sorted(schema.model_fields))}"
-        raise InvalidRequestError(f"{where or 'body'}: {message}", param=where or None) from error
 
 
 async def _body(request: Request) -> bytes:

@@ -23,6 +23,7 @@ NOUNS = {"errors", "digest", "dtypes", "ids", "storable_text", "pool", "methods"
     "generation_settings",
     "loading",
     "library_process",
+    "request_schema",
 }
 """Modules that import nothing but each other."""
 

@@ -6,7 +6,7 @@ from fastapi import APIRouter, Depends
 
 from cocktail_serve.errors import NotFoundError
 from cocktail_serve.gateway.dependencies import GatewayDep, admin_of
-from cocktail_serve.gateway.json_body import JSONObject, parse_as
+from cocktail_serve.gateway.json_body import JSONObject
 from cocktail_serve.gateway.openapi import error_responses, json_request
 from cocktail_serve.gateway.schemas.admin import (
     CreatedKey,
@@ -18,6 +18,7 @@ from cocktail_serve.gateway.schemas.admin import (
     TenantList,
     TenantView,
 )
+from cocktail_serve.request_schema import parse_as
 
 router = APIRouter(prefix="/admin", tags=["admin"], dependencies=[Depends(admin_of)])
 

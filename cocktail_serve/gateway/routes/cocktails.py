@@ -12,7 +12,7 @@ from cocktail_serve.cocktails.parsing import CocktailBody
 from cocktail_serve.errors import ModelNotReadyError, NotFoundError
 from cocktail_serve.gateway.dependencies import CreatorDep, GatewayDep, TenantDep
 from cocktail_serve.gateway.disconnect import ended_with_client
-from cocktail_serve.gateway.json_body import JSONObject, parse_as
+from cocktail_serve.gateway.json_body import JSONObject
 from cocktail_serve.gateway.listing import list_response
 from cocktail_serve.gateway.openapi import engine_errors, error_responses, json_request
 from cocktail_serve.gateway.schemas.cocktails import (
@@ -26,6 +26,7 @@ from cocktail_serve.gateway.schemas.cocktails import (
     WeighingView,
 )
 from cocktail_serve.gateway.schemas.pages import AfterQuery
+from cocktail_serve.request_schema import parse_as
 
 router = APIRouter(tags=["cocktails"])
 

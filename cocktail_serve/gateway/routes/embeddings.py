@@ -16,12 +16,12 @@ from cocktail_serve.gateway.embedding_fields import (
     encode_embeddings,
     prompt_of,
 )
-from cocktail_serve.gateway.json_body import parse_as
 from cocktail_serve.gateway.openapi import engine_errors, json_request
 from cocktail_serve.gateway.requested_model import admit, find_target, served_model
 from cocktail_serve.gateway.schemas.embeddings import EmbeddingList, EmbeddingRequest
 from cocktail_serve.gateway.synonyms import given
 from cocktail_serve.gateway.truncation import truncation
+from cocktail_serve.request_schema import parse_as
 
 router = APIRouter(tags=["embeddings"], route_class=DirectRoute)
 

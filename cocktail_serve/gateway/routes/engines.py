@@ -9,7 +9,7 @@ from fastapi import APIRouter, Depends, Response
 from cocktail_serve.errors import InvalidRequestError
 from cocktail_serve.gateway.dependencies import GatewayDep, admin_of
 from cocktail_serve.gateway.gateway import Gateway
-from cocktail_serve.gateway.json_body import JSONObject, parse_as
+from cocktail_serve.gateway.json_body import JSONObject
 from cocktail_serve.gateway.openapi import error_responses, json_request
 from cocktail_serve.gateway.schemas.engines import (
     DeletedExpert,
@@ -20,6 +20,7 @@ from cocktail_serve.gateway.schemas.engines import (
     ExpertList,
     ExpertView,
 )
+from cocktail_serve.request_schema import parse_as
 
 router = APIRouter(prefix="/admin", tags=["admin"], dependencies=[Depends(admin_of)])
 

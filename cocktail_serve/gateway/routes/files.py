@@ -12,11 +12,11 @@ from starlette.exceptions import HTTPException
 from cocktail_serve.errors import InvalidRequestError
 from cocktail_serve.finetuning.files import PURPOSE, check_jsonl
 from cocktail_serve.gateway.dependencies import CreatorDep, GatewayDep, TenantDep
-from cocktail_serve.gateway.json_body import parse_as
 from cocktail_serve.gateway.openapi import error_responses, form_request
 from cocktail_serve.gateway.schemas.files import FileDeleted, FileList, FileUpload, FileView
 from cocktail_serve.gateway.schemas.pages import AfterQuery
 from cocktail_serve.ids import Order
+from cocktail_serve.request_schema import parse_as
 from cocktail_serve.storable_text import check_text
 
 router = APIRouter(tags=["files"])

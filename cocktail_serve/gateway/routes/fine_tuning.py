@@ -9,10 +9,11 @@ from fastapi import APIRouter, Query, Request
 from cocktail_serve.errors import InvalidRequestError
 from cocktail_serve.finetuning.request import JobBody
 from cocktail_serve.gateway.dependencies import CreatorDep, GatewayDep, TenantDep
-from cocktail_serve.gateway.json_body import JSONObject, parse_as
+from cocktail_serve.gateway.json_body import JSONObject
 from cocktail_serve.gateway.openapi import engine_errors, error_responses, json_request
 from cocktail_serve.gateway.schemas.fine_tuning import CheckpointList, JobEventList, JobEventView, JobList, JobView
 from cocktail_serve.gateway.schemas.pages import AfterQuery
+from cocktail_serve.request_schema import parse_as
 
 router = APIRouter(tags=["fine-tuning"])
 

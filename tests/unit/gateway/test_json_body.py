@@ -7,8 +7,9 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.types import Message
 
 from cocktail_serve.errors import InvalidRequestError
-from cocktail_serve.gateway.json_body import MAX_DEPTH, json_object, parse_as
+from cocktail_serve.gateway.json_body import MAX_DEPTH, json_object
 from cocktail_serve.gateway.schemas.cocktails import CurrentVersion
+from cocktail_serve.request_schema import parse_as
 
 
 def request(*pieces: bytes, content_type: str | None = "application/json") -> Request:
@@ -87,7 +88,7 @@ async def test_wide_is_not_deep() -> None:
 
 
 def test_schemas_name_the_field() -> None:
-    with pytest.raises(InvalidRequestError, match="unknown field; known are current") as unknown:
+    with pytest.raises(InvalidRequestError, match="unknown field 'name'; known are current") as unknown:
         parse_as(CurrentVersion, {"current": None, "name": "x"})
     assert unknown.value.param == "name"
     with pytest.raises(InvalidRequestError) as wrong:
