@@ -95,6 +95,11 @@ class ExampleSet:
         """SHA-256 over all examples in order."""
         return digest_of([example.to_json() for example in self.examples])
 
+    @cached_property
+    def digests(self) -> tuple[str, ...]:
+        """`example_digest` of each example, in order."""
+        return tuple(map(example_digest, self.examples))
+
     def subset(self, rows: Iterable[int]) -> ExampleSet:
         """The examples at these indices, as if they were all there are."""
         return ExampleSet.of(self.examples[row] for row in rows)

@@ -16,7 +16,7 @@ import numpy as np
 from bench.paper.session import Scores, Session, System
 from cocktail_serve.cocktails.cross_validation import cross_validate
 from cocktail_serve.cocktails.parsing import parse_inline
-from cocktail_serve.cocktails.weighing_plan import advance, recipe_of
+from cocktail_serve.cocktails.weighing_plan import advance, recipe_of, recipe_of_trial
 from cocktail_serve.evaluation.backend import EnsemblePart
 from cocktail_serve.evaluation.in_memory import InMemoryDecoders, InMemoryEncoders
 from cocktail_serve.evaluation.systems import Contender
@@ -99,7 +99,7 @@ def judge(
     held_out: dict[int, float] = {}
     step = advance(trials, None)
     while isinstance(step, Trial):
-        recipe = recipe_of(request.options, backend.pool, step.merging_weights, dtype=backend.dtype)
+        recipe = recipe_of_trial(request.options, backend.pool, step, dtype=backend.dtype)
         answer = losses_of(recipe, step.rows)
         held_out.update(zip(step.rows, answer, strict=True))
         step = advance(trials, answer)

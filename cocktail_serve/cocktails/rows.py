@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from typing import Any
 
 from sqlalchemy.engine import RowMapping
@@ -15,41 +15,27 @@ from cocktail_serve.weighting.candidates import Candidate
 
 def to_row(cocktail: Cocktail) -> dict[str, Any]:
     """The columns of a cocktail."""
+    values = {field.name: getattr(cocktail, field.name) for field in fields(cocktail)}
+    # settled by the catalog, which knows the others
+    del values["current"]
+    # the columns are the fields, but for two of other names
+    options, found = values.pop("options"), values.pop("cross_validation")
     return {
-        "uid": cocktail.uid,
-        "tenant": cocktail.tenant,
-        "name": cocktail.name,
-        "pool_id": cocktail.pool_id,
-        "kind": cocktail.kind,
-        "digest": cocktail.digest,
-        "request": cocktail.options.to_json(),
-        "created_at": cocktail.created_at,
-        "ready_at": cocktail.ready_at,
-        "used_at": cocktail.used_at,
-        "sequence": cocktail.sequence,
-        "status": cocktail.status,
-        "progress": cocktail.progress,
+        **values,
+        "request": options.to_json(),
         "losses": dict(cocktail.losses),
         "merging_weights": None if cocktail.merging_weights is None else dict(cocktail.merging_weights),
-        "entropy": cocktail.entropy,
-        "mixed_loss": cocktail.mixed_loss,
-        "validation_loss": cocktail.validation_loss,
         "recipe": None if cocktail.recipe is None else cocktail.recipe.to_json(),
         "error": None if cocktail.error is None else cocktail.error.to_json(),
         "warnings": list(cocktail.warnings),
         "candidates": [asdict(candidate) for candidate in cocktail.candidates],
-        "owner": cocktail.owner,
-        "epoch": cocktail.epoch,
-        "change": cocktail.change,
-        "findings": None if cocktail.cross_validation is None else cocktail.cross_validation.to_json(),
-        "key_id": cocktail.key_id,
-        "example_bytes": cocktail.example_bytes,
+        "findings": None if found is None else found.to_json(),
     }
 
 
 def from_row(row: RowMapping) -> Cocktail:
     """The cocktail that `to_row` wrote."""
-    values = dict(row)  # the columns are the fields, but for two of other names
+    values = dict(row)
     options, found = values.pop("request"), values.pop("findings")
     return Cocktail(
         **{

@@ -16,7 +16,7 @@ from cocktail_serve.cocktails.score_store import ScoreKey, ScoreStore
 from cocktail_serve.digest import digest_of
 from cocktail_serve.engines.base import AnyEngine, EmbeddingEngine, ScoringEngine
 from cocktail_serve.engines.engine_time import EngineTimeTotal
-from cocktail_serve.examples import ExampleSet, example_digest
+from cocktail_serve.examples import ExampleSet
 from cocktail_serve.pool import Kind
 from cocktail_serve.recipe import Recipe, one_hot
 from cocktail_serve.scoring import contrastive, decoder, ranking
@@ -46,7 +46,7 @@ def score_keys(examples: ExampleSet | None, kind: Kind) -> tuple[str, ...]:
         return ()
     if kind == "encoder":
         return tuple(embedding_key(item) for item in contrastive.texts_of(examples))
-    return tuple(dict.fromkeys(example_digest(example) for example in examples))
+    return tuple(dict.fromkeys(examples.digests))
 
 
 def embedding_key(item: str) -> str:
@@ -173,7 +173,7 @@ class Scores:
         loss_version = ranking.LOSS_VERSION if engine.kind == "reranker" else decoder.LOSS_VERSION
         rounding = {"dtype": recipe.dtype} | ({} if recipe.form == "merged" else {"form": recipe.form})
         variant = digest_of({"loss": loss_version, "text": engine.pool.text_digest, **rounding})
-        unique = {example_digest(example): example for example in examples}
+        unique = dict(zip(examples.digests, examples, strict=True))
         key = ScoreKey(recipe.only_model or recipe.digest, variant)
         kept = await self._store.losses(score_scope.tenant, key, list(unique))
         missing = {digest: example for digest, example in unique.items() if digest not in kept}
@@ -183,7 +183,7 @@ class Scores:
             if score_scope.uid is not None and all(map(math.isfinite, scored.losses)):
                 await self._store.keep_losses(score_scope.uid, key, new)
             kept |= new
-        return [kept[example_digest(example)] for example in examples]
+        return [kept[digest] for digest in examples.digests]
 
     async def _from_embeddings(
         self,

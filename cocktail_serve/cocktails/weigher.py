@@ -13,7 +13,7 @@ from cocktail_serve.cocktails.cocktail import CrossValidation, Weighing
 from cocktail_serve.cocktails.cross_validation import cross_validate
 from cocktail_serve.cocktails.options import CocktailOptions
 from cocktail_serve.cocktails.scores import Retrying, Scores, ScoreScope, once
-from cocktail_serve.cocktails.weighing_plan import advance, recipe_of, weighing_steps
+from cocktail_serve.cocktails.weighing_plan import advance, recipe_of_trial, weighing_steps
 from cocktail_serve.engines.base import AnyEngine
 from cocktail_serve.examples import ExampleSet
 from cocktail_serve.weighting.candidates import Candidate, Trial, Trials
@@ -123,7 +123,7 @@ class Weigher:
             assert examples is not None
             if on_trial is not None:
                 await on_trial(step.progress)
-            recipe = recipe_of(options, engine.pool, step.merging_weights, dtype=engine.dtype)
+            recipe = recipe_of_trial(options, engine.pool, step, dtype=engine.dtype)
             ask = partial(self.scores.of_mixture, engine, recipe, examples, score_scope, step.rows)
             try:
                 answer = await retry(ask)

@@ -67,13 +67,22 @@ def advance(weighing: Trials[_T], losses: Sequence[float] | None) -> Trial | _T:
 
 
 def recipe_of(options: CocktailOptions, pool: Pool, merging_weights: Mapping[str, float], *, dtype: DType) -> Recipe:
-    """The recipe of these weights, of a trial or a weighing, under the request's method.
+    """The recipe of the merging weights of a `Weighing`, under the request's method.
 
     Raises:
         As `make_recipe`.
     """
-    coefficients = find_method(options.method).coefficients(merging_weights)
-    return make_recipe(pool, coefficients, dtype=dtype, method=options.method, method_params=options.method_params)
+    return make_recipe(pool, merging_weights, dtype=dtype, method=options.method, method_params=options.method_params)
+
+
+def recipe_of_trial(options: CocktailOptions, pool: Pool, trial: Trial, *, dtype: DType) -> Recipe:
+    """The recipe to be tried: a trial's weights are shares, whatever the method.
+
+    Raises:
+        As `make_recipe`.
+    """
+    coefficients = find_method(options.method).coefficients(trial.merging_weights)
+    return recipe_of(options, pool, coefficients, dtype=dtype)
 
 
 def _candidates(options: CocktailOptions, losses: Mapping[str, Sequence[float]]) -> Trials[tuple[Candidate, ...]]:

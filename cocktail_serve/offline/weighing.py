@@ -12,7 +12,7 @@ from cocktail_serve.cocktails.cocktail import CrossValidation, Weighing
 from cocktail_serve.cocktails.cross_validation import cross_validate
 from cocktail_serve.cocktails.options import CocktailOptions, CocktailRequest
 from cocktail_serve.cocktails.parsing import parse_inline
-from cocktail_serve.cocktails.weighing_plan import advance, recipe_of, weighing_steps
+from cocktail_serve.cocktails.weighing_plan import advance, recipe_of, recipe_of_trial, weighing_steps
 from cocktail_serve.config import PoolConfig, Settings
 from cocktail_serve.dtypes import DType
 from cocktail_serve.examples import ExampleSet, parse_examples
@@ -127,7 +127,7 @@ def _answered(
     while isinstance(step := advance(trials, answer), Trial):
         assert losses_of is not None
         report(what, round(100 * step.progress), 100)
-        answer = losses_of(recipe_of(options, pool, step.merging_weights, dtype=dtype), step.rows)
+        answer = losses_of(recipe_of_trial(options, pool, step, dtype=dtype), step.rows)
         require_finite(answer, "the mixture", dtype, step.rows)
     if answer is not None:
         report(what, 100, 100)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 import time
+from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -29,6 +30,9 @@ from vllm_cocktail.replies import SCORE_PATH, ScoreReply
 
 SCORE_TOKENS = 4096
 """Tokens of one scoring request; between two the turn may be given up."""
+
+TOKENIZED_KEPT = 4
+"""Sets of examples of which the tokens are kept: a cocktail's are asked for once for each model, trial and check."""
 
 TOKENIZER_RETRY_S = 5.0
 """How long a tokenizer that could not be loaded is not tried again: its files may be there by then."""
@@ -68,6 +72,7 @@ class DecoderScorer:
         self._executor = ThreadPoolExecutor(1, thread_name_prefix=f"tokenizer-{pool.id}")
         self._tokenizer: asyncio.Future[ExampleTokenizer] | None = None
         self._tried_at = 0.0
+        self._tokenized: OrderedDict[tuple[str, int], list[TokenizedExample]] = OrderedDict()
 
     def prepare_tokenizer(self) -> None:
         """Begins to make the tokenizer ready to be loaded, which is done when it is needed: a large one takes memory.
@@ -99,7 +104,7 @@ class DecoderScorer:
         self._libraries.close()
 
     async def tokenize(self, examples: ExampleSet) -> list[TokenizedExample]:
-        """The examples as they will be scored.
+        """The examples as they will be scored; those of the last sets are kept, by digest.
 
         Raises:
             ContextLengthError, InvalidExamplesError: as `scoring.decoder.tokenize_examples`.
@@ -113,11 +118,19 @@ class DecoderScorer:
             )
         if self._supervisor.state == "stopped":
             raise ModelNotReadyError("the server is shutting down")
+        key = (examples.digest, max_model_len)
+        if key in self._tokenized:
+            self._tokenized.move_to_end(key)
+            return self._tokenized[key]
         tokenizer = await asyncio.shield(self._load_tokenizer())
         tokenize = partial(
             tokenize_examples, tokenizer, examples, max_tokens=max_model_len - 1, chat_template=self._chat_template
         )
-        return await asyncio.get_running_loop().run_in_executor(self._executor, tokenize)
+        tokenized = await asyncio.get_running_loop().run_in_executor(self._executor, tokenize)
+        self._tokenized[key] = tokenized
+        if len(self._tokenized) > TOKENIZED_KEPT:
+            self._tokenized.popitem(last=False)
+        return tokenized
 
     async def score(self, recipe: Recipe, examples: ExampleSet) -> Scored:
         """Loss (nats) of each example under a recipe, in as many turns as it takes; NaN where it is not finite.
