@@ -15,17 +15,15 @@ _T = TypeVar("_T")
 
 
 def in_store(settings: Settings, work: Callable[[Database], Awaitable[_T]]) -> _T:
-    """The result of some work on the open store; what it changes is written down as the command line's doing.
+    """The result of some work on the open store.
 
     Raises:
         ConfigError, StorageError: the store cannot be opened or used.
     """
     from cocktail_serve.database.database import Database
     from cocktail_serve.database.registry_file import registry_url
-    from cocktail_serve.usage.audit import CLI, acting
 
     async def run(url: DatabaseURL) -> _T:
-        acting.set(CLI)
         database = Database(url)
         await database.open(as_server=False)
         try:

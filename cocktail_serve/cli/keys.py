@@ -16,6 +16,7 @@ from cocktail_serve.cli.options import AsJSON, Config
 from cocktail_serve.cli.terminal import print_json, stderr, stdout
 from cocktail_serve.config import load_settings
 from cocktail_serve.tenants.keys import DEFAULT_SCOPES, Key, check_scopes
+from cocktail_serve.usage.actor import CLI
 
 if TYPE_CHECKING:
     from cocktail_serve.tenants.store import TenantStore
@@ -61,7 +62,9 @@ def create(
     if lifetime_s == 0:
         raise typer.BadParameter("must be longer than nothing", param_hint="--expires")
     wanted = check_scopes(part.strip() for part in scopes.split(",") if part.strip())
-    _show_created(*_in_store(config, lambda store: store.create_key(tenant, wanted, lifetime_s=lifetime_s)), as_json)
+    _show_created(
+        *_in_store(config, lambda store: store.create_key(tenant, wanted, lifetime_s=lifetime_s, actor=CLI)), as_json
+    )
 
 
 @keys.command("list")
@@ -85,7 +88,7 @@ def revoke(key_id: KeyId, *, config: Config, tenant: OptionalTenant = None, as_j
     """End a key. A running server refuses it within five seconds."""
     from cocktail_serve.gateway.schemas.admin import KeyView
 
-    key = _in_store(config, lambda store: store.revoke(key_id, tenant=tenant))
+    key = _in_store(config, lambda store: store.revoke(key_id, tenant=tenant, actor=CLI))
     if as_json:
         print_json(KeyView.of(key).model_dump())
     else:
@@ -103,7 +106,9 @@ def rotate(
 ) -> None:
     """Make a key like another, which ends after the overlap."""
     overlap_s = parse_duration(overlap)
-    _show_created(*_in_store(config, lambda store: store.rotate(key_id, overlap_s=overlap_s, tenant=tenant)), as_json)
+    _show_created(
+        *_in_store(config, lambda store: store.rotate(key_id, overlap_s=overlap_s, tenant=tenant, actor=CLI)), as_json
+    )
 
 
 def _in_store(config: Path, work: Callable[[TenantStore], Awaitable[_T]]) -> _T:

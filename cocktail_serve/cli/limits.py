@@ -15,6 +15,7 @@ from cocktail_serve.cli.options import AsJSON, Config
 from cocktail_serve.cli.terminal import print_json, stdout
 from cocktail_serve.config import Limits, Settings, load_settings
 from cocktail_serve.tenants.limits import merged
+from cocktail_serve.usage.actor import CLI
 
 if TYPE_CHECKING:
     from cocktail_serve.database.database import Database
@@ -128,7 +129,7 @@ def _change(config: Path, tenant: str, changed: Changed, *, as_json: bool, makes
         store = TenantStore(database)
         if not makes_tenant:
             _named(tenant, await store.tenants())
-        return await store.change_limits(tenant, changed)
+        return await store.change_limits(tenant, changed, actor=CLI)
 
     settings = load_settings(config)
     _print(settings, [in_store(settings, change)], as_json=as_json)

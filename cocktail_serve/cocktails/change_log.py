@@ -8,16 +8,18 @@ from typing import Any
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from cocktail_serve.cocktails.cocktail import Cocktail, version_id
-from cocktail_serve.usage.audit import Actor, record
+from cocktail_serve.usage.actor import Actor
+from cocktail_serve.usage.audit import record
 
 
-async def made(connection: AsyncConnection, cocktail: Cocktail) -> None:
+async def made(connection: AsyncConnection, cocktail: Cocktail, actor: Actor) -> None:
     """A cocktail was asked for."""
     options = cocktail.options
     await record(
         connection,
         "cocktail.created",
         cocktail.id,
+        actor=actor,
         tenant=cocktail.tenant,
         detail={
             "pool": cocktail.pool_id,
@@ -46,23 +48,23 @@ async def changed(connection: AsyncConnection, before: Cocktail, after: Cocktail
         "experts": [{"model": name, "coefficient": weight} for name, weight in weights.items()],
         "fingerprints": [fingerprint for fingerprint, _ in after.recipe.coefficients],
     }
-    by = Actor(after.tenant, after.key_id)
-    await record(connection, "cocktail.ready", after.id, tenant=after.tenant, detail=detail, actor=by)
+    maker = Actor(after.tenant, after.key_id)
+    await record(connection, "cocktail.ready", after.id, actor=maker, tenant=after.tenant, detail=detail)
 
 
-async def pinned(connection: AsyncConnection, tenant: str, name: str, digest: str | None) -> None:
+async def pinned(connection: AsyncConnection, tenant: str, name: str, digest: str | None, actor: Actor) -> None:
     """A name was made to mean one version; None: the newest again."""
     current = None if digest is None else version_id(name, digest)
-    await record(connection, "cocktail.pinned", name, tenant=tenant, detail={"current": current})
+    await record(connection, "cocktail.pinned", name, actor=actor, tenant=tenant, detail={"current": current})
 
 
-async def deleted(connection: AsyncConnection, tenant: str, versions: Iterable[tuple[str, str]]) -> None:
+async def deleted(connection: AsyncConnection, tenant: str, versions: Iterable[tuple[str, str]], actor: Actor) -> None:
     """Versions were deleted.
 
     Args:
         versions: name and digest of each.
     """
     for name, digest in versions:
-        await record(
-            connection, "cocktail.deleted", version_id(name, digest), tenant=tenant, detail={"request_digest": digest}
-        )
+        detail = {"request_digest": digest}
+        subject = version_id(name, digest)
+        await record(connection, "cocktail.deleted", subject, actor=actor, tenant=tenant, detail=detail)

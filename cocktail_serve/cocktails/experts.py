@@ -29,6 +29,7 @@ from cocktail_serve.errors import (
 )
 from cocktail_serve.library_process import LibraryCall, LibraryProcess
 from cocktail_serve.pool import BASE, NAME_PATTERN, Member, Pool
+from cocktail_serve.usage.actor import SERVER, Actor
 from cocktail_serve.usage.audit import record
 
 logger = logging.getLogger(__name__)
@@ -120,7 +121,7 @@ class Experts:
         pool = self._pool(pool_id)
         return [(member, self._added.get((pool_id, name))) for name, member in pool.experts.items()]
 
-    async def add(self, pool_id: str, name: str, path: str) -> tuple[Member, Added, bool]:
+    async def add(self, pool_id: str, name: str, path: str, *, actor: Actor = SERVER) -> tuple[Member, Added, bool]:
         """Takes a model in: checked, written down, and then shown.
 
         Returns:
@@ -134,9 +135,9 @@ class Experts:
             CheckpointError, IncompatibleModelsError: the model cannot be read, or mixed; nothing has changed.
             StorageError: the database or the engine could not be told; nothing has changed.
         """
-        return await self._shield.run(self._add(pool_id, name, path))
+        return await self._shield.run(self._add(pool_id, name, path, actor))
 
-    async def remove(self, pool_id: str, name: str, *, force: bool) -> None:
+    async def remove(self, pool_id: str, name: str, *, force: bool, actor: Actor = SERVER) -> None:
         """Takes an added expert out, one that is left out too. Its files stay where they are.
 
         Args:
@@ -147,9 +148,9 @@ class Experts:
             ConflictError: it is of the configuration, or cocktails are made of it.
             StorageError: as `add`.
         """
-        await self._shield.run(self._remove(pool_id, name, force=force))
+        await self._shield.run(self._remove(pool_id, name, actor, force=force))
 
-    async def _add(self, pool_id: str, name: str, path: str) -> tuple[Member, Added, bool]:
+    async def _add(self, pool_id: str, name: str, path: str, actor: Actor) -> tuple[Member, Added, bool]:
         self._pool(pool_id)
         if not re.fullmatch(NAME_PATTERN, name) or name == BASE:
             raise InvalidRequestError(
@@ -191,14 +192,14 @@ class Experts:
                     )
                 )
                 detail = {"fingerprint": member.fingerprint, "path": str(folder)}
-                await record(connection, "expert.added", f"{pool_id}/{name}", tenant=None, detail=detail)
+                await record(connection, "expert.added", f"{pool_id}/{name}", actor=actor, tenant=None, detail=detail)
             self._show(grown)
             self._added[pool_id, name] = added
             self._left_out.pop((pool_id, name), None)
             logger.info("expert %s/%s was added", pool_id, name)
             return member, added, False
 
-    async def _remove(self, pool_id: str, name: str, *, force: bool) -> None:
+    async def _remove(self, pool_id: str, name: str, actor: Actor, *, force: bool) -> None:
         async with self._changing:
             pool = self._pool(pool_id)
             if (pool_id, name) not in self._left_out:
@@ -217,7 +218,7 @@ class Experts:
             async with self._database.write() as connection:
                 table = tables.experts
                 await connection.execute(delete(table).where(table.c.pool == pool_id, table.c.name == name))
-                await record(connection, "expert.removed", f"{pool_id}/{name}", tenant=None)
+                await record(connection, "expert.removed", f"{pool_id}/{name}", actor=actor, tenant=None)
             if self._left_out.pop((pool_id, name), None) is None:
                 await self._unload(pool_id, name)
 

@@ -21,6 +21,7 @@ from cocktail_serve.cocktails.store import ExtraWrites, RemoteChanges, StaleErro
 from cocktail_serve.config import Limits
 from cocktail_serve.errors import ConflictError, NotFoundError, PermissionDeniedError
 from cocktail_serve.tenants.limits import UNLIMITED
+from cocktail_serve.usage.actor import SERVER, Actor
 
 CreateOutcome = Literal["new", "again", "existing"]
 """A version that was not there; one that failed or was cancelled and is queued again; one that is there."""
@@ -104,7 +105,7 @@ class Registry:
         score_keys: tuple[str, ...],
         warnings: tuple[str, ...],
         limits: Limits = UNLIMITED,
-        key_id: str | None = None,
+        actor: Actor = SERVER,
         extra_writes: ExtraWrites | None = None,
     ) -> tuple[Cocktail, CreateOutcome, list[Cocktail]]:
         """Finds the version that a request names, or adds it as queued.
@@ -114,7 +115,7 @@ class Registry:
         Args:
             score_keys: keys that its scores will be kept under.
             limits: of the tenant; what is counted and what is added are one step.
-            key_id: of the key that asks.
+            actor: who asks.
             extra_writes: writes rows of its own in the transaction that this is done in.
 
         Returns:
@@ -138,12 +139,13 @@ class Registry:
             # inline ones make room for each other, where there is room for any
             num_kept = 0 if request.options.inline else self.catalog.of_tenant(tenant).num_listed
             check_cocktails(num_kept, limits)
-            gone = await self._make_room(tenant, limits.cocktails) if request.options.inline else []
-            queued = self._queued(tenant, request, warnings=warnings, key_id=key_id)
+            gone = await self._make_room(tenant, limits.cocktails, actor) if request.options.inline else []
+            queued = self._queued(tenant, request, warnings=warnings, key_id=actor.key_id)
             cocktail = await self._store.add(
                 queued,
                 request.examples,
                 score_keys,
+                actor=actor,
                 validation=request.validation,
                 max_example_bytes=limits.example_bytes,
                 extra_writes=extra_writes,
@@ -210,7 +212,7 @@ class Registry:
             self._unkept[uid] = entry.cocktail
             self.catalog.show(entry, replace(entry.cocktail, status="failed", error=failure))
 
-    async def pin(self, tenant: str, name: str, ref: str | None) -> Cocktail:
+    async def pin(self, tenant: str, name: str, ref: str | None, *, actor: Actor = SERVER) -> Cocktail:
         """Makes a ready version current whatever becomes ready later; None removes the pin.
 
         Raises:
@@ -220,7 +222,7 @@ class Registry:
 
         async def decide() -> Cocktail:
             entry = self._pinnable(tenant, name, ref)
-            await self._store.pin(tenant, name, None if entry is None else entry.cocktail.uid)
+            await self._store.pin(tenant, name, None if entry is None else entry.cocktail.uid, actor=actor)
             self.catalog.pin(tenant, name, entry)
             return self.catalog.get(tenant, name)
 
@@ -228,7 +230,7 @@ class Registry:
             await self._sync()
             return await self._decided(decide)
 
-    async def remove(self, tenant: str, ref: str) -> list[Cocktail]:
+    async def remove(self, tenant: str, ref: str, *, actor: Actor = SERVER) -> list[Cocktail]:
         """Deletes a version, or all versions of a name. From then on they are unknown.
 
         Returns:
@@ -250,7 +252,7 @@ class Registry:
                 entries = [] if versions is None else list(versions.by_digest8.values())
             if not entries:
                 raise no_cocktail(ref)
-            return await self._remove(tenant, entries)
+            return await self._remove(tenant, entries, actor)
 
     async def remove_failed(self, *, older_than_s: float) -> list[Cocktail]:
         """Deletes the versions that failed or were cancelled and have not been asked for since; the last snapshots."""
@@ -260,7 +262,7 @@ class Registry:
             removed = []
             async for entry in paced(self.catalog.in_state("failed", "cancelled"), every=500):
                 if entry.cocktail.used_at < before and entry.cocktail.uid not in self._unkept:
-                    removed += await self._remove(entry.cocktail.tenant, [entry])
+                    removed += await self._remove(entry.cocktail.tenant, [entry], SERVER)
             return removed
 
     @asynccontextmanager
@@ -407,11 +409,11 @@ class Registry:
         if newest or changes or extra_writes is not None:
             await self._apply(entry, extra_writes, newest=newest, **changes)
 
-    async def _remove(self, tenant: str, entries: list[Entry]) -> list[Cocktail]:
-        await self._store.delete(tenant, [entry.cocktail.uid for entry in entries])
+    async def _remove(self, tenant: str, entries: list[Entry], actor: Actor) -> list[Cocktail]:
+        await self._store.delete(tenant, [entry.cocktail.uid for entry in entries], actor=actor)
         return [self.catalog.drop(entry) for entry in entries]
 
-    async def _make_room(self, tenant: str, most: int | None) -> list[Cocktail]:
+    async def _make_room(self, tenant: str, most: int | None, actor: Actor) -> list[Cocktail]:
         """Inline cocktails go, least recently used first; one whose job runs has a caller waiting and stays.
 
         Args:
@@ -427,7 +429,7 @@ class Registry:
         going |= islice(others, surplus)
         gone: list[Cocktail] = []
         for entry in going.values():
-            gone += await self._remove(entry.cocktail.tenant, [entry])
+            gone += await self._remove(entry.cocktail.tenant, [entry], actor)
         return gone
 
     def _check_jobs(self, tenant: str, limits: Limits) -> None:

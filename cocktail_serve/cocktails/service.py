@@ -31,8 +31,8 @@ from cocktail_serve.engines.engine_time import EngineTime, totalled
 from cocktail_serve.errors import CapacityError, ModelNotReadyError, NotFoundError, StorageError
 from cocktail_serve.pool import Pool
 from cocktail_serve.tenants.limits import LimitsOf, unlimited
+from cocktail_serve.usage.actor import SERVER, Actor
 from cocktail_serve.usage.amounts import UsageAmount
-from cocktail_serve.usage.audit import acting
 from cocktail_serve.usage.ledger import Ledger
 
 CHECK_TIMEOUT_S = 5.0
@@ -142,6 +142,7 @@ class CocktailService:
         tenant: str,
         request: CocktailRequest,
         *,
+        actor: Actor = SERVER,
         extra_writes: ExtraWrites | None = None,
     ) -> tuple[Cocktail, bool]:
         """Makes a cocktail, or finds the one that the same request made.
@@ -150,6 +151,7 @@ class CocktailService:
         counts as new.
 
         Args:
+            actor: who asks for it: what its job uses is counted under the actor's key.
             extra_writes: writes rows of its own in the transaction that this is done in; both are there or neither.
 
         Returns:
@@ -164,7 +166,7 @@ class CocktailService:
         known = self.catalog.version(tenant, request)  # a guess, so that examples are checked outside of the lock
         if known is None or known.status in ("failed", "cancelled"):
             await self._check_examples(request)
-        return await self._shield.run(self._admit(tenant, request, extra_writes))
+        return await self._shield.run(self._admit(tenant, request, actor, extra_writes))
 
     async def find(self, tenant: str, model_id: str) -> ServedModel:
         """As `Catalog.resolve`, and where that finds nothing to serve, with what another gateway has made just now.
@@ -237,7 +239,7 @@ class CocktailService:
             raise no_cocktail(ref)
         return changed
 
-    async def dry_run(self, tenant: str, request: CocktailRequest) -> Weighing:
+    async def dry_run(self, tenant: str, request: CocktailRequest, *, actor: Actor = SERVER) -> Weighing:
         """Losses and weights only. Kept scores are used, but nothing is kept: no deletion could ever purge it.
 
         Raises:
@@ -247,7 +249,7 @@ class CocktailService:
         async with self._registry.dry_run(tenant, self._limits_of(tenant)):
             await self._check_examples(request)
             pool_id = request.options.pool
-            with totalled(partial(self._count_use, tenant, acting.get().key_id, pool_id, pool_id)) as spent:
+            with totalled(partial(self._count_use, tenant, actor.key_id, pool_id, pool_id)) as spent:
                 score_scope = ScoreScope(tenant=tenant, uid=None, spent=spent)
                 return await self._weigher.weigh(self._engines[pool_id], request.options, request.examples, score_scope)
 
@@ -256,6 +258,7 @@ class CocktailService:
         tenant: str,
         request: CocktailRequest,
         *,
+        actor: Actor = SERVER,
         timeout_s: float = INLINE_TIMEOUT_S,
     ) -> ServedModel:
         """What a request with a `cocktail` of its own is answered by: mixed now, or found by digest.
@@ -267,7 +270,7 @@ class CocktailService:
         known = self.catalog.version(tenant, request)  # a guess, so that examples are checked outside of the lock
         if known is not None and known.status == "ready":
             return self.catalog.resolve(tenant, known.id)
-        created, _ = await self.create(tenant, request)
+        created, _ = await self.create(tenant, request, actor=actor)
         made = await self.wait(tenant, created.id, timeout_s)
         if made.status == "failed" and made.error is not None:
             raise made.error.exception()
@@ -283,20 +286,20 @@ class CocktailService:
         """
         return await self._shield.run(self._reports.ask(await self.look_up(tenant, ref)))
 
-    async def set_current(self, tenant: str, name: str, ref: str | None) -> Cocktail:
+    async def set_current(self, tenant: str, name: str, ref: str | None, *, actor: Actor = SERVER) -> Cocktail:
         """Pins a name to a ready version; None removes the pin. Returns what the name means then.
 
         Raises:
             NotFoundError: no such name, or no such version of it.
             ConflictError: the version is not ready.
         """
-        return await self._shield.run(self._registry.pin(tenant, name, ref))
+        return await self._shield.run(self._registry.pin(tenant, name, ref, actor=actor))
 
     async def cancel(self, tenant: str, ref: str) -> Cocktail:
         """Ends an unfinished job and keeps the cocktail as cancelled; leaves a finished one as it is."""
         return await self._shield.run(self._cancel(await self.look_up(tenant, ref)))
 
-    async def delete(self, tenant: str, ref: str) -> Sequence[Cocktail]:
+    async def delete(self, tenant: str, ref: str, *, actor: Actor = SERVER) -> Sequence[Cocktail]:
         """Deletes a version, or all versions of a name, with their examples and scores.
 
         New calls find nothing from here on, those in flight finish, an unfinished job is cancelled.
@@ -308,10 +311,10 @@ class CocktailService:
             NotFoundError: unknown, or another tenant's.
             PermissionDeniedError: a pool or an expert.
         """
-        return await self._shield.run(self._delete(tenant, ref))
+        return await self._shield.run(self._delete(tenant, ref, actor))
 
     async def _admit(
-        self, tenant: str, request: CocktailRequest, extra_writes: ExtraWrites | None
+        self, tenant: str, request: CocktailRequest, actor: Actor, extra_writes: ExtraWrites | None
     ) -> tuple[Cocktail, bool]:
         pool = self._pools[request.options.pool]
         keys = score_keys(request.examples, pool.kind) + score_keys(request.validation, pool.kind)
@@ -321,7 +324,7 @@ class CocktailService:
             score_keys=keys,
             warnings=warnings_of_request(request, pool),
             limits=self._limits_of(tenant),
-            key_id=acting.get().key_id,
+            actor=actor,
             extra_writes=extra_writes,
         )
         self._release(gone)
@@ -348,8 +351,8 @@ class CocktailService:
         self._jobs.cancel(cocktail.uid)
         return cancelled or self.catalog.by_uid(cocktail.uid) or cocktail
 
-    async def _delete(self, tenant: str, ref: str) -> Sequence[Cocktail]:
-        removed = await self._registry.remove(tenant, ref)
+    async def _delete(self, tenant: str, ref: str, actor: Actor) -> Sequence[Cocktail]:
+        removed = await self._registry.remove(tenant, ref, actor=actor)
         self._release(removed)
         return removed
 

@@ -19,6 +19,7 @@ from cocktail_serve.database import tables
 from cocktail_serve.database.database import Database, chunks, insert_missing, shielded
 from cocktail_serve.examples import ExampleSet, parse_examples
 from cocktail_serve.tenants.example_quota import check_example_bytes
+from cocktail_serve.usage.actor import SERVER, Actor
 
 
 class ChangeHook(Protocol):
@@ -121,6 +122,7 @@ class Store:
         examples: ExampleSet | None,
         score_keys: Sequence[str],
         *,
+        actor: Actor = SERVER,
         validation: ExampleSet | None = None,
         max_example_bytes: int | None = None,
         extra_writes: ExtraWrites | None = None,
@@ -167,7 +169,7 @@ class Store:
                 await connection.execute(
                     insert(tables.items), [{"uid": cocktail.uid, "item": item} for item in dict.fromkeys(score_keys)]
                 )
-            await change_log.made(connection, cocktail)
+            await change_log.made(connection, cocktail, actor)
             if extra_writes is not None:
                 await extra_writes(connection, cocktail)
         return cocktail
@@ -222,7 +224,7 @@ class Store:
                 )
 
     @shielded
-    async def pin(self, tenant: str, name: str, uid: str | None) -> None:
+    async def pin(self, tenant: str, name: str, uid: str | None, *, actor: Actor = SERVER) -> None:
         """Pins a name to a version, or removes the pin.
 
         Raises:
@@ -244,17 +246,17 @@ class Store:
                 await connection.execute(insert(tables.pins).values(tenant=tenant, name=name, uid=uid))
                 of_version = select(tables.cocktails.c.digest).where(tables.cocktails.c.uid == uid)
                 digest = (await connection.execute(of_version)).scalar_one()
-            await change_log.pinned(connection, tenant, name, digest)
+            await change_log.pinned(connection, tenant, name, digest, actor)
 
     @shielded
-    async def delete(self, tenant: str, uids: Sequence[str]) -> None:
+    async def delete(self, tenant: str, uids: Sequence[str], *, actor: Actor = SERVER) -> None:
         """Deletes cocktails of a tenant with their examples, and the scores that no other of its cocktails needs."""
         async with self._database.write() as connection:
             change = await _number(connection)
             for some in chunks(uids):
                 names = select(tables.cocktails.c.name, tables.cocktails.c.digest)
                 rows = await connection.execute(names.where(tables.cocktails.c.uid.in_(some)).with_for_update())
-                await change_log.deleted(connection, tenant, [(row.name, row.digest) for row in rows])
+                await change_log.deleted(connection, tenant, [(row.name, row.digest) for row in rows], actor)
                 removals = [{"uid": uid, "change": change} for uid in some]
                 await connection.execute(insert_missing(connection, tables.removals), removals)
                 for hook in self._change_hooks:

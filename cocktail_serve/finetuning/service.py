@@ -24,6 +24,7 @@ from cocktail_serve.finetuning.jobs import JobStore
 from cocktail_serve.finetuning.request import JobBody, JobRequest, param_of_job
 from cocktail_serve.ids import Page
 from cocktail_serve.pool import Pool
+from cocktail_serve.usage.actor import SERVER, Actor
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +43,9 @@ class FineTuning:
     jobs: JobStore
     executor: Executor
 
-    async def create(self, tenant: str, body: JobBody, *, visible: Collection[str] | None = None) -> Job:
+    async def create(
+        self, tenant: str, body: JobBody, *, visible: Collection[str] | None = None, actor: Actor = SERVER
+    ) -> Job:
         """Makes a job, or finds the identical one of the last ten minutes.
 
         Args:
@@ -76,7 +79,7 @@ class FineTuning:
             wanted = await asyncio.get_running_loop().run_in_executor(
                 self.executor, self._parse, asked, training, validation, visible
             )
-            await self.cocktails.create(tenant, wanted, extra_writes=enlist)
+            await self.cocktails.create(tenant, wanted, actor=actor, extra_writes=enlist)
         return made[-1]
 
     async def cancel(self, tenant: str, job_id: str) -> Job:

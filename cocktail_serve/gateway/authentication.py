@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from cocktail_serve.errors import AuthenticationError, PermissionDeniedError
 from cocktail_serve.tenants.keys import DEFAULT_TENANT, SCOPES, Key, Scope, id_of, key_digest
 from cocktail_serve.tenants.store import TenantStore
+from cocktail_serve.usage.actor import Actor
 
 CACHE_TTL_S = 5.0
 """How long a key is taken at its word. What this process revokes or changes holds at once; what another one does (the
@@ -36,6 +37,11 @@ class Caller:
     scopes: frozenset[Scope]
     key_id: str | None = None
     pools: frozenset[str] | None = None
+
+    @property
+    def actor(self) -> Actor:
+        """Who does what the request asks for, as the audit log has it."""
+        return Actor(self.tenant, self.key_id)
 
     def sees(self, pool_id: str) -> bool:
         """Whether a pool is there for the tenant."""

@@ -9,7 +9,6 @@ from fastapi import Depends, Request
 from cocktail_serve.gateway.authentication import Caller
 from cocktail_serve.gateway.exchange import exchange_of
 from cocktail_serve.gateway.gateway import Gateway
-from cocktail_serve.usage.audit import Actor, acting
 
 
 async def gateway_of(request: Request) -> Gateway:
@@ -32,7 +31,6 @@ async def caller_of(request: Request) -> Caller:
     gateway = await gateway_of(request)
     caller = await gateway.authenticator.caller(request.headers.get("authorization", ""))
     caller.require("use")
-    acting.set(Actor(caller.tenant, caller.key_id))
     return caller
 
 
@@ -71,6 +69,7 @@ async def admin_of(request: Request) -> Caller:
         PermissionDeniedError: the key lacks the scope `admin`.
     """
     gateway = await gateway_of(request)
-    caller = await gateway.authenticator.admin(request.headers.get("authorization", ""))
-    acting.set(Actor(caller.tenant, caller.key_id))
-    return caller
+    return await gateway.authenticator.admin(request.headers.get("authorization", ""))
+
+
+AdminDep = Annotated[Caller, Depends(admin_of)]

@@ -137,4 +137,4 @@ async def served_model(admitted: AdmittedRequest, target: Target[Any]) -> Served
     if target.served is not None:
         return target.served
     request = await admitted.gateway.parse_inline(admitted.body["cocktail"], target.pool)
-    return await admitted.gateway.service.inline(admitted.caller.tenant, request)
+    return await admitted.gateway.service.inline(admitted.caller.tenant, request, actor=admitted.caller.actor)

@@ -15,6 +15,7 @@ from cocktail_serve.database import tables
 from cocktail_serve.database.database import Database, shielded
 from cocktail_serve.errors import ConflictError, NotFoundError
 from cocktail_serve.tenants.keys import Key, Scope, check_tenant, key_digest, make_key
+from cocktail_serve.usage.actor import SERVER, Actor
 from cocktail_serve.usage.audit import Action, record
 
 
@@ -52,7 +53,7 @@ class TenantStore:
 
     @shielded
     async def create_key(
-        self, tenant: str, scopes: Iterable[Scope], *, lifetime_s: float | None = None
+        self, tenant: str, scopes: Iterable[Scope], *, lifetime_s: float | None = None, actor: Actor = SERVER
     ) -> tuple[Key, str]:
         """Makes a key, and its tenant if there is none of that name.
 
@@ -67,7 +68,7 @@ class TenantStore:
         async with self._database.write() as connection:
             await self._ensure_tenant(connection, tenant, now)
             made = await self._add(connection, tenant, scopes, now, lifetime_s)
-            await _record(connection, "key.created", made[0])
+            await _record(connection, actor, "key.created", made[0])
         return made
 
     @shielded
@@ -90,7 +91,7 @@ class TenantStore:
         return _key(row), Tenant(row["tenant"], _pools(row["pools"]), row["tenant_created_at"])
 
     @shielded
-    async def revoke(self, key_id: str, *, tenant: str | None = None) -> Key:
+    async def revoke(self, key_id: str, *, tenant: str | None = None, actor: Actor = SERVER) -> Key:
         """Ends a key now; one that has ended stays as it is.
 
         Args:
@@ -103,11 +104,13 @@ class TenantStore:
             key = await self._get(connection, key_id, tenant)
             if key.revoked_at is not None:
                 return key
-            await _record(connection, "key.revoked", key)
+            await _record(connection, actor, "key.revoked", key)
             return await self._end(connection, key, revoked_at=self._clock())
 
     @shielded
-    async def rotate(self, key_id: str, *, overlap_s: float, tenant: str | None = None) -> tuple[Key, str]:
+    async def rotate(
+        self, key_id: str, *, overlap_s: float, tenant: str | None = None, actor: Actor = SERVER
+    ) -> tuple[Key, str]:
         """Makes a key like another, which ends after `overlap_s`, so that clients can change over.
 
         The new one has an id of its own, and lives as long from now on as the other was made to.
@@ -128,7 +131,7 @@ class TenantStore:
             else:
                 ends_at = now + overlap_s if old.expires_at is None else min(old.expires_at, now + overlap_s)
                 await self._end(connection, old, expires_at=ends_at)
-            await _record(connection, "key.rotated", made[0], replaces=old.id, overlap_s=overlap_s)
+            await _record(connection, actor, "key.rotated", made[0], replaces=old.id, overlap_s=overlap_s)
         return made
 
     @shielded
@@ -145,6 +148,7 @@ class TenantStore:
         *,
         pools: Iterable[str] | Unchanged | None = "unchanged",
         limits: Mapping[str, int | None] | Unchanged | None = "unchanged",
+        actor: Actor = SERVER,
     ) -> Tenant:
         """Changes what a tenant may use; makes the tenant if there is none of that name.
 
@@ -163,11 +167,15 @@ class TenantStore:
             changes["limits"] = dict(limits) if limits else None
         async with self._database.write() as connection:
             await self._ensure_tenant(connection, name, self._clock())
-            return await self._change(connection, name, changes)
+            return await self._change(connection, actor, name, changes)
 
     @shielded
     async def change_limits(
-        self, name: str, changed: Callable[[Mapping[str, int | None]], Mapping[str, int | None]]
+        self,
+        name: str,
+        changed: Callable[[Mapping[str, int | None]], Mapping[str, int | None]],
+        *,
+        actor: Actor = SERVER,
     ) -> Tenant:
         """Changes the limits that a tenant has of its own, as they stand; makes the tenant if there is none.
 
@@ -182,13 +190,13 @@ class TenantStore:
             await self._ensure_tenant(connection, name, self._clock())
             query = select(tables.tenants.c.limits).where(tables.tenants.c.name == name).with_for_update()
             own = (await connection.execute(query)).scalar_one()
-            return await self._change(connection, name, {"limits": dict(changed(own or {})) or None})
+            return await self._change(connection, actor, name, {"limits": dict(changed(own or {})) or None})
 
-    async def _change(self, connection: AsyncConnection, name: str, changes: Mapping[str, Any]) -> Tenant:
+    async def _change(self, connection: AsyncConnection, actor: Actor, name: str, changes: Mapping[str, Any]) -> Tenant:
         of_name = tables.tenants.c.name == name
         if changes:
             await connection.execute(update(tables.tenants).where(of_name).values(changes))
-            await record(connection, "tenant.changed", name, tenant=name, detail=changes)
+            await record(connection, "tenant.changed", name, actor=actor, tenant=name, detail=changes)
         return _tenant((await connection.execute(select(tables.tenants).where(of_name))).mappings().one())
 
     async def _ensure_tenant(self, connection: AsyncConnection, name: str, now: float) -> None:
@@ -233,9 +241,9 @@ class TenantStore:
         return replace(key, **ends)  # type: ignore[arg-type]  # the two moments of a key
 
 
-async def _record(connection: AsyncConnection, action: Action, key: Key, **detail: Any) -> None:
+async def _record(connection: AsyncConnection, actor: Actor, action: Action, key: Key, **detail: Any) -> None:
     told = {"scopes": sorted(key.scopes), "expires_at": key.expires_at, **detail}
-    await record(connection, action, key.id, tenant=key.tenant, detail=told)
+    await record(connection, action, key.id, actor=actor, tenant=key.tenant, detail=told)
 
 
 def _key(row: RowMapping) -> Key:

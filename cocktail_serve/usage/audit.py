@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -17,6 +16,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from cocktail_serve.database import tables
 from cocktail_serve.database.database import Database, page_of, shielded
 from cocktail_serve.ids import Order, Page, check_cursor, new_id
+from cocktail_serve.usage.actor import SERVER, Actor
 
 Action = Literal[
     "cocktail.created",
@@ -30,28 +30,6 @@ Action = Literal[
     "expert.added",
     "expert.removed",
 ]
-
-
-@dataclass(frozen=True, slots=True)
-class Actor:
-    """Who does something.
-
-    Attributes:
-        tenant: whose key it is; None: nobody's, the operator works on the store itself.
-        key_id: None where no key was asked for; `admin` is COCKTAIL_ADMIN_KEY, `cli` the command line, `server` the
-            server by itself.
-    """
-
-    tenant: str | None
-    key_id: str | None
-
-
-SERVER = Actor(None, "server")
-
-CLI = Actor(None, "cli")
-
-acting: ContextVar[Actor] = ContextVar("acting", default=SERVER)
-"""Who the current request is from. What a request starts and does not wait for goes on in its name."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,22 +57,17 @@ async def record(
     action: Action,
     subject: str,
     *,
+    actor: Actor,
     tenant: str | None,
     detail: Mapping[str, Any] | None = None,
-    actor: Actor | None = None,
 ) -> None:
-    """Writes a change down, in the transaction that it is made in.
-
-    Args:
-        actor: who made it; None: whose request this is.
-    """
-    by = actor or acting.get()
+    """Writes a change down, in the transaction that it is made in."""
     await connection.execute(
         insert(tables.audit).values(
             id=new_id("audit"),
             at=time.time(),
-            actor_tenant=by.tenant,
-            actor_key=by.key_id,
+            actor_tenant=actor.tenant,
+            actor_key=actor.key_id,
             action=action,
             tenant=tenant,
             subject=subject,
@@ -116,11 +89,17 @@ class AuditLog:
 
     @shielded
     async def record(
-        self, action: Action, subject: str, *, tenant: str | None = None, detail: Mapping[str, Any] | None = None
+        self,
+        action: Action,
+        subject: str,
+        *,
+        actor: Actor = SERVER,
+        tenant: str | None = None,
+        detail: Mapping[str, Any] | None = None,
     ) -> None:
         """Writes down a change that is made elsewhere than in the database, before it is announced."""
         async with self._database.write() as connection:
-            await record(connection, action, subject, tenant=tenant, detail=detail)
+            await record(connection, action, subject, actor=actor, tenant=tenant, detail=detail)
 
     @shielded
     async def sweep(self, *, older_than_s: float) -> None:

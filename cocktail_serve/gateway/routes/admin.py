@@ -5,7 +5,7 @@ from __future__ import annotations
 from fastapi import APIRouter, Depends
 
 from cocktail_serve.errors import NotFoundError
-from cocktail_serve.gateway.dependencies import GatewayDep, admin_of
+from cocktail_serve.gateway.dependencies import AdminDep, GatewayDep, admin_of
 from cocktail_serve.gateway.json_body import JSONObject
 from cocktail_serve.gateway.openapi import error_responses, json_request
 from cocktail_serve.gateway.schemas.admin import (
@@ -24,10 +24,12 @@ router = APIRouter(prefix="/admin", tags=["admin"], dependencies=[Depends(admin_
 
 
 @router.post("/keys", status_code=201, responses=error_responses(413), openapi_extra=json_request(KeyBody))
-async def create_key(gateway: GatewayDep, body: JSONObject) -> CreatedKey:
+async def create_key(gateway: GatewayDep, admin: AdminDep, body: JSONObject) -> CreatedKey:
     """Makes a key, which is shown this once."""
     wanted = parse_as(KeyBody, body)
-    key, secret = await gateway.tenants.create_key(wanted.tenant, wanted.scopes, lifetime_s=wanted.expires_in_s)
+    key, secret = await gateway.tenants.create_key(
+        wanted.tenant, wanted.scopes, lifetime_s=wanted.expires_in_s, actor=admin.actor
+    )
     return CreatedKey.made(key, secret)
 
 
@@ -38,9 +40,9 @@ async def list_keys(gateway: GatewayDep, tenant: str | None = None) -> KeyList:
 
 
 @router.delete("/keys/{key_id}", responses=error_responses(404))
-async def revoke_key(gateway: GatewayDep, key_id: str) -> KeyView:
+async def revoke_key(gateway: GatewayDep, admin: AdminDep, key_id: str) -> KeyView:
     """Ends a key: at once here, within seconds in other processes on the same store."""
-    key = await gateway.tenants.revoke(key_id)
+    key = await gateway.tenants.revoke(key_id, actor=admin.actor)
     gateway.authenticator.forget(key.id)
     return KeyView.of(key)
 
@@ -51,10 +53,10 @@ async def revoke_key(gateway: GatewayDep, key_id: str) -> KeyView:
     responses=error_responses(404, 409, 413),
     openapi_extra=json_request(RotationBody),
 )
-async def rotate_key(gateway: GatewayDep, key_id: str, body: JSONObject) -> CreatedKey:
+async def rotate_key(gateway: GatewayDep, admin: AdminDep, key_id: str, body: JSONObject) -> CreatedKey:
     """Makes a key like this one, which stays valid for `overlap_s` more seconds."""
     wanted = parse_as(RotationBody, body)
-    key, secret = await gateway.tenants.rotate(key_id, overlap_s=wanted.overlap_s)
+    key, secret = await gateway.tenants.rotate(key_id, overlap_s=wanted.overlap_s, actor=admin.actor)
     gateway.authenticator.forget(key_id)
     return CreatedKey.made(key, secret)
 
@@ -68,7 +70,7 @@ async def list_tenants(gateway: GatewayDep) -> TenantList:
 
 
 @router.put("/tenants/{name}", responses=error_responses(404, 413), openapi_extra=json_request(TenantBody))
-async def update_tenant(gateway: GatewayDep, name: str, body: JSONObject) -> TenantView:
+async def update_tenant(gateway: GatewayDep, admin: AdminDep, name: str, body: JSONObject) -> TenantView:
     """Says which pools a tenant may use (others are not there for it), and which limits it has."""
     wanted = parse_as(TenantBody, body)
     unknown = sorted(set(wanted.pools or ()) - gateway.pools.keys())
@@ -77,7 +79,7 @@ async def update_tenant(gateway: GatewayDep, name: str, body: JSONObject) -> Ten
         raise NotFoundError(
             f"there is no pool {unknown[0]!r}; there are: {known}", param="pools", code="pool_not_found"
         )
-    tenant = await gateway.tenants.change_tenant(name, **wanted.changes)
+    tenant = await gateway.tenants.change_tenant(name, **wanted.changes, actor=admin.actor)
     gateway.authenticator.forget_tenant(name)
     gateway.limits.set(name, tenant.limits)
     return TenantView.of(tenant, gateway.limits.of(name))

@@ -66,8 +66,8 @@ async def create_cocktail(
     if dry_run:
         response.status_code = 200
         async with ended_with_client(request.receive):
-            return WeighingView.of(await gateway.service.dry_run(creator.tenant, wanted))
-    cocktail, existed = await gateway.service.create(creator.tenant, wanted)
+            return WeighingView.of(await gateway.service.dry_run(creator.tenant, wanted, actor=creator.actor))
+    cocktail, existed = await gateway.service.create(creator.tenant, wanted, actor=creator.actor)
     if wait and not cocktail.is_final:
         # the job goes on when the client leaves: only the waiting ends
         async with ended_with_client(request.receive):
@@ -153,11 +153,12 @@ async def retrieve_report(gateway: GatewayDep, tenant: TenantDep, ref: str) -> C
 async def update_cocktail(gateway: GatewayDep, creator: CreatorDep, name: str, body: JSONObject) -> CocktailView:
     """Says which version the name means: a ready one, or null for the newest."""
     wanted = parse_as(CurrentVersion, body)
-    return CocktailView.of(await gateway.service.set_current(creator.tenant, name, wanted.current), gateway.pools)
+    current = await gateway.service.set_current(creator.tenant, name, wanted.current, actor=creator.actor)
+    return CocktailView.of(current, gateway.pools)
 
 
 @router.delete("/v1/cocktails/{ref}", responses=error_responses(404, 429))
 async def delete_cocktail(gateway: GatewayDep, creator: CreatorDep, ref: str) -> CocktailDeleted:
     """Deletes a version, or all versions of a name, with examples and losses."""
-    await gateway.service.delete(creator.tenant, ref)
+    await gateway.service.delete(creator.tenant, ref, actor=creator.actor)
     return CocktailDeleted(id=ref)

@@ -7,7 +7,7 @@ import asyncio
 from fastapi import APIRouter, Depends, Response
 
 from cocktail_serve.errors import InvalidRequestError
-from cocktail_serve.gateway.dependencies import GatewayDep, admin_of
+from cocktail_serve.gateway.dependencies import AdminDep, GatewayDep, admin_of
 from cocktail_serve.gateway.gateway import Gateway
 from cocktail_serve.gateway.json_body import JSONObject
 from cocktail_serve.gateway.openapi import error_responses, json_request
@@ -70,19 +70,23 @@ async def list_experts(gateway: GatewayDep, pool_id: str) -> ExpertList:
     },
     openapi_extra=json_request(ExpertBody),
 )
-async def add_expert(gateway: GatewayDep, pool_id: str, body: JSONObject, response: Response) -> ExpertView:
+async def add_expert(
+    gateway: GatewayDep, admin: AdminDep, pool_id: str, body: JSONObject, response: Response
+) -> ExpertView:
     """Takes a model of `server.expert_roots` into a pool, for good. Existing cocktails stay what they are."""
     wanted = parse_as(ExpertBody, body)
-    member, added, was_there = await gateway.experts.add(pool_id, wanted.name, wanted.path)
+    member, added, was_there = await gateway.experts.add(pool_id, wanted.name, wanted.path, actor=admin.actor)
     if was_there:
         response.status_code = 200
     return ExpertView.of(pool_id, member, added)
 
 
 @router.delete("/pools/{pool_id}/experts/{name}", responses=error_responses(404, 409))
-async def remove_expert(gateway: GatewayDep, pool_id: str, name: str, force: bool = False) -> DeletedExpert:
+async def remove_expert(
+    gateway: GatewayDep, admin: AdminDep, pool_id: str, name: str, force: bool = False
+) -> DeletedExpert:
     """Takes an added model out of a pool: 409 while cocktails are made of it, unless forced. Its files stay."""
-    await gateway.experts.remove(pool_id, name, force=force)
+    await gateway.experts.remove(pool_id, name, force=force, actor=admin.actor)
     return DeletedExpert(id=f"{pool_id}/{name}")
 
 

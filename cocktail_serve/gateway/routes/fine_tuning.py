@@ -29,7 +29,8 @@ LimitQuery = Annotated[int, Query(ge=1, le=MAX_LIMIT)]
 async def create_job(gateway: GatewayDep, creator: CreatorDep, body: JSONObject) -> JobView:
     """Mixes a model from a file of examples; an identical request within ten minutes finds the same job."""
     wanted = parse_as(JobBody, body)
-    return JobView.of(await gateway.fine_tuning.create(creator.tenant, wanted, visible=creator.pools))
+    job = await gateway.fine_tuning.create(creator.tenant, wanted, visible=creator.pools, actor=creator.actor)
+    return JobView.of(job)
 
 
 @router.get("/v1/fine_tuning/jobs", responses=error_responses())

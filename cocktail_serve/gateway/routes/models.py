@@ -37,7 +37,7 @@ async def retrieve_model(gateway: GatewayDep, caller: CallerDep, model_id: str) 
 async def delete_model(gateway: GatewayDep, creator: CreatorDep, model_id: str) -> ModelDeleted:
     """Deletes a cocktail's version, or all versions of a name."""
     await _entry(gateway, creator, model_id)
-    await gateway.service.delete(creator.tenant, model_id)
+    await gateway.service.delete(creator.tenant, model_id, actor=creator.actor)
     return ModelDeleted(id=model_id)
 
 

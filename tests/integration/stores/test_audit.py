@@ -11,7 +11,8 @@ from cocktail_serve.database import tables
 from cocktail_serve.database.database import Database
 from cocktail_serve.errors import ConflictError, InvalidRequestError
 from cocktail_serve.tenants.store import TenantStore
-from cocktail_serve.usage.audit import CLI, SERVER, Actor, AuditLog, acting
+from cocktail_serve.usage.actor import CLI, SERVER, Actor
+from cocktail_serve.usage.audit import AuditLog
 
 ALICE = Actor("acme", "0123456789ab")
 
@@ -34,9 +35,7 @@ async def world(database: Database) -> World:
 
 async def test_who_did_what(world: World) -> None:
     await world.log.record("expert.added", "flan/new", detail={"fingerprint": "f"})
-    token = acting.set(ALICE)
-    await world.log.record("cocktail.pinned", "films", tenant="acme")
-    acting.reset(token)
+    await world.log.record("cocktail.pinned", "films", actor=ALICE, tenant="acme")
     pinned, added = (await world.log.list()).data
     assert (added.actor, added.action, added.tenant, added.subject) == (SERVER, "expert.added", None, "flan/new")
     assert added.detail == {"fingerprint": "f"}
@@ -61,12 +60,11 @@ async def test_pages(world: World) -> None:
 
 
 async def test_keys_and_tenants_are_written_down_with_their_changes(world: World) -> None:
-    acting.set(CLI)
-    key, secret = await world.tenants.create_key("acme", {"use"})
-    rotated, other_secret = await world.tenants.rotate(key.id, overlap_s=0)
-    await world.tenants.revoke(rotated.id)
-    await world.tenants.revoke(rotated.id)
-    await world.tenants.change_tenant("acme", pools=["flan"], limits={"cocktails": 3})
+    key, secret = await world.tenants.create_key("acme", {"use"}, actor=CLI)
+    rotated, other_secret = await world.tenants.rotate(key.id, overlap_s=0, actor=CLI)
+    await world.tenants.revoke(rotated.id, actor=CLI)
+    await world.tenants.revoke(rotated.id, actor=CLI)
+    await world.tenants.change_tenant("acme", pools=["flan"], limits={"cocktails": 3}, actor=CLI)
     events = (await world.log.list(order="asc")).data
     assert [(event.action, event.subject) for event in events] == [
         ("key.created", key.id),
