@@ -8,7 +8,7 @@ from typing import Any
 from fastapi import Request
 from starlette.types import Scope
 
-from cocktail_serve.gateway.metering import MeteredRequest, rate_limit_headers
+from cocktail_serve.gateway.metering import rate_limit_headers
 from cocktail_serve.tenants.limits import Admission
 
 _KEY = "exchange"
@@ -22,14 +22,12 @@ class Exchange:
         started_at: seconds, `time.perf_counter`.
         pool_id: of the model asked for, once that is known: counters and the log line have it.
         headers: that the answer gets, whatever it is.
-        metered: a request to a model, once it was admitted; the boundary closes it.
     """
 
     request_id: str
     started_at: float
     pool_id: str = ""
     headers: tuple[tuple[bytes, bytes], ...] = ()
-    metered: MeteredRequest | None = None
 
     def enforce_limits(self, admission: Admission) -> None:
         """Tells the client the tenant's limits, and ends here where they are exceeded.

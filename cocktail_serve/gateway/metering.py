@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
+
+from starlette.requests import ClientDisconnect
 
 from cocktail_serve.cocktails.cocktail import ServedModel
 from cocktail_serve.engines.token_estimates import reserved_tokens
@@ -15,7 +18,10 @@ from cocktail_serve.usage.ledger import Ledger
 
 
 class MeteredRequest:
-    """One request to a model, admitted. `RequestBoundary` closes it when the answer has ended, however that came."""
+    """One request to a model. A context manager: what is inside is done for it, and it has ended with that.
+
+    A client that left before the engine said anything, so that `used` was not called, is charged the estimate.
+    """
 
     __slots__ = ("_caller", "_meter", "_num_tokens", "admission")
 
@@ -30,10 +36,13 @@ class MeteredRequest:
         self._num_tokens = num_in + num_out
         self._meter.count_tokens(self._caller, served, num_in=num_in, num_out=num_out)
 
-    def close(self, *, has_client_left: bool) -> None:
-        """The request has ended. A client that left before the engine said anything, so that `used` was not called, is
-        charged the estimate."""
-        is_unknown = self._num_tokens is None and has_client_left
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        is_unknown = self._num_tokens is None and isinstance(error, ClientDisconnect)
         self.admission.end(None if is_unknown else self._num_tokens or 0)
 
 

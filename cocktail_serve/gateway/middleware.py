@@ -51,7 +51,6 @@ class RequestBoundary:
         logs.request_id.set(exchange.request_id)
         is_work = scope["path"] not in PROBE_PATHS
         status = CLIENT_GONE
-        has_client_left = False
 
         async def send_named(message: Message) -> None:
             nonlocal status
@@ -73,15 +72,12 @@ class RequestBoundary:
             else:
                 await self._app(scope, receive, send_named)
         except ClientDisconnect:
-            has_client_left = True
             logger.debug("request %s: the client left before its answer was complete", exchange.request_id)
         except Exception:
             logger.exception("request %s: %s %s failed", exchange.request_id, scope["method"], _route(scope))
             if status == CLIENT_GONE:  # nothing was sent yet
                 await error_response(internal_error())(scope, receive, send_named)
         finally:
-            if exchange.metered is not None:
-                exchange.metered.close(has_client_left=has_client_left)
             self._lifecycle.num_open -= is_work
             route, pool, seconds = _route(scope), exchange.pool_id, time.perf_counter() - exchange.started_at
             self._metrics.count_request(route=route, status=status, pool=pool)

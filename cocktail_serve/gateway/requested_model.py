@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
@@ -63,8 +64,10 @@ class Target(Generic[_E]):
     served: ServedModel | None
 
 
-async def admit(request: DirectRequest) -> AdmittedRequest:
-    """How every request to a model begins: who sends it, what it says, whether the tenant may ask now.
+@asynccontextmanager
+async def admit(request: DirectRequest) -> AsyncIterator[AdmittedRequest]:
+    """How every request to a model begins: who sends it, what it says, whether the tenant may ask now. The block is
+    all that is done for it: it counts as open, and its tokens are reserved, until the block ends.
 
     Raises:
         AuthenticationError, PermissionDeniedError: as `caller_of`.
@@ -75,9 +78,9 @@ async def admit(request: DirectRequest) -> AdmittedRequest:
     caller = await caller_of(request)
     body, num_bytes = await read_json_object(request)
     exchange = exchange_of(request)
-    exchange.metered = metered = gateway.meter.admit(caller, body, num_bytes=num_bytes)
-    exchange.enforce_limits(metered.admission)
-    return AdmittedRequest(request, exchange, gateway, caller, body, metered)
+    with gateway.meter.admit(caller, body, num_bytes=num_bytes) as metered:
+        exchange.enforce_limits(metered.admission)
+        yield AdmittedRequest(request, exchange, gateway, caller, body, metered)
 
 
 async def find_target(admitted: AdmittedRequest, engines: Mapping[str, _E]) -> Target[_E]:

@@ -34,42 +34,42 @@ router = APIRouter(tags=["embeddings"], route_class=DirectRoute)
 )
 async def create_embeddings(request: DirectRequest) -> None:
     """Embeddings of up to 2048 texts, as OpenAI's."""
-    admitted = await admit(request)
-    gateway = admitted.gateway
-    wanted = parse_as(EmbeddingRequest, admitted.body)
-    target = await find_target(admitted, gateway.encoders)
-    engine, config = target.engine, target.config
-    inputs = check_inputs(wanted.input, token_inputs=config.token_inputs)
-    asked_by, prompt_name = given(wanted, "prompt_name", "input_type", "task")
-    prompt = prompt_of(prompt_name, config, inputs, param=asked_by)
-    _, whether = given(wanted, "truncation", "truncate")
-    truncate_to = truncation(
-        wanted.truncate_prompt_tokens, max_length=engine.max_length, whether=whether, truncate=config.truncate
-    )
-    size_by, size = given(wanted, "dimensions", "output_dimension")
-    dimensions = dimensions_to_keep(size, full=engine.dimension, pool=config, param=size_by)
-    _, encoding_format = given(wanted, "encoding_format", "embedding_type")
-    served = await served_model(admitted, target)
-    async with ended_with_client(request.receive):
-        embedded = await engine.embed(
-            served.recipe,
-            inputs,
-            prompt=prompt,
-            truncate_to=truncate_to,
-            dimensions=dimensions,
-            tenant=admitted.caller.tenant,
+    async with admit(request) as admitted:
+        gateway = admitted.gateway
+        wanted = parse_as(EmbeddingRequest, admitted.body)
+        target = await find_target(admitted, gateway.encoders)
+        engine, config = target.engine, target.config
+        inputs = check_inputs(wanted.input, token_inputs=config.token_inputs)
+        asked_by, prompt_name = given(wanted, "prompt_name", "input_type", "task")
+        prompt = prompt_of(prompt_name, config, inputs, param=asked_by)
+        _, whether = given(wanted, "truncation", "truncate")
+        truncate_to = truncation(
+            wanted.truncate_prompt_tokens, max_length=engine.max_length, whether=whether, truncate=config.truncate
         )
-    admitted.metered.used(served, num_in=embedded.num_tokens)
-    admitted.observe_first_token(served)
-    encode = partial(
-        encode_embeddings,
-        embedded.vectors,
-        model_id=served.model_id,
-        num_tokens=embedded.num_tokens,
-        encoding_format=encoding_format or "float",
-    )
-    if embedded.vectors.size <= MAX_INLINE_NUMBERS:
-        answer = encode()
-    else:
-        answer = await asyncio.get_running_loop().run_in_executor(gateway.parsing, encode)
-    await request.answer(Response(answer, media_type="application/json"))
+        size_by, size = given(wanted, "dimensions", "output_dimension")
+        dimensions = dimensions_to_keep(size, full=engine.dimension, pool=config, param=size_by)
+        _, encoding_format = given(wanted, "encoding_format", "embedding_type")
+        served = await served_model(admitted, target)
+        async with ended_with_client(request.receive):
+            embedded = await engine.embed(
+                served.recipe,
+                inputs,
+                prompt=prompt,
+                truncate_to=truncate_to,
+                dimensions=dimensions,
+                tenant=admitted.caller.tenant,
+            )
+        admitted.metered.used(served, num_in=embedded.num_tokens)
+        admitted.observe_first_token(served)
+        encode = partial(
+            encode_embeddings,
+            embedded.vectors,
+            model_id=served.model_id,
+            num_tokens=embedded.num_tokens,
+            encoding_format=encoding_format or "float",
+        )
+        if embedded.vectors.size <= MAX_INLINE_NUMBERS:
+            answer = encode()
+        else:
+            answer = await asyncio.get_running_loop().run_in_executor(gateway.parsing, encode)
+        await request.answer(Response(answer, media_type="application/json"))

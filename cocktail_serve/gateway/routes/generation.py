@@ -48,8 +48,8 @@ async def create_completion(request: DirectRequest) -> None:
 
 
 async def _generate(request: DirectRequest, path: str) -> None:
-    admitted = await admit(request)
-    target = await find_target(admitted, admitted.gateway.decoders)
-    outgoing = apply_field_policy(admitted.body, allow_chat_template=target.config.allow_chat_template)
-    served = await served_model(admitted, target)
-    await forward_generation(admitted, target.engine, served, path, outgoing)
+    async with admit(request) as admitted:
+        target = await find_target(admitted, admitted.gateway.decoders)
+        outgoing = apply_field_policy(admitted.body, allow_chat_template=target.config.allow_chat_template)
+        served = await served_model(admitted, target)
+        await forward_generation(admitted, target.engine, served, path, outgoing)

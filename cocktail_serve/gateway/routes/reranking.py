@@ -27,38 +27,38 @@ router = APIRouter(tags=["reranking"], route_class=DirectRoute)
 )
 async def rerank(request: DirectRequest) -> None:
     """Documents in the order of their relevance to a query, as vLLM's; `/rerank` and `/v2/rerank` are the same."""
-    admitted = await admit(request)
-    wanted = parse_as(RerankRequest, admitted.body)
-    target = await find_target(admitted, admitted.gateway.rerankers)
-    engine = target.engine
-    _, top_n = given(wanted, "top_n", "top_k")
-    documents = check_documents(wanted.documents, rank_fields=wanted.rank_fields)
-    truncate_to = truncation(
-        wanted.truncate_prompt_tokens,
-        max_length=engine.max_length,
-        whether=wanted.truncation,
-        truncate=target.config.truncate,
-    )
-    served = await served_model(admitted, target)
-    async with ended_with_client(request.receive):
-        reranked = await engine.rerank(
-            served.recipe,
-            wanted.query,
-            [document.text for document in documents],
-            truncate_to=truncate_to,
-            max_query_tokens=wanted.max_tokens_per_query or None,
-            max_document_tokens=wanted.max_tokens_per_doc or None,
-            use_activation=wanted.use_activation is not False,
-            tenant=admitted.caller.tenant,
+    async with admit(request) as admitted:
+        wanted = parse_as(RerankRequest, admitted.body)
+        target = await find_target(admitted, admitted.gateway.rerankers)
+        engine = target.engine
+        _, top_n = given(wanted, "top_n", "top_k")
+        documents = check_documents(wanted.documents, rank_fields=wanted.rank_fields)
+        truncate_to = truncation(
+            wanted.truncate_prompt_tokens,
+            max_length=engine.max_length,
+            whether=wanted.truncation,
+            truncate=target.config.truncate,
         )
-    admitted.metered.used(served, num_in=reranked.num_tokens)
-    admitted.observe_first_token(served)
-    answer = encode_ranking(
-        reranked,
-        documents,
-        model_id=served.model_id,
-        top_n=top_n or 0,
-        return_documents=wanted.return_documents is not False,
-        as_voyage="top_k" in wanted.model_fields_set,
-    )
-    await request.answer(Response(answer, media_type="application/json"))
+        served = await served_model(admitted, target)
+        async with ended_with_client(request.receive):
+            reranked = await engine.rerank(
+                served.recipe,
+                wanted.query,
+                [document.text for document in documents],
+                truncate_to=truncate_to,
+                max_query_tokens=wanted.max_tokens_per_query or None,
+                max_document_tokens=wanted.max_tokens_per_doc or None,
+                use_activation=wanted.use_activation is not False,
+                tenant=admitted.caller.tenant,
+            )
+        admitted.metered.used(served, num_in=reranked.num_tokens)
+        admitted.observe_first_token(served)
+        answer = encode_ranking(
+            reranked,
+            documents,
+            model_id=served.model_id,
+            top_n=top_n or 0,
+            return_documents=wanted.return_documents is not False,
+            as_voyage="top_k" in wanted.model_fields_set,
+        )
+        await request.answer(Response(answer, media_type="application/json"))
