@@ -7,13 +7,14 @@ import logging
 from collections import defaultdict
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import TypeVar, Unpack
 
 from cocktail_serve.cocktails.cocktail import Cocktail, CocktailChanges, Failure
 from cocktail_serve.cocktails.cross_validation import PENDING
+from cocktail_serve.cocktails.engine_use import EngineUse
 from cocktail_serve.cocktails.options import CocktailOptions
 from cocktail_serve.cocktails.registry import Registry
+from cocktail_serve.cocktails.reports import Reports
 from cocktail_serve.cocktails.scores import ScoreScope
 from cocktail_serve.cocktails.store import Store
 from cocktail_serve.cocktails.tasks import BackgroundTasks
@@ -21,7 +22,7 @@ from cocktail_serve.cocktails.warnings import warnings_of_losses
 from cocktail_serve.cocktails.weigher import Weigher
 from cocktail_serve.cocktails.weighing_plan import recipe_of
 from cocktail_serve.engines.base import AnyEngine, Engine
-from cocktail_serve.engines.engine_time import EngineTime, EngineTimeTotal, totalled
+from cocktail_serve.engines.engine_time import EngineTimeTotal
 from cocktail_serve.errors import (
     CapacityError,
     CocktailError,
@@ -88,10 +89,6 @@ class RetryPolicy:
             delay = min(2 * delay, self.max_delay_s)
 
 
-OnSpent = Callable[[Cocktail, EngineTime], None]
-"""Is told how long engines worked for a cocktail."""
-
-
 async def check_examples(engine: Engine, examples: ExampleSet | None, validation: ExampleSet | None) -> None:
     """Raises what would fail later, as `Engine.check_examples` does; `param` says which of the two."""
     if examples is not None:
@@ -110,8 +107,8 @@ class Jobs:
     """The running jobs, one task each. They end with the process and go on in the next one, or in another gateway.
 
     Args:
-        on_ready: told of a cocktail that is ready: its report is begun (`Reports.submit`).
-        on_spent: told what a job took of the engines: it goes to the ledger.
+        reports: begun with a cocktail that is ready; None: when somebody asks for its report.
+        engine_use: counts what jobs take of the engines.
     """
 
     def __init__(
@@ -123,8 +120,8 @@ class Jobs:
         engines: Mapping[str, AnyEngine],
         *,
         retry_policy: RetryPolicy,
-        on_ready: Callable[[Cocktail], None] | None,
-        on_spent: OnSpent,
+        reports: Reports | None,
+        engine_use: EngineUse,
     ) -> None:
         self._registry = registry
         self._store = store
@@ -132,8 +129,8 @@ class Jobs:
         self._pools = pools
         self._engines = engines
         self._retry = retry_policy
-        self._on_ready = on_ready
-        self._on_spent = on_spent
+        self._reports = reports
+        self._engine_use = engine_use
         self._slots: defaultdict[str, asyncio.Semaphore] = defaultdict(lambda: asyncio.Semaphore(MAX_RUNNING))
         self._tasks = BackgroundTasks("cocktail")
 
@@ -180,7 +177,7 @@ class Jobs:
         if previous is not None:
             await asyncio.wait([previous])
         async with self._slots[cocktail.pool_id]:
-            with totalled(partial(self._on_spent, cocktail)) as spent:
+            with self._engine_use.counted_for(cocktail) as spent:
                 await self._run(cocktail, examples, validation, spent)
 
     async def _run(
@@ -243,10 +240,10 @@ class Jobs:
             validation_loss=validation_loss,
             candidates=_judged(options, weighing.candidates, mixed_loss),
             warnings=(*cocktail.warnings, *warnings_of_losses(options, weighing.losses, mixed_loss)),
-            cross_validation=None if cocktail.inline or self._on_ready is None else PENDING,
+            cross_validation=None if cocktail.inline or self._reports is None else PENDING,
         )
-        if self._on_ready is not None and not cocktail.inline:
-            self._on_ready(ready)
+        if self._reports is not None and not cocktail.inline:
+            self._reports.submit(ready)
 
     async def _mixed_loss(
         self, engine: AnyEngine, recipe: Recipe, examples: ExampleSet | None, score_scope: ScoreScope

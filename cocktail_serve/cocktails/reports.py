@@ -10,18 +10,17 @@ import asyncio
 import logging
 from collections import defaultdict
 from collections.abc import Mapping
-from functools import partial
 
 from cocktail_serve.cocktails.cocktail import Cocktail, CrossValidation
 from cocktail_serve.cocktails.cross_validation import PENDING, no_findings
-from cocktail_serve.cocktails.jobs import OnSpent
+from cocktail_serve.cocktails.engine_use import EngineUse
 from cocktail_serve.cocktails.registry import Registry
 from cocktail_serve.cocktails.scores import Retrying, ScoreScope
 from cocktail_serve.cocktails.store import Store
 from cocktail_serve.cocktails.tasks import BackgroundTasks
 from cocktail_serve.cocktails.weigher import Weigher
 from cocktail_serve.engines.base import AnyEngine
-from cocktail_serve.engines.engine_time import EngineTimeTotal, totalled
+from cocktail_serve.engines.engine_time import EngineTimeTotal
 from cocktail_serve.errors import CapacityError, CocktailError, StorageError
 
 logger = logging.getLogger(__name__)
@@ -32,6 +31,7 @@ class Reports:
 
     Args:
         retry: how often a call to an engine is tried.
+        engine_use: counts what reports take of the engines.
     """
 
     def __init__(
@@ -42,14 +42,14 @@ class Reports:
         engines: Mapping[str, AnyEngine],
         *,
         retry: Retrying,
-        on_spent: OnSpent,
+        engine_use: EngineUse,
     ) -> None:
         self._registry = registry
         self._store = store
         self._weigher = weigher
         self._engines = engines
         self._retry = retry
-        self._on_spent = on_spent
+        self._engine_use = engine_use
         self._turns: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
         self._tasks = BackgroundTasks("report")
 
@@ -80,7 +80,7 @@ class Reports:
     async def _run(self, cocktail: Cocktail) -> None:
         async with self._turns[cocktail.pool_id]:
             try:
-                with totalled(partial(self._on_spent, cocktail)) as spent:
+                with self._engine_use.counted_for(cocktail) as spent:
                     found = await self._cross_validate(cocktail, spent)
                 await self._registry.keep_cross_validation(cocktail.uid, found)
             except CapacityError:

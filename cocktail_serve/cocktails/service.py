@@ -7,12 +7,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 from cocktail_serve.cocktails.catalog import Catalog, no_cocktail
 from cocktail_serve.cocktails.cluster_loop import ClusterLoop, Sweep
 from cocktail_serve.cocktails.cocktail import Cocktail, ModelEntry, ServedModel, Weighing
+from cocktail_serve.cocktails.engine_use import EngineUse
 from cocktail_serve.cocktails.gateway_leases import GatewayLeases
 from cocktail_serve.cocktails.jobs import Jobs, RetryPolicy, check_examples
 from cocktail_serve.cocktails.options import CocktailRequest
@@ -27,12 +27,10 @@ from cocktail_serve.config import Settings
 from cocktail_serve.database.database import Database
 from cocktail_serve.database.shield import Shield
 from cocktail_serve.engines.base import AnyEngine
-from cocktail_serve.engines.engine_time import EngineTime, totalled
 from cocktail_serve.errors import CapacityError, ModelNotReadyError, NotFoundError, StorageError
 from cocktail_serve.pool import Pool
 from cocktail_serve.tenants.limits import LimitsOf, unlimited
 from cocktail_serve.usage.actor import SERVER, Actor
-from cocktail_serve.usage.amounts import UsageAmount
 from cocktail_serve.usage.ledger import Ledger
 
 CHECK_TIMEOUT_S = 5.0
@@ -83,7 +81,7 @@ class CocktailService:
             max_inline=settings.max_inline_cocktails,
             on_remote_change=self._changed_remotely,
         )
-        self._ledger = ledger
+        self._engine_use = EngineUse(ledger)
         self._settings = settings
         self._pools = pools
         self._engines = engines
@@ -92,10 +90,10 @@ class CocktailService:
         scores = Scores(
             ScoreStore(database), self._executor, truncate={pool.id: pool.truncate for pool in settings.pools}
         )
-        self._weigher = Weigher(scores, self._executor, self.catalog.uses)
+        self._weigher = Weigher(scores, self._executor, self.catalog)
         retry_policy = retry_policy or RetryPolicy()
         self._reports = Reports(
-            self._registry, self._store, self._weigher, engines, retry=retry_policy, on_spent=self._count
+            self._registry, self._store, self._weigher, engines, retry=retry_policy, engine_use=self._engine_use
         )
         self._jobs = Jobs(
             self._registry,
@@ -104,8 +102,8 @@ class CocktailService:
             pools,
             engines,
             retry_policy=retry_policy,
-            on_ready=self._reports.submit if settings.reports else None,
-            on_spent=self._count,
+            reports=self._reports if settings.reports else None,
+            engine_use=self._engine_use,
         )
         self._shield = Shield()
         self._sweeps = sweeps
@@ -249,7 +247,7 @@ class CocktailService:
         async with self._registry.dry_run(tenant, self._limits_of(tenant)):
             await self._check_examples(request)
             pool_id = request.options.pool
-            with totalled(partial(self._count_use, tenant, actor.key_id, pool_id, pool_id)) as spent:
+            with self._engine_use.counted(tenant, actor.key_id, model=pool_id, pool_id=pool_id) as spent:
                 score_scope = ScoreScope(tenant=tenant, uid=None, spent=spent)
                 return await self._weigher.weigh(self._engines[pool_id], request.options, request.examples, score_scope)
 
@@ -355,14 +353,6 @@ class CocktailService:
         removed = await self._registry.remove(tenant, ref, actor=actor)
         self._release(removed)
         return removed
-
-    def _count(self, cocktail: Cocktail, spent: EngineTime) -> None:
-        self._count_use(cocktail.tenant, cocktail.key_id, cocktail.id, cocktail.pool_id, spent)
-
-    def _count_use(self, tenant: str, key_id: str | None, model: str, pool_id: str, spent: EngineTime) -> None:
-        if self._ledger is not None:
-            use = UsageAmount(scoring_s=spent.scoring_s, mixing_s=spent.mixing_s)
-            self._ledger.add(tenant, key_id, model, pool_id, use)
 
     def _release(self, removed: Iterable[Cocktail]) -> None:
         for cocktail in removed:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TypeVar
 
+from cocktail_serve.cocktails.catalog import Catalog
 from cocktail_serve.cocktails.cocktail import CrossValidation, Weighing
 from cocktail_serve.cocktails.cross_validation import cross_validate
 from cocktail_serve.cocktails.options import CocktailOptions
@@ -35,12 +36,12 @@ class Weigher:
 
     Attributes:
         executor: where a weighting thinks, away from the event loop.
-        uses: whether a recipe, by pool id and digest, is served: one that was only tried is not kept mixed.
+        catalog: says whether a recipe is served: one that was only tried is not kept mixed.
     """
 
     scores: Scores
     executor: Executor
-    uses: Callable[[str, str], bool]
+    catalog: Catalog
 
     async def weigh(
         self,
@@ -128,5 +129,5 @@ class Weigher:
             try:
                 answer = await retry(ask)
             finally:
-                if not self.uses(engine.pool.id, recipe.digest):
+                if not self.catalog.uses(engine.pool.id, recipe.digest):
                     engine.forget(recipe.digest)

@@ -91,7 +91,7 @@ async def assembled(
         )
         stack.push_async_callback(service.stop)
         await service.start()
-        parsing = stack.enter_context(ThreadPoolExecutor(1, "cocktail-parse"))
+        parse_executor = stack.enter_context(ThreadPoolExecutor(1, "cocktail-parse"))
         stack.push_async_callback(experts.stop)
         experts.start(service.catalog)
         await asyncio.to_thread(trim_cache, settings)
@@ -102,8 +102,8 @@ async def assembled(
             service=service,
             experts=experts,
             files=files,
-            fine_tuning=FineTuning(settings, pools, service, files, fine_tuning_jobs, parsing),
-            parsing=parsing,
+            fine_tuning=FineTuning(settings, pools, service, files, fine_tuning_jobs, parse_executor),
+            parse_executor=parse_executor,
             metrics=metrics,
             lifecycle=lifecycle,
             tenants=tenants,

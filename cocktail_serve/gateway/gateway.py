@@ -36,7 +36,8 @@ class Gateway:
 
     Attributes:
         engines: one for each pool; `decoders`, `encoders` and `rerankers` are those of a kind, typed.
-        parsing: one thread for bodies that may be megabytes: the checks of cocktail requests, answers of embeddings.
+        parse_executor: one thread for bodies that may be megabytes: the checks of cocktail requests, answers of
+            embeddings.
     """
 
     settings: Settings
@@ -55,7 +56,7 @@ class Gateway:
     usage: UsageStore
     audit: AuditLog
     meter: Meter
-    parsing: Executor
+    parse_executor: Executor
     pool_configs: Mapping[str, PoolConfig] = field(init=False)
     decoders: Mapping[str, GenerationEngine] = field(init=False)
     encoders: Mapping[str, EmbeddingEngine] = field(init=False)
@@ -75,12 +76,12 @@ class Gateway:
     async def parse_cocktail(self, body: Mapping[str, Any], caller: Caller) -> CocktailRequest:
         """The body of `POST /v1/cocktails`, checked; raises as `parse_request` does."""
         parse = partial(parse_request, body, settings=self.settings, pools=self.pools, visible=caller.pools)
-        return await asyncio.get_running_loop().run_in_executor(self.parsing, parse)
+        return await asyncio.get_running_loop().run_in_executor(self.parse_executor, parse)
 
     async def parse_inline(self, cocktail: Any, pool: Pool) -> CocktailRequest:
         """The `cocktail` of a generation, embedding or rerank request, checked; raises as `parse_inline` does."""
         parse = partial(parse_inline, cocktail, pool=pool, settings=self.settings)
-        return await asyncio.get_running_loop().run_in_executor(self.parsing, parse)
+        return await asyncio.get_running_loop().run_in_executor(self.parse_executor, parse)
 
     def engine(self, pool_id: str) -> AnyEngine:
         """Any pool's engine.

@@ -71,5 +71,5 @@ async def create_embeddings(request: DirectRequest) -> None:
         if embedded.vectors.size <= MAX_INLINE_NUMBERS:
             answer = encode()
         else:
-            answer = await asyncio.get_running_loop().run_in_executor(gateway.parsing, encode)
+            answer = await asyncio.get_running_loop().run_in_executor(gateway.parse_executor, encode)
         await request.answer(Response(answer, media_type="application/json"))
