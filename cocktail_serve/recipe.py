@@ -187,6 +187,12 @@ def settings_of(recipe: Recipe, pool: Pool) -> GenerationSettings | None:
     return mixed_settings(members[recipe.base].generation, experts, chat_template=pool.chat_template)
 
 
+def check_alpha(alpha: float) -> None:
+    """Raises InvalidMixError unless `alpha` is a number from 0 to 1."""
+    if isinstance(alpha, bool) or not (isinstance(alpha, int | float) and 0.0 <= alpha <= 1.0):
+        raise InvalidMixError(f"alpha must lie between 0 and 1, got {alpha!r}", param="alpha")
+
+
 def with_target(weights: Mapping[str, float] | None, *, target: str | None, alpha: float = 0.5) -> dict[str, float]:
     """Joins a fine-tuned target with the mixture of the others.
 
@@ -211,8 +217,7 @@ def with_target(weights: Mapping[str, float] | None, *, target: str | None, alph
                 "give examples, merging_weights or a target: there is nothing to mix", param="examples"
             )
         return dict(weights)
-    if isinstance(alpha, bool) or not (isinstance(alpha, int | float) and 0.0 <= alpha <= 1.0):
-        raise InvalidMixError(f"alpha must lie between 0 and 1, got {alpha!r}", param="alpha")
+    check_alpha(alpha)
     peers = {BASE: 1.0} if weights is None else weights
     if target in peers and not (target == BASE and weights is None):
         raise InvalidMixError(f"target {target!r} is among the peers it is mixed with", param="target")

@@ -137,7 +137,7 @@ class Jobs:
     def submit(self, cocktail: Cocktail, examples: ExampleSet | None, validation: ExampleSet | None) -> None:
         """Starts the job of a cocktail that is not final."""
         previous = self._tasks.cancel(cocktail.uid)
-        self._tasks.start(cocktail, self._after(previous, cocktail, examples, validation))
+        self._tasks.start(cocktail, self._run(previous, cocktail, examples, validation))
 
     async def resume(self, cocktail: Cocktail) -> None:
         """Goes on with a job that another process left; one whose examples no longer read ends as failed."""
@@ -166,34 +166,29 @@ class Jobs:
         """Ends all jobs where they are: their cocktails stay unfinished on disk."""
         await self._tasks.stop()
 
-    async def _after(
+    async def _run(
         self,
         previous: asyncio.Task[None] | None,
         cocktail: Cocktail,
         examples: ExampleSet | None,
         validation: ExampleSet | None,
     ) -> None:
-        """A cancelled job may still be leaving its engine when the cocktail is asked for again."""
+        """A job, once the one that was cancelled before it has left its engine."""
         if previous is not None:
             await asyncio.wait([previous])
         async with self._slots[cocktail.pool_id]:
-            with self._engine_use.counted_for(cocktail) as spent:
-                await self._run(cocktail, examples, validation, spent)
-
-    async def _run(
-        self, cocktail: Cocktail, examples: ExampleSet | None, validation: ExampleSet | None, spent: EngineTimeTotal
-    ) -> None:
-        try:
-            await self._make(cocktail, examples, validation, spent)
-        except _LostError:
-            return
-        except CocktailError as error:
-            logger.warning("cocktail %s failed: %s", cocktail.id, error.code)
-            await self._fail(cocktail, error)
-        except Exception:
-            # a fault of ours in one job must neither end the server nor leave callers waiting
-            logger.exception("cocktail %s failed by a fault of the server", cocktail.id)
-            await self._fail(cocktail, ServerError("the job failed by a fault of the server; its log says more"))
+            try:
+                with self._engine_use.counted_for(cocktail) as spent:
+                    await self._make(cocktail, examples, validation, spent)
+            except _LostError:
+                return
+            except CocktailError as error:
+                logger.warning("cocktail %s failed: %s", cocktail.id, error.code)
+                await self._fail(cocktail, error)
+            except Exception:
+                # a fault of ours in one job must neither end the server nor leave callers waiting
+                logger.exception("cocktail %s failed by a fault of the server", cocktail.id)
+                await self._fail(cocktail, ServerError("the job failed by a fault of the server; its log says more"))
 
     async def _make(
         self, cocktail: Cocktail, examples: ExampleSet | None, validation: ExampleSet | None, spent: EngineTimeTotal

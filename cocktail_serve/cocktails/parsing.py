@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -22,10 +21,11 @@ from cocktail_serve.errors import (
 from cocktail_serve.examples import parse_examples
 from cocktail_serve.methods import Method, MethodName, find_method
 from cocktail_serve.pool import BASE, NAME_PATTERN, Kind, Pool
-from cocktail_serve.recipe import check_form, make_recipe
+from cocktail_serve.recipe import check_alpha, check_form, make_recipe
 from cocktail_serve.request_schema import parse_as
 from cocktail_serve.storable_text import check_text
 from cocktail_serve.weighting.blackbox import BUDGET, MAX_BUDGET, check_available
+from cocktail_serve.weighting.softmax import check_temperature
 
 PAPER_TEMPERATURE = 5.0
 PAPER_ALPHA = 0.5
@@ -139,7 +139,10 @@ def _resolve(body: InlineBody, name: str, pool: Pool, settings: Settings, *, inl
         inline=inline,
         text_digest=pool.text_digest,
     )
-    _check_bounds(body)
+    if body.alpha is not None:
+        check_alpha(body.alpha)
+    if body.temperature is not None:
+        check_temperature(body.temperature)
     if body.merging_weights is not None:
         weights = _by_hand(body, pool, method, options.method_params)
         options = replace(options, members=_fingerprints(pool, weights), merging_weights=weights)
@@ -250,13 +253,6 @@ def _check_count(method: Method, peers: Sequence[str], target: str | None, pool:
             f'["{next(iter(pool.experts), "NAME")}"], or by a target without examples',
             param="experts",
         )
-
-
-def _check_bounds(body: InlineBody) -> None:
-    if body.alpha is not None and not 0.0 <= body.alpha <= 1.0:
-        raise InvalidMixError(f"alpha must lie between 0 and 1, got {body.alpha!r}", param="alpha")
-    if body.temperature is not None and not (math.isfinite(body.temperature) and body.temperature > 0.0):
-        raise InvalidMixError(f"temperature must be above 0, got {body.temperature!r}", param="temperature")
 
 
 def _weighting(

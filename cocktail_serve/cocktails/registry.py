@@ -55,7 +55,7 @@ class Registry:
         self._changing = asyncio.Lock()
         self._last_change = 0
         self._num_syncs = 0
-        self._unkept: dict[str, Cocktail] = {}
+        self._unsaved: dict[str, Cocktail] = {}
         self._dry_runs: Counter[str] = Counter()
         self._owner: str | None = None
         self._on_remote_change = on_remote_change or _ignored
@@ -67,7 +67,7 @@ class Registry:
     async def load(self) -> None:
         """Reads the store into memory."""
         async with self._changing:
-            await self._take_in(await self._store.load(), _ignored)
+            await self._apply_changes(await self._store.load(), _ignored)
             self.catalog.order_inline()
 
     async def sync(self) -> None:
@@ -88,21 +88,21 @@ class Registry:
             noted, self.catalog.used = self.catalog.used, {}
             await self._store.touch(noted)
         async with self._changing:
-            for uid, before in list(self._unkept.items()):
+            for uid, before in list(self._unsaved.items()):
                 entry = self.catalog.entry(uid)
                 try:
                     if entry is not None and entry.cocktail.change == before.change:
                         await self._apply(entry, before=before)
                 except StaleError:
                     await self._sync()
-                self._unkept.pop(uid, None)
+                self._unsaved.pop(uid, None)
 
     async def admit(
         self,
         tenant: str,
         request: CocktailRequest,
         *,
-        score_keys: tuple[str, ...],
+        score_items: tuple[str, ...],
         warnings: tuple[str, ...],
         limits: Limits = UNLIMITED,
         actor: Actor = SERVER,
@@ -113,7 +113,7 @@ class Registry:
         A version asked for again is the newest again, so it becomes current once ready; a pin stands.
 
         Args:
-            score_keys: keys that its scores will be kept under.
+            score_items: what its scores will be kept for.
             limits: of the tenant; what is counted and what is added are one step.
             actor: who asks.
             extra_writes: writes rows of its own in the transaction that this is done in.
@@ -144,7 +144,7 @@ class Registry:
             cocktail = await self._store.add(
                 queued,
                 request.examples,
-                score_keys,
+                score_items,
                 actor=actor,
                 validation=request.validation,
                 max_example_bytes=limits.example_bytes,
@@ -209,7 +209,7 @@ class Registry:
         """Ends a version whose end the store refused to take. `flush` tries again; after a restart its job goes on."""
         entry = self.catalog.entry(uid)
         if entry is not None and not entry.cocktail.is_final:
-            self._unkept[uid] = entry.cocktail
+            self._unsaved[uid] = entry.cocktail
             self.catalog.show(entry, replace(entry.cocktail, status="failed", error=failure))
 
     async def pin(self, tenant: str, name: str, ref: str | None, *, actor: Actor = SERVER) -> Cocktail:
@@ -261,7 +261,7 @@ class Registry:
             await self._sync()
             removed = []
             async for entry in paced(self.catalog.in_state("failed", "cancelled"), every=500):
-                if entry.cocktail.used_at < before and entry.cocktail.uid not in self._unkept:
+                if entry.cocktail.used_at < before and entry.cocktail.uid not in self._unsaved:
                     removed += await self._remove(entry.cocktail.tenant, [entry], SERVER)
             return removed
 
@@ -295,33 +295,33 @@ class Registry:
 
     async def _sync(self) -> None:
         self._num_syncs += 1
-        news = await self._store.news(self._last_change)
-        if news is not None:
-            await self._take_in(news, self._on_remote_change)
+        changes = await self._store.changes_since(self._last_change)
+        if changes is not None:
+            await self._apply_changes(changes, self._on_remote_change)
 
-    async def _take_in(self, news: RemoteChanges, tell: OnRemoteChange) -> None:
-        """Brings the news of the store into memory name by name, each as it was at one moment."""
-        removed = set(news.removed)
-        if news.is_all:
-            removed = self.catalog.uids() - {cocktail.uid for cocktail in news.cocktails}
+    async def _apply_changes(self, changes: RemoteChanges, on_change: OnRemoteChange) -> None:
+        """Brings what changed in the store into memory name by name, each as it was at one moment."""
+        removed = set(changes.removed)
+        if changes.is_all:
+            removed = self.catalog.uids() - {cocktail.uid for cocktail in changes.cocktails}
         of_name: defaultdict[tuple[str, str], tuple[list[Entry], list[Cocktail]]] = defaultdict(lambda: ([], []))
         for entry in map(self.catalog.entry, removed):
             if entry is not None:
                 of_name[entry.cocktail.tenant, entry.cocktail.name][0].append(entry)
-        for stored in news.cocktails:
+        for stored in changes.cocktails:
             if stored.uid not in removed:
                 of_name[stored.tenant, stored.name][1].append(stored)
         async for (tenant, name), (entries, cocktails) in paced(of_name.items()):
             dropped = [self.catalog.drop(entry) for entry in entries]
             # the newest first: what the name means is settled with it
-            changed = [cocktail for cocktail in map(self._taken_in, reversed(cocktails)) if cocktail is not None]
+            changed = [cocktail for cocktail in map(self._merged, reversed(cocktails)) if cocktail is not None]
             if cocktails:
-                self.catalog.pin(tenant, name, self.catalog.entry(news.pins.get((tenant, name), "")))
-            # before the loop goes on to others: a caller who leaves meanwhile takes no news with it
-            tell(changed, dropped)
-        self._last_change = news.last
+                self.catalog.pin(tenant, name, self.catalog.entry(changes.pins.get((tenant, name), "")))
+            # before the loop goes on to others: a caller who leaves meanwhile takes no change with it
+            on_change(changed, dropped)
+        self._last_change = changes.last
 
-    def _taken_in(self, stored: Cocktail) -> Cocktail | None:
+    def _merged(self, stored: Cocktail) -> Cocktail | None:
         """A cocktail of the store as the catalog shows it from now on; None: what the catalog has is as new."""
         entry = self.catalog.entry(stored.uid)
         if entry is not None and entry.cocktail.change >= stored.change:
@@ -388,7 +388,7 @@ class Registry:
         cocktail = await self._store.update(
             cocktail, before=before or entry.cocktail, extra_writes=extra_writes, newest=newest
         )
-        self._unkept.pop(cocktail.uid, None)
+        self._unsaved.pop(cocktail.uid, None)
         self.catalog.show(entry, cocktail)
 
     async def _ask_again(

@@ -40,17 +40,17 @@ async def once(call: Callable[[], Awaitable[_T]]) -> _T:
     return await call()
 
 
-def score_keys(examples: ExampleSet | None, kind: Kind) -> tuple[str, ...]:
-    """The keys that scores of these examples are kept under: example digests, or text digests for an encoder."""
+def score_items(examples: ExampleSet | None, kind: Kind) -> tuple[str, ...]:
+    """What scores of these examples are kept for: examples, by digest; for an encoder texts, by `text_item`."""
     if examples is None:
         return ()
     if kind == "encoder":
-        return tuple(embedding_key(item) for item in contrastive.texts_of(examples))
+        return tuple(text_item(item) for item in contrastive.texts_of(examples))
     return tuple(dict.fromkeys(examples.digests))
 
 
-def embedding_key(item: str) -> str:
-    """SHA-256 of a text, 64 hex characters: the key its embedding is kept under."""
+def text_item(item: str) -> str:
+    """SHA-256 of a text, 64 hex characters: what its embedding is kept for."""
     return hashlib.sha256(item.encode()).hexdigest()
 
 
@@ -198,7 +198,7 @@ class Scores:
         variant = digest_of(
             {"text": engine.pool.text_digest, "dtype": recipe.dtype, "prompt": "", "truncate_to": truncate_to}
         )
-        by_digest = {embedding_key(item): item for item in contrastive.texts_of(examples, rows)}
+        by_digest = {text_item(item): item for item in contrastive.texts_of(examples, rows)}
         kept = (
             {}
             if model is None

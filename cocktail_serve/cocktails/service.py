@@ -19,7 +19,7 @@ from cocktail_serve.cocktails.options import CocktailRequest
 from cocktail_serve.cocktails.registry import Registry
 from cocktail_serve.cocktails.reports import Reports
 from cocktail_serve.cocktails.score_store import ScoreStore
-from cocktail_serve.cocktails.scores import Scores, ScoreScope, score_keys
+from cocktail_serve.cocktails.scores import Scores, ScoreScope, score_items
 from cocktail_serve.cocktails.store import ChangeHook, ExtraWrites, Store
 from cocktail_serve.cocktails.warnings import warnings_of_request
 from cocktail_serve.cocktails.weigher import Weigher
@@ -315,11 +315,11 @@ class CocktailService:
         self, tenant: str, request: CocktailRequest, actor: Actor, extra_writes: ExtraWrites | None
     ) -> tuple[Cocktail, bool]:
         pool = self._pools[request.options.pool]
-        keys = score_keys(request.examples, pool.kind) + score_keys(request.validation, pool.kind)
+        items = score_items(request.examples, pool.kind) + score_items(request.validation, pool.kind)
         cocktail, outcome, gone = await self._registry.admit(
             tenant,
             request,
-            score_keys=keys,
+            score_items=items,
             warnings=warnings_of_request(request, pool),
             limits=self._limits_of(tenant),
             actor=actor,

@@ -82,7 +82,7 @@ class Store:
         return await self._read_all()
 
     @shielded
-    async def news(self, seen: int) -> RemoteChanges | None:
+    async def changes_since(self, seen: int) -> RemoteChanges | None:
         """What changed after a number; None: nothing."""
         async with self._database.read() as connection:
             # first the number, then the rows: who commits in between is told again next time
@@ -120,14 +120,14 @@ class Store:
         self,
         cocktail: Cocktail,
         examples: ExampleSet | None,
-        score_keys: Sequence[str],
+        score_items: Sequence[str],
         *,
         actor: Actor = SERVER,
         validation: ExampleSet | None = None,
         max_example_bytes: int | None = None,
         extra_writes: ExtraWrites | None = None,
     ) -> Cocktail:
-        """Writes a new cocktail with its examples and the keys its scores will be kept under.
+        """Writes a new cocktail with its examples, and what its scores will be kept for.
 
         Args:
             max_example_bytes: of all that its tenant keeps; None: no limit.
@@ -165,9 +165,9 @@ class Store:
             await connection.execute(insert(tables.cocktails).values(to_row(cocktail)))
             for table, rows in rows_of.items():
                 await connection.execute(insert(table), rows)
-            if score_keys:
+            if score_items:
                 await connection.execute(
-                    insert(tables.items), [{"uid": cocktail.uid, "item": item} for item in dict.fromkeys(score_keys)]
+                    insert(tables.items), [{"uid": cocktail.uid, "item": item} for item in dict.fromkeys(score_items)]
                 )
             await change_log.made(connection, cocktail, actor)
             if extra_writes is not None:

@@ -15,7 +15,7 @@ from cocktail_serve.recipe import Recipe, make_recipe, with_target
 from cocktail_serve.weighting.blackbox import BUDGET, blackbox
 from cocktail_serve.weighting.candidates import Candidate, Trial, Trials, mean
 from cocktail_serve.weighting.search import search
-from cocktail_serve.weighting.softmax import entropy, softmax_weights, uniform_weights
+from cocktail_serve.weighting.softmax import entropy, weights_from_losses
 
 _T = TypeVar("_T")
 
@@ -92,30 +92,7 @@ def _candidates(options: CocktailOptions, losses: Mapping[str, Sequence[float]])
     if options.weighting == "blackbox":
         everything = {name: losses[name] for name in options.scored}
         return (yield from blackbox(everything, budget=options.budget or BUDGET, seed=options.seed))
-    weights = weights_of(options, losses, rows=None, temperature=options.temperature, alpha=options.alpha)
+    weights = weights_from_losses(
+        of_peers, rows=None, temperature=options.temperature, target=options.target, alpha=options.alpha
+    )
     return (Candidate(weights, options.temperature, options.alpha, chosen=True),)
-
-
-def weights_of(
-    options: CocktailOptions,
-    losses: Mapping[str, Sequence[float]],
-    *,
-    rows: Sequence[int] | None,
-    temperature: float | None,
-    alpha: float | None,
-) -> dict[str, float]:
-    """Shares by Eq. 2 over the peers and Eq. 1 with the target.
-
-    Args:
-        losses: loss (nats) of each example, at least by peer.
-        rows: examples that are weighed with; None: all.
-        temperature: tau; None: all peers weigh the same.
-    """
-    if temperature is None:
-        shares = uniform_weights(options.peers)
-    else:
-        means = {
-            name: mean(losses[name] if rows is None else [losses[name][row] for row in rows]) for name in options.peers
-        }
-        shares = softmax_weights(means, temperature=temperature)
-    return with_target(shares, target=options.target, alpha=alpha or 0.0)

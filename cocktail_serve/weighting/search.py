@@ -8,9 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 
-from cocktail_serve.recipe import with_target
 from cocktail_serve.weighting.candidates import Candidate, Trial, Trials, mean
-from cocktail_serve.weighting.softmax import softmax_weights
+from cocktail_serve.weighting.softmax import weights_from_losses
 
 TEMPERATURES = (5.0, 2.0, 1.0, 0.5, 0.2, 0.1, 0.05)
 """tau, the nearest to equal weights first: of candidates that lose the same the first wins."""
@@ -115,8 +114,7 @@ def _setting(
     alpha: float | None,
 ) -> _Setting:
     def weights(rows: Sequence[int]) -> Mapping[str, float]:
-        means = {name: mean([of_model[row] for row in rows]) for name, of_model in losses.items()}
-        return with_target(softmax_weights(means, temperature=temperature), target=target, alpha=alpha or 0.0)
+        return weights_from_losses(losses, rows=rows, temperature=temperature, target=target, alpha=alpha)
 
     everything = sorted(chain(*folds)) or range(len(next(iter(losses.values()))))
     return _Setting(

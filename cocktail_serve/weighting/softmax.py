@@ -1,11 +1,13 @@
-"""Merging weights from losses: Eq. 2 of LM-Cocktail (arXiv 2311.13534)."""
+"""Merging weights from losses: Eq. 2 of LM-Cocktail (arXiv 2311.13534), and Eq. 1 with a target."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 from cocktail_serve.errors import InvalidMixError
+from cocktail_serve.recipe import with_target
+from cocktail_serve.weighting.candidates import mean
 
 
 def softmax_weights(losses: Mapping[str, float], *, temperature: float) -> dict[str, float]:
@@ -38,6 +40,34 @@ def softmax_weights(losses: Mapping[str, float], *, temperature: float) -> dict[
     scores = {name: math.exp(max(-2.0 * ((loss / 2 - least / 2) / temperature), -1e4)) for name, loss in losses.items()}
     total = math.fsum(scores.values())
     return {name: score / total for name, score in scores.items()}
+
+
+def weights_from_losses(
+    losses: Mapping[str, Sequence[float]],
+    *,
+    rows: Sequence[int] | None,
+    temperature: float | None,
+    target: str | None,
+    alpha: float | None,
+) -> dict[str, float]:
+    """Weights by Eq. 2 over the peers and Eq. 1 with the target.
+
+    Args:
+        losses: loss (nats) of each example by peer.
+        rows: examples that are weighed with; None: all.
+        temperature: tau; None: all peers weigh the same.
+        target: the model fine-tuned for the task, or None.
+        alpha: its share.
+    """
+    if temperature is None:
+        shares = uniform_weights(losses)
+    else:
+        means = {
+            name: mean(of_model if rows is None else [of_model[row] for row in rows])
+            for name, of_model in losses.items()
+        }
+        shares = softmax_weights(means, temperature=temperature)
+    return with_target(shares, target=target, alpha=alpha or 0.0)
 
 
 def check_temperature(temperature: float) -> None:

@@ -154,11 +154,11 @@ class SharedParameters(ResidentParameters):
         super().begin_life(server)
         self._ready.clear()
 
-    async def mixing_waited_for(self, recipe: Recipe, *, since: float) -> float:
+    async def until_ready(self, recipe: Recipe, *, since: float) -> float:
         if recipe.digest not in self._ready:
             assert await self.mix(recipe)
             self._ready.add(recipe.digest)
-        return await super().mixing_waited_for(recipe, since=since)
+        return await super().until_ready(recipe, since=since)
 
 
 @pytest.fixture(scope="module")

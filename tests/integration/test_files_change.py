@@ -23,7 +23,7 @@ from sqlalchemy import select
 
 from cocktail_serve.checkpoints.opening import open_pool
 from cocktail_serve.cocktails.score_store import ScoreStore
-from cocktail_serve.cocktails.scores import Scores, ScoreScope, score_keys
+from cocktail_serve.cocktails.scores import Scores, ScoreScope, score_items
 from cocktail_serve.cocktails.store import Store
 from cocktail_serve.config import PoolConfig, VLLMEngineConfig
 from cocktail_serve.database import tables
@@ -175,7 +175,7 @@ async def test_losses_are_kept_of_the_old_content_alone(database: Database, tmp_
     folders = make_reranker_pool(tmp_path / "pool")
     config = config_of(folders, "reranker")
     examples = parse_examples(ROWS, "reranker", max_examples=10)
-    await Store(database).add(queued_cocktail("1"), None, score_keys(examples, "reranker"))
+    await Store(database).add(queued_cocktail("1"), None, score_items(examples, "reranker"))
     engine = RerankerEngine(open_pool(config, cache_dir=tmp_path / "cache"), config)
     await engine.start()
     with ThreadPoolExecutor(1) as executor:

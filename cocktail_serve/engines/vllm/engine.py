@@ -214,21 +214,21 @@ class VLLMEngine:
         lease = await self._turns.acquire(
             recipe, tenant=tenant, num_tokens=num_tokens, timeout_s=self._config.queue_timeout_s
         )
-        await self._mixing_waited_for(recipe, lease, since=since)
+        await self._until_ready(recipe, lease, since=since)
         return lease
 
     async def _background_turn(self, recipe: Recipe, timer: CallTimer) -> Lease:
         self._supervisor.check_available()
         since = time.monotonic()
         lease = await self._turns.acquire(recipe, background=True)
-        timer.add(mixing_s=await self._mixing_waited_for(recipe, lease, since=since))
+        timer.add(mixing_s=await self._until_ready(recipe, lease, since=since))
         return lease
 
-    async def _mixing_waited_for(self, recipe: Recipe, lease: Lease, *, since: float) -> float:
-        """As `Parameters.mixing_waited_for`; the lease is given back where the recipe does not become ready."""
+    async def _until_ready(self, recipe: Recipe, lease: Lease, *, since: float) -> float:
+        """As `Parameters.until_ready`; the lease is given back where the recipe does not become ready."""
         try:
             with lease.interruptible():
-                return await self._parameters.mixing_waited_for(recipe, since=since)
+                return await self._parameters.until_ready(recipe, since=since)
         except BaseException:
             lease.release()
             raise

@@ -43,7 +43,7 @@ class Parameters(Protocol):
         """
         ...
 
-    async def mixing_waited_for(self, recipe: Recipe, *, since: float) -> float:
+    async def until_ready(self, recipe: Recipe, *, since: float) -> float:
         """Returns when the server can answer by the recipe, for as long as the lease is held under which it is called.
 
         Args:
@@ -80,7 +80,7 @@ class UnmergedParameters:
     def request_fields(self, recipe: Recipe) -> Mapping[str, Any]:
         return {"vllm_xargs": {"cocktail_recipe": canonical_json(recipe.to_json()).decode()}}
 
-    async def mixing_waited_for(self, recipe: Recipe, *, since: float) -> float:
+    async def until_ready(self, recipe: Recipe, *, since: float) -> float:
         return 0.0
 
     def forget(self, recipe_digest: str) -> None:
@@ -117,7 +117,7 @@ class ResidentParameters:
     def request_fields(self, recipe: Recipe) -> Mapping[str, Any]:
         return {}
 
-    async def mixing_waited_for(self, recipe: Recipe, *, since: float) -> float:
+    async def until_ready(self, recipe: Recipe, *, since: float) -> float:
         # the last mix is the one that the caller's turn began with
         return self._last_mix_s if self._last_mixed_at >= since else 0.0
 

@@ -81,19 +81,19 @@ async def test_messages_carry_no_examples(store: Store) -> None:
 
 
 async def test_news_are_what_changed_since(store: Store) -> None:
-    assert await store.news(0) is None
+    assert await store.changes_since(0) is None
     first = await store.add(queued_cocktail("1"), None, [])
     second = await store.add(queued_cocktail("2", digest="b" * 8), None, [])
-    news = await store.news(first.change)
+    news = await store.changes_since(first.change)
     assert news is not None
     assert (news.cocktails, news.removed, news.is_all) == ([second], [], False)
     await store.pin("acme", "films", "1")
     await store.delete("acme", ["2"])
-    news = await store.news(second.change)
+    news = await store.changes_since(second.change)
     assert news is not None
     assert ([one.uid for one in news.cocktails], news.removed) == (["1"], ["2"])
     assert news.pins == {("acme", "films"): "1"}
-    assert await store.news(news.last) is None
+    assert await store.changes_since(news.last) is None
 
 
 async def test_a_write_that_goes_back_to_something_older_is_refused(store: Store) -> None:
@@ -120,7 +120,7 @@ async def test_who_missed_removals_that_are_no_longer_known_reads_everything(sto
     await store.delete("acme", ["1"])
     await store.delete("acme", ["2"])
     await store.forget_removals(keep=1)
-    behind, near = await store.news(3), await store.news(4)
+    behind, near = await store.changes_since(3), await store.changes_since(4)
     assert behind is not None
     assert near is not None
     assert (behind.is_all, [one.uid for one in behind.cocktails]) == (True, ["3"])
