@@ -23,7 +23,6 @@ from cocktail_serve.finetuning.service import FineTuning
 from cocktail_serve.gateway.authentication import Authenticator
 from cocktail_serve.gateway.gateway import Gateway
 from cocktail_serve.gateway.lifecycle import Lifecycle
-from cocktail_serve.gateway.metering import Meter
 from cocktail_serve.gateway.metrics import GatewayMetrics
 from cocktail_serve.gateway.run_dir import own_run_dir, place_of, trim_cache
 from cocktail_serve.library_process import LibraryProcess
@@ -111,7 +110,7 @@ async def assembled(
             ledger=ledger,
             usage=usage,
             audit=audit,
-            meter=Meter(Limiter(limits.of), ledger, metrics),
+            limiter=Limiter(limits.of),
             authenticator=_authenticator(settings, tenants),
         )
 

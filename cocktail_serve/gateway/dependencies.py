@@ -54,7 +54,7 @@ async def creator_of(request: Request, gateway: GatewayDep, caller: CallerDep) -
         RateLimitError: over the tenant's requests a minute.
     """
     caller.require("create")
-    exchange_of(request).enforce_limits(gateway.meter.admit_change(caller))
+    exchange_of(request).enforce_limits(gateway.limiter.admit_change(caller.tenant))
     return caller
 
 

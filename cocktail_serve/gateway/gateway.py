@@ -20,9 +20,9 @@ from cocktail_serve.finetuning.files import Files
 from cocktail_serve.finetuning.service import FineTuning
 from cocktail_serve.gateway.authentication import Authenticator, Caller
 from cocktail_serve.gateway.lifecycle import Lifecycle
-from cocktail_serve.gateway.metering import Meter
 from cocktail_serve.gateway.metrics import GatewayMetrics
 from cocktail_serve.pool import Pool
+from cocktail_serve.tenants.limits import Limiter
 from cocktail_serve.tenants.limits_cache import LimitsCache
 from cocktail_serve.tenants.store import TenantStore
 from cocktail_serve.usage.audit import AuditLog
@@ -55,7 +55,7 @@ class Gateway:
     ledger: Ledger
     usage: UsageStore
     audit: AuditLog
-    meter: Meter
+    limiter: Limiter
     parse_executor: Executor
     pool_configs: Mapping[str, PoolConfig] = field(init=False)
     decoders: Mapping[str, GenerationEngine] = field(init=False)

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
 from starlette.requests import ClientDisconnect
 
 from cocktail_serve.cocktails.cocktail import ServedModel
-from cocktail_serve.engines.token_estimates import reserved_tokens
 from cocktail_serve.gateway.authentication import Caller
 from cocktail_serve.gateway.metrics import GatewayMetrics
-from cocktail_serve.tenants.limits import Admission, Limiter, Rate, RateStatus
+from cocktail_serve.tenants.limits import Admission, Rate, RateStatus
 from cocktail_serve.usage.amounts import UsageAmount
 from cocktail_serve.usage.ledger import Ledger
 
@@ -23,18 +22,21 @@ class MeteredRequest:
     A client that left before the engine said anything, so that `used` was not called, is charged the estimate.
     """
 
-    __slots__ = ("_caller", "_meter", "_num_tokens", "admission")
+    __slots__ = ("_admission", "_caller", "_ledger", "_metrics", "_num_tokens")
 
-    def __init__(self, meter: Meter, caller: Caller, admission: Admission) -> None:
-        self._meter = meter
+    def __init__(self, caller: Caller, admission: Admission, ledger: Ledger, metrics: GatewayMetrics) -> None:
         self._caller = caller
-        self.admission = admission
+        self._admission = admission
+        self._ledger = ledger
+        self._metrics = metrics
         self._num_tokens: int | None = None
 
     def used(self, served: ServedModel, *, num_in: int, num_out: int = 0) -> None:
         """The engine has read and generated so many tokens; also where the answer broke off."""
         self._num_tokens = num_in + num_out
-        self._meter.count_tokens(self._caller, served, num_in=num_in, num_out=num_out)
+        use = UsageAmount(requests=1, tokens_in=num_in, tokens_out=num_out)
+        self._ledger.add(self._caller.tenant, self._caller.key_id, served.model_id, served.pool.id, use)
+        self._metrics.count_tokens(served.pool.id, num_in=num_in, num_out=num_out)
 
     def __enter__(self) -> Self:
         return self
@@ -43,32 +45,7 @@ class MeteredRequest:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         is_unknown = self._num_tokens is None and isinstance(error, ClientDisconnect)
-        self.admission.end(None if is_unknown else self._num_tokens or 0)
-
-
-class Meter:
-    """Admits requests and counts what they use."""
-
-    def __init__(self, limiter: Limiter, ledger: Ledger, metrics: GatewayMetrics) -> None:
-        self._limiter = limiter
-        self._ledger = ledger
-        self._metrics = metrics
-
-    def admit(self, caller: Caller, body: Mapping[str, Any], *, num_bytes: int) -> MeteredRequest:
-        """A request to a model, whose body was read: `num_bytes` of it. To be called before any work is done for it;
-        its admission says whether the tenant may ask now."""
-        estimate = reserved_tokens(body, num_bytes=num_bytes)
-        return MeteredRequest(self, caller, self._limiter.admit_model_request(caller.tenant, num_tokens=estimate))
-
-    def admit_change(self, caller: Caller) -> Admission:
-        """A request that makes, changes or deletes something."""
-        return self._limiter.admit_change(caller.tenant)
-
-    def count_tokens(self, caller: Caller, served: ServedModel, *, num_in: int, num_out: int) -> None:
-        """Adds to the ledger and the counters."""
-        use = UsageAmount(requests=1, tokens_in=num_in, tokens_out=num_out)
-        self._ledger.add(caller.tenant, caller.key_id, served.model_id, served.pool.id, use)
-        self._metrics.count_tokens(served.pool.id, num_in=num_in, num_out=num_out)
+        self._admission.end(None if is_unknown else self._num_tokens or 0)
 
 
 def rate_limit_headers(rate_status: RateStatus) -> Iterator[tuple[bytes, bytes]]:

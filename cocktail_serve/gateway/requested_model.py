@@ -12,6 +12,7 @@ from cocktail_serve.cocktails.cocktail import ServedModel
 from cocktail_serve.cocktails.pool_models import no_model
 from cocktail_serve.config import PoolConfig
 from cocktail_serve.engines.base import Engine
+from cocktail_serve.engines.token_estimates import reserved_tokens
 from cocktail_serve.errors import InvalidRequestError, NotFoundError, WrongModelKindError
 from cocktail_serve.gateway.authentication import Caller
 from cocktail_serve.gateway.dependencies import caller_of, gateway_of
@@ -78,8 +79,11 @@ async def admit(request: DirectRequest) -> AsyncIterator[AdmittedRequest]:
     caller = await caller_of(request)
     body, num_bytes = await read_json_object(request)
     exchange = exchange_of(request)
-    with gateway.meter.admit(caller, body, num_bytes=num_bytes) as metered:
-        exchange.enforce_limits(metered.admission)
+    # before any work is done for it
+    num_tokens = reserved_tokens(body, num_bytes=num_bytes)
+    admission = gateway.limiter.admit_model_request(caller.tenant, num_tokens=num_tokens)
+    with MeteredRequest(caller, admission, gateway.ledger, gateway.metrics) as metered:
+        exchange.enforce_limits(admission)
         yield AdmittedRequest(request, exchange, gateway, caller, body, metered)
 
 

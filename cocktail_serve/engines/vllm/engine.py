@@ -1,15 +1,14 @@
 """A decoder pool in a vLLM server of its own: requests are passed through once they are let in.
 
-Others keep the server alive (`supervisor`), say how it is started (`launcher`), let requests in (`turns`), have the
-server answer by their recipes (`parameters`), write what is sent (`request_body`), read what comes back (`responses`)
-and score examples (`scorer`); here they work together.
+Others keep the server alive (`supervisor`), say how it is started (`launcher`), let requests in (`turns`,
+`ready_leases`), have the server answer by their recipes (`parameters`), write what is sent (`request_body`), read what
+comes back (`responses`) and score examples (`scorer`); here they work together.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import time
 from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -21,11 +20,11 @@ from cocktail_serve.engines.snapshot import EngineDetail, EngineSnapshot, Engine
 from cocktail_serve.engines.stats import EngineStats
 from cocktail_serve.engines.token_estimates import expected_tokens
 from cocktail_serve.engines.turns.base import Turns
-from cocktail_serve.engines.turns.lease import Lease
 from cocktail_serve.engines.vllm.connections import EngineResponse
 from cocktail_serve.engines.vllm.errors import engine_error, is_error
 from cocktail_serve.engines.vllm.launcher import Launcher
 from cocktail_serve.engines.vllm.parameters import Parameters
+from cocktail_serve.engines.vllm.ready_leases import ReadyLeases
 from cocktail_serve.engines.vllm.request_body import BodyWriter
 from cocktail_serve.engines.vllm.responses import iter_events, read_whole
 from cocktail_serve.engines.vllm.scorer import DecoderScorer
@@ -73,7 +72,6 @@ class VLLMEngine:
         self.pool = pool
         self.dtype = config.dtype_over(pool.base)
         self.stats = stats
-        self._config = config
         self._turns = turns
         self._parameters = parameters
         self._bodies = BodyWriter(own=pool.base.generation)
@@ -87,13 +85,8 @@ class VLLMEngine:
             max_model_len=config.max_model_len,
             stats=stats,
         )
-        self._scorer = DecoderScorer(
-            pool,
-            self._supervisor,
-            turn=self._background_turn,
-            request_fields=parameters.request_fields,
-            kept=run_dir / TOKENIZERS,
-        )
+        self._leases = ReadyLeases(self._supervisor, turns, parameters, queue_timeout_s=config.queue_timeout_s)
+        self._scorer = DecoderScorer(pool, self._supervisor, self._leases, parameters, kept=run_dir / TOKENIZERS)
 
     async def start(self) -> None:
         if not self._supervisor.is_started:
@@ -138,7 +131,7 @@ class VLLMEngine:
         return await self._scorer.score(recipe, examples)
 
     async def mix_ahead(self, recipe: Recipe) -> MixedAhead:
-        with CallTimer() as timer, await self._background_turn(recipe, timer):
+        with CallTimer() as timer, await self._leases.acquire_background(recipe, timer):
             pass  # resident once is enough: the worker keeps merged parameters in its cache
         return MixedAhead(timer.time)
 
@@ -161,7 +154,7 @@ class VLLMEngine:
         content = self._bodies.write(body, recipe, tenant=tenant, fields=fields)
         headers = {RECIPE_HEADER: recipe.digest}
         num_tokens = expected_tokens(body, num_bytes=len(content))
-        with await self._turn(recipe, tenant=tenant, num_tokens=num_tokens) as lease:
+        with await self._leases.acquire(recipe, tenant=tenant, num_tokens=num_tokens) as lease:
             with lease.interruptible():
                 answer = await self._supervisor.running.post(path, content, headers=headers)
             with contextlib.closing(answer):
@@ -207,31 +200,6 @@ class VLLMEngine:
         if "mode" in reply:
             detail["mode"] = reply["mode"]
         return "ready", reply["resident"], detail
-
-    async def _turn(self, recipe: Recipe, *, tenant: str, num_tokens: int) -> Lease:
-        self._supervisor.check_available()
-        since = time.monotonic()
-        lease = await self._turns.acquire(
-            recipe, tenant=tenant, num_tokens=num_tokens, timeout_s=self._config.queue_timeout_s
-        )
-        await self._until_ready(recipe, lease, since=since)
-        return lease
-
-    async def _background_turn(self, recipe: Recipe, timer: CallTimer) -> Lease:
-        self._supervisor.check_available()
-        since = time.monotonic()
-        lease = await self._turns.acquire(recipe, background=True)
-        timer.add(mixing_s=await self._until_ready(recipe, lease, since=since))
-        return lease
-
-    async def _until_ready(self, recipe: Recipe, lease: Lease, *, since: float) -> float:
-        """As `Parameters.until_ready`; the lease is given back where the recipe does not become ready."""
-        try:
-            with lease.interruptible():
-                return await self._parameters.until_ready(recipe, since=since)
-        except BaseException:
-            lease.release()
-            raise
 
     def _check_recipe(self, recipe: Recipe, answer: EngineResponse) -> None:
         """Lets only answers through that this recipe gave.

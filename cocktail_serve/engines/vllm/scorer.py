@@ -6,16 +6,17 @@ import asyncio
 import math
 import time
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from cocktail_serve.engines.base import Scored
 from cocktail_serve.engines.engine_time import CallTimer
 from cocktail_serve.engines.turns.lease import Lease
 from cocktail_serve.engines.vllm.errors import engine_error
+from cocktail_serve.engines.vllm.parameters import Parameters
+from cocktail_serve.engines.vllm.ready_leases import ReadyLeases
 from cocktail_serve.engines.vllm.supervisor import Supervisor
 from cocktail_serve.errors import DrainedError, ModelNotReadyError
 from cocktail_serve.examples import ExampleSet
@@ -47,8 +48,8 @@ class DecoderScorer:
     Args:
         pool: its base's tokenizer is used, and its chat template.
         supervisor: keeps the server that computes.
-        turn: waits for a recipe's turn, in the background, and adds to the timer what was mixed for it.
-        request_fields: as `Parameters.request_fields`.
+        leases: under which it answers by a recipe.
+        parameters: say how a request names its recipe.
         kept: folder of the tokenizers as they are kept.
     """
 
@@ -56,17 +57,17 @@ class DecoderScorer:
         self,
         pool: Pool,
         supervisor: Supervisor,
+        leases: ReadyLeases,
+        parameters: Parameters,
         *,
-        turn: Callable[[Recipe, CallTimer], Awaitable[Lease]],
-        request_fields: Callable[[Recipe], Mapping[str, Any]],
         kept: Path,
     ) -> None:
         self._pool_id = pool.id
         self._folder = pool.base.path
         self._chat_template = pool.chat_template
         self._supervisor = supervisor
-        self._turn = turn
-        self._request_fields = request_fields
+        self._leases = leases
+        self._parameters = parameters
         self._kept = kept
         self._libraries = LibraryProcess()
         self._executor = ThreadPoolExecutor(1, thread_name_prefix=f"tokenizer-{pool.id}")
@@ -145,7 +146,7 @@ class DecoderScorer:
             tokenized = await self.tokenize(examples)
             while len(losses) < len(tokenized):
                 try:
-                    with await self._turn(recipe, timer) as lease, timer.scoring():
+                    with await self._leases.acquire_background(recipe, timer) as lease, timer.scoring():
                         losses += await self._score_some(lease, recipe, tokenized[len(losses) :])
                     num_drained = 0
                 except DrainedError:
@@ -166,7 +167,7 @@ class DecoderScorer:
                     status, body = await self._supervisor.running.call(
                         "POST",
                         SCORE_PATH,
-                        {**self._request_fields(recipe), "examples": examples},
+                        {**self._parameters.request_fields(recipe), "examples": examples},
                         timeout_s=None,
                         headers={RECIPE_HEADER: recipe.digest},
                     )
