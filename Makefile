@@ -47,8 +47,9 @@ test test-unit test-integration test-full: export OMP_WAIT_POLICY ?= passive
 test: $(STAMP)
 	$(BIN)/python -m pytest
 
+# schemathesis, which generates the requests of tests/schema, takes a second to import
 test-unit: $(STAMP)
-	$(BIN)/python -m pytest tests/unit
+	$(BIN)/python -m pytest -p no:schemathesis tests/unit
 
 test-integration: $(STAMP)
 	$(BIN)/python -m pytest tests/integration

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
+import gc
 import signal
 import uuid
 from collections.abc import AsyncIterator, Iterator, Mapping
@@ -11,7 +13,6 @@ from pathlib import Path
 
 import pytest
 
-from bench import invariant
 from bench.server import RunningServer, running_server
 from cocktail_serve.database.database import Database
 from tests.models import make_encoder_pool, pool_section
@@ -46,6 +47,8 @@ class Stack:
 
 @pytest.fixture(scope="session")
 def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
+    from bench import invariant  # and with it the clients of OpenAI
+
     folder = tmp_path_factory.mktemp("stack")
     decoders = invariant.make_pools(folder)
     encoders = make_encoder_pool(folder / "mini", ("faq", "code"))
@@ -103,6 +106,20 @@ async def database(database_url: str) -> AsyncIterator[Database]:
     await database.open()
     yield database
     await database.close()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Iterator[None]:
+    """What is imported and collected, a million objects and more, lives to the end: no collection of garbage need look
+    at it again, of which each would take a second, those that pytest makes at its end as well."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.freeze()
+        # libraries written in C count what is left of theirs at the interpreter's end, and would complain
+        atexit.register(gc.unfreeze)
+        gc.enable()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

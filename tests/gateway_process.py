@@ -29,6 +29,7 @@ from tests.fakes import make_fake_pool
 from tests.processes import is_alive
 
 DEADLINE_S = 60.0
+ADMIN_KEY = "operator"
 
 _forkserver = multiprocessing.get_context("forkserver")
 _forkserver.set_forkserver_preload([__name__, "tests.gateway_imports"])
@@ -75,6 +76,7 @@ class GatewayProcess:
         self._port = free_port()
         self.url = f"http://127.0.0.1:{self._port}"
         self.settings = {
+            "admin_key": ADMIN_KEY,
             "store": {"cache_dir": str(self.cache_dir), **(store or {})},
             "pools": [
                 {
@@ -123,6 +125,13 @@ class GatewayProcess:
     @property
     def is_alive(self) -> bool:
         return self._process is not None and self._process.is_alive()
+
+    def engine(self) -> dict[str, Any]:
+        """What the operator is told of its engine."""
+        answer = self.http.get("/admin/engines/flan", headers={"authorization": f"Bearer {ADMIN_KEY}"})
+        answer.raise_for_status()
+        told: dict[str, Any] = answer.json()
+        return told
 
     def below(self) -> list[psutil.Process]:
         """Every process that it has started."""

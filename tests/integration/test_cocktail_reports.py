@@ -132,6 +132,7 @@ async def test_an_encoders_folds_are_scored_against_the_passages_of_all(world: W
     assert findings.advice == "use"
     passages = {text for row in (QUERY, OTHER_QUERY) for text in (*row["pos"], *row["neg"])}
     of_folds = [set(texts) for model, texts in world.embedding.embedded if model == "mixture"][-2:]
+    assert len(of_folds) == 2
     assert all(passages < texts and len(texts) == len(passages) + 1 for texts in of_folds)
 
 

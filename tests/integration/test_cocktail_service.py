@@ -860,6 +860,7 @@ async def test_memory_and_disk_agree_after_many_things_at_once(world: World) -> 
         shown = {tenant: service.catalog.list(tenant) for tenant in ("acme", "other")}
         assert all(cocktail.is_final for cocktails in shown.values() for cocktail in cocktails)
         uids = {cocktail.uid for cocktails in shown.values() for cocktail in cocktails}
+        assert uids
         assert {row[0] for row in world.rows("cocktails")} == uids
         assert {row[0] for row in world.rows("examples")} == uids
         tenants = {cocktail.uid: cocktail.tenant for cocktails in shown.values() for cocktail in cocktails}
@@ -980,7 +981,9 @@ async def test_the_parameters_of_a_pools_own_model_are_never_freed(world: World,
 async def test_tenants_see_only_their_own(world: World, service: CocktailService) -> None:
     mine = await made(service, world.request())
     assert service.catalog.list("other") == []
-    assert all("films" not in model_id for model_id in service.catalog.models("other"))
+    seen = service.catalog.models("other")
+    assert "flan/nq" in seen
+    assert all("films" not in model_id for model_id in seen)
     for ref in ("films", mine.id):
         with pytest.raises(NotFoundError):
             service.catalog.get("other", ref)

@@ -59,6 +59,7 @@ def test_systems_are_cocktails_that_a_second_run_finds_again(gateway: LiveGatewa
     listed = httpx.get(f"{gateway.base_url}/cocktails").json()["data"]
     measured(gateway, entry, gateway.base_url)
     assert httpx.get(f"{gateway.base_url}/cocktails").json()["data"] == listed
+    assert listed
     assert all(cocktail["name"].startswith("eval-") for cocktail in listed)
 
 

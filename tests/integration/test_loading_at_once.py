@@ -9,7 +9,9 @@ import subprocess
 import sys
 import textwrap
 import time
+import warnings
 from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -18,11 +20,14 @@ import numpy as np
 import pytest
 import torch
 from sentence_transformers import SentenceTransformer
+from transformers import BertConfig, BertModel
+from transformers.utils import logging as transformers_logging
 
 from cocktail_serve.checkpoints.opening import open_pool
 from cocktail_serve.config import FakeEngineConfig, PoolConfig
 from cocktail_serve.engines.in_process.encoder_engine import EncoderEngine
 from cocktail_serve.engines.in_process.encoder_model import Encoder
+from cocktail_serve.engines.in_process.packing import Packing
 from cocktail_serve.engines.vllm import scorer as decoder_scorer
 from cocktail_serve.engines.vllm.build import build_vllm_engine
 from cocktail_serve.errors import ConfigError, EngineError, ModelNotReadyError
@@ -186,3 +191,27 @@ async def test_an_engine_stops_while_it_waits_to_load_again(tmp_path: Path, monk
         begun = time.monotonic()
     assert time.monotonic() - begun < 10
     assert (await engine.snapshot(deadline_s=1)).state == "stopped"
+
+
+def test_models_loaded_side_by_side_leave_warnings_as_they_were_and_say_nothing(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=99,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=64,
+        max_position_embeddings=40,
+    )
+    models = [BertModel(config).eval().requires_grad_(False) for _ in range(3)]
+    verbosity = transformers_logging.get_verbosity()
+    before = list(warnings.filters)
+    for _ in range(5):
+        with ThreadPoolExecutor(len(models)) as threads:
+            packings = list(threads.map(Packing.of, models))
+        assert all(packing and isinstance(packing._forward, torch.jit.ScriptModule) for packing in packings)
+        assert warnings.filters == before
+        assert transformers_logging.get_verbosity() == verbosity
+    assert capfd.readouterr().err == ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import importlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from cocktail_serve.checkpoints import mapping
+from cocktail_serve.database.database import Database
 from cocktail_serve.merging import native
 from tests.no_process import no_process
 from vllm_cocktail.unmerged import native_kernel
@@ -44,3 +46,18 @@ def refused(request: pytest.FixtureRequest) -> Iterator[list[str]]:
     starts = request.node.stash[REFUSED]
     yield starts
     assert starts == [], "a unit test starts no process: move it to tests/integration"
+
+
+@pytest.fixture(scope="session")
+def empty_registry(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A registry's file with its tables and no row. To be copied: making the tables takes longer than most commands."""
+    path = tmp_path_factory.mktemp("registry") / "registry.sqlite"
+
+    async def make() -> None:
+        database = Database(f"sqlite:///{path}")
+        await database.open()
+        await database.close()
+
+    asyncio.run(make())
+    assert [other.name for other in path.parent.iterdir() if other.stat().st_size] == [path.name]
+    return path

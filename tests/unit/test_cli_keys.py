@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,9 @@ from tests.command_line import answer, exit_code, refusal, write_config
 
 
 @pytest.fixture
-def config(tmp_path: Path) -> Path:
+def config(tmp_path: Path, empty_registry: Path) -> Path:
+    (tmp_path / "cache").mkdir()
+    shutil.copy(empty_registry, tmp_path / "cache")
     return write_config(tmp_path)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,9 @@ from tests.command_line import answer, exit_code, refusal, write_config
 
 
 @pytest.fixture
-def config(tmp_path: Path) -> Path:
+def config(tmp_path: Path, empty_registry: Path) -> Path:
+    (tmp_path / "cache").mkdir()
+    shutil.copy(empty_registry, tmp_path / "cache")
     return write_config(tmp_path, limits={"requests_per_minute": 600, "cocktails": 5})
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import csv
 import io
+import shutil
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -21,8 +22,8 @@ RANGE = ("--start", "2026-03-01", "--end", "2026-03-31")
 
 
 @pytest.fixture
-def config(tmp_path: Path) -> Path:
-    url = f"sqlite:///{tmp_path / 'registry.sqlite'}"
+def config(tmp_path: Path, empty_registry: Path) -> Path:
+    url = f"sqlite:///{shutil.copy(empty_registry, tmp_path)}"
 
     async def fill() -> None:
         database = Database(url)

@@ -26,7 +26,8 @@ from vllm_cocktail.unmerged.native_kernel import NativeKernel, load_native
 from vllm_cocktail.unmerged.torch_kernel import StackedKernel, TorchKernel
 
 CPU = torch.device("cpu")
-LIMITS = Limits(max_rows=300, max_experts=6, max_ranks=300)
+LIMITS = Limits(max_rows=430, max_experts=6, max_ranks=360)
+"""Of six requests of 70 rows and padding, and of five experts of rank 70: the largest of `cases`."""
 
 
 def make_kernel(name: str) -> Kernel:
@@ -300,14 +301,14 @@ def test_buffers_that_do_not_move_have_limits() -> None:
     kernel = make_kernel("stacked")
     layer, step = kernel.new_layer(LayerShape(8, (8,), torch.float32)), kernel.new_step()
     addresses = [layer.a.data_ptr(), layer.b[0].data_ptr(), step.coefficients.data_ptr()]  # type: ignore[attr-defined]
-    layer.set_factors(0, 0, torch.zeros(300, 8), torch.zeros(8, 300), 1.0)
+    layer.set_factors(0, 0, torch.zeros(LIMITS.max_ranks, 8), torch.zeros(8, LIMITS.max_ranks), 1.0)
     for expert, rank in ((1, 1), (6, 0)):
         with pytest.raises(ValueError, match="beyond Limits"):
             layer.set_factors(expert, 0, torch.zeros(rank, 8), torch.zeros(8, rank), 1.0)
-    for num_rows, num_experts in ((301, 1), (1, 7)):
+    for num_rows, num_experts in ((LIMITS.max_rows + 1, 1), (1, 7)):
         with pytest.raises(ValueError, match="beyond Limits"):
             step.set(np.ones((1, num_experts), np.float32), [num_rows])
-    step.set(np.ones((1, 6), np.float32), [300])
+    step.set(np.ones((1, 6), np.float32), [LIMITS.max_rows])
     assert addresses == [layer.a.data_ptr(), layer.b[0].data_ptr(), step.coefficients.data_ptr()]  # type: ignore[attr-defined]
 
 

@@ -83,7 +83,8 @@ async def test_a_cancellation_from_elsewhere_stays_one(monkeypatch: pytest.Monke
             await asyncio.Event().wait()
 
     task = asyncio.create_task(work())
-    await asyncio.sleep(0.01)
+    while not client.num_asked:
+        await asyncio.sleep(0)
     task.cancel()
     await asyncio.wait({task})
     assert task.cancelled()

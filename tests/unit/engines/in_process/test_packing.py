@@ -1,12 +1,9 @@
-import warnings
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from transformers import BertConfig, BertModel, RobertaConfig, RobertaModel, XLMRobertaConfig, XLMRobertaModel
-from transformers.utils import logging as transformers_logging
 
 from cocktail_serve.engines.in_process.packing import Packing
 
@@ -127,21 +124,6 @@ def test_a_torch_without_tracing_runs_the_model_as_it_is(monkeypatch: pytest.Mon
     packing = Packing.of(make("bert"))
     assert packing is not None
     assert packing.token_embeddings([[7, 8, 9], [10]]).shape == (2, 3, 32)
-
-
-def test_models_loaded_side_by_side_leave_warnings_as_they_were_and_say_nothing(
-    capfd: pytest.CaptureFixture[str],
-) -> None:
-    models = [make("bert") for _ in range(3)]
-    verbosity = transformers_logging.get_verbosity()
-    before = list(warnings.filters)
-    for _ in range(5):
-        with ThreadPoolExecutor(len(models)) as threads:
-            packings = list(threads.map(Packing.of, models))
-        assert all(packing and isinstance(packing._forward, torch.jit.ScriptModule) for packing in packings)
-        assert warnings.filters == before
-        assert transformers_logging.get_verbosity() == verbosity
-    assert capfd.readouterr().err == ""
 
 
 def rows_of(lengths: list[int]) -> list[list[int]]:
