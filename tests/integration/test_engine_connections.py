@@ -286,7 +286,7 @@ async def test_closing_what_has_come_whole_keeps_the_connection(tmp_path: Path) 
     async with serving(tmp_path, server, answering(server, OK, OK)) as pool:
         answer = await pool.send("GET", "/x", headers={})
         while not answer._is_complete:
-            await asyncio.sleep(0)
+            await answer._change()
         answer.close()
         assert await answer.read() == b"ok"
         assert await body_of(pool) == b"ok"

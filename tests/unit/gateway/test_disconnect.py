@@ -17,6 +17,7 @@ class Client:
 
     def __init__(self) -> None:
         self.num_asked = 0
+        self.asked = asyncio.Event()
         self._left = asyncio.Event()
 
     def leave(self) -> None:
@@ -24,6 +25,7 @@ class Client:
 
     async def receive(self) -> Message:
         self.num_asked += 1
+        self.asked.set()
         await self._left.wait()
         return {"type": "http.disconnect"}
 
@@ -83,8 +85,7 @@ async def test_a_cancellation_from_elsewhere_stays_one(monkeypatch: pytest.Monke
             await asyncio.Event().wait()
 
     task = asyncio.create_task(work())
-    while not client.num_asked:
-        await asyncio.sleep(0)
+    await client.asked.wait()
     task.cancel()
     await asyncio.wait({task})
     assert task.cancelled()
