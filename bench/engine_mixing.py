@@ -38,7 +38,7 @@ from cocktail_serve.checkpoints.opening import open_pool
 from cocktail_serve.config import load_settings
 from cocktail_serve.pool import BASE, Pool
 from cocktail_serve.recipe import Recipe, make_recipe, one_hot
-from vllm_cocktail.launch import WORKER_EXTENSION, server_args, server_env
+from vllm_cocktail.launch import WORKER_EXTENSIONS, server_args, server_env
 from vllm_cocktail.manifest import Manifest
 
 CACHE_BYTES = 2 << 30
@@ -57,7 +57,7 @@ def child(folder: str, recipe_json: str, expert_json: str, runs: int, is_profile
         dtype="bfloat16",
         enforce_eager=True,
         max_model_len=MAX_MODEL_LEN,
-        worker_extension_cls=PROFILED_WORKER if is_profiled else WORKER_EXTENSION,
+        worker_extension_cls=PROFILED_WORKER if is_profiled else WORKER_EXTENSIONS["merged"],
     )
     digest = Recipe.from_json(json.loads(recipe_json)).digest
 

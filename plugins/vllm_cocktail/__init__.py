@@ -2,6 +2,7 @@
 
 - `register`: entry point of `vllm.general_plugins`, run in every process of the server.
 - `worker.CocktailWorkerExtension`: mixes, in the worker.
+- `unmerged`: engines whose recipes share a batch: nothing is mixed, requests bring their coefficients.
 - `routes.CocktailEndpointPlugin`: entry point of `vllm.endpoint_plugins`; control routes and fence, in the API server.
 - `manifest`, `launch`, `fence`: no vLLM needed; the owner of the server uses them too.
 """
@@ -18,7 +19,7 @@ def register() -> None:
 
     from vllm_cocktail.launch import is_cpu_build
     from vllm_cocktail.lifetime import die_with_owner
-    from vllm_cocktail.manifest import OWNER_VARIABLE
+    from vllm_cocktail.manifest import MANIFEST_VARIABLE, OWNER_VARIABLE, Manifest
     from vllm_cocktail.waiting import nap_while_waiting
 
     if hasattr(torch.cpu, "_init_amx"):
@@ -27,3 +28,7 @@ def register() -> None:
     die_with_owner()
     if OWNER_VARIABLE in os.environ and is_cpu_build():
         nap_while_waiting()
+    if MANIFEST_VARIABLE in os.environ and Manifest.from_environ().mode == "unmerged":
+        from vllm_cocktail.unmerged.worker import hold_factors_once_loaded
+
+        hold_factors_once_loaded()

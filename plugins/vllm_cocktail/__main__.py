@@ -14,7 +14,7 @@ from pydantic import ByteSize, TypeAdapter, ValidationError
 from cocktail_serve.config import PoolConfig, Source, StoreConfig, VLLMEngineConfig
 from cocktail_serve.dtypes import DType
 from cocktail_serve.errors import ClientError
-from vllm_cocktail.launch import WORKER_EXTENSION, plugin_allowlist
+from vllm_cocktail.launch import WORKER_EXTENSIONS, plugin_allowlist
 from vllm_cocktail.manifest import MANIFEST_VARIABLE, Manifest
 
 
@@ -48,7 +48,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{member.name:20} {member.fingerprint}  {member.path}")
     print(
         f"\n{MANIFEST_VARIABLE}={shlex.quote(str(path))} VLLM_PLUGINS={shlex.quote(plugin_allowlist(None))} \\\n"
-        f"vllm serve {shlex.quote(str(pool.base.path))} --dtype {dtype} --worker-extension-cls {WORKER_EXTENSION}"
+        f"vllm serve {shlex.quote(str(pool.base.path))} --dtype {dtype} "
+        f"--worker-extension-cls {WORKER_EXTENSIONS[pool.form]}"
     )
     return 0
 

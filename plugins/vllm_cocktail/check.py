@@ -18,6 +18,7 @@ from pydantic import ValidationError
 from cocktail_serve.errors import ConfigError
 from cocktail_serve.loading import require_words
 from vllm_cocktail.manifest import Manifest
+from vllm_cocktail.unmerged.worker import require_unmergeable
 from vllm_cocktail.worker import require_mixable
 
 GIB = 1024**3
@@ -41,7 +42,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _check(argv: Sequence[str]) -> None:
     arguments = _parse(argv)
     config = _config_of(arguments)
-    require_mixable(config, Manifest.from_environ())
+    manifest = Manifest.from_environ()
+    (require_unmergeable if manifest.mode == "unmerged" else require_mixable)(config, manifest)
     _check_parsers(arguments)
     _check_tokenizer(config.model_config)
     _check_kv_cache(config)

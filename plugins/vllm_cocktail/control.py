@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from cocktail_serve.errors import CapacityError, ConfigError, EngineError, InvalidMixError, error_of_code
 from cocktail_serve.recipe import Recipe
+from vllm_cocktail.calls import ask_all, ask_ranks
 from vllm_cocktail.fence import Fence
 from vllm_cocktail.manifest import Manifest
 from vllm_cocktail.reload_check import TOLERANCE, ProbeAnswer, ask
@@ -61,14 +62,14 @@ class EngineControl:
                 reload makes another model of the base.
         """
         try:
-            await self._on_all_ranks("cocktail_probe")
+            await ask_all(self.engine, "cocktail_probe")
             loaded = await ask(self.engine)
             await self._capture()
             if self._mixing_path == "stream":
                 base = Recipe(self.manifest.base, ((self.manifest.base, 1.0),), self.manifest.dtype)
                 await self._swap(base, json.dumps(base.to_json()))
             self._require_same(loaded, await ask(self.engine))
-            probed: ProbedWorker = await self._on_all_ranks("cocktail_probe")
+            probed: ProbedWorker = await ask_all(self.engine, "cocktail_probe")
         except EngineError as error:
             raise ConfigError(f"vllm_cocktail: {error.message}") from error
         if probed["digest"] != self.manifest.resident:
@@ -104,7 +105,7 @@ class EngineControl:
             EngineError: a worker could not.
         """
         self._kept -= {recipe_digest}
-        await self._on_all_ranks("cocktail_forget", recipe_digest)
+        await ask_all(self.engine, "cocktail_forget", recipe_digest)
         self._kept -= {recipe_digest}  # a mix that was on its way has told what was kept before
 
     async def status(self) -> StatusReply:
@@ -116,7 +117,7 @@ class EngineControl:
             EngineError: the workers could not answer, or disagree.
         """
         before = (self.fence.state, self.fence.resident, self._num_swaps)
-        probed: ProbedWorker = await self._on_all_ranks("cocktail_probe")
+        probed: ProbedWorker = await ask_all(self.engine, "cocktail_probe")
         weight_version = await self.engine.get_weight_version()
         after = (self.fence.state, self.fence.resident, self._num_swaps)
         settled = before == after and self.fence.state == "open"
@@ -159,14 +160,14 @@ class EngineControl:
             EngineError: a rank failed half-way: the engine is lost.
         """
         started = time.perf_counter()
-        replies: list[CapturedWorker] = await self._call("cocktail_capture")
+        replies: list[CapturedWorker] = await ask_ranks(self.engine, "cocktail_capture")
         self._streams_because = next((reply["reason"] for reply in replies if reply["reason"] is not None), None)
         if self._streams_because is None:
             self._mixing_path = "in_place"
             logger.info("cocktail: experts captured and verified in %.1f s", time.perf_counter() - started)
         else:
             logger.info("cocktail: mixtures are streamed: %s", self._streams_because)
-            await self._on_all_ranks("cocktail_release")
+            await ask_all(self.engine, "cocktail_release")
 
     async def _mix(self, recipe: Recipe, drain_s: float) -> MixReply:
         async with self._mixing:
@@ -181,7 +182,7 @@ class EngineControl:
             recipe_json = json.dumps(recipe.to_json())
             if recipe.digest not in self._kept:  # what is kept was right before
                 try:
-                    await self._on_all_ranks("cocktail_check", recipe_json)
+                    await ask_all(self.engine, "cocktail_check", recipe_json)
                 except EngineError as error:
                     raise error_of_code(error.code, error.message) or InvalidMixError(
                         error.message, param="recipe", code="invalid_recipe"
@@ -210,7 +211,7 @@ class EngineControl:
         self._num_swaps += 1
         # with salts, blocks of every recipe stay valid; without, they would be read by the next one
         await self._pause(clear_cache=not self.fence.managed)
-        mixed: MixedWorker = await self._on_all_ranks("cocktail_mix", recipe_json)
+        mixed: MixedWorker = await ask_all(self.engine, "cocktail_mix", recipe_json)
         self._kept = frozenset(mixed["cached"])
         if mixed["digest"] != recipe.digest:
             raise EngineError(f"the workers mixed {mixed['digest']} instead of {recipe.digest}")
@@ -233,32 +234,6 @@ class EngineControl:
             await self.engine.pause_generation(mode="abort", clear_cache=clear_cache)
         else:
             await core.pause_scheduler_async(mode="abort", clear_cache=False)
-
-    async def _on_all_ranks(self, method: str, *args: str) -> Any:
-        """Calls a method of the worker extension everywhere; the one answer that all ranks gave.
-
-        Raises:
-            EngineError: a rank failed, or the ranks disagree.
-        """
-        replies = await self._call(method, *args)
-        if any(reply != replies[0] for reply in replies):
-            raise EngineError(f"the ranks disagree after {method}: {replies}")
-        return replies[0]
-
-    async def _call(self, method: str, *args: str) -> list[Any]:
-        """The answer of every rank: what the method returns, beside `ok` and `error`.
-
-        No timeout is set: replies that come after one would be taken for those of the next call.
-
-        Raises:
-            EngineError: a rank failed; of its own error it has the code.
-        """
-        replies: list[Any] = await self.engine.collective_rpc(method, args=args)
-        for rank, reply in enumerate(replies):
-            if not reply["ok"]:
-                error = reply["error"] if len(replies) == 1 else f"rank {rank}: {reply['error']}"
-                raise EngineError(error, code=reply.get("code"))
-        return replies
 
     def _settled(self, task: asyncio.Task[MixReply]) -> None:
         """Lets a finished mix go, its outcome marked as seen even if its caller has gone."""

@@ -12,6 +12,7 @@ from collections.abc import Awaitable, Callable, Collection, MutableMapping
 from dataclasses import dataclass
 from typing import Any
 
+from cocktail_serve.errors import ClientError
 from vllm_cocktail.replies import FORGET_PATH, MIX_PATH, STATUS_PATH, FenceState
 
 ASGIScope = MutableMapping[str, Any]
@@ -50,7 +51,8 @@ class Refusal:
     """Why a request may not enter.
 
     Attributes:
-        status: 409 where the right recipe can come to be served, 503 where the engine is lost.
+        status: 409 where the right recipe can come to be served, 503 where the engine is lost, 400 where the request
+            must change.
     """
 
     status: int
@@ -128,8 +130,12 @@ class Fence:
 
     def open(self, *serves: str) -> None:
         """Lets requests for these recipes in, and for no others. A poisoned fence stays shut."""
+        self.open_to(frozenset(serves))
+
+    def open_to(self, serves: Collection[str]) -> None:
+        """As `open`; the collection may be one that is not counted out."""
         if self.state != "poisoned":
-            self.serves = frozenset(serves)
+            self.serves = serves
             self.state = "open"
 
     def poison(self, reason: str) -> None:
@@ -140,15 +146,25 @@ class Fence:
             self._poison = reason
 
 
+Bind = Callable[[ASGIScope, Receive, str | None], Awaitable[tuple[str, Receive]]]
+"""Reads which recipe a request brings, given what its header says, and gives back what the app is to receive.
+
+Raises ClientError for a request that may not enter."""
+
+
 class FenceMiddleware:
     """Puts every request that can reach the engine behind a fence. ASGI middleware, streams and websockets included.
 
     A request counts as in flight until the app has finished with it, whatever the client does meanwhile.
+
+    Args:
+        bind: where requests bring their recipe with them: gives it to the engine, or keeps the request out.
     """
 
-    def __init__(self, app: ASGIApp, fence: Fence) -> None:
+    def __init__(self, app: ASGIApp, fence: Fence, bind: Bind | None = None) -> None:
         self.app = app
         self.fence = fence
+        self._bind = bind
 
     async def __call__(self, scope: ASGIScope, receive: Receive, send: Send) -> None:
         if scope["type"] not in ("http", "websocket"):
@@ -156,7 +172,15 @@ class FenceMiddleware:
         if scope["path"].removeprefix(scope.get("root_path", "")) in UNFENCED_PATHS:
             return await self.app(scope, receive, send)
         named = _header(scope, RECIPE_HEADER)
-        refusal = self.fence.refusal(named)
+        brings_recipe = self._bind is not None and named is None and not self.fence.managed
+        refusal = None if brings_recipe else self.fence.refusal(named)
+        if refusal is None and self._bind is not None:
+            try:
+                named, receive = await self._bind(scope, receive, named)
+            except ClientError as error:
+                refusal = Refusal(400, error.code, error.message)
+            else:
+                refusal = self.fence.refusal(named)  # it took a while
         if refusal is not None:
             return await _refuse(scope, receive, send, refusal, resident=self.fence.resident)
         self.fence.enter()
@@ -192,7 +216,7 @@ async def _refuse(scope: ASGIScope, receive: Receive, send: Send, refusal: Refus
             await send({"type": "websocket.close", "code": 1013, "reason": refusal.code})
             return
         prefix = "websocket.http.response"
-    kind = "conflict_error" if refusal.status == 409 else "server_error"
+    kind = {400: "invalid_request_error", 409: "conflict_error"}.get(refusal.status, "server_error")
     error = {"message": refusal.message, "type": kind, "param": None, "code": refusal.code}
     body = json.dumps({"error": error, "resident": resident}).encode()
     headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]

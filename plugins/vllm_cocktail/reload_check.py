@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import secrets
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from cocktail_serve.errors import EngineError
 
@@ -41,8 +42,11 @@ class ProbeAnswer:
         return largest
 
 
-async def ask(engine: EngineClient) -> ProbeAnswer:
+async def ask(engine: EngineClient, *, xargs: Mapping[str, Any] | None = None) -> ProbeAnswer:
     """What the engine answers now, while no request can reach it.
+
+    Args:
+        xargs: as `scoring.mean_losses`.
 
     Raises:
         EngineError: it gave no answer.
@@ -63,6 +67,7 @@ async def ask(engine: EngineClient) -> ProbeAnswer:
         ignore_eos=True,
         detokenize=False,
         output_kind=RequestOutputKind.FINAL_ONLY,
+        extra_args=dict(xargs or {}),
     )
     async for output in engine.generate(prompt, params, f"cocktail-reload-{secrets.token_hex(8)}"):
         (answer,) = output.outputs

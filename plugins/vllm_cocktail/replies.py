@@ -11,10 +11,10 @@ SCORE_PATH = "/v1/cocktail/score"
 
 FenceState = Literal["open", "mixing", "poisoned"]
 
-MixingPath = Literal["in_place", "stream"]
+MixingPath = Literal["in_place", "stream", "unmerged"]
 """How parameters reach the engine: summed where they lie, from models kept in the engine's own layout; or in checkpoint
-format, one tensor at a time, through vLLM's own reload. In place goes only what is a linear mixture of models that are
-kept; whatever else streams."""
+format, one tensor at a time, through vLLM's own reload; in place goes only what is a linear mixture of models that are
+kept. Or not at all: factors stay apart, and each request brings its coefficients."""
 
 ParameterSource = Literal["resident", "experts", "cache", "files"]
 """Where a mix took its parameters from: nothing was to do; summed in place; kept in memory; read from files."""
@@ -92,6 +92,20 @@ class ProbedWorker(TypedDict):
     mixing_kernel: str
     captured: list[str]
     captured_bytes: int
+
+
+class UnmergedWorker(TypedDict):
+    """The experts whose factors a worker holds beside the base.
+
+    Attributes:
+        experts: their fingerprints; `factor_bytes` of them.
+        kernel: what computes the product: `compiled` or `torch`; `kernel_because`: why not `compiled`.
+    """
+
+    experts: list[str]
+    factor_bytes: int
+    kernel: str
+    kernel_because: str | None
 
 
 class CapturedWorker(TypedDict):

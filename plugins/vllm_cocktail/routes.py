@@ -21,10 +21,13 @@ from cocktail_serve.errors import CapacityError, ClientError, CocktailError, Con
 from cocktail_serve.recipe import Recipe
 from vllm_cocktail.control import EngineControl
 from vllm_cocktail.fence import Fence, FenceMiddleware
-from vllm_cocktail.launch import WORKER_EXTENSION
+from vllm_cocktail.launch import WORKER_EXTENSIONS
 from vllm_cocktail.manifest import Manifest
 from vllm_cocktail.replies import FORGET_PATH, MIX_PATH, SCORE_PATH, STATUS_PATH, MixReply, ScoreReply, StatusReply
 from vllm_cocktail.scoring import mean_losses
+from vllm_cocktail.unmerged.binding import RequestBinder
+from vllm_cocktail.unmerged.control import UnmergedControl
+from vllm_cocktail.unmerged.row import BASE_ROW
 
 if TYPE_CHECKING:
     from vllm.engine.protocol import EngineClient
@@ -72,6 +75,10 @@ class ScoreRequest(_Body):
     """Body of `POST SCORE_PATH`."""
 
     examples: list[ExampleBody] = Field(min_length=1)
+    vllm_xargs: dict[str, Any] | None = None
+    # of every request that is bound to its recipe; the prompts have salts of their own
+    model: str | None = None
+    cache_salt: str | None = None
 
 
 router = APIRouter(tags=["cocktail"])
@@ -106,7 +113,7 @@ async def forget(body: ForgetRequest, request: Request) -> dict[str, Any]:
 @router.post(SCORE_PATH, response_model=None)
 async def score(body: ScoreRequest, request: Request) -> ScoreReply:
     """Mean token cross-entropy of each example under the resident recipe; null: not finite. Behind the fence."""
-    losses = await mean_losses(_control(request).engine, body.examples)
+    losses = await mean_losses(_control(request).engine, body.examples, xargs=body.vllm_xargs)
     return {"losses": [loss if math.isfinite(loss) else None for loss in losses]}
 
 
@@ -123,7 +130,7 @@ class CocktailEndpointPlugin:
         app.include_router(router)
         app.add_exception_handler(CocktailError, _answer_error)
         # the first one added is the innermost: vLLM adds its own, authentication among them, afterwards
-        app.add_middleware(FenceMiddleware, fence=fence)
+        app.add_middleware(FenceMiddleware, fence=fence, bind=_binder(app.state))
 
     async def init_state(self, engine_client: EngineClient | None, state: State, args: Namespace) -> None:
         """Checks that the fence can hold, probes the workers, warms scoring up, opens the fence.
@@ -134,24 +141,35 @@ class CocktailEndpointPlugin:
         if engine_client is None:
             raise ConfigError("vllm_cocktail needs an engine; leave `cocktail` out of VLLM_PLUGINS for a render server")
         manifest = Manifest.from_environ()
-        _require_fenceable(engine_client.vllm_config, args)
+        _require_fenceable(engine_client.vllm_config, args, WORKER_EXTENSIONS[manifest.mode])
         fence: Fence = state.cocktail_fence
         fence.managed = manifest.managed
-        state.cocktail_control = EngineControl(engine_client, fence, manifest)
+        control_of = UnmergedControl if manifest.mode == "unmerged" else EngineControl
+        state.cocktail_control = control_of(engine_client, fence, manifest)
         started = time.perf_counter()
         # the first log-probabilities of a prompt compile a kernel; nobody's first scores should wait for that
-        await mean_losses(engine_client, [ExampleBody(token_ids=[0, 1, 2, 3], output_start=1)])
+        await mean_losses(engine_client, [ExampleBody(token_ids=[0, 1, 2, 3], output_start=1)], xargs=BASE_ROW)
         logger.info("cocktail: scoring warmed up in %.1f s", time.perf_counter() - started)
         await state.cocktail_control.start()
         logger.info("cocktail: %d models to mix, resident %s", len(manifest.members), manifest.resident)
 
 
-def _control(request: Request) -> EngineControl:
-    control: EngineControl = request.app.state.cocktail_control
+def _control(request: Request) -> EngineControl | UnmergedControl:
+    control: EngineControl | UnmergedControl = request.app.state.cocktail_control
     return control
 
 
-def _require_fenceable(vllm_config: Any, args: Namespace) -> None:
+def _binder(state: State) -> RequestBinder | None:
+    """What reads the recipe that a request brings; None where the engine holds one recipe for all."""
+    manifest = Manifest.from_environ()
+    if manifest.mode == "merged":
+        return None
+    base = Recipe(manifest.base, ((manifest.base, 1.0),), manifest.dtype, form="unmerged")
+    # the engine, and what asks it, come later
+    return RequestBinder(base, lambda recipe: state.cocktail_control.require_loaded(recipe))
+
+
+def _require_fenceable(vllm_config: Any, args: Namespace, extension: str) -> None:
     """Refuses servers in which a request can reach the engine past the fence, or find other parameters behind it.
 
     Raises:
@@ -161,7 +179,7 @@ def _require_fenceable(vllm_config: Any, args: Namespace) -> None:
 
     parallel = vllm_config.parallel_config
     refusals = {
-        f"--worker-extension-cls {WORKER_EXTENSION} is missing": parallel.worker_extension_cls != WORKER_EXTENSION,
+        f"--worker-extension-cls {extension} is missing": parallel.worker_extension_cls != extension,
         "--data-parallel-size must be 1: engines would hold different recipes": parallel.data_parallel_size > 1,
         "--api-server-count must be 1: each server would count only its own requests": (
             (getattr(args, "api_server_count", None) or 1) > 1 or parallel._api_process_count > 1

@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import math
 import secrets
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Protocol
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
 
 from cocktail_serve.errors import EngineError, InvalidExamplesError
 
@@ -41,10 +41,15 @@ def check_example(example: ScorableTokens, *, row: int, max_model_len: int, voca
         raise InvalidExamplesError(f"token ids must lie between 0 and {vocab_size - 1}", row=row)
 
 
-async def mean_losses(engine: EngineClient, examples: Sequence[ScorableTokens]) -> list[float]:
+async def mean_losses(
+    engine: EngineClient, examples: Sequence[ScorableTokens], *, xargs: Mapping[str, Any] | None = None
+) -> list[float]:
     """Mean token cross-entropy of each example's output given its input, in nats; not finite where the model overflows.
 
     All examples are in the engine at once, which batches them.
+
+    Args:
+        xargs: what the requests bring for the worker: their coefficients, where recipes share a batch.
 
     Raises:
         InvalidExamplesError: an example that does not fit; nothing was computed.
@@ -55,13 +60,13 @@ async def mean_losses(engine: EngineClient, examples: Sequence[ScorableTokens]) 
         check_example(example, row=row, max_model_len=config.max_model_len, vocab_size=config.get_vocab_size())
     try:
         async with asyncio.TaskGroup() as group:
-            tasks = [group.create_task(_mean_loss(engine, example)) for example in examples]
+            tasks = [group.create_task(_mean_loss(engine, example, xargs)) for example in examples]
     except ExceptionGroup as failed:
         raise failed.exceptions[0] from failed
     return [task.result() for task in tasks]
 
 
-async def _mean_loss(engine: EngineClient, example: ScorableTokens) -> float:
+async def _mean_loss(engine: EngineClient, example: ScorableTokens, xargs: Mapping[str, Any] | None) -> float:
     from vllm.inputs import TokensPrompt
     from vllm.sampling_params import RequestOutputKind, SamplingParams
 
@@ -77,6 +82,7 @@ async def _mean_loss(engine: EngineClient, example: ScorableTokens) -> float:
         prompt_logprobs=0,  # of the prompt's own tokens only
         detokenize=False,
         output_kind=RequestOutputKind.FINAL_ONLY,
+        extra_args=dict(xargs or {}),
     )
     final: RequestOutput | None = None
     async for output in engine.generate(prompt, params, request_id):

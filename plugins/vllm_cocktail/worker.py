@@ -7,19 +7,19 @@ is ever raised, since with several ranks an exception leaves replies queued that
 
 from __future__ import annotations
 
-import functools
 import json
 import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from cocktail_serve.checkpoints.unchanged import check_unchanged
-from cocktail_serve.errors import CocktailError, ConfigError, IncompatibleModelsError
+from cocktail_serve.errors import ConfigError, IncompatibleModelsError
 from cocktail_serve.merging.native import kernel_name
 from cocktail_serve.merging.threads import allow_cores
 from cocktail_serve.recipe import Recipe
+from vllm_cocktail.calls import replies
 from vllm_cocktail.captured import CapturedExperts, capture
 from vllm_cocktail.launch import is_cpu_build
 from vllm_cocktail.manifest import Manifest
@@ -31,35 +31,6 @@ if TYPE_CHECKING:
 
 # a child of vLLM's logger, whose handlers and level it so shares
 logger = logging.getLogger("vllm.cocktail.worker")
-
-_P = ParamSpec("_P")
-_R = TypeVar("_R", ProbedWorker, CapturedWorker, MixedWorker, WorkerDigest)
-
-
-def _reply(
-    method: Callable[Concatenate[CocktailWorkerExtension, _P], _R],
-) -> Callable[Concatenate[CocktailWorkerExtension, _P], dict[str, Any]]:
-    """Turns a method's value into `{ok: True, error: None, ...}` and whatever it raises into `{ok: False, error}`.
-
-    An error of ours has its `code` too. It runs under vLLM's configuration, as what builds a model does: telling what a
-    checkpoint's names mean builds transformers' model, some of whose layers are vLLM's own in this process.
-    """
-
-    @functools.wraps(method)
-    def never_raises(worker: CocktailWorkerExtension, /, *args: _P.args, **kwargs: _P.kwargs) -> dict[str, Any]:
-        from vllm.config import set_current_vllm_config
-
-        try:
-            with set_current_vllm_config(worker.vllm_config):
-                return {"ok": True, "error": None, **method(worker, *args, **kwargs)}
-        except CocktailError as error:
-            return {"ok": False, "error": error.message, "code": error.code}
-        except Exception as error:
-            logger.exception("%s failed", method.__name__)
-            return {"ok": False, "error": f"{type(error).__name__}: {error}"}
-
-    return never_raises
-
 
 class CocktailWorkerExtension:
     """What vLLM's Worker gains by `--worker-extension-cls vllm_cocktail.worker.CocktailWorkerExtension`."""
@@ -74,7 +45,7 @@ class CocktailWorkerExtension:
     cocktail_resident: str | None = None
     cocktail_experts: CapturedExperts | None = None
 
-    @_reply
+    @replies
     def cocktail_probe(self) -> ProbedWorker:
         """Gets this worker ready to mix at the first call; says what it holds at every one."""
         if self.cocktail_mixer is None:
@@ -102,7 +73,7 @@ class CocktailWorkerExtension:
             "captured_bytes": experts.num_bytes if experts else 0,
         }
 
-    @_reply
+    @replies
     def cocktail_capture(self) -> CapturedWorker:
         """Keeps the pool's models as this worker holds them, if that is possible. Before the first request.
 
@@ -132,7 +103,7 @@ class CocktailWorkerExtension:
                 self._cocktail_stream(base)
         return {"digest": self.cocktail_resident, "reason": reason}
 
-    @_reply
+    @replies
     def cocktail_release(self) -> WorkerDigest:
         """Lets go of what `cocktail_capture` kept: another rank could not keep its part.
 
@@ -142,7 +113,7 @@ class CocktailWorkerExtension:
         self.cocktail_experts = None
         return {"digest": self.cocktail_resident}
 
-    @_reply
+    @replies
     def cocktail_check(self, recipe_json: str) -> WorkerDigest:
         """Finds what is wrong with a recipe, as `Mixer.check`. Touches nothing.
 
@@ -154,7 +125,7 @@ class CocktailWorkerExtension:
         _ready(self.cocktail_mixer).check(recipe, needs_files=experts is None or not experts.holds(recipe))
         return {"digest": recipe.digest}
 
-    @_reply
+    @replies
     def cocktail_mix(self, recipe_json: str) -> MixedWorker:
         """Mixes a recipe into the live parameters. `ok: False` means that the engine is lost.
 
@@ -187,7 +158,7 @@ class CocktailWorkerExtension:
         self.cocktail_resident = recipe.digest
         return source
 
-    @_reply
+    @replies
     def cocktail_forget(self, recipe_digest: str) -> WorkerDigest:
         """Frees the merged parameters of a recipe, where they are kept. What is resident stays.
 
@@ -216,6 +187,13 @@ def _allow_cores_of_server() -> None:
 
 def require_mixable(vllm_config: Any, manifest: Manifest) -> None:
     """Refuses an engine whose live parameters a mixture cannot replace one for one."""
+    require_base_of(vllm_config, manifest)
+    if (quantization := vllm_config.model_config.quantization) is not None:
+        raise ConfigError(f"quantisation {quantization!r} cannot be mixed in place; serve unquantised models")
+
+
+def require_base_of(vllm_config: Any, manifest: Manifest) -> None:
+    """Refuses an engine that was not started on the manifest's base alone, in its dtype."""
     model = vllm_config.model_config
     base = manifest.members[manifest.base].path
     if Path(model.model).resolve() != base.resolve():
@@ -225,10 +203,8 @@ def require_mixable(vllm_config: Any, manifest: Manifest) -> None:
     dtype = str(model.dtype).removeprefix("torch.")
     if dtype != manifest.dtype:
         raise ConfigError(f"the engine's dtype is {dtype}, the manifest's {manifest.dtype}: start it with --dtype")
-    if model.quantization is not None:
-        raise ConfigError(f"quantisation {model.quantization!r} cannot be mixed in place; serve unquantised models")
     if vllm_config.lora_config is not None:
-        raise ConfigError("--enable-lora cannot be combined with mixing full parameters; start the server without it")
+        raise ConfigError("--enable-lora cannot be combined with mixing; start the server without it")
 
 
 def _tensors_in(value: Any) -> Iterator[Tensor]:

@@ -60,7 +60,7 @@ class VLLMServer:
     resident: str = field(default="")
 
     def recipe(self, **merging_weights: float) -> Recipe:
-        return make_recipe(self.pool, merging_weights, dtype="float32")
+        return make_recipe(self.pool, merging_weights, dtype="float32", form=self.pool.form)
 
     def status(self) -> dict[str, Any]:
         response = self.client.get("/v1/cocktail/status")
@@ -111,6 +111,7 @@ def running_vllm(
     environ: Mapping[str, str] | None = None,
     deadline_s: float = 240.0,
     folders: Mapping[str, Path] | None = None,
+    args: Mapping[str, Any] | None = None,
 ) -> Iterator[VLLMServer]:
     """Starts a server on a new pool, or on models that are there, and ends its whole process group afterwards."""
     folders = folders or make_decoder_pool(folder / "pool", ("red", "green"), tied=tied)
@@ -121,7 +122,7 @@ def running_vllm(
     )
     sockets = Path(tempfile.mkdtemp(prefix="vllm-"))  # mode 0700, and short: a socket's path is limited to 107 bytes
     uds = sockets / "engine.sock"
-    args = {"block-size": BLOCK_SIZE, "max-num-seqs": 8}
+    args = {"block-size": BLOCK_SIZE, "max-num-seqs": 8, **(args or {})}
     log = folder / "server.log"
     with log.open("wb") as output:
         process = subprocess.Popen(
@@ -132,12 +133,14 @@ def running_vllm(
                 dtype="float32",
                 max_model_len=MAX_MODEL_LEN,
                 extra=args,
+                form=pool.form,
             ),
             env=server_env(
                 manifest=manifest.write(folder / "pool.json"),
                 api_key=API_KEY,
                 owner_pid=os.getpid(),
                 args=args,
+                form=pool.form,
                 environ={**os.environ, **(environ or {})},
             ),
             stdout=output,

@@ -12,7 +12,7 @@ from fastapi import FastAPI
 
 from cocktail_serve.errors import ConfigError
 from cocktail_serve.pool import Member, Pool
-from vllm_cocktail.launch import WORKER_EXTENSION
+from vllm_cocktail.launch import WORKER_EXTENSIONS
 from vllm_cocktail.manifest import MANIFEST_VARIABLE, Manifest
 from vllm_cocktail.routes import CocktailEndpointPlugin
 
@@ -30,7 +30,7 @@ def manifest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def config_with(section: str = "", **changes: Any) -> SimpleNamespace:
     parts: dict[str, Any] = {
         "parallel_config": {
-            "worker_extension_cls": WORKER_EXTENSION,
+            "worker_extension_cls": WORKER_EXTENSIONS["merged"],
             "data_parallel_size": 1,
             "_api_process_count": 1,
         },

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType, TracebackType
 from typing import TYPE_CHECKING, Any, Self
@@ -124,7 +126,7 @@ class AdapterReader:
     @property
     def merged_only(self) -> str | None:
         """Why it cannot be served unmerged, as `Member.merged_only` says it; names the parameter."""
-        found = ((name, why_merged(name, change, self.tensors[name].shape)) for name, change in self._changes.items())
+        found = ((name, why_merged(name, change, self.tensors[name].shape)) for name, change in self.changes.items())
         return next((f"{why}: {name}" for name, why in found if why is not None), None)
 
     def get(self, name: str) -> Tensor:
@@ -160,10 +162,19 @@ class AdapterReader:
         """The elements of `get`, in C order."""
         return tensor_bytes(self.get(name))
 
-    @property
+    @cached_property
     def changes(self) -> Mapping[str, Change]:
-        """What becomes of the base's parameters, by stored name; all others are the base's own."""
-        return MappingProxyType(self._changes)
+        """What becomes of the base's parameters, by stored name; all others are the base's own.
+
+        What was saved whole and is the base's own is no change: peft saves embeddings so beside the factors over them.
+        """
+        changes = {}
+        for name, change in self._changes.items():
+            if change.whole is not None and self._is_of_base(name, change.whole):
+                change = replace(change, whole=None)
+            if change != Change():
+                changes[name] = change
+        return MappingProxyType(changes)
 
     def factor(self, stored: str) -> Tensor:
         """What is stored under a name of `factors`, as long as the file is open."""
@@ -244,6 +255,12 @@ class AdapterReader:
             return self._base.tensors[name]
         stored = self._base.tensors[name] if change.whole is None else self._infos[change.whole]
         return TensorInfo("float32", stored.shape) if change.is_computed else stored
+
+    def _is_of_base(self, name: str, stored: str) -> bool:
+        kept, own = self._infos[stored], self._base.tensors.get(name)
+        if own is None or kept.shape != own.shape or not (kept.is_floating and own.is_floating):
+            return False
+        return bool((self._tensor(stored).double() == self._base.get(name).double()).all())
 
     def _tensor(self, stored: str) -> Tensor:
         source, key = self._stored[stored]

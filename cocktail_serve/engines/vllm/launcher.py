@@ -40,6 +40,7 @@ class Launcher:
         self.log = run_dir / f"{pool.id}.log"
         self._pool_id = pool.id
         self._base = pool.base
+        self._form = pool.form
         self._config = config
         self._dtype = dtype
         self._manifest_path = run_dir / f"{pool.id}.manifest.json"
@@ -88,6 +89,7 @@ class Launcher:
                 # here is the template of the model that was asked for
                 extra={**config.args, "trust-request-chat-template": True},
                 expert_bytes=int(config.expert_memory),
+                form=self._form,
             )
         env = server_env(
             manifest=self._manifest_path,
@@ -95,6 +97,7 @@ class Launcher:
             owner_pid=os.getpid(),
             args={} if is_fake else config.args,
             extra=config.env,
+            form=self._form,
         )
         return command, env
 

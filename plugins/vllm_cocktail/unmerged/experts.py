@@ -1,0 +1,100 @@
+"""The experts of one worker: their factors at the model's layers, and their columns in the rows of each step."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any
+
+from cocktail_serve.checkpoints.unchanged import open_base
+from cocktail_serve.errors import ConfigError, InvalidMixError
+from vllm_cocktail.manifest import Manifest
+from vllm_cocktail.unmerged.factors import read_factors
+from vllm_cocktail.unmerged.kernel import Limits, load_kernel
+from vllm_cocktail.unmerged.layers import AdaptedLayers, Steps
+from vllm_cocktail.unmerged.step import StepRows
+
+if TYPE_CHECKING:
+    from cocktail_serve.pool import Member
+
+# a child of vLLM's logger, whose handlers and level it so shares
+logger = logging.getLogger("vllm.cocktail.experts")
+
+
+class UnmergedExperts:
+    """Holds the factors of the manifest's experts beside the base, and adds them to the rows that ask for them.
+
+    Args:
+        runner: vLLM's model runner, its model loaded.
+        manifest: the experts.
+        limits: of its steps.
+        reread: gives the manifest as it stands now: its owner may add experts while the server runs.
+
+    Raises:
+        CocktailError: as `read_factors` and `AdaptedLayers.add`.
+    """
+
+    def __init__(self, runner: Any, manifest: Manifest, limits: Limits, *, reread: Callable[[], Manifest]) -> None:
+        import torch
+
+        self.manifest = manifest
+        self._reread = reread
+        self._columns: dict[str, int] = {}
+        model = runner.get_model()
+        self.kernel = load_kernel(next(model.parameters()).device, limits)
+        steps = Steps(self.kernel)
+        self._layers = AdaptedLayers(model, steps, dtype=getattr(torch, manifest.dtype))
+        self._load(member for member in manifest.members.values() if member.fingerprint != manifest.base)
+        StepRows(runner, steps, self._columns).install()
+
+    @property
+    def fingerprints(self) -> list[str]:
+        """Of the experts that are loaded."""
+        return list(self._columns)
+
+    @property
+    def num_bytes(self) -> int:
+        """Of their factors in the engine."""
+        return self._layers.num_bytes
+
+    def require_called(self) -> None:
+        """As `AdaptedLayers.require_called`."""
+        self._layers.require_called()
+
+    def load(self, fingerprints: Iterable[str]) -> None:
+        """Loads experts that the manifest may have gained. Between steps; those that are loaded stay as they are.
+
+        Raises:
+            InvalidMixError: the manifest has no such expert, or is another engine's now.
+            CocktailError: as `read_factors` and `AdaptedLayers.add`; none was added.
+        """
+        missing = [fingerprint for fingerprint in fingerprints if fingerprint not in self._columns]
+        if not all(fingerprint in self.manifest.members for fingerprint in missing):
+            try:
+                found = self._reread()
+            except ConfigError as error:
+                raise InvalidMixError(f"the manifest could not be read again: {error.message}") from error
+            if (found.base, found.dtype, found.mode) != (self.manifest.base, self.manifest.dtype, self.manifest.mode):
+                raise InvalidMixError("the manifest is another engine's now: its base, dtype or mode has changed")
+            self.manifest = found
+        unknown = [fingerprint for fingerprint in missing if fingerprint not in self.manifest.members]
+        if unknown:
+            raise InvalidMixError(f"no model of the pool has the fingerprint {unknown[0]}", param="recipe")
+        self._load(self.manifest.members[fingerprint] for fingerprint in missing)
+
+    def _load(self, experts: Iterable[Member]) -> None:
+        started = time.perf_counter()
+        base = self.manifest.members[self.manifest.base]
+        with open_base(base) as base_reader:
+            for expert in experts:
+                column = len(self._columns)
+                factors = read_factors(base, expert, dtype=self.manifest.dtype)
+                self._layers.add(column, factors, base_reader)
+                self._columns[expert.fingerprint] = column
+        logger.info(
+            "factors of %d experts, %.1f MiB, after %.2f s",
+            len(self._columns),
+            self.num_bytes / 2**20,
+            time.perf_counter() - started,
+        )
