@@ -165,8 +165,12 @@ def _binder(state: State) -> RequestBinder | None:
     if manifest.mode == "merged":
         return None
     base = Recipe(manifest.base, ((manifest.base, 1.0),), manifest.dtype, form="unmerged")
-    # the engine, and what asks it, come later
-    return RequestBinder(base, lambda recipe: state.cocktail_control.require_loaded(recipe))
+
+    async def require_loaded(recipe: Recipe) -> None:
+        control: UnmergedControl = state.cocktail_control  # the engine comes later than the routes
+        await control.require_loaded(recipe)
+
+    return RequestBinder(base, require_loaded)
 
 
 def _require_fenceable(vllm_config: Any, args: Namespace, extension: str) -> None:

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 # a child of vLLM's logger, whose handlers and level it so shares
 logger = logging.getLogger("vllm.cocktail.worker")
 
+
 class CocktailWorkerExtension:
     """What vLLM's Worker gains by `--worker-extension-cls vllm_cocktail.worker.CocktailWorkerExtension`."""
 

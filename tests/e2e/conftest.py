@@ -20,7 +20,7 @@ import pytest
 
 from cocktail_serve.checkpoints.opening import open_pool
 from cocktail_serve.config import PoolConfig
-from cocktail_serve.pool import Pool
+from cocktail_serve.pool import Form, Pool
 from cocktail_serve.recipe import Recipe, make_recipe
 from tests.models import make_decoder_pool, pool_section
 from vllm_cocktail.launch import is_cpu_build, server_args, server_env
@@ -112,10 +112,11 @@ def running_vllm(
     deadline_s: float = 240.0,
     folders: Mapping[str, Path] | None = None,
     args: Mapping[str, Any] | None = None,
+    mode: Form = "merged",
 ) -> Iterator[VLLMServer]:
     """Starts a server on a new pool, or on models that are there, and ends its whole process group afterwards."""
     folders = folders or make_decoder_pool(folder / "pool", ("red", "green"), tied=tied)
-    config = PoolConfig.model_validate(pool_section(MODEL, "decoder", folders, {"type": "vllm"}))
+    config = PoolConfig.model_validate(pool_section(MODEL, "decoder", folders, {"type": "vllm", "mode": mode}))
     pool = open_pool(config, cache_dir=folder / "cache")
     manifest = Manifest.of_pool(
         pool, dtype="float32", cache_bytes=cache_bytes, managed=managed, expert_bytes=expert_bytes

@@ -168,13 +168,11 @@ class AdapterReader:
 
         What was saved whole and is the base's own is no change: peft saves embeddings so beside the factors over them.
         """
-        changes = {}
-        for name, change in self._changes.items():
-            if change.whole is not None and self._is_of_base(name, change.whole):
-                change = replace(change, whole=None)
-            if change != Change():
-                changes[name] = change
-        return MappingProxyType(changes)
+        changes = {
+            name: replace(change, whole=None) if change.whole and self._is_of_base(name, change.whole) else change
+            for name, change in self._changes.items()
+        }
+        return MappingProxyType({name: change for name, change in changes.items() if change != Change()})
 
     def factor(self, stored: str) -> Tensor:
         """What is stored under a name of `factors`, as long as the file is open."""

@@ -13,8 +13,8 @@ from cocktail_serve.recipe import Recipe
 from vllm_cocktail.calls import ask_all
 from vllm_cocktail.fence import Fence
 from vllm_cocktail.manifest import Manifest
-from vllm_cocktail.replies import MixReply, StatusReply, UnmergedWorker
 from vllm_cocktail.reload_check import ask
+from vllm_cocktail.replies import MixReply, StatusReply, UnmergedWorker
 from vllm_cocktail.unmerged.row import BASE_ROW
 
 if TYPE_CHECKING:

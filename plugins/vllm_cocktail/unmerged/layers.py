@@ -15,7 +15,7 @@ import numpy as np
 from cocktail_serve.checkpoints.reader import CheckpointReader
 from cocktail_serve.errors import IncompatibleModelsError
 from vllm_cocktail.unmerged.factors import FactorTensors
-from vllm_cocktail.unmerged.kernel import Kernel, Layer, LayerShape, Step
+from vllm_cocktail.unmerged.kernel import Kernel, Layer, LayerShape
 
 if TYPE_CHECKING:
     import torch
