@@ -79,31 +79,20 @@ def save_mixture(
         StorageError: the disk is full or refuses; nothing is left behind.
         CheckpointError, IncompatibleModelsError, InvalidMixError, NotFiniteError: as `Mixture` and its `params`.
     """
-    out = Path(out).absolute()
-    check_free(out)
-    try:
-        with (
-            Mixture(recipe, pool.by_fingerprint) as mixture,
-            _temporary_beside(out) as folder,
-        ):
-            shards = _plan(mixture, folder, max_shard_bytes)
-            total = sum(info.num_bytes for info in mixture.tensors.values())
-            _check_room(folder, total)
-            _write_shards(shards, mixture, total, progress)
-            _write_indexes(shards)
-            copy_files(pool.base.path, folder)
-            write_config(pool.base.path, folder, dtype=recipe.dtype)
-            if (settings := settings_of(recipe, pool)) is not None:
-                write_settings(folder, settings, base=pool.base.generation)
-            _write_json(folder / RECIPE_FILE, describe(recipe, pool))
-            for name, text in (extra_files or {}).items():
-                (folder / name).write_text(text)
-            _sync_tree(folder)
-            mixture.check_unwritten()
-            folder.rename(out)
-            _sync(out.parent)
-    except OSError as error:
-        raise StorageError(f"cannot write {out}: {error.strerror or error}; nothing was left there") from error
+    with new_folder(out) as folder, Mixture(recipe, pool.by_fingerprint) as mixture:
+        shards = _plan(mixture, folder, max_shard_bytes)
+        total = sum(info.num_bytes for info in mixture.tensors.values())
+        check_room(folder, total, "the mixture")
+        _write_shards(shards, mixture, total, progress)
+        _write_indexes(shards)
+        copy_files(pool.base.path, folder)
+        write_config(pool.base.path, folder, dtype=recipe.dtype)
+        if (settings := settings_of(recipe, pool)) is not None:
+            write_settings(folder, settings, base=pool.base.generation)
+        write_json(folder / RECIPE_FILE, describe(recipe, pool))
+        for name, text in (extra_files or {}).items():
+            (folder / name).write_text(text)
+        mixture.check_unwritten()
 
 
 def describe(recipe: Recipe, pool: Pool) -> dict[str, Any]:
@@ -130,6 +119,26 @@ def check_free(out: Path) -> None:
         raise StorageError(f"cannot look at {out}: {error.strerror}") from error
     if is_taken:
         raise ConflictError(f"{out} exists; name a folder that does not, nothing is overwritten")
+
+
+@contextlib.contextmanager
+def new_folder(out: Path) -> Iterator[Path]:
+    """A folder to write into, which becomes `out` when all is written: it appears whole or not at all.
+
+    Raises:
+        ConflictError: `out` exists and is not an empty folder.
+        StorageError: the disk is full or refuses; nothing is left behind.
+    """
+    out = Path(out).absolute()
+    check_free(out)
+    try:
+        with _temporary_beside(out) as folder:
+            yield folder
+            _sync_tree(folder)
+            folder.rename(out)
+            _sync(out.parent)
+    except OSError as error:
+        raise StorageError(f"cannot write {out}: {error.strerror or error}; nothing was left there") from error
 
 
 @contextlib.contextmanager
@@ -182,10 +191,11 @@ def _remove_left_behind(out: Path) -> None:
                 os.close(descriptor)
 
 
-def _check_room(folder: Path, num_bytes: int) -> None:
+def check_room(folder: Path, num_bytes: int, what: str) -> None:
+    """Raises StorageError where the disk has less room than `what` is going to take."""
     free = shutil.disk_usage(folder).free
     if free < num_bytes:
-        raise StorageError(f"the mixture needs {num_bytes:,} bytes, {folder.parent} has {free:,} free; make room")
+        raise StorageError(f"{what} needs {num_bytes:,} bytes, {folder.parent} has {free:,} free; make room")
 
 
 def _plan(mixture: Mixture, folder: Path, max_shard_bytes: int) -> list[_Shard]:
@@ -329,7 +339,7 @@ def _write_indexes(shards: list[_Shard]) -> None:
             weight_map = {
                 name.removeprefix(shard.prefix): shard.path.name for shard in inside for name in shard.tensors
             }
-            _write_json(
+            write_json(
                 folder / "model.safetensors.index.json",
                 {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))},
             )
@@ -362,10 +372,11 @@ def write_config(base: Path, folder: Path, *, dtype: str) -> None:
     # releases of transformers from 4.56 on say dtype, those before torch_dtype; each reads both
     key = "torch_dtype" if "torch_dtype" in config else "dtype"
     config[key] = dtype
-    _write_json(folder / model_folder(base).relative_to(base) / CONFIG, config)
+    write_json(folder / model_folder(base).relative_to(base) / CONFIG, config)
 
 
-def _write_json(path: Path, value: Any) -> None:
+def write_json(path: Path, value: Any) -> None:
+    """Writes a JSON value for people to read."""
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 

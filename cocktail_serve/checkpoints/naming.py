@@ -24,6 +24,7 @@ from cocktail_serve.loading import library_loading
 
 if TYPE_CHECKING:
     from torch import Tensor
+    from torch.nn import Module
     from transformers import PreTrainedModel
 
 _KEPT_MODELS = 16
@@ -112,6 +113,16 @@ class ParameterNames:
         ends = [""] if pattern is None else self._converter_of[pattern].target_patterns
         made = [name.replace(ends[0], end, 1) for end in ends]
         return [self._source.get(name, name) for name in made]
+
+    def modules_of(self, stored: str) -> dict[str, Module]:
+        """The modules whose weight a tensor is, as it is stored, by name: several where the model ties them, none where
+        it is a bias, a part of a parameter, or a parameter that no module calls its weight."""
+        if self.target(stored).part:
+            return {}
+        weights = [name for name in self.sharing(stored) if name.endswith(".weight")]
+        return {
+            name.removesuffix(".weight"): self._model.get_submodule(name.removesuffix(".weight")) for name in weights
+        }
 
     def covers(self, stored: Iterable[str]) -> bool:
         """Whether a checkpoint of these tensors gives the model every parameter that is read.

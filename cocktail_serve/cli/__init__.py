@@ -11,6 +11,7 @@ import cocktail_serve
 from cocktail_serve.cli.demo import demo as demo_command
 from cocktail_serve.cli.doctor import doctor as doctor_command
 from cocktail_serve.cli.eval import evaluate as eval_command
+from cocktail_serve.cli.extract import extract as extract_command
 from cocktail_serve.cli.inspect import inspect as inspect_command
 from cocktail_serve.cli.keys import keys as keys_commands
 from cocktail_serve.cli.limits import limits as limits_commands
@@ -32,6 +33,7 @@ app = typer.Typer(
 app.command("serve")(serve_command)
 app.command("weigh")(weigh_command)
 app.command("mix")(mix_command)
+app.command("extract")(extract_command)
 app.command("inspect")(inspect_command)
 app.command("eval")(eval_command)
 app.command("doctor")(doctor_command)

@@ -176,10 +176,10 @@ def _changes(base: Path, expert: Path, report: OnProgress) -> Iterator[dict[str,
         names = [name for name, info in mine.tensors.items() if info.is_floating and name in theirs.tensors]
         for done, name in enumerate(names, start=1):
             before, after = mine.get(name).double(), theirs.get(name).double()
-            sums = squares.setdefault(_group(name), [0.0, 0.0])
+            sums = squares.setdefault(layer_group(name), [0.0, 0.0])
             sums[0] += (after - before).square().sum().item()
             sums[1] += before.square().sum().item()
-            counts[_group(name)] = counts.get(_group(name), 0) + 1
+            counts[layer_group(name)] = counts.get(layer_group(name), 0) + 1
             report(f"comparing {expert}", done, len(names))
     for group, (difference, norm) in squares.items():
         yield {
@@ -189,7 +189,7 @@ def _changes(base: Path, expert: Path, report: OnProgress) -> Iterator[dict[str,
         }
 
 
-def _group(name: str) -> str:
+def layer_group(name: str) -> str:
     """A tensor's layer, or for those outside of layers the name of their module."""
     match = re.search(r"(?:^|\.)((?:layers?|h|blocks?)\.\d+)\.", name)
     if match:

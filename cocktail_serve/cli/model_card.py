@@ -107,6 +107,57 @@ def model_card(
     return "\n".join(parts)
 
 
+def adapter_card(
+    extracted: Mapping[str, Any], pool: Pool, config: PoolConfig, *, name: str, rank: int, command: Sequence[str]
+) -> str:
+    """Markdown beside an adapter that was extracted, with the front matter that the model hub reads.
+
+    Args:
+        extracted: the expert's part of `extraction.json`.
+        name: the expert's.
+        command: what was typed, word by word.
+    """
+    sources = sources_of(config)
+    on_hub = {model for model, source in sources.items() if not Path(source).is_dir()}
+    front_matter: dict[str, Any] = {
+        **({"base_model": sources[BASE].partition("@")[0], "base_model_relation": "adapter"} if BASE in on_hub else {}),
+        "library_name": "peft",
+        "pipeline_tag": _PIPELINE[pool.kind],
+        "tags": ["lora", "cocktail-serve"],
+    }
+    rows = [
+        (model, sources[model] if model in on_hub else "local folder", pool.members[model].fingerprint[:12])
+        for model in (BASE, name)
+    ]
+    facts = [
+        f"It lacks {extracted['relative_error']:.3f} of the expert's difference to the base (Frobenius norms, all "
+        f"parameters); {extracted['lost_share']:.2%} of the squared difference is in parameters that LoRA cannot hold."
+    ]
+    if extracted["loss"] is not None:
+        facts.append(
+            f"Mean loss on the examples that were given: {extracted['loss']:.4f} nats of the expert, "
+            f"{extracted['adapter_loss']:.4f} of the adapter."
+        )
+    layers = [
+        (layer["name"], layer["kind"], str(layer["rank"]), f"{layer['relative_error']:.4f}")
+        for layer in extracted["layers"]
+    ]
+    parts = [
+        f"---\n{yaml.safe_dump(front_matter, sort_keys=False)}---\n",
+        f"# {name}\n",
+        f"A LoRA adapter of rank {rank} or lower, cut out of the full expert `{name}` of the pool `{pool.id}` by "
+        f"cocktail-serve {cocktail_serve.__version__}: the truncated singular value decomposition of its difference to "
+        "the base, layer by layer.\n",
+        _table(("model", "source", "fingerprint"), rows),
+        f"{' '.join(facts)}\n",
+        "## How to make it again\n",
+        f"```bash\n{shlex.join(command)}\n```\n",
+        "## Layers\n",
+        _table(("parameter", "kind", "rank", "relative error"), layers),
+    ]
+    return "\n".join(parts)
+
+
 def _reasons(weighing: Mapping[str, Any]) -> str:
     if not weighing["losses"]:
         if weighing["target"] is not None:

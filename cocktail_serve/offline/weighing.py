@@ -68,7 +68,7 @@ def weigh_offline(
     if request.examples is None:
         weighing, _ = weigh_by(pool, request.options, None, dtype, report)
         return OfflineWeighing(pool, request, weighing, dtype, mixed_loss=None)
-    with _opened(pool, config, request.examples) as losses_of:
+    with open_losses(pool, config, request.examples) as losses_of:
         weighing, losses = weigh_by(pool, request.options, losses_of, dtype, report)
         recipe = recipe_of(request.options, pool, weighing.merging_weights, dtype=dtype)
         report("scoring the mixture", 0, 1)
@@ -135,8 +135,13 @@ def _answered(
 
 
 @contextmanager
-def _opened(pool: Pool, config: PoolConfig, examples: ExampleSet) -> Iterator[LossesOf]:
-    """The pool's models, mixed in memory and scored, one at a time."""
+def open_losses(pool: Pool, config: PoolConfig, examples: ExampleSet) -> Iterator[LossesOf]:
+    """The pool's models, mixed in memory and scored on these examples, one at a time.
+
+    Raises:
+        ClientError: as the server, of examples that cannot be scored.
+        EngineError: a model that transformers cannot load.
+    """
     if config.engine.type == "sentence_transformers":
         with _in_process(pool, config, examples) as losses_of:
             yield losses_of
