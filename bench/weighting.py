@@ -22,7 +22,7 @@ import torch
 from bench.machine import describe_machine
 from cocktail_serve.checkpoints.folder import save_mixture
 from cocktail_serve.cli.demo.pools import DECODER_POOL, ENCODER_POOL, DemoPools, prepare
-from cocktail_serve.cocktails.weighing_plan import recipe_of
+from cocktail_serve.cocktails.weighting_steps import recipe_of
 from cocktail_serve.config import load_settings
 from cocktail_serve.examples import parse_examples
 from cocktail_serve.offline.weighing import weigh_offline

@@ -16,7 +16,7 @@ import numpy as np
 from bench.paper.session import Scores, Session, System
 from cocktail_serve.cocktails.cross_validation import cross_validate
 from cocktail_serve.cocktails.parsing import parse_inline
-from cocktail_serve.cocktails.weighing_plan import advance, recipe_of, recipe_of_trial
+from cocktail_serve.cocktails.weighting_steps import advance, recipe_of, recipe_of_trial
 from cocktail_serve.evaluation.backend import EnsemblePart
 from cocktail_serve.evaluation.in_memory import InMemoryDecoders, InMemoryEncoders
 from cocktail_serve.evaluation.systems import Contender

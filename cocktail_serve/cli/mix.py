@@ -52,7 +52,7 @@ def mix(
     settings = load_settings(config)
 
     from cocktail_serve.checkpoints.folder import check_free, save_mixture
-    from cocktail_serve.cocktails.weighing_plan import recipe_of
+    from cocktail_serve.cocktails.weighting_steps import recipe_of
     from cocktail_serve.offline.weighing import weigh_offline
 
     check_free(out)

@@ -214,7 +214,7 @@ class ModelEntry:
 
 
 @dataclass(frozen=True, slots=True)
-class Weighing:
+class WeightingResult:
     """Losses and what follows from them.
 
     Attributes:

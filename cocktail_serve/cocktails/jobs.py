@@ -19,8 +19,8 @@ from cocktail_serve.cocktails.scores import ScoreScope
 from cocktail_serve.cocktails.store import Store
 from cocktail_serve.cocktails.tasks import BackgroundTasks
 from cocktail_serve.cocktails.warnings import warnings_of_losses
-from cocktail_serve.cocktails.weigher import Weigher
-from cocktail_serve.cocktails.weighing_plan import recipe_of
+from cocktail_serve.cocktails.weighting_runner import WeightingRunner
+from cocktail_serve.cocktails.weighting_steps import recipe_of
 from cocktail_serve.engines.base import AnyEngine, Engine
 from cocktail_serve.engines.engine_time import EngineTimeTotal
 from cocktail_serve.errors import (
@@ -115,7 +115,7 @@ class Jobs:
         self,
         registry: Registry,
         store: Store,
-        weigher: Weigher,
+        runner: WeightingRunner,
         pools: Mapping[str, Pool],
         engines: Mapping[str, AnyEngine],
         *,
@@ -125,7 +125,7 @@ class Jobs:
     ) -> None:
         self._registry = registry
         self._store = store
-        self._weigher = weigher
+        self._runner = runner
         self._pools = pools
         self._engines = engines
         self._retry = retry_policy
@@ -208,7 +208,7 @@ class Jobs:
         async def on_progress(losses: Mapping[str, float], share: float) -> None:
             await self._update(cocktail, losses=losses, progress=SCORED * share)
 
-        weighing = await self._weigher.weigh(
+        weighing = await self._runner.weigh(
             engine, options, examples, score_scope, retry=self._retry, on_progress=on_progress
         )
         recipe = recipe_of(options, pool, weighing.merging_weights, dtype=engine.dtype)
@@ -245,7 +245,7 @@ class Jobs:
     ) -> float | None:
         if examples is None:
             return None
-        return mean(await self._retry(lambda: self._weigher.scores.of_mixture(engine, recipe, examples, score_scope)))
+        return mean(await self._retry(lambda: self._runner.scores.of_mixture(engine, recipe, examples, score_scope)))
 
     async def _update(self, cocktail: Cocktail, **changes: Unpack[CocktailChanges]) -> Cocktail:
         update = self._registry.update

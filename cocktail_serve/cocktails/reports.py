@@ -18,7 +18,7 @@ from cocktail_serve.cocktails.registry import Registry
 from cocktail_serve.cocktails.scores import Retrying, ScoreScope
 from cocktail_serve.cocktails.store import Store
 from cocktail_serve.cocktails.tasks import BackgroundTasks
-from cocktail_serve.cocktails.weigher import Weigher
+from cocktail_serve.cocktails.weighting_runner import WeightingRunner
 from cocktail_serve.engines.base import AnyEngine
 from cocktail_serve.engines.engine_time import EngineTimeTotal
 from cocktail_serve.errors import CapacityError, CocktailError, StorageError
@@ -38,7 +38,7 @@ class Reports:
         self,
         registry: Registry,
         store: Store,
-        weigher: Weigher,
+        runner: WeightingRunner,
         engines: Mapping[str, AnyEngine],
         *,
         retry: Retrying,
@@ -46,7 +46,7 @@ class Reports:
     ) -> None:
         self._registry = registry
         self._store = store
-        self._weigher = weigher
+        self._runner = runner
         self._engines = engines
         self._retry = retry
         self._engine_use = engine_use
@@ -96,7 +96,7 @@ class Reports:
         if engine is None or not cocktail.options.fits(engine.pool):
             return no_findings("the pool's models are no longer those it was made from")
         try:
-            return await self._weigher.cross_validate(
+            return await self._runner.cross_validate(
                 engine,
                 cocktail.options,
                 cocktail.chosen,

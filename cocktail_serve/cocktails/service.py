@@ -11,7 +11,7 @@ from typing import Any
 
 from cocktail_serve.cocktails.catalog import Catalog, no_cocktail
 from cocktail_serve.cocktails.cluster_loop import ClusterLoop, Sweep
-from cocktail_serve.cocktails.cocktail import Cocktail, ModelEntry, ServedModel, Weighing
+from cocktail_serve.cocktails.cocktail import Cocktail, ModelEntry, ServedModel, WeightingResult
 from cocktail_serve.cocktails.engine_use import EngineUse
 from cocktail_serve.cocktails.gateway_leases import GatewayLeases
 from cocktail_serve.cocktails.jobs import Jobs, RetryPolicy, check_examples
@@ -22,7 +22,7 @@ from cocktail_serve.cocktails.score_store import ScoreStore
 from cocktail_serve.cocktails.scores import Scores, ScoreScope, score_items
 from cocktail_serve.cocktails.store import ChangeHook, ExtraWrites, Store
 from cocktail_serve.cocktails.warnings import warnings_of_request
-from cocktail_serve.cocktails.weigher import Weigher
+from cocktail_serve.cocktails.weighting_runner import WeightingRunner
 from cocktail_serve.config import Settings
 from cocktail_serve.database.database import Database
 from cocktail_serve.database.shield import Shield
@@ -90,15 +90,15 @@ class CocktailService:
         scores = Scores(
             ScoreStore(database), self._executor, truncate={pool.id: pool.truncate for pool in settings.pools}
         )
-        self._weigher = Weigher(scores, self._executor, self.catalog)
+        self._runner = WeightingRunner(scores, self._executor, self.catalog)
         retry_policy = retry_policy or RetryPolicy()
         self._reports = Reports(
-            self._registry, self._store, self._weigher, engines, retry=retry_policy, engine_use=self._engine_use
+            self._registry, self._store, self._runner, engines, retry=retry_policy, engine_use=self._engine_use
         )
         self._jobs = Jobs(
             self._registry,
             self._store,
-            self._weigher,
+            self._runner,
             pools,
             engines,
             retry_policy=retry_policy,
@@ -237,7 +237,7 @@ class CocktailService:
             raise no_cocktail(ref)
         return changed
 
-    async def dry_run(self, tenant: str, request: CocktailRequest, *, actor: Actor = SERVER) -> Weighing:
+    async def dry_run(self, tenant: str, request: CocktailRequest, *, actor: Actor = SERVER) -> WeightingResult:
         """Losses and weights only. Kept scores are used, but nothing is kept: no deletion could ever purge it.
 
         Raises:
@@ -249,7 +249,7 @@ class CocktailService:
             pool_id = request.options.pool
             with self._engine_use.counted(tenant, actor.key_id, model=pool_id, pool_id=pool_id) as spent:
                 score_scope = ScoreScope(tenant=tenant, uid=None, spent=spent)
-                return await self._weigher.weigh(self._engines[pool_id], request.options, request.examples, score_scope)
+                return await self._runner.weigh(self._engines[pool_id], request.options, request.examples, score_scope)
 
     async def inline(
         self,

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from cocktail_serve.cocktails.parsing import parse_inline
-from cocktail_serve.cocktails.weighing_plan import recipe_of
+from cocktail_serve.cocktails.weighting_steps import recipe_of
 from cocktail_serve.config import PoolConfig, Settings
 from cocktail_serve.errors import CheckpointError
 from cocktail_serve.evaluation.backend import EnsemblePart, EvaluatedMixture

@@ -8,11 +8,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
-from cocktail_serve.cocktails.cocktail import CrossValidation, Weighing
+from cocktail_serve.cocktails.cocktail import CrossValidation, WeightingResult
 from cocktail_serve.cocktails.cross_validation import cross_validate
 from cocktail_serve.cocktails.options import CocktailOptions, CocktailRequest
 from cocktail_serve.cocktails.parsing import parse_inline
-from cocktail_serve.cocktails.weighing_plan import advance, recipe_of, recipe_of_trial, weighing_steps
+from cocktail_serve.cocktails.weighting_steps import advance, recipe_of, recipe_of_trial, weighting_steps
 from cocktail_serve.config import PoolConfig, Settings
 from cocktail_serve.dtypes import DType
 from cocktail_serve.examples import ExampleSet, parse_examples
@@ -39,7 +39,7 @@ class OfflineWeighing:
 
     pool: Pool
     request: CocktailRequest
-    weighing: Weighing
+    weighing: WeightingResult
     dtype: DType
     mixed_loss: float | None
     cross_validation: CrossValidation | None = None
@@ -89,7 +89,7 @@ LossesOf = Callable[[Recipe, Sequence[int] | None], list[float]]
 
 def weigh_by(
     pool: Pool, options: CocktailOptions, losses_of: LossesOf | None, dtype: DType, report: OnProgress
-) -> tuple[Weighing, dict[str, list[float]]]:
+) -> tuple[WeightingResult, dict[str, list[float]]]:
     """Weighs a request by asking for losses, of the models and of whatever mixtures its weighting tries.
 
     Args:
@@ -108,7 +108,7 @@ def weigh_by(
             losses[name] = losses_of(one_hot(pool, name, dtype=dtype), None)
             require_finite(losses[name], repr(name), dtype)
         report("scoring", len(losses), len(options.scored))
-    trials = weighing_steps(options, losses)
+    trials = weighting_steps(options, losses)
     return _answered(trials, pool, options, losses_of, dtype=dtype, report=report, what="searching"), losses
 
 

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, StrictStr, WithJsonSchema
 
-from cocktail_serve.cocktails.cocktail import Cocktail, Status, Weighing
+from cocktail_serve.cocktails.cocktail import Cocktail, Status, WeightingResult
 from cocktail_serve.gateway.error_handlers import error_body
 from cocktail_serve.gateway.schemas.errors import ErrorDetail
 from cocktail_serve.gateway.schemas.generation_settings import GenerationView
@@ -149,7 +149,7 @@ class WeighingView(BaseModel):
     candidates: list[CandidateView]
 
     @classmethod
-    def of(cls, weighing: Weighing) -> Self:
+    def of(cls, weighing: WeightingResult) -> Self:
         return cls(
             losses=dict(weighing.losses),
             merging_weights=dict(weighing.merging_weights),

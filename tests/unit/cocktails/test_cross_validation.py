@@ -6,7 +6,7 @@ import pytest
 
 from cocktail_serve.cocktails.cross_validation import cross_validate
 from cocktail_serve.cocktails.options import CocktailOptions
-from cocktail_serve.cocktails.weighing_plan import advance
+from cocktail_serve.cocktails.weighting_steps import advance
 from cocktail_serve.weighting.candidates import Candidate, Trial
 
 LOSSES = {"base": [1.0, 2.0, 3.0, 4.0, 5.0, 6.0], "nq": [6.0, 5.0, 4.0, 3.0, 2.0, 1.0], "own": [1.0] * 6}

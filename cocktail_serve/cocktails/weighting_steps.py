@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TypeVar
 
-from cocktail_serve.cocktails.cocktail import Weighing
+from cocktail_serve.cocktails.cocktail import WeightingResult
 from cocktail_serve.cocktails.options import CocktailOptions
 from cocktail_serve.dtypes import DType
 from cocktail_serve.methods import find_method
@@ -20,7 +20,7 @@ from cocktail_serve.weighting.softmax import entropy, weights_from_losses
 _T = TypeVar("_T")
 
 
-def weighing_steps(options: CocktailOptions, losses: Mapping[str, Sequence[float]]) -> Trials[Weighing]:
+def weighting_steps(options: CocktailOptions, losses: Mapping[str, Sequence[float]]) -> Trials[WeightingResult]:
     """Merging weights of a request.
 
     Where the method adds task vectors, the base's share is left out and the base counts 1 (`Method.coefficients`); the
@@ -36,13 +36,13 @@ def weighing_steps(options: CocktailOptions, losses: Mapping[str, Sequence[float
     if options.merging_weights is not None:
         weights = dict(options.merging_weights)
         are_shares = not method.adds_task_vectors and min(weights.values()) >= 0.0
-        return Weighing({}, method.coefficients(weights), entropy(weights) if are_shares else None)
+        return WeightingResult({}, method.coefficients(weights), entropy(weights) if are_shares else None)
     if not options.peers:
         weights = with_target(None, target=options.target, alpha=options.alpha or 0.0)
-        return Weighing({}, method.coefficients(weights), entropy(weights))
+        return WeightingResult({}, method.coefficients(weights), entropy(weights))
     candidates = yield from _candidates(options, losses)
     shares = next(candidate.merging_weights for candidate in candidates if candidate.chosen)
-    return Weighing(
+    return WeightingResult(
         losses={name: mean(losses[name]) for name in options.scored},
         merging_weights=method.coefficients(shares),
         entropy=entropy(shares) if min(shares.values()) >= 0.0 else None,
@@ -67,7 +67,7 @@ def advance(weighing: Trials[_T], losses: Sequence[float] | None) -> Trial | _T:
 
 
 def recipe_of(options: CocktailOptions, pool: Pool, merging_weights: Mapping[str, float], *, dtype: DType) -> Recipe:
-    """The recipe of the merging weights of a `Weighing`, under the request's method.
+    """The recipe of the merging weights of a `WeightingResult`, under the request's method.
 
     Raises:
         As `make_recipe`.

@@ -10,11 +10,11 @@ from functools import partial
 from typing import TypeVar
 
 from cocktail_serve.cocktails.catalog import Catalog
-from cocktail_serve.cocktails.cocktail import CrossValidation, Weighing
+from cocktail_serve.cocktails.cocktail import CrossValidation, WeightingResult
 from cocktail_serve.cocktails.cross_validation import cross_validate
 from cocktail_serve.cocktails.options import CocktailOptions
 from cocktail_serve.cocktails.scores import Retrying, Scores, ScoreScope, once
-from cocktail_serve.cocktails.weighing_plan import advance, recipe_of_trial, weighing_steps
+from cocktail_serve.cocktails.weighting_steps import advance, recipe_of_trial, weighting_steps
 from cocktail_serve.engines.base import AnyEngine
 from cocktail_serve.examples import ExampleSet
 from cocktail_serve.weighting.candidates import Candidate, Trial, Trials
@@ -29,7 +29,7 @@ SCORED_BEFORE_SEARCH = 0.4
 
 
 @dataclass(frozen=True, slots=True)
-class Weigher:
+class WeightingRunner:
     """Asks engines for the losses that a weighting needs.
 
     Mixtures are tried one at a time and each is a turn of its own, so traffic and other jobs go in between.
@@ -52,7 +52,7 @@ class Weigher:
         *,
         retry: Retrying = once,
         on_progress: OnScored | None = None,
-    ) -> Weighing:
+    ) -> WeightingResult:
         """Losses and merging weights of a request.
 
         Raises:
@@ -78,7 +78,7 @@ class Weigher:
                 await on_progress(means, scored + (1.0 - scored) * share)
 
         return await self._answer_all(
-            weighing_steps(options, losses), engine, options, examples, score_scope, retry=retry, on_trial=on_trial
+            weighting_steps(options, losses), engine, options, examples, score_scope, retry=retry, on_trial=on_trial
         )
 
     async def cross_validate(
