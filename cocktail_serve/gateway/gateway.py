@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Mapping
 from concurrent.futures import Executor
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import dataclass
+from functools import cached_property, partial
 from typing import Any
 
 from cocktail_serve.cocktails.experts import Experts
@@ -30,12 +30,12 @@ from cocktail_serve.usage.ledger import Ledger
 from cocktail_serve.usage.store import UsageStore
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Gateway:
     """All that lives as long as the app does.
 
     Attributes:
-        engines: one for each pool; `decoders`, `encoders` and `rerankers` are those of a kind, typed.
+        engines: one for each pool, as long as the app lives.
         parse_executor: one thread for bodies that may be megabytes: the checks of cocktail requests, answers of
             embeddings.
     """
@@ -57,21 +57,26 @@ class Gateway:
     audit: AuditLog
     limiter: Limiter
     parse_executor: Executor
-    pool_configs: Mapping[str, PoolConfig] = field(init=False)
-    decoders: Mapping[str, GenerationEngine] = field(init=False)
-    encoders: Mapping[str, EmbeddingEngine] = field(init=False)
-    rerankers: Mapping[str, RerankingEngine] = field(init=False)
 
-    def __post_init__(self) -> None:
-        engines = self.engines.items()
-        found: Mapping[str, object] = {
-            "pool_configs": {pool.id: pool for pool in self.settings.pools},
-            "decoders": {pool_id: engine for pool_id, engine in engines if engine.kind == "decoder"},
-            "encoders": {pool_id: engine for pool_id, engine in engines if engine.kind == "encoder"},
-            "rerankers": {pool_id: engine for pool_id, engine in engines if engine.kind == "reranker"},
-        }
-        for name, value in found.items():
-            object.__setattr__(self, name, value)
+    @cached_property
+    def pool_configs(self) -> Mapping[str, PoolConfig]:
+        """What the configuration says of each pool."""
+        return {pool.id: pool for pool in self.settings.pools}
+
+    @cached_property
+    def decoders(self) -> Mapping[str, GenerationEngine]:
+        """Engines of decoder pools."""
+        return {pool_id: engine for pool_id, engine in self.engines.items() if engine.kind == "decoder"}
+
+    @cached_property
+    def encoders(self) -> Mapping[str, EmbeddingEngine]:
+        """Engines of encoder pools."""
+        return {pool_id: engine for pool_id, engine in self.engines.items() if engine.kind == "encoder"}
+
+    @cached_property
+    def rerankers(self) -> Mapping[str, RerankingEngine]:
+        """Engines of reranker pools."""
+        return {pool_id: engine for pool_id, engine in self.engines.items() if engine.kind == "reranker"}
 
     async def parse_cocktail(self, body: Mapping[str, Any], caller: Caller) -> CocktailRequest:
         """The body of `POST /v1/cocktails`, checked; raises as `parse_request` does."""
