@@ -208,9 +208,9 @@ class Catalog:
         for entries in self._tenants.values():
             entries.models = None
 
-    def adopt(self, cocktail: Cocktail) -> Cocktail:
+    def as_configured(self, cocktail: Cocktail) -> Cocktail:
         """A cocktail of the store as this configuration serves it."""
-        return self._pool_models.adopt(cocktail)
+        return self._pool_models.as_configured(cocktail)
 
     def uids(self) -> set[str]:
         """Of all versions of all tenants."""

@@ -57,18 +57,18 @@ class PoolModels:
             return None
         return ServedModel(model_id=cocktail.id, pool=pool, recipe=cocktail.recipe, generation=generation)
 
-    def adopt(self, cocktail: Cocktail) -> Cocktail:
+    def as_configured(self, cocktail: Cocktail) -> Cocktail:
         """A cocktail as this configuration serves it: the operator may have changed the engine's dtype or mode."""
         pool, recipe = self._pools.get(cocktail.pool_id), cocktail.recipe
         if pool is None or recipe is None:
             return cocktail
         form = pool.form if find_method(recipe.method).is_linear else recipe.form
-        adopted = replace(recipe, dtype=self._dtypes[pool.id], form=form)
-        if adopted == recipe:
+        configured = replace(recipe, dtype=self._dtypes[pool.id], form=form)
+        if configured == recipe:
             return cocktail
-        made, now = _rounding(recipe), _rounding(adopted)
+        made, now = _rounding(recipe), _rounding(configured)
         warning = f"made for {made}; the engine runs {now} now, so the mixture rounds differently"
-        return replace(cocktail, recipe=adopted, warnings=(*cocktail.warnings, warning))
+        return replace(cocktail, recipe=configured, warnings=(*cocktail.warnings, warning))
 
     def why_not_served(self, cocktail: Cocktail) -> CocktailError:
         """The error for a cocktail that `serve` has nothing for."""

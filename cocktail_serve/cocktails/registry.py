@@ -326,7 +326,7 @@ class Registry:
         entry = self.catalog.entry(stored.uid)
         if entry is not None and entry.cocktail.change >= stored.change:
             return None
-        cocktail = self.catalog.adopt(stored)
+        cocktail = self.catalog.as_configured(stored)
         if entry is None:
             self.catalog.insert(cocktail)
         else:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 
 import orjson
 from fastapi import Response
@@ -45,26 +45,23 @@ async def forward_generation(
         ClientDisconnect: the client has gone; `RequestBoundary` notes it.
     """
     rewriter = AnswerRewriter(served.model_id, outgoing, end_token_ids=served.generation.end_token_ids)
-    settle: Callable[[int], object] | None = None
-    try:
-        async with ended_with_client(admitted.request.receive):
-            async with engine.forward(
-                served.recipe, path, outgoing.body, tenant=admitted.caller.tenant, settings=served.generation
-            ) as forwarded:
-                settle = forwarded.settle
+    async with ended_with_client(admitted.request.receive):
+        async with engine.forward(
+            served.recipe, path, outgoing.body, tenant=admitted.caller.tenant, settings=served.generation
+        ) as forwarded:
+            try:
                 if forwarded.events is not None:
                     await _send_events(admitted, served, rewriter, forwarded.events)
                     return
                 body = rewriter.whole(forwarded.body or b"")
-            # the turn is over: a client that reads slowly holds up nobody
-            admitted.observe_first_token(served)
-            await admitted.request.answer(Response(body, media_type="application/json"))
-    finally:
-        if rewriter.is_counted:
-            num_in, num_out = rewriter.num_prompt_tokens, rewriter.num_completion_tokens
-            if settle is not None:
-                settle(num_in + num_out)
-            admitted.metered.used(served, num_in=num_in, num_out=num_out)
+            finally:
+                if rewriter.is_counted:
+                    num_in, num_out = rewriter.num_prompt_tokens, rewriter.num_completion_tokens
+                    forwarded.settle(num_in + num_out)
+                    admitted.metered.used(served, num_in=num_in, num_out=num_out)
+        # the turn is over: a client that reads slowly holds up nobody
+        admitted.observe_first_token(served)
+        await admitted.request.answer(Response(body, media_type="application/json"))
 
 
 async def _send_events(
