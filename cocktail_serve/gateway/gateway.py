@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Executor
 from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import Any
+from typing import Any, TypeVar
 
 from cocktail_serve.cocktails.experts import Experts
 from cocktail_serve.cocktails.options import CocktailRequest
@@ -29,6 +29,8 @@ from cocktail_serve.usage.audit import AuditLog
 from cocktail_serve.usage.ledger import Ledger
 from cocktail_serve.usage.store import UsageStore
 
+_T = TypeVar("_T")
+
 
 @dataclass(frozen=True)
 class Gateway:
@@ -36,8 +38,7 @@ class Gateway:
 
     Attributes:
         engines: one for each pool, as long as the app lives.
-        parse_executor: one thread for bodies that may be megabytes: the checks of cocktail requests, answers of
-            embeddings.
+        parse_executor: one thread for bodies that may be megabytes; see `off_loop`.
     """
 
     settings: Settings
@@ -81,12 +82,16 @@ class Gateway:
     async def parse_cocktail(self, body: Mapping[str, Any], caller: Caller) -> CocktailRequest:
         """The body of `POST /v1/cocktails`, checked; raises as `parse_request` does."""
         parse = partial(parse_request, body, settings=self.settings, pools=self.pools, visible=caller.pools)
-        return await asyncio.get_running_loop().run_in_executor(self.parse_executor, parse)
+        return await self.off_loop(parse)
 
     async def parse_inline(self, cocktail: Any, pool: Pool) -> CocktailRequest:
         """The `cocktail` of a generation, embedding or rerank request, checked; raises as `parse_inline` does."""
         parse = partial(parse_inline, cocktail, pool=pool, settings=self.settings)
-        return await asyncio.get_running_loop().run_in_executor(self.parse_executor, parse)
+        return await self.off_loop(parse)
+
+    async def off_loop(self, work: Callable[[], _T]) -> _T:
+        """The result of work on what may be megabytes, away from the event loop."""
+        return await asyncio.get_running_loop().run_in_executor(self.parse_executor, work)
 
     def engine(self, pool_id: str) -> AnyEngine:
         """Any pool's engine.

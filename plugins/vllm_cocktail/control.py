@@ -67,7 +67,7 @@ class EngineControl:
             await self._capture()
             if self._mixing_path == "stream":
                 base = Recipe(self.manifest.base, ((self.manifest.base, 1.0),), self.manifest.dtype)
-                await self._swap(base, json.dumps(base.to_json()))
+                await self._swap(base)
             self._require_same(loaded, await ask(self.engine))
             probed: ProbedWorker = await ask_all(self.engine, "cocktail_probe")
         except EngineError as error:
@@ -179,10 +179,9 @@ class EngineControl:
                 )
             if recipe.digest == previous:
                 return {"resident": previous, "seconds": time.perf_counter() - started, "source": "resident"}
-            recipe_json = json.dumps(recipe.to_json())
             if recipe.digest not in self._kept:  # what is kept was right before
                 try:
-                    await ask_all(self.engine, "cocktail_check", recipe_json)
+                    await ask_all(self.engine, "cocktail_check", json.dumps(recipe.to_json()))
                 except EngineError as error:
                     raise error_of_code(error.code, error.message) or InvalidMixError(
                         error.message, param="recipe", code="invalid_recipe"
@@ -193,14 +192,14 @@ class EngineControl:
                 self.fence.open(previous)
                 raise CapacityError(f"{in_flight} requests were still in flight after {drain_s:g} s", code="busy")
             try:
-                source = await self._swap(recipe, recipe_json)
+                source = await self._swap(recipe)
             except BaseException as error:
                 self.fence.poison(f"mixing {recipe.digest} failed: {error}")
                 raise EngineError(f"mixing {recipe.digest} failed: {error}", code="mix_failed") from error
             self.fence.open(recipe.digest)
             return {"resident": recipe.digest, "seconds": time.perf_counter() - started, "source": source}
 
-    async def _swap(self, recipe: Recipe, recipe_json: str) -> ParameterSource:
+    async def _swap(self, recipe: Recipe) -> ParameterSource:
         """Replaces the parameters of an engine that no request can reach.
 
         What vLLM still holds belongs to clients that have gone: it cancels a request's handler without waiting until
@@ -211,7 +210,7 @@ class EngineControl:
         self._num_swaps += 1
         # with salts, blocks of every recipe stay valid; without, they would be read by the next one
         await self._pause(clear_cache=not self.fence.managed)
-        mixed: MixedWorker = await ask_all(self.engine, "cocktail_mix", recipe_json)
+        mixed: MixedWorker = await ask_all(self.engine, "cocktail_mix", json.dumps(recipe.to_json()))
         self._kept = frozenset(mixed["cached"])
         if mixed["digest"] != recipe.digest:
             raise EngineError(f"the workers mixed {mixed['digest']} instead of {recipe.digest}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from functools import partial
 
 from fastapi import APIRouter, Response
@@ -71,5 +70,5 @@ async def create_embeddings(request: DirectRequest) -> None:
         if embedded.vectors.size <= MAX_INLINE_NUMBERS:
             answer = encode()
         else:
-            answer = await asyncio.get_running_loop().run_in_executor(gateway.parse_executor, encode)
+            answer = await gateway.off_loop(encode)
         await request.answer(Response(answer, media_type="application/json"))

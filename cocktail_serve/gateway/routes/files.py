@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
+from functools import partial
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, Request, Response
@@ -46,7 +46,7 @@ async def upload_file(gateway: GatewayDep, creator: CreatorDep, request: Request
         for part in form.values():
             if isinstance(part, UploadFile):
                 await part.close()
-    await asyncio.get_running_loop().run_in_executor(gateway.parse_executor, check_jsonl, content)
+    await gateway.off_loop(partial(check_jsonl, content))
     filename = check_text((upload.file.filename or "examples.jsonl")[:MAX_FILENAME], param="file")
     return FileView.of(
         await gateway.files.add(creator.tenant, filename, content, expires_after_s=upload.expires_after_s)
