@@ -97,7 +97,7 @@ class Registry:
                     await self._sync()
                 self._unsaved.pop(uid, None)
 
-    async def admit(
+    async def find_or_add(
         self,
         tenant: str,
         request: CocktailRequest,

@@ -164,7 +164,7 @@ class CocktailService:
         known = self.catalog.version(tenant, request)  # a guess, so that examples are checked outside of the lock
         if known is None or known.status in ("failed", "cancelled"):
             await self._check_examples(request)
-        return await self._shield.run(self._admit(tenant, request, actor, extra_writes))
+        return await self._shield.run(self._create(tenant, request, actor, extra_writes))
 
     async def find(self, tenant: str, model_id: str) -> ServedModel:
         """As `Catalog.resolve`, and where that finds nothing to serve, with what another gateway has made just now.
@@ -311,12 +311,12 @@ class CocktailService:
         """
         return await self._shield.run(self._delete(tenant, ref, actor))
 
-    async def _admit(
+    async def _create(
         self, tenant: str, request: CocktailRequest, actor: Actor, extra_writes: ExtraWrites | None
     ) -> tuple[Cocktail, bool]:
         pool = self._pools[request.options.pool]
         items = score_items(request.examples, pool.kind) + score_items(request.validation, pool.kind)
-        cocktail, outcome, gone = await self._registry.admit(
+        cocktail, outcome, gone = await self._registry.find_or_add(
             tenant,
             request,
             score_items=items,

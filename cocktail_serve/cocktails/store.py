@@ -77,9 +77,12 @@ class Store:
         self._database = database
         self._change_hooks = change_hooks
 
+    @shielded
     async def load(self) -> RemoteChanges:
         """All cocktails in the order they were asked for."""
-        return await self._read_all()
+        async with self._database.read() as connection:
+            last = (await connection.execute(select(tables.changes.c.last))).scalar_one()
+            return RemoteChanges(last, await _cocktails(connection), (), await _pins(connection), is_all=True)
 
     @shielded
     async def changes_since(self, seen: int) -> RemoteChanges | None:
@@ -98,13 +101,7 @@ class Store:
                 gone = select(tables.removals.c.uid).where(tables.removals.c.change > seen)
                 removed = list((await connection.execute(gone)).scalars())
                 return RemoteChanges(row.last, cocktails, removed, pins)
-        return await self._read_all()
-
-    @shielded
-    async def _read_all(self) -> RemoteChanges:
-        async with self._database.read() as connection:
-            last = (await connection.execute(select(tables.changes.c.last))).scalar_one()
-            return RemoteChanges(last, await _cocktails(connection), (), await _pins(connection), is_all=True)
+        return await self.load()
 
     @shielded
     async def forget_removals(self, *, keep: int) -> None:

@@ -155,7 +155,7 @@ async def test_what_a_tenant_changes_touches_only_its_own(catalog: Catalog, regi
     strangers = Strangers(catalog)
     limits = Limits(cocktails=2, scoring_jobs=2)
     made = [
-        (await registry.admit("acme", request("films", seed), score_items=(), warnings=(), limits=limits))[0]
+        (await registry.find_or_add("acme", request("films", seed), score_items=(), warnings=(), limits=limits))[0]
         for seed in (1, 2)
     ]
     for share, queued in zip((0.1, 0.2), made, strict=True):
@@ -163,9 +163,11 @@ async def test_what_a_tenant_changes_touches_only_its_own(catalog: Catalog, regi
         assert ready is not None
     assert (await registry.pin("acme", "films", made[0].id)).id == made[0].id
     assert catalog.resolve("acme", "films").recipe == recipe(0.1)
-    again, admission, _ = await registry.admit("acme", request("films", 2), score_items=(), warnings=(), limits=limits)
+    again, admission, _ = await registry.find_or_add(
+        "acme", request("films", 2), score_items=(), warnings=(), limits=limits
+    )
     assert (again.uid, admission) == (made[1].uid, "existing")
-    inline, _, gone = await registry.admit("acme", request("flan", 9, inline=True), score_items=(), warnings=())
+    inline, _, gone = await registry.find_or_add("acme", request("flan", 9, inline=True), score_items=(), warnings=())
     assert (inline.inline, gone) == (True, [])
     await registry.sync()
     removed = await registry.remove("acme", made[0].id)
@@ -176,7 +178,7 @@ async def test_what_a_tenant_changes_touches_only_its_own(catalog: Catalog, regi
 
 
 async def test_counts_follow_what_a_version_becomes(catalog: Catalog, registry: Registry) -> None:
-    queued, _, _ = await registry.admit("acme", request("films"), score_items=(), warnings=())
+    queued, _, _ = await registry.find_or_add("acme", request("films"), score_items=(), warnings=())
     assert [one.uid for one in catalog.unfinished()] == [queued.uid]
     assert (catalog.statuses(), catalog.of_tenant("acme").num_unfinished) == ({"queued": 1}, 1)
     await registry.update(queued.uid, status="mixing", recipe=recipe(0.3))
@@ -369,9 +371,9 @@ async def test_news_of_others_are_told_once_though_a_caller_leaves_in_the_middle
         )
         await registries[-1].load()
     one, other = registries
-    gone, _, _ = await one.admit("acme", request("gone"), score_items=(), warnings=())
+    gone, _, _ = await one.find_or_add("acme", request("gone"), score_items=(), warnings=())
     made = {
-        (await other.admit("acme", request(f"films-{number}"), score_items=(), warnings=()))[0].uid
+        (await other.find_or_add("acme", request(f"films-{number}"), score_items=(), warnings=()))[0].uid
         for number in range(12)
     }
     await other.remove("acme", "gone")

@@ -46,7 +46,7 @@ async def registry() -> AsyncIterator[Registry]:
 
 
 async def ready(registry: Registry, wanted: CocktailRequest) -> str:
-    cocktail, _, _ = await registry.admit("acme", wanted, score_items=(), warnings=())
+    cocktail, _, _ = await registry.find_or_add("acme", wanted, score_items=(), warnings=())
     await registry.update(cocktail.uid, status="ready", recipe=one_hot(POOL, "base", dtype="float32"))
     return cocktail.id
 
@@ -67,13 +67,13 @@ async def test_two_requests_whose_digests_begin_alike_never_share_an_id(registry
         if digit in by_digit:
             break
         by_digit[digit] = wanted
-        await registry.admit("acme", wanted, score_items=(), warnings=())
+        await registry.find_or_add("acme", wanted, score_items=(), warnings=())
     with pytest.raises(ConflictError, match="change 'seed'") as caught:
-        await registry.admit("acme", wanted, score_items=(), warnings=())
+        await registry.find_or_add("acme", wanted, score_items=(), warnings=())
     assert caught.value.param == "seed"
     assert registry.catalog.get("acme", f"films@{digit}").digest == by_digit[digit].digest
     assert len(registry.catalog.list("acme")) == len(by_digit)
-    _, admission, _ = await registry.admit("other", wanted, score_items=(), warnings=())
+    _, admission, _ = await registry.find_or_add("other", wanted, score_items=(), warnings=())
     assert admission == "new", "another tenant's ids are its own"
 
 
@@ -105,9 +105,9 @@ async def test_an_update_of_a_final_version_changes_nothing(registry: Registry) 
 
 
 async def test_an_inline_cocktail_at_work_is_not_the_one_to_go(registry: Registry) -> None:
-    working, _, _ = await registry.admit("acme", request(0, "flan", inline=True), score_items=(), warnings=())
+    working, _, _ = await registry.find_or_add("acme", request(0, "flan", inline=True), score_items=(), warnings=())
     versions = [await ready(registry, request(seed, "flan", inline=True)) for seed in (1, 2)]
-    _, _, gone = await registry.admit("acme", request(3, "flan", inline=True), score_items=(), warnings=())
+    _, _, gone = await registry.find_or_add("acme", request(3, "flan", inline=True), score_items=(), warnings=())
     assert [cocktail.id for cocktail in gone] == versions[:1]
     assert registry.catalog.by_uid(working.uid) is not None
 
