@@ -91,6 +91,10 @@ class _EngineBase(_Section):
         """
         return "merged"
 
+    def reason_of_form(self, pool: Pool) -> str | None:
+        """Why mixtures of an opened pool's models reach the engine as they do; None: there is no other way."""
+        return None
+
 
 class VLLMEngineConfig(_EngineBase):
     """A vLLM server of its own, started and supervised by the gateway."""
@@ -157,7 +161,6 @@ class VLLMEngineConfig(_EngineBase):
         return "merged"  # until the plugin serves unmerged pools
 
     def reason_of_form(self, pool: Pool) -> str:
-        """Why mixtures of an opened pool's models reach the engine as they do."""
         if self.mode is not None:
             return f"engine.mode is {self.mode}"
         if pool.form == "unmerged":

@@ -85,6 +85,8 @@ def open_pool(config: PoolConfig, *, cache_dir: Path, progress: Callable[[str, i
         warnings=tuple(warnings),
     )
     pool = replace(pool, form=config.engine.form_over(pool))
+    if (reason := config.engine.reason_of_form(pool)) is not None:
+        logger.info("pool %s is served %s: %s", pool.id, pool.form, reason)
     return _with_generation(pool, config) if config.kind == "decoder" else pool
 
 

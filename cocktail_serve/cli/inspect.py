@@ -131,6 +131,7 @@ def _describe_adapter(folder: Path, base: Path, described_base: dict[str, Any]) 
             "vocabulary": None,
             "generation": described_base["generation"] and read_settings(folder, base).to_json(),
             "blockers": ["a LoRA adapter: it can be an expert over its base, and no base"],
+            "merged_only": reader.merged_only,
         }
 
 
@@ -228,6 +229,24 @@ def _show_mixed_generation(mixed: dict[str, Any], alone: list[dict[str, Any]]) -
     console.print()
 
 
+def _rows(model: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    yield "architecture", ", ".join(model["architectures"]) or "not said"
+    yield "parameters", f"{model['num_parameters']:,} in {model['num_tensors']} tensors"
+    yield "stored as", f"{model['dtype']}, {model['num_bytes'] / 1e6:,.1f} MB"
+    yield "fingerprint", model["fingerprint"]
+    if model["tied"]:
+        yield "tied", ", ".join(f"{name} is {source}" for name, source in model["tied"].items())
+    yield "tokenizer", f"{model['vocabulary']:,} entries" if model["vocabulary"] else "none"
+    if model["modules"]:
+        yield "modules", " > ".join(model["modules"])
+    if model["generation"]:
+        yield from _generation_rows(model["generation"])
+    yield "can be served", "yes" if not model["blockers"] else "no: " + "; ".join(model["blockers"])
+    if "adapter_of" in model:
+        why = model["merged_only"]
+        yield "engine.mode", "unmerged or merged" if why is None else f"merged alone: {why}"
+
+
 def _show(
     described: list[dict[str, Any]],
     compatibility: CompatibilityReport | None,
@@ -237,19 +256,8 @@ def _show(
     console = stdout()
     for model in described:
         table = Table(title=model["folder"], title_justify="left", show_header=False, box=None, pad_edge=False)
-        table.add_row("architecture", ", ".join(model["architectures"]) or "not said")
-        table.add_row("parameters", f"{model['num_parameters']:,} in {model['num_tensors']} tensors")
-        table.add_row("stored as", f"{model['dtype']}, {model['num_bytes'] / 1e6:,.1f} MB")
-        table.add_row("fingerprint", model["fingerprint"])
-        if model["tied"]:
-            table.add_row("tied", ", ".join(f"{name} is {source}" for name, source in model["tied"].items()))
-        table.add_row("tokenizer", f"{model['vocabulary']:,} entries" if model["vocabulary"] else "none")
-        if model["modules"]:
-            table.add_row("modules", " > ".join(model["modules"]))
-        if model["generation"]:
-            for label, value in _generation_rows(model["generation"]):
-                table.add_row(label, value)
-        table.add_row("can be served", "yes" if not model["blockers"] else "no: " + "; ".join(model["blockers"]))
+        for label, value in _rows(model):
+            table.add_row(label, value)
         console.print(table, markup=False)
         console.print()
     if compatibility is None:

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 
 from cocktail_serve.cocktails.cocktail import CrossValidation
 from cocktail_serve.cocktails.options import CocktailOptions
-from cocktail_serve.weighting.candidates import Candidate, Trial, Trials
+from cocktail_serve.weighting.candidates import Candidate, Trial, Trials, foreseen
 from cocktail_serve.weighting.search import deal
 from cocktail_serve.weighting.softmax import weights_from_losses
 from cocktail_serve.weighting.verdict import verdict
@@ -42,14 +42,17 @@ def cross_validate(
     if not folds:
         return no_findings("one example cannot be held out; give more")
     of_peers = {name: losses[name] for name in options.peers}
-    held_out: dict[int, float] = {}
+    trials = []
     for number, fold in enumerate(folds):
         others = [row for row in range(num_examples) if row not in fold]
         weights = weights_from_losses(
             of_peers, rows=others, temperature=chosen.temperature, target=options.target, alpha=chosen.alpha
         )
-        of_fold = yield Trial(weights, fold, progress=number / len(folds))
-        held_out.update(zip(fold, of_fold, strict=True))
+        trials.append(Trial(weights, fold, progress=number / len(folds)))
+    held_out: dict[int, float] = {}
+    for trial in foreseen(trials):
+        of_fold = yield trial
+        held_out.update(zip(trial.rows, of_fold, strict=True))
     told = verdict([held_out[row] for row in range(num_examples)], losses)
     return CrossValidation(
         "ready", told.advice, told.text, told.mixed, told.best_expert, told.best_expert_loss, len(folds)

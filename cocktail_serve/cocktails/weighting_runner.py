@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
@@ -32,7 +33,8 @@ SCORED_BEFORE_SEARCH = 0.4
 class WeightingRunner:
     """Asks engines for the losses that a weighting needs.
 
-    Mixtures are tried one at a time and each is a turn of its own, so traffic and other jobs go in between.
+    Where recipes take turns, mixtures are tried one at a time and each is a turn of its own, so traffic and other jobs
+    go in between. Where they share a batch, those that are known ahead are tried at once, as far as the engine lets in.
 
     Attributes:
         executor: where a weighting thinks, away from the event loop.
@@ -117,17 +119,40 @@ class WeightingRunner:
         """Mixes and scores what is asked for until the asker has its result."""
         loop = asyncio.get_running_loop()
         answer: Sequence[float] | None = None
-        while True:
-            step = await loop.run_in_executor(self.executor, partial(advance, trials, answer))
-            if not isinstance(step, Trial):
-                return step
-            assert examples is not None
-            if on_trial is not None:
-                await on_trial(step.progress)
-            recipe = recipe_of_trial(options, engine.pool, step, dtype=engine.dtype)
-            ask = partial(self.scores.of_mixture, engine, recipe, examples, score_scope, step.rows)
-            try:
-                answer = await retry(ask)
-            finally:
-                if not self.catalog.uses(engine.pool.id, recipe.digest):
-                    engine.forget(recipe.digest)
+        begun: deque[asyncio.Task[Sequence[float]]] = deque()
+        try:
+            while True:
+                step = await loop.run_in_executor(self.executor, partial(advance, trials, answer))
+                if not isinstance(step, Trial):
+                    return step
+                assert examples is not None
+                if on_trial is not None:
+                    await on_trial(step.progress)
+                if not begun:
+                    # where recipes take turns, one at a time: traffic and other jobs go in between
+                    ahead = step.ahead if engine.pool.form == "unmerged" else ()
+                    for trial in (step, *ahead):
+                        answered = self._answer(trial, engine, options, examples, score_scope, retry=retry)
+                        begun.append(asyncio.create_task(answered))
+                answer = await begun.popleft()
+        finally:
+            for task in begun:
+                task.cancel()
+            await asyncio.gather(*begun, return_exceptions=True)
+
+    async def _answer(
+        self,
+        trial: Trial,
+        engine: AnyEngine,
+        options: CocktailOptions,
+        examples: ExampleSet,
+        score_scope: ScoreScope,
+        *,
+        retry: Retrying,
+    ) -> Sequence[float]:
+        recipe = recipe_of_trial(options, engine.pool, trial, dtype=engine.dtype)
+        try:
+            return await retry(partial(self.scores.of_mixture, engine, recipe, examples, score_scope, trial.rows))
+        finally:
+            if not self.catalog.uses(engine.pool.id, recipe.digest):
+                engine.forget(recipe.digest)

@@ -7,8 +7,8 @@ candidates it tried. So the same search runs on an engine's event loop and offli
 from __future__ import annotations
 
 import math
-from collections.abc import Generator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
 _T = TypeVar("_T")
@@ -41,15 +41,23 @@ class Trial:
         merging_weights: over base, experts and target.
         rows: indices of the examples asked about, at least one.
         progress: share of the trials that are done, 0 to 1.
+        ahead: the trials that follow, in order, whatever the answer is: who can answer several at once may begin them.
     """
 
     merging_weights: Mapping[str, float]
     rows: tuple[int, ...]
     progress: float
+    ahead: tuple[Trial, ...] = field(default=(), repr=False, compare=False)
 
 
 Trials = Generator[Trial, Sequence[float], _T]
 """Yields a trial, is sent the loss (nats) of each of its rows in order, returns what came out of it."""
+
+
+def foreseen(trials: Sequence[Trial]) -> Iterator[Trial]:
+    """Trials that are known from the start, each with those that follow."""
+    for index, trial in enumerate(trials, start=1):
+        yield replace(trial, ahead=tuple(trials[index:]))
 
 
 def chosen_of(candidates: Sequence[Candidate]) -> Candidate | None:

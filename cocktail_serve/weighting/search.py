@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 
-from cocktail_serve.weighting.candidates import Candidate, Trial, Trials, mean
+from cocktail_serve.weighting.candidates import Candidate, Trial, Trials, foreseen, mean
 from cocktail_serve.weighting.softmax import weights_from_losses
 
 TEMPERATURES = (5.0, 2.0, 1.0, 0.5, 0.2, 0.1, 0.05)
@@ -76,14 +76,13 @@ def search(
             setting = _setting(losses, folds, temperature=temperature, target=target, alpha=share)
             if not any(map(setting.is_like, settings)):
                 settings.append(setting)
-    num_trials = len(settings) * len(folds)
+    asked = [(weights, fold) for setting in settings for fold, weights in zip(folds, setting.held_out, strict=True)]
+    trials = foreseen([Trial(*each, progress=index / len(asked)) for index, each in enumerate(asked)])
     candidates = []
-    num_done = 0
     for setting in settings:
         held_out: list[float] = []
-        for fold, weights in zip(folds, setting.held_out, strict=True):
-            held_out += yield Trial(weights, fold, progress=num_done / num_trials)
-            num_done += 1
+        for _ in folds:
+            held_out += yield next(trials)
         candidates.append(
             Candidate(
                 merging_weights=setting.final,

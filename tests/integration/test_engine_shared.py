@@ -1,7 +1,7 @@
-"""The vLLM engine with other turns and parameters than those it is served with: recipes side by side, none resident.
+"""The vLLM engine with other parameters than those it is served with: recipes that are mixed, and then side by side.
 
-The server holds every recipe that was mixed. What is here is the least that such an engine is given; the engine, its
-supervisor, its scorer and the fence are the ones that serve.
+The server holds every recipe that was mixed. The engine, its turns, its supervisor, its scorer and the fence are the
+ones that serve.
 """
 
 from __future__ import annotations
@@ -10,26 +10,22 @@ import asyncio
 import contextlib
 import os
 import signal
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import pytest
 
 from cocktail_serve.config import FakeEngineConfig
-from cocktail_serve.engines.fairness import TenantShares
 from cocktail_serve.engines.scheduling import SchedulerSnapshot
 from cocktail_serve.engines.stats import EngineStats
-from cocktail_serve.engines.turns.base import Turns, loop_time
-from cocktail_serve.engines.turns.hold import OperatorHold, operator_drains_error
-from cocktail_serve.engines.turns.lease import Lease
-from cocktail_serve.engines.turns.slots import Slots
-from cocktail_serve.engines.turns.wait_queue import Waiter, WaitQueues
+from cocktail_serve.engines.turns.base import Turns
+from cocktail_serve.engines.turns.shared import SharedTurns
 from cocktail_serve.engines.vllm.engine import VLLMEngine
 from cocktail_serve.engines.vllm.fake import fake_loss
 from cocktail_serve.engines.vllm.parameters import Parameters, ResidentParameters
 from cocktail_serve.engines.vllm.server import EngineServer
-from cocktail_serve.errors import CocktailError, EngineError, InvalidMixError, InvalidRequestError, ModelNotReadyError
+from cocktail_serve.errors import InvalidMixError, InvalidRequestError, ModelNotReadyError
 from cocktail_serve.pool import Pool
 from cocktail_serve.recipe import Recipe, one_hot
 from cocktail_serve.scoring.decoder import tokenize_examples
@@ -46,101 +42,6 @@ from tests.integration.test_engine_fake import (
     strike,
 )
 from tests.models import make_decoder_tokenizer
-
-
-class SharedTurns:
-    """Slots alone: whoever has one is served, by whatever recipe."""
-
-    is_mixing = False
-    is_draining = False
-
-    def __init__(self, tenant_shares: TenantShares, *, max_in_flight: int) -> None:
-        self._slots = Slots(tenant_shares, max_in_flight=max_in_flight, gap_s=1.0)
-        self._hold = OperatorHold()
-        self._queues = WaitQueues()
-        self._in_flight: set[Lease] = set()
-        self._is_up = False
-
-    @property
-    def num_in_flight(self) -> int:
-        return len(self._in_flight)
-
-    @property
-    def num_waiting(self) -> int:
-        return len(self._queues.requests)
-
-    async def acquire(
-        self,
-        recipe: Recipe,
-        *,
-        tenant: str = "",
-        num_tokens: int = 0,
-        background: bool = False,
-        timeout_s: float | None = None,
-    ) -> Lease:
-        self._hold.check_admits(recipe.digest)
-        waiter = Waiter(
-            recipe=recipe,
-            made_at=loop_time(),
-            ranked_from=loop_time(),
-            tenant=tenant,
-            num_tokens=num_tokens,
-            granted=asyncio.get_running_loop().create_future(),
-        )
-        self._queues.requests.add(waiter)
-        self._fill()
-        try:
-            async with asyncio.timeout(timeout_s):
-                return await waiter.lease()
-        finally:
-            self._queues.requests.discard(waiter)
-
-    async def run(self, resident: str) -> NoReturn:
-        self._is_up = True
-        self._fill()
-        try:
-            await asyncio.Event().wait()
-            raise AssertionError("nobody sets it")
-        finally:
-            self._is_up = False
-            for lease in list(self._in_flight):
-                self.give_back(lease)
-                lease.end(EngineError("the engine failed while it held the request"))
-
-    def fail_waiting(self, error: Callable[[], CocktailError]) -> None:
-        self._queues.requests.fail_all(error)
-
-    def pin(self, recipe: Recipe | None) -> None:
-        raise InvalidRequestError("recipes are served side by side: there are no turns to pin one in", param="pin")
-
-    def drain(self, is_drained: bool) -> None:
-        self._hold.is_drained = is_drained
-        if is_drained:
-            self._queues.requests.fail_all(operator_drains_error)
-
-    def snapshot(self) -> SchedulerSnapshot:
-        queues = self._queues.snapshot(loop_time(), reason=lambda _: "no_slot")
-        return SchedulerSnapshot(None, self.num_in_flight, is_drained=self._hold.is_drained, queues=queues)
-
-    def give_back(self, lease: Lease) -> None:
-        if lease in self._in_flight:
-            self._in_flight.discard(lease)
-            self._slots.leave(lease.tenant or "", loop_time())
-            self._fill()
-
-    def charge(self, tenant: str, num_tokens: int) -> None:
-        self._slots.charge(tenant, num_tokens, loop_time())
-
-    def _fill(self) -> None:
-        firsts = self._queues.requests.firsts(other_than=None)
-        while self._is_up and (waiter := self._slots.first_in(firsts, loop_time())) is not None:
-            self._queues.requests.discard(waiter)
-            if not waiter.is_answered:
-                self._slots.take(waiter.tenant, waiter.num_tokens, loop_time())
-                lease = Lease(self, tenant=waiter.tenant, num_tokens=waiter.num_tokens)
-                self._in_flight.add(lease)
-                waiter.granted.set_result(lease)
-            firsts = self._queues.requests.firsts(other_than=None)
 
 
 class SharedParameters(ResidentParameters):
@@ -180,7 +81,7 @@ async def shared_engine(
     args = {"holds": "all", "faults": str(tmp_path / "faults"), **args}
     config = FakeEngineConfig.model_validate({"queue_timeout_s": 20, "max_model_len": 256, "args": args})
     stats = EngineStats()
-    turns: Turns = SharedTurns(TenantShares(), max_in_flight=max_in_flight)
+    turns: Turns = SharedTurns(max_in_flight=max_in_flight)
     parameters: Parameters = SharedParameters(pool.id, stats=stats)
     engine = VLLMEngine(pool, config, turns=turns, parameters=parameters, stats=stats, run_dir=tmp_path / "run")
     await engine.start()

@@ -117,3 +117,22 @@ def test_weights_by_name_are_checked() -> None:
         MANIFEST.recipe({"blue": 1.0})
     with pytest.raises(InvalidMixError, match="sum"):
         MANIFEST.recipe({"red": 0.2})
+
+
+def test_a_manifest_says_how_mixtures_reach_the_engine(tmp_path: Path) -> None:
+    unmerged = Manifest.of_pool(replace(POOL, form="unmerged"), dtype="bfloat16", cache_bytes=0, managed=True)
+    assert Manifest.read(unmerged.write(tmp_path / "pool.json")) == unmerged
+    assert (unmerged.mode, MANIFEST.mode) == ("unmerged", "merged")
+    assert unmerged.resident == MANIFEST.resident, "the parameters that the server starts with are the base's"
+    assert unmerged.recipe({"red": 1.0}).form == "unmerged"
+
+
+def test_a_manifest_of_an_earlier_release_is_of_merged_parameters(tmp_path: Path) -> None:
+    path = MANIFEST.write(tmp_path / "pool.json")
+    value = json.loads(path.read_text())
+    del value["mode"]
+    path.write_text(json.dumps(value))
+    assert Manifest.read(path) == MANIFEST
+    path.write_text(json.dumps(value | {"mode": "folded"}))
+    with pytest.raises(ConfigError, match="mode 'folded' is not one of merged, unmerged"):
+        Manifest.read(path)

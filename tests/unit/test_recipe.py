@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cocktail_serve.errors import InvalidMixError, NotFoundError
+from cocktail_serve.errors import InvalidMixError, MethodNotServedError, NotFoundError
 from cocktail_serve.methods import METHODS
 from cocktail_serve.pool import Member, Pool
 from cocktail_serve.recipe import DType, Recipe, make_recipe, one_hot, with_target
@@ -328,3 +328,64 @@ def test_nothing_to_mix() -> None:
         with_target(None, target=None)
     assert str(caught.value) == "give examples, merging_weights or a target: there is nothing to mix"
     assert caught.value.param == "examples"
+
+
+class TestForm:
+    """How a recipe reaches the engine: part of what it is, where it is not merged."""
+
+    MERGED = make_recipe(POOL, {"base": 0.5, "ag-news": 0.3, "nq": 0.2}, dtype="bfloat16")
+    UNMERGED = make_recipe(POOL, {"base": 0.5, "ag-news": 0.3, "nq": 0.2}, dtype="bfloat16", form="unmerged")
+
+    def test_digests_of_merged_recipes_are_what_they_were(self) -> None:
+        assert "form" not in self.MERGED.to_json()
+        assert self.MERGED.form == "merged"
+        assert self.UNMERGED.to_json() == {**self.MERGED.to_json(), "form": "unmerged"}
+        assert self.UNMERGED.digest != self.MERGED.digest
+
+    @pytest.mark.parametrize("recipe", [MERGED, UNMERGED], ids=["merged", "unmerged"])
+    def test_it_is_read_back(self, recipe: Recipe) -> None:
+        assert Recipe.from_json(json.loads(json.dumps(recipe.to_json()))) == recipe
+
+    def test_it_is_the_pools_unless_another_is_named(self) -> None:
+        pool = replace(POOL, form="unmerged")
+        assert one_hot(pool, "nq", dtype="bfloat16") == one_hot(POOL, "nq", dtype="bfloat16", form="unmerged")
+        assert one_hot(pool, "nq", dtype="bfloat16", form="merged") == one_hot(POOL, "nq", dtype="bfloat16")
+        assert pool.fingerprint == POOL.fingerprint
+
+    def test_coefficients_of_a_linear_mixture_are_the_experts_own(self) -> None:
+        assert self.UNMERGED.task_vector_coefficients == {"a": 0.2, "z": 0.3}
+        assert one_hot(POOL, "nq", dtype="bfloat16").task_vector_coefficients == {"a": 1.0}
+        assert one_hot(POOL, "base", dtype="bfloat16").task_vector_coefficients == {}
+
+    def test_coefficients_of_task_arithmetic_are_scaled(self) -> None:
+        params = {"lambda": 0.5}
+        recipe = make_recipe(
+            POOL,
+            {"ag-news": 0.4, "nq": 2.0},
+            dtype="bfloat16",
+            method="task_arithmetic",
+            method_params=params,
+            form="unmerged",
+        )
+        assert recipe.task_vector_coefficients == {"z": 0.2, "a": 1.0}
+
+    @pytest.mark.parametrize("name", sorted(METHODS))
+    def test_a_method_that_is_no_sum_needs_merged_parameters(self, name: str) -> None:
+        weights = {"ag-news": 0.5, "nq": 0.5}
+        recipe = make_recipe(POOL, weights, dtype="bfloat16", method=name)
+        if METHODS[name].is_linear:
+            assert make_recipe(POOL, weights, dtype="bfloat16", method=name, form="unmerged").form == "unmerged"
+            return
+        for refused in (
+            lambda: make_recipe(POOL, weights, dtype="bfloat16", method=name, form="unmerged"),
+            lambda: Recipe.from_json({**recipe.to_json(), "form": "unmerged"}),
+            lambda: recipe.task_vector_coefficients,
+        ):
+            with pytest.raises(MethodNotServedError, match=r"linear and task_arithmetic alone.*engine\.mode") as caught:
+                refused()
+            assert caught.value.param == "method"
+
+    @pytest.mark.parametrize("form", ["folded", None, 1])
+    def test_another_form_is_none(self, form: object) -> None:
+        with pytest.raises(InvalidMixError, match=r"recipe form .* is not one of merged, unmerged"):
+            Recipe.from_json({**self.MERGED.to_json(), "form": form})

@@ -84,12 +84,12 @@ def why_merged(parameter: str, change: Change, shape: tuple[int, ...]) -> str | 
         parameter: the base's stored name.
         shape: the parameter's.
     """
+    if change.bias is not None or parameter.endswith(".bias"):
+        return "it trained biases"
     if change.whole is not None:
         return "it brings a module trained whole (modules_to_save)"
     if change.rows is not None:
         return "it brings trained tokens (trainable_token_indices)"
-    if change.bias is not None:
-        return "it trained biases"
     if change.pair is not None and change.pair.magnitude is not None:
         return "it is DoRA, which is no sum of products"
     if len(shape) != 2:

@@ -23,6 +23,8 @@ def check_pool(settings: Settings, config: PoolConfig, report: OnProgress, pools
     pool = pools.get(config.id)
     for warning in () if pool is None else pool.warnings:
         yield Check(name, "warning", warning)
+    if pool is not None and (reason := config.engine.reason_of_form(pool)) is not None:
+        yield Check(f"{name}: mode", "ok", f"{pool.form}: {reason}{_held(pool)}")
     if pool is not None and pool.kind in ("decoder", "encoder_decoder"):
         scored = tried(f"{name}: examples", lambda: _check_tokenizer(pool), status="warning")
         if scored.status != "ok":
@@ -48,6 +50,14 @@ def _check(settings: Settings, config: PoolConfig, report: OnProgress, pools: di
         f"{pool.kind}, base and {len(pool.experts)} experts can be mixed, {size / 1e9:.2f} GB, "
         f"fingerprint {pool.fingerprint[:12]}"
     )
+
+
+def _held(pool: Pool) -> str:
+    """What an engine holds beside the base, where nothing is merged."""
+    if pool.form == "merged":
+        return ""
+    size = sum(expert.num_bytes for expert in pool.experts.values() if expert.fingerprint != pool.base.fingerprint)
+    return f"; their factors, {size / 1e6:,.1f} MB as stored, are held beside the base"
 
 
 def _check_tokenizer(pool: Pool) -> str:

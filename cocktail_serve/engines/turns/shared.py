@@ -153,7 +153,7 @@ class SharedTurns:
     def pin(self, recipe: Recipe | None) -> None:
         if recipe is not None:
             raise InvalidRequestError(
-                "the engine's recipes do not take turns: there is none to keep in it", param="pin"
+                "the engine's recipes share a batch: there are no turns to pin one in", param="pin"
             )
 
     def drain(self, is_drained: bool) -> None:

@@ -8,9 +8,10 @@ from typing import Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field
 
 from cocktail_serve.cocktails.experts import Added
+from cocktail_serve.config import EngineConfig
 from cocktail_serve.engines.scheduling import Phase, Queue, WaitReason
 from cocktail_serve.engines.snapshot import EngineSnapshot, EngineState
-from cocktail_serve.pool import Kind, Member, Pool
+from cocktail_serve.pool import Form, Kind, Member, Pool
 from cocktail_serve.tenants.keys import DEFAULT_TENANT
 
 Names = Mapping[str, Sequence[tuple[str | None, str]]]
@@ -80,6 +81,8 @@ class EngineView(BaseModel):
     id: str = Field(description="Id of its pool.")
     kind: Kind
     type: str
+    mode: Form = Field(description="How mixtures reach it: merged, one recipe at a time, or unmerged, in one batch.")
+    mode_reason: str | None = Field(description="Why it is this one; null where there is no other.")
     state: EngineState
     detail: dict[str, Any] = Field(description="Why it is not ready, or which mixing path it took.")
     phase: Phase | None = Field(description="Of the turn; null where recipes do not take turns.")
@@ -96,12 +99,14 @@ class EngineView(BaseModel):
     restarts: int = Field(description="Times that it was lost and started again.")
 
     @classmethod
-    def of(cls, pool: Pool, *, engine_type: str, snapshot: EngineSnapshot, names: Names) -> Self:
+    def of(cls, pool: Pool, config: EngineConfig, *, snapshot: EngineSnapshot, names: Names) -> Self:
         scheduler, counters = snapshot.scheduler, snapshot.counters
         return cls(
             id=pool.id,
             kind=pool.kind,
-            type=engine_type,
+            type=config.type,
+            mode=pool.form,
+            mode_reason=config.reason_of_form(pool),
             state=snapshot.state,
             detail=dict(snapshot.detail),
             phase=scheduler.phase,

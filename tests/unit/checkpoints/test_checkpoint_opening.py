@@ -15,9 +15,10 @@ from safetensors.torch import load_file
 from cocktail_serve.checkpoints.opening import open_expert, open_pool
 from cocktail_serve.checkpoints.text_files import text_digest
 from cocktail_serve.config import PoolConfig
-from cocktail_serve.errors import CheckpointError, IncompatibleModelsError
+from cocktail_serve.errors import CheckpointError, ConfigError, IncompatibleModelsError
 from cocktail_serve.generation_settings import ChatTemplate, GenerationSettings
 from cocktail_serve.pool import Pool
+from tests.adapters import train_adapter
 from tests.models import CHAIN_TOKENS, make_chain_decoder, make_decoder, make_decoder_pool
 
 Folders = dict[str, Path]
@@ -225,3 +226,43 @@ def test_a_tokenizer_that_loads_and_cannot_cut_a_text(
     edit_json(expert / "tokenizer_config.json", model_max_length=value, add_prefix_space=True)
     with pytest.raises(CheckpointError, match="cannot cut a text: TypeError"):
         opened({"base": decoders["base"], "nq": expert})
+
+
+class TestForm:
+    """How a pool's mixtures reach the engine: as its experts allow, and the operator says."""
+
+    def open(self, folders: Folders, cache: Path, mode: str | None = None) -> Pool:
+        section = config(str(folders["base"]), {n: str(f) for n, f in folders.items() if n != "base"}).model_dump()
+        return open_pool(
+            PoolConfig.model_validate(section | {"engine": {"type": "fake", "mode": mode}}), cache_dir=cache
+        )
+
+    def test_adapters_need_no_merging_and_full_models_do(self, decoders: Folders, tmp_path: Path) -> None:
+        lora = train_adapter(decoders["base"], tmp_path / "lora").folder
+        adapters = {"base": decoders["base"], "lora": lora, "copy": decoders["base"]}
+        pool = self.open(adapters, tmp_path, "unmerged")
+        assert [pool.experts[name].merged_only for name in ("copy", "lora")] == [None, None]
+        assert pool.form == "unmerged"
+        assert self.open(adapters, tmp_path, "merged").form == "merged"
+        mixed = self.open(adapters | {"full": decoders["nq"]}, tmp_path)
+        assert mixed.form == "merged"
+        assert mixed.merged_only == "expert 'full': it is a full model, and no LoRA adapter"
+
+    def test_what_can_only_be_merged_is_refused_where_unmerged_is_asked_for(
+        self, decoders: Folders, tmp_path: Path
+    ) -> None:
+        dora = train_adapter(decoders["base"], tmp_path / "dora", use_dora=True).folder
+        folders = {"base": decoders["base"], "dora": dora}
+        assert self.open(folders, tmp_path).form == "merged"
+        with pytest.raises(ConfigError, match=r"engine\.mode is unmerged, and expert 'dora': it is DoRA") as caught:
+            self.open(folders, tmp_path, "unmerged")
+        assert caught.value.param == "engine.mode"
+
+    def test_an_expert_that_is_added_later_is_held_to_it(self, decoders: Folders, tmp_path: Path) -> None:
+        lora = train_adapter(decoders["base"], tmp_path / "lora").folder
+        pool = self.open({"base": decoders["base"], "lora": lora}, tmp_path, "unmerged")
+        with pytest.raises(IncompatibleModelsError, match="it is a full model, and no LoRA adapter; have the operator"):
+            open_expert(pool, "late", decoders["nq"], cache_dir=tmp_path)
+        assert open_expert(pool, "late", lora, cache_dir=tmp_path).merged_only is None
+        merged = self.open({"base": decoders["base"], "lora": lora}, tmp_path, "merged")
+        assert open_expert(merged, "late", decoders["nq"], cache_dir=tmp_path).name == "late"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -18,7 +19,7 @@ from cocktail_serve.cocktails.registry import Registry
 from cocktail_serve.cocktails.store import Store
 from cocktail_serve.config import Limits
 from cocktail_serve.database.database import Database
-from cocktail_serve.errors import InvalidRequestError, NotFoundError
+from cocktail_serve.errors import InvalidRequestError, MethodNotServedError, NotFoundError
 from cocktail_serve.pool import Member, Pool
 from cocktail_serve.recipe import Recipe, make_recipe
 
@@ -392,3 +393,34 @@ async def test_news_of_others_are_told_once_though_a_caller_leaves_in_the_middle
     assert {found.uid for found in one.catalog.list("acme")} == made
     for database in databases:
         await database.close()
+
+
+class TestForm:
+    """A cocktail of another engine's, whose mixtures reached it otherwise."""
+
+    @pytest.fixture
+    def unmerged(self) -> Catalog:
+        return Catalog({"flan": replace(POOL, form="unmerged")}, {"flan": "float32"}, clock=lambda: 1_700_000_000.0)
+
+    def test_a_sum_is_served_in_the_form_of_now_with_a_warning(self, catalog: Catalog, unmerged: Catalog) -> None:
+        made = cocktail("acme", 1)
+        adopted = unmerged.adopt(made)
+        assert adopted.recipe == replace(recipe(0.001), form="unmerged")
+        assert adopted.warnings == (
+            "made for float32; the engine runs unmerged float32 now, so the mixture rounds differently",
+        )
+        assert unmerged.serve(adopted).recipe == adopted.recipe
+        assert unmerged.adopt(adopted) is adopted
+        back = catalog.adopt(adopted)
+        assert back.recipe == made.recipe
+        assert "made for unmerged float32; the engine runs float32 now" in back.warnings[-1]
+
+    def test_what_needs_merged_parameters_is_kept_and_not_served(self, catalog: Catalog, unmerged: Catalog) -> None:
+        ties = make_recipe(POOL, {"nq": 0.5}, dtype="float32", method="ties")
+        made = unmerged.insert(unmerged.adopt(cocktail("acme", 1, recipe=ties))).cocktail
+        assert made.recipe == ties
+        with pytest.raises(MethodNotServedError, match="method 'ties', which needs merged parameters") as caught:
+            unmerged.resolve("acme", "films")
+        assert caught.value.param == "model"
+        assert list(unmerged.models("acme")) == ["flan", "flan/nq"]
+        assert catalog.serve(made).recipe == ties

@@ -19,6 +19,7 @@ from cocktail_serve.errors import (
     InvalidExamplesError,
     InvalidMixError,
     InvalidRequestError,
+    MethodNotServedError,
     NotFoundError,
 )
 from cocktail_serve.pool import Member, Pool
@@ -361,3 +362,16 @@ def test_what_a_search_chooses_is_left_open_and_its_options_are_in_the_digest() 
     ]
     assert len({parse({"examples": EXAMPLES, **body}).digest for body in bodies}) == len(bodies)
     assert parse({"examples": EXAMPLES, "weighting": "blackbox", "budget": 40}).digest == boxed.digest
+
+
+def test_an_unmerged_pool_takes_no_method_that_needs_merged_parameters() -> None:
+    pools = {"flan": replace(POOLS["flan"], form="unmerged")}
+    body = {"name": "films", "pool": "flan", "examples": EXAMPLES}
+    for method in ("linear", "task_arithmetic"):
+        parse_request({**body, "method": method}, settings=make_settings(), pools=pools)
+    with pytest.raises(MethodNotServedError) as caught:
+        parse_request({**body, "method": "ties"}, settings=make_settings(), pools=pools)
+    assert caught.value.param == "method"
+    with pytest.raises(MethodNotServedError) as caught:
+        parse_inline({"examples": EXAMPLES, "method": "slerp"}, pool=pools["flan"], settings=make_settings())
+    assert caught.value.param == "cocktail.method"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,9 +28,17 @@ from transformers import (
     NomicBertModel,
 )
 
-from cocktail_serve.checkpoints.adapters.changes import CONV1D_MODEL_TYPES, CONV1D_MODULES
+from cocktail_serve.checkpoints.adapters.changes import (
+    CONV1D_MODEL_TYPES,
+    CONV1D_MODULES,
+    Change,
+    FactorPair,
+    why_merged,
+)
+from cocktail_serve.checkpoints.adapters.reader import AdapterReader
 from cocktail_serve.checkpoints.compatibility import compare
 from cocktail_serve.checkpoints.folder import save_mixture
+from cocktail_serve.checkpoints.reader import CheckpointReader
 from cocktail_serve.errors import CheckpointError, IncompatibleModelsError
 from cocktail_serve.pool import Pool
 from cocktail_serve.recipe import one_hot
@@ -448,3 +457,61 @@ def test_no_parameter_exceeds_the_bound_that_is_kept_of_it(
     largest = max(tensor.abs().max().item() for tensor in parameters_of(folder, decoders["base"]).values())
     base = max(tensor.abs().max().item() for tensor in load_file(decoders["base"] / "model.safetensors").values())
     assert base < largest <= bound
+
+
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [
+        ({}, None),
+        ({"target_modules": ["q_proj", "embed_tokens"], "rank_pattern": {"q_proj": 2}, "use_rslora": True}, None),
+        ({"target_modules": ["lm_head", "down_proj"], "alpha_pattern": {"lm_head": 3}}, None),
+        ({"use_dora": True}, "it is DoRA.*: model.layers.0.mlp.down_proj.weight"),
+        ({"modules_to_save": ["embed_tokens"]}, "modules_to_save.*: model.embed_tokens.weight"),
+        ({"trainable_token_indices": [9, 3]}, "trainable_token_indices.*: model.embed_tokens.weight"),
+    ],
+    ids=str,
+)
+def test_which_decoders_adapters_need_no_merging(
+    decoders: Folders, tmp_path: Path, options: dict[str, Any], why: str | None
+) -> None:
+    folder = train_adapter(decoders["base"], tmp_path / "lora", **options).folder
+    with CheckpointReader(decoders["base"]) as base, AdapterReader(folder, base) as reader:
+        assert (reader.merged_only is None) == (why is None)
+        assert why is None or re.search(why, reader.merged_only or "")
+
+
+def test_embeddings_that_are_saved_beside_their_factors_are_looked_at(decoders: Folders, tmp_path: Path) -> None:
+    folder = train_adapter(decoders["base"], tmp_path / "lora", target_modules=["embed_tokens"]).folder
+    file = folder / "adapter_model.safetensors"
+    tensors = load_file(file)
+    (saved,) = (name for name in tensors if name.endswith("embed_tokens.base_layer.weight"))
+    with CheckpointReader(decoders["base"]) as base, AdapterReader(folder, base) as reader:
+        assert [change.is_low_rank for change in reader.changes.values()] == [True]
+    tensors[saved][0, 0] += 1
+    save_file(tensors, file)
+    with CheckpointReader(decoders["base"]) as base, AdapterReader(folder, base) as reader:
+        assert [change.is_low_rank for change in reader.changes.values()] == [False]
+        assert "modules_to_save" in (reader.merged_only or "")
+
+
+def test_trained_biases_need_merging(encoders: Folders, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"target_modules": ["query"], "bias": "lora_only", "auto_class": AutoModel}
+    folder = train_adapter(encoders["base"], tmp_path / "lora", **options).folder
+    with CheckpointReader(encoders["base"]) as base, AdapterReader(folder, base) as reader:
+        assert re.search("trained biases: .*query.bias", reader.merged_only or "")
+
+
+@pytest.mark.parametrize(
+    ("parameter", "shape", "why"),
+    [
+        ("model.layers.0.self_attn.q_proj.weight", (8, 4), None),
+        ("model.layers.0.block_sparse_moe.experts.3.w1.weight", (8, 4), "MoE"),
+        ("model.layers.0.self_attn.kv_b_proj.weight", (8, 4), "MLA"),
+        ("model.layers.0.mlp.experts.gate_up_proj", (2, 8, 4), "no matrix"),
+        ("backbone.layers.0.mixer.conv1d.weight", (8, 1, 4), "no matrix"),
+    ],
+)
+def test_which_layers_are_plain_products(parameter: str, shape: tuple[int, ...], why: str | None) -> None:
+    found = why_merged(parameter, Change(pair=FactorPair("a", "b", 1.0, False, None)), shape)
+    assert (found is None) == (why is None)
+    assert why is None or why in (found or "")

@@ -359,7 +359,7 @@ class TestOperator:
 
     def test_there_is_no_turn_to_pin(self) -> None:
         turns = SharedTurns(max_in_flight=1)
-        with pytest.raises(InvalidRequestError, match="do not take turns") as raised:
+        with pytest.raises(InvalidRequestError, match="no turns to pin") as raised:
             turns.pin(A)
         assert raised.value.param == "pin"
         turns.pin(None)
