@@ -41,6 +41,8 @@ from vllm_cocktail.fence import RECIPE_HEADER, ASGIApp, ASGIScope, Fence, FenceM
 from vllm_cocktail.lifetime import die_with_owner
 from vllm_cocktail.manifest import Manifest
 from vllm_cocktail.replies import FORGET_PATH, MIX_PATH, SCORE_PATH, STATUS_PATH, MixReply, ParameterSource, StatusReply
+from vllm_cocktail.unmerged.binding import RequestBinder
+from vllm_cocktail.unmerged.control import EveryRecipe
 
 Fault = Literal[
     "answer_error",  # the next completion is answered with the error in the file
@@ -135,7 +137,13 @@ class FakeServer:
         self._mix_lock = asyncio.Lock()
         self._cached: list[str] = []
         self.fence = Fence(managed=manifest.managed)
-        self.fence.open(manifest.resident)
+        self._binder: RequestBinder | None = None
+        if manifest.mode == "unmerged":
+            base = Recipe(manifest.base, ((manifest.base, 1.0),), manifest.dtype, form="unmerged")
+            self._binder = RequestBinder(base, self._require_known)
+            self.fence.open_to(EveryRecipe())
+        else:
+            self.fence.open(manifest.resident)
 
     def app(self, *, api_key: str | None) -> Starlette:
         routes = [
@@ -149,7 +157,10 @@ class FakeServer:
             Route(FORGET_PATH, self._forget, methods=["POST"]),
         ]
         # the key first: a stranger learns nothing from the fence
-        middleware = [Middleware(_KeyMiddleware, key=api_key), Middleware(FenceMiddleware, fence=self.fence)]
+        middleware = [
+            Middleware(_KeyMiddleware, key=api_key),
+            Middleware(FenceMiddleware, fence=self.fence, bind=self._binder),
+        ]
         return Starlette(routes=routes, middleware=middleware)
 
     async def _health(self, request: Request) -> Response:
@@ -166,7 +177,8 @@ class FakeServer:
             "resident": self.fence.resident,
             "state": self.fence.state,
             "in_flight": self.fence.in_flight,
-            "mixing_path": "fake",
+            "mode": self._manifest.mode,
+            "mixing_path": "fake" if self._binder is None else "unmerged",
             "mixing_kernel": "none",
             "streams_because": None,
             "captured": [],
@@ -183,6 +195,8 @@ class FakeServer:
     async def _mix(self, request: Request) -> Response:
         body = orjson.loads(await request.body())
         try:
+            if self._binder is not None:
+                raise InvalidMixError("nothing is mixed in an engine whose recipes share a batch")
             recipe = Recipe.from_json(body["recipe"])
             self._check(recipe)
         except CocktailError as error:
@@ -244,8 +258,8 @@ class FakeServer:
         return await self._answer(_CompletionShape(self._name), body["prompt"], body, self._recipe_of(request))
 
     def _recipe_of(self, request: Request) -> str:
-        """Which recipe answers: the resident one, whatever was asked for; the one that was asked for where several are
-        held."""
+        """Which recipe answers: the resident one, whatever was asked for; where several are held, or each request
+        brings its own, the one that was asked for."""
         return self.fence.resident or request.headers[RECIPE_HEADER]
 
     async def _answer(self, shape: _Shape, prompt: str, body: Mapping[str, Any], digest: str) -> Response:
@@ -294,6 +308,9 @@ class FakeServer:
         if usage is not None:
             yield _event(shape.usage_chunk(usage))
         yield b"data: [DONE]\n\n"
+
+    async def _require_known(self, recipe: Recipe) -> None:
+        self._check(recipe)
 
     def _check(self, recipe: Recipe) -> None:
         if self._strikes("mix_invalid"):
