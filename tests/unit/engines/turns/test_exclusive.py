@@ -186,6 +186,7 @@ def test_a_turn_under_contention_lasts_a_slice_from_its_start() -> None:
             streams = [engine.ask(BASE, 100), engine.ask(A, 100), engine.ask(B, 100)]
             await asyncio.wait(streams)
             assert [type(stream.exception()) for stream in streams] == [DrainedError, DrainedError, type(None)]
+            assert engine.residency.stats.num_drained == 2
             assert await streams[2] == (SLICE_S + MIX_S) * 2
 
     run(main())
@@ -213,8 +214,13 @@ def test_a_stream_is_ended_after_the_drain_and_not_before() -> None:
             other = engine.ask(A, 1)
             assert await other == SLICE_S + DRAIN_S + MIX_S
             assert await finishing == 0
-            with pytest.raises(DrainedError, match="drain_s=30 s"):
+            with pytest.raises(DrainedError) as ended:
                 await long
+            assert ended.value.message == (
+                "the request ran for more than drain_s=30 s after its model's turn had ended, and requests for other "
+                "models wait; ask for fewer tokens, or raise engine.drain_s"
+            )
+            assert ended.value.retry_after_s == SLICE_S
             assert engine.residency.stats.num_drained == 1
 
     run(main())
@@ -240,13 +246,23 @@ def test_whoever_waits_too_long_is_told_before_admission() -> None:
     async def main() -> None:
         async with FakeEngine() as engine:
             long = engine.ask(BASE, 20)
-            with pytest.raises(QueueTimeoutError, match="queue_timeout_s=10 s"):
+            with pytest.raises(QueueTimeoutError) as told:
                 await engine.answer(A, 1, timeout_s=10)
+            assert told.value.message == (
+                "the model's turn did not come within queue_timeout_s=10 s: too many models share this engine now; "
+                "retry later, or raise engine.queue_timeout_s"
+            )
+            assert told.value.retry_after_s == SLICE_S
             assert asyncio.get_running_loop().time() == 10
             assert engine.residency.num_waiting == 0
             # nobody waits any more, so the stream is not ended
             assert await long == 0
             assert engine.residency.stats.num_queue_timeouts == 1
+            again = engine.ask(BASE, 20)
+            with pytest.raises(QueueTimeoutError):
+                await engine.answer(A, 1, timeout_s=5)
+            assert await again == 20
+            assert engine.residency.stats.num_queue_timeouts == 2
 
     run(main())
 
@@ -255,7 +271,9 @@ def test_while_the_engine_is_down_requests_wait_for_it() -> None:
     async def main() -> None:
         engine = FakeEngine()
         early, patient = engine.ask(BASE, 1, timeout_s=5), engine.ask(A, 1, timeout_s=60)
-        with pytest.raises(ModelNotReadyError):
+        with pytest.raises(
+            ModelNotReadyError, match=r"^the engine is starting or restarting and was not ready within 5 s$"
+        ):
             await early
         await pause(5)
         async with engine:
@@ -270,12 +288,22 @@ def test_losing_the_engine_fails_who_holds_it_and_nobody_else() -> None:
         async with engine:
             holding, waiting = engine.ask(BASE, 100), engine.ask(A, 1)
             await pause(1)
-        with pytest.raises(EngineError, match="restarted"):
+        with pytest.raises(EngineError, match=r"^the engine failed while it held the request; it is being restarted$"):
             await holding
         assert engine.residency.num_in_flight == 0
         assert engine.residency.resident is None
         async with engine:
             assert await waiting == 1 + MIX_S
+
+    run(main())
+
+
+def test_one_life_at_a_time() -> None:
+    async def main() -> None:
+        async with FakeEngine() as engine:
+            with pytest.raises(RuntimeError, match=r"^these turns are given already$"):
+                await engine.residency.run(BASE.digest)
+            assert await engine.answer(BASE, 1) == 0
 
     run(main())
 
@@ -843,6 +871,37 @@ class TestOperator:
             assert reasons == ["engine_down", "engine_down", "drained", "drained"]
             assert engine.residency.snapshot().turn_s is None
             scoring.cancel()
+
+        run(main())
+
+    def test_who_waits_for_what_is_pinned_goes_on_waiting(self) -> None:
+        async def main() -> None:
+            async with FakeEngine() as engine:
+                hold, waiting, other = engine.ask(BASE, 1), engine.ask(A, 1), engine.ask(B, 1)
+                await pause(0.1)
+                engine.residency.pin(A)
+                with pytest.raises(ModelNotReadyError, match="keeps another model"):
+                    await other
+                assert await hold == 0
+                assert await waiting == 1 + MIX_S
+
+        run(main())
+
+    def test_it_is_told_what_is_in_the_engine(self) -> None:
+        async def main() -> None:
+            async with FakeEngine() as engine:
+                told = engine.residency.snapshot()
+                assert (told.phase, told.resident, told.pinned, told.is_drained) == ("open", BASE.digest, None, False)
+                engine.residency.pin(A)
+                waiting = engine.ask(A)
+                await pause(MIX_S / 2)
+                told = engine.residency.snapshot()
+                assert (told.phase, told.resident, told.pinned, told.is_drained) == ("mixing", None, A.digest, False)
+                assert (told.turn_s, [queue.reason for queue in told.queues]) == (None, ["mixing"])
+                await waiting
+                engine.residency.drain(True)
+                told = engine.residency.snapshot()
+                assert (told.phase, told.resident, told.pinned, told.is_drained) == ("open", A.digest, A.digest, True)
 
         run(main())
 
