@@ -211,7 +211,7 @@ def test_what_is_imported_from_the_packages_is_there(folder: str) -> None:
     wrong = [
         (str(path.relative_to(ROOT)), name)
         for path in (ROOT / folder).rglob("*.py")
-        for name in imports(path.read_text(encoding="utf-8"))
+        for name in imports_of(path)
         if name.partition(".")[0] in (PACKAGE.name, PLUGIN.name)
         and not is_module(name.split("."))
         and not is_module(name.split(".")[:-1])
