@@ -58,9 +58,10 @@ class UnmergedExperts:
         """Of their factors in the engine."""
         return self._layers.num_bytes
 
-    def require_called(self) -> None:
-        """As `AdaptedLayers.require_called`."""
-        self._layers.require_called()
+    @property
+    def layers(self) -> AdaptedLayers:
+        """Where their factors are."""
+        return self._layers
 
     def load(self, fingerprints: Iterable[str]) -> None:
         """Loads experts that the manifest may have gained. Between steps; those that are loaded stay as they are.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -190,11 +190,13 @@ class _Adapted:
     """A layer with factors.
 
     Attributes:
+        index: of the layer among all, by which a compiled graph names it.
         num_calls: how often it was computed; nought after a request means that vLLM computes past it.
     """
 
     layer: Layer
     place: Place
+    index: int
     num_calls: int = 0
 
 
@@ -248,6 +250,9 @@ class AdaptedLayers:
         self._steps = steps
         self._dtype = dtype
         self._adapted: dict[tuple[str, Use], _Adapted] = {}
+        self._by_index: list[_Adapted] = []
+        self._is_sealed = False
+        self._define_operator()
         self.num_bytes = 0
 
     def add(self, expert: int, factors: Mapping[str, FactorTensors], base: CheckpointReader) -> None:
@@ -262,9 +267,28 @@ class AdaptedLayers:
         self._steps.clear()  # layers are tried out, for nobody's rows
         finder = LayerFinder(self._model, base, self._dtype)
         places = {stored: finder.find(stored) for stored in factors}
+        if self._is_sealed:
+            self._require_adapted(place for found in places.values() for place in found)
         for stored, found in places.items():
             for place in found:
                 self._take(expert, factors[stored], place)
+
+    @property
+    def names(self) -> list[str]:
+        """The layers, in the order by which compiled graphs number them."""
+        return [f"{adapted.place.module} {adapted.place.use}" for adapted in self._by_index]
+
+    def seal(self) -> None:
+        """The model was compiled: from now on, experts that adapt other layers are refused."""
+        self._is_sealed = True
+
+    def _require_adapted(self, places: Iterable[Place]) -> None:
+        for place in places:
+            if (place.module, place.use) not in self._adapted:
+                raise IncompatibleModelsError(
+                    f"it adapts {place.module}, which no expert did when vLLM compiled the model: restart the engine, "
+                    "or serve without compiled graphs (engine.args.enforce-eager)"
+                )
 
     def require_called(self) -> None:
         """After a request: raises IncompatibleModelsError for a layer that it did not come through."""
@@ -279,6 +303,7 @@ class AdaptedLayers:
         adapted = self._adapted.get((place.module, place.use))
         if adapted is None:
             adapted = self._adapted[place.module, place.use] = self._adapt(place)
+            self._by_index.append(adapted)
         # as the layer sees them: an embedding's product is turned, of rows that are looked up
         down, up = factors.down, factors.up
         if place.use != "linear" and factors.is_turned != (place.use == "embedding"):
@@ -294,24 +319,48 @@ class AdaptedLayers:
         module: Any = self._model.get_submodule(place.module)
         num_inputs = {"linear": "input_size", "head": "embedding_dim", "embedding": "org_vocab_size"}[place.use]
         shape = LayerShape(getattr(module, num_inputs), place.widths, self._dtype, place.use == "embedding")
-        adapted = _Adapted(self._steps.kernel.new_layer(shape), place)
+        adapted = _Adapted(self._steps.kernel.new_layer(shape), place, index=len(self._adapted))
         method = copy(module.quant_method)
         name = "embedding" if place.use == "embedding" else "apply"
         setattr(method, name, functools.partial(self._around, getattr(module.quant_method, name), adapted))
         module.quant_method = method
         return adapted
 
+    def _define_operator(self) -> None:
+        """Gives torch's compiler an operator for what is added, which it leaves as it is.
+
+        A graph is made once for all steps, so that it can know neither the rows nor the factors that they have.
+        """
+        import torch
+
+        def add(rows: Tensor, product: Tensor, index: int) -> None:
+            self._add(self._by_index[index], rows, product)
+
+        library: Any = torch.library.Library("cocktail", "DEF")  # type: ignore[no-untyped-call]  # torch's own
+        library.define("add_factors(Tensor rows, Tensor(a!) product, int index) -> ()")
+        library.impl("add_factors", add, "CompositeExplicitAutograd")
+        library.impl("add_factors", lambda rows, product, index: None, "Meta")
+        self._library = library  # the operator is there for as long as it is
+
     def _around(
         self, compute: Callable[..., Tensor], adapted: _Adapted, module: nn.Module, rows: Tensor, *args: Any, **kw: Any
     ) -> Tensor:
         """A layer's own product, and what the experts of the step's rows add to it."""
+        import torch
+
         product = compute(module, rows, *args, **kw)
+        if torch.compiler.is_compiling():
+            torch.ops.cocktail.add_factors(rows, product, adapted.index)
+        else:
+            self._add(adapted, rows, product)
+        return product
+
+    def _add(self, adapted: _Adapted, rows: Tensor, product: Tensor) -> None:
         adapted.num_calls += 1
         step = self._steps.samples if adapted.place.use == "head" else self._steps.tokens
         if step.num_rows:
             # an output head has rows for more tokens than there are
             self._steps.kernel.add(step, adapted.layer, rows, product[:, : adapted.layer.shape.out_features])
-        return product
 
 
 def _num_outputs(module: nn.Module) -> int | None:

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any
 
+from cocktail_serve.checkpoints.finite import LARGEST
 from cocktail_serve.errors import InvalidMixError
 from cocktail_serve.recipe import Recipe
 
@@ -87,9 +88,14 @@ def row_of(recipe: Recipe) -> Row:
     """The coefficients of a recipe as they travel to the worker.
 
     Raises:
-        InvalidMixError: its method is no sum of the experts' differences to the base.
+        InvalidMixError: its method is no sum of the experts' differences to the base, or a coefficient is too large.
     """
     coefficients = recipe.task_vector_coefficients
+    for fingerprint, value in coefficients.items():
+        if not abs(value) <= LARGEST["float32"]:
+            raise _invalid(
+                f"the coefficient {value:g} of {fingerprint} is beyond float32, in which rows are multiplied"
+            )
     return tuple(part for item in coefficients.items() for part in item)
 
 
@@ -103,7 +109,7 @@ def coefficients_of(row: Any) -> dict[str, float]:
         raise ValueError(f"a request came without a row of coefficients: {row!r:.100}")
     coefficients = dict(zip(row[::2], row[1::2], strict=True))
     if 2 * len(coefficients) < len(row) or not all(
-        isinstance(name, str) and isinstance(value, int | float) and abs(value) < float("inf")
+        isinstance(name, str) and isinstance(value, int | float) and abs(value) <= LARGEST["float32"]
         for name, value in coefficients.items()
     ):
         raise ValueError(f"a request came with what is no row of coefficients: {row!r:.100}")

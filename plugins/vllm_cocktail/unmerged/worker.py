@@ -49,7 +49,12 @@ class UnmergedWorkerExtension:
             max_experts=MAX_EXPERTS,
             max_ranks=MAX_RANKS,
         )
-        self.cocktail_experts = UnmergedExperts(self.model_runner, manifest, limits, reread=Manifest.from_environ)
+        experts = UnmergedExperts(self.model_runner, manifest, limits, reread=Manifest.from_environ)
+        if _is_compiled(self.vllm_config):
+            # part of what vLLM names its compiled graphs by: with other layers, a kept one would leave theirs out
+            self.vllm_config.additional_config["cocktail_layers"] = experts.layers.names
+            experts.layers.seal()
+        self.cocktail_experts = experts
 
     @replies
     def cocktail_probe(self) -> UnmergedWorker:
@@ -59,7 +64,7 @@ class UnmergedWorkerExtension:
     @replies
     def cocktail_check_layers(self) -> UnmergedWorker:
         """After the first request: fails where vLLM computed past a layer that experts adapt."""
-        self._cocktail_held().require_called()
+        self._cocktail_held().layers.require_called()
         return self._cocktail_reply()
 
     @replies
@@ -101,6 +106,12 @@ def hold_factors_once_loaded() -> None:
     Worker.load_model = load
 
 
+def _is_compiled(vllm_config: Any) -> bool:
+    from vllm.config import CompilationMode
+
+    return bool(vllm_config.compilation_config.mode != CompilationMode.NONE)
+
+
 def require_unmergeable(vllm_config: Any, manifest: Manifest) -> None:
     """Refuses engines in which a step's rows are not one for each token, whole, on one rank."""
     require_base_of(vllm_config, manifest)
@@ -115,6 +126,9 @@ def require_unmergeable(vllm_config: Any, manifest: Manifest) -> None:
         "--enable-dbo splits the rows of a step": getattr(parallel, "enable_dbo", False),
         "VLLM_USE_V2_MODEL_RUNNER lays its steps out otherwise": getattr(vllm_config, "use_v2_model_runner", False),
         "--enable-prompt-embeds brings rows without tokens": vllm_config.model_config.enable_prompt_embeds,
+        "--additional-config is no object, which compiled graphs are named by": (
+            _is_compiled(vllm_config) and not isinstance(vllm_config.additional_config, dict)
+        ),
     }
     if reasons := [reason for reason, refused in refusals.items() if refused]:
         raise ConfigError(
