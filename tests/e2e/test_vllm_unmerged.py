@@ -5,20 +5,25 @@ from __future__ import annotations
 import asyncio
 import copy
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
+import torch
 from transformers import LlamaForCausalLM
 
-from cocktail_serve.recipe import Recipe
+from cocktail_serve.checkpoints.opening import open_expert
+from cocktail_serve.recipe import Recipe, make_recipe
 from tests.adapters import parameters_of, train_adapter
 from tests.e2e.conftest import API_KEY, VLLMServer, completion_body, running_vllm
-from tests.e2e.reference import assert_greedy_of, load_reference
+from tests.e2e.reference import LOGPROB_TOLERANCE, assert_greedy_of, load_reference
 from tests.merging import linear
 from tests.models import make_decoder
+from vllm_cocktail.manifest import Manifest
+from vllm_cocktail.replies import SCORE_PATH
 
 pytestmark = pytest.mark.vllm
 
@@ -83,26 +88,134 @@ def reference(server: VLLMServer, weights: Mapping[str, float]) -> LlamaForCausa
     return mixed
 
 
-def test_rows_of_one_batch_answer_each_by_its_own_coefficients(server: VLLMServer) -> None:
-    async def ask_all() -> list[httpx.Response]:
+def post_all(server: VLLMServer, requests: Sequence[dict[str, Any]]) -> list[httpx.Response]:
+    """Sends them at once."""
+
+    async def post() -> list[httpx.Response]:
         transport = httpx.AsyncHTTPTransport(uds=str(server.uds))
         headers = {"authorization": f"Bearer {API_KEY}"}
         async with httpx.AsyncClient(
-            transport=transport, base_url="http://engine", headers=headers, timeout=60
+            transport=transport, base_url="http://engine", headers=headers, timeout=120
         ) as client:
-            return await asyncio.gather(
-                *(
-                    client.post(**request_of(server, server.recipe(**weights), prompt))
-                    for weights in MIXTURES
-                    for prompt in PROMPTS
-                )
-            )
+            return await asyncio.gather(*(client.post(**request) for request in requests))
 
-    answers = iter(asyncio.run(ask_all()))
-    for weights in MIXTURES:
+    return asyncio.run(post())
+
+
+def assert_right(server: VLLMServer, repeats: int = 1) -> None:
+    """Every mixture answers every prompt as its reference does, all of them in one batch."""
+    asked = [(weights, prompt) for _ in range(repeats) for weights in MIXTURES for prompt in PROMPTS]
+    answers = post_all(server, [request_of(server, server.recipe(**weights), prompt) for weights, prompt in asked])
+    models = {str(weights): reference(server, weights) for weights in MIXTURES}
+    for (weights, prompt), answer in zip(asked, answers, strict=True):
+        assert answer.status_code == 200, answer.text
+        assert answer.headers["x-cocktail-recipe"] == server.recipe(**weights).digest
+        assert_greedy_of(models[str(weights)], prompt, answer.json()["choices"][0])
+
+
+def test_rows_of_one_batch_answer_each_by_its_own_coefficients(server: VLLMServer) -> None:
+    assert_right(server)
+
+
+def test_models_of_the_pool_answer_differently(server: VLLMServer) -> None:
+    """What the other tests of this file rest on."""
+    answers = post_all(server, [request_of(server, server.recipe(**weights), PROMPTS[0]) for weights in MIXTURES])
+    tokens = [tuple(answer.json()["choices"][0]["token_ids"]) for answer in answers]
+    assert len(set(tokens)) == len(tokens)
+
+
+def test_one_prefix_is_cached_for_each_recipe_apart(server: VLLMServer) -> None:
+    """One after the other, with the same salt of their own: whoever comes second finds no blocks of the first."""
+    for weights in (*MIXTURES, *MIXTURES):
+        answer = server.client.post(**request_of(server, server.recipe(**weights), PROMPTS[2]))
+        assert_greedy_of(reference(server, weights), PROMPTS[2], answer.json()["choices"][0])
+
+
+def test_losses_are_of_each_requests_own_row(server: VLLMServer) -> None:
+    """Also where the output head is adapted: vLLM computes a prompt's logits request by request."""
+    examples = [{"token_ids": prompt, "output_start": 2} for prompt in PROMPTS]
+
+    def request(weights: dict[str, float]) -> dict[str, Any]:
+        recipe = server.recipe(**weights)
+        xargs = {"cocktail_recipe": json.dumps(recipe.to_json())}
+        headers = {"x-cocktail-recipe": recipe.digest}
+        return {"url": SCORE_PATH, "json": {"examples": examples, "vllm_xargs": xargs}, "headers": headers}
+
+    for weights, answer in zip(MIXTURES, post_all(server, [request(weights) for weights in MIXTURES]), strict=True):
+        assert answer.status_code == 200, answer.text
         model = reference(server, weights)
-        for prompt in PROMPTS:
-            answer = next(answers)
-            assert answer.status_code == 200, answer.text
-            assert answer.headers["x-cocktail-recipe"] == server.recipe(**weights).digest
-            assert_greedy_of(model, prompt, answer.json()["choices"][0])
+        for prompt, loss in zip(PROMPTS, answer.json()["losses"], strict=True):
+            tokens = torch.tensor([prompt])
+            with torch.inference_mode():
+                log_probs = model(tokens).logits[0, :-1].double().log_softmax(-1)
+            wanted = -log_probs.gather(1, tokens[0, 1:, None])[1:].mean()
+            assert loss == pytest.approx(float(wanted), abs=LOGPROB_TOLERANCE)
+
+
+def test_only_what_is_bound_to_its_recipe_comes_in(server: VLLMServer) -> None:
+    red, green = server.recipe(red=1.0), server.recipe(green=1.0)
+    right = request_of(server, red, PROMPTS[0])
+    assert server.client.post(**right).status_code == 200
+    refused = {
+        "no header": ({**right, "headers": {}}, 409),
+        "another recipe's": ({**right, "headers": {"x-cocktail-recipe": green.digest}}, 400),
+        "no recipe": ({**right, "json": completion_body(PROMPTS[0])}, 400),
+        "a row": ({**right, "json": completion_body(PROMPTS[0], vllm_xargs={"cocktail_row": []})}, 400),
+        "another path": ({**right, "url": "/v1/responses"}, 400),
+    }
+    for case, (request, status) in refused.items():
+        answer = server.client.post(**request)
+        assert answer.status_code == status, case
+        assert answer.json()["error"]["code"] in ("invalid_recipe", "recipe_not_resident")
+    mix = server.client.post("/v1/cocktail/mix", json={"recipe": red.to_json()})
+    assert (mix.status_code, "share a batch" in mix.json()["error"]["message"]) == (400, True)
+
+
+def test_an_expert_that_the_manifest_gains_is_loaded_when_it_is_asked_for(server: VLLMServer) -> None:
+    folder = server.log.parent
+    train_adapter(server.folders["base"], folder / "late", seed=9, r=5, target_modules=["k_proj", "up_proj"])
+    manifest = Manifest.read(folder / "pool.json")
+    late = open_expert(server.pool, "late", folder / "late", cache_dir=folder / "cache")
+    later = replace(server.pool, experts={**server.pool.experts, "late": late})
+    recipe = make_recipe(later, {"base": 0.4, "late": 0.6}, dtype="float32", form="unmerged")
+    request = request_of(server, recipe, PROMPTS[1])
+    unknown = server.client.post(**request)
+    assert (unknown.status_code, unknown.json()["error"]["code"]) == (400, "invalid_recipe")
+
+    replace(manifest, members=later.by_fingerprint).write(folder / "pool.json")
+    others = [request_of(server, server.recipe(**weights), prompt) for weights in MIXTURES for prompt in PROMPTS]
+    *_, answer = post_all(server, [*others, request])
+    assert answer.status_code == 200, answer.text
+    assert late.fingerprint in server.status()["captured"]
+    server.folders["late"] = folder / "late"  # type: ignore[index]  # a dict of the fixture's own
+    assert_greedy_of(reference(server, {"base": 0.4, "late": 0.6}), PROMPTS[1], answer.json()["choices"][0])
+    assert_right(server)
+
+
+def test_chunks_of_prompts_and_preempted_requests_keep_their_rows(tmp_path: Path) -> None:
+    """Prompts come in pieces of 24 tokens, and the KV cache holds fewer than are let in."""
+    args = {"max-num-batched-tokens": 24, "max-num-seqs": 8, "num-gpu-blocks-override": 7}
+    folders = make_adapters(tmp_path, tied=False)
+    with running_vllm(tmp_path, tied=False, managed=True, folders=folders, mode="unmerged", args=args) as running:
+        assert_right(running, repeats=3)
+        metrics = running.client.get("/metrics").text
+    preempted = [line for line in metrics.splitlines() if line.startswith("vllm:num_preemptions_total")]
+    assert float(preempted[0].rpartition(" ")[2]) > 0
+
+
+@pytest.mark.slow
+def test_compiled_graphs_answer_by_rows_too(tmp_path: Path) -> None:
+    folders = make_adapters(tmp_path, tied=False)
+    args = {"no-enforce-eager": True}
+    with running_vllm(
+        tmp_path,
+        tied=False,
+        managed=True,
+        folders=folders,
+        mode="unmerged",
+        args=args,
+        environ={"VLLM_CACHE_ROOT": str(tmp_path / "graphs")},
+        deadline_s=400,
+    ) as running:
+        assert_right(running)
+        assert "Warming up model for the compilation" in running.log.read_text()
