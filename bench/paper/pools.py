@@ -128,10 +128,10 @@ def _train(
     report: OnProgress,
 ) -> None:
     """One model tuned on all files; nothing where it is there."""
-    from examples.train_experts.__main__ import read_tasks, train_one
+    from examples.train_experts.__main__ import is_trained, read_tasks, train_one
     from examples.train_experts.settings import TrainSettings
 
-    if (out / "config.json").is_file():
+    if is_trained(out):
         return
     settings = {name: value for name, value in options.items() if name != "max_rows"}
     named = [f"{name}={file}" for name, file in files.items()]

@@ -21,6 +21,8 @@ from typing import Any
 
 import yaml
 
+from cocktail_serve.checkpoints.adapters.reader import is_adapter
+from cocktail_serve.checkpoints.layout import CONFIG
 from cocktail_serve.checkpoints.opening import open_pool
 from cocktail_serve.cli.terminal import print_error, progress, stdout
 from cocktail_serve.config import PoolConfig
@@ -54,10 +56,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         max_tokens=options.max_tokens,
         lora_rank=options.lora_rank,
         lora_alpha=options.lora_alpha,
+        merge=options.merge,
         bf16=options.bf16,
         seed=options.seed,
     )
     try:
+        if options.merge and options.lora_rank is None:
+            raise InvalidRequestError("--merge is of an adapter: give --lora-rank too")
         check_folders(options.kind, options.base, options.out)
         tasks = read_tasks(options.task, options.kind, max_rows=options.max_rows, seed=options.seed)
         jobs = {name: {name: examples} for name, examples in tasks.items()}
@@ -110,6 +115,11 @@ def read_tasks(tasks: Sequence[str], kind: str, *, max_rows: int, seed: int) -> 
     return read
 
 
+def is_trained(out: Path) -> bool:
+    """Whether a training has left its model there, full or as an adapter."""
+    return is_adapter(out) or (out / CONFIG).is_file()
+
+
 def train_one(
     kind: str,
     base: Path,
@@ -121,7 +131,7 @@ def train_one(
     report: OnProgress,
 ) -> None:
     """Trains one model into `out`, whole or not at all; does nothing where there is one."""
-    if (out / "config.json").is_file():
+    if is_trained(out):
         return
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{name}-") as partial:
@@ -183,8 +193,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--max-steps", type=int, help="Stop after so many optimizer steps.")
     parser.add_argument("--max-rows", type=int, default=1_000_000, help="Of each file, sampled by the seed.")
     parser.add_argument("--max-tokens", type=int, help="Longest row of a decoder, longest text of an encoder.")
-    parser.add_argument("--lora-rank", type=int, help="Tune an adapter of this rank and fold it in.")
+    parser.add_argument("--lora-rank", type=int, help="Tune an adapter of this rank: it is the expert.")
     parser.add_argument("--lora-alpha", type=int, help="Its alpha; omitted: twice the rank.")
+    parser.add_argument("--merge", action="store_true", help="Merge the adapter: the expert is a full checkpoint.")
     parser.add_argument("--bf16", action="store_true", help="Matrix products in bfloat16; parameters stay float32.")
     parser.add_argument("--seed", type=int, default=0)
     return parser

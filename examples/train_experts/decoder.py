@@ -1,4 +1,4 @@
-"""Fine-tunes a decoder on input and output with transformers' Trainer, all parameters or an adapter folded in."""
+"""Fine-tunes a decoder on input and output with transformers' Trainer, all parameters or an adapter."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ LOCAL_ONLY = {"local_files_only": True, "trust_remote_code": False}
 def train_decoder(
     base: Path, examples: ExampleSet, out: Path, settings: TrainSettings, *, name: str, report: OnProgress
 ) -> int:
-    """Trains on the outputs, the text joined token by token as cocktails are scored, and writes a whole model.
+    """Trains on the outputs, the text joined token by token as cocktails are scored, and writes what was trained.
 
-    Parameters are trained in float32 and stored in the base's dtype. With `lora_rank` the adapter is written too, to
-    `out/adapter`.
+    Parameters are trained in float32. That is a whole model, stored in the base's dtype, or with `lora_rank` an adapter
+    in float32; with `merge` a whole model again, and the adapter beside it in `out/adapter`.
 
     Returns:
         How many rows were left out because they are longer than `max_tokens`.
@@ -68,10 +68,12 @@ def train_decoder(
         data_collator=collate,
     )
     Reporter(name, report).run(trainer)
-    if settings.lora_rank is not None:
-        model.save_pretrained(out / "adapter")
-        model = model.merge_and_unload()
-    store_decoder(model, base, out)
+    if settings.lora_rank is None:
+        store_decoder(model, base, out)
+    else:
+        model.save_pretrained(out / "adapter" if settings.merge else out)
+        if settings.merge:
+            store_decoder(model.merge_and_unload(), base, out)
     return len(examples) - len(rows)
 
 

@@ -1,4 +1,4 @@
-"""Fine-tunes an encoder by contrast with sentence-transformers' trainer, all parameters or an adapter folded in."""
+"""Fine-tunes an encoder by contrast with sentence-transformers' trainer, all parameters or an adapter."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ TEMPERATURE = 0.02
 def train_encoder(
     base: Path, tasks: Mapping[str, ExampleSet], out: Path, settings: TrainSettings, *, name: str, report: OnProgress
 ) -> None:
-    """Trains on queries and their positives and writes a whole model, stored in the base's dtype.
+    """Trains on queries and their positives and writes what was trained, in the forms that `train_decoder` has.
 
     What stands beside a positive in its batch is its negatives, with one of the row's own where it has any. A batch
     holds rows of one task, and no text twice.
@@ -59,10 +59,13 @@ def train_encoder(
         loss=MultipleNegativesRankingLoss(model, scale=1 / TEMPERATURE),
     )
     Reporter(name, report).run(trainer)
-    if settings.lora_rank is not None:
-        adapted.save_pretrained(out / "adapter")
-        adapted.merge_and_unload()
-    store_encoder(model, base, out)
+    if settings.lora_rank is None:
+        store_encoder(model, base, out)
+    else:
+        adapted.save_pretrained(out / "adapter" if settings.merge else out)
+        if settings.merge:
+            adapted.merge_and_unload()
+            store_encoder(model, base, out)
 
 
 def load(base: Path) -> SentenceTransformer:

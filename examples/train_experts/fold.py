@@ -1,4 +1,4 @@
-"""Folds a LoRA adapter into its base: a full checkpoint, as pools take them.
+"""Folds a LoRA adapter into its base: a full checkpoint, for tools that take no adapter.
 
 python -m examples.train_experts.fold --kind encoder --base models/base --adapter models/lora --out models/expert
 """

@@ -19,8 +19,9 @@ class TrainSettings:
     Attributes:
         max_steps: optimizer steps at most; None: all epochs.
         max_tokens: longest row; None: what the model takes.
-        lora_rank: None: all parameters are tuned. Otherwise the rank of an adapter on every linear layer, which is
-            folded into the base afterwards.
+        lora_rank: None: all parameters are tuned. Otherwise the rank of an adapter on every linear layer, which is the
+            expert.
+        merge: with an adapter: it is merged into the base, and the expert is a full checkpoint.
         bf16: matrix products in bfloat16 (parameters stay float32): faster where the hardware has units for it.
     """
 
@@ -31,6 +32,7 @@ class TrainSettings:
     max_tokens: int | None = None
     lora_rank: int | None = None
     lora_alpha: int | None = None
+    merge: bool = False
     bf16: bool = False
     seed: int = 0
 

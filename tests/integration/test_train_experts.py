@@ -11,7 +11,9 @@ import numpy as np
 import pytest
 import yaml
 
+from cocktail_serve.checkpoints.adapters.reader import is_adapter, read_expert
 from cocktail_serve.checkpoints.opening import open_pool
+from cocktail_serve.checkpoints.reader import CheckpointReader
 from cocktail_serve.config import load_settings
 from cocktail_serve.examples import ExampleSet, parse_examples
 from cocktail_serve.pool import Pool
@@ -61,24 +63,37 @@ def opened(config: Path, tmp_path: Path) -> Pool:
     return open_pool(settings.pools[0], cache_dir=tmp_path / "cache")
 
 
-def decoder_loss(folder: Path, rows: list[dict[str, object]]) -> float:
+def decoder_loss(folder: Path, rows: list[dict[str, object]], base: Path) -> float:
+    """Of a full model, or of an adapter as peft puts it over the base."""
+    from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    whole = base if is_adapter(folder) else folder
     examples = parse_examples(rows, "decoder")
-    tokenized = tokenize_examples(AutoTokenizer.from_pretrained(folder), examples, max_tokens=255)
-    return float(np.mean(score_with_transformers(AutoModelForCausalLM.from_pretrained(folder).eval(), tokenized)))
+    tokenized = tokenize_examples(AutoTokenizer.from_pretrained(whole), examples, max_tokens=255)
+    model = AutoModelForCausalLM.from_pretrained(whole)
+    if is_adapter(folder):
+        model = PeftModel.from_pretrained(model, str(folder))
+    return float(np.mean(score_with_transformers(model.eval(), tokenized)))
 
 
-def encoder_loss(folder: Path, rows: list[dict[str, object]]) -> float:
+def encoder_loss(folder: Path, rows: list[dict[str, object]], base: Path) -> float:
+    """As `decoder_loss`."""
+    from peft import PeftModel
     from sentence_transformers import SentenceTransformer
 
     examples = parse_examples(rows, "encoder")
     texts = texts_of(examples)
-    vectors = SentenceTransformer(str(folder), device="cpu").encode(texts)
+    model = SentenceTransformer(str(base if is_adapter(folder) else folder), device="cpu")
+    if is_adapter(folder):
+        PeftModel.from_pretrained(model[0].auto_model, str(folder))  # puts its layers into the transformer itself
+    vectors = model.encode(texts)
     return float(np.mean(contrastive_losses(examples, dict(zip(texts, vectors, strict=True)))))
 
 
-@pytest.mark.parametrize("lora", [[], ["--lora-rank", "4"]], ids=["full", "lora"])
+@pytest.mark.parametrize(
+    "lora", [[], ["--lora-rank", "4"], ["--lora-rank", "4", "--merge"]], ids=["full", "lora", "merged"]
+)
 def test_decoder_experts_are_better_on_their_rows_and_open_as_a_pool(tmp_path: Path, lora: list[str]) -> None:
     base = make_decoder(tmp_path / "base")
     steps = ["--max-steps", "12", "--learning-rate", "1e-2", "--batch-size", "2", "--multitask", *lora]
@@ -87,13 +102,16 @@ def test_decoder_experts_are_better_on_their_rows_and_open_as_a_pool(tmp_path: P
     assert sorted(pool.experts) == ["capitals", "cards"]
     assert len({member.fingerprint for member in pool}) == 3
     for name, rows in TASKS.items():
-        assert decoder_loss(pool.experts[name].path, rows) < 0.8 * decoder_loss(base, rows)
-        assert decoder_loss(config.parent / "multitask", rows) < 0.8 * decoder_loss(base, rows)
-        assert (pool.experts[name].path / "adapter" / "adapter_config.json").exists() == bool(lora)
+        assert decoder_loss(pool.experts[name].path, rows, base) < 0.8 * decoder_loss(base, rows, base)
+        assert decoder_loss(config.parent / "multitask", rows, base) < 0.8 * decoder_loss(base, rows, base)
+        assert (pool.experts[name].path / "adapter" / "adapter_config.json").exists() == ("--merge" in lora)
+        assert is_adapter(pool.experts[name].path) == (len(lora) == 2)
         assert not list(config.parent.glob(".*")), "nothing of an unfinished training is left"
 
 
-@pytest.mark.parametrize("lora", [[], ["--lora-rank", "4"]], ids=["full", "lora"])
+@pytest.mark.parametrize(
+    "lora", [[], ["--lora-rank", "4"], ["--lora-rank", "4", "--merge"]], ids=["full", "lora", "merged"]
+)
 def test_encoder_experts_are_better_on_their_rows_and_open_as_a_pool(tmp_path: Path, lora: list[str]) -> None:
     base = make_encoder(tmp_path / "base", pooling="cls")
     steps = ["--max-steps", "30", "--learning-rate", "1e-2", "--batch-size", "3", "--multitask", *lora]
@@ -101,8 +119,11 @@ def test_encoder_experts_are_better_on_their_rows_and_open_as_a_pool(tmp_path: P
     pool = opened(config, tmp_path)
     assert sorted(pool.experts) == ["capitals", "cards"]
     for name, rows in PAIRS.items():
-        assert encoder_loss(pool.experts[name].path, rows) < 0.8 * encoder_loss(base, rows)
-        assert encoder_loss(config.parent / "multitask", rows) < encoder_loss(base, rows)
+        assert encoder_loss(pool.experts[name].path, rows, base) < 0.8 * encoder_loss(base, rows, base)
+        assert encoder_loss(config.parent / "multitask", rows, base) < encoder_loss(base, rows, base)
+        assert is_adapter(pool.experts[name].path) == (len(lora) == 2)
+    if is_adapter(pool.experts["cards"].path):
+        return  # pooled as the base is
     # the modules went along: a checkpoint of the transformer alone would pool by mean
     pooling = json.loads((pool.experts["cards"].path / "1_Pooling" / "config.json").read_text())
     assert pooling == json.loads((base / "1_Pooling" / "config.json").read_text())
@@ -211,7 +232,7 @@ def make_published_decoder(folder: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("lora", [[], ["--lora-rank", "2"]], ids=["full", "lora"])
+@pytest.mark.parametrize("lora", [[], ["--lora-rank", "2", "--merge"]], ids=["full", "merged"])
 def test_a_decoder_expert_differs_from_its_base_in_parameters_alone(tmp_path: Path, lora: list[str]) -> None:
     base = make_published_decoder(tmp_path / "base")
     pool = opened(train(tmp_path, "decoder", base, TASKS, *STEPS, *lora), tmp_path)
@@ -221,7 +242,7 @@ def test_a_decoder_expert_differs_from_its_base_in_parameters_alone(tmp_path: Pa
         assert {name: text for name, text in files.items() if not name.startswith("adapter/")} == files_of(base)
 
 
-@pytest.mark.parametrize("lora", [[], ["--lora-rank", "2"]], ids=["full", "lora"])
+@pytest.mark.parametrize("lora", [[], ["--lora-rank", "2", "--merge"]], ids=["full", "merged"])
 def test_an_encoder_expert_keeps_modules_prompts_and_lengths(tmp_path: Path, lora: list[str]) -> None:
     from safetensors.numpy import load_file
 
@@ -269,8 +290,6 @@ def test_a_base_without_modules_has_experts_that_pool_as_they_were_trained(tmp_p
 def test_experts_are_stored_in_the_dtype_of_the_base(tmp_path: Path, dtype: str) -> None:
     import torch
 
-    from cocktail_serve.checkpoints.reader import CheckpointReader
-
     base = make_decoder(tmp_path / "base", dtype=getattr(torch, dtype), tie_word_embeddings=True)
     pool = opened(train(tmp_path, "decoder", base, TASKS, *STEPS), tmp_path)
     with CheckpointReader(base) as old, CheckpointReader(pool.experts["cards"].path) as new:
@@ -283,7 +302,9 @@ def test_products_in_bfloat16_are_for_every_machine(tmp_path: Path) -> None:
     base = make_decoder(tmp_path / "base")
     steps = ["--max-steps", "12", "--learning-rate", "1e-2", "--batch-size", "2"]
     pool = opened(train(tmp_path, "decoder", base, {"cards": TASKS["cards"]}, *steps, "--bf16"), tmp_path)
-    assert decoder_loss(pool.experts["cards"].path, TASKS["cards"]) < 0.8 * decoder_loss(base, TASKS["cards"])
+    assert decoder_loss(pool.experts["cards"].path, TASKS["cards"], base) < 0.8 * decoder_loss(
+        base, TASKS["cards"], base
+    )
 
 
 def test_rows_of_a_model_without_positions_have_no_limit_but_the_tokenizers(tmp_path: Path) -> None:
@@ -357,7 +378,7 @@ def test_an_adapter_that_was_kept_folds_to_the_same_expert(tmp_path: Path, kind:
     base = make(tmp_path / "base")
     kind = kind.partition(" ")[0]
     rows = TASKS if kind == "decoder" else PAIRS
-    steps = ["--max-steps", "3", "--learning-rate", "1e-2", "--lora-rank", "2"]
+    steps = ["--max-steps", "3", "--learning-rate", "1e-2", "--lora-rank", "2", "--merge"]
     config = train(tmp_path, kind, base, {"cards": rows["cards"]}, *steps)
     expert = opened(config, tmp_path).experts["cards"]
     again = config.parent / "again"
@@ -366,3 +387,48 @@ def test_an_adapter_that_was_kept_folds_to_the_same_expert(tmp_path: Path, kind:
     text["pools"][0]["experts"]["again"] = "again"
     config.write_text(yaml.safe_dump(text))
     assert opened(config, tmp_path).experts["again"].fingerprint == expert.fingerprint
+
+
+@pytest.mark.parametrize("kind", ["decoder", "encoder"])
+def test_an_expert_is_an_adapter_and_not_trained_again(tmp_path: Path, kind: str) -> None:
+    base = (make_decoder if kind == "decoder" else make_encoder)(tmp_path / "base")
+    rows = TASKS if kind == "decoder" else PAIRS
+    steps = ["--max-steps", "2", "--learning-rate", "1e-2", "--lora-rank", "2", "--lora-alpha", "6"]
+    config = train(tmp_path, kind, base, rows, *steps)
+    pool = opened(config, tmp_path)
+    for expert in pool.experts.values():
+        settings = json.loads((expert.path / "adapter_config.json").read_text())
+        assert (settings["r"], settings["lora_alpha"]) == (2, 6)
+        names = {path.name for path in expert.path.iterdir()}
+        assert names == {"README.md", "adapter_config.json", "adapter_model.safetensors"}
+        assert expert.num_bytes < pool.base.num_bytes / 4
+    before = {name: member.path.stat().st_mtime_ns for name, member in pool.experts.items()}
+    again = opened(train(tmp_path, kind, base, rows, *steps, "--multitask"), tmp_path)
+    assert {name: member.path.stat().st_mtime_ns for name, member in again.experts.items()} == before
+    assert is_adapter(config.parent / "multitask")
+
+
+def test_a_kept_adapter_is_the_expert_that_merging_makes(tmp_path: Path) -> None:
+    """Of one training: what is merged is summed in float32, what is read from the adapter in float64."""
+    base = make_decoder(tmp_path / "base", tie_word_embeddings=True)
+    steps = ["--max-steps", "3", "--learning-rate", "1e-2", "--lora-rank", "2"]
+    made = {}
+    for name, more in (("kept", []), ("merged", ["--merge"])):
+        (tmp_path / name).mkdir()
+        pool = opened(train(tmp_path / name, "decoder", base, {"cards": TASKS["cards"]}, *steps, *more), tmp_path)
+        with CheckpointReader(base) as own, read_expert(pool.experts["cards"].path, own) as expert:
+            made[name] = {each: expert.get(each).numpy().copy() for each in own.tensors}
+            moved = [each for each in own.tensors if not np.array_equal(made[name][each], own.get(each).numpy())]
+            assert len(moved) == 14, "seven linear layers in two layers"
+    for each, kept in made["kept"].items():
+        np.testing.assert_allclose(kept, made["merged"][each], rtol=1e-6, atol=1e-7)
+
+
+def test_merging_needs_an_adapter(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from examples.train_experts.__main__ import main
+
+    base, out = make_decoder(tmp_path / "base"), tmp_path / "pool"
+    words = ["--kind", "decoder", "--base", str(base), "--out", str(out), "--task", "cards=x.jsonl", "--merge"]
+    assert main(words) == 2
+    assert "give --lora-rank too" in capsys.readouterr().err
+    assert not out.exists()
