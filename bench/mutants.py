@@ -21,6 +21,11 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 
+TURNS = tuple(
+    f"cocktail_serve/engines/turns/{name}.py"
+    for name in ("exclusive", "hold", "lease", "mixing", "policy", "shared", "slots", "wait_queue")
+)
+
 PARTS: dict[str, tuple[str, *tuple[str, ...]]] = {
     "cocktail_serve/weighting": ("cocktail_serve/weighting/", "tests/unit/weighting"),
     "cocktail_serve/recipe.py": (
@@ -30,7 +35,7 @@ PARTS: dict[str, tuple[str, *tuple[str, ...]]] = {
     ),
     "cocktail_serve/tenants/limits.py": ("cocktail_serve/tenants/limits.py", "tests/unit/tenants/test_limits.py"),
     "plugins/vllm_cocktail/fence.py": ("vllm_cocktail/fence.py", "tests/unit/test_fence.py"),
-    "cocktail_serve/engines/turns": ("cocktail_serve/engines/turns/", "tests/unit/engines/turns"),
+    **{part: (part, "tests/unit/engines/turns") for part in TURNS},
 }
 """What is changed, as it lies in the copy, and the tests that must notice, by what it is called here."""
 
@@ -56,7 +61,7 @@ def copy_tree(folder: Path) -> None:
 def run(folder: Path, tool: Path, parts: Sequence[str], *, limit_s: float) -> str:
     """Makes and tries the mutants; the outcome of each, a line each, with what the survivors change."""
     sources = [PARTS[part][0] for part in parts]
-    tests = [test for part in parts for test in PARTS[part][1:]]
+    tests = list(dict.fromkeys(test for part in parts for test in PARTS[part][1:]))
     with (folder / "pyproject.toml").open("a") as config:
         config.write(
             f"\n[tool.mutmut]\nsource_paths = {sources!r}\npytest_add_cli_args_test_selection = {tests!r}\n"

@@ -404,20 +404,20 @@ class TestForm:
 
     def test_a_sum_is_served_in_the_form_of_now_with_a_warning(self, catalog: Catalog, unmerged: Catalog) -> None:
         made = cocktail("acme", 1)
-        adopted = unmerged.adopt(made)
+        adopted = unmerged.as_configured(made)
         assert adopted.recipe == replace(recipe(0.001), form="unmerged")
         assert adopted.warnings == (
             "made for float32; the engine runs unmerged float32 now, so the mixture rounds differently",
         )
         assert unmerged.serve(adopted).recipe == adopted.recipe
-        assert unmerged.adopt(adopted) is adopted
-        back = catalog.adopt(adopted)
+        assert unmerged.as_configured(adopted) is adopted
+        back = catalog.as_configured(adopted)
         assert back.recipe == made.recipe
         assert "made for unmerged float32; the engine runs float32 now" in back.warnings[-1]
 
     def test_what_needs_merged_parameters_is_kept_and_not_served(self, catalog: Catalog, unmerged: Catalog) -> None:
         ties = make_recipe(POOL, {"nq": 0.5}, dtype="float32", method="ties")
-        made = unmerged.insert(unmerged.adopt(cocktail("acme", 1, recipe=ties))).cocktail
+        made = unmerged.insert(unmerged.as_configured(cocktail("acme", 1, recipe=ties))).cocktail
         assert made.recipe == ties
         with pytest.raises(MethodNotServedError, match="method 'ties', which needs merged parameters") as caught:
             unmerged.resolve("acme", "films")
