@@ -5,6 +5,9 @@ and its experts, behind a real gateway and real vLLM engines in float32 with pre
 (model, prompt) pairs, streamed and not, while short time slices force swaps all the time. Every greedy answer is
 compared, token for token, with transformers on parameters merged apart, by plain float64 arithmetic (`tests.merging`).
 
+With `--mode unmerged` the experts are LoRA adapters, as many cocktails as `--cocktails` says share every batch, and the
+reference is what peft folds. Some streams are broken off after their first token.
+
 A position may differ only where the reference's two best logits are closer than `EPSILON`: batch shapes change the
 rounding of float32 sums, and near a tie that may turn the choice. Such answers are counted, and compared up to there.
 
@@ -23,21 +26,26 @@ import tempfile
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import yaml
 from openai import AsyncOpenAI
 
 from bench.machine import describe_machine
 from bench.server import RunningServer, running_server
+from cocktail_serve.pool import Form
+from tests.adapters import train_adapter
 from tests.merging import linear
-from tests.models import make_decoder_pool, pool_section
+from tests.models import make_decoder, make_decoder_pool, pool_section
 
 EPSILON = 1e-3
 """Least distance of the reference's two best logits at which the choice must be the same."""
 
 EXPERTS = ("north", "east", "south")
 MAX_TOKENS = 12
+
+BROKEN_OFF = 0.05
+"""Share of requests whose stream is left after its first token; they are no answers, and not counted."""
 
 COCKTAILS: dict[str, dict[str, float]] = {
     "half-north": {"base": 0.5, "north": 0.5},
@@ -67,20 +75,46 @@ class Outcome:
     seconds: list[float] = dataclasses.field(default_factory=list)
 
 
-def make_pools(folder: Path) -> dict[str, dict[str, Path]]:
+def make_pools(folder: Path, mode: Form = "merged") -> dict[str, dict[str, Path]]:
     """Folders by pool and model name."""
+    make = make_decoder_pool if mode == "merged" else make_adapter_pool
     return {
-        "tied": make_decoder_pool(folder / "tied", EXPERTS, tied=True, seed=10),
-        "untied": make_decoder_pool(folder / "untied", EXPERTS, tied=False, seed=20),
+        "tied": make(folder / "tied", EXPERTS, tied=True, seed=10),
+        "untied": make(folder / "untied", EXPERTS, tied=False, seed=20),
     }
 
 
+def make_adapter_pool(folder: Path, names: Sequence[str], *, tied: bool, seed: int) -> dict[str, Path]:
+    """A base and LoRA adapters over all its linear layers, of several ranks."""
+    base = make_decoder(folder / "base", seed=seed, tie_word_embeddings=tied)
+    for index, name in enumerate(names):
+        train_adapter(base, folder / name, seed=seed + index, r=4 << index, lora_alpha=16)
+    return {name: folder / name for name in ("base", *names)}
+
+
+def make_cocktails(count: int, seed: int) -> dict[str, dict[str, float]]:
+    """Merging weights by name: those of `COCKTAILS`, and random ones."""
+    pick = random.Random(seed)
+    cocktails = dict(COCKTAILS)
+    while len(cocktails) < count:
+        shares = [pick.randrange(1, 10) for _ in range(1 + len(EXPERTS))]
+        weights = dict(zip(("base", *EXPERTS), (share / sum(shares) for share in shares), strict=True))
+        cocktails[f"drawn-{len(cocktails)}"] = weights
+    return cocktails
+
+
 def write_config(
-    folder: Path, pools: Mapping[str, Mapping[str, Path]], *, slice_s: float, more_pools: Sequence[Any] = ()
+    folder: Path,
+    pools: Mapping[str, Mapping[str, Path]],
+    *,
+    slice_s: float,
+    mode: Form = "merged",
+    more_pools: Sequence[Any] = (),
 ) -> Path:
     """A configuration that serves the pools in float32, whatever `more_pools` adds, and its path."""
     engine = {
         "type": "vllm",
+        "mode": mode,
         "dtype": "float32",
         "max_model_len": 256,
         "slice_s": slice_s,
@@ -115,8 +149,7 @@ def references(
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    loaded = {name: AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32) for name, path in models.items()}
-    states = {name: model.state_dict() for name, model in loaded.items()}
+    states = {name: _parameters(path, models["base"]) for name, path in models.items()}
     tokenizer = AutoTokenizer.from_pretrained(models["base"])
     model = AutoModelForCausalLM.from_pretrained(models["base"], dtype=torch.float32).eval()
     result = {}
@@ -140,6 +173,19 @@ def references(
     return result
 
 
+def _parameters(folder: Path, base: Path) -> Mapping[str, Any]:
+    """A model's parameters in float32: as they are stored, or as peft folds an adapter."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    if not (folder / "adapter_config.json").is_file():
+        return dict(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).state_dict())
+    from peft import PeftModel
+
+    adapted: Any = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), folder)
+    return dict(adapted.merge_and_unload().state_dict())
+
+
 async def ask(client: AsyncOpenAI, model: str, prompt: str, *, stream: bool) -> list[int]:
     """Token ids of a greedy completion."""
     request: dict[str, Any] = {
@@ -157,6 +203,14 @@ async def ask(client: AsyncOpenAI, model: str, prompt: str, *, stream: bool) -> 
         if chunk.choices:
             tokens += chunk.choices[0].token_ids or []
     return tokens
+
+
+async def break_off(client: AsyncOpenAI, model: str, prompt: str) -> None:
+    """Asks for a stream and leaves once it has begun."""
+    stream = await client.completions.create(model=model, prompt=prompt, max_tokens=MAX_TOKENS, stream=True)
+    async for _ in stream:
+        break
+    await stream.close()
 
 
 def compare(expected: Reference, tokens: Sequence[int]) -> tuple[bool, bool]:
@@ -186,6 +240,8 @@ async def load(
 
         async def work() -> None:
             for pool, mixture, prompt, stream in plan:
+                if pick.random() < BROKEN_OFF:
+                    await break_off(client, model_ids[pool, mixture], prompt)
                 started = time.perf_counter()
                 tokens = await ask(client, model_ids[pool, mixture], prompt, stream=stream)
                 outcome.seconds.append(time.perf_counter() - started)
@@ -203,16 +259,19 @@ async def load(
     return outcome
 
 
-MIXTURES: dict[str, dict[str, float]] = {"base": {"base": 1.0}, **{name: {name: 1.0} for name in EXPERTS}, **COCKTAILS}
+MODELS: dict[str, dict[str, float]] = {"base": {"base": 1.0}, **{name: {name: 1.0} for name in EXPERTS}}
+MIXTURES: dict[str, dict[str, float]] = {**MODELS, **COCKTAILS}
 
 
-def create_cocktails(server: RunningServer, pools: Iterable[str]) -> dict[tuple[str, str], str]:
+def create_cocktails(
+    server: RunningServer, pools: Iterable[str], cocktails: Mapping[str, Mapping[str, float]] = COCKTAILS
+) -> dict[tuple[str, str], str]:
     """Model ids by (pool, mixture), once every cocktail is ready."""
     model_ids: dict[tuple[str, str], str] = {}
     for pool in pools:
         model_ids[pool, "base"] = pool
         model_ids |= {(pool, expert): f"{pool}/{expert}" for expert in EXPERTS}
-        for name, weights in COCKTAILS.items():
+        for name, weights in cocktails.items():
             request = {"name": f"{pool}-{name}", "pool": pool, "merging_weights": weights}
             created = server.post("/v1/cocktails?wait=60", request)
             if created["status"] != "ready":
@@ -221,14 +280,25 @@ def create_cocktails(server: RunningServer, pools: Iterable[str]) -> dict[tuple[
     return model_ids
 
 
-def run(folder: Path, *, answers: int, clients: int, slice_s: float, num_prompts: int, seed: int = 0) -> Outcome:
+def run(
+    folder: Path,
+    *,
+    answers: int,
+    clients: int,
+    slice_s: float,
+    num_prompts: int,
+    mode: Form = "merged",
+    num_cocktails: int = len(COCKTAILS),
+    seed: int = 0,
+) -> Outcome:
     """Builds everything in `folder`, serves it, loads it, and says what came out."""
-    pools = make_pools(folder)
+    pools = make_pools(folder, mode)
     prompts = make_prompts(num_prompts, seed)
-    expected = {pool: references(models, MIXTURES, prompts) for pool, models in pools.items()}
-    config = write_config(folder, pools, slice_s=slice_s)
+    cocktails = make_cocktails(num_cocktails, seed)
+    expected = {pool: references(models, MODELS | cocktails, prompts) for pool, models in pools.items()}
+    config = write_config(folder, pools, slice_s=slice_s, mode=mode)
     with running_server(config, log=folder / "server.log") as server:
-        model_ids = create_cocktails(server, pools)
+        model_ids = create_cocktails(server, pools, cocktails)
         base_url = f"{server.url}/v1"
         outcome = asyncio.run(
             load(base_url, expected, answers=answers, clients=clients, seed=seed, model_ids=model_ids)
@@ -243,6 +313,8 @@ def main() -> None:
     parser.add_argument("--clients", type=int, default=32)
     parser.add_argument("--slice-s", type=float, default=0.5)
     parser.add_argument("--prompts", type=int, default=24)
+    parser.add_argument("--mode", choices=get_args(Form), default="merged")
+    parser.add_argument("--cocktails", type=int, default=len(COCKTAILS), help="of each pool")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="invariant-") as folder:
         started = time.perf_counter()
@@ -252,11 +324,15 @@ def main() -> None:
             clients=arguments.clients,
             slice_s=arguments.slice_s,
             num_prompts=arguments.prompts,
+            mode=arguments.mode,
+            num_cocktails=arguments.cocktails,
         )
         print(
             json.dumps(
                 {
                     "machine": describe_machine(),
+                    "mode": arguments.mode,
+                    "cocktails": 2 * arguments.cocktails,
                     "answers": outcome.answers,
                     "tokens": outcome.tokens,
                     "wrong": len(outcome.wrong),

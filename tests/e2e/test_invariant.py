@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from pathlib import Path
 
 import pytest
 
@@ -31,3 +32,14 @@ def test_every_answer_under_load_is_that_of_parameters_merged_apart(stack: Stack
     assert outcome.answers == NUM_ANSWERS
     assert outcome.near_ties <= NUM_ANSWERS / 20, "so many near ties prove little"
     assert stack.server.metric_sum("cocktail_swaps_total") - swaps_before >= 10
+
+
+def test_every_answer_of_a_shared_batch_is_that_of_its_own_coefficients(tmp_path: Path) -> None:
+    """Adapters as peft folds them; streams are broken off between the others."""
+    outcome = invariant.run(
+        tmp_path, answers=NUM_ANSWERS, clients=16, slice_s=0.3, num_prompts=4, mode="unmerged", num_cocktails=12, seed=3
+    )
+    assert outcome.wrong == []
+    assert outcome.answers == NUM_ANSWERS
+    assert outcome.near_ties <= NUM_ANSWERS / 20
+    assert outcome.swaps == 0
