@@ -158,7 +158,7 @@ class VLLMEngineConfig(_EngineBase):
             )
         if self.mode is not None:
             return self.mode
-        return "merged"  # until the plugin serves unmerged pools
+        return "unmerged" if pool.experts and pool.merged_only is None else "merged"
 
     def reason_of_form(self, pool: Pool) -> str:
         if self.mode is not None:

@@ -10,6 +10,7 @@ import shutil
 import sqlite3
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -906,6 +907,67 @@ async def test_another_dtype_of_the_engine_rounds_the_same_weights_anew(world: W
             recipe = service.catalog.resolve("acme", "films").recipe
             assert (recipe.dtype, recipe.coefficients) == ("bfloat16", ready.recipe.coefficients)
             assert len([w for w in service.catalog.get("acme", "films").warnings if "made for float32" in w]) == 1
+
+
+class TestUnmerged:
+    """A pool whose recipes share a batch: whatever is known ahead is asked at once, and nothing is tried in turn."""
+
+    @pytest.fixture
+    def world(self, tmp_path: Path) -> World:
+        world = World(tmp_path)
+        world.pools["flan"] = replace(world.pools["flan"], form="unmerged")
+        world.scoring = ScoringEngine(world.pools["flan"], {"base": 2.0, "ag-news": 1.0, "nq": 3.0})
+        return world
+
+    async def test_all_candidates_of_a_search_are_at_the_engine_at_once(self, world: World) -> None:
+        rows = [{"input": f"q{i}", "output": "a" * (i + 1)} for i in range(4)]
+        merged = World(world.path.parent / "merged")
+        (world.path.parent / "merged").mkdir()
+        async with merged.service() as service:
+            in_turn = await made(service, merged.request(weighting="search", examples=rows))
+        async with world.service() as service:
+            await made(service, world.request("scored", examples=rows, temperature=3.3))
+            world.scoring.gate.clear()
+            queued, _ = await service.create("acme", world.request(weighting="search", examples=rows))
+            num_trials = len(in_turn.candidates) * 4
+            await until(lambda: world.scoring.num_waiting == num_trials)
+            world.scoring.gate.set()
+            at_once = await service.wait("acme", queued.id, 10)
+        assert num_trials > 4
+        assert at_once.status == "ready"
+        assert at_once.candidates == in_turn.candidates, "the order in which they are answered decides nothing"
+        assert at_once.recipe == replace(in_turn.recipe, form="unmerged")
+
+    async def test_a_search_that_is_cancelled_leaves_nothing_at_the_engine(self, world: World) -> None:
+        rows = [{"input": f"q{i}", "output": "a" * (i + 1)} for i in range(4)]
+        async with world.service() as service:
+            await made(service, world.request("scored", examples=rows, temperature=3.3))
+            world.scoring.gate.clear()
+            queued, _ = await service.create("acme", world.request(weighting="search", examples=rows))
+            await until(lambda: world.scoring.num_waiting == 24)
+            await service.cancel("acme", queued.id)
+            await until(lambda: world.scoring.num_waiting == 0)
+            assert world.scoring.num_dropped == 24
+
+    async def test_one_that_fails_ends_the_others(self, world: World) -> None:
+        rows = [{"input": f"q{i}", "output": "a" * (i + 1)} for i in range(4)]
+        async with world.service() as service:
+            await made(service, world.request("scored", examples=rows, temperature=3.3))
+            world.scoring.errors = [InvalidExamplesError("the engine cannot read it")]
+            queued, _ = await service.create("acme", world.request(weighting="search", examples=rows))
+            failed = await service.wait("acme", queued.id, 10)
+            assert (failed.status, failed.error.code) == ("failed", "invalid_examples")
+            assert world.scoring.num_waiting == 0
+
+    async def test_losses_are_kept_apart_from_those_of_merged_models(self, world: World) -> None:
+        async with world.service() as service:
+            await made(service, world.request("films"))
+        visits = len(world.scoring.visits)
+        world.pools["flan"] = replace(world.pools["flan"], form="merged")
+        world.scoring.pool = world.pools["flan"]
+        async with world.service() as service:
+            await made(service, world.request("films", temperature=0.4))
+        assert len(world.scoring.visits) == 2 * visits, "other rounding: other losses"
 
 
 async def test_deletion_purges_examples_and_scores_down_to_the_bytes(world: World, service: CocktailService) -> None:
