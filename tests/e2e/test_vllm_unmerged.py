@@ -30,8 +30,10 @@ pytestmark = pytest.mark.vllm
 PROMPTS = [
     [1, 40, 41, 42, 43],
     [1, 100, 90, 80, 70, 60, 50],
+    [1, *range(20, 45)],  # grows into its second KV block
     [1, *range(10, 90)],  # more than two KV blocks, so that prefix caching has something to find
 ]
+LONG = PROMPTS[-1]
 MIXTURES: list[dict[str, float]] = [
     {"base": 1.0},
     {"red": 1.0},
@@ -127,8 +129,8 @@ def test_models_of_the_pool_answer_differently(server: VLLMServer) -> None:
 def test_one_prefix_is_cached_for_each_recipe_apart(server: VLLMServer) -> None:
     """One after the other, with the same salt of their own: whoever comes second finds no blocks of the first."""
     for weights in (*MIXTURES, *MIXTURES):
-        answer = server.client.post(**request_of(server, server.recipe(**weights), PROMPTS[2]))
-        assert_greedy_of(reference(server, weights), PROMPTS[2], answer.json()["choices"][0])
+        answer = server.client.post(**request_of(server, server.recipe(**weights), LONG))
+        assert_greedy_of(reference(server, weights), LONG, answer.json()["choices"][0])
 
 
 def test_losses_are_of_each_requests_own_row(server: VLLMServer) -> None:
