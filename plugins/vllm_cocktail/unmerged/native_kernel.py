@@ -24,7 +24,7 @@ _OPENMP = ("GOMP_parallel", "GOMP_barrier", "omp_get_num_threads", "omp_get_thre
 """In the order of `cocktail_set_runtime`. GNU's runtime has them, and LLVM's and Intel's for its sake."""
 
 _SIGNATURES: dict[str, tuple[object, tuple[object, ...]]] = {
-    "cocktail_columns": (ctypes.c_size_t, ()),
+    "cocktail_tile": (None, (ctypes.POINTER(ctypes.c_size_t),) * 4),
     "cocktail_set_runtime": (None, (ctypes.c_void_p,) * 5),
     "cocktail_new_layer": (
         ctypes.c_void_p,
@@ -38,9 +38,7 @@ _SIGNATURES: dict[str, tuple[object, tuple[object, ...]]] = {
             ctypes.c_size_t,
             ctypes.c_size_t,
             ctypes.c_void_p,
-            ctypes.c_size_t,
             ctypes.c_void_p,
-            ctypes.c_size_t,
             ctypes.c_size_t,
             ctypes.c_float,
         ),
@@ -59,33 +57,45 @@ _SIGNATURES: dict[str, tuple[object, tuple[object, ...]]] = {
 
 
 class NativeLayer(Layer):
-    """Rows of A and of B transposed, padded to a multiple of the columns that the kernel takes at once."""
+    """Factors in the order in which the kernel reads them, filled up with zeros to whole tiles."""
 
     def __init__(self, library: ctypes.CDLL, shape: LayerShape, handle: int) -> None:
         super().__init__(shape, handle)
         self._library = library
-        self._columns = library.cocktail_columns()
         sizes = (ctypes.c_size_t * len(shape.output_sizes))(*shape.output_sizes)
         dtype = DTYPE_CODES[str(shape.dtype).removeprefix("torch.")]
         self.address = library.cocktail_new_layer(dtype, shape.is_embedding, shape.in_features, len(sizes), sizes)
         if not self.address:
             raise MemoryError
         weakref.finalize(self, library.cocktail_free_layer, self.address)
+        tile = [ctypes.c_size_t() for _ in range(4)]
+        library.cocktail_tile(*map(ctypes.byref, tile))
+        self._ranks, self._inputs, self._columns, self._lanes = (size.value for size in tile)
         self._factors: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
 
     def _set_factors(self, expert: int, index: int, lora_a: Tensor, lora_b: Tensor, scaling: float) -> None:
-        a = lora_a.T.to(self.shape.dtype).contiguous() if self.shape.is_embedding else self._padded(lora_a)
-        b = self._padded(lora_b.T)
-        arguments = (a.data_ptr(), a.stride(0), b.data_ptr(), b.stride(0), len(lora_a), scaling)
-        if self._library.cocktail_set_factors(self.address, expert, index, *arguments):
+        rank = len(lora_a)
+        if self.shape.is_embedding:
+            a = self._tiled(lora_a.T, 1, rank)
+        else:
+            a = self._tiled(lora_a, self._ranks, self._inputs)
+        b = self._tiled(lora_b.T, rank, self._columns)
+        if self.shape.dtype is torch.bfloat16:  # a half of a pair is then every other element
+            b = b.view(-1, 2, self._lanes).transpose(1, 2).contiguous()
+        if self._library.cocktail_set_factors(
+            self.address, expert, index, a.data_ptr(), b.data_ptr(), rank, scaling
+        ):
             raise MemoryError
         self._factors[expert, index] = a, b
 
-    def _padded(self, rows: Tensor) -> Tensor:
-        width = rows.shape[1]
-        padded = torch.zeros(len(rows), -(-width // self._columns) * self._columns, dtype=self.shape.dtype)
-        padded[:, :width] = rows
-        return padded
+    def _tiled(self, matrix: Tensor, rows: int, columns: int) -> Tensor:
+        """Tiles `[rows, columns]` of a matrix one after the other."""
+        if not matrix.numel():
+            return torch.empty(0)
+        down, across = (-(-size // tile) for size, tile in zip(matrix.shape, (rows, columns), strict=True))
+        padded = torch.zeros(down * rows, across * columns, dtype=self.shape.dtype)
+        padded[: len(matrix), : matrix.shape[1]] = matrix
+        return padded.view(down, rows, across, columns).transpose(1, 2).contiguous()
 
 
 class NativeStep(Step):
