@@ -1,8 +1,8 @@
 """The product of a step beside what torch needs for it, and beside the base's own product of the layer.
 
-Every case has `--layers` layers of factors of its own, walked through in turn, as a model does: what is measured comes
-out of the caches that a model's factors would come out of. Prints JSON: microseconds a layer, medians of `--runs` walks,
-all in turn, and ratios. Needs torch alone.
+Every case has `--layers` layers of factors of its own, walked through in turn as a model does, so that factors come out
+of the memory that a model's would come out of. Prints JSON: microseconds a layer, medians of `--runs` walks, all in
+turn, and ratios. Needs torch alone.
 
 - `kernel`: `Kernel.add` of the compiled kernel, or of torch's where there is none.
 - `stacked`: two matrix products over the factors of all experts (`StackedKernel`).
@@ -29,6 +29,9 @@ from vllm_cocktail.unmerged.torch_kernel import StackedKernel
 
 CPU = torch.device("cpu")
 
+MAX_ELEMENTS = 1 << 26
+"""Of the factors of a case: what has larger ones gets fewer layers."""
+
 
 @dataclass(frozen=True, slots=True)
 class Case:
@@ -43,6 +46,11 @@ class Case:
     """Experts that a request uses, any of them."""
     dtype: torch.dtype = torch.bfloat16
     rows_of_request: int = 1
+
+    @property
+    def elements(self) -> int:
+        """Of one layer's factors."""
+        return self.experts * self.rank * sum(self.in_features + width for width in self.output_sizes)
 
     def coefficients(self) -> np.ndarray:
         generator = np.random.default_rng(0)
@@ -109,6 +117,7 @@ def ways(case: Case, layers: int) -> dict[str, Callable[[int], object]]:
 
 
 def measure(case: Case, layers: int, runs: int) -> dict[str, float]:
+    layers = min(layers, max(1, MAX_ELEMENTS // case.elements))
     works = ways(case, layers)
     seconds: dict[str, list[float]] = {name: [] for name in works}
     for _ in range(runs + 2):

@@ -27,6 +27,9 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 """Of x, y and the factors, which are of one."""
 
 
+_IDS = (torch.int32, torch.int64)
+
+
 @dataclass(frozen=True, slots=True)
 class LayerShape:
     """A layer of the model: `[in_features]` to slices of the output, side by side, each with factors of its own."""
@@ -58,6 +61,7 @@ class Layer(ABC):
     def __init__(self, shape: LayerShape, handle: int) -> None:
         self.shape = shape
         self.handle = handle
+        self.x_width, self.y_width = shape.in_features, shape.out_features
 
     def set_factors(self, expert: int, index: int, lora_a: Tensor, lora_b: Tensor, scaling: float) -> None:
         """An expert's factors for one slice, in place of what it had there. Not while a step is computed.
@@ -105,13 +109,15 @@ class Step(ABC):
         """
         coefficients = np.ascontiguousarray(coefficients, dtype=np.float32)
         counts = np.ascontiguousarray(lengths, dtype=np.int32)
-        if coefficients.ndim != 2 or counts.shape != coefficients.shape[:1] or (counts < 0).any():
+        is_fit = coefficients.ndim == 2 and counts.shape == coefficients.shape[:1]
+        num_rows = self._set(coefficients, counts) if is_fit else -1
+        if num_rows < 0:
             raise ValueError(f"coefficients {coefficients.shape} of requests with {counts.shape} lengths >= 0")
-        self._set(coefficients, counts)
-        self.num_rows = int(counts.sum())
+        self.num_rows = num_rows
 
     @abstractmethod
-    def _set(self, coefficients: NDArray[np.float32], lengths: NDArray[np.int32]) -> None: ...
+    def _set(self, coefficients: NDArray[np.float32], lengths: NDArray[np.int32]) -> int:
+        """Returns the number of rows; a negative one if a length is negative, and nothing is changed then."""
 
 
 class Kernel(ABC):
@@ -144,13 +150,16 @@ class Kernel(ABC):
         Raises:
             ValueError: tensors of other shapes, dtypes or strides, or fewer rows than the step has.
         """
+        # in the cheapest words: a step makes more than a hundred calls
         shape: LayerShape = layer.shape
+        y_size = y.shape
+        num_rows = y_size[0]
         if shape.is_embedding:
-            is_x = x.dim() == 1 and x.dtype in (torch.int32, torch.int64) and x.is_contiguous()
+            is_x = x.shape == (num_rows,) and x.dtype in _IDS and x.is_contiguous()
         else:
-            is_x = x.dim() == 2 and x.dtype is shape.dtype and x.size(1) == shape.in_features and x.stride(1) == 1
-        is_y = y.dim() == 2 and y.dtype is shape.dtype and y.size(1) == shape.out_features and y.stride(1) == 1
-        if not (is_x and is_y and y.size(0) == x.size(0) >= step.num_rows):
+            is_x = x.dtype is shape.dtype and x.shape == (num_rows, layer.x_width) and x.stride()[1] == 1
+        is_y = y.dtype is shape.dtype and y_size == (num_rows, layer.y_width) and y.stride()[1] == 1
+        if not (is_x and is_y and num_rows >= step.num_rows):
             raise ValueError(
                 f"x {tuple(x.shape)} {x.dtype} with strides {x.stride()} and y {tuple(y.shape)} {y.dtype} with strides "
                 f"{y.stride()} are not rows of {shape}, as many as the step's {step.num_rows} or more"

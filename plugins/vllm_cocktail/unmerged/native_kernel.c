@@ -146,9 +146,22 @@ INLINE void store(int dtype, f32 value, char *to) {
 }
 
 INLINE float load_one(int dtype, const char *from) {
-    char copy[4 * LANES] = {0};
-    memcpy(copy, from, item_bytes(dtype));
-    return load(dtype, copy)[0];
+    uint32_t bits = 0;
+    float value;
+    if (dtype == FLOAT16) {
+        char copy[2 * LANES] = {0};
+        memcpy(copy, from, 2);
+        return load_float16(copy)[0];
+    }
+    if (dtype == FLOAT32) {
+        memcpy(&bits, from, 4);
+    } else {
+        uint16_t half;
+        memcpy(&half, from, 2);
+        bits = (uint32_t)half << 16;
+    }
+    memcpy(&value, &bits, 4);
+    return value;
 }
 
 INLINE f32 same(float value) { return value - (f32){0}; }
@@ -326,8 +339,8 @@ INLINE void dot_step(int dtype, int rows, const char *const *x, size_t at, const
 }
 
 /* h [rows, TILE_RANKS] of `rows` rows of x and one tile of A. */
-INLINE void dot_tile(int dtype, int rows, const char *const *x, const char *a, size_t in_features, const float *scales,
-                     float *h, size_t h_stride) {
+INLINE void dot_tile(int dtype, int rows, const char *const *x, const char *a, const char *ahead, size_t in_features,
+                     const float *scales, float *h, size_t h_stride) {
     const size_t bytes = PAIR * item_bytes(dtype), whole = in_features / PAIR * bytes;
     const size_t rest = in_features * item_bytes(dtype) - whole;
     f32 sums[TILE_ROWS][TILE_RANKS];
@@ -336,8 +349,11 @@ INLINE void dot_tile(int dtype, int rows, const char *const *x, const char *a, s
 #pragma GCC unroll 4
         for (int j = 0; j < TILE_RANKS; j++)
             sums[i][j] = (f32){0};
-    for (size_t at = 0; at < whole; at += bytes, a += TILE_RANKS * bytes)
+    for (size_t at = 0; at < whole; at += bytes, a += TILE_RANKS * bytes, ahead += TILE_RANKS * bytes) {
+        for (size_t line = 0; line < TILE_RANKS * bytes; line += 64)
+            __builtin_prefetch(ahead + line);
         dot_step(dtype, rows, x, at, a, sums);
+    }
     if (rest) {
         char ends[TILE_ROWS][4 * PAIR] = {{0}};
         const char *pointers[TILE_ROWS];
@@ -362,18 +378,19 @@ INLINE void dot_part(int dtype, const Call *call, const Part *part, size_t first
     const size_t bytes = tiles_of(in_features, PAIR) * PAIR * TILE_RANKS * item_bytes(dtype);
     const uint32_t *rows = call->step->rows + part->unit->first;
     const float *coefficients = call->step->coefficients + part->unit->first;
-    for (size_t i = 0, count; i < part->unit->count; i += count) {
-        const char *x[TILE_ROWS];
-        float scales[TILE_ROWS];
-        count = tile_rows(part->unit->count - i);
-        for (size_t k = 0; k < count; k++) {
-            x[k] = call->x + rows[i + k] * call->x_stride;
-            scales[k] = coefficients[i + k] * part->factors->scaling;
-        }
-        for (size_t tile = first; tile < last; tile++) {
-            const char *a = part->factors->a + tile * bytes;
-            float *h = part->h + i * h_stride + tile * TILE_RANKS;
-#define DOT(ROWS) dot_tile(dtype, ROWS, x, a, in_features, scales, h, h_stride)
+    const char *const next = part + 1 < call->step->parts + call->step->num_units * call->layer->num_slices
+                                 ? part[1].factors->a : NULL;
+    for (size_t tile = first; tile < last; tile++) {
+        const char *a = part->factors->a + tile * bytes, *ahead = tile + 1 < last ? a + bytes : next;
+        for (size_t i = 0, count; i < part->unit->count; i += count) {
+            const char *x[TILE_ROWS];
+            float scales[TILE_ROWS], *h = part->h + i * h_stride + tile * TILE_RANKS;
+            count = tile_rows(part->unit->count - i);
+            for (size_t k = 0; k < count; k++) {
+                x[k] = call->x + rows[i + k] * call->x_stride;
+                scales[k] = coefficients[i + k] * part->factors->scaling;
+            }
+#define DOT(ROWS) dot_tile(dtype, ROWS, x, a, ahead, in_features, scales, h, h_stride)
             FOR_ROWS(count, DOT)
         }
     }
@@ -396,7 +413,7 @@ INLINE void add_rounded(int dtype, int count, const f32 *sums, char *to, size_t 
         memcpy(to, copy, size * bytes);
 }
 
-/* One or two tiles of a group's columns. The sums of a row stay in registers over all experts whose tiles of B the first
+/* One or two tiles of a group's columns. A unit's rows fetch the next ones of B between them. The sums of a row stay in registers over all experts whose tiles of B the first
  * cache holds together. */
 INLINE void product_tiles(int dtype, int tiles, const Call *call, const Group *group, size_t tile) {
     const Step *step = call->step;
@@ -431,7 +448,11 @@ INLINE void product_tiles(int dtype, int tiles, const Call *call, const Group *g
                 const Part *part = parts + use->unit * call->layer->num_slices;
                 const size_t rank = part->factors->rank;
                 const float *h = part->h + use->place * part->h_stride, *const h_end = h + rank;
-                for (const char *b = part->factors->b + tile * rank * bytes; h < h_end; h++, b += bytes) {
+                const char *b = part->factors->b + tile * rank * bytes;
+                for (size_t r = use->place; r < rank; r += part->unit->count)
+                    for (size_t line = 0; line < tiles * bytes; line += 64)
+                        __builtin_prefetch(b + (tiles * rank + r * tiles) * bytes + line);
+                for (; h < h_end; h++, b += bytes) {
                     const f32 factor = same(*h);
 #pragma GCC unroll 8
                     for (int j = 0; j < 4 * tiles; j += 2) {
@@ -629,12 +650,15 @@ static int grow(void *pointer, size_t *capacity, size_t size, size_t bytes) {
 }
 
 /* Lays out the rows of a step: `lengths[i]` rows with the coefficients [num_experts] of request i, one request after
- * the other. -1 without memory: the step is then empty. */
-int cocktail_set_step(Step *step, const float *coefficients, size_t num_requests, size_t num_experts,
+ * the other. How many rows these are; -1 without memory: the step is then empty; -2 if a length is negative: the step is
+ * then what it was. */
+int64_t cocktail_set_step(Step *step, const float *coefficients, size_t num_requests, size_t num_experts,
                       const int32_t *lengths) {
     size_t num_rows = 0, num_uses = 0;
     for (size_t i = 0; i < num_requests; i++) {
         size_t used = 0;
+        if (lengths[i] < 0)
+            return -2;
         for (size_t e = 0; e < num_experts; e++)
             used += coefficients[i * num_experts + e] != 0;
         num_rows += lengths[i];
@@ -680,7 +704,7 @@ int cocktail_set_step(Step *step, const float *coefficients, size_t num_requests
     for (size_t row = num_rows; row > 0; row--) /* each stands at its end now */
         step->begins[row] = step->begins[row - 1];
     step->begins[0] = 0;
-    return 0;
+    return num_rows;
 }
 
 /* Finds what there is to do: the part of each unit in each slice, its place in h, and the groups. -1 without memory. */

@@ -46,7 +46,7 @@ _SIGNATURES: dict[str, tuple[object, tuple[object, ...]]] = {
     "cocktail_new_step": (ctypes.c_void_p, ()),
     "cocktail_free_step": (None, (ctypes.c_void_p,)),
     "cocktail_set_step": (
-        ctypes.c_int,
+        ctypes.c_int64,
         (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t, ctypes.c_void_p),
     ),
     "cocktail_add": (
@@ -82,9 +82,7 @@ class NativeLayer(Layer):
         b = self._tiled(lora_b.T, rank, self._columns)
         if self.shape.dtype is torch.bfloat16:  # a half of a pair is then every other element
             b = b.view(-1, 2, self._lanes).transpose(1, 2).contiguous()
-        if self._library.cocktail_set_factors(
-            self.address, expert, index, a.data_ptr(), b.data_ptr(), rank, scaling
-        ):
+        if self._library.cocktail_set_factors(self.address, expert, index, a.data_ptr(), b.data_ptr(), rank, scaling):
             raise MemoryError
         self._factors[expert, index] = a, b
 
@@ -107,11 +105,12 @@ class NativeStep(Step):
             raise MemoryError
         weakref.finalize(self, library.cocktail_free_step, self.address)
 
-    def _set(self, coefficients: NDArray[np.float32], lengths: NDArray[np.int32]) -> None:
-        if self._library.cocktail_set_step(
-            self.address, coefficients.ctypes.data, *coefficients.shape, lengths.ctypes.data
-        ):
+    def _set(self, coefficients: NDArray[np.float32], lengths: NDArray[np.int32]) -> int:
+        addresses = coefficients.ctypes.data, *coefficients.shape, lengths.ctypes.data
+        num_rows: int = self._library.cocktail_set_step(self.address, *addresses)
+        if num_rows == -1:
             raise MemoryError
+        return num_rows
 
 
 class NativeKernel(Kernel):
@@ -135,8 +134,8 @@ class NativeKernel(Kernel):
         return layer
 
     def _add(self, step: NativeStep, layer: NativeLayer, x: Tensor, y: Tensor) -> None:
-        stride = x.element_size() if layer.shape.is_embedding else x.stride(0)
-        if self._native_add(step.address, layer.address, x.data_ptr(), stride, y.data_ptr(), y.stride(0)):
+        stride = x.element_size() if layer.shape.is_embedding else x.stride()[0]
+        if self._native_add(step.address, layer.address, x.data_ptr(), stride, y.data_ptr(), y.stride()[0]):
             raise MemoryError
 
 

@@ -28,10 +28,13 @@ class TorchStep(Step):
         self.units: list[tuple[int, Tensor, Tensor]] = []
         """Of each expert in use: rows `[count]` int64, and their coefficients `[count, 1]` float32."""
 
-    def _set(self, coefficients: NDArray[np.float32], lengths: NDArray[np.int32]) -> None:
+    def _set(self, coefficients: NDArray[np.float32], lengths: NDArray[np.int32]) -> int:
+        if (lengths < 0).any():
+            return -2
         rows = torch.from_numpy(np.repeat(coefficients, lengths, axis=0))
         used = [(expert, rows[:, expert].nonzero()[:, 0]) for expert in range(rows.shape[1])]
         self.units = [(expert, index, rows[index, expert, None]) for expert, index in used if len(index)]
+        return len(rows)
 
 
 class TorchKernel(Kernel):
@@ -109,7 +112,9 @@ class StackedStep(Step):
         self._limits = limits
         self.coefficients = torch.zeros(limits.max_rows, limits.max_experts + 1, device=device)
 
-    def _set(self, coefficients: NDArray[np.float32], lengths: NDArray[np.int32]) -> None:
+    def _set(self, coefficients: NDArray[np.float32], lengths: NDArray[np.int32]) -> int:
+        if (lengths < 0).any():
+            return -2
         rows = torch.from_numpy(np.repeat(coefficients, lengths, axis=0))
         num_rows, num_experts = rows.shape
         if num_rows > self._limits.max_rows or num_experts > self._limits.max_experts:
@@ -117,6 +122,7 @@ class StackedStep(Step):
         self.coefficients[:num_rows, :num_experts] = rows.to(self.coefficients.device)
         self.coefficients[:num_rows, num_experts:] = 0
         self.coefficients[num_rows : self.num_rows] = 0
+        return num_rows
 
 
 class StackedKernel(Kernel):
