@@ -34,12 +34,12 @@ enum { FLOAT32, FLOAT16, BFLOAT16 };
 #define LANES 4
 #define TILE_ROWS 4
 #endif
-#define TILE_RANKS 4         /* rows of A that one tile multiplies them with */
-#define PAIR (2 * LANES)     /* elements that are loaded at once */
-#define COLUMNS (2 * PAIR)   /* of B in one tile; one or two tiles are multiplied at once */
-#define BLOCK 64             /* rows that use a part of B while the first cache holds it */
-#define CACHED (24 * 1024)   /* bytes of that part */
-#define ALONE (64 * 1024)  /* products in a call below which waking other threads costs more than it gains */
+#define TILE_RANKS 4       /* rows of A that one tile multiplies them with */
+#define PAIR (2 * LANES)   /* elements that are loaded at once */
+#define COLUMNS (2 * PAIR) /* of B in one tile; one or two tiles are multiplied at once */
+#define BLOCK 64           /* rows that use a part of B while the first cache holds it */
+#define CACHED (24 * 1024) /* bytes of that part */
+#define ALONE (256 * 1024) /* products in a call below which waking other threads costs more than it gains */
 
 typedef float f32 __attribute__((vector_size(4 * LANES)));
 typedef uint32_t u32 __attribute__((vector_size(4 * LANES)));
