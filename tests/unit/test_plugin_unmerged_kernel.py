@@ -129,25 +129,25 @@ def cases(draw: st.DrawFn, dtypes: tuple[torch.dtype, ...] = DTYPES) -> Case:
 
 
 @pytest.mark.usefixtures("threads")
-@settings(max_examples=60)
+@settings(max_examples=60, deadline=None)
 @given(case=cases())
 def test_compiled_is_the_sum_in_float64(case: Case) -> None:
     case.check(make_kernel("compiled"))
 
 
-@settings(max_examples=60)
+@settings(max_examples=60, deadline=None)
 @given(case=cases())
 def test_torch_is_the_sum_in_float64(case: Case) -> None:
     case.check(make_kernel("torch"))
 
 
-@settings(max_examples=30)
+@settings(max_examples=30, deadline=None)
 @given(case=cases(dtypes=(torch.float32,)))
 def test_stacked_is_the_sum_in_float64(case: Case) -> None:
     case.check(make_kernel("stacked"))
 
 
-@settings(max_examples=30)
+@settings(max_examples=30, deadline=None)
 @given(case=cases(dtypes=(torch.bfloat16,)))
 def test_stacked_rounds_twice_more(case: Case) -> None:
     case.check(make_kernel("stacked"), slack=2**-5)

@@ -1,10 +1,13 @@
 /* y += ((x A) * c) B for the rows of a step: LoRA factors of many experts, each row with coefficients of its own.
  *
- * h = c * scaling * (x A) is summed in float32 from x and A as they are, in an order that depends on in_features alone,
- * and kept in float32; the sum over h and B is float32 again, expert by expert and rank by rank; y is read, added to and
- * rounded once, to nearest even. A row's result therefore depends on nothing but the row. What has a coefficient of zero
- * is not read, and a row without any other is not written. Where the machine has AVX512-BF16, products of bfloat16 are
- * summed in pairs and subnormal inputs count as zero.
+ * h = c * scaling * (x A) is summed in float32 from x and A as they are, in an order that hangs on in_features alone,
+ * and kept in float32; the sum over h and B is float32 again, expert by expert and rank by rank; y is read, added to
+ * and rounded once, to nearest even. So a row's result hangs on nothing but the row. What has a coefficient of zero is
+ * not read, and a row that has no other coefficient is not written. Where the machine has AVX512-BF16, products of
+ * bfloat16 are summed in pairs, and its subnormal numbers count as zero, in x and A and in the result.
+ *
+ * Factors may be in no cache: a model has more than caches hold, and its other weights pass through them. They lie in
+ * the order in which they are read, and what comes next is fetched ahead.
  *
  * Threads are those of the OpenMP runtime that the process has already, called through the addresses that
  * `set_runtime` is given: a second runtime would fight with it over the cores.
@@ -413,13 +416,14 @@ INLINE void add_rounded(int dtype, int count, const f32 *sums, char *to, size_t 
         memcpy(to, copy, size * bytes);
 }
 
-/* One or two tiles of a group's columns. A unit's rows fetch the next ones of B between them. The sums of a row stay in registers over all experts whose tiles of B the first
- * cache holds together. */
+/* One or two tiles of a group's columns. The sums of a row stay in registers over all experts whose tiles of B the
+ * first cache holds together. A unit's rows fetch the next tiles of B, each some of them. */
 INLINE void product_tiles(int dtype, int tiles, const Call *call, const Group *group, size_t tile) {
     const Step *step = call->step;
     const Slice *slice = &call->layer->slices[group->slice];
     const size_t bytes = COLUMNS * item_bytes(dtype), first_row = group->block * BLOCK;
     const Part *parts = step->parts + group->slice;
+    char *const y = call->y + slice->offset * item_bytes(dtype) + tile * bytes;
     const Use *next[BLOCK];
     f32 sums[BLOCK][8];
     for (size_t begin = group->first, end; begin < group->end; begin = end) {
@@ -469,8 +473,8 @@ INLINE void product_tiles(int dtype, int tiles, const Call *call, const Group *g
                 for (int j = 0; j < 4 * tiles; j++)
                     sums[row][j] = columns[j];
             } else {
-                char *y = call->y + (first_row + row) * call->y_stride + slice->offset * item_bytes(dtype) + tile * bytes;
-                add_rounded(dtype, 4 * tiles, columns, y, smaller(tiles * COLUMNS, slice->width - tile * COLUMNS));
+                char *to = y + (first_row + row) * call->y_stride;
+                add_rounded(dtype, 4 * tiles, columns, to, smaller(tiles * COLUMNS, slice->width - tile * COLUMNS));
             }
         }
     }
@@ -592,7 +596,10 @@ Layer *cocktail_new_layer(int dtype, int is_embedding, size_t in_features, size_
     Layer *layer = calloc(1, sizeof *layer);
     if (!layer)
         return NULL;
-    *layer = (Layer){.dtype = dtype, .is_embedding = is_embedding, .in_features = in_features, .num_slices = num_slices};
+    layer->dtype = dtype;
+    layer->is_embedding = is_embedding;
+    layer->in_features = in_features;
+    layer->num_slices = num_slices;
     layer->slices = calloc(num_slices, sizeof *layer->slices);
     if (!layer->slices) {
         free(layer);
@@ -650,8 +657,8 @@ static int grow(void *pointer, size_t *capacity, size_t size, size_t bytes) {
 }
 
 /* Lays out the rows of a step: `lengths[i]` rows with the coefficients [num_experts] of request i, one request after
- * the other. How many rows these are; -1 without memory: the step is then empty; -2 if a length is negative: the step is
- * then what it was. */
+ * the other. How many rows these are; -1 without memory, and the step is then empty; -2 if a length is negative, and
+ * the step is then what it was. */
 int64_t cocktail_set_step(Step *step, const float *coefficients, size_t num_requests, size_t num_experts,
                       const int32_t *lengths) {
     size_t num_rows = 0, num_uses = 0;
