@@ -126,7 +126,7 @@ def mixed_settings(
     )
 
 
-def told_stop_token_ids(
+def sent_stop_token_ids(
     body: Mapping[str, Any], settings: GenerationSettings, own: GenerationSettings
 ) -> list[Any] | None:
     """The `stop_token_ids` that a server is sent, which ends answers by tokens of its own anyway.

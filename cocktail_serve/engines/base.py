@@ -17,6 +17,10 @@ from cocktail_serve.generation_settings import GenerationSettings
 from cocktail_serve.pool import Pool
 from cocktail_serve.recipe import Recipe
 
+CHAT_PATH = "/v1/chat/completions"
+COMPLETIONS_PATH = "/v1/completions"
+"""What a generation engine answers, under the paths of OpenAI's API: the gateway's and the engine's own alike."""
+
 
 @dataclass(frozen=True, slots=True)
 class MixedAhead:

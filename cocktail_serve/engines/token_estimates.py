@@ -16,6 +16,12 @@ EXPECTED_OUTPUT_TOKENS = 128
 """What an answer takes that may take more."""
 
 
+def num_choices(body: Mapping[str, Any]) -> int:
+    """How many answers a request asks for to each of its prompts."""
+    value = body.get("n")
+    return value if isinstance(value, int) and value > 0 else 1
+
+
 def reserved_tokens(body: Mapping[str, Any], *, num_bytes: int) -> int:
     """The most that a request may read and generate, as far as it says: a quarter of its bytes, and the answers that it
     asks for at their full length.
@@ -23,9 +29,7 @@ def reserved_tokens(body: Mapping[str, Any], *, num_bytes: int) -> int:
     Args:
         num_bytes: size of the body.
     """
-    choices = body.get("n")
-    num_choices = choices if isinstance(choices, int) and choices > 0 else 1
-    return num_bytes // BYTES_PER_TOKEN + (_most_output_tokens(body) or 0) * num_choices
+    return num_bytes // BYTES_PER_TOKEN + (_most_output_tokens(body) or 0) * num_choices(body)
 
 
 def expected_tokens(body: Mapping[str, Any], *, num_bytes: int) -> int:

@@ -7,6 +7,7 @@ from typing import Any
 
 import orjson
 
+from cocktail_serve.engines.token_estimates import num_choices
 from cocktail_serve.errors import EngineError
 from cocktail_serve.gateway.field_policy import Outgoing
 from cocktail_serve.generation_settings import hidden_stop_reasons
@@ -25,7 +26,7 @@ class AnswerRewriter:
         "_hidden_stop_reasons",
         "_model_id",
         "_num_choices",
-        "_of_choices",
+        "_num_tokens_by_choice",
         "_shows_each",
         "_shows_usage",
         "_totals",
@@ -36,15 +37,14 @@ class AnswerRewriter:
         self._hidden_stop_reasons = hidden_stop_reasons(outgoing.body, end_token_ids)
         self._shows_usage = outgoing.shows_usage
         self._shows_each = outgoing.shows_usage_in_chunks
-        num_choices = outgoing.body.get("n")
-        self._num_choices = num_choices if isinstance(num_choices, int) and num_choices > 0 else 1
-        self._of_choices: dict[int, tuple[int, int]] = {}
+        self._num_choices = num_choices(outgoing.body)
+        self._num_tokens_by_choice: dict[int, tuple[int, int]] = {}
         self._totals: tuple[int, int] | None = None
 
     @property
     def is_counted(self) -> bool:
         """Whether the engine has said anything of tokens."""
-        return self._totals is not None or bool(self._of_choices)
+        return self._totals is not None or bool(self._num_tokens_by_choice)
 
     @property
     def num_prompt_tokens(self) -> int:
@@ -52,7 +52,7 @@ class AnswerRewriter:
         if self._totals is not None:
             return self._totals[0]
         # several prompts have `n` choices each, which repeat the size of theirs
-        of_prompts = {index // self._num_choices: num_in for index, (num_in, _) in self._of_choices.items()}
+        of_prompts = {index // self._num_choices: num_in for index, (num_in, _) in self._num_tokens_by_choice.items()}
         return sum(of_prompts.values())
 
     @property
@@ -60,7 +60,7 @@ class AnswerRewriter:
         """Tokens generated, as far as the engine has said."""
         if self._totals is not None:
             return self._totals[1]
-        return sum(num_out for _, num_out in self._of_choices.values())
+        return sum(num_out for _, num_out in self._num_tokens_by_choice.values())
 
     def whole(self, body: bytes) -> bytes:
         """A plain answer.
@@ -93,7 +93,7 @@ class AnswerRewriter:
             if num_tokens is not None and not self._shows_usage:
                 return None
         elif num_tokens is not None:
-            self._of_choices[choices[0]["index"]] = num_tokens
+            self._num_tokens_by_choice[choices[0]["index"]] = num_tokens
         if not self._shows_usage:
             chunk.pop("usage", None)
         elif choices and not self._shows_each:

@@ -9,6 +9,7 @@ from fastapi import Depends, Request
 from cocktail_serve.gateway.authentication import Caller
 from cocktail_serve.gateway.exchange import exchange_of
 from cocktail_serve.gateway.gateway import Gateway
+from cocktail_serve.gateway.rate_limits import enforce_limits
 
 
 async def gateway_of(request: Request) -> Gateway:
@@ -54,7 +55,7 @@ async def creator_of(request: Request, gateway: GatewayDep, caller: CallerDep) -
         RateLimitError: over the tenant's requests a minute.
     """
     caller.require("create")
-    exchange_of(request).enforce_limits(gateway.limiter.admit_change(caller.tenant))
+    enforce_limits(exchange_of(request), gateway.limiter.admit_change(caller.tenant))
     return caller
 
 

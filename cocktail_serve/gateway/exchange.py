@@ -8,9 +8,6 @@ from typing import Any
 from fastapi import Request
 from starlette.types import Scope
 
-from cocktail_serve.gateway.metering import rate_limit_headers
-from cocktail_serve.tenants.limits import Admission
-
 _KEY = "exchange"
 
 
@@ -28,16 +25,6 @@ class Exchange:
     started_at: float
     pool_id: str = ""
     headers: tuple[tuple[bytes, bytes], ...] = ()
-
-    def enforce_limits(self, admission: Admission) -> None:
-        """Tells the client the tenant's limits, and ends here where they are exceeded.
-
-        Raises:
-            RateLimitError: the tenant may not ask now.
-        """
-        self.headers = tuple(rate_limit_headers(admission.rate_status))
-        if admission.refusal is not None:
-            raise admission.refusal
 
 
 def begin_exchange(scope: Scope, exchange: Exchange) -> None:

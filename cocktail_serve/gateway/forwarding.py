@@ -13,11 +13,11 @@ from starlette.types import Send
 from cocktail_serve.cocktails.cocktail import ServedModel
 from cocktail_serve.engines.base import GenerationEngine
 from cocktail_serve.errors import CocktailError, EngineError
+from cocktail_serve.gateway.admission import AdmittedRequest
 from cocktail_serve.gateway.answer_rewriter import AnswerRewriter
 from cocktail_serve.gateway.disconnect import ended_with_client
 from cocktail_serve.gateway.error_handlers import error_body, internal_error, stopping_error
 from cocktail_serve.gateway.field_policy import Outgoing
-from cocktail_serve.gateway.requested_model import AdmittedRequest
 
 logger = logging.getLogger(__name__)
 

@@ -50,7 +50,7 @@ class RequestBoundary:
         begin_exchange(scope, exchange)
         logs.request_id.set(exchange.request_id)
         is_work = scope["path"] not in PROBE_PATHS
-        status = CLIENT_GONE
+        status: int | None = None  # nothing was sent yet
 
         async def send_named(message: Message) -> None:
             nonlocal status
@@ -75,13 +75,14 @@ class RequestBoundary:
             logger.debug("request %s: the client left before its answer was complete", exchange.request_id)
         except Exception:
             logger.exception("request %s: %s %s failed", exchange.request_id, scope["method"], _route(scope))
-            if status == CLIENT_GONE:  # nothing was sent yet
+            if status is None:
                 await error_response(internal_error())(scope, receive, send_named)
         finally:
             self._lifecycle.num_open -= is_work
             route, pool, seconds = _route(scope), exchange.pool_id, time.perf_counter() - exchange.started_at
-            self._metrics.count_request(route=route, status=status, pool=pool)
-            logs.log_request(route=route, status=status, pool=pool, seconds=seconds)
+            shown = CLIENT_GONE if status is None else status
+            self._metrics.count_request(route=route, status=shown, pool=pool)
+            logs.log_request(route=route, status=shown, pool=pool, seconds=seconds)
 
 
 def _route(scope: Scope) -> str:

@@ -2,48 +2,23 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 from cocktail_serve.cocktails.cocktail import ServedModel
 from cocktail_serve.cocktails.pool_models import no_model
 from cocktail_serve.config import PoolConfig
-from cocktail_serve.engines.base import Engine
-from cocktail_serve.engines.token_estimates import reserved_tokens
+from cocktail_serve.engines.base import CHAT_PATH, COMPLETIONS_PATH, Engine
 from cocktail_serve.errors import InvalidRequestError, NotFoundError, WrongModelKindError
-from cocktail_serve.gateway.authentication import Caller
-from cocktail_serve.gateway.dependencies import caller_of, gateway_of
-from cocktail_serve.gateway.direct_route import DirectRequest
-from cocktail_serve.gateway.exchange import Exchange, exchange_of
-from cocktail_serve.gateway.gateway import Gateway
-from cocktail_serve.gateway.json_body import read_json_object
-from cocktail_serve.gateway.metering import MeteredRequest
+from cocktail_serve.gateway.admission import AdmittedRequest
 from cocktail_serve.pool import Kind, Pool, with_article
 
 _ROUTES: dict[Kind, str] = {
-    "decoder": "/v1/chat/completions and /v1/completions",
+    "decoder": f"{CHAT_PATH} and {COMPLETIONS_PATH}",
     "encoder": "/v1/embeddings",
     "reranker": "/v1/rerank",
 }
-
-
-@dataclass(frozen=True, slots=True)
-class AdmittedRequest:
-    """A request to a model, let in."""
-
-    request: DirectRequest
-    exchange: Exchange
-    gateway: Gateway
-    caller: Caller
-    body: dict[str, Any]
-    metered: MeteredRequest
-
-    def observe_first_token(self, served: ServedModel) -> None:
-        """The first of the answer is there: the time that it took goes into the metrics."""
-        self.gateway.metrics.observe_first_token(served.pool.id, time.perf_counter() - self.exchange.started_at)
 
 
 _E = TypeVar("_E", bound=Engine)
@@ -65,28 +40,6 @@ class Target(Generic[_E]):
     served: ServedModel | None
 
 
-@asynccontextmanager
-async def admit(request: DirectRequest) -> AsyncIterator[AdmittedRequest]:
-    """How every request to a model begins: who sends it, what it says, whether the tenant may ask now. The block is
-    all that is done for it: it counts as open, and its tokens are reserved, until the block ends.
-
-    Raises:
-        AuthenticationError, PermissionDeniedError: as `caller_of`.
-        InvalidRequestError, PayloadTooLargeError: as `read_json_object`.
-        RateLimitError: over a limit of the tenant.
-    """
-    gateway = await gateway_of(request)
-    caller = await caller_of(request)
-    body, num_bytes = await read_json_object(request)
-    exchange = exchange_of(request)
-    # before any work is done for it
-    num_tokens = reserved_tokens(body, num_bytes=num_bytes)
-    admission = gateway.limiter.admit_model_request(caller.tenant, num_tokens=num_tokens)
-    with MeteredRequest(caller, admission, gateway.ledger, gateway.metrics) as metered:
-        exchange.enforce_limits(admission)
-        yield AdmittedRequest(request, exchange, gateway, caller, body, metered)
-
-
 async def find_target(admitted: AdmittedRequest, engines: Mapping[str, _E]) -> Target[_E]:
     """The model that a request names; its figures are counted under its pool from now on.
 
@@ -101,7 +54,7 @@ async def find_target(admitted: AdmittedRequest, engines: Mapping[str, _E]) -> T
         PermissionDeniedError: an inline cocktail, and the key may not create.
         WrongModelKindError: the pool is not of the kind that the route needs.
         ModelNotReadyError: it is still being made.
-        StorageError: it is not known here, and the store cannot be admitted.
+        StorageError: it is not known here, and the store cannot be asked.
     """
     gateway, caller = admitted.gateway, admitted.caller
     served: ServedModel | None

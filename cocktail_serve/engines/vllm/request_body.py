@@ -10,17 +10,16 @@ from typing import Any
 
 import orjson
 
+from cocktail_serve.engines.base import CHAT_PATH
 from cocktail_serve.errors import InvalidRequestError
 from cocktail_serve.generation_settings import (
     MAX_TOKENS,
     NEUTRAL_SAMPLING,
     NO_SETTINGS,
     GenerationSettings,
-    told_stop_token_ids,
+    sent_stop_token_ids,
 )
 from cocktail_serve.recipe import Recipe
-
-CHAT_PATH = "/v1/chat/completions"
 
 
 class BodyWriter:
@@ -46,7 +45,7 @@ class BodyWriter:
         if settings == own:
             return body
         more: dict[str, Any] = {}
-        stop_token_ids = told_stop_token_ids(body, settings, own)
+        stop_token_ids = sent_stop_token_ids(body, settings, own)
         if stop_token_ids is not None:
             more["stop_token_ids"] = stop_token_ids
         if settings.sampling != own.sampling:
@@ -55,10 +54,10 @@ class BodyWriter:
                 if body.get(name) is None and wanted != own.sampling.get(name, neutral):
                     more[name] = wanted
         if path == CHAT_PATH:
-            more |= self._of_chats(body, settings, max_model_len)
+            more |= self._chat_fields(body, settings, max_model_len)
         return {**body, **more}
 
-    def _of_chats(
+    def _chat_fields(
         self, body: Mapping[str, Any], settings: GenerationSettings, max_model_len: int | None
     ) -> dict[str, Any]:
         more: dict[str, Any] = {}

@@ -6,6 +6,7 @@ from functools import partial
 
 from fastapi import APIRouter, Response
 
+from cocktail_serve.gateway.admission import admit
 from cocktail_serve.gateway.direct_route import DirectRequest, DirectRoute
 from cocktail_serve.gateway.disconnect import ended_with_client
 from cocktail_serve.gateway.embedding_fields import (
@@ -16,12 +17,13 @@ from cocktail_serve.gateway.embedding_fields import (
     prompt_of,
 )
 from cocktail_serve.gateway.openapi import engine_errors, json_request
-from cocktail_serve.gateway.requested_model import admit, find_target, served_model
+from cocktail_serve.gateway.requested_model import find_target, served_model
 from cocktail_serve.gateway.schemas.embeddings import EmbeddingList, EmbeddingRequest
 from cocktail_serve.gateway.synonyms import given
 from cocktail_serve.gateway.truncation import truncation
 from cocktail_serve.request_schema import parse_as
 
+# FastAPI documents these endpoints only: `DirectRouting` calls them, and they send their answers themselves
 router = APIRouter(tags=["embeddings"], route_class=DirectRoute)
 
 

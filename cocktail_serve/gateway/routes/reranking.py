@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from fastapi import APIRouter, Response
 
+from cocktail_serve.gateway.admission import admit
 from cocktail_serve.gateway.direct_route import DirectRequest, DirectRoute
 from cocktail_serve.gateway.disconnect import ended_with_client
 from cocktail_serve.gateway.openapi import engine_errors, json_request
-from cocktail_serve.gateway.requested_model import admit, find_target, served_model
+from cocktail_serve.gateway.requested_model import find_target, served_model
 from cocktail_serve.gateway.rerank_fields import check_documents, encode_ranking
 from cocktail_serve.gateway.schemas.reranking import RerankAnswer, RerankRequest
 from cocktail_serve.gateway.synonyms import given
 from cocktail_serve.gateway.truncation import truncation
 from cocktail_serve.request_schema import parse_as
 
+# FastAPI documents these endpoints only: `DirectRouting` calls them, and they send their answers themselves
 router = APIRouter(tags=["reranking"], route_class=DirectRoute)
 
 

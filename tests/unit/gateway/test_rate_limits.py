@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from cocktail_serve.engines.token_estimates import reserved_tokens
-from cocktail_serve.gateway.metering import format_duration
+from cocktail_serve.gateway.rate_limits import format_duration
 
 
 @pytest.mark.parametrize(
