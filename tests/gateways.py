@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -110,8 +110,11 @@ def make_pools(folder: Path, settings: Settings) -> dict[str, Pool]:
     (folder / "faults").mkdir(exist_ok=True)
     make = {"bge": make_encoder_pool, "ranker": make_reranker_pool}
     is_real = (folder / "decoder" / "config.json").exists()  # put there by a test that adds experts
-    pools = {} if is_real else {"flan": make_fake_pool(folder / "decoder")}
+    pools = {}
     for config in settings.pools:
+        if config.id == "flan" and not is_real:
+            mode = getattr(config.engine, "mode", None)
+            pools["flan"] = replace(make_fake_pool(folder / "decoder"), form=mode or "merged")
         if is_real and config.id == "flan":
             pools["flan"] = open_pool(config, cache_dir=folder / "cache")
         if config.id in make:

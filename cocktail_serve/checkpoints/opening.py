@@ -163,9 +163,9 @@ def _expert(
     name: str, folder: Path, base: Member, cache_dir: Path, progress: Callable[[str, int, int], None] | None
 ) -> Member:
     if not is_adapter(folder):
-        member = _member(name, folder, cache_dir, progress)
-        is_base = member.fingerprint == base.fingerprint
-        return replace(member, merged_only=None if is_base else "it is a full model, and no LoRA adapter")
+        return replace(
+            _member(name, folder, cache_dir, progress), merged_only="it is a full model, and no LoRA adapter"
+        )
     with CheckpointReader(base.path) as base_reader, AdapterReader(folder, base_reader) as reader:
         identity = identify_adapter(reader, base.fingerprint, largest_of_base=base.largest)
         return Member(

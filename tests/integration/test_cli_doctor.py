@@ -17,6 +17,7 @@ from cocktail_serve.database.database import Database
 from cocktail_serve.gateway.run_dir import own_run_dir
 from cocktail_serve.merging import native
 from tests import command_line
+from tests.adapters import train_adapter
 from tests.models import make_decoder, make_encoder_pool, pool_section
 
 
@@ -174,3 +175,27 @@ def test_a_chat_template_is_looked_for_beside_the_configuration(write_config, tm
     assert checks["pool flan"]["status"] == ("ok" if is_there else "problem")
     if not is_there:
         assert "engine.args.chat-template: there is no file chat.jinja" in checks["pool flan"]["detail"]
+
+
+def test_it_says_how_a_decoder_pool_is_served_and_why(write_config, tmp_path, capsys):
+    base = make_decoder(tmp_path / "base")
+    lora = train_adapter(base, tmp_path / "lora").folder
+    full = make_decoder(tmp_path / "full", perturbation_seed=1)
+
+    def told(experts, **engine):
+        section = pool_section("flan", "decoder", {"base": base, **experts}, {"type": "fake", **engine})
+        return run(capsys, write_config(pools=[section]))
+
+    code, checks = told({"lora": lora})
+    assert (code, checks["pool flan: mode"]["status"]) == (0, "ok")
+    size = (lora / "adapter_model.safetensors").stat().st_size / 1e6
+    assert "unmerged: all experts of the configuration are LoRA adapters" in checks["pool flan: mode"]["detail"]
+    assert f"their factors, {size:.1f} MB as stored" in checks["pool flan: mode"]["detail"]
+    _, checks = told({"lora": lora}, mode="merged")
+    assert checks["pool flan: mode"]["detail"] == "merged: engine.mode is merged"
+    code, checks = told({"full": full, "lora": lora})
+    assert code == 0
+    assert checks["pool flan: mode"]["detail"].startswith("merged: expert 'full': it is a full model")
+    code, checks = told({"full": full, "lora": lora}, mode="unmerged")
+    assert (code, checks["pool flan"]["status"]) == (1, "problem")
+    assert "engine.mode is unmerged, and expert 'full'" in checks["pool flan"]["detail"]

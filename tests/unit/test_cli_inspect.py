@@ -74,6 +74,7 @@ def test_an_adapter_is_folded_into_its_base(pool, adapter, capsys):
     assert (code, result["compatible"]) == (0, True)
     base, described = result["models"]
     assert described["adapter_of"] == base["folder"]
+    assert described["merged_only"] is None
     assert described["num_tensors"] % 2 == 0
     assert described["num_bytes"] == 4 * described["num_parameters"] < base["num_bytes"]
     assert described["fingerprint"] != base["fingerprint"]

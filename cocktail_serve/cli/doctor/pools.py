@@ -56,7 +56,7 @@ def _held(pool: Pool) -> str:
     """What an engine holds beside the base, where nothing is merged."""
     if pool.form == "merged":
         return ""
-    size = sum(expert.num_bytes for expert in pool.experts.values() if expert.fingerprint != pool.base.fingerprint)
+    size = sum(expert.num_bytes for expert in pool.experts.values())
     return f"; their factors, {size / 1e6:,.1f} MB as stored, are held beside the base"
 
 
