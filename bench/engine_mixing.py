@@ -77,7 +77,7 @@ def child(folder: str, recipe_json: str, expert_json: str, runs: int, is_profile
             return call("cocktail_profile", "reload", merged)
         return call("reload_weights", weights_path=merged)
 
-    call("cocktail_probe")
+    call("cocktail_prepare")
     captured = call("cocktail_capture")
     found: dict[str, list[dict[str, Any]]] = {"mix": [], "kept": [], "expert": [], "reload": []}
     for _ in range(runs + 1):

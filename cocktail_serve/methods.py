@@ -72,8 +72,8 @@ class Method:
             finite numbers. Otherwise they are shares of models and sum to 1.
         num_models: how many models it mixes, exactly; None: any number.
         options: its parameters by name.
-        is_linear: whether the mixture is the base plus a weighted sum of the models' differences to it, which can be
-            served unmerged too.
+        is_weighted_sum: whether the mixture is the base plus a weighted sum of the models' differences to it, which can
+            be served unmerged too.
     """
 
     name: MethodName
@@ -81,7 +81,7 @@ class Method:
     adds_task_vectors: bool
     num_models: int | None = None
     options: Mapping[str, Option] = field(default_factory=dict)
-    is_linear: bool = False
+    is_weighted_sum: bool = False
 
     def check_params(self, method_params: Mapping[str, Any], *, seed: int = 0) -> dict[str, Any]:
         """`method_params` with what was left out filled in.
@@ -130,9 +130,13 @@ _DARE = {
 METHODS: Mapping[str, Method] = {
     method.name: method
     for method in (
-        Method("linear", "LM-Cocktail, arXiv 2311.13534", adds_task_vectors=False, is_linear=True),
+        Method("linear", "LM-Cocktail, arXiv 2311.13534", adds_task_vectors=False, is_weighted_sum=True),
         Method(
-            "task_arithmetic", "arXiv 2212.04089", adds_task_vectors=True, options={"lambda": _LAMBDA}, is_linear=True
+            "task_arithmetic",
+            "arXiv 2212.04089",
+            adds_task_vectors=True,
+            options={"lambda": _LAMBDA},
+            is_weighted_sum=True,
         ),
         Method(
             "ties",

@@ -92,7 +92,7 @@ class Recipe:
                 raise InvalidMixError(
                     f"recipe version {value['version']!r} is not supported; this release reads version {RECIPE_VERSION}"
                 )
-            if value["dtype"] not in ("float32", "float16", "bfloat16"):
+            if value["dtype"] not in get_args(DType):
                 raise InvalidMixError(f"recipe dtype {value['dtype']!r} is not float32, float16 or bfloat16")
             form = value.get("form", "merged")
             if form not in get_args(Form):
@@ -164,8 +164,8 @@ def one_hot(pool: Pool, name: str, *, dtype: DType, form: Form | None = None) ->
 
 def check_form(method: str, form: Form) -> None:
     """Raises MethodNotServedError where mixtures of a method do not come in a form."""
-    if form == "unmerged" and not METHODS[method].is_linear:
-        linear = " and ".join(sorted(name for name, each in METHODS.items() if each.is_linear))
+    if form == "unmerged" and not METHODS[method].is_weighted_sum:
+        linear = " and ".join(sorted(name for name, each in METHODS.items() if each.is_weighted_sum))
         raise MethodNotServedError(
             f"method {method!r} needs merged parameters, and this pool is served unmerged, which {linear} alone can "
             "be: use one of them, or have the operator serve the models in a pool with engine.mode: merged",

@@ -62,7 +62,7 @@ class PoolModels:
         pool, recipe = self._pools.get(cocktail.pool_id), cocktail.recipe
         if pool is None or recipe is None:
             return cocktail
-        form = pool.form if find_method(recipe.method).is_linear else recipe.form
+        form = pool.form if find_method(recipe.method).is_weighted_sum else recipe.form
         configured = replace(recipe, dtype=self._dtypes[pool.id], form=form)
         if configured == recipe:
             return cocktail

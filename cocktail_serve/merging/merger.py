@@ -34,8 +34,8 @@ def merger(recipe: Recipe, *, empty: Empty | None = None) -> Merge:
         InvalidMixError: the method is not known.
     """
     dtype = getattr(torch, recipe.dtype)
-    name = find_method(recipe.method).name
-    return _linear(recipe, dtype, empty) if name == "linear" else _MERGERS[name](recipe, dtype)
+    method = find_method(recipe.method)
+    return _linear(recipe, dtype, empty) if method.name == "linear" else _MERGERS[method.name](recipe, dtype)
 
 
 def _coefficients(recipe: Recipe) -> list[float]:

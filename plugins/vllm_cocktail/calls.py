@@ -7,7 +7,7 @@ import logging
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, Protocol, TypeVar
 
-from cocktail_serve.errors import CocktailError, EngineError
+from cocktail_serve.errors import ClientError, CocktailError, EngineError, InvalidMixError, error_of_code
 from vllm_cocktail.replies import CapturedWorker, MixedWorker, ProbedWorker, UnmergedWorker, WorkerDigest
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ _P = ParamSpec("_P")
 _R = TypeVar("_R", ProbedWorker, CapturedWorker, MixedWorker, UnmergedWorker, WorkerDigest)
 
 
-def replies(method: Callable[Concatenate[_W, _P], _R]) -> Callable[Concatenate[_W, _P], dict[str, Any]]:
+def rpc_method(method: Callable[Concatenate[_W, _P], _R]) -> Callable[Concatenate[_W, _P], dict[str, Any]]:
     """Turns a method's value into `{ok: True, error: None, ...}` and whatever it raises into `{ok: False, error}`.
 
     An error of ours has its `code` too. It runs under vLLM's configuration, as what builds a model does: telling what a
@@ -77,3 +77,10 @@ async def ask_all(engine: EngineClient, method: str, *args: str) -> Any:
     if any(answer != answers[0] for answer in answers):
         raise EngineError(f"the ranks disagree after {method}: {answers}")
     return answers[0]
+
+
+def recipe_error(error: EngineError) -> ClientError:
+    """What is wrong with a recipe, or with the models that it names, where a rank could not do with it."""
+    return error_of_code(error.code, error.message) or InvalidMixError(
+        error.message, param="recipe", code="invalid_recipe"
+    )

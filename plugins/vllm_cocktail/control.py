@@ -8,9 +8,9 @@ import logging
 import time
 from typing import TYPE_CHECKING, Any
 
-from cocktail_serve.errors import CapacityError, ConfigError, EngineError, InvalidMixError, error_of_code
+from cocktail_serve.errors import CapacityError, ConfigError, EngineError
 from cocktail_serve.recipe import Recipe
-from vllm_cocktail.calls import ask_all, ask_ranks
+from vllm_cocktail.calls import ask_all, ask_ranks, recipe_error
 from vllm_cocktail.fence import Fence
 from vllm_cocktail.manifest import Manifest
 from vllm_cocktail.reload_check import TOLERANCE, ProbeAnswer, ask
@@ -62,7 +62,7 @@ class EngineControl:
                 reload makes another model of the base.
         """
         try:
-            await ask_all(self.engine, "cocktail_probe")
+            await ask_all(self.engine, "cocktail_prepare")
             loaded = await ask(self.engine)
             await self._capture()
             if self._mixing_path == "stream":
@@ -75,7 +75,7 @@ class EngineControl:
         if probed["digest"] != self.manifest.resident:
             raise ConfigError(f"the workers hold {probed['digest']}, the manifest says {self.manifest.resident}")
         await self.engine.update_weight_version(self.manifest.resident)
-        self.fence.open(self.manifest.resident)
+        self.fence.open({self.manifest.resident})
 
     async def mix(self, recipe: Recipe, *, drain_s: float) -> MixReply:
         """Makes a recipe resident. One mix at a time; others wait for it.
@@ -183,20 +183,18 @@ class EngineControl:
                 try:
                     await ask_all(self.engine, "cocktail_check", json.dumps(recipe.to_json()))
                 except EngineError as error:
-                    raise error_of_code(error.code, error.message) or InvalidMixError(
-                        error.message, param="recipe", code="invalid_recipe"
-                    ) from error
+                    raise recipe_error(error) from error
             self.fence.close()
             if not await self.fence.drained(drain_s):
                 in_flight = self.fence.in_flight
-                self.fence.open(previous)
+                self.fence.open({previous})
                 raise CapacityError(f"{in_flight} requests were still in flight after {drain_s:g} s", code="busy")
             try:
                 source = await self._swap(recipe)
             except BaseException as error:
                 self.fence.poison(f"mixing {recipe.digest} failed: {error}")
                 raise EngineError(f"mixing {recipe.digest} failed: {error}", code="mix_failed") from error
-            self.fence.open(recipe.digest)
+            self.fence.open({recipe.digest})
             return {"resident": recipe.digest, "seconds": time.perf_counter() - started, "source": source}
 
     async def _swap(self, recipe: Recipe) -> ParameterSource:

@@ -60,6 +60,14 @@ class Refusal:
     message: str
 
 
+def error_body(
+    status: int, code: str | None, message: str, *, resident: str | None, param: str | None = None
+) -> dict[str, Any]:
+    """What the plugin answers in place of the engine: OpenAI's shape, and the resident recipe."""
+    kind = {400: "invalid_request_error", 409: "conflict_error"}.get(status, "server_error")
+    return {"error": {"message": message, "type": kind, "param": param, "code": code}, "resident": resident}
+
+
 class Fence:
     """Who may use the parameters now. Lives on one event loop; every method but `drained` returns at once.
 
@@ -69,6 +77,7 @@ class Fence:
     Attributes:
         serves: digests of the recipes that the engine answers by: one, where it holds one at a time; none when it is
             poisoned. While the fence is closed, those of before.
+        state: `mixing` is closed, whatever for: also before the first `open`.
         in_flight: requests inside.
 
     The fence starts closed; `open` follows when the server is ready.
@@ -128,12 +137,8 @@ class Fence:
             return self.in_flight == 0
         return True
 
-    def open(self, *serves: str) -> None:
+    def open(self, serves: Collection[str]) -> None:
         """Lets requests for these recipes in, and for no others. A poisoned fence stays shut."""
-        self.open_to(frozenset(serves))
-
-    def open_to(self, serves: Collection[str]) -> None:
-        """As `open`; the collection may be one that is not counted out."""
         if self.state != "poisoned":
             self.serves = serves
             self.state = "open"
@@ -216,9 +221,7 @@ async def _refuse(scope: ASGIScope, receive: Receive, send: Send, refusal: Refus
             await send({"type": "websocket.close", "code": 1013, "reason": refusal.code})
             return
         prefix = "websocket.http.response"
-    kind = {400: "invalid_request_error", 409: "conflict_error"}.get(refusal.status, "server_error")
-    error = {"message": refusal.message, "type": kind, "param": None, "code": refusal.code}
-    body = json.dumps({"error": error, "resident": resident}).encode()
+    body = json.dumps(error_body(refusal.status, refusal.code, refusal.message, resident=resident)).encode()
     headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
     if refusal.status == 409:
         headers.append((b"retry-after", b"1"))

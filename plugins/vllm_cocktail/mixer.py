@@ -12,7 +12,7 @@ from cocktail_serve.checkpoints.finite import OVERFLOWS_FROM
 from cocktail_serve.checkpoints.mixture import Mixture
 from cocktail_serve.checkpoints.reader import CheckpointReader
 from cocktail_serve.checkpoints.unchanged import open_base, open_expert_of
-from cocktail_serve.dtypes import DType
+from cocktail_serve.dtypes import ITEM_BYTES
 from cocktail_serve.errors import ConfigError, InvalidMixError, ModelChangedError
 from cocktail_serve.merging.bounds import largest_of_mixture
 from cocktail_serve.merging.threads import made_ahead
@@ -30,8 +30,6 @@ logger = logging.getLogger("vllm.cocktail.mixer")
 
 BYTES_AHEAD = 1 << 27
 """Mixed tensors that wait for the engine."""
-
-_ITEM_BYTES: dict[DType, int] = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 
 class Mixer:
@@ -51,6 +49,7 @@ class Mixer:
         self._reread = reread
         self.cache = MergedParams(cache_bytes)
         self._buffers = Buffers(cache_bytes + 2 * BYTES_AHEAD)
+        # read by nobody: held, so that what they map stays mapped
         self._readers: dict[str, CheckpointReader | AdapterReader] = {}
 
     def check(self, recipe: Recipe, *, needs_files: bool = True) -> None:
@@ -70,7 +69,7 @@ class Mixer:
             IncompatibleModelsError: tensors that differ in name or shape; names the tensor and both shapes.
             NotFiniteError: a tensor of the mixture would be infinite somewhere.
         """
-        self.require_ours(recipe)
+        self.check_recipe(recipe)
         if recipe.digest in self.cache or not (needs_files or self._may_overflow(recipe)):
             return
         mixture = self._open(recipe)
@@ -128,7 +127,7 @@ class Mixer:
         Raises:
             what `check` raises, before the first tensor.
         """
-        self.require_ours(recipe)
+        self.check_recipe(recipe)
         kept = self.cache.get(recipe.digest)
         if kept is not None:
             return iter(kept), "cache"
@@ -145,8 +144,8 @@ class Mixer:
         with CheckpointReader(self.manifest.members[self.manifest.base].path) as reader:
             return frozenset(reader.tensors)
 
-    def require_ours(self, recipe: Recipe) -> None:
-        """Raises what `check` says of the recipe itself."""
+    def check_recipe(self, recipe: Recipe) -> None:
+        """Raises what `check` says of the recipe itself; reads the manifest again where it lacks a model of it."""
         manifest = self.manifest
         if recipe.base != manifest.base:
             raise InvalidMixError(f"the recipe's base is {recipe.base}, the engine was started on {manifest.base}")
@@ -156,7 +155,7 @@ class Mixer:
             )
         if not recipe.coefficients:
             raise InvalidMixError("the recipe has no coefficients: there is nothing to mix")
-        self._learn(recipe)
+        self._learn_models(recipe)
 
     def _may_overflow(self, recipe: Recipe) -> bool:
         largest = {f: self.manifest.members[f].largest for f, _ in recipe.coefficients}
@@ -170,7 +169,7 @@ class Mixer:
         self._readers = {fingerprint: reader for fingerprint, reader in readers.items() if fingerprint in members}
         return mixture
 
-    def _learn(self, recipe: Recipe) -> None:
+    def _learn_models(self, recipe: Recipe) -> None:
         """Reads the manifest again for models that it lacked; of what else it says nothing may change.
 
         Raises:
@@ -197,4 +196,4 @@ class Mixer:
         # integer tensors, the few there are, count as floating ones: an estimate that errs on little
         with CheckpointReader(self.manifest.members[recipe.base].path) as reader:
             num_elements = sum(math.prod(info.shape) for info in reader.tensors.values())
-        return num_elements * _ITEM_BYTES[recipe.dtype]
+        return num_elements * ITEM_BYTES[recipe.dtype]

@@ -20,11 +20,11 @@ from starlette.datastructures import State
 from cocktail_serve.errors import CapacityError, ClientError, CocktailError, ConfigError
 from cocktail_serve.recipe import Recipe
 from vllm_cocktail.control import EngineControl
-from vllm_cocktail.fence import Fence, FenceMiddleware
+from vllm_cocktail.fence import Fence, FenceMiddleware, error_body
 from vllm_cocktail.launch import WORKER_EXTENSIONS
 from vllm_cocktail.manifest import Manifest
 from vllm_cocktail.replies import FORGET_PATH, MIX_PATH, SCORE_PATH, STATUS_PATH, MixReply, ScoreReply, StatusReply
-from vllm_cocktail.scoring import mean_losses
+from vllm_cocktail.scoring import TokenizedExample, mean_losses
 from vllm_cocktail.unmerged.binding import RequestBinder
 from vllm_cocktail.unmerged.control import UnmergedControl
 from vllm_cocktail.unmerged.row import BASE_ROW
@@ -64,17 +64,10 @@ class ForgetRequest(_Body):
     digest: str
 
 
-class ExampleBody(_Body):
-    """An example as the engine reads it."""
-
-    token_ids: list[int]
-    output_start: int
-
-
 class ScoreRequest(_Body):
     """Body of `POST SCORE_PATH`."""
 
-    examples: list[ExampleBody] = Field(min_length=1)
+    examples: list[TokenizedExample] = Field(min_length=1)
     vllm_xargs: dict[str, Any] | None = None
     # of every request that is bound to its recipe; the prompts have salts of their own
     model: str | None = None
@@ -148,7 +141,7 @@ class CocktailEndpointPlugin:
         state.cocktail_control = control_of(engine_client, fence, manifest)
         started = time.perf_counter()
         # the first log-probabilities of a prompt compile a kernel; nobody's first scores should wait for that
-        await mean_losses(engine_client, [ExampleBody(token_ids=[0, 1, 2, 3], output_start=1)], xargs=BASE_ROW)
+        await mean_losses(engine_client, [TokenizedExample(token_ids=[0, 1, 2, 3], output_start=1)], xargs=BASE_ROW)
         logger.info("cocktail: scoring warmed up in %.1f s", time.perf_counter() - started)
         await state.cocktail_control.start()
         logger.info("cocktail: %d models to mix, resident %s", len(manifest.members), manifest.resident)
@@ -211,6 +204,5 @@ async def _answer_error(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, CocktailError)
     fence: Fence = request.app.state.cocktail_fence
     status_code = 400 if isinstance(error, ClientError) else 409 if isinstance(error, CapacityError) else 500
-    kind = {400: "invalid_request_error", 409: "conflict_error", 500: "server_error"}[status_code]
-    body = {"message": error.message, "type": kind, "param": error.param, "code": error.code}
-    return JSONResponse({"error": body, "resident": fence.resident}, status_code=status_code)
+    body = error_body(status_code, error.code, error.message, resident=fence.resident, param=error.param)
+    return JSONResponse(body, status_code=status_code)

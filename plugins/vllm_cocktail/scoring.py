@@ -6,7 +6,9 @@ import asyncio
 import math
 import secrets
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
+
+from pydantic import BaseModel, ConfigDict
 
 from cocktail_serve.errors import EngineError, InvalidExamplesError
 
@@ -15,14 +17,16 @@ if TYPE_CHECKING:
     from vllm.outputs import RequestOutput
 
 
-class ScorableTokens(Protocol):
+class TokenizedExample(BaseModel):
     """Tokens of an input and its output, and where the output starts."""
+
+    model_config = ConfigDict(extra="forbid")
 
     token_ids: list[int]
     output_start: int
 
 
-def check_example(example: ScorableTokens, *, row: int, max_model_len: int, vocab_size: int) -> None:
+def check_example(example: TokenizedExample, *, row: int, max_model_len: int, vocab_size: int) -> None:
     """Refuses what the engine would refuse later, or would score wrongly.
 
     Raises:
@@ -42,7 +46,7 @@ def check_example(example: ScorableTokens, *, row: int, max_model_len: int, voca
 
 
 async def mean_losses(
-    engine: EngineClient, examples: Sequence[ScorableTokens], *, xargs: Mapping[str, Any] | None = None
+    engine: EngineClient, examples: Sequence[TokenizedExample], *, xargs: Mapping[str, Any] | None = None
 ) -> list[float]:
     """Mean token cross-entropy of each example's output given its input, in nats; not finite where the model overflows.
 
@@ -66,7 +70,7 @@ async def mean_losses(
     return [task.result() for task in tasks]
 
 
-async def _mean_loss(engine: EngineClient, example: ScorableTokens, xargs: Mapping[str, Any] | None) -> float:
+async def _mean_loss(engine: EngineClient, example: TokenizedExample, xargs: Mapping[str, Any] | None) -> float:
     from vllm.inputs import TokensPrompt
     from vllm.sampling_params import RequestOutputKind, SamplingParams
 

@@ -19,7 +19,7 @@ from cocktail_serve.errors import ConfigError, IncompatibleModelsError
 from cocktail_serve.merging.native import kernel_name
 from cocktail_serve.merging.threads import allow_cores
 from cocktail_serve.recipe import Recipe
-from vllm_cocktail.calls import replies
+from vllm_cocktail.calls import rpc_method
 from vllm_cocktail.captured import CapturedExperts, capture
 from vllm_cocktail.launch import is_cpu_build
 from vllm_cocktail.manifest import Manifest
@@ -41,40 +41,49 @@ class CocktailWorkerExtension:
     model_runner: Any
     reload_weights: Callable[..., None]
 
-    # the Worker's __init__ is vLLM's, so `cocktail_probe` sets these
+    # the Worker's __init__ is vLLM's, so `cocktail_prepare` sets these
     cocktail_mixer: Mixer | None = None
     cocktail_resident: str | None = None
     cocktail_experts: CapturedExperts | None = None
 
-    @replies
+    @rpc_method
+    def cocktail_prepare(self) -> WorkerDigest:
+        """Gets this worker ready to mix, once vLLM has loaded the base.
+
+        Returns:
+            `digest` of the resident recipe.
+        """
+        manifest = Manifest.from_environ()
+        require_mixable(self.vllm_config, manifest)
+        # its loader has read the files by now: what they were before and are after, they were meanwhile
+        check_unchanged(manifest.members[manifest.base])
+        world_size = self.vllm_config.parallel_config.world_size
+        if world_size == 1 and is_cpu_build():  # several keep to their own, whose memory is near
+            _allow_cores_of_server()
+        # every rank keeps whole tensors, the bound is for the server
+        self.cocktail_mixer = Mixer(
+            manifest, cache_bytes=manifest.cache_bytes // world_size, reread=Manifest.from_environ
+        )
+        self.cocktail_resident = manifest.resident
+        return {"digest": self.cocktail_resident}
+
+    @rpc_method
     def cocktail_probe(self) -> ProbedWorker:
-        """Gets this worker ready to mix at the first call; says what it holds at every one."""
-        if self.cocktail_mixer is None:
-            manifest = Manifest.from_environ()
-            require_mixable(self.vllm_config, manifest)
-            # its loader has read the files by now: what they were before and are after, they were meanwhile
-            check_unchanged(manifest.members[manifest.base])
-            world_size = self.vllm_config.parallel_config.world_size
-            if world_size == 1 and is_cpu_build():  # several keep to their own, whose memory is near
-                _allow_cores_of_server()
-            # every rank keeps whole tensors, the bound is for the server
-            self.cocktail_mixer = Mixer(
-                manifest, cache_bytes=manifest.cache_bytes // world_size, reread=Manifest.from_environ
-            )
-            self.cocktail_resident = manifest.resident
-        cache, experts = self.cocktail_mixer.cache, self.cocktail_experts
+        """Says what this worker holds."""
+        mixer, experts = _ready(self.cocktail_mixer), self.cocktail_experts
+        cache = mixer.cache
         return {
             "digest": self.cocktail_resident,
             "cached": cache.digests,
             "cached_bytes": cache.num_bytes,
             "cache_bytes": cache.max_bytes,
-            "model_dtype": self.cocktail_mixer.manifest.dtype,
+            "model_dtype": mixer.manifest.dtype,
             "mixing_kernel": kernel_name(),
             "captured": experts.fingerprints if experts else [],
             "captured_bytes": experts.num_bytes if experts else 0,
         }
 
-    @replies
+    @rpc_method
     def cocktail_capture(self) -> CapturedWorker:
         """Keeps the pool's models as this worker holds them, if that is possible. Before the first request.
 
@@ -104,7 +113,7 @@ class CocktailWorkerExtension:
                 self._cocktail_stream(base)
         return {"digest": self.cocktail_resident, "reason": reason}
 
-    @replies
+    @rpc_method
     def cocktail_release(self) -> WorkerDigest:
         """Lets go of what `cocktail_capture` kept: another rank could not keep its part.
 
@@ -114,7 +123,7 @@ class CocktailWorkerExtension:
         self.cocktail_experts = None
         return {"digest": self.cocktail_resident}
 
-    @replies
+    @rpc_method
     def cocktail_check(self, recipe_json: str) -> WorkerDigest:
         """Finds what is wrong with a recipe, as `Mixer.check`. Touches nothing.
 
@@ -126,7 +135,7 @@ class CocktailWorkerExtension:
         _ready(self.cocktail_mixer).check(recipe, needs_files=experts is None or not experts.holds(recipe))
         return {"digest": recipe.digest}
 
-    @replies
+    @rpc_method
     def cocktail_mix(self, recipe_json: str) -> MixedWorker:
         """Mixes a recipe into the live parameters. `ok: False` means that the engine is lost.
 
@@ -137,7 +146,7 @@ class CocktailWorkerExtension:
         mixer, experts = _ready(self.cocktail_mixer), self.cocktail_experts
         self.cocktail_resident = None
         if experts is not None and experts.holds(recipe):
-            mixer.require_ours(recipe)
+            mixer.check_recipe(recipe)
             experts.mix(recipe)
             self.cocktail_resident = recipe.digest
             source: ParameterSource = "experts"
@@ -159,7 +168,7 @@ class CocktailWorkerExtension:
         self.cocktail_resident = recipe.digest
         return source
 
-    @replies
+    @rpc_method
     def cocktail_forget(self, recipe_digest: str) -> WorkerDigest:
         """Frees the merged parameters of a recipe, where they are kept. What is resident stays.
 
@@ -172,7 +181,7 @@ class CocktailWorkerExtension:
 
 def _ready(mixer: Mixer | None) -> Mixer:
     if mixer is None:
-        raise ConfigError("the worker was not probed: the endpoint plugin `cocktail` is missing from VLLM_PLUGINS")
+        raise ConfigError("the worker was not prepared: the endpoint plugin `cocktail` is missing from VLLM_PLUGINS")
     return mixer
 
 

@@ -15,7 +15,7 @@ A, B = "a" * 64, "b" * 64
 
 def open_fence(*, managed: bool = True) -> Fence:
     fence = Fence(managed=managed)
-    fence.open(A)
+    fence.open({A})
     return fence
 
 
@@ -104,7 +104,7 @@ async def test_who_may_enter_an_open_fence(managed: bool, recipe: str | None, st
 async def test_who_may_enter_a_fence_of_several_recipes(managed: bool, recipe: str | None, status: int) -> None:
     """Whoever names none is nobody's: there is no recipe that it could mean."""
     app, fence = App(), Fence(managed=managed)
-    fence.open(A, B)
+    fence.open({A, B})
     start, body = await call(FenceMiddleware(app, fence), scope_of(recipe=recipe))
     assert start["status"] == status
     assert bool(app.paths) == (status == 200)
@@ -117,7 +117,7 @@ async def test_who_may_enter_a_fence_of_several_recipes(managed: bool, recipe: s
 
 async def test_recipes_side_by_side_are_counted_together() -> None:
     app, fence = App(), Fence()
-    fence.open(A, B)
+    fence.open({A, B})
     app.finish.clear()
     requests = [asyncio.create_task(call(FenceMiddleware(app, fence), scope_of(recipe=recipe))) for recipe in (A, B)]
     await asyncio.sleep(0)
@@ -125,7 +125,7 @@ async def test_recipes_side_by_side_are_counted_together() -> None:
     fence.close()
     assert fence.resident is None
     assert not await fence.drained(0)
-    fence.open(B)
+    fence.open({B})
     app.finish.set()
     assert [header(start, "x-cocktail-recipe") for start, _ in await asyncio.gather(*requests)] == [A, B]
     start, _ = await call(FenceMiddleware(app, fence), scope_of(recipe=A))
@@ -135,9 +135,9 @@ async def test_recipes_side_by_side_are_counted_together() -> None:
 
 def test_a_poisoned_fence_serves_nothing() -> None:
     fence = Fence()
-    fence.open(A, B)
+    fence.open({A, B})
     fence.poison("a mix failed")
-    fence.open(A)
+    fence.open({A})
     assert (list(fence.serves), fence.resident) == ([], None)
 
 
@@ -159,7 +159,7 @@ async def test_nobody_enters_while_a_mix_is_on(managed: bool, recipe: str | None
     error = json.loads(body["body"])["error"]
     assert error["code"] == "recipe_not_resident"
     assert error["message"] == "another recipe is being mixed into the engine; try again"
-    fence.open(A)
+    fence.open({A})
     assert fence.state == "open"
 
 
@@ -174,7 +174,7 @@ async def test_a_poisoned_fence_stays_shut() -> None:
     fence = open_fence()
     fence.poison("a mix failed")
     fence.poison("and so did what came after")
-    fence.open(A)
+    fence.open({A})
     fence.close()
     assert fence.state == "poisoned"
     assert fence.resident is None
@@ -247,7 +247,7 @@ async def test_an_answer_names_the_recipe_that_gave_it_not_the_one_resident_at_i
     request = asyncio.create_task(call(FenceMiddleware(app, fence), scope_of(recipe=A)))
     await app.entered.wait()
     fence.close()
-    fence.open(B)
+    fence.open({B})
     app.finish.set()
     assert header((await request)[0], "x-cocktail-recipe") == A
 

@@ -337,7 +337,7 @@ async def test_experts_are_captured_before_the_first_request() -> None:
     manifest = Manifest.of_pool(POOL, dtype="float32", cache_bytes=0, managed=True, expert_bytes=100)
     control = EngineControl(engine, Fence(managed=True), manifest)  # type: ignore[arg-type]  # what it uses of it
     await control.start()
-    assert engine.calls == ["cocktail_probe", "generate", "cocktail_capture", "generate", "cocktail_probe", "version"]
+    assert engine.calls == ["cocktail_prepare", "generate", "cocktail_capture", "generate", "cocktail_probe", "version"]
     status = await control.status()
     assert (status["mixing_path"], status["streams_because"]) == ("in_place", None)
 
@@ -420,6 +420,6 @@ async def test_a_status_during_a_mix_is_no_contradiction() -> None:
 
 async def test_a_worker_that_refuses_the_engine_ends_the_start() -> None:
     engine = Engine()
-    engine.replies["cocktail_probe"] = [{"ok": False, "error": "start it on the base"}]
+    engine.replies["cocktail_prepare"] = [{"ok": False, "error": "start it on the base"}]
     with pytest.raises(ConfigError, match="start it on the base"):
         await control_of(engine)

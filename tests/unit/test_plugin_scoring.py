@@ -10,8 +10,7 @@ from typing import Any
 import pytest
 
 from cocktail_serve.errors import EngineError, InvalidExamplesError
-from vllm_cocktail.routes import ExampleBody
-from vllm_cocktail.scoring import mean_losses
+from vllm_cocktail.scoring import TokenizedExample, mean_losses
 
 # before a test runs: vLLM asks the machine by processes while it is imported
 pytest.importorskip("vllm.sampling_params", reason="what is asked of the engine is in vLLM's own types")
@@ -39,11 +38,11 @@ class Engine:
         yield SimpleNamespace(prompt_logprobs=[] if self.is_silent else logprobs)
 
 
-def example(tokens: list[int], output_start: int) -> ExampleBody:
-    return ExampleBody(token_ids=tokens, output_start=output_start)
+def example(tokens: list[int], output_start: int) -> TokenizedExample:
+    return TokenizedExample(token_ids=tokens, output_start=output_start)
 
 
-async def losses(engine: Any, *examples: ExampleBody) -> list[float]:
+async def losses(engine: Any, *examples: TokenizedExample) -> list[float]:
     return await mean_losses(engine, examples)
 
 

@@ -111,11 +111,12 @@ def test_a_worker_alone_mixes_on_all_cores_of_the_server(
     monkeypatch.setattr(os, "sched_getaffinity", {os.getppid(): {0, 1, 2, 3}}.get)
     monkeypatch.setattr("vllm_cocktail.worker.is_cpu_build", lambda: on_cpu)
     worker.vllm_config.parallel_config.world_size = world_size
-    assert worker.cocktail_probe()["ok"]
+    assert worker.cocktail_prepare()["ok"]
     assert allowed == ([{0, 1, 2, 3}] if world_size == 1 and on_cpu else [])
 
 
 def test_a_mix_replaces_every_parameter_and_says_so(worker: Worker, pool: Pool) -> None:
+    worker.cocktail_prepare()
     probed = worker.cocktail_probe()
     assert (probed["ok"], probed["digest"]) == (True, recipe_of(pool, base=1.0).digest)
     recipe = recipe_of(pool, base=0.3, red=0.7)
@@ -132,7 +133,7 @@ def test_a_mix_replaces_every_parameter_and_says_so(worker: Worker, pool: Pool) 
 @pytest.mark.parametrize(("tied", "num_packed"), [(True, 1), (False, 0)])
 def test_a_tied_head_is_packed_anew(worker: Worker, pool: Pool, tied: bool, num_packed: int) -> None:
     worker.model = Model(tied=tied)
-    worker.cocktail_probe()
+    worker.cocktail_prepare()
     assert worker.cocktail_mix(text_of(recipe_of(pool, red=1.0)))["ok"]
     # a head of its own parameters is packed by the reload, as an embedding is
     assert (worker.model.head.num_packed, worker.model.embed.num_packed) == (num_packed, 0)
@@ -140,7 +141,7 @@ def test_a_tied_head_is_packed_anew(worker: Worker, pool: Pool, tied: bool, num_
 
 @pytest.mark.parametrize(("fault", "message"), [("stops", "the reload took 3 of"), ("raises", "out of memory")])
 def test_half_a_mix_leaves_nothing_resident(worker: Worker, pool: Pool, fault: str, message: str) -> None:
-    worker.cocktail_probe()
+    worker.cocktail_prepare()
     worker.fault = fault
     reply = worker.cocktail_mix(text_of(recipe_of(pool, red=1.0)))
     assert not reply["ok"]
@@ -150,8 +151,8 @@ def test_half_a_mix_leaves_nothing_resident(worker: Worker, pool: Pool, fault: s
 
 @pytest.mark.parametrize("recipe", ["{", "[]", "{}", "null", '{"version": 99}'])
 def test_nothing_is_raised_and_a_bad_recipe_changes_nothing(worker: Worker, pool: Pool, recipe: str) -> None:
-    assert "was not probed" in worker.cocktail_check(text_of(recipe_of(pool, red=1.0)))["error"]
-    worker.cocktail_probe()
+    assert "was not prepared" in worker.cocktail_check(text_of(recipe_of(pool, red=1.0)))["error"]
+    worker.cocktail_prepare()
     before = worker.cocktail_resident
     reply = worker.cocktail_check(recipe)
     assert not reply["ok"]
@@ -174,7 +175,7 @@ def test_an_engine_that_cannot_be_mixed_is_refused(
 ) -> None:
     target = worker.vllm_config if part is None else getattr(worker.vllm_config, part)
     vars(target).update(changes)
-    reply = worker.cocktail_probe()
+    reply = worker.cocktail_prepare()
     assert not reply["ok"]
     assert message in reply["error"]
     assert worker.cocktail_mixer is None
@@ -192,12 +193,12 @@ def test_files_that_changed_are_told_by_their_code(
     (pool.member(name).path / "model.safetensors").write_bytes(
         (pool.member("green").path / "model.safetensors").read_bytes()
     )
-    probed = worker.cocktail_probe()
+    prepared = worker.cocktail_prepare()
     if name == "base":
-        assert (probed["ok"], probed["code"]) == (False, "model_changed")
-        assert "'base' are not what they were" in probed["error"]
+        assert (prepared["ok"], prepared["code"]) == (False, "model_changed")
+        assert "'base' are not what they were" in prepared["error"]
         return
-    assert probed["ok"]
+    assert prepared["ok"]
     checked = worker.cocktail_check(text_of(recipe_of(pool, red=1.0)))
     assert (checked["ok"], checked["code"]) == (False, "model_changed")
     assert worker.cocktail_check(text_of(recipe_of(pool, green=1.0)))["ok"]

@@ -373,7 +373,7 @@ class TestForm:
     def test_a_method_that_is_no_sum_needs_merged_parameters(self, name: str) -> None:
         weights = {"ag-news": 0.5, "nq": 0.5}
         recipe = make_recipe(POOL, weights, dtype="bfloat16", method=name)
-        if METHODS[name].is_linear:
+        if METHODS[name].is_weighted_sum:
             assert make_recipe(POOL, weights, dtype="bfloat16", method=name, form="unmerged").form == "unmerged"
             return
         for refused in (

@@ -141,9 +141,9 @@ class FakeServer:
         if manifest.mode == "unmerged":
             base = Recipe(manifest.base, ((manifest.base, 1.0),), manifest.dtype, form="unmerged")
             self._binder = RequestBinder(base, self._require_known)
-            self.fence.open_to(EveryRecipe())
+            self.fence.open(EveryRecipe())
         else:
-            self.fence.open(manifest.resident)
+            self.fence.open({manifest.resident})
 
     def app(self, *, api_key: str | None) -> Starlette:
         routes = [
@@ -211,7 +211,7 @@ class FakeServer:
             if self._holds == "one":
                 self.fence.close()
                 if self._strikes("mix_busy") or not await self.fence.drained(body.get("drain_s", 30.0)):
-                    self.fence.open(*before)
+                    self.fence.open(before)
                     return _error(409, "busy", f"{self.fence.in_flight} requests are in flight")
             await asyncio.sleep(self._mix_s)
             if self._strikes("mix_hang"):
@@ -222,7 +222,7 @@ class FakeServer:
             source: ParameterSource = "cache" if recipe.digest in self._cached else "files"
             if source == "files":
                 self._cached.append(recipe.digest)
-            self.fence.open(recipe.digest, *(before if self._holds == "all" else ()))
+            self.fence.open({recipe.digest, *(before if self._holds == "all" else ())})
             seconds = time.perf_counter() - started
             reply: MixReply = {"resident": recipe.digest, "seconds": seconds, "source": source}
             return _json(reply)

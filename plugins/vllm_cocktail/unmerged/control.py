@@ -8,9 +8,9 @@ import logging
 from collections.abc import Collection, Iterator
 from typing import TYPE_CHECKING
 
-from cocktail_serve.errors import ConfigError, EngineError, InvalidMixError, error_of_code
+from cocktail_serve.errors import ConfigError, EngineError, InvalidMixError
 from cocktail_serve.recipe import Recipe
-from vllm_cocktail.calls import ask_all
+from vllm_cocktail.calls import ask_all, recipe_error
 from vllm_cocktail.fence import Fence
 from vllm_cocktail.manifest import Manifest
 from vllm_cocktail.reload_check import ask
@@ -73,7 +73,7 @@ class UnmergedControl:
             held["kernel"],
             f" ({held['kernel_because']})" if held["kernel_because"] else "",
         )
-        self.fence.open_to(EveryRecipe())
+        self.fence.open(EveryRecipe())
 
     async def require_loaded(self, recipe: Recipe) -> None:
         """Has the workers load what experts of a recipe they lack: they were added while the server runs.
@@ -128,7 +128,5 @@ class UnmergedControl:
         try:
             held: UnmergedWorker = await ask_all(self.engine, "cocktail_load", json.dumps(fingerprints))
         except EngineError as error:
-            raise error_of_code(error.code, error.message) or InvalidMixError(
-                error.message, param="recipe", code="invalid_recipe"
-            ) from error
+            raise recipe_error(error) from error
         self._loaded = frozenset(held["experts"])

@@ -9,7 +9,7 @@ from typing import Any
 
 from cocktail_serve.checkpoints.unchanged import check_unchanged
 from cocktail_serve.errors import ConfigError
-from vllm_cocktail.calls import replies
+from vllm_cocktail.calls import rpc_method
 from vllm_cocktail.manifest import Manifest
 from vllm_cocktail.replies import UnmergedWorker
 from vllm_cocktail.unmerged.experts import UnmergedExperts
@@ -56,18 +56,18 @@ class UnmergedWorkerExtension:
             experts.layers.seal()
         self.cocktail_experts = experts
 
-    @replies
+    @rpc_method
     def cocktail_probe(self) -> UnmergedWorker:
         """What this worker holds."""
         return self._cocktail_reply()
 
-    @replies
+    @rpc_method
     def cocktail_check_layers(self) -> UnmergedWorker:
         """After the first request: fails where vLLM computed past a layer that experts adapt."""
         self._cocktail_held().layers.require_called()
         return self._cocktail_reply()
 
-    @replies
+    @rpc_method
     def cocktail_load(self, fingerprints_json: str) -> UnmergedWorker:
         """Loads experts that the manifest has gained. What runs meanwhile waits for a step's time."""
         self._cocktail_held().load(json.loads(fingerprints_json))
