@@ -65,7 +65,7 @@ async def running_engine(config: PoolConfig, folder: Path) -> AsyncIterator[VLLM
 
 async def complete(engine: VLLMEngine, merging_weights: Mapping[str, float]) -> dict[str, Any]:
     """A greedy completion of `PROMPT`, with the ids of both and log-probabilities."""
-    recipe = make_recipe(engine.pool, merging_weights, dtype="float32")
+    recipe = make_recipe(engine.pool, merging_weights, dtype="float32", form=engine.pool.form)
     body = {"prompt": PROMPT, "temperature": 0.0, "max_tokens": 16, "ignore_eos": True, "logprobs": 1}
     # a publisher's own sampling defaults are not asked for
     body |= {"repetition_penalty": 1.0, "return_token_ids": True}
@@ -98,6 +98,32 @@ async def test_members_and_mixtures_answer_and_score_as_in_transformers(family: 
         assert loss == pytest.approx(score_with_transformers(reference, tokenized), abs=LOSS_TOLERANCE), mixture
     told = {tuple(round(log_prob, 2) for log_prob in choice["logprobs"]["token_logprobs"]) for choice in said}
     assert len(told) >= 3, "base, full expert and mixture answer alike"
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("specimen", IN_VLLM, ids=str)
+async def test_adapters_answer_and_score_by_their_coefficients(family: Family, tmp_path: Path) -> None:
+    """However vLLM fuses and renames the layers: all mixtures in one batch."""
+    if LORA not in family.experts:
+        pytest.skip("its adapter is refused: " + str(family.specimen))
+    ids = AutoTokenizer.from_pretrained(family.folders[BASE])(PROMPT).input_ids
+    mixtures = [{BASE: 1.0}, {LORA: 1.0}, {BASE: 0.4, LORA: 0.6}]
+    examples = parse_examples(EXAMPLES, "decoder", max_examples=100)
+    config = family.pool([LORA])
+    async with running_engine(config, tmp_path) as engine:
+        assert engine.pool.form == "unmerged"
+        said = await asyncio.gather(*(complete(engine, mixture) for mixture in mixtures))
+        recipes = [make_recipe(engine.pool, mixture, dtype="float32", form="unmerged") for mixture in mixtures]
+        scored = await asyncio.gather(*(engine.score(recipe, examples) for recipe in recipes))
+    tokenized = tokenize_examples(
+        AutoTokenizer.from_pretrained(family.folders[BASE]), examples, max_tokens=MAX_MODEL_LEN - 1
+    )
+    for mixture, choice, score in zip(mixtures, said, scored, strict=True):
+        reference = family.reference.mixed(mixture)
+        assert_greedy_of(reference, ids, choice)
+        assert score.losses == pytest.approx(score_with_transformers(reference, tokenized), abs=LOSS_TOLERANCE)
+    told = {tuple(round(log_prob, 2) for log_prob in choice["logprobs"]["token_logprobs"]) for choice in said}
+    assert len(told) == len(mixtures), "base, expert and mixture answer alike"
 
 
 @pytest.mark.full
