@@ -52,6 +52,9 @@ Temperature = Annotated[
 WeightingOption = Annotated[
     str | None, typer.Option("--weighting", help="softmax, paper, uniform, search or blackbox.")
 ]
+MaxExperts = Annotated[
+    int | None, typer.Option(min=1, help="Experts that keep their weights, those that weigh most; all if left out.")
+]
 Budget = Annotated[int | None, typer.Option(help="Mixtures that weighting blackbox tries.")]
 MethodOption = Annotated[
     str | None, typer.Option("--method", help=f"How parameters are merged: {', '.join(METHODS)}; linear if left out.")
@@ -139,6 +142,7 @@ class MixtureOptions:
     method: MethodOption = None
     method_param: MethodParams = None
     expert: ExpertsOption = None
+    max_experts: MaxExperts = None
     seed: Seed = None
     judge: Judge = True
 
@@ -164,6 +168,7 @@ class MixtureOptions:
             "method": self.method,
             "method_params": parse_method_params(self.method_param),
             "experts": self.expert or None,
+            "max_experts": self.max_experts,
             "seed": self.seed,
         }
         return {name: value for name, value in values.items() if value is not None}

@@ -46,7 +46,12 @@ def cross_validate(
     for number, fold in enumerate(folds):
         others = [row for row in range(num_examples) if row not in fold]
         weights = weights_from_losses(
-            of_peers, rows=others, temperature=chosen.temperature, target=options.target, alpha=chosen.alpha
+            of_peers,
+            rows=others,
+            temperature=chosen.temperature,
+            target=options.target,
+            alpha=chosen.alpha,
+            max_experts=options.max_experts,
         )
         trials.append(Trial(weights, fold, progress=number / len(folds)))
     held_out: dict[int, float] = {}

@@ -34,6 +34,7 @@ class CocktailOptions:
         temperature: tau; None where no softmax is taken, or where the weighting chooses it.
         budget: mixtures that `blackbox` tries; None for the other weightings.
         experts: the limit that was asked for, sorted; None: all.
+        max_experts: how many experts keep their weights, those that weigh most; None: all that are weighed.
         merging_weights: weights given by hand, or None.
         examples_digest: digest of the examples after sampling, or None without examples.
         num_examples: examples after sampling.
@@ -52,6 +53,7 @@ class CocktailOptions:
     method: str = "linear"
     method_params: Mapping[str, Any] = field(default_factory=dict)
     experts: tuple[str, ...] | None = None
+    max_experts: int | None = None
     peers: tuple[str, ...] = ()
     budget: int | None = None
     seed: int = 0
@@ -98,6 +100,7 @@ class CocktailOptions:
                 "merging_weights": None if self.merging_weights is None else dict(self.merging_weights),
                 "seed": self.seed,
                 # left out where there is none, so that the ids of other cocktails stay what they were
+                **({} if self.max_experts is None else {"max_experts": self.max_experts}),
                 **({} if self.budget is None else {"budget": self.budget}),
                 **({} if self.validation_digest is None else {"validation_examples": self.validation_digest}),
             }

@@ -57,6 +57,9 @@ class InlineBody(BaseModel):
     method: MethodName | None = Field(None, description="How parameters are merged; linear if left out.")
     method_params: dict[str, Any] | None = Field(None, description="Parameters of the method; linear takes none.")
     experts: list[str] | None = Field(None, description="Experts to weigh beside the base; null: all of the pool.")
+    max_experts: int | None = Field(
+        None, ge=1, description="At most so many experts keep their weights, those that weigh most; null: all."
+    )
     seed: int | None = Field(None, ge=-(2**63), lt=2**63, description="Seed of the sampling of examples.")
     merging_weights: dict[str, float] | None = Field(None, description="Weights given by hand, by the method's rule.")
     metadata: dict[str, str] | None = Field(None, description="Up to 16 pairs of strings, kept with the cocktail.")
@@ -173,6 +176,7 @@ def _resolve(body: InlineBody, name: str, pool: Pool, settings: Settings, *, inl
         temperature=None if examples is None else temperature,
         budget=(body.budget or BUDGET) if examples is not None and weighting == "blackbox" else None,
         experts=experts,
+        max_experts=_max_experts(body, peers, weighting),
         peers=peers,
         examples_digest=None if examples is None else examples.digest,
         num_examples=0 if examples is None else len(examples),
@@ -198,7 +202,7 @@ def _with_validation(request: CocktailRequest, body: CocktailBody, pool: Pool, s
 
 
 def _by_hand(body: InlineBody, pool: Pool, method: Method, method_params: Mapping[str, Any]) -> dict[str, float]:
-    excluded = ("examples", "target", "alpha", "experts", "temperature", "weighting", "budget")
+    excluded = ("examples", "target", "alpha", "experts", "max_experts", "temperature", "weighting", "budget")
     for other in excluded:
         if getattr(body, other) is not None:
             raise InvalidMixError(
@@ -210,6 +214,21 @@ def _by_hand(body: InlineBody, pool: Pool, method: Method, method_params: Mappin
     order = {name: position for position, name in enumerate(pool.members)}
     coefficients = method.coefficients(body.merging_weights)
     return {name: float(coefficients[name]) for name in sorted(coefficients, key=order.__getitem__)}
+
+
+def _max_experts(body: InlineBody, peers: Sequence[str], weighting: Weighting) -> int | None:
+    """The limit where it leaves an expert out: a request in which it changes nothing is the one without."""
+    if body.max_experts is None:
+        return None
+    if not peers or weighting == "blackbox":
+        raise InvalidMixError(
+            "max_experts leaves out experts of the softmax over losses, and "
+            + (
+                "there are no examples to weigh them by" if not peers else "'blackbox' chooses every coefficient itself"
+            ),
+            param="max_experts",
+        )
+    return body.max_experts if body.max_experts < len([name for name in peers if name != BASE]) else None
 
 
 def _experts(body: InlineBody, pool: Pool) -> tuple[str, ...] | None:

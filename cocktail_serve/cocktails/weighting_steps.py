@@ -88,11 +88,24 @@ def recipe_of_trial(options: CocktailOptions, pool: Pool, trial: Trial, *, dtype
 def _candidates(options: CocktailOptions, losses: Mapping[str, Sequence[float]]) -> Trials[tuple[Candidate, ...]]:
     of_peers = {name: losses[name] for name in options.peers}
     if options.weighting == "search":
-        return (yield from search(of_peers, target=options.target, alpha=options.alpha, seed=options.seed))
+        return (
+            yield from search(
+                of_peers,
+                target=options.target,
+                alpha=options.alpha,
+                seed=options.seed,
+                max_experts=options.max_experts,
+            )
+        )
     if options.weighting == "blackbox":
         everything = {name: losses[name] for name in options.scored}
         return (yield from blackbox(everything, budget=options.budget or BUDGET, seed=options.seed))
     weights = weights_from_losses(
-        of_peers, rows=None, temperature=options.temperature, target=options.target, alpha=options.alpha
+        of_peers,
+        rows=None,
+        temperature=options.temperature,
+        target=options.target,
+        alpha=options.alpha,
+        max_experts=options.max_experts,
     )
     return (Candidate(weights, options.temperature, options.alpha, chosen=True),)

@@ -82,7 +82,7 @@ class JobBody(_Body):
     metadata: dict[str, str] | None = Field(
         None,
         description="Up to 16 pairs of strings. `alpha`, `temperature`, `weighting`, `method`, `method_params` (JSON), "
-        "`experts` (comma-separated) and `budget` mean what they do in a cocktail; others are kept.",
+        "`experts` (comma-separated), `max_experts` and `budget` mean what they do in a cocktail; others are kept.",
     )
     hyperparameters: Hyperparameters | None = Field(None, description="Echoed and ignored: nothing is trained.")
     method: JobMethod | None = Field(
@@ -184,6 +184,7 @@ _OPTIONS: Mapping[str, tuple[Callable[[str], Any], str]] = {
     "method_params": (json.loads, "a JSON object"),
     "experts": (lambda text: [name.strip() for name in text.split(",")], "names with commas between them"),
     "budget": (int, "a whole number"),
+    "max_experts": (int, "a whole number"),
 }
 """Options of a cocktail that metadata carry: how their text is read, and what it must be."""
 

@@ -47,6 +47,7 @@ def search(
     target: str | None,
     alpha: float | None,
     seed: int,
+    max_experts: int | None = None,
 ) -> Trials[tuple[Candidate, ...]]:
     """Cross-validation over a small grid of tau (and alpha).
 
@@ -62,6 +63,7 @@ def search(
         target: the model fine-tuned for the task, or None.
         alpha: its share where it is given; None: searched.
         seed: of the dealing.
+        max_experts: as of `weights_from_losses`.
 
     Returns:
         Generator of at most `5 * 7 * 3` trials (`5 * 7` without a target, or with alpha given) that returns the
@@ -73,7 +75,9 @@ def search(
     settings: list[_Setting] = []
     for temperature in TEMPERATURES:
         for share in alphas:
-            setting = _setting(losses, folds, temperature=temperature, target=target, alpha=share)
+            setting = _setting(
+                losses, folds, temperature=temperature, target=target, alpha=share, max_experts=max_experts
+            )
             if not any(map(setting.is_like, settings)):
                 settings.append(setting)
     asked = [(weights, fold) for setting in settings for fold, weights in zip(folds, setting.held_out, strict=True)]
@@ -111,9 +115,12 @@ def _setting(
     temperature: float,
     target: str | None,
     alpha: float | None,
+    max_experts: int | None,
 ) -> _Setting:
     def weights(rows: Sequence[int]) -> Mapping[str, float]:
-        return weights_from_losses(losses, rows=rows, temperature=temperature, target=target, alpha=alpha)
+        return weights_from_losses(
+            losses, rows=rows, temperature=temperature, target=target, alpha=alpha, max_experts=max_experts
+        )
 
     everything = sorted(chain(*folds)) or range(len(next(iter(losses.values()))))
     return _Setting(

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 
 from cocktail_serve.errors import InvalidMixError
+from cocktail_serve.pool import BASE
 from cocktail_serve.recipe import with_target
 from cocktail_serve.weighting.candidates import mean
 
@@ -49,6 +50,7 @@ def weights_from_losses(
     temperature: float | None,
     target: str | None,
     alpha: float | None,
+    max_experts: int | None = None,
 ) -> dict[str, float]:
     """Weights by Eq. 2 over the peers and Eq. 1 with the target.
 
@@ -58,6 +60,7 @@ def weights_from_losses(
         temperature: tau; None: all peers weigh the same.
         target: the model fine-tuned for the task, or None.
         alpha: its share.
+        max_experts: as of `keep_largest`, of the peers; None: all.
     """
     if temperature is None:
         shares = uniform_weights(losses)
@@ -67,7 +70,24 @@ def weights_from_losses(
             for name, of_model in losses.items()
         }
         shares = softmax_weights(means, temperature=temperature)
+    if max_experts is not None:
+        shares = keep_largest(shares, max_experts)
     return with_target(shares, target=target, alpha=alpha or 0.0)
+
+
+def keep_largest(shares: Mapping[str, float], max_experts: int) -> dict[str, float]:
+    """The base and the experts that weigh most, scaled to the sum that all had; the others at 0.
+
+    What is kept is what the softmax over the kept models alone would give. Of equals, the first is kept.
+
+    Args:
+        shares: weight by name, none negative.
+        max_experts: experts beside the base, at least 1.
+    """
+    experts = sorted((name for name in shares if name != BASE), key=lambda name: -shares[name])
+    kept = {BASE, *experts[:max_experts]} & shares.keys()
+    scale = math.fsum(shares.values()) / math.fsum(shares[name] for name in kept)
+    return {name: share * scale if name in kept else 0.0 for name, share in shares.items()}
 
 
 def check_temperature(temperature: float) -> None:

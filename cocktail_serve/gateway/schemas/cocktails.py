@@ -80,6 +80,7 @@ class CocktailView(Listed):
     method: str
     method_params: dict[str, Any]
     experts: list[str] | None
+    max_experts: int | None = Field(description="How many experts keep their weights, where some are left out.")
     seed: int
     num_examples: int = Field(description="Examples used, after sampling.")
     losses: dict[str, float] = Field(description="Loss (nats) by model, as far as measured; the base is `base`.")
@@ -117,6 +118,7 @@ class CocktailView(Listed):
             method=options.method,
             method_params=dict(options.method_params),
             experts=None if options.experts is None else list(options.experts),
+            max_experts=options.max_experts,
             seed=options.seed,
             num_examples=options.num_examples,
             losses=dict(cocktail.losses),

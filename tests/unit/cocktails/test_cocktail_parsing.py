@@ -168,6 +168,20 @@ def test_slerp_counts_parameters_not_names() -> None:
         parse_request(body, settings=make_settings(), pools={"flan": twins})
 
 
+def test_a_limit_of_experts_counts_where_it_leaves_one_out() -> None:
+    plain = parse({"examples": EXAMPLES})
+    limited = parse({"examples": EXAMPLES, "max_experts": 2})
+    assert (plain.options.max_experts, limited.options.max_experts) == (None, 2)
+    assert limited.digest != plain.digest
+    for too_many in (3, 50):
+        assert parse({"examples": EXAMPLES, "max_experts": too_many}) == plain
+    assert CocktailOptions.from_json(json.loads(json.dumps(limited.options.to_json()))) == limited.options
+    for body in ({"target": "nq"}, {"examples": EXAMPLES, "weighting": "blackbox"}):
+        with pytest.raises(InvalidMixError, match="max_experts leaves out") as raised:
+            parse({**body, "max_experts": 1})
+        assert raised.value.param == "max_experts"
+
+
 def test_the_digest_follows_the_pools_content() -> None:
     pool = POOLS["flan"]
     retrained = Pool("flan", "decoder", pool.base, {**pool.experts, "nq": member("nq-2")}, "text")

@@ -44,6 +44,15 @@ def test_the_target_takes_alpha_and_its_loss_decides_nothing() -> None:
     assert weighting_steps(chosen, {**LOSSES, "squad": 9.0}).merging_weights == weights
 
 
+def test_experts_beyond_the_limit_weigh_nothing_and_are_still_reported() -> None:
+    chosen = options(peers=("base", "nq", "squad"), weighting="softmax", temperature=2.0, max_experts=1)
+    weighing = weighting_steps(chosen, LOSSES)
+    assert weighing.merging_weights["squad"] == 0.0
+    assert weighing.merging_weights["nq"] / weighing.merging_weights["base"] == pytest.approx(math.exp(0.5))
+    assert math.fsum(weighing.merging_weights.values()) == pytest.approx(1.0)
+    assert weighing.losses == LOSSES
+
+
 def test_uniform_reports_losses_but_does_not_read_them() -> None:
     weighing = weighting_steps(options(peers=("base", "nq"), weighting="uniform"), LOSSES)
     assert weighing.merging_weights == {"base": 0.5, "nq": 0.5}

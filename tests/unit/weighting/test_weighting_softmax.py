@@ -11,7 +11,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cocktail_serve.errors import InvalidMixError
-from cocktail_serve.weighting.softmax import entropy, softmax_weights, uniform_weights
+from cocktail_serve.weighting.softmax import (
+    entropy,
+    keep_largest,
+    softmax_weights,
+    uniform_weights,
+    weights_from_losses,
+)
 
 LOSSES = st.dictionaries(st.text(min_size=1, max_size=3), st.floats(allow_nan=False, allow_infinity=False), min_size=1)
 TEMPERATURES = st.floats(min_value=1e-300, max_value=1e300)
@@ -32,6 +38,29 @@ def test_the_papers_temperature_is_nearly_uniform() -> None:
 
 def test_order_of_names_is_kept() -> None:
     assert list(softmax_weights({"z": 1.0, "a": 2.0, "m": 0.0}, temperature=1.0)) == ["z", "a", "m"]
+
+
+def test_what_is_kept_is_the_softmax_over_it_alone() -> None:
+    losses = {"base": 2.0, "a": 1.0, "b": 3.0, "c": 0.5, "d": 1.5}
+    kept = keep_largest(softmax_weights(losses, temperature=0.7), 2)
+    alone = softmax_weights({name: losses[name] for name in ("base", "a", "c")}, temperature=0.7)
+    assert list(kept) == list(losses)
+    assert kept == pytest.approx({**dict.fromkeys(losses, 0.0), **alone})
+    assert math.fsum(kept.values()) == pytest.approx(1.0)
+
+
+def test_the_base_is_kept_beside_the_experts_and_of_equals_the_first() -> None:
+    shares = {"x": 0.2, "base": 0.1, "y": 0.2, "z": 0.2, "w": 0.3}
+    assert {name for name, share in keep_largest(shares, 2).items() if share} == {"base", "w", "x"}
+    assert keep_largest(shares, 4) == pytest.approx(shares)
+    assert set(keep_largest({"a": 0.5, "b": 0.5}, 1).values()) == {0.0, 1.0}
+
+
+def test_the_target_is_no_expert_that_is_left_out() -> None:
+    losses = {"base": [2.0], "a": [1.0], "b": [0.5]}
+    weights = weights_from_losses(losses, rows=None, temperature=1.0, target="t", alpha=0.4, max_experts=1)
+    assert (weights["t"], weights["a"]) == (0.4, 0.0)
+    assert math.fsum(weights.values()) == pytest.approx(1.0)
 
 
 @given(LOSSES, TEMPERATURES)
