@@ -114,11 +114,15 @@ def _mean_losses(
 
 
 def pool_section(extracted: ExtractedPool, config: PoolConfig) -> dict[str, Any]:
-    """The pool in a configuration beside the adapters: settings as they were, adapters by their folders."""
+    """The pool in a configuration beside the adapters: settings as they were, adapters by their folders.
+
+    Without `engine.mode`: what full experts had to be served by says nothing of these.
+    """
     experts = {
         name: name if name in extracted.extractions else _written(source) for name, source in config.experts.items()
     }
-    return config.model_dump(mode="json", exclude_unset=True) | {"base": _written(config.base), "experts": experts}
+    section = config.model_dump(mode="json", exclude_unset=True, exclude={"engine": {"mode"}})
+    return section | {"base": _written(config.base), "experts": experts}
 
 
 def _written(source: Source) -> str | dict[str, Any]:

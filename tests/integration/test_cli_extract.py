@@ -181,6 +181,7 @@ def test_the_pool_file_is_ready_for_doctor(
     assert after.model_copy(update={"experts": before.experts}) == before
     pool = open_pool(after, cache_dir=tmp_path / "cache")
     assert all(is_adapter(member.path) for member in pool.experts.values())
+    assert pool.merged_only is None, "that is what adapters are extracted for"
     kept = json.loads((Path(extracted["out"]) / "extraction.json").read_text())
     assert kept == {name: value for name, value in extracted.items() if name != "seconds"}
     card = (Path(extracted["out"]) / "nq" / "README.md").read_text()
@@ -259,12 +260,13 @@ def test_adapters_pass_through_and_experts_are_called_as_before(
     train_adapter(folders["base"], tmp_path / "pool" / "lora")
     (folders["nq"] / "chat_template.jinja").write_text("{{ messages }}")
     (folders["nq"] / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 5], "temperature": 0.3}))
-    config = write_config(tmp_path, {**folders, "lora": tmp_path / "pool" / "lora"})
+    config = write_config(tmp_path, {**folders, "lora": tmp_path / "pool" / "lora"}, mode="merged")
     code, out, _ = run(capsys, "extract", config, "--pool", "flan", "--rank", 2, "--out", tmp_path / "out")
     assert code == 0
     assert "adapters already, named as they are: lora" in " ".join(out.split())
     after = load_settings(tmp_path / "out" / "pool.yaml", environ={}).pools[0]
     assert after.experts["lora"].path == str(tmp_path / "pool" / "lora")
+    assert after.engine.mode is None, "merged was for full experts"
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["extraction.json", "nq", "pool.yaml"]
     before = open_pool(load_settings(config, environ={}).pools[0], cache_dir=tmp_path / "cache")
     pool = open_pool(after, cache_dir=tmp_path / "cache")
