@@ -8,19 +8,17 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
 
 from cocktail_serve.checkpoints.reader import CheckpointReader
 from cocktail_serve.errors import IncompatibleModelsError
 from vllm_cocktail.unmerged.factors import FactorTensors
-from vllm_cocktail.unmerged.kernel import Kernel, Layer, LayerShape
-
-if TYPE_CHECKING:
-    import torch
-    from numpy.typing import NDArray
-    from torch import Tensor, nn
+from vllm_cocktail.unmerged.kernel import Kernel, LayerShape
 
 # a child of vLLM's logger, whose handlers and level it so shares
 logger = logging.getLogger("vllm.cocktail.layers")
@@ -154,8 +152,6 @@ class LayerFinder:
             yield embedding
 
     def _require_product(self, stored: str, place: Place) -> None:
-        import torch
-
         module: Any = self._modules[place.module]
         generator = torch.Generator().manual_seed(0)
         weight = self._base.get(stored)
@@ -185,21 +181,6 @@ class LayerFinder:
         )
 
 
-@dataclass(slots=True)
-class _Adapted:
-    """A layer with factors.
-
-    Attributes:
-        index: of the layer among all, by which a compiled graph names it.
-        num_calls: how often it was computed; nought after a request means that vLLM computes past it.
-    """
-
-    layer: Layer
-    place: Place
-    index: int
-    num_calls: int = 0
-
-
 class Steps:
     """The rows of the step that is computed, as each use reads them.
 
@@ -220,8 +201,11 @@ class Steps:
             coefficients: `[num_requests, num_experts]`.
             num_tokens: `[num_requests]`, of each.
         """
-        self.tokens.set(coefficients, num_tokens)
-        self.set_samples(coefficients, np.ones_like(num_tokens))
+        if coefficients.any():
+            self.tokens.set(coefficients, num_tokens)
+            self.set_samples(coefficients, np.ones_like(num_tokens))
+        else:  # of the base alone, as most engines' steps are: no layer is to spend a thing on it
+            self.clear()
 
     def set_samples(self, coefficients: NDArray[np.float32], num_rows: NDArray[np.int32]) -> None:
         """Lays out the rows that the output head computes, as `set`."""
@@ -229,7 +213,43 @@ class Steps:
 
     def clear(self) -> None:
         """No row has coefficients."""
-        self.set(np.zeros((0, 0), dtype=np.float32), np.zeros(0, dtype=np.int32))
+        for step in (self.tokens, self.samples):
+            step.set(np.zeros((0, 0), dtype=np.float32), np.zeros(0, dtype=np.int32))
+
+
+class _Adapted:
+    """A layer with factors.
+
+    Attributes:
+        index: of the layer among all, by which a compiled graph names it.
+        num_calls: how often it was computed; nought after a request means that vLLM computes past it.
+    """
+
+    def __init__(self, place: Place, shape: LayerShape, steps: Steps, index: int) -> None:
+        self.place = place
+        self.index = index
+        self.num_calls = 0
+        self.layer = steps.kernel.new_layer(shape)
+        self._kernel = steps.kernel
+        self._step = steps.samples if place.use == "head" else steps.tokens
+        self._num_columns = shape.out_features if place.use == "head" else None  # a head has some for no token
+
+    def around(self, compute: Callable[..., Tensor], module: nn.Module, rows: Tensor, *args: Any, **kw: Any) -> Tensor:
+        """A layer's own product, and what the experts of the step's rows add to it."""
+        product = compute(module, rows, *args, **kw)
+        if torch.compiler.is_compiling():
+            torch.ops.cocktail.add_factors(rows, product, self.index)
+        else:
+            self.add(rows, product)
+        return product
+
+    def add(self, rows: Tensor, product: Tensor) -> None:
+        """What the experts add to the product, in place."""
+        self.num_calls += 1
+        if self._step.num_rows:
+            if self._num_columns is not None:
+                product = product[:, : self._num_columns]
+            self._kernel.add(self._step, self.layer, rows, product)
 
 
 class AdaptedLayers:
@@ -319,10 +339,10 @@ class AdaptedLayers:
         module: Any = self._model.get_submodule(place.module)
         num_inputs = {"linear": "input_size", "head": "embedding_dim", "embedding": "org_vocab_size"}[place.use]
         shape = LayerShape(getattr(module, num_inputs), place.widths, self._dtype, place.use == "embedding")
-        adapted = _Adapted(self._steps.kernel.new_layer(shape), place, index=len(self._adapted))
+        adapted = _Adapted(place, shape, self._steps, index=len(self._adapted))
         method = copy(module.quant_method)
         name = "embedding" if place.use == "embedding" else "apply"
-        setattr(method, name, functools.partial(self._around, getattr(module.quant_method, name), adapted))
+        setattr(method, name, functools.partial(adapted.around, getattr(module.quant_method, name)))
         module.quant_method = method
         return adapted
 
@@ -331,36 +351,15 @@ class AdaptedLayers:
 
         A graph is made once for all steps, so that it can know neither the rows nor the factors that they have.
         """
-        import torch
 
         def add(rows: Tensor, product: Tensor, index: int) -> None:
-            self._add(self._by_index[index], rows, product)
+            self._by_index[index].add(rows, product)
 
         library: Any = torch.library.Library("cocktail", "DEF")  # type: ignore[no-untyped-call]  # torch's own
         library.define("add_factors(Tensor rows, Tensor(a!) product, int index) -> ()")
         library.impl("add_factors", add, "CompositeExplicitAutograd")
         library.impl("add_factors", lambda rows, product, index: None, "Meta")
         self._library = library  # the operator is there for as long as it is
-
-    def _around(
-        self, compute: Callable[..., Tensor], adapted: _Adapted, module: nn.Module, rows: Tensor, *args: Any, **kw: Any
-    ) -> Tensor:
-        """A layer's own product, and what the experts of the step's rows add to it."""
-        import torch
-
-        product = compute(module, rows, *args, **kw)
-        if torch.compiler.is_compiling():
-            torch.ops.cocktail.add_factors(rows, product, adapted.index)
-        else:
-            self._add(adapted, rows, product)
-        return product
-
-    def _add(self, adapted: _Adapted, rows: Tensor, product: Tensor) -> None:
-        adapted.num_calls += 1
-        step = self._steps.samples if adapted.place.use == "head" else self._steps.tokens
-        if step.num_rows:
-            # an output head has rows for more tokens than there are
-            self._steps.kernel.add(step, adapted.layer, rows, product[:, : adapted.layer.shape.out_features])
 
 
 def _num_outputs(module: nn.Module) -> int | None:
