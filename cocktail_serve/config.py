@@ -150,26 +150,43 @@ class VLLMEngineConfig(_EngineBase):
         return next((value for key, value in self.args.items() if _argument_name(key) == name), None)
 
     def form_over(self, pool: Pool) -> Form:
-        if self.mode == "unmerged" and pool.merged_only is not None:
+        merged_only = self._merged_only(pool)
+        if self.mode == "unmerged" and merged_only is not None:
             raise ConfigError(
-                f"pool {pool.id!r}: engine.mode is unmerged, and {pool.merged_only}; set it to merged, or leave the "
-                "expert out",
+                f"pool {pool.id!r}: engine.mode is unmerged, and {merged_only}; set it to merged, or leave that out",
                 param="engine.mode",
             )
         if self.mode is not None:
             return self.mode
-        return "unmerged" if pool.experts and pool.merged_only is None else "merged"
+        return "unmerged" if pool.experts and merged_only is None else "merged"
 
     def reason_of_form(self, pool: Pool) -> str:
         if self.mode is not None:
             return f"engine.mode is {self.mode}"
         if pool.form == "unmerged":
             return "all experts of the configuration are LoRA adapters that can be served unmerged"
-        return pool.merged_only or "the configuration has no experts"
+        return self._merged_only(pool) or "the configuration has no experts"
+
+    def _merged_only(self, pool: Pool) -> str | None:
+        """Why a pool's mixtures can only reach this engine merged; None: they need not be."""
+        for name, harmless in _MERGED_ONLY_ARGUMENTS.items():
+            if (value := self.argument(name)) not in harmless:
+                return f"engine.args has {name}: {value}, with which a step's rows are not one for each token"
+        return pool.merged_only
 
 
 _PATH_ARGUMENTS = frozenset({"chat-template", "generation-config"})
 """Engine arguments that may name a file or a folder."""
+
+
+_MERGED_ONLY_ARGUMENTS: Mapping[str, tuple[Any, ...]] = {
+    "tensor-parallel-size": (None, 1),
+    "pipeline-parallel-size": (None, 1),
+    "speculative-config": (None,),
+    "enable-prompt-embeds": (None, False),
+    "enable-dbo": (None, False),
+}
+"""Engine arguments that the plugin refuses of an engine that is served unmerged, unless their value is one of these."""
 
 
 def _argument_name(key: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from safetensors.torch import load_file
 
 from cocktail_serve.checkpoints.opening import open_expert, open_pool
 from cocktail_serve.checkpoints.text_files import text_digest
-from cocktail_serve.config import PoolConfig
+from cocktail_serve.config import FakeEngineConfig, PoolConfig
 from cocktail_serve.errors import CheckpointError, ConfigError, IncompatibleModelsError
 from cocktail_serve.generation_settings import ChatTemplate, GenerationSettings
 from cocktail_serve.pool import Pool
@@ -257,6 +258,30 @@ class TestForm:
         with pytest.raises(ConfigError, match=r"engine\.mode is unmerged, and expert 'dora': it is DoRA") as caught:
             self.open(folders, tmp_path, "unmerged")
         assert caught.value.param == "engine.mode"
+
+    @pytest.mark.parametrize(
+        ("args", "is_refused"),
+        [
+            ({"tensor_parallel_size": 2}, True),
+            ({"--pipeline-parallel-size": 2}, True),
+            ({"speculative-config": {"method": "ngram"}}, True),
+            ({"enable-prompt-embeds": True}, True),
+            ({"tensor-parallel-size": 1, "enable-prompt-embeds": False, "max-num-seqs": 4}, False),
+        ],
+        ids=str,
+    )
+    def test_arguments_that_an_unmerged_engine_would_not_start_with(
+        self, decoders: Folders, tmp_path: Path, args: dict[str, Any], is_refused: bool
+    ) -> None:
+        lora = train_adapter(decoders["base"], tmp_path / "lora").folder
+        pool = self.open({"base": decoders["base"], "lora": lora}, tmp_path)
+        engine = FakeEngineConfig(args=args)
+        assert engine.form_over(pool) == ("merged" if is_refused else "unmerged")
+        if is_refused:
+            merged = replace(pool, form="merged")
+            assert next(iter(args)).lstrip("-").replace("_", "-") in engine.reason_of_form(merged)
+            with pytest.raises(ConfigError, match=r"engine\.mode is unmerged, and engine\.args has"):
+                FakeEngineConfig(args=args, mode="unmerged").form_over(pool)
 
     def test_an_expert_that_is_added_later_is_held_to_it(self, decoders: Folders, tmp_path: Path) -> None:
         lora = train_adapter(decoders["base"], tmp_path / "lora").folder
