@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from cocktail_serve.checkpoints.unchanged import open_base
@@ -16,6 +16,8 @@ from vllm_cocktail.unmerged.layers import AdaptedLayers, Steps
 from vllm_cocktail.unmerged.step import StepRows
 
 if TYPE_CHECKING:
+    import torch
+
     from cocktail_serve.pool import Member
 
 # a child of vLLM's logger, whose handlers and level it so shares
@@ -42,7 +44,8 @@ class UnmergedExperts:
         self._reread = reread
         self._columns: dict[str, int] = {}
         model = runner.get_model()
-        self.kernel = load_kernel(next(model.parameters()).device, limits)
+        self._device = next(model.parameters()).device
+        self.kernel = load_kernel(self._device, limits)
         steps = Steps(self.kernel)
         self._layers = AdaptedLayers(model, steps, dtype=getattr(torch, manifest.dtype))
         self._load(member for member in manifest.members.values() if member.fingerprint != manifest.base)
@@ -86,6 +89,8 @@ class UnmergedExperts:
 
     def _load(self, experts: Iterable[Member]) -> None:
         started = time.perf_counter()
+        experts = list(experts)
+        require_room(experts, _free_bytes(self._device))
         base = self.manifest.members[self.manifest.base]
         with open_base(base) as base_reader:
             for expert in experts:
@@ -99,3 +104,31 @@ class UnmergedExperts:
             self.num_bytes / 2**20,
             time.perf_counter() - started,
         )
+
+
+def require_room(experts: Sequence[Member], num_free: int) -> None:
+    """Refuses factors that do not fit, before any of them is read.
+
+    Args:
+        experts: to be loaded; factors are counted as they are stored.
+        num_free: bytes of memory that are free.
+
+    Raises:
+        ConfigError: says how much is needed, and what can be done.
+    """
+    needed = sum(expert.num_bytes for expert in experts)
+    if needed > num_free:
+        raise ConfigError(
+            f"the factors of {len(experts)} experts take {needed / 2**20:,.0f} MiB, and {num_free / 2**20:,.0f} MiB of "
+            "memory are free: serve fewer experts, or adapters of smaller rank, in one pool"
+        )
+
+
+def _free_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        import torch
+
+        return int(torch.cuda.mem_get_info(device)[0])
+    import psutil
+
+    return int(psutil.virtual_memory().available)
