@@ -1,6 +1,7 @@
 """An engine whose recipes share a batch: nobody waits for another recipe, and tenants share the slots alone.
 
-1. A request is admitted at once while the engine has a slot for its tenant (`slots`), whatever its recipe.
+1. A request is admitted at once while the engine has a slot for its tenant (`slots`), whatever its recipe. Half of the
+   slots are anybody's; beyond them each tenant has its share.
 2. A slot that gets free goes to the tenant that was served least lately, of those in line that may have one more; of
    its requests to the first.
 3. Background leases (scoring) take no slot and are charged to nobody. They are bounded; and while requests are in line
@@ -66,7 +67,12 @@ class SharedTurns:
     ) -> None:
         self._max_background = max_background or max(1, max_in_flight // BACKGROUND_PART)
         self.stats = stats or EngineStats()
-        self._slots = Slots(tenant_shares or TenantShares(), max_in_flight=max_in_flight, gap_s=SHARE_GAP_S)
+        self._slots = Slots(
+            tenant_shares or TenantShares(),
+            max_in_flight=max_in_flight,
+            gap_s=SHARE_GAP_S,
+            num_unshared=max_in_flight // 2,
+        )
         self._hold = OperatorHold()
         self._queues = WaitQueues()
         self._is_up = False

@@ -46,13 +46,18 @@ class Slots:
         max_in_flight: how many slots there are; None: no bound.
         gap_s: how long the share of a tenant without requests in flight is kept: one that asks again and again is
             between two requests only for a moment.
+        num_unshared: while no more slots than these are taken, whoever comes has one: many tenants who ask now and then
+            would keep shares for each other that nobody uses.
 
     Attributes:
         num_taken: slots in use.
     """
 
-    def __init__(self, tenant_shares: TenantShares, *, max_in_flight: int | None, gap_s: float) -> None:
+    def __init__(
+        self, tenant_shares: TenantShares, *, max_in_flight: int | None, gap_s: float, num_unshared: int = 0
+    ) -> None:
         self.num_taken = 0
+        self._num_unshared = num_unshared
         self._tenant_shares = tenant_shares
         self._max_in_flight = max_in_flight or sys.maxsize
         self._gap_s = gap_s
@@ -80,7 +85,7 @@ class Slots:
         if self.num_taken >= self._max_in_flight:
             return False
         num_in_flight = self.of(tenant).num_in_flight
-        if not num_in_flight or num_in_flight < self._slots_each:
+        if not num_in_flight or num_in_flight < self._slots_each or self.num_taken < self._num_unshared:
             return True
         self._sharing = self.sharing(now, self._gap_s)
         return num_in_flight < self._slots_each

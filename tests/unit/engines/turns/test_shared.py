@@ -291,6 +291,17 @@ class TestTenants:
 
         run(main())
 
+    def test_many_who_ask_now_and_then_keep_no_shares_that_nobody_uses(self) -> None:
+        async def main() -> None:
+            async with FakeEngine(max_in_flight=8) as engine:
+                await asyncio.gather(*(engine.answer(A, 0.1, tenant=f"t{n}") for n in range(8)))
+                now = asyncio.get_running_loop().time()
+                # each of eight has one slot, and seven of them are idle
+                tasks = [engine.ask(B, 1, tenant="t0") for _ in range(5)]
+                assert await asyncio.gather(*tasks) == [now, now, now, now, now + 1]
+
+        run(main())
+
     def test_a_free_slot_goes_to_the_tenant_served_the_fewest_tokens(self) -> None:
         async def main() -> None:
             shares = TenantShares()
