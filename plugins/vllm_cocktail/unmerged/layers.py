@@ -87,8 +87,11 @@ class LayerFinder:
         # as for its own LoRA: by what renames alone, and not by what stacks
         self._rename: Callable[[str], str | None] = mapper.get_rename_mapper().map_name if mapper else str
 
-    def find(self, stored: str) -> list[Place]:
+    def find(self, stored: str, *, is_turned: bool) -> list[Place]:
         """The layers that a parameter of the base is used in: several, where an embedding is the output head too.
+
+        Args:
+            is_turned: whether a linear layer's is stored `[in, out]`, as transformers' Conv1D has it.
 
         Raises:
             IncompatibleModelsError: none, or one that computes something else than a product with it; names both.
@@ -114,7 +117,7 @@ class LayerFinder:
         else:
             raise self._refusal(stored, f"vLLM computes it in {module_name}, a {type(module).__name__}")
         for each in places:
-            self._require_product(stored, each)
+            self._require_product(stored, each, is_turned=is_turned)
         return places
 
     def _module_of(self, name: str) -> tuple[str, Place] | None:
@@ -151,12 +154,12 @@ class LayerFinder:
         else:
             yield embedding
 
-    def _require_product(self, stored: str, place: Place) -> None:
+    def _require_product(self, stored: str, place: Place, *, is_turned: bool) -> None:
         module: Any = self._modules[place.module]
         generator = torch.Generator().manual_seed(0)
         weight = self._base.get(stored)
-        if place.use == "linear" and weight.shape[0] != place.width and weight.shape[1] == place.width:
-            weight = weight.T  # transformers' Conv1D
+        if place.use == "linear" and is_turned:
+            weight = weight.T
         device, dtype = next(module.parameters()).device, self._dtype
         if place.use == "embedding":
             ids = torch.randint(0, weight.shape[0], (NUM_PROBED,), generator=generator)
@@ -286,7 +289,7 @@ class AdaptedLayers:
         """
         self._steps.clear()  # layers are tried out, for nobody's rows
         finder = LayerFinder(self._model, base, self._dtype)
-        places = {stored: finder.find(stored) for stored in factors}
+        places = {stored: finder.find(stored, is_turned=factor.is_turned) for stored, factor in factors.items()}
         if self._is_sealed:
             self._require_adapted(place for found in places.values() for place in found)
         for stored, found in places.items():
