@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ import pytest
 
 from bench import invariant
 from bench.server import RunningServer, running_server
+from cocktail_serve.pool import Form
 from tests.gateway_process import until_gone
 from tests.models import make_decoder_pool
 
@@ -40,9 +43,14 @@ def killed(server: RunningServer, below: list[psutil.Process]) -> None:
     assert until_gone(below, timeout_s=20.0) == []
 
 
-def test_killed_while_a_job_is_scored_and_mixed(tmp_path: Path) -> None:
-    pool = make_decoder_pool(tmp_path / "models", ("north", "east"), tied=False, seed=20)
-    config = invariant.write_config(tmp_path, {"untied": pool}, slice_s=0.3)
+def make_pool(folder: Path, mode: Form) -> dict[str, Path]:
+    make = make_decoder_pool if mode == "merged" else invariant.make_adapter_pool
+    return make(folder, ("north", "east"), tied=False, seed=20)
+
+
+@pytest.mark.parametrize("mode", ["merged", "unmerged"])
+def test_killed_while_a_job_is_scored_and_mixed(tmp_path: Path, mode: Form) -> None:
+    config = invariant.write_config(tmp_path, {"untied": make_pool(tmp_path / "models", mode)}, slice_s=0.3, mode=mode)
     request: dict[str, Any] = {"name": "fruit", "pool": "untied", "temperature": 0.5, "examples": EXAMPLES}
     log = tmp_path / "server.log"
     with running_server(config, log=log) as server:
@@ -74,3 +82,39 @@ def test_killed_while_a_job_is_scored_and_mixed(tmp_path: Path) -> None:
             killed(server, below)
             with pytest.raises(httpx.TransportError):
                 list(lines)
+
+
+def test_a_worker_killed_under_a_shared_batch(tmp_path: Path) -> None:
+    """Every stream ends in an error event; the next life answers each cocktail as the last one did."""
+    config = invariant.write_config(
+        tmp_path, {"untied": make_pool(tmp_path / "models", "unmerged")}, slice_s=0.3, mode="unmerged"
+    )
+    mixtures = [{"north": 1.0}, {"base": 0.5, "east": 0.5}, {"base": 0.2, "north": 0.3, "east": 0.5}]
+    with running_server(config, log=tmp_path / "server.log") as server:
+        models = ["untied"]
+        for index, weights in enumerate(mixtures):
+            request = {"name": f"hand-{index}", "pool": "untied", "merging_weights": weights}
+            models.append(server.post("/v1/cocktails?wait=60", request)["id"])
+        before = [text_of(server, model) for model in models]
+        assert len(set(before)) == len(before)
+        worker = engine_of(server)[-1]
+
+        def last_event(model: str) -> str:
+            body = {"model": model, **BODY, "max_tokens": 240, "ignore_eos": True, "stream": True}
+            with server.http.stream("POST", "/v1/completions", json=body) as response:
+                lines = (line for line in response.iter_lines() if line)
+                next(lines)
+                if model == models[-1]:
+                    worker.kill()
+                *_, last = lines
+            return last
+
+        with ThreadPoolExecutor(len(models)) as threads:
+            ends = list(threads.map(last_event, models))
+        for end in ends:
+            assert json.loads(end.removeprefix("data: "))["error"]["code"] == "engine_error"
+        deadline = time.monotonic() + 120
+        while server.http.get("/ready").status_code != 200:
+            assert time.monotonic() < deadline
+            time.sleep(0.5)
+        assert [text_of(server, model) for model in models] == before
