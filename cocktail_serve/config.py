@@ -413,6 +413,9 @@ class StoreConfig(_Section):
         return self.cache_dir.expanduser() == DEFAULT_CACHE_DIR.expanduser()
 
 
+Weighting = Literal["softmax", "paper", "uniform", "search", "blackbox"]
+"""How losses become weights."""
+
 TEMPERATURES: Mapping[Kind, float] = {"decoder": 0.2, "encoder_decoder": 0.2, "encoder": 5.0, "reranker": 5.0}
 """tau by kind of pool, where neither request nor configuration names one (docs/adr/0011-default-temperature.md).
 
@@ -424,9 +427,7 @@ nats apart where they are not, and tenths apart for related decoders. These meas
 class CocktailDefaults(_Section):
     """What a request means when it leaves an option out; recorded in the cocktail."""
 
-    weighting: Literal["softmax", "paper", "uniform", "search", "blackbox"] = Field(
-        "softmax", description="How losses become weights."
-    )
+    weighting: Weighting = Field("softmax", description="How losses become weights.")
     temperature: float | None = Field(
         None,
         gt=0,

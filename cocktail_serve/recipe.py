@@ -187,45 +187,6 @@ def settings_of(recipe: Recipe, pool: Pool) -> GenerationSettings | None:
     return mixed_settings(members[recipe.base].generation, experts, chat_template=pool.chat_template)
 
 
-def check_alpha(alpha: float) -> None:
-    """Raises InvalidMixError unless `alpha` is a number from 0 to 1."""
-    if isinstance(alpha, bool) or not (isinstance(alpha, int | float) and 0.0 <= alpha <= 1.0):
-        raise InvalidMixError(f"alpha must lie between 0 and 1, got {alpha!r}", param="alpha")
-
-
-def with_target(weights: Mapping[str, float] | None, *, target: str | None, alpha: float = 0.5) -> dict[str, float]:
-    """Joins a fine-tuned target with the mixture of the others.
-
-    Eq. 1 of LM-Cocktail (arXiv 2311.13534): `alpha * M_t + (1 - alpha) * sum_i w_i M_i`, the sum over base and peers.
-    Eq. 3, the mono-specialist, is the same with no examples: the base alone stands for the sum. With no target,
-    `alpha` is 0 and the sum is the mixture.
-
-    Args:
-        weights: merging weights over base and peers, sum 1, or None where there are no examples.
-        target: name of the target, which must not be among `weights`.
-        alpha: share of the target, 0 to 1.
-
-    Returns:
-        Merging weights over base, peers and target.
-
-    Raises:
-        InvalidMixError: neither target nor weights, alpha outside 0 to 1, or the target among the peers.
-    """
-    if target is None:
-        if weights is None:
-            raise InvalidMixError(
-                "give examples, merging_weights or a target: there is nothing to mix", param="examples"
-            )
-        return dict(weights)
-    check_alpha(alpha)
-    peers = {BASE: 1.0} if weights is None else weights
-    if target in peers and not (target == BASE and weights is None):
-        raise InvalidMixError(f"target {target!r} is among the peers it is mixed with", param="target")
-    mixed = {name: (1.0 - alpha) * weight for name, weight in peers.items()}
-    mixed[target] = mixed.get(target, 0.0) + alpha
-    return mixed
-
-
 def _check_rule(method: Method, base: str, coefficients: Sequence[tuple[str, float]]) -> None:
     if method.adds_task_vectors:
         if not coefficients or coefficients[0] != (base, 1.0):

@@ -14,7 +14,7 @@ from cocktail_serve.cocktails.options import CocktailRequest
 from cocktail_serve.cocktails.pacing import paced
 from cocktail_serve.cocktails.pool_models import PoolModels, no_model
 from cocktail_serve.dtypes import DType
-from cocktail_serve.errors import ConflictError, InvalidRequestError, NotFoundError
+from cocktail_serve.errors import CocktailError, ConflictError, InvalidRequestError, NotFoundError
 from cocktail_serve.ids import Page
 from cocktail_serve.pool import Member, Pool
 
@@ -74,18 +74,13 @@ class Catalog:
         if entry is None:
             raise no_model(model_id)
         served = self._served(entry)
-        if served is None:
-            raise self._pool_models.why_not_served(entry.cocktail)
         if entry.cocktail.inline:
             self.note_use(entry)
         return served
 
-    def serve(self, cocktail: Cocktail) -> ServedModel:
+    def served_model(self, cocktail: Cocktail) -> ServedModel:
         """What a snapshot is answered by, though it may be gone by now; raises as `resolve`."""
-        served = self._pool_models.serve(cocktail)
-        if served is None:
-            raise self._pool_models.why_not_served(cocktail)
-        return served
+        return self._pool_models.served_model(cocktail)
 
     def get(self, tenant: str, ref: str) -> Cocktail:
         """A snapshot by `name@digest8`; by name, of the current version, or of the newest where none is ready yet.
@@ -316,12 +311,22 @@ class Catalog:
             self.inline.move_to_end(uid)
             self._tenants[entry.cocktail.tenant].inline.move_to_end(uid)
 
-    def _served(self, entry: Entry) -> ServedModel | None:
+    def _served(self, entry: Entry) -> ServedModel:
+        """What a version is answered by now; raises as `resolve`."""
         served = entry.served
         # `Experts` puts another pool in the place of one whose experts change
         if served is None or served.pool is not self.pools.get(served.pool.id):
-            served = entry.served = self._pool_models.serve(entry.cocktail)
+            served = entry.served = self._pool_models.served_model(entry.cocktail)
         return served
+
+    def _is_served(self, entry: Entry) -> bool:
+        if entry.cocktail.status != "ready":
+            return False
+        try:
+            self._served(entry)
+        except CocktailError:
+            return False
+        return True
 
     def _models_of_pools(self) -> Iterator[ModelEntry]:
         for model_id, served in self._pool_models.by_id.items():
@@ -329,11 +334,11 @@ class Catalog:
 
     def _models_of_tenant(self, entries: TenantEntries) -> Iterator[ModelEntry]:
         for entry in entries.newest():
-            if self._served(entry) is not None:
+            if self._is_served(entry):
                 yield _model_entry(entry.cocktail.id, entry.cocktail)
         for name, versions in entries.names.items():
             current = versions.current
-            if current is not None and name not in self.pools and self._served(current) is not None:
+            if current is not None and name not in self.pools and self._is_served(current):
                 yield _model_entry(name, current.cocktail)
 
     def _place(self, tenant: str, ref: str) -> ListPosition:

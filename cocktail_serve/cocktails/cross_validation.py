@@ -41,12 +41,12 @@ def cross_validate(
     folds = deal(num_examples, seed=options.seed)
     if not folds:
         return no_findings("one example cannot be held out; give more")
-    of_peers = {name: losses[name] for name in options.peers}
+    peer_losses = {name: losses[name] for name in options.peers}
     trials = []
     for number, fold in enumerate(folds):
         others = [row for row in range(num_examples) if row not in fold]
         weights = weights_from_losses(
-            of_peers,
+            peer_losses,
             rows=others,
             temperature=chosen.temperature,
             target=options.target,

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 
 from cocktail_serve.cocktails.cocktail import Cocktail
 from cocktail_serve.engines.engine_time import EngineTime, EngineTimeTotal, totalled
@@ -17,8 +16,9 @@ class EngineUse:
     def __init__(self, ledger: Ledger | None) -> None:
         self._ledger = ledger
 
-    @contextmanager
-    def counted(self, tenant: str, key_id: str | None, *, model: str, pool_id: str) -> Iterator[EngineTimeTotal]:
+    def counted(
+        self, tenant: str, key_id: str | None, *, model: str, pool_id: str
+    ) -> AbstractContextManager[EngineTimeTotal]:
         """A total for the calls inside, which is counted at their end, however that comes."""
 
         def count(time: EngineTime) -> None:
@@ -26,11 +26,8 @@ class EngineUse:
                 use = UsageAmount(scoring_s=time.scoring_s, mixing_s=time.mixing_s)
                 self._ledger.add(tenant, key_id, model, pool_id, use)
 
-        with totalled(count) as total:
-            yield total
+        return totalled(count)
 
-    @contextmanager
-    def counted_for(self, cocktail: Cocktail) -> Iterator[EngineTimeTotal]:
+    def counted_for(self, cocktail: Cocktail) -> AbstractContextManager[EngineTimeTotal]:
         """As `counted`, for who asked for a cocktail first."""
-        with self.counted(cocktail.tenant, cocktail.key_id, model=cocktail.id, pool_id=cocktail.pool_id) as total:
-            yield total
+        return self.counted(cocktail.tenant, cocktail.key_id, model=cocktail.id, pool_id=cocktail.pool_id)

@@ -107,7 +107,7 @@ class Experts:
 
     async def stop(self) -> None:
         """Ends what `start` began; a change that was begun is made."""
-        await self._shield.drain()
+        await self._shield.until_done()
         if self._learning is not None:
             self._learning.cancel()
             await asyncio.gather(self._learning, return_exceptions=True)

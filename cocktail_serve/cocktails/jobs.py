@@ -131,7 +131,7 @@ class Jobs:
         self._retry = retry_policy
         self._reports = reports
         self._engine_use = engine_use
-        self._slots: defaultdict[str, asyncio.Semaphore] = defaultdict(lambda: asyncio.Semaphore(MAX_RUNNING))
+        self._running: defaultdict[str, asyncio.Semaphore] = defaultdict(lambda: asyncio.Semaphore(MAX_RUNNING))
         self._tasks = BackgroundTasks("cocktail")
 
     def submit(self, cocktail: Cocktail, examples: ExampleSet | None, validation: ExampleSet | None) -> None:
@@ -176,7 +176,7 @@ class Jobs:
         """A job, once the one that was cancelled before it has left its engine."""
         if previous is not None:
             await asyncio.wait([previous])
-        async with self._slots[cocktail.pool_id]:
+        async with self._running[cocktail.pool_id]:
             try:
                 with self._engine_use.counted_for(cocktail) as spent:
                     await self._make(cocktail, examples, validation, spent)
@@ -208,19 +208,19 @@ class Jobs:
         async def on_progress(losses: Mapping[str, float], share: float) -> None:
             await self._update(cocktail, losses=losses, progress=SCORED * share)
 
-        weighing = await self._runner.weigh(
+        weighting = await self._runner.weigh(
             engine, options, examples, score_scope, retry=self._retry, on_progress=on_progress
         )
-        recipe = recipe_of(options, pool, weighing.merging_weights, dtype=engine.dtype)
+        recipe = recipe_of(options, pool, weighting.merging_weights, dtype=engine.dtype)
         await self._update(
             cocktail,
             status="mixing",
             progress=SCORED,
-            losses=weighing.losses,
-            merging_weights=weighing.merging_weights,
-            entropy=weighing.entropy,
+            losses=weighting.losses,
+            merging_weights=weighting.merging_weights,
+            entropy=weighting.entropy,
             recipe=recipe,
-            candidates=weighing.candidates,
+            candidates=weighting.candidates,
         )
         await self._retry(lambda: spent.of(engine.mix_ahead(recipe)))
         await self._update(cocktail, progress=MIXED)
@@ -233,8 +233,8 @@ class Jobs:
             ready_at=self._registry.catalog.now(),
             mixed_loss=mixed_loss,
             validation_loss=validation_loss,
-            candidates=_judged(options, weighing.candidates, mixed_loss),
-            warnings=(*cocktail.warnings, *warnings_of_losses(options, weighing.losses, mixed_loss)),
+            candidates=_judged(options, weighting.candidates, mixed_loss),
+            warnings=(*cocktail.warnings, *warnings_of_losses(options, weighting.losses, mixed_loss)),
             cross_validation=None if cocktail.inline or self._reports is None else PENDING,
         )
         if self._reports is not None and not cocktail.inline:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal, Self
+from typing import Any, Self
 
+from cocktail_serve.config import Weighting
 from cocktail_serve.digest import digest_of
 from cocktail_serve.examples import ExampleSet
 from cocktail_serve.pool import Pool
-
-Weighting = Literal["softmax", "paper", "uniform", "search", "blackbox"]
 
 REQUEST_VERSION = 1
 """Part of every digest: raised when the same options come to mean another mixture."""

@@ -9,8 +9,8 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from cocktail_serve.cocktails.options import CHOSEN_BY_WEIGHTING, CocktailOptions, CocktailRequest, Weighting
-from cocktail_serve.config import CocktailDefaults, Settings
+from cocktail_serve.cocktails.options import CHOSEN_BY_WEIGHTING, CocktailOptions, CocktailRequest
+from cocktail_serve.config import CocktailDefaults, Settings, Weighting
 from cocktail_serve.errors import (
     ConflictError,
     InvalidMixError,
@@ -21,11 +21,11 @@ from cocktail_serve.errors import (
 from cocktail_serve.examples import parse_examples
 from cocktail_serve.methods import Method, MethodName, find_method
 from cocktail_serve.pool import BASE, NAME_PATTERN, Kind, Pool
-from cocktail_serve.recipe import check_alpha, check_form, make_recipe
+from cocktail_serve.recipe import check_form, make_recipe
 from cocktail_serve.request_schema import parse_as
 from cocktail_serve.storable_text import check_text
 from cocktail_serve.weighting.blackbox import BUDGET, MAX_BUDGET, check_available
-from cocktail_serve.weighting.softmax import check_temperature
+from cocktail_serve.weighting.softmax import check_alpha, check_temperature
 
 PAPER_TEMPERATURE = 5.0
 PAPER_ALPHA = 0.5

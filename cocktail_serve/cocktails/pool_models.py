@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from cocktail_serve.cocktails.cocktail import Cocktail, ServedModel
 from cocktail_serve.dtypes import DType
-from cocktail_serve.errors import CocktailError, MethodNotServedError, ModelNotReadyError, NotFoundError
+from cocktail_serve.errors import MethodNotServedError, ModelNotReadyError, NotFoundError
 from cocktail_serve.methods import find_method
 from cocktail_serve.pool import BASE, Pool
 from cocktail_serve.recipe import Recipe, one_hot, settings_of
@@ -45,17 +45,42 @@ class PoolModels:
         """Ids of the models of a pool that are this recipe."""
         return self._ids.get((pool_id, recipe_digest), ())
 
-    def serve(self, cocktail: Cocktail) -> ServedModel | None:
-        """What a snapshot is answered by; None unless it is ready, and its pool still has its models and serves its
-        method."""
-        pool = self._pools.get(cocktail.pool_id)
-        if cocktail.status != "ready" or cocktail.recipe is None or pool is None:
-            return None
-        generation = settings_of(cocktail.recipe, pool)
-        is_foreign = cocktail.recipe.base != pool.base.fingerprint or cocktail.recipe.form != pool.form
-        if is_foreign or generation is None:
-            return None
-        return ServedModel(model_id=cocktail.id, pool=pool, recipe=cocktail.recipe, generation=generation)
+    def served_model(self, cocktail: Cocktail) -> ServedModel:
+        """What a snapshot is answered by.
+
+        Raises:
+            ModelNotReadyError: its job has not ended.
+            NotFoundError: it failed, or its pool no longer has its models.
+            MethodNotServedError: its pool no longer serves its method.
+        """
+        if not cocktail.is_final:
+            raise ModelNotReadyError(
+                f"{cocktail.id!r} is {cocktail.status}; follow it at /v1/cocktails/{cocktail.id}", param="model"
+            )
+        if cocktail.status != "ready":
+            why = "" if cocktail.error is None else f": {cocktail.error.message}"
+            raise NotFoundError(
+                f"{cocktail.id!r} {'failed' if cocktail.status == 'failed' else 'was cancelled'}{why}; make it again",
+                param="model",
+                code="model_not_found",
+            )
+        pool, recipe = self._pools.get(cocktail.pool_id), cocktail.recipe
+        if pool is not None and recipe is not None:
+            if recipe.form != pool.form:
+                raise MethodNotServedError(
+                    f"{cocktail.id!r} is of method {recipe.method!r}, which needs merged parameters, and pool "
+                    f"{pool.id!r} is served unmerged now; make it again by another, or have the operator set "
+                    "engine.mode: merged",
+                    param="model",
+                )
+            generation = settings_of(recipe, pool)
+            if recipe.base == pool.base.fingerprint and generation is not None:
+                return ServedModel(model_id=cocktail.id, pool=pool, recipe=recipe, generation=generation)
+        raise NotFoundError(
+            f"{cocktail.id!r} is made of models that pool {cocktail.pool_id!r} no longer has; make it again",
+            param="model",
+            code="model_not_found",
+        )
 
     def as_configured(self, cocktail: Cocktail) -> Cocktail:
         """A cocktail as this configuration serves it: the operator may have changed the engine's dtype or mode."""
@@ -69,33 +94,6 @@ class PoolModels:
         made, now = _rounding(recipe), _rounding(configured)
         warning = f"made for {made}; the engine runs {now} now, so the mixture rounds differently"
         return replace(cocktail, recipe=configured, warnings=(*cocktail.warnings, warning))
-
-    def why_not_served(self, cocktail: Cocktail) -> CocktailError:
-        """The error for a cocktail that `serve` has nothing for."""
-        if not cocktail.is_final:
-            return ModelNotReadyError(
-                f"{cocktail.id!r} is {cocktail.status}; follow it at /v1/cocktails/{cocktail.id}", param="model"
-            )
-        if cocktail.status == "ready":
-            pool = self._pools.get(cocktail.pool_id)
-            if pool is not None and cocktail.recipe is not None and cocktail.recipe.form != pool.form:
-                return MethodNotServedError(
-                    f"{cocktail.id!r} is of method {cocktail.recipe.method!r}, which needs merged parameters, and pool "
-                    f"{pool.id!r} is served unmerged now; make it again by another, or have the operator set "
-                    "engine.mode: merged",
-                    param="model",
-                )
-            return NotFoundError(
-                f"{cocktail.id!r} is made of models that pool {cocktail.pool_id!r} no longer has; make it again",
-                param="model",
-                code="model_not_found",
-            )
-        why = "" if cocktail.error is None else f": {cocktail.error.message}"
-        return NotFoundError(
-            f"{cocktail.id!r} {'failed' if cocktail.status == 'failed' else 'was cancelled'}{why}; make it again",
-            param="model",
-            code="model_not_found",
-        )
 
 
 def _rounding(recipe: Recipe) -> str:

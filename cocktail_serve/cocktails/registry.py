@@ -150,7 +150,8 @@ class Registry:
                 max_example_bytes=limits.example_bytes,
                 extra_writes=extra_writes,
             )
-            return self.catalog.insert(cocktail).cocktail, "new", gone
+            entry = self.catalog.insert(cocktail)
+            return entry.cocktail, "new", gone  # as the catalog shows it: `current` is settled there
 
         async with self._changing:
             await self._sync()
@@ -304,25 +305,27 @@ class Registry:
         removed = set(changes.removed)
         if changes.is_all:
             removed = self.catalog.uids() - {cocktail.uid for cocktail in changes.cocktails}
-        of_name: defaultdict[tuple[str, str], tuple[list[Entry], list[Cocktail]]] = defaultdict(lambda: ([], []))
+        changes_by_name: defaultdict[tuple[str, str], tuple[list[Entry], list[Cocktail]]] = defaultdict(
+            lambda: ([], [])
+        )
         for entry in map(self.catalog.entry, removed):
             if entry is not None:
-                of_name[entry.cocktail.tenant, entry.cocktail.name][0].append(entry)
+                changes_by_name[entry.cocktail.tenant, entry.cocktail.name][0].append(entry)
         for stored in changes.cocktails:
             if stored.uid not in removed:
-                of_name[stored.tenant, stored.name][1].append(stored)
-        async for (tenant, name), (entries, cocktails) in paced(of_name.items()):
+                changes_by_name[stored.tenant, stored.name][1].append(stored)
+        async for (tenant, name), (entries, cocktails) in paced(changes_by_name.items()):
             dropped = [self.catalog.drop(entry) for entry in entries]
             # the newest first: what the name means is settled with it
-            changed = [cocktail for cocktail in map(self._merged, reversed(cocktails)) if cocktail is not None]
+            changed = [cocktail for cocktail in map(self._take_in, reversed(cocktails)) if cocktail is not None]
             if cocktails:
                 self.catalog.pin(tenant, name, self.catalog.entry(changes.pins.get((tenant, name), "")))
             # before the loop goes on to others: a caller who leaves meanwhile takes no change with it
             on_change(changed, dropped)
         self._last_change = changes.last
 
-    def _merged(self, stored: Cocktail) -> Cocktail | None:
-        """A cocktail of the store as the catalog shows it from now on; None: what the catalog has is as new."""
+    def _take_in(self, stored: Cocktail) -> Cocktail | None:
+        """Puts a cocktail of the store into the catalog, as that shows it; None: what the catalog has is as new."""
         entry = self.catalog.entry(stored.uid)
         if entry is not None and entry.cocktail.change >= stored.change:
             return None

@@ -50,7 +50,7 @@ class Reports:
         self._engines = engines
         self._retry = retry
         self._engine_use = engine_use
-        self._turns: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
+        self._locks: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
         self._tasks = BackgroundTasks("report")
 
     def submit(self, cocktail: Cocktail) -> None:
@@ -78,7 +78,7 @@ class Reports:
         await self._tasks.stop()
 
     async def _run(self, cocktail: Cocktail) -> None:
-        async with self._turns[cocktail.pool_id]:
+        async with self._locks[cocktail.pool_id]:
             try:
                 with self._engine_use.counted_for(cocktail) as spent:
                     found = await self._cross_validate(cocktail, spent)

@@ -129,7 +129,7 @@ class CocktailService:
     async def stop(self) -> None:
         """Ends jobs where they are; engines are not touched. May be called twice."""
         await self._cluster_loop.pause()
-        await self._shield.drain()
+        await self._shield.until_done()
         await self._jobs.stop()
         await self._reports.stop()
         await self._cluster_loop.leave()
@@ -161,7 +161,7 @@ class CocktailService:
             QuotaExceededError, RateLimitError: over a limit of the tenant; nothing is kept.
             StorageError: nothing was kept.
         """
-        known = self.catalog.version(tenant, request)  # a guess, so that examples are checked outside of the lock
+        known = self.catalog.version(tenant, request)  # a guess: examples are checked before the registry is locked
         if known is None or known.status in ("failed", "cancelled"):
             await self._check_examples(request)
         return await self._shield.run(self._create(tenant, request, actor, extra_writes))
@@ -265,7 +265,7 @@ class CocktailService:
             ModelNotReadyError: not ready within `timeout_s`; its job goes on, a retry finds it.
             CocktailError: why its job failed.
         """
-        known = self.catalog.version(tenant, request)  # a guess, so that examples are checked outside of the lock
+        known = self.catalog.version(tenant, request)  # a guess: examples are checked before the registry is locked
         if known is not None and known.status == "ready":
             return self.catalog.resolve(tenant, known.id)
         created, _ = await self.create(tenant, request, actor=actor)
@@ -273,7 +273,7 @@ class CocktailService:
         if made.status == "failed" and made.error is not None:
             raise made.error.exception()
         # from the snapshot: under load the least recently used may be gone again by now
-        return self.catalog.serve(made)
+        return self.catalog.served_model(made)
 
     async def report(self, tenant: str, ref: str) -> Cocktail:
         """As `look_up`; of a ready cocktail the cross-validation is there or in the making.

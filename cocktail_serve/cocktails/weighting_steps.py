@@ -11,11 +11,11 @@ from cocktail_serve.cocktails.options import CocktailOptions
 from cocktail_serve.dtypes import DType
 from cocktail_serve.methods import find_method
 from cocktail_serve.pool import Pool
-from cocktail_serve.recipe import Recipe, make_recipe, with_target
+from cocktail_serve.recipe import Recipe, make_recipe
 from cocktail_serve.weighting.blackbox import BUDGET, blackbox
 from cocktail_serve.weighting.candidates import Candidate, Trial, Trials, mean
 from cocktail_serve.weighting.search import search
-from cocktail_serve.weighting.softmax import entropy, weights_from_losses
+from cocktail_serve.weighting.softmax import entropy, weights_from_losses, with_target
 
 _T = TypeVar("_T")
 
@@ -53,14 +53,14 @@ def weighting_steps(options: CocktailOptions, losses: Mapping[str, Sequence[floa
     )
 
 
-def advance(weighing: Trials[_T], losses: Sequence[float] | None) -> Trial | _T:
-    """The next question of a weighing or a cross-validation, or its result.
+def advance(weighting: Trials[_T], losses: Sequence[float] | None) -> Trial | _T:
+    """The next question of a weighting or a cross-validation, or its result.
 
     Args:
         losses: the answer to the previous question; None to begin.
     """
     try:
-        return next(weighing) if losses is None else weighing.send(losses)
+        return next(weighting) if losses is None else weighting.send(losses)
     except StopIteration as ended:
         result: _T = ended.value
         return result
@@ -86,11 +86,11 @@ def recipe_of_trial(options: CocktailOptions, pool: Pool, trial: Trial, *, dtype
 
 
 def _candidates(options: CocktailOptions, losses: Mapping[str, Sequence[float]]) -> Trials[tuple[Candidate, ...]]:
-    of_peers = {name: losses[name] for name in options.peers}
+    peer_losses = {name: losses[name] for name in options.peers}
     if options.weighting == "search":
         return (
             yield from search(
-                of_peers,
+                peer_losses,
                 target=options.target,
                 alpha=options.alpha,
                 seed=options.seed,
@@ -101,7 +101,7 @@ def _candidates(options: CocktailOptions, losses: Mapping[str, Sequence[float]])
         everything = {name: losses[name] for name in options.scored}
         return (yield from blackbox(everything, budget=options.budget or BUDGET, seed=options.seed))
     weights = weights_from_losses(
-        of_peers,
+        peer_losses,
         rows=None,
         temperature=options.temperature,
         target=options.target,

@@ -107,7 +107,7 @@ class Database:
 
     async def close(self) -> None:
         """Waits for what is being written and closes every connection. May be called twice."""
-        await self._shield.drain()
+        await self._shield.until_done()
         await self._drop_lock_holder()
         await self._engine.dispose()
         if self._lock_file is not None:

@@ -32,7 +32,7 @@ class Shield:
         task.add_done_callback(self._ended)
         return await asyncio.shield(task)
 
-    async def drain(self) -> None:
+    async def until_done(self) -> None:
         """Waits until everything begun has ended."""
         while self._running:
             await asyncio.wait(self._running)

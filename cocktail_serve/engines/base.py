@@ -21,6 +21,9 @@ CHAT_PATH = "/v1/chat/completions"
 COMPLETIONS_PATH = "/v1/completions"
 """What a generation engine answers, under the paths of OpenAI's API: the gateway's and the engine's own alike."""
 
+OPERATOR_RETRY_S = 30.0
+"""Seconds that a client is told to wait where the operator has drained an engine or pinned another model."""
+
 
 @dataclass(frozen=True, slots=True)
 class MixedAhead:

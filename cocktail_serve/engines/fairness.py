@@ -11,7 +11,7 @@ MAX_KEPT = 1024
 """Tenants kept before those with nothing left to remember are dropped."""
 
 
-class TenantShare:
+class ServedTokens:
     """What one tenant was served."""
 
     __slots__ = ("_charged_at", "_tokens")
@@ -30,23 +30,23 @@ class TenantShare:
         self._charged_at = now
 
 
-class TenantShares:
-    """Shares by tenant, made as they are asked for. Engines that share them treat a tenant alike.
+class ServedTokensByTenant:
+    """What each tenant was served. Engines that have one in common treat a tenant alike.
 
-    Knows no clock: `now` is any that only goes forward, in seconds, the same for all who share.
+    Knows no clock: `now` is any that only goes forward, in seconds, the same for all engines.
     """
 
     def __init__(self) -> None:
-        self._by_tenant: dict[str, TenantShare] = {}
+        self._by_tenant: dict[str, ServedTokens] = {}
 
-    def of(self, tenant: str, now: float) -> TenantShare:
-        """The share of a tenant."""
-        share = self._by_tenant.get(tenant)
-        if share is None:
+    def of(self, tenant: str, now: float) -> ServedTokens:
+        """What a tenant was served."""
+        served = self._by_tenant.get(tenant)
+        if served is None:
             if len(self._by_tenant) >= MAX_KEPT:
                 self._drop_idle(now)
-            share = self._by_tenant[tenant] = TenantShare()
-        return share
+            served = self._by_tenant[tenant] = ServedTokens()
+        return served
 
     def _drop_idle(self, now: float) -> None:
-        self._by_tenant = {tenant: share for tenant, share in self._by_tenant.items() if share.recent(now) >= 1.0}
+        self._by_tenant = {tenant: served for tenant, served in self._by_tenant.items() if served.recent(now) >= 1.0}

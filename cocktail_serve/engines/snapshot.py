@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal, TypedDict
 
-from cocktail_serve.engines.scheduling import SchedulerSnapshot
+from cocktail_serve.engines.scheduler_snapshot import SchedulerSnapshot
 from cocktail_serve.engines.stats import EngineStats
 
 EngineState = Literal["starting", "ready", "restarting", "failed", "stopped"]

@@ -1,4 +1,4 @@
-"""The one rule for losses that are infinite or not a number: they weigh nothing, and are kept nowhere."""
+"""What becomes of an example whose loss is infinite or not a number: the request is told which, and under what."""
 
 from __future__ import annotations
 

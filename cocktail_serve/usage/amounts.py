@@ -7,7 +7,7 @@ from datetime import date
 
 
 @dataclass(frozen=True, slots=True)
-class UsageKey:
+class UsageAccount:
     """What use is counted under.
 
     Attributes:

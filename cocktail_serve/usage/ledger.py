@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 
 from cocktail_serve.errors import StorageError
-from cocktail_serve.usage.amounts import UsageAmount, UsageKey
+from cocktail_serve.usage.amounts import UsageAccount, UsageAmount
 from cocktail_serve.usage.store import UsageStore
 
 logger = logging.getLogger(__name__)
@@ -41,8 +41,8 @@ class Ledger:
         self._clock = clock
         self._writer = uuid.uuid4().hex
         self._number = 0
-        self._counting: dict[UsageKey, UsageAmount] = {}
-        self._sending: Mapping[UsageKey, UsageAmount] | None = None
+        self._counting: dict[UsageAccount, UsageAmount] = {}
+        self._sending: Mapping[UsageAccount, UsageAmount] | None = None
         self._flushing = asyncio.Lock()
         self._task: asyncio.Task[None] | None = None
         self._is_failing = False
@@ -66,11 +66,11 @@ class Ledger:
     def add(self, tenant: str, key_id: str | None, model: str, pool: str, use: UsageAmount) -> None:
         """Counts some use, now. Synchronous and cheap: requests call it."""
         day = datetime.fromtimestamp(self._clock(), UTC).date()
-        account = UsageKey(day, tenant, key_id or "", model, pool)
+        account = UsageAccount(day, tenant, key_id or "", model, pool)
         counted = self._counting.get(account)
         if counted is None:
             if len(self._counting) >= MAX_ACCOUNTS:
-                account = UsageKey(day, tenant, "", OTHER_MODELS, "")
+                account = UsageAccount(day, tenant, "", OTHER_MODELS, "")
             counted = self._counting.setdefault(account, UsageAmount())
         counted.add(use)
 

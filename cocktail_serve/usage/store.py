@@ -14,7 +14,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from cocktail_serve.database import tables
 from cocktail_serve.database.database import Database, insert_or, shielded
-from cocktail_serve.usage.amounts import UsageAmount, UsageKey
+from cocktail_serve.usage.amounts import UsageAccount, UsageAmount
 
 Group = Literal["day", "tenant", "key", "model", "pool"]
 """What sums can be kept apart by."""
@@ -53,7 +53,7 @@ class UsageStore:
         self._clock = clock
 
     @shielded
-    async def write(self, writer: str, number: int, batch: Mapping[UsageKey, UsageAmount]) -> None:
+    async def write(self, writer: str, number: int, batch: Mapping[UsageAccount, UsageAmount]) -> None:
         """Adds a batch, unless it was added before.
 
         Args:

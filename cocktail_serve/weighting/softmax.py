@@ -7,7 +7,6 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from cocktail_serve.errors import InvalidMixError
 from cocktail_serve.pool import BASE
-from cocktail_serve.recipe import with_target
 from cocktail_serve.weighting.candidates import mean
 
 
@@ -88,6 +87,45 @@ def keep_largest(shares: Mapping[str, float], max_experts: int) -> dict[str, flo
     kept = {BASE, *experts[:max_experts]} & shares.keys()
     scale = math.fsum(shares.values()) / math.fsum(shares[name] for name in kept)
     return {name: share * scale if name in kept else 0.0 for name, share in shares.items()}
+
+
+def check_alpha(alpha: float) -> None:
+    """Raises InvalidMixError unless `alpha` is a number from 0 to 1."""
+    if isinstance(alpha, bool) or not (isinstance(alpha, int | float) and 0.0 <= alpha <= 1.0):
+        raise InvalidMixError(f"alpha must lie between 0 and 1, got {alpha!r}", param="alpha")
+
+
+def with_target(weights: Mapping[str, float] | None, *, target: str | None, alpha: float = 0.5) -> dict[str, float]:
+    """Joins a fine-tuned target with the mixture of the others.
+
+    Eq. 1 of LM-Cocktail (arXiv 2311.13534): `alpha * M_t + (1 - alpha) * sum_i w_i M_i`, the sum over base and peers.
+    Eq. 3, the mono-specialist, is the same with no examples: the base alone stands for the sum. With no target,
+    `alpha` is 0 and the sum is the mixture.
+
+    Args:
+        weights: merging weights over base and peers, sum 1, or None where there are no examples.
+        target: name of the target, which must not be among `weights`.
+        alpha: share of the target, 0 to 1.
+
+    Returns:
+        Merging weights over base, peers and target.
+
+    Raises:
+        InvalidMixError: neither target nor weights, alpha outside 0 to 1, or the target among the peers.
+    """
+    if target is None:
+        if weights is None:
+            raise InvalidMixError(
+                "give examples, merging_weights or a target: there is nothing to mix", param="examples"
+            )
+        return dict(weights)
+    check_alpha(alpha)
+    peers = {BASE: 1.0} if weights is None else weights
+    if target in peers and not (target == BASE and weights is None):
+        raise InvalidMixError(f"target {target!r} is among the peers it is mixed with", param="target")
+    mixed = {name: (1.0 - alpha) * weight for name, weight in peers.items()}
+    mixed[target] = mixed.get(target, 0.0) + alpha
+    return mixed
 
 
 def check_temperature(temperature: float) -> None:

@@ -185,7 +185,7 @@ class EngineControl:
                 except EngineError as error:
                     raise recipe_error(error) from error
             self.fence.close()
-            if not await self.fence.drained(drain_s):
+            if not await self.fence.until_empty(drain_s):
                 in_flight = self.fence.in_flight
                 self.fence.open({previous})
                 raise CapacityError(f"{in_flight} requests were still in flight after {drain_s:g} s", code="busy")

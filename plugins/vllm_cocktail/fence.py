@@ -69,7 +69,7 @@ def error_body(
 
 
 class Fence:
-    """Who may use the parameters now. Lives on one event loop; every method but `drained` returns at once.
+    """Who may use the parameters now. Lives on one event loop; every method but `until_empty` returns at once.
 
     Args:
         managed: whether every request must name its recipe.
@@ -129,7 +129,7 @@ class Fence:
         if self.state != "poisoned":
             self.state = "mixing"
 
-    async def drained(self, timeout_s: float) -> bool:
+    async def until_empty(self, timeout_s: float) -> bool:
         """Waits until nobody is inside; False if somebody still is after `timeout_s` seconds."""
         try:
             await asyncio.wait_for(self._empty.wait(), timeout_s)

@@ -487,7 +487,7 @@ async def test_a_server_that_ends_the_same_way_at_every_start(
     """What lies in the model ends the engine at the third time; the machine may be well again at any other."""
     monkeypatch.setattr("cocktail_serve.engines.start_failures.BACKOFF_S", (0.01,))
     engine = build_vllm_engine(pool, FakeEngineConfig.model_validate({"queue_timeout_s": 30}), run_dir=tmp_path / "run")
-    command, env = engine._launcher.launch(tmp_path / "socket", "key")
+    command, env = engine._launcher.command_and_env(tmp_path / "socket", "key")
     broken = [command[0], "-c", f"raise {raised}"]
     monkeypatch.setattr(engine._launcher, "launch", lambda socket, key: (broken, env))
     await engine.start()

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from cocktail_serve.config import FakeEngineConfig
-from cocktail_serve.engines.scheduling import SchedulerSnapshot
+from cocktail_serve.engines.scheduler_snapshot import SchedulerSnapshot
 from cocktail_serve.engines.stats import EngineStats
 from cocktail_serve.engines.turns.base import Turns
 from cocktail_serve.engines.turns.shared import SharedTurns

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from cocktail_serve.engines.scheduling import SchedulerSnapshot
+from cocktail_serve.engines.scheduler_snapshot import SchedulerSnapshot
 from cocktail_serve.engines.vllm.engine import VLLMEngine
 from cocktail_serve.engines.vllm.fake import fake_loss
 from cocktail_serve.engines.vllm.parameters import UnmergedParameters

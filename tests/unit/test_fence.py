@@ -124,7 +124,7 @@ async def test_recipes_side_by_side_are_counted_together() -> None:
     assert fence.in_flight == 2
     fence.close()
     assert fence.resident is None
-    assert not await fence.drained(0)
+    assert not await fence.until_empty(0)
     fence.open({B})
     app.finish.set()
     assert [header(start, "x-cocktail-recipe") for start, _ in await asyncio.gather(*requests)] == [A, B]
@@ -216,8 +216,8 @@ async def test_a_request_counts_until_the_app_has_finished() -> None:
     await app.entered.wait()
     assert fence.in_flight == 1
     fence.close()
-    assert not await fence.drained(0)
-    draining = asyncio.create_task(fence.drained(30))
+    assert not await fence.until_empty(0)
+    draining = asyncio.create_task(fence.until_empty(30))
     app.finish.set()
     assert await draining
     assert fence.in_flight == 0
@@ -238,7 +238,7 @@ async def test_a_request_that_ends_badly_counts_out(how: str) -> None:
     with pytest.raises((RuntimeError, asyncio.CancelledError)):
         await request
     assert fence.in_flight == 0
-    assert await fence.drained(0)
+    assert await fence.until_empty(0)
 
 
 async def test_an_answer_names_the_recipe_that_gave_it_not_the_one_resident_at_its_end() -> None:

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from cocktail_serve.errors import InvalidMixError, MethodNotServedError, NotFoundError
 from cocktail_serve.methods import METHODS
 from cocktail_serve.pool import Member, Pool
-from cocktail_serve.recipe import DType, Recipe, make_recipe, one_hot, with_target
+from cocktail_serve.recipe import DType, Recipe, make_recipe, one_hot
+from cocktail_serve.weighting.softmax import with_target
 
 
 def member(name: str, fingerprint: str) -> Member:

@@ -17,7 +17,7 @@ from typing import Any, Generic, TypeVar
 
 import numpy as np
 
-from cocktail_serve.engines.fairness import MAX_KEPT, TenantShares
+from cocktail_serve.engines.fairness import MAX_KEPT, ServedTokensByTenant
 
 MAX_WINDOW = 256
 """Inputs looked at when a batch is formed: enough to find company of like length, few enough to sort in no time."""
@@ -182,7 +182,7 @@ class _Lane(Generic[J]):
     def __init__(self, limits: PassLimits) -> None:
         self._limits = limits
         self._contended_limits = replace(limits, max_tokens=max(1, limits.max_tokens // CONTENDED_SHARE))
-        self._tenant_shares = TenantShares()
+        self._served_tokens = ServedTokensByTenant()
         self._served_at: dict[str, float] = {}  # when a pass of a tenant last began or ended; a second at least
         self._turns: dict[str, OrderedDict[Hashable, deque[J]]] = {}
 
@@ -217,11 +217,11 @@ class _Lane(Generic[J]):
         waiting = [name for name, turns in self._turns.items() if _has_work(turns)]
         if not waiting or not set(waiting).issubset(computed):
             return 0.0
-        least = min(self._tenant_shares.of(name, now).recent(now) for name in waiting)
+        least = min(self._served_tokens.of(name, now).recent(now) for name in waiting)
         left_s = 0.0
         for name, served_at in self._served_at.items():
             kept_s = HOLD_S if name in overtaking else served_at + HOLD_S - now
-            if kept_s > left_s and name not in computed and self._tenant_shares.of(name, now).recent(now) < least:
+            if kept_s > left_s and name not in computed and self._served_tokens.of(name, now).recent(now) < least:
                 left_s = kept_s
         return left_s
 
@@ -259,7 +259,7 @@ class _Lane(Generic[J]):
     def _next_tenant(self, now: float) -> str | None:
         """The tenant served least lately of those who wait, with a job that is not over at the head of its turns."""
         while self._turns:
-            tenant = min(self._turns, key=lambda name: self._tenant_shares.of(name, now).recent(now))
+            tenant = min(self._turns, key=lambda name: self._served_tokens.of(name, now).recent(now))
             turns = self._turns[tenant]
             key, jobs = next(iter(turns.items()))
             while jobs and jobs[0].is_over:
@@ -312,7 +312,7 @@ class _Lane(Generic[J]):
         for job, indices in chosen.items():
             job.started_at = job.started_at or now
             num_tokens = sum(len(job.token_ids[index]) for index in indices)
-            self._tenant_shares.of(job.tenant, now).charge(num_tokens, now)
+            self._served_tokens.of(job.tenant, now).charge(num_tokens, now)
             self._note_served(job.tenant, now)
             taken = set(indices)
             # A pass takes from the window only, so only the head of a long list has to be gone through.

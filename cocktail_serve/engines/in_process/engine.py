@@ -19,13 +19,13 @@ import numpy as np
 import torch
 
 from cocktail_serve.config import PoolConfig, SentenceTransformersEngineConfig
-from cocktail_serve.engines.base import MixedAhead
+from cocktail_serve.engines.base import OPERATOR_RETRY_S, MixedAhead
 from cocktail_serve.engines.engine_time import CallTimer
 from cocktail_serve.engines.in_process.batching import PassLimits
 from cocktail_serve.engines.in_process.parameter_cache import CachedMixture, ParameterCache, Params
 from cocktail_serve.engines.in_process.pipeline import ModelJob, Pipeline, give_way
 from cocktail_serve.engines.in_process.swappable import SwappableModel
-from cocktail_serve.engines.scheduling import OPERATOR_RETRY_S, SchedulerSnapshot
+from cocktail_serve.engines.scheduler_snapshot import SchedulerSnapshot
 from cocktail_serve.engines.snapshot import EngineDetail, EngineSnapshot, EngineState
 from cocktail_serve.engines.start_failures import REMEDY
 from cocktail_serve.engines.stats import EngineStats

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Callable
 from typing import NoReturn, Protocol
 
-from cocktail_serve.engines.scheduling import SchedulerSnapshot
+from cocktail_serve.engines.scheduler_snapshot import SchedulerSnapshot
 from cocktail_serve.engines.turns.lease import Lease
 from cocktail_serve.errors import CocktailError
 from cocktail_serve.recipe import Recipe

@@ -23,8 +23,8 @@ import asyncio
 from collections.abc import Callable
 from typing import NoReturn
 
-from cocktail_serve.engines.fairness import TenantShares
-from cocktail_serve.engines.scheduling import Phase, SchedulerSnapshot, WaitReason
+from cocktail_serve.engines.fairness import ServedTokensByTenant
+from cocktail_serve.engines.scheduler_snapshot import Phase, SchedulerSnapshot, WaitReason
 from cocktail_serve.engines.stats import EngineStats
 from cocktail_serve.engines.turns.base import loop_time
 from cocktail_serve.engines.turns.hold import OperatorHold, operator_drains_error, pinned_error
@@ -57,7 +57,7 @@ class ExclusiveTurns:
             idles.
         patience_s: how long a tenant in line goes without before it is next; None: `PATIENCE_SLICES`.
         max_in_flight: requests in the engine at once, background work left out; None: no bound.
-        tenant_shares: what tenants were served: shared by engines among which they are to be treated alike.
+        served_tokens: what tenants were served: shared by engines among which they are to be treated alike.
         stats: waits, swaps and what was sent away are counted here.
     """
 
@@ -70,14 +70,14 @@ class ExclusiveTurns:
         background_delay_s: float,
         patience_s: float | None = None,
         max_in_flight: int | None = None,
-        tenant_shares: TenantShares | None = None,
+        served_tokens: ServedTokensByTenant | None = None,
         stats: EngineStats | None = None,
     ) -> None:
         self._slice_s = slice_s
         self._drain_s = drain_s
         self._background_delay_s = background_delay_s
         self.stats = stats or EngineStats()
-        self._slots = Slots(tenant_shares or TenantShares(), max_in_flight=max_in_flight, gap_s=slice_s)
+        self._slots = Slots(served_tokens or ServedTokensByTenant(), max_in_flight=max_in_flight, gap_s=slice_s)
         self._policy = TurnPolicy(
             self._slots,
             slice_s=slice_s,
@@ -168,7 +168,7 @@ class ExclusiveTurns:
                 self._open_turn()
                 await self._until_turn_ends()
                 self._phase = "draining"
-                claim = await self._drain()
+                claim = await self._until_drained()
                 if claim is not None:
                     await self._swap(claim)
         finally:
@@ -288,7 +288,7 @@ class ExclusiveTurns:
                     return
             await self._change(until=ends_at)
 
-    async def _drain(self) -> Claim | None:
+    async def _until_drained(self) -> Claim | None:
         """Waits for what is in flight, then names the next in line; None: nobody waits for another recipe any more."""
         deadline = loop_time() + self._drain_s
         while True:

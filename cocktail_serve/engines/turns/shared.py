@@ -17,8 +17,8 @@ import asyncio
 from collections.abc import Callable
 from typing import NoReturn
 
-from cocktail_serve.engines.fairness import TenantShares
-from cocktail_serve.engines.scheduling import SchedulerSnapshot, WaitReason
+from cocktail_serve.engines.fairness import ServedTokensByTenant
+from cocktail_serve.engines.scheduler_snapshot import SchedulerSnapshot, WaitReason
 from cocktail_serve.engines.stats import EngineStats
 from cocktail_serve.engines.turns.base import loop_time
 from cocktail_serve.engines.turns.hold import OperatorHold, operator_drains_error
@@ -51,7 +51,7 @@ class SharedTurns:
     Args:
         max_in_flight: requests in the engine at once, background work left out.
         max_background: background leases at once, while no request is in line; None: by `BACKGROUND_PART`.
-        tenant_shares: what tenants were served: shared by engines among which they are to be treated alike.
+        served_tokens: what tenants were served: shared by engines among which they are to be treated alike.
         stats: waits and what was sent away are counted here.
     """
 
@@ -62,13 +62,13 @@ class SharedTurns:
         *,
         max_in_flight: int,
         max_background: int | None = None,
-        tenant_shares: TenantShares | None = None,
+        served_tokens: ServedTokensByTenant | None = None,
         stats: EngineStats | None = None,
     ) -> None:
         self._max_background = max_background or max(1, max_in_flight // BACKGROUND_PART)
         self.stats = stats or EngineStats()
         self._slots = Slots(
-            tenant_shares or TenantShares(),
+            served_tokens or ServedTokensByTenant(),
             max_in_flight=max_in_flight,
             gap_s=SHARE_GAP_S,
             num_unshared=max_in_flight // 2,

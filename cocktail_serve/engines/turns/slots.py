@@ -1,7 +1,7 @@
 """Slots of an engine: how many requests it holds at once, and whose they are.
 
 A tenant alone may have all slots. While several use them, each has an equal share; a slot that gets free goes to the
-tenant served least lately. What a tenant was served is its `TenantShare`, which several engines may share; how many
+tenant served least lately. What a tenant was served is its `ServedTokens`, which several engines may share; how many
 requests it has in flight, and when the last one ended, is of one engine.
 
 Knows no clock and no event loop: `now` is any time that only goes forward, in seconds.
@@ -15,7 +15,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TypeVar
 
-from cocktail_serve.engines.fairness import HALF_LIFE_S, MAX_KEPT, TenantShares
+from cocktail_serve.engines.fairness import HALF_LIFE_S, MAX_KEPT, ServedTokensByTenant
 from cocktail_serve.engines.turns.wait_queue import Claim
 
 C = TypeVar("C", bound=Claim)
@@ -42,7 +42,7 @@ class Slots:
     """The slots of one engine.
 
     Args:
-        tenant_shares: what each tenant was served.
+        served_tokens: what each tenant was served.
         max_in_flight: how many slots there are; None: no bound.
         gap_s: how long the share of a tenant without requests in flight is kept: one that asks again and again is
             between two requests only for a moment.
@@ -54,11 +54,11 @@ class Slots:
     """
 
     def __init__(
-        self, tenant_shares: TenantShares, *, max_in_flight: int | None, gap_s: float, num_unshared: int = 0
+        self, served_tokens: ServedTokensByTenant, *, max_in_flight: int | None, gap_s: float, num_unshared: int = 0
     ) -> None:
         self.num_taken = 0
         self._num_unshared = num_unshared
-        self._tenant_shares = tenant_shares
+        self._served_tokens = served_tokens
         self._max_in_flight = max_in_flight or sys.maxsize
         self._gap_s = gap_s
         self._tenants: dict[str, Presence] = {}
@@ -70,11 +70,11 @@ class Slots:
 
     def served(self, tenant: str, now: float) -> float:
         """Tokens that a tenant was served lately."""
-        return self._tenant_shares.of(tenant, now).recent(now)
+        return self._served_tokens.of(tenant, now).recent(now)
 
     def charge(self, tenant: str, num_tokens: float, now: float) -> None:
         """A tenant was served more, or less than was charged."""
-        self._tenant_shares.of(tenant, now).charge(num_tokens, now)
+        self._served_tokens.of(tenant, now).charge(num_tokens, now)
 
     def sharing(self, now: float, gap_s: float) -> dict[str, Presence]:
         """Those among whom the slots are shared out and who are served, or were until so many seconds ago."""

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Literal
 
-from cocktail_serve.engines.scheduling import Queue, WaitReason
+from cocktail_serve.engines.scheduler_snapshot import Queue, WaitReason
 from cocktail_serve.engines.turns.lease import Lease
 from cocktail_serve.errors import CocktailError
 from cocktail_serve.recipe import Recipe

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from cocktail_serve.config import VLLMEngineConfig
-from cocktail_serve.engines.fairness import TenantShares
+from cocktail_serve.engines.fairness import ServedTokensByTenant
 from cocktail_serve.engines.stats import EngineStats
 from cocktail_serve.engines.turns.base import Turns
 from cocktail_serve.engines.turns.exclusive import PATIENCE_SLICES, ExclusiveTurns
@@ -29,14 +29,14 @@ on a CPU each more makes the step longer for all, and in vLLM's own queue no ten
 
 
 def build_vllm_engine(
-    pool: Pool, config: VLLMEngineConfig, *, run_dir: Path, tenant_shares: TenantShares | None = None
+    pool: Pool, config: VLLMEngineConfig, *, run_dir: Path, served_tokens: ServedTokensByTenant | None = None
 ) -> VLLMEngine:
     """An engine whose recipes share a batch where the pool is served unmerged, and take turns otherwise; nothing is
     started.
 
     Args:
         pool, config, run_dir: as `VLLMEngine`.
-        tenant_shares: what tenants were served, where several engines are to treat them alike.
+        served_tokens: what tenants were served, where several engines are to treat them alike.
 
     Raises:
         ConfigError: `args` or `env` set what is set here, or what cannot be read here.
@@ -46,7 +46,7 @@ def build_vllm_engine(
     parameters: Parameters
     if pool.form == "unmerged":
         parameters = UnmergedParameters()
-        turns = SharedTurns(max_in_flight=_max_in_flight(config), tenant_shares=tenant_shares, stats=stats)
+        turns = SharedTurns(max_in_flight=_max_in_flight(config), served_tokens=served_tokens, stats=stats)
     else:
         parameters = resident = ResidentParameters(pool.id, swap_timeout_s=config.swap_timeout_s, stats=stats)
         turns = ExclusiveTurns(
@@ -56,7 +56,7 @@ def build_vllm_engine(
             background_delay_s=BACKGROUND_DELAY_SLICES * config.slice_s,
             patience_s=min(PATIENCE_SLICES * config.slice_s, PATIENCE_SHARE * config.queue_timeout_s),
             max_in_flight=_max_in_flight(config),
-            tenant_shares=tenant_shares,
+            served_tokens=served_tokens,
             stats=stats,
         )
     return VLLMEngine(pool, config, turns=turns, parameters=parameters, stats=stats, run_dir=run_dir)

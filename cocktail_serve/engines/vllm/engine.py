@@ -132,7 +132,7 @@ class VLLMEngine:
 
     async def mix_ahead(self, recipe: Recipe) -> MixedAhead:
         with CallTimer() as timer, await self._leases.acquire_background(recipe, timer):
-            pass  # resident once is enough: the worker keeps merged parameters in its cache
+            pass  # its turn came, and with it the mix; resident once is enough, since the worker keeps what it merged
         return MixedAhead(timer.time)
 
     def forget(self, recipe_digest: str) -> None:
@@ -156,7 +156,7 @@ class VLLMEngine:
         num_tokens = expected_tokens(body, num_bytes=len(content))
         with await self._leases.acquire(recipe, tenant=tenant, num_tokens=num_tokens) as lease:
             with lease.interruptible():
-                answer = await self._supervisor.running.post(path, content, headers=headers)
+                answer = await self._supervisor.require_server().post(path, content, headers=headers)
             with contextlib.closing(answer):
                 if answer.status == 200 and answer.headers.get("content-type", "").startswith("text/event-stream"):
                     self._check_recipe(recipe, answer)

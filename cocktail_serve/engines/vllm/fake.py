@@ -210,7 +210,7 @@ class FakeServer:
             before = self.fence.serves
             if self._holds == "one":
                 self.fence.close()
-                if self._strikes("mix_busy") or not await self.fence.drained(body.get("drain_s", 30.0)):
+                if self._strikes("mix_busy") or not await self.fence.until_empty(body.get("drain_s", 30.0)):
                     self.fence.open(before)
                     return _error(409, "busy", f"{self.fence.in_flight} requests are in flight")
             await asyncio.sleep(self._mix_s)

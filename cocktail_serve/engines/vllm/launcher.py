@@ -45,7 +45,9 @@ class Launcher:
         self._dtype = dtype
         self._manifest_path = run_dir / f"{pool.id}.manifest.json"
         self.resident = self._manifest_of(pool).resident
-        self.launch(Path("engine.sock"), "")  # a configuration that cannot be used fails here, not in the background
+        self.command_and_env(
+            Path("engine.sock"), ""
+        )  # a configuration that cannot be used fails here, not in the background
 
     def write_manifest(self, pool: Pool) -> None:
         """Writes which models the server may mix. A running server's workers read it again when a recipe names a model
@@ -70,7 +72,7 @@ class Launcher:
         if self._config.type == "vllm":  # the fake of it loads none
             check_unchanged(self._base)
 
-    def launch(self, socket: Path, key: str) -> tuple[list[str], dict[str, str]]:
+    def command_and_env(self, socket: Path, key: str) -> tuple[list[str], dict[str, str]]:
         """Command line and environment of one life; a `server.Launch`."""
         config = self._config
         is_fake = config.type != "vllm"
@@ -111,7 +113,7 @@ class Launcher:
         if self._config.type != "vllm":
             return
         self.write_manifest(pool)
-        command, env = self.launch(Path("engine.sock"), "")
+        command, env = self.command_and_env(Path("engine.sock"), "")
         try:
             checked = subprocess.run(
                 check_args(command), env=env, capture_output=True, text=True, timeout=CHECK_TIMEOUT_S, check=False

@@ -164,7 +164,7 @@ class DecoderScorer:
             examples = [{"token_ids": e.token_ids, "output_start": e.output_start} for e in chunk]
             try:
                 with lease.interruptible():
-                    status, body = await self._supervisor.running.call(
+                    status, body = await self._supervisor.require_server().call(
                         "POST",
                         SCORE_PATH,
                         {**self._parameters.request_fields(recipe), "examples": examples},

@@ -82,8 +82,7 @@ class Supervisor:
         """Whether `start` was called; true after `stop` too."""
         return self._task is not None
 
-    @property
-    def running(self) -> EngineServer:
+    def require_server(self) -> EngineServer:
         """The server.
 
         Raises:
@@ -129,7 +128,9 @@ class Supervisor:
         failed_starts: list[Exit | None] = []  # the last in a row
         while True:
             ready_at: float | None = None
-            server = EngineServer(self._launcher.launch, log=self._launcher.log, start_timeout_s=self._start_timeout_s)
+            server = EngineServer(
+                self._launcher.command_and_env, log=self._launcher.log, start_timeout_s=self._start_timeout_s
+            )
             try:
                 await asyncio.to_thread(self._launcher.check_base)
                 async with server:

@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from cocktail_serve.cocktails.experts import Added
 from cocktail_serve.config import EngineConfig
-from cocktail_serve.engines.scheduling import Phase, Queue, WaitReason
+from cocktail_serve.engines.scheduler_snapshot import Phase, Queue, WaitReason
 from cocktail_serve.engines.snapshot import EngineSnapshot, EngineState
 from cocktail_serve.pool import Form, Kind, Member, Pool
 from cocktail_serve.tenants.keys import DEFAULT_TENANT

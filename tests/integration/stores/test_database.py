@@ -191,7 +191,7 @@ class TestServers:
         going.cancel()
         with pytest.raises(asyncio.CancelledError):
             await going
-        await database._shield.drain()
+        await database._shield.until_done()
         assert await scored_items(database) == ["kept"]
 
 

@@ -15,7 +15,7 @@ from cocktail_serve.database import tables
 from cocktail_serve.database.database import Database
 from cocktail_serve.errors import InvalidRequestError, StorageError
 from cocktail_serve.usage import ledger as ledger_module
-from cocktail_serve.usage.amounts import UsageAmount, UsageKey
+from cocktail_serve.usage.amounts import UsageAccount, UsageAmount
 from cocktail_serve.usage.days import usage_days
 from cocktail_serve.usage.ledger import OTHER_MODELS, Ledger
 from cocktail_serve.usage.store import UsageRow, UsageStore
@@ -30,7 +30,7 @@ class Flaky(UsageStore):
     is_gone = False
     loses_answers = False
 
-    async def write(self, writer: str, number: int, batch: Mapping[UsageKey, UsageAmount]) -> None:
+    async def write(self, writer: str, number: int, batch: Mapping[UsageAccount, UsageAmount]) -> None:
         if self.is_gone:
             raise StorageError("gone")
         await super().write(writer, number, batch)

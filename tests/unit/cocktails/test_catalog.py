@@ -409,7 +409,7 @@ class TestForm:
         assert adopted.warnings == (
             "made for float32; the engine runs unmerged float32 now, so the mixture rounds differently",
         )
-        assert unmerged.serve(adopted).recipe == adopted.recipe
+        assert unmerged.served_model(adopted).recipe == adopted.recipe
         assert unmerged.as_configured(adopted) is adopted
         back = catalog.as_configured(adopted)
         assert back.recipe == made.recipe
@@ -423,4 +423,4 @@ class TestForm:
             unmerged.resolve("acme", "films")
         assert caught.value.param == "model"
         assert list(unmerged.models("acme")) == ["flan", "flan/nq"]
-        assert catalog.serve(made).recipe == ties
+        assert catalog.served_model(made).recipe == ties

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pickle
 
-from cocktail_serve.engines.scheduling import Queue, SchedulerSnapshot
+from cocktail_serve.engines.scheduler_snapshot import Queue, SchedulerSnapshot
 from cocktail_serve.engines.snapshot import EngineSnapshot
 from cocktail_serve.engines.stats import EngineStats
 

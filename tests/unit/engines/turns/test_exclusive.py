@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cocktail_serve.engines.fairness import HALF_LIFE_S, MAX_KEPT, TenantShare, TenantShares
+from cocktail_serve.engines.fairness import HALF_LIFE_S, MAX_KEPT, ServedTokens, ServedTokensByTenant
 from cocktail_serve.engines.turns.exclusive import ExclusiveTurns
 from cocktail_serve.engines.turns.lease import Lease
 from cocktail_serve.engines.turns.mixing import MAX_BUSY_MIXES
@@ -724,30 +724,30 @@ class TestTenants:
         run(main())
 
     def test_an_idle_tenant_is_owed_what_it_missed_lately_only(self) -> None:
-        account = TenantShare()
+        account = ServedTokens()
         account.charge(1000, now=0.0)
         assert account.recent(HALF_LIFE_S) == 500
         account.charge(-2000, now=HALF_LIFE_S)
         assert account.recent(HALF_LIFE_S) == 0
 
     def test_tenants_without_number_are_forgotten(self) -> None:
-        tenant_shares = TenantShares()
-        slots = Slots(tenant_shares, max_in_flight=None, gap_s=SLICE_S)
+        served_tokens = ServedTokensByTenant()
+        slots = Slots(served_tokens, max_in_flight=None, gap_s=SLICE_S)
         slots.take("busy", 1, 0.0)
         busy = slots.of("busy")
         for number in range(3 * MAX_KEPT):
             slots.take(str(number), 1, float(number))
             slots.leave(str(number), float(number))
-        assert len(tenant_shares._by_tenant) <= MAX_KEPT
+        assert len(served_tokens._by_tenant) <= MAX_KEPT
         assert len(slots._tenants) <= MAX_KEPT
         assert slots.of("busy") is busy
 
     def test_engines_that_share_accounts_treat_a_tenant_alike(self) -> None:
         async def main() -> None:
-            tenant_shares = TenantShares()
+            served_tokens = ServedTokensByTenant()
             async with (
-                FakeEngine(tenant_shares=tenant_shares) as here,
-                FakeEngine(tenant_shares=tenant_shares) as there,
+                FakeEngine(served_tokens=served_tokens) as here,
+                FakeEngine(served_tokens=served_tokens) as there,
             ):
                 await there.answer(BASE, 1, tenant="flood", tokens=1000)
                 hold = here.ask(BASE, 1, tenant="another")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from cocktail_serve.engines.scheduling import OPERATOR_RETRY_S
+from cocktail_serve.engines.base import OPERATOR_RETRY_S
 from cocktail_serve.engines.turns.hold import OperatorHold
 from cocktail_serve.errors import ModelNotReadyError
 from cocktail_serve.recipe import Recipe

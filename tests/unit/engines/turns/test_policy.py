@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from cocktail_serve.engines.fairness import TenantShares
+from cocktail_serve.engines.fairness import ServedTokensByTenant
 from cocktail_serve.engines.turns.policy import TurnPolicy
 from cocktail_serve.engines.turns.slots import Slots
 from cocktail_serve.engines.turns.wait_queue import Claim
@@ -28,8 +28,8 @@ class Tenant(NamedTuple):
 
 
 def policy_of(**tenants: Tenant) -> TurnPolicy:
-    tenant_shares = TenantShares()
-    slots = Slots(tenant_shares, max_in_flight=None, gap_s=SLICE_S)
+    served_tokens = ServedTokensByTenant()
+    slots = Slots(served_tokens, max_in_flight=None, gap_s=SLICE_S)
     for name, tenant in tenants.items():
         if tenant.left_at is not None:
             slots.take(name, 0, 0.0)
@@ -199,8 +199,8 @@ def test_when_a_turn_ends(
 
 
 def test_what_a_tenant_was_served_by_another_engine_counts() -> None:
-    tenant_shares = TenantShares()
-    here, there = (Slots(tenant_shares, max_in_flight=8, gap_s=SLICE_S) for _ in range(2))
+    served_tokens = ServedTokensByTenant()
+    here, there = (Slots(served_tokens, max_in_flight=8, gap_s=SLICE_S) for _ in range(2))
     there.take("a", 1000, NOW)
     assert policy_on(here).next([A, B], [], NOW, is_after_background=False) is B
     # but that it has a request in flight there is no service here

@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cocktail_serve.engines.fairness import TenantShares
-from cocktail_serve.engines.scheduling import SchedulerSnapshot
+from cocktail_serve.engines.fairness import ServedTokensByTenant
+from cocktail_serve.engines.scheduler_snapshot import SchedulerSnapshot
 from cocktail_serve.engines.turns.shared import SHARE_GAP_S, SharedTurns
 from cocktail_serve.errors import (
     CocktailError,
@@ -304,8 +304,8 @@ class TestTenants:
 
     def test_a_free_slot_goes_to_the_tenant_served_the_fewest_tokens(self) -> None:
         async def main() -> None:
-            shares = TenantShares()
-            async with FakeEngine(max_in_flight=1, tenant_shares=shares) as engine:
+            shares = ServedTokensByTenant()
+            async with FakeEngine(max_in_flight=1, served_tokens=shares) as engine:
                 await engine.answer(A, 1, tenant="long", tokens=1000)
                 await engine.answer(A, 1, tenant="short", tokens=10)
                 hold = engine.ask(A, 1, tenant="hold")

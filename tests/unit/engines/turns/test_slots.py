@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from cocktail_serve.engines.fairness import HALF_LIFE_S, MAX_KEPT, TenantShares
+from cocktail_serve.engines.fairness import HALF_LIFE_S, MAX_KEPT, ServedTokensByTenant
 from cocktail_serve.engines.turns.slots import Slots
 from cocktail_serve.engines.turns.wait_queue import Claim
 from cocktail_serve.recipe import Recipe
@@ -12,8 +12,10 @@ from cocktail_serve.recipe import Recipe
 GAP_S = 2.0
 
 
-def slots_of(max_in_flight: int | None, *, tenant_shares: TenantShares | None = None, **in_flight: int) -> Slots:
-    slots = Slots(tenant_shares or TenantShares(), max_in_flight=max_in_flight, gap_s=GAP_S)
+def slots_of(
+    max_in_flight: int | None, *, served_tokens: ServedTokensByTenant | None = None, **in_flight: int
+) -> Slots:
+    slots = Slots(served_tokens or ServedTokensByTenant(), max_in_flight=max_in_flight, gap_s=GAP_S)
     for tenant, number in in_flight.items():
         for _ in range(number):
             slots.take(tenant, 1, 0.0)
@@ -104,8 +106,8 @@ def test_slots_that_are_left_are_free_and_charges_stay() -> None:
 
 
 def test_engines_that_share_accounts_have_slots_of_their_own() -> None:
-    tenant_shares = TenantShares()
-    here, there = slots_of(2, tenant_shares=tenant_shares), slots_of(2, tenant_shares=tenant_shares, a=2)
+    served_tokens = ServedTokensByTenant()
+    here, there = slots_of(2, served_tokens=served_tokens), slots_of(2, served_tokens=served_tokens, a=2)
     assert here.has_one_for("a", 0.0)
     assert not there.has_one_for("a", 0.0)
     here.take("b", 1, 0.0)

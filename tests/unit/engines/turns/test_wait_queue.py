@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from cocktail_serve.engines.scheduling import Queue
+from cocktail_serve.engines.scheduler_snapshot import Queue
 from cocktail_serve.engines.turns.wait_queue import Claimant, Waiter, WaitQueues
 from cocktail_serve.errors import ModelNotReadyError
 from cocktail_serve.recipe import Recipe

@@ -5,9 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-OPERATOR_RETRY_S = 30.0
-"""What a client is told to wait where the operator has drained an engine or pinned another model."""
-
 Phase = Literal["closed", "open", "draining", "mixing"]
 """Of a turn. closed: the engine is down; draining: the turn is over, and what is in flight finishes."""
 
