@@ -496,6 +496,7 @@ class Settings(_Section):
             _ = pool.served_engine
 
     def pool(self, pool_id: str) -> PoolConfig:
+        """What the configuration says of a pool; ConfigError where it has none of this id."""
         for pool in self.pools:
             if pool.id == pool_id:
                 return pool

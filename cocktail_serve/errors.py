@@ -174,8 +174,6 @@ def error_of_code(code: str | None, message: str) -> ClientError | None:
 def params_named(rename: Callable[[str | None], str | None]) -> Iterator[None]:
     """What is at fault inside is named as the caller's request has it: a field within another, or by another word.
 
-    The one place that changes an error on its way.
-
     Args:
         rename: the caller's `param` for that of an error.
     """

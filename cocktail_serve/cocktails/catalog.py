@@ -266,7 +266,7 @@ class Catalog:
         self._index(entry)
         return entry
 
-    def show(self, entry: Entry, cocktail: Cocktail) -> None:
+    def update(self, entry: Entry, cocktail: Cocktail) -> None:
         """A version is like this from here on; wakes who waits for a change of it."""
         entries = self._tenants[cocktail.tenant]
         self._unindex(entry)

@@ -155,7 +155,7 @@ class Registry:
 
         async with self._changing:
             await self._sync()
-            return await self._decided(decide)
+            return await self._until_not_stale(decide)
 
     async def update(
         self, uid: str, *, of_epoch: int | None = None, **changes: Unpack[CocktailChanges]
@@ -177,7 +177,7 @@ class Registry:
             return entry.cocktail
 
         async with self._changing:
-            return await self._decided(decide)
+            return await self._until_not_stale(decide)
 
     async def claim(self, uid: str) -> Cocktail | None:
         """Gives an unfinished cocktail to this gateway, in a new epoch; None: another was first, or it has ended."""
@@ -200,18 +200,18 @@ class Registry:
             if entry is None or entry.cocktail.status != "ready":
                 return None
             # no hook need hear of it: what the cocktail is stays as it was
-            self.catalog.show(entry, await self._store.update(replace(entry.cocktail, cross_validation=found)))
+            self.catalog.update(entry, await self._store.update(replace(entry.cocktail, cross_validation=found)))
             return entry.cocktail
 
         async with self._changing:
-            return await self._decided(decide)
+            return await self._until_not_stale(decide)
 
     def fail_in_memory(self, uid: str, failure: Failure) -> None:
         """Ends a version whose end the store refused to take. `flush` tries again; after a restart its job goes on."""
         entry = self.catalog.entry(uid)
         if entry is not None and not entry.cocktail.is_final:
             self._unsaved[uid] = entry.cocktail
-            self.catalog.show(entry, replace(entry.cocktail, status="failed", error=failure))
+            self.catalog.update(entry, replace(entry.cocktail, status="failed", error=failure))
 
     async def pin(self, tenant: str, name: str, ref: str | None, *, actor: Actor = SERVER) -> Cocktail:
         """Makes a ready version current whatever becomes ready later; None removes the pin.
@@ -229,7 +229,7 @@ class Registry:
 
         async with self._changing:
             await self._sync()
-            return await self._decided(decide)
+            return await self._until_not_stale(decide)
 
     async def remove(self, tenant: str, ref: str, *, actor: Actor = SERVER) -> list[Cocktail]:
         """Deletes a version, or all versions of a name. From then on they are unknown.
@@ -283,7 +283,7 @@ class Registry:
             if not self._dry_runs[tenant]:
                 del self._dry_runs[tenant]
 
-    async def _decided(self, decide: Callable[[], Awaitable[_T]]) -> _T:
+    async def _until_not_stale(self, decide: Callable[[], Awaitable[_T]]) -> _T:
         """The outcome of a change, decided again for as long as it goes back to something older than the store holds.
 
         Called by who holds `_changing`, as `_sync`.
@@ -333,7 +333,7 @@ class Registry:
         if entry is None:
             self.catalog.insert(cocktail)
         else:
-            self.catalog.show(entry, cocktail)
+            self.catalog.update(entry, cocktail)
         return cocktail
 
     def _queued(
@@ -392,7 +392,7 @@ class Registry:
             cocktail, before=before or entry.cocktail, extra_writes=extra_writes, newest=newest
         )
         self._unsaved.pop(cocktail.uid, None)
-        self.catalog.show(entry, cocktail)
+        self.catalog.update(entry, cocktail)
 
     async def _ask_again(
         self, entry: Entry, warnings: tuple[str, ...] | None, extra_writes: ExtraWrites | None = None

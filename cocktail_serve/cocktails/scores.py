@@ -54,19 +54,19 @@ def text_item(item: str) -> str:
     return hashlib.sha256(item.encode()).hexdigest()
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class ScoreScope:
     """Whose scores are used, for which cocktail new ones are kept, and who pays for them.
 
     Attributes:
         uid: the cocktail that new scores are kept for, until it is deleted. None: none is kept (a dry run, whose
             examples nobody could delete later).
-        spent: what engines work for it is added there.
+        spent: grows by what engines work for it.
     """
 
     tenant: str
     uid: str | None
-    spent: EngineTimeTotal = field(default_factory=EngineTimeTotal, compare=False)
+    spent: EngineTimeTotal = field(default_factory=EngineTimeTotal)
 
 
 class Scores:

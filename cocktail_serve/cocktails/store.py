@@ -10,7 +10,7 @@ from typing import Any, Protocol
 from sqlalchemy import ColumnElement, delete, insert, select, tuple_, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from cocktail_serve.cocktails import change_log
+from cocktail_serve.cocktails import audit_entries
 from cocktail_serve.cocktails.cocktail import DIGEST8, Cocktail
 from cocktail_serve.cocktails.pacing import paced
 from cocktail_serve.cocktails.rows import from_row, to_row
@@ -166,7 +166,7 @@ class Store:
                 await connection.execute(
                     insert(tables.items), [{"uid": cocktail.uid, "item": item} for item in dict.fromkeys(score_items)]
                 )
-            await change_log.made(connection, cocktail, actor)
+            await audit_entries.made(connection, cocktail, actor)
             if extra_writes is not None:
                 await extra_writes(connection, cocktail)
         return cocktail
@@ -204,7 +204,7 @@ class Store:
             if not updated.rowcount:
                 raise StaleError
             if before is not None:
-                await change_log.changed(connection, before, changed)
+                await audit_entries.changed(connection, before, changed)
                 for hook in self._change_hooks:
                     await hook.changed(connection, before, changed)
             if extra_writes is not None:
@@ -243,7 +243,7 @@ class Store:
                 await connection.execute(insert(tables.pins).values(tenant=tenant, name=name, uid=uid))
                 of_version = select(tables.cocktails.c.digest).where(tables.cocktails.c.uid == uid)
                 digest = (await connection.execute(of_version)).scalar_one()
-            await change_log.pinned(connection, tenant, name, digest, actor)
+            await audit_entries.pinned(connection, tenant, name, digest, actor)
 
     @shielded
     async def delete(self, tenant: str, uids: Sequence[str], *, actor: Actor = SERVER) -> None:
@@ -253,7 +253,7 @@ class Store:
             for some in chunks(uids):
                 names = select(tables.cocktails.c.name, tables.cocktails.c.digest)
                 rows = await connection.execute(names.where(tables.cocktails.c.uid.in_(some)).with_for_update())
-                await change_log.deleted(connection, tenant, [(row.name, row.digest) for row in rows], actor)
+                await audit_entries.deleted(connection, tenant, [(row.name, row.digest) for row in rows], actor)
                 removals = [{"uid": uid, "change": change} for uid in some]
                 await connection.execute(insert_missing(connection, tables.removals), removals)
                 for hook in self._change_hooks:

@@ -81,7 +81,7 @@ def recipe_of_trial(options: CocktailOptions, pool: Pool, trial: Trial, *, dtype
     Raises:
         As `make_recipe`.
     """
-    coefficients = find_method(options.method).coefficients(trial.merging_weights)
+    coefficients = find_method(options.method).coefficients(trial.shares)
     return recipe_of(options, pool, coefficients, dtype=dtype)
 
 
@@ -100,6 +100,7 @@ def _candidates(options: CocktailOptions, losses: Mapping[str, Sequence[float]])
     if options.weighting == "blackbox":
         everything = {name: losses[name] for name in options.scored}
         return (yield from blackbox(everything, budget=options.budget or BUDGET, seed=options.seed))
+    # uniform weights are those without a temperature
     weights = weights_from_losses(
         peer_losses,
         rows=None,

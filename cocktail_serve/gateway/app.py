@@ -39,13 +39,18 @@ Lifespan = Callable[[FastAPI], AbstractAsyncContextManager[None]]
 
 
 def create_app(
-    settings: Settings, *, pools: Mapping[str, Pool] | None = None, engines: Mapping[str, AnyEngine] | None = None
+    settings: Settings,
+    *,
+    pools: Mapping[str, Pool] | None = None,
+    engines: Mapping[str, AnyEngine] | None = None,
+    lifecycle: Lifecycle | None = None,
 ) -> FastAPI:
     """The gateway as an ASGI app. Engines start and stop with its lifespan.
 
     Args:
         pools: opened already; None: opened when the app starts, from the configuration.
         engines: one for each pool, not started yet; None: built from the configuration.
+        lifecycle: of the server around it; None: one of its own.
 
     Raises:
         ConfigError: a key is required and none is set, or no engine serves a pool.
@@ -57,7 +62,7 @@ def create_app(
             "and none is set: set COCKTAIL_ADMIN_KEY, or listen on 127.0.0.1",
             param="server.auth",
         )
-    metrics, lifecycle = GatewayMetrics(), Lifecycle()
+    metrics, lifecycle = GatewayMetrics(), lifecycle or Lifecycle()
     app = FastAPI(
         title="cocktail-serve",
         version=cocktail_serve.__version__,
@@ -91,7 +96,6 @@ def create_app(
     app.add_middleware(RequestBoundary, metrics=metrics, lifecycle=lifecycle)
     if settings.server.cors_origins:
         _let_browsers_in(app, settings.server.cors_origins)
-    app.state.lifecycle = lifecycle
     return app
 
 

@@ -1,5 +1,8 @@
 """Which fields of a generation request the gateway decides, refuses, and passes on. This table is the policy.
 
+What it refuses is refused from the table. What it overrides and completes is done where the value is known: usage in
+`apply_field_policy`, the rest by the engine (`engines.vllm.request_body`).
+
 Requests go to vLLM's own OpenAI server, so that chat templates, tools, logprobs, structured output and sampling are
 vLLM's. What could break the promise that no request is answered by other parameters, or from another tenant's cache,
 than its own is decided here.

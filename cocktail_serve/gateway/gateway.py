@@ -13,7 +13,7 @@ from cocktail_serve.cocktails.experts import Experts
 from cocktail_serve.cocktails.options import CocktailRequest
 from cocktail_serve.cocktails.parsing import parse_inline, parse_request
 from cocktail_serve.cocktails.service import CocktailService
-from cocktail_serve.config import PoolConfig, Settings
+from cocktail_serve.config import Settings
 from cocktail_serve.engines.base import AnyEngine, EmbeddingEngine, GenerationEngine, RerankingEngine
 from cocktail_serve.errors import NotFoundError
 from cocktail_serve.finetuning.files import Files
@@ -58,11 +58,6 @@ class Gateway:
     audit: AuditLog
     limiter: Limiter
     parse_executor: Executor
-
-    @cached_property
-    def pool_configs(self) -> Mapping[str, PoolConfig]:
-        """What the configuration says of each pool."""
-        return {pool.id: pool for pool in self.settings.pools}
 
     @cached_property
     def decoders(self) -> Mapping[str, GenerationEngine]:

@@ -83,7 +83,7 @@ async def find_target(admitted: AdmittedRequest, engines: Mapping[str, _E]) -> T
             f"model {model!r} is {with_article(pool.kind)}; it answers {_ROUTES[pool.kind]}", param="model"
         )
     admitted.exchange.pool_id = pool.id
-    return Target(pool, engine, gateway.pool_configs[pool.id], served)
+    return Target(pool, engine, gateway.settings.pool(pool.id), served)
 
 
 async def served_model(admitted: AdmittedRequest, target: Target[Any]) -> ServedModel:

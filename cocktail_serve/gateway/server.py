@@ -73,7 +73,8 @@ def serve(
     """
     logs.configure(settings.server.log_format)
     with bind(settings.server) as listener:
-        app = create_app(settings, pools=pools or open_pools(settings))
+        lifecycle = Lifecycle()
+        app = create_app(settings, pools=pools or open_pools(settings), lifecycle=lifecycle)
         config = uvicorn.Config(
             app,
             log_level="info",
@@ -89,7 +90,7 @@ def serve(
         server = _Server(
             config,
             lambda: on_listening and on_listening(_url(settings.server.host, listener)),
-            lifecycle=app.state.lifecycle,
+            lifecycle=lifecycle,
             grace_s=settings.server.shutdown_grace_s,
         )
         server.run(sockets=[listener])

@@ -38,13 +38,13 @@ class Trial:
     """A question: what does this mixture lose on these examples?
 
     Attributes:
-        merging_weights: over base, experts and target.
+        shares: of base, experts and target, whatever the method makes of them (`Method.coefficients`).
         rows: indices of the examples asked about, at least one.
         progress: share of the trials that are done, 0 to 1.
         ahead: the trials that follow, in order, whatever the answer is: who can answer several at once may begin them.
     """
 
-    merging_weights: Mapping[str, float]
+    shares: Mapping[str, float]
     rows: tuple[int, ...]
     progress: float
     ahead: tuple[Trial, ...] = field(default=(), repr=False, compare=False)

@@ -136,7 +136,7 @@ def test_every_answer_may_be_read(guarded: LiveGateway) -> None:
 
 def test_a_server_that_stops_says_so_to_pages(tmp_path: Path) -> None:
     with live_gateway(tmp_path, server={"cors_origins": ["*"]}) as live:
-        live.app.state.lifecycle.is_stopping = True
+        live.app.state.gateway.lifecycle.is_stopping = True
         answer = httpx.get(f"{live.url}/v1/models", headers={"origin": ORIGIN})
         assert (answer.status_code, answer.headers["access-control-allow-origin"]) == (503, "*")
         assert answer.headers["retry-after"]

@@ -112,8 +112,8 @@ class EngineResponse:
 class _Connection(asyncio.Protocol):
     """One connection; what the parser reads goes to the one answer that is expected."""
 
-    def __init__(self, pool: Connections) -> None:
-        self._pool = pool
+    def __init__(self, connections: Connections) -> None:
+        self._connections = connections
         self._parser = httptools.HttpResponseParser(self)
         self._transport: asyncio.Transport | None = None
         self._answer: EngineResponse | None = None
@@ -155,7 +155,7 @@ class _Connection(asyncio.Protocol):
 
     def connection_lost(self, error: Exception | None) -> None:
         self._transport = None
-        self._pool._remove(self)
+        self._connections._remove(self)
         self._break(ConnectionResetError(f"the server closed the connection before its answer was complete: {error!r}"))
 
     def on_message_begin(self) -> None:
@@ -190,7 +190,7 @@ class _Connection(asyncio.Protocol):
         # an answer that came before the whole request had left: what is left would be read as the next one
         if is_kept and not transport.get_write_buffer_size() and not transport.is_closing():
             self.resume()
-            self._pool._keep(self)
+            self._connections._keep(self)
         else:
             self.abort()
 

@@ -95,5 +95,5 @@ async def _view(gateway: Gateway, engine_id: str) -> EngineView:
     scheduler = snapshot.scheduler
     digests = {queue.recipe_digest for queue in scheduler.queues} | {scheduler.resident, scheduler.pinned}
     names = gateway.service.catalog.named(engine_id, {digest for digest in digests if digest is not None})
-    config = gateway.pool_configs[engine_id].engine
+    config = gateway.settings.pool(engine_id).engine
     return EngineView.of(gateway.pools[engine_id], config, snapshot=snapshot, names=names)

@@ -16,7 +16,7 @@ async def list_pools(gateway: GatewayDep, caller: CallerDep) -> PoolList:
     """The pools that are there for the tenant, and what they are made of."""
     return PoolList(
         data=[
-            PoolView.of(pool, gateway.pool_configs[pool.id], dtype=gateway.engines[pool.id].dtype)
+            PoolView.of(pool, gateway.settings.pool(pool.id), dtype=gateway.engines[pool.id].dtype)
             for _, pool in sorted(gateway.pools.items())
             if caller.sees(pool.id)
         ]

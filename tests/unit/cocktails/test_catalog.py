@@ -205,11 +205,11 @@ async def test_only_the_current_version_is_marked(catalog: Catalog) -> None:
     assert marks() == [False, True]
     catalog.pin("acme", "films", old)
     assert marks() == [True, False]
-    catalog.show(old, cocktail("acme", 1, mixed_loss=1.0))
+    catalog.update(old, cocktail("acme", 1, mixed_loss=1.0))
     assert marks() == [True, False]
     assert catalog.drop(old).current
     assert marks() == [True]
-    catalog.show(new, cocktail("acme", 2, status="queued", recipe=None))
+    catalog.update(new, cocktail("acme", 2, status="queued", recipe=None))
     assert marks() == [False]
 
 
@@ -274,7 +274,7 @@ def test_who_deletes_what_it_lists_lists_on(catalog: Catalog) -> None:
 
 def test_a_version_asked_for_again_keeps_its_place(catalog: Catalog) -> None:
     first, second = (catalog.insert(cocktail("acme", number)) for number in (1, 2))
-    catalog.show(first, cocktail("acme", 1, sequence=9))
+    catalog.update(first, cocktail("acme", 1, sequence=9))
     assert [found.uid for found in catalog.list("acme")] == [second.cocktail.uid, first.cocktail.uid]
     assert catalog.get("acme", "films").uid == first.cocktail.uid, "but is what its name means"
 
@@ -313,14 +313,14 @@ async def test_a_change_wakes_who_waits_for_it(catalog: Catalog) -> None:
     final = asyncio.create_task(catalog.until("acme-1", lambda now: now.is_final, 10.0))
     gone = asyncio.create_task(catalog.until("acme-1", lambda now: False, 10.0))
     await asyncio.sleep(0)
-    catalog.show(entry, cocktail("acme", 1, status="scoring", progress=0.4, recipe=None))
+    catalog.update(entry, cocktail("acme", 1, status="scoring", progress=0.4, recipe=None))
     await asyncio.sleep(0.01)
     assert not half.done()
-    catalog.show(entry, cocktail("acme", 1, status="scoring", progress=0.6, recipe=None))
+    catalog.update(entry, cocktail("acme", 1, status="scoring", progress=0.6, recipe=None))
     found = await half
     assert found is not None
     assert (found.progress, final.done()) == (0.6, False)
-    catalog.show(entry, cocktail("acme", 1))
+    catalog.update(entry, cocktail("acme", 1))
     assert await final == catalog.get("acme", "films")
     catalog.drop(entry)
     assert await gone is None

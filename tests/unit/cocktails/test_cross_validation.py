@@ -34,19 +34,19 @@ def test_weights_come_from_the_other_folds():
         others = [row for row in range(6) if row not in trial.rows]
         means = {name: sum(LOSSES[name][row] for row in others) / len(others) for name in ("base", "nq")}
         share = 1 / (1 + math.exp((means["base"] - means["nq"]) / 0.7))
-        assert trial.merging_weights["base"] == pytest.approx(share)
+        assert trial.shares["base"] == pytest.approx(share)
     assert findings.held_out_loss == 0.5
 
 
 def test_a_target_takes_the_share_that_was_chosen():
     trials, findings = asked(Candidate({}, temperature=1.0, alpha=0.3), target="own")
-    assert [trial.merging_weights["own"] for trial in trials] == pytest.approx([0.3] * 5)
+    assert [trial.shares["own"] for trial in trials] == pytest.approx([0.3] * 5)
     assert findings.best_expert == "own"
 
 
 def test_equal_weights_need_no_temperature():
     trials, _ = asked(Candidate({}), weighting="uniform", temperature=None)
-    assert [trial.merging_weights for trial in trials] == [{"base": 0.5, "nq": 0.5}] * 5
+    assert [trial.shares for trial in trials] == [{"base": 0.5, "nq": 0.5}] * 5
 
 
 def test_two_examples_are_two_folds_and_one_is_none():

@@ -32,7 +32,7 @@ def run(
         trial = next(trials)
         while True:
             asked.append(trial)
-            trial = trials.send([score(trial.merging_weights)] * 2)
+            trial = trials.send([score(trial.shares)] * 2)
     except StopIteration as ended:
         return ended.value, asked
 
@@ -92,9 +92,9 @@ def test_the_seed_decides_the_candidates_and_counts_up_to_32_bits() -> None:
 
     def first_asked(seed: int) -> list[Mapping[str, float]]:
         trials = blackbox(LOSSES, budget=400, seed=seed)
-        asked = [next(trials).merging_weights]
+        asked = [next(trials).shares]
         while len(asked) < 6:
-            asked.append(trials.send([bowl(asked[-1])] * 2).merging_weights)
+            asked.append(trials.send([bowl(asked[-1])] * 2).shares)
         return asked
 
     seeds = (0, 1, 2**32 - 1)

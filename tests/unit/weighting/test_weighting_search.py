@@ -21,7 +21,7 @@ def run(trials: Trials[tuple[Candidate, ...]], score: Score) -> tuple[tuple[Cand
         trial = next(trials)
         while True:
             asked.append(trial)
-            trial = trials.send([score(trial.merging_weights, row) for row in trial.rows])
+            trial = trials.send([score(trial.shares, row) for row in trial.rows])
     except StopIteration as ended:
         return ended.value, asked
 
@@ -80,7 +80,7 @@ def test_no_example_is_judged_by_a_mixture_that_it_was_weighed_into() -> None:
         told = {**losses, "a": [0.0 if row == odd else 1.0 for row in range(4)]}
         _, asked = run(search(told, target=None, alpha=None, seed=0), lambda weights, row: weights["a"])
         for trial in asked:
-            assert (trial.merging_weights["a"] == 0.5) == (odd in trial.rows)
+            assert (trial.shares["a"] == 0.5) == (odd in trial.rows)
 
 
 def test_of_equals_the_nearest_to_the_mean_wins() -> None:
@@ -109,9 +109,9 @@ def test_a_target_brings_alpha_into_the_grid() -> None:
 def test_an_alpha_that_is_given_stays() -> None:
     candidates, asked = run(search(LOSSES, target="t", alpha=0.25, seed=0), bowl({"t": 1.0}))
     assert {candidate.alpha for candidate in candidates} == {0.25}
-    assert {trial.merging_weights["t"] for trial in asked} == {0.25}
+    assert {trial.shares["t"] for trial in asked} == {0.25}
     _, asked = run(search(LOSSES, target="t", alpha=0.0, seed=0), bowl({"t": 1.0}))
-    assert {trial.merging_weights["t"] for trial in asked} == {0.0}
+    assert {trial.shares["t"] for trial in asked} == {0.0}
 
 
 def test_settings_of_the_same_weights_are_tried_once() -> None:
