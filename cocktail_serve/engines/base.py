@@ -156,14 +156,15 @@ class GenerationEngine(ScoringEngine, Protocol):
         body: Mapping[str, Any],
         *,
         tenant: str,
-        settings: GenerationSettings | None = None,
+        generation: GenerationSettings | None = None,
     ) -> AbstractAsyncContextManager[Forwarded]:
         """Sends an OpenAI body (already under the field policy) when it is `recipe`'s turn.
 
         The turn is held until the context exits. Admission is decided before the context is entered.
 
         Args:
-            settings: what the model takes where the body does not say; None: what the engine itself takes, the base's.
+            generation: what the model takes where the body does not say; None: what the engine itself takes, which is
+                the base's.
 
         Raises:
             QueueTimeoutError: its turn did not come within `queue_timeout_s`.

@@ -47,7 +47,7 @@ async def forward_generation(
     rewriter = AnswerRewriter(served.model_id, outgoing, end_token_ids=served.generation.end_token_ids)
     async with ended_with_client(admitted.request.receive):
         async with engine.forward(
-            served.recipe, path, outgoing.body, tenant=admitted.caller.tenant, settings=served.generation
+            served.recipe, path, outgoing.body, tenant=admitted.caller.tenant, generation=served.generation
         ) as forwarded:
             try:
                 if forwarded.events is not None:

@@ -146,10 +146,10 @@ class VLLMEngine:
         body: Mapping[str, Any],
         *,
         tenant: str,
-        settings: GenerationSettings | None = None,
+        generation: GenerationSettings | None = None,
     ) -> AsyncIterator[Forwarded]:
-        if settings is not None:
-            body = self._bodies.complete(body, path, settings, max_model_len=self._supervisor.max_model_len)
+        if generation is not None:
+            body = self._bodies.complete(body, path, generation, max_model_len=self._supervisor.max_model_len)
         fields = {"model": self.pool.id, **self._parameters.request_fields(recipe)}
         content = self._bodies.write(body, recipe, tenant=tenant, fields=fields)
         headers = {RECIPE_HEADER: recipe.digest}
