@@ -33,7 +33,7 @@ from openai import AsyncOpenAI
 
 from bench.machine import describe_machine
 from bench.server import RunningServer, running_server
-from cocktail_serve.pool import Form
+from cocktail_serve.pool import Mode
 from tests.adapters import train_adapter
 from tests.merging import linear
 from tests.models import make_decoder, make_decoder_pool, pool_section
@@ -75,7 +75,7 @@ class Outcome:
     seconds: list[float] = dataclasses.field(default_factory=list)
 
 
-def make_pools(folder: Path, mode: Form = "merged") -> dict[str, dict[str, Path]]:
+def make_pools(folder: Path, mode: Mode = "merged") -> dict[str, dict[str, Path]]:
     """Folders by pool and model name."""
     make = make_decoder_pool if mode == "merged" else make_adapter_pool
     return {
@@ -108,7 +108,7 @@ def write_config(
     pools: Mapping[str, Mapping[str, Path]],
     *,
     slice_s: float,
-    mode: Form = "merged",
+    mode: Mode = "merged",
     more_pools: Sequence[Any] = (),
 ) -> Path:
     """A configuration that serves the pools in float32, whatever `more_pools` adds, and its path."""
@@ -287,7 +287,7 @@ def run(
     clients: int,
     slice_s: float,
     num_prompts: int,
-    mode: Form = "merged",
+    mode: Mode = "merged",
     num_cocktails: int = len(COCKTAILS),
     seed: int = 0,
 ) -> Outcome:
@@ -313,7 +313,7 @@ def main() -> None:
     parser.add_argument("--clients", type=int, default=32)
     parser.add_argument("--slice-s", type=float, default=0.5)
     parser.add_argument("--prompts", type=int, default=24)
-    parser.add_argument("--mode", choices=get_args(Form), default="merged")
+    parser.add_argument("--mode", choices=get_args(Mode), default="merged")
     parser.add_argument("--cocktails", type=int, default=len(COCKTAILS), help="of each pool")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="invariant-") as folder:

@@ -25,7 +25,7 @@ from pydantic import (
 
 from cocktail_serve.dtypes import DType
 from cocktail_serve.errors import ConfigError
-from cocktail_serve.pool import BASE, NAME_PATTERN, Form, Kind, Member, Pool, with_article
+from cocktail_serve.pool import BASE, NAME_PATTERN, Kind, Member, Mode, Pool, with_article
 
 ENV_PREFIX = "COCKTAIL_"
 
@@ -83,7 +83,7 @@ class _EngineBase(_Section):
         """The dtype of an engine over this base."""
         return base.dtype if self.dtype == "auto" else self.dtype
 
-    def form_over(self, pool: Pool) -> Form:
+    def mode_over(self, pool: Pool) -> Mode:
         """How mixtures of this pool's models reach the engine.
 
         Raises:
@@ -91,7 +91,7 @@ class _EngineBase(_Section):
         """
         return "merged"
 
-    def reason_of_form(self, pool: Pool) -> str | None:
+    def reason_of_mode(self, pool: Pool) -> str | None:
         """Why mixtures of an opened pool's models reach the engine as they do; None: there is no other way."""
         return None
 
@@ -100,7 +100,7 @@ class VLLMEngineConfig(_EngineBase):
     """A vLLM server of its own, started and supervised by the gateway."""
 
     type: Literal["vllm"] = Field("vllm", description="vLLM, for decoders.")
-    mode: Form | None = Field(
+    mode: Mode | None = Field(
         None,
         description="unmerged: the factors of experts that are LoRA adapters stay apart and every request brings its "
         "coefficients, so that any number of cocktails share a batch. merged: parameters are summed first, and recipes "
@@ -149,7 +149,7 @@ class VLLMEngineConfig(_EngineBase):
         """One of `args`, however its name is written there; None where it is not given."""
         return next((value for key, value in self.args.items() if _argument_name(key) == name), None)
 
-    def form_over(self, pool: Pool) -> Form:
+    def mode_over(self, pool: Pool) -> Mode:
         merged_only = self._merged_only(pool)
         if self.mode == "unmerged" and merged_only is not None:
             raise ConfigError(
@@ -160,10 +160,10 @@ class VLLMEngineConfig(_EngineBase):
             return self.mode
         return "unmerged" if pool.experts and merged_only is None else "merged"
 
-    def reason_of_form(self, pool: Pool) -> str:
+    def reason_of_mode(self, pool: Pool) -> str:
         if self.mode is not None:
             return f"engine.mode is {self.mode}"
-        if pool.form == "unmerged":
+        if pool.mode == "unmerged":
             return "all experts of the configuration are LoRA adapters that can be served unmerged"
         return self._merged_only(pool) or "the configuration has no experts"
 

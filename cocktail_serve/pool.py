@@ -23,7 +23,7 @@ from cocktail_serve.generation_settings import (
 
 Kind = Literal["decoder", "encoder", "reranker", "encoder_decoder"]
 
-Form = Literal["merged", "unmerged"]
+Mode = Literal["merged", "unmerged"]
 """How a mixture reaches the engine. merged: its parameters are summed first, and one recipe is in the engine at a time;
 unmerged: the experts' factors stay apart, beside the base's parameters, and each request brings its coefficients."""
 
@@ -98,7 +98,7 @@ class Pool:
         chat_template: what messages are rendered by for scoring, for every mixture, and for models that have none of
             their own. Experts that are added later do not change it.
         generation_options: what the operator lays down for all models, those that are added later too.
-        form: how its mixtures reach the engine that serves it. What is known of its models does not depend on it.
+        mode: how its mixtures reach the engine that serves it. What is known of its models does not depend on it.
     """
 
     id: str
@@ -109,7 +109,7 @@ class Pool:
     warnings: tuple[str, ...] = field(default=(), compare=False)
     chat_template: ChatTemplate | None = None
     generation_options: GenerationOptions = NO_OPTIONS
-    form: Form = "merged"
+    mode: Mode = "merged"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "experts", MappingProxyType(dict(sorted(self.experts.items()))))

@@ -13,7 +13,7 @@ from cocktail_serve.dtypes import DType
 from cocktail_serve.errors import InvalidMixError, MethodNotServedError
 from cocktail_serve.generation_settings import GenerationSettings, mixed_settings
 from cocktail_serve.methods import METHODS, SUM_TOLERANCE, Method, find_method
-from cocktail_serve.pool import BASE, Form, Pool
+from cocktail_serve.pool import BASE, Mode, Pool
 
 RECIPE_VERSION = 2
 """Part of every digest: raised when the same fields come to mean other bits."""
@@ -33,7 +33,7 @@ class Recipe:
         method_params: further parameters of the method, all of them.
         dtype: dtype of the mixed parameters, reached by one rounding from the accumulated sum; unmerged, of the base's
             parameters and of the factors, each by itself.
-        form: how it reaches the engine, which decides what is rounded.
+        mode: how it reaches the engine, which decides what is rounded.
     """
 
     base: str
@@ -41,7 +41,7 @@ class Recipe:
     dtype: DType
     method: str = "linear"
     method_params: Mapping[str, Any] = field(default_factory=dict, hash=False)
-    form: Form = "merged"
+    mode: Mode = "merged"
 
     @cached_property
     def digest(self) -> str:
@@ -63,7 +63,7 @@ class Recipe:
         Raises:
             MethodNotServedError: the method's mixture is no such sum.
         """
-        check_form(self.method, "unmerged")
+        check_mode(self.method, "unmerged")
         scale = self.method_params.get("lambda", 1.0)
         return {fingerprint: scale * value for fingerprint, value in self.coefficients if fingerprint != self.base}
 
@@ -76,8 +76,8 @@ class Recipe:
             "method": self.method,
             "method_params": dict(self.method_params),
             "dtype": self.dtype,
-            # left out where it is merged, so that the digests of other recipes stay what they were
-            **({} if self.form == "merged" else {"form": self.form}),
+            # called form here, and left out where it is merged: digests stay what they were
+            **({} if self.mode == "merged" else {"form": self.mode}),
         }
 
     @classmethod
@@ -94,18 +94,18 @@ class Recipe:
                 )
             if value["dtype"] not in get_args(DType):
                 raise InvalidMixError(f"recipe dtype {value['dtype']!r} is not float32, float16 or bfloat16")
-            form = value.get("form", "merged")
-            if form not in get_args(Form):
-                raise InvalidMixError(f"recipe form {form!r} is not one of {', '.join(get_args(Form))}")
+            mode = value.get("form", "merged")
+            if mode not in get_args(Mode):
+                raise InvalidMixError(f"recipe form {mode!r} is not one of {', '.join(get_args(Mode))}")
             method = find_method(value["method"])
-            check_form(method.name, form)
+            check_mode(method.name, mode)
             method_params = method.check_params(value["method_params"])
             coefficients = tuple((str(f), _finite(f, c)) for f, c in value["coefficients"])
             if len(dict(coefficients)) < len(coefficients):
                 raise InvalidMixError("not a recipe: a model has two coefficients", param="recipe.coefficients")
             base = str(value["base"])
             _check_rule(method, base, coefficients)
-            return cls(base, coefficients, value["dtype"], method.name, method_params, form)
+            return cls(base, coefficients, value["dtype"], method.name, method_params, mode)
         except (KeyError, TypeError, ValueError) as error:
             raise InvalidMixError(f"not a recipe: {error!r}") from error
 
@@ -117,24 +117,24 @@ def make_recipe(
     dtype: DType,
     method: str = "linear",
     method_params: Mapping[str, Any] | None = None,
-    form: Form | None = None,
+    mode: Mode | None = None,
 ) -> Recipe:
     """The recipe of a pool's models with the given weights, by name.
 
     Args:
         merging_weights: coefficient by model name (`base` or an expert); names left out weigh 0, except that the base
             counts 1 in a method of task vectors.
-        form: how it reaches the engine; None: as the pool is served.
+        mode: how it reaches the engine; None: as the pool is served.
 
     Raises:
         NotFoundError: a name is not in the pool.
-        MethodNotServedError: the method needs merged parameters, and the form is another.
+        MethodNotServedError: the method needs merged parameters, and the mode is another.
         InvalidMixError: no weight, one that is not finite, or the method's rule is broken: a sum that is not 1 within
             1e-6, a base that does not count 1, another number of models; or a parameter of the method is out of range.
     """
     chosen = find_method(method)
-    form = form or pool.form
-    check_form(chosen.name, form)
+    mode = mode or pool.mode
+    check_mode(chosen.name, mode)
     checked_params = chosen.check_params(method_params or {})
     base = pool.base.fingerprint
     by_fingerprint: dict[str, float] = {}
@@ -154,17 +154,17 @@ def make_recipe(
     order = sorted(taking_part, key=lambda f: (f != base, f))
     coefficients = tuple((f, taking_part[f]) for f in order)
     _check_rule(chosen, base, coefficients)
-    return Recipe(base, coefficients, dtype, chosen.name, checked_params, form)
+    return Recipe(base, coefficients, dtype, chosen.name, checked_params, mode)
 
 
-def one_hot(pool: Pool, name: str, *, dtype: DType, form: Form | None = None) -> Recipe:
-    """The recipe that is one model of the pool itself; `form` as of `make_recipe`."""
-    return make_recipe(pool, {name: 1.0}, dtype=dtype, form=form)
+def one_hot(pool: Pool, name: str, *, dtype: DType, mode: Mode | None = None) -> Recipe:
+    """The recipe that is one model of the pool itself; `mode` as of `make_recipe`."""
+    return make_recipe(pool, {name: 1.0}, dtype=dtype, mode=mode)
 
 
-def check_form(method: str, form: Form) -> None:
-    """Raises MethodNotServedError where mixtures of a method do not come in a form."""
-    if form == "unmerged" and not METHODS[method].is_weighted_sum:
+def check_mode(method: str, mode: Mode) -> None:
+    """Raises MethodNotServedError where mixtures of a method do not come in a mode."""
+    if mode == "unmerged" and not METHODS[method].is_weighted_sum:
         linear = " and ".join(sorted(name for name, each in METHODS.items() if each.is_weighted_sum))
         raise MethodNotServedError(
             f"method {method!r} needs merged parameters, and this pool is served unmerged, which {linear} alone can "

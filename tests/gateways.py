@@ -114,7 +114,7 @@ def make_pools(folder: Path, settings: Settings) -> dict[str, Pool]:
     for config in settings.pools:
         if config.id == "flan" and not is_real:
             mode = getattr(config.engine, "mode", None)
-            pools["flan"] = replace(make_fake_pool(folder / "decoder"), form=mode or "merged")
+            pools["flan"] = replace(make_fake_pool(folder / "decoder"), mode=mode or "merged")
         if is_real and config.id == "flan":
             pools["flan"] = open_pool(config, cache_dir=folder / "cache")
         if config.id in make:

@@ -84,9 +84,9 @@ def open_pool(config: PoolConfig, *, cache_dir: Path, progress: Callable[[str, i
         text_digest=text_digest(base, prompts=config.prompts),
         warnings=tuple(warnings),
     )
-    pool = replace(pool, form=config.engine.form_over(pool))
-    if (reason := config.engine.reason_of_form(pool)) is not None:
-        logger.info("pool %s is served %s: %s", pool.id, pool.form, reason)
+    pool = replace(pool, mode=config.engine.mode_over(pool))
+    if (reason := config.engine.reason_of_mode(pool)) is not None:
+        logger.info("pool %s is served %s: %s", pool.id, pool.mode, reason)
     return _with_generation(pool, config) if config.kind == "decoder" else pool
 
 
@@ -102,7 +102,7 @@ def open_expert(pool: Pool, name: str, folder: Path, *, cache_dir: Path) -> Memb
     _check_fits(pool.id, pool.base.path, name, folder, FolderTokenizer(pool.base.path))
     with _named(pool.id, name):
         member = _expert(name, folder, pool.base, cache_dir, None)
-    if pool.form == "unmerged" and member.merged_only is not None:
+    if pool.mode == "unmerged" and member.merged_only is not None:
         raise IncompatibleModelsError(
             f"pool {pool.id!r} is served unmerged, and the model {folder} cannot be: {member.merged_only}; have the "
             "operator set engine.mode: merged, or add an adapter"

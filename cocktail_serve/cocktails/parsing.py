@@ -21,7 +21,7 @@ from cocktail_serve.errors import (
 from cocktail_serve.examples import parse_examples
 from cocktail_serve.methods import Method, MethodName, find_method
 from cocktail_serve.pool import BASE, NAME_PATTERN, Kind, Pool
-from cocktail_serve.recipe import check_form, make_recipe
+from cocktail_serve.recipe import check_mode, make_recipe
 from cocktail_serve.request_schema import parse_as
 from cocktail_serve.storable_text import check_text
 from cocktail_serve.weighting.blackbox import BUDGET, MAX_BUDGET, check_available
@@ -130,7 +130,7 @@ def parse_inline(cocktail: Any, *, pool: Pool, settings: Settings) -> CocktailRe
 def _resolve(body: InlineBody, name: str, pool: Pool, settings: Settings, *, inline: bool) -> CocktailRequest:
     seed = body.seed or 0
     method = find_method(body.method or "linear")
-    check_form(method.name, pool.form)
+    check_mode(method.name, pool.mode)
     options = CocktailOptions(
         name,
         pool.id,

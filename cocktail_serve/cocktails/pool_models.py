@@ -66,7 +66,7 @@ class PoolModels:
             )
         pool, recipe = self._pools.get(cocktail.pool_id), cocktail.recipe
         if pool is not None and recipe is not None:
-            if recipe.form != pool.form:
+            if recipe.mode != pool.mode:
                 raise MethodNotServedError(
                     f"{cocktail.id!r} is of method {recipe.method!r}, which needs merged parameters, and pool "
                     f"{pool.id!r} is served unmerged now; make it again by another, or have the operator set "
@@ -87,8 +87,8 @@ class PoolModels:
         pool, recipe = self._pools.get(cocktail.pool_id), cocktail.recipe
         if pool is None or recipe is None:
             return cocktail
-        form = pool.form if find_method(recipe.method).is_weighted_sum else recipe.form
-        configured = replace(recipe, dtype=self._dtypes[pool.id], form=form)
+        mode = pool.mode if find_method(recipe.method).is_weighted_sum else recipe.mode
+        configured = replace(recipe, dtype=self._dtypes[pool.id], mode=mode)
         if configured == recipe:
             return cocktail
         made, now = _rounding(recipe), _rounding(configured)
@@ -97,7 +97,7 @@ class PoolModels:
 
 
 def _rounding(recipe: Recipe) -> str:
-    return recipe.dtype if recipe.form == "merged" else f"{recipe.form} {recipe.dtype}"
+    return recipe.dtype if recipe.mode == "merged" else f"{recipe.mode} {recipe.dtype}"
 
 
 def no_model(model_id: str) -> NotFoundError:

@@ -171,7 +171,7 @@ class Scores:
         self, engine: ScoringEngine, recipe: Recipe, examples: ExampleSet, score_scope: ScoreScope
     ) -> Sequence[float]:
         loss_version = ranking.LOSS_VERSION if engine.kind == "reranker" else decoder.LOSS_VERSION
-        rounding = {"dtype": recipe.dtype} | ({} if recipe.form == "merged" else {"form": recipe.form})
+        rounding = {"dtype": recipe.dtype} | ({} if recipe.mode == "merged" else {"form": recipe.mode})
         variant = digest_of({"loss": loss_version, "text": engine.pool.text_digest, **rounding})
         unique = dict(zip(examples.digests, examples, strict=True))
         key = ScoreKey(recipe.only_model or recipe.digest, variant)

@@ -130,7 +130,7 @@ class WeightingRunner:
                     await on_trial(step.progress)
                 if not begun:
                     # where recipes take turns, one at a time: traffic and other jobs go in between
-                    ahead = step.ahead if engine.pool.form == "unmerged" else ()
+                    ahead = step.ahead if engine.pool.mode == "unmerged" else ()
                     for trial in (step, *ahead):
                         answered = self._answer(trial, engine, options, examples, score_scope, retry=retry)
                         begun.append(asyncio.create_task(answered))

@@ -138,7 +138,7 @@ def open_evaluation(
     store = CellStore(None if out is None else out / CELLS)
     pool = open_with_progress(settings, config, report)
     if base_url is None:
-        pool = replace(pool, form="merged")  # one model in memory at a time
+        pool = replace(pool, mode="merged")  # one model in memory at a time
     backend = _backend(settings, config, pool, store, report, base_url=base_url, api_key=api_key)
     try:
         yield Evaluation(settings, backend, store, how or Measuring(), name)

@@ -62,7 +62,7 @@ def weigh_offline(
     if body.get("examples") is not None:
         # opening a pool may read gigabytes: what can be refused before is
         parse_examples(body["examples"], config.kind, max_examples=config.max_examples)
-    pool = replace(open_with_progress(settings, config, report), form="merged")  # one model in memory at a time
+    pool = replace(open_with_progress(settings, config, report), mode="merged")  # one model in memory at a time
     request = parse_inline(dict(body), pool=pool, settings=settings)
     dtype = config.engine.dtype_over(pool.base)
     if request.examples is None:

@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(
         f"\n{MANIFEST_VARIABLE}={shlex.quote(str(path))} VLLM_PLUGINS={shlex.quote(plugin_allowlist(None))} \\\n"
         f"vllm serve {shlex.quote(str(pool.base.path))} --dtype {dtype} "
-        f"--worker-extension-cls {WORKER_EXTENSIONS[pool.form]}"
+        f"--worker-extension-cls {WORKER_EXTENSIONS[pool.mode]}"
     )
     return 0
 

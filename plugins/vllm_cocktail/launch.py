@@ -15,14 +15,14 @@ from typing import Any
 
 from cocktail_serve.dtypes import DType
 from cocktail_serve.errors import ConfigError
-from cocktail_serve.pool import Form
+from cocktail_serve.pool import Mode
 from vllm_cocktail.manifest import MANIFEST_VARIABLE, OWNER_VARIABLE
 
-WORKER_EXTENSIONS: Mapping[Form, str] = {
+WORKER_EXTENSIONS: Mapping[Mode, str] = {
     "merged": "vllm_cocktail.worker.CocktailWorkerExtension",
     "unmerged": "vllm_cocktail.unmerged.worker.UnmergedWorkerExtension",
 }
-"""What vLLM's Worker is extended by, by the form of the recipes that it answers."""
+"""What vLLM's Worker is extended by, by the mode of the recipes that it answers."""
 
 PLUGIN_NAME = "cocktail"
 """Name of the entry points in both vLLM groups, because `VLLM_PLUGINS` is one allowlist over all groups."""
@@ -77,7 +77,7 @@ def server_args(
     max_model_len: int | None = None,
     extra: Mapping[str, Any] | None = None,
     expert_bytes: int = 0,
-    form: Form = "merged",
+    mode: Mode = "merged",
 ) -> list[str]:
     """Command line of vLLM's OpenAI server on a Unix socket.
 
@@ -90,7 +90,7 @@ def server_args(
         extra: further engine arguments by command-line name without the dashes. `true` is a bare flag, `false` leaves
             a flag out, a list repeats its values, a mapping becomes JSON.
         expert_bytes: memory that the manifest sets aside for models.
-        form: of the recipes that the server answers.
+        mode: of the recipes that the server answers.
 
     Raises:
         ConfigError: `extra` sets an argument that is set here or that the plugin cannot work with, or leaves a KV cache
@@ -113,7 +113,7 @@ def server_args(
         extra["enforce-eager"] = True
     args = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
     args += ["--model", str(model), "--uds", str(uds), "--served-model-name", served_model_name, "--dtype", dtype]
-    args += ["--worker-extension-cls", WORKER_EXTENSIONS[form], "--disable-uvicorn-access-log"]
+    args += ["--worker-extension-cls", WORKER_EXTENSIONS[mode], "--disable-uvicorn-access-log"]
     if max_model_len is not None:
         args += ["--max-model-len", str(max_model_len)]
     for name, value in extra.items():
@@ -135,7 +135,7 @@ def server_env(
     environ: Mapping[str, str] | None = None,
     args: Mapping[str, Any] | None = None,
     extra: Mapping[str, str] | None = None,
-    form: Form = "merged",
+    mode: Mode = "merged",
 ) -> dict[str, str]:
     """Environment of the server process.
 
@@ -146,7 +146,7 @@ def server_env(
         environ: what to build on; `os.environ` if omitted. Secrets of the gateway (`COCKTAIL_*`) are left out.
         args: the `extra` of `server_args`, some of which have a variable to go with them.
         extra: variables of the configuration, over the defaults and under what the plugin needs.
-        form: as of `server_args`.
+        mode: as of `server_args`.
 
     Raises:
         ConfigError: `extra` sets a variable that is set here or that the plugin cannot work with.
@@ -161,7 +161,7 @@ def server_env(
     env = {k: v for k, v in environ.items() if not k.startswith("COCKTAIL_") and k not in OWN_VARIABLES}
     env.setdefault("HF_HUB_OFFLINE", "1")  # the pool is a folder by now: nothing may reach for a network
     env.setdefault("VLLM_NO_USAGE_STATS", "1")
-    if form == "unmerged":
+    if mode == "unmerged":
         env.setdefault("VLLM_USE_V2_MODEL_RUNNER", "0")  # lays its steps out otherwise than `unmerged.step` reads them
     if is_cpu_build():
         env.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB; otherwise vLLM claims a share of all memory

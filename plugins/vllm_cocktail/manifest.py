@@ -14,7 +14,7 @@ from typing import Any, get_args
 
 from cocktail_serve.dtypes import MIXED_AS, DType
 from cocktail_serve.errors import ConfigError, InvalidMixError
-from cocktail_serve.pool import BASE, FileState, Form, Member, Pool
+from cocktail_serve.pool import BASE, FileState, Member, Mode, Pool
 from cocktail_serve.recipe import Recipe, make_recipe, one_hot
 
 MANIFEST_VARIABLE = "VLLM_COCKTAIL_MANIFEST"
@@ -50,7 +50,7 @@ class Manifest:
     managed: bool
     expert_bytes: int = 0
     names: Mapping[str, str] = field(default_factory=dict)
-    mode: Form = "merged"
+    mode: Mode = "merged"
 
     @classmethod
     def of_pool(cls, pool: Pool, *, dtype: DType, cache_bytes: int, managed: bool, expert_bytes: int = 0) -> Manifest:
@@ -59,12 +59,12 @@ class Manifest:
             members=pool.by_fingerprint,
             base=pool.base.fingerprint,
             dtype=dtype,
-            resident=one_hot(pool, pool.base.name, dtype=dtype, form="merged").digest,
+            resident=one_hot(pool, pool.base.name, dtype=dtype, mode="merged").digest,
             cache_bytes=cache_bytes,
             managed=managed,
             expert_bytes=expert_bytes,
             names={member.name: member.fingerprint for member in pool},
-            mode=pool.form,
+            mode=pool.mode,
         )
 
     @classmethod
@@ -152,14 +152,14 @@ class Manifest:
             raise InvalidMixError(
                 "the manifest gives no names; send a recipe instead of merging_weights", param="recipe"
             )
-        pool = Pool(id="manifest", kind="decoder", base=base, experts=members, text_digest="", form=self.mode)
+        pool = Pool(id="manifest", kind="decoder", base=base, experts=members, text_digest="", mode=self.mode)
         return make_recipe(pool, merging_weights, dtype=self.dtype, method=method, method_params=method_params)
 
     def _check(self, path: Path) -> None:
         if self.dtype not in get_args(DType):
             raise ConfigError(f"{path}: dtype {self.dtype!r} is not one of {', '.join(get_args(DType))}")
-        if self.mode not in get_args(Form):
-            raise ConfigError(f"{path}: mode {self.mode!r} is not one of {', '.join(get_args(Form))}")
+        if self.mode not in get_args(Mode):
+            raise ConfigError(f"{path}: mode {self.mode!r} is not one of {', '.join(get_args(Mode))}")
         if self.base not in self.members:
             raise ConfigError(f"{path}: the base {self.base!r} is not among the members")
         if unknown := sorted(set(self.names.values()) - set(self.members)):

@@ -157,7 +157,7 @@ def _binder(state: State) -> RequestBinder | None:
     manifest = Manifest.from_environ()
     if manifest.mode == "merged":
         return None
-    base = Recipe(manifest.base, ((manifest.base, 1.0),), manifest.dtype, form="unmerged")
+    base = Recipe(manifest.base, ((manifest.base, 1.0),), manifest.dtype, mode="unmerged")
 
     async def require_loaded(recipe: Recipe) -> None:
         control: UnmergedControl = state.cocktail_control  # the engine comes later than the routes

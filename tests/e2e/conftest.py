@@ -20,7 +20,7 @@ import pytest
 
 from cocktail_serve.checkpoints.opening import open_pool
 from cocktail_serve.config import PoolConfig
-from cocktail_serve.pool import Form, Pool
+from cocktail_serve.pool import Mode, Pool
 from cocktail_serve.recipe import Recipe, make_recipe
 from tests.models import make_decoder_pool, pool_section
 from vllm_cocktail.launch import is_cpu_build, server_args, server_env
@@ -60,7 +60,7 @@ class VLLMServer:
     resident: str = field(default="")
 
     def recipe(self, **merging_weights: float) -> Recipe:
-        return make_recipe(self.pool, merging_weights, dtype="float32", form=self.pool.form)
+        return make_recipe(self.pool, merging_weights, dtype="float32", mode=self.pool.mode)
 
     def status(self) -> dict[str, Any]:
         response = self.client.get("/v1/cocktail/status")
@@ -112,7 +112,7 @@ def running_vllm(
     deadline_s: float = 240.0,
     folders: Mapping[str, Path] | None = None,
     args: Mapping[str, Any] | None = None,
-    mode: Form = "merged",
+    mode: Mode = "merged",
 ) -> Iterator[VLLMServer]:
     """Starts a server on a new pool, or on models that are there, and ends its whole process group afterwards."""
     folders = folders or make_decoder_pool(folder / "pool", ("red", "green"), tied=tied)
@@ -134,14 +134,14 @@ def running_vllm(
                 dtype="float32",
                 max_model_len=MAX_MODEL_LEN,
                 extra=args,
-                form=pool.form,
+                mode=pool.mode,
             ),
             env=server_env(
                 manifest=manifest.write(folder / "pool.json"),
                 api_key=API_KEY,
                 owner_pid=os.getpid(),
                 args=args,
-                form=pool.form,
+                mode=pool.mode,
                 environ={**os.environ, **(environ or {})},
             ),
             stdout=output,

@@ -65,7 +65,7 @@ async def running_engine(config: PoolConfig, folder: Path) -> AsyncIterator[VLLM
 
 async def complete(engine: VLLMEngine, merging_weights: Mapping[str, float]) -> dict[str, Any]:
     """A greedy completion of `PROMPT`, with the ids of both and log-probabilities."""
-    recipe = make_recipe(engine.pool, merging_weights, dtype="float32", form=engine.pool.form)
+    recipe = make_recipe(engine.pool, merging_weights, dtype="float32", mode=engine.pool.mode)
     body = {"prompt": PROMPT, "temperature": 0.0, "max_tokens": 16, "ignore_eos": True, "logprobs": 1}
     # a publisher's own sampling defaults are not asked for
     body |= {"repetition_penalty": 1.0, "return_token_ids": True}
@@ -111,9 +111,9 @@ async def test_adapters_answer_and_score_by_their_coefficients(family: Family, t
     examples = parse_examples(EXAMPLES, "decoder", max_examples=100)
     config = family.pool([LORA])
     async with running_engine(config, tmp_path) as engine:
-        assert engine.pool.form == "unmerged"
+        assert engine.pool.mode == "unmerged"
         said = await asyncio.gather(*(complete(engine, mixture) for mixture in mixtures))
-        recipes = [make_recipe(engine.pool, mixture, dtype="float32", form="unmerged") for mixture in mixtures]
+        recipes = [make_recipe(engine.pool, mixture, dtype="float32", mode="unmerged") for mixture in mixtures]
         scored = await asyncio.gather(*(engine.score(recipe, examples) for recipe in recipes))
     tokenized = tokenize_examples(
         AutoTokenizer.from_pretrained(family.folders[BASE]), examples, max_tokens=MAX_MODEL_LEN - 1

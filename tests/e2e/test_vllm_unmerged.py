@@ -179,7 +179,7 @@ def test_an_expert_that_the_manifest_gains_is_loaded_when_it_is_asked_for(server
     manifest = Manifest.read(folder / "pool.json")
     late = open_expert(server.pool, "late", folder / "late", cache_dir=folder / "cache")
     later = replace(server.pool, experts={**server.pool.experts, "late": late})
-    recipe = make_recipe(later, {"base": 0.4, "late": 0.6}, dtype="float32", form="unmerged")
+    recipe = make_recipe(later, {"base": 0.4, "late": 0.6}, dtype="float32", mode="unmerged")
     request = request_of(server, recipe, PROMPTS[1])
     unknown = server.client.post(**request)
     assert (unknown.status_code, unknown.json()["error"]["code"]) == (400, "invalid_recipe")

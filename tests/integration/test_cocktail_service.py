@@ -915,7 +915,7 @@ class TestUnmerged:
     @pytest.fixture
     def world(self, tmp_path: Path) -> World:
         world = World(tmp_path)
-        world.pools["flan"] = replace(world.pools["flan"], form="unmerged")
+        world.pools["flan"] = replace(world.pools["flan"], mode="unmerged")
         world.scoring = ScoringEngine(world.pools["flan"], {"base": 2.0, "ag-news": 1.0, "nq": 3.0})
         return world
 
@@ -936,7 +936,7 @@ class TestUnmerged:
         assert num_trials > 4
         assert at_once.status == "ready"
         assert at_once.candidates == in_turn.candidates, "the order in which they are answered decides nothing"
-        assert at_once.recipe == replace(in_turn.recipe, form="unmerged")
+        assert at_once.recipe == replace(in_turn.recipe, mode="unmerged")
 
     async def test_a_search_that_is_cancelled_leaves_nothing_at_the_engine(self, world: World) -> None:
         rows = [{"input": f"q{i}", "output": "a" * (i + 1)} for i in range(4)]
@@ -963,7 +963,7 @@ class TestUnmerged:
         async with world.service() as service:
             await made(service, world.request("films"))
         visits = len(world.scoring.visits)
-        world.pools["flan"] = replace(world.pools["flan"], form="merged")
+        world.pools["flan"] = replace(world.pools["flan"], mode="merged")
         world.scoring.pool = world.pools["flan"]
         async with world.service() as service:
             await made(service, world.request("films", temperature=0.4))

@@ -39,7 +39,7 @@ from tests.models import make_decoder_tokenizer
 
 @pytest.fixture(scope="module")
 def pool(tmp_path_factory: pytest.TempPathFactory) -> Pool:
-    return replace(make_fake_pool(tmp_path_factory.mktemp("pool")), form="unmerged")
+    return replace(make_fake_pool(tmp_path_factory.mktemp("pool")), mode="unmerged")
 
 
 @pytest.fixture
@@ -134,7 +134,7 @@ async def test_coefficients_of_another_recipe_are_refused(pool: Pool, tmp_path: 
 async def test_a_merged_recipe_is_refused(pool: Pool, tmp_path: Path, faults: Path) -> None:
     async with unmerged(pool, tmp_path) as engine:
         with pytest.raises(InvalidRequestError, match="this engine's are unmerged"):
-            await ask(engine, replace(mixture(pool, 0.5), form="merged"), "hello")
+            await ask(engine, replace(mixture(pool, 0.5), mode="merged"), "hello")
 
 
 async def test_task_arithmetic_is_served(pool: Pool, tmp_path: Path, faults: Path) -> None:
@@ -145,7 +145,7 @@ async def test_task_arithmetic_is_served(pool: Pool, tmp_path: Path, faults: Pat
 
 
 async def test_an_expert_that_is_added_joins_a_running_engine(tmp_path: Path, faults: Path) -> None:
-    grown = replace(make_fake_pool(tmp_path, ("ag-news", "late", "nq")), form="unmerged")
+    grown = replace(make_fake_pool(tmp_path, ("ag-news", "late", "nq")), mode="unmerged")
     pool = replace(grown, experts={name: grown.experts[name] for name in ("ag-news", "nq")})
     late = one_hot(grown, "late", dtype="float32")
     async with unmerged(pool, tmp_path) as engine:

@@ -120,11 +120,11 @@ def test_weights_by_name_are_checked() -> None:
 
 
 def test_a_manifest_says_how_mixtures_reach_the_engine(tmp_path: Path) -> None:
-    unmerged = Manifest.of_pool(replace(POOL, form="unmerged"), dtype="bfloat16", cache_bytes=0, managed=True)
+    unmerged = Manifest.of_pool(replace(POOL, mode="unmerged"), dtype="bfloat16", cache_bytes=0, managed=True)
     assert Manifest.read(unmerged.write(tmp_path / "pool.json")) == unmerged
     assert (unmerged.mode, MANIFEST.mode) == ("unmerged", "merged")
     assert unmerged.resident == MANIFEST.resident, "the parameters that the server starts with are the base's"
-    assert unmerged.recipe({"red": 1.0}).form == "unmerged"
+    assert unmerged.recipe({"red": 1.0}).mode == "unmerged"
 
 
 def test_a_manifest_of_an_earlier_release_is_of_merged_parameters(tmp_path: Path) -> None:

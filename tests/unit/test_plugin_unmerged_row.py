@@ -20,7 +20,7 @@ BASE, RED, GREEN = "b" * 64, "d" * 64, "e" * 64
 def recipe(**coefficients: float) -> Recipe:
     fingerprints = {"base": BASE, "red": RED, "green": GREEN}
     return Recipe(
-        BASE, tuple((fingerprints[name], value) for name, value in coefficients.items()), "float32", form="unmerged"
+        BASE, tuple((fingerprints[name], value) for name, value in coefficients.items()), "float32", mode="unmerged"
     )
 
 
@@ -48,7 +48,7 @@ def test_other_arguments_for_the_worker_stay() -> None:
 
 def test_task_arithmetic_scales_its_row() -> None:
     params = {"lambda": 0.5}
-    scaled = Recipe(BASE, ((BASE, 1.0), (RED, 0.8)), "float32", "task_arithmetic", params, form="unmerged")
+    scaled = Recipe(BASE, ((BASE, 1.0), (RED, 0.8)), "float32", "task_arithmetic", params, mode="unmerged")
     assert bind(body_of(scaled), scaled.digest, base=ALONE)[1]["vllm_xargs"] == {"cocktail_row": [RED, 0.4]}
 
 
@@ -77,8 +77,8 @@ def test_salts_are_of_recipe_and_request() -> None:
         ({"vllm_xargs": {"cocktail_recipe": "{"}}, None, "is not JSON"),
         ({"vllm_xargs": {"cocktail_recipe": "[]"}}, None, "must hold an object"),
         (body_of(Recipe(BASE, ((BASE, 1.0),), "float32")), None, "form 'merged'"),
-        (body_of(Recipe(RED, ((RED, 1.0),), "float32", form="unmerged")), None, "is of base"),
-        (body_of(Recipe(BASE, ((BASE, 1.0),), "bfloat16", form="unmerged")), None, "bfloat16"),
+        (body_of(Recipe(RED, ((RED, 1.0),), "float32", mode="unmerged")), None, "is of base"),
+        (body_of(Recipe(BASE, ((BASE, 1.0),), "bfloat16", mode="unmerged")), None, "bfloat16"),
     ],
 )
 def test_what_is_not_bound(body: dict[str, Any], named: str | None, word: str) -> None:

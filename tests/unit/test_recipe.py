@@ -331,15 +331,15 @@ def test_nothing_to_mix() -> None:
     assert caught.value.param == "examples"
 
 
-class TestForm:
+class TestMode:
     """How a recipe reaches the engine: part of what it is, where it is not merged."""
 
     MERGED = make_recipe(POOL, {"base": 0.5, "ag-news": 0.3, "nq": 0.2}, dtype="bfloat16")
-    UNMERGED = make_recipe(POOL, {"base": 0.5, "ag-news": 0.3, "nq": 0.2}, dtype="bfloat16", form="unmerged")
+    UNMERGED = make_recipe(POOL, {"base": 0.5, "ag-news": 0.3, "nq": 0.2}, dtype="bfloat16", mode="unmerged")
 
     def test_digests_of_merged_recipes_are_what_they_were(self) -> None:
         assert "form" not in self.MERGED.to_json()
-        assert self.MERGED.form == "merged"
+        assert self.MERGED.mode == "merged"
         assert self.UNMERGED.to_json() == {**self.MERGED.to_json(), "form": "unmerged"}
         assert self.UNMERGED.digest != self.MERGED.digest
 
@@ -348,9 +348,9 @@ class TestForm:
         assert Recipe.from_json(json.loads(json.dumps(recipe.to_json()))) == recipe
 
     def test_it_is_the_pools_unless_another_is_named(self) -> None:
-        pool = replace(POOL, form="unmerged")
-        assert one_hot(pool, "nq", dtype="bfloat16") == one_hot(POOL, "nq", dtype="bfloat16", form="unmerged")
-        assert one_hot(pool, "nq", dtype="bfloat16", form="merged") == one_hot(POOL, "nq", dtype="bfloat16")
+        pool = replace(POOL, mode="unmerged")
+        assert one_hot(pool, "nq", dtype="bfloat16") == one_hot(POOL, "nq", dtype="bfloat16", mode="unmerged")
+        assert one_hot(pool, "nq", dtype="bfloat16", mode="merged") == one_hot(POOL, "nq", dtype="bfloat16")
         assert pool.fingerprint == POOL.fingerprint
 
     def test_coefficients_of_a_linear_mixture_are_the_experts_own(self) -> None:
@@ -366,7 +366,7 @@ class TestForm:
             dtype="bfloat16",
             method="task_arithmetic",
             method_params=params,
-            form="unmerged",
+            mode="unmerged",
         )
         assert recipe.task_vector_coefficients == {"z": 0.2, "a": 1.0}
 
@@ -375,10 +375,10 @@ class TestForm:
         weights = {"ag-news": 0.5, "nq": 0.5}
         recipe = make_recipe(POOL, weights, dtype="bfloat16", method=name)
         if METHODS[name].is_weighted_sum:
-            assert make_recipe(POOL, weights, dtype="bfloat16", method=name, form="unmerged").form == "unmerged"
+            assert make_recipe(POOL, weights, dtype="bfloat16", method=name, mode="unmerged").mode == "unmerged"
             return
         for refused in (
-            lambda: make_recipe(POOL, weights, dtype="bfloat16", method=name, form="unmerged"),
+            lambda: make_recipe(POOL, weights, dtype="bfloat16", method=name, mode="unmerged"),
             lambda: Recipe.from_json({**recipe.to_json(), "form": "unmerged"}),
             lambda: recipe.task_vector_coefficients,
         ):

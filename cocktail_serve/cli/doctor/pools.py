@@ -23,8 +23,8 @@ def check_pool(settings: Settings, config: PoolConfig, report: OnProgress, pools
     pool = pools.get(config.id)
     for warning in () if pool is None else pool.warnings:
         yield Check(name, "warning", warning)
-    if pool is not None and (reason := config.engine.reason_of_form(pool)) is not None:
-        yield Check(f"{name}: mode", "ok", f"{pool.form}: {reason}{_held(pool)}")
+    if pool is not None and (reason := config.engine.reason_of_mode(pool)) is not None:
+        yield Check(f"{name}: mode", "ok", f"{pool.mode}: {reason}{_held(pool)}")
     if pool is not None and pool.kind in ("decoder", "encoder_decoder"):
         scored = tried(f"{name}: examples", lambda: _check_tokenizer(pool), status="warning")
         if scored.status != "ok":
@@ -54,7 +54,7 @@ def _check(settings: Settings, config: PoolConfig, report: OnProgress, pools: di
 
 def _held(pool: Pool) -> str:
     """What an engine holds beside the base, where nothing is merged."""
-    if pool.form == "merged":
+    if pool.mode == "merged":
         return ""
     size = sum(expert.num_bytes for expert in pool.experts.values())
     return f"; their factors, {size / 1e6:,.1f} MB as stored, are held beside the base"

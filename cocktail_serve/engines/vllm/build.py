@@ -44,7 +44,7 @@ def build_vllm_engine(
     stats = EngineStats()
     turns: Turns
     parameters: Parameters
-    if pool.form == "unmerged":
+    if pool.mode == "unmerged":
         parameters = UnmergedParameters()
         turns = SharedTurns(max_in_flight=_max_in_flight(config), served_tokens=served_tokens, stats=stats)
     else:

@@ -139,7 +139,7 @@ class FakeServer:
         self.fence = Fence(managed=manifest.managed)
         self._binder: RequestBinder | None = None
         if manifest.mode == "unmerged":
-            base = Recipe(manifest.base, ((manifest.base, 1.0),), manifest.dtype, form="unmerged")
+            base = Recipe(manifest.base, ((manifest.base, 1.0),), manifest.dtype, mode="unmerged")
             self._binder = RequestBinder(base, self._require_known)
             self.fence.open(EveryRecipe())
         else:

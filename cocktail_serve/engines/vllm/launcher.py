@@ -40,7 +40,7 @@ class Launcher:
         self.log = run_dir / f"{pool.id}.log"
         self._pool_id = pool.id
         self._base = pool.base
-        self._form = pool.form
+        self._mode = pool.mode
         self._config = config
         self._dtype = dtype
         self._manifest_path = run_dir / f"{pool.id}.manifest.json"
@@ -91,7 +91,7 @@ class Launcher:
                 # here is the template of the model that was asked for
                 extra={**config.args, "trust-request-chat-template": True},
                 expert_bytes=int(config.expert_memory),
-                form=self._form,
+                mode=self._mode,
             )
         env = server_env(
             manifest=self._manifest_path,
@@ -99,7 +99,7 @@ class Launcher:
             owner_pid=os.getpid(),
             args={} if is_fake else config.args,
             extra=config.env,
-            form=self._form,
+            mode=self._mode,
         )
         return command, env
 

@@ -14,7 +14,7 @@ from cocktail_serve.gateway.error_handlers import error_body
 from cocktail_serve.gateway.schemas.errors import ErrorDetail
 from cocktail_serve.gateway.schemas.generation_settings import GenerationView
 from cocktail_serve.gateway.schemas.pages import Listed, PageView
-from cocktail_serve.pool import BASE, Form, Kind, Pool
+from cocktail_serve.pool import BASE, Kind, Mode, Pool
 from cocktail_serve.recipe import Recipe, settings_of
 from cocktail_serve.weighting.candidates import Candidate
 from cocktail_serve.weighting.verdict import Advice
@@ -39,7 +39,7 @@ class RecipeView(BaseModel):
     method: str
     method_params: dict[str, Any]
     dtype: str
-    form: Form = Field("merged", description="How it reaches the engine; part of the digest where it is unmerged.")
+    form: Mode = Field("merged", description="How it reaches the engine; part of the digest where it is unmerged.")
 
     @classmethod
     def of(cls, recipe: Recipe) -> Self:

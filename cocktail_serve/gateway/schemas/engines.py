@@ -11,7 +11,7 @@ from cocktail_serve.cocktails.experts import Added
 from cocktail_serve.config import EngineConfig
 from cocktail_serve.engines.scheduler_snapshot import Phase, Queue, WaitReason
 from cocktail_serve.engines.snapshot import EngineSnapshot, EngineState
-from cocktail_serve.pool import Form, Kind, Member, Pool
+from cocktail_serve.pool import Kind, Member, Mode, Pool
 from cocktail_serve.tenants.keys import DEFAULT_TENANT
 
 Names = Mapping[str, Sequence[tuple[str | None, str]]]
@@ -81,7 +81,7 @@ class EngineView(BaseModel):
     id: str = Field(description="Id of its pool.")
     kind: Kind
     type: str
-    mode: Form = Field(description="How mixtures reach it: merged, one recipe at a time, or unmerged, in one batch.")
+    mode: Mode = Field(description="How mixtures reach it: merged, one recipe at a time, or unmerged, in one batch.")
     mode_reason: str | None = Field(description="Why it is this one; null where there is no other.")
     state: EngineState
     detail: dict[str, Any] = Field(description="Why it is not ready, or which mixing path it took.")
@@ -105,8 +105,8 @@ class EngineView(BaseModel):
             id=pool.id,
             kind=pool.kind,
             type=config.type,
-            mode=pool.form,
-            mode_reason=config.reason_of_form(pool),
+            mode=pool.mode,
+            mode_reason=config.reason_of_mode(pool),
             state=snapshot.state,
             detail=dict(snapshot.detail),
             phase=scheduler.phase,

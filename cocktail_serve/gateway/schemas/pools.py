@@ -8,7 +8,7 @@ from pydantic import BaseModel, Field
 
 from cocktail_serve.config import PoolConfig
 from cocktail_serve.gateway.schemas.generation_settings import GenerationView
-from cocktail_serve.pool import BASE, Form, Kind, Member, Pool
+from cocktail_serve.pool import BASE, Kind, Member, Mode, Pool
 
 
 class MemberView(BaseModel):
@@ -40,7 +40,7 @@ class PoolView(BaseModel):
     base: MemberView
     experts: dict[str, MemberView]
     engine: str = Field(description="Type of the engine.")
-    mode: Form = Field(
+    mode: Mode = Field(
         description="How mixtures reach the engine. unmerged: they share a batch, and methods are linear alone."
     )
     dtype: str = Field(description="dtype that mixtures round to.")
@@ -57,7 +57,7 @@ class PoolView(BaseModel):
             base=MemberView.of(pool.base, pool),
             experts={name: MemberView.of(member, pool) for name, member in pool.experts.items()},
             engine=config.engine.type,
-            mode=pool.form,
+            mode=pool.mode,
             dtype=dtype,
             max_examples=config.max_examples,
             prompts=sorted(config.prompts),

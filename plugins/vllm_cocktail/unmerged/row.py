@@ -79,8 +79,8 @@ def _parsed(text: str) -> tuple[Recipe, Row]:
     if not isinstance(value, dict):
         raise _invalid(f"{XARGS}.{RECIPE_ARG} must hold an object")
     recipe = Recipe.from_json(value)
-    if recipe.form != "unmerged":
-        raise _invalid(f"the recipe is of form {recipe.form!r}, and this engine's are unmerged: it rounds otherwise")
+    if recipe.mode != "unmerged":
+        raise _invalid(f"the recipe is of form {recipe.mode!r}, and this engine's are unmerged: it rounds otherwise")
     return recipe, row_of(recipe)
 
 

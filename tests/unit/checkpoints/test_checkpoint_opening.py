@@ -229,7 +229,7 @@ def test_a_tokenizer_that_loads_and_cannot_cut_a_text(
         opened({"base": decoders["base"], "nq": expert})
 
 
-class TestForm:
+class TestMode:
     """How a pool's mixtures reach the engine: as its experts allow, and the operator says."""
 
     def open(self, folders: Folders, cache: Path, mode: str | None = None) -> Pool:
@@ -243,10 +243,10 @@ class TestForm:
         adapters = {"base": decoders["base"], "lora": lora}
         pool = self.open(adapters, tmp_path, "unmerged")
         assert pool.experts["lora"].merged_only is None
-        assert pool.form == self.open(adapters, tmp_path).form == "unmerged"
-        assert self.open(adapters, tmp_path, "merged").form == "merged"
+        assert pool.mode == self.open(adapters, tmp_path).mode == "unmerged"
+        assert self.open(adapters, tmp_path, "merged").mode == "merged"
         mixed = self.open(adapters | {"full": decoders["nq"]}, tmp_path)
-        assert mixed.form == "merged"
+        assert mixed.mode == "merged"
         assert mixed.merged_only == "expert 'full': it is a full model, and no LoRA adapter"
 
     def test_what_can_only_be_merged_is_refused_where_unmerged_is_asked_for(
@@ -254,7 +254,7 @@ class TestForm:
     ) -> None:
         dora = train_adapter(decoders["base"], tmp_path / "dora", use_dora=True).folder
         folders = {"base": decoders["base"], "dora": dora}
-        assert self.open(folders, tmp_path).form == "merged"
+        assert self.open(folders, tmp_path).mode == "merged"
         with pytest.raises(ConfigError, match=r"engine\.mode is unmerged, and expert 'dora': it is DoRA") as caught:
             self.open(folders, tmp_path, "unmerged")
         assert caught.value.param == "engine.mode"
@@ -276,12 +276,12 @@ class TestForm:
         lora = train_adapter(decoders["base"], tmp_path / "lora").folder
         pool = self.open({"base": decoders["base"], "lora": lora}, tmp_path)
         engine = FakeEngineConfig(args=args)
-        assert engine.form_over(pool) == ("merged" if is_refused else "unmerged")
+        assert engine.mode_over(pool) == ("merged" if is_refused else "unmerged")
         if is_refused:
-            merged = replace(pool, form="merged")
-            assert next(iter(args)).lstrip("-").replace("_", "-") in engine.reason_of_form(merged)
+            merged = replace(pool, mode="merged")
+            assert next(iter(args)).lstrip("-").replace("_", "-") in engine.reason_of_mode(merged)
             with pytest.raises(ConfigError, match=r"engine\.mode is unmerged, and engine\.args has"):
-                FakeEngineConfig(args=args, mode="unmerged").form_over(pool)
+                FakeEngineConfig(args=args, mode="unmerged").mode_over(pool)
 
     def test_an_expert_that_is_added_later_is_held_to_it(self, decoders: Folders, tmp_path: Path) -> None:
         lora = train_adapter(decoders["base"], tmp_path / "lora").folder

@@ -395,17 +395,17 @@ async def test_news_of_others_are_told_once_though_a_caller_leaves_in_the_middle
         await database.close()
 
 
-class TestForm:
+class TestMode:
     """A cocktail of another engine's, whose mixtures reached it otherwise."""
 
     @pytest.fixture
     def unmerged(self) -> Catalog:
-        return Catalog({"flan": replace(POOL, form="unmerged")}, {"flan": "float32"}, clock=lambda: 1_700_000_000.0)
+        return Catalog({"flan": replace(POOL, mode="unmerged")}, {"flan": "float32"}, clock=lambda: 1_700_000_000.0)
 
     def test_a_sum_is_served_in_the_form_of_now_with_a_warning(self, catalog: Catalog, unmerged: Catalog) -> None:
         made = cocktail("acme", 1)
         adopted = unmerged.as_configured(made)
-        assert adopted.recipe == replace(recipe(0.001), form="unmerged")
+        assert adopted.recipe == replace(recipe(0.001), mode="unmerged")
         assert adopted.warnings == (
             "made for float32; the engine runs unmerged float32 now, so the mixture rounds differently",
         )

@@ -379,7 +379,7 @@ def test_what_a_search_chooses_is_left_open_and_its_options_are_in_the_digest() 
 
 
 def test_an_unmerged_pool_takes_no_method_that_needs_merged_parameters() -> None:
-    pools = {"flan": replace(POOLS["flan"], form="unmerged")}
+    pools = {"flan": replace(POOLS["flan"], mode="unmerged")}
     body = {"name": "films", "pool": "flan", "examples": EXAMPLES}
     for method in ("linear", "task_arithmetic"):
         parse_request({**body, "method": method}, settings=make_settings(), pools=pools)

@@ -47,7 +47,7 @@ async def test_both_end_though_the_caller_leaves() -> None:
     with pytest.raises(asyncio.CancelledError):
         await caller
     may_end.set()
-    await outer.drain()
+    await outer.until_done()
     assert done == ["written", "shown"]
 
 
@@ -70,5 +70,5 @@ async def test_a_task_begun_within_a_change_is_not_part_of_it() -> None:
     with pytest.raises(asyncio.CancelledError):
         await job
     may_end.set()
-    await unbroken.drain()
+    await unbroken.until_done()
     assert done == ["written"]

@@ -26,7 +26,7 @@ from tests.jumping_clock import pause, run
 
 
 def recipe(name: str) -> Recipe:
-    return Recipe(base="base", coefficients=((name, 1.0),), dtype="float32", form="unmerged")
+    return Recipe(base="base", coefficients=((name, 1.0),), dtype="float32", mode="unmerged")
 
 
 A, B, C = recipe("a"), recipe("b"), recipe("c")
