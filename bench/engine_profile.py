@@ -17,7 +17,7 @@ from typing import Any
 
 from vllm_cocktail import worker
 from vllm_cocktail.mixer import Mixer
-from vllm_cocktail.worker import CocktailWorkerExtension, Reply
+from vllm_cocktail.worker import CocktailWorkerExtension
 
 
 class Clock:
@@ -66,7 +66,7 @@ class ProfiledWorker(CocktailWorkerExtension):
 
     cocktail_clock: Clock | None = None
 
-    def cocktail_profile(self, what: str, argument: str) -> Reply:
+    def cocktail_profile(self, what: str, argument: str) -> dict[str, Any]:
         """Mixes a recipe (JSON), or reloads a merged folder, and says where the time went.
 
         Returns:
@@ -76,7 +76,7 @@ class ProfiledWorker(CocktailWorkerExtension):
         clock = self.cocktail_clock = self.cocktail_clock or _watched_clock()
         clock.reset()
         before = resource.getrusage(resource.RUSAGE_SELF)
-        reply: Reply = {"ok": True}
+        reply: dict[str, Any] = {"ok": True}
         with clock.part("the rest, in Python"):
             if what == "reload":
                 self.reload_weights(weights_path=argument)

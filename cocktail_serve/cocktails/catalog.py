@@ -98,11 +98,6 @@ class Catalog:
         entry = self._by_uid.get(uid)
         return None if entry is None else entry.cocktail
 
-    def version(self, tenant: str, request: CocktailRequest) -> Cocktail | None:
-        """The version that a request names, or None; raises as `find_version`."""
-        entry = self.find_version(tenant, request)
-        return None if entry is None else entry.cocktail
-
     def list(self, tenant: str, name: str | None = None) -> Sequence[Cocktail]:
         """The tenant's cocktails, inline ones left out, the newest first; of one name if given."""
         return self.page(tenant, name).data

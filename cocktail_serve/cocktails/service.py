@@ -161,12 +161,14 @@ class CocktailService:
             QuotaExceededError, RateLimitError: over a limit of the tenant; nothing is kept.
             StorageError: nothing was kept.
         """
-        known = self.catalog.version(tenant, request)  # a guess: examples are checked before the registry is locked
-        if known is None or known.status in ("failed", "cancelled"):
+        known = self.catalog.find_version(
+            tenant, request
+        )  # a guess: examples are checked before the registry is locked
+        if known is None or known.cocktail.status in ("failed", "cancelled"):
             await self._check_examples(request)
         return await self._shield.run(self._create(tenant, request, actor, extra_writes))
 
-    async def find(self, tenant: str, model_id: str) -> ServedModel:
+    async def find_served_model(self, tenant: str, model_id: str) -> ServedModel:
         """As `Catalog.resolve`, and where that finds nothing to serve, with what another gateway has made just now.
 
         Raises:
@@ -178,11 +180,11 @@ class CocktailService:
             await self._registry.sync()
         return self.catalog.resolve(tenant, model_id)
 
-    async def find_model(self, tenant: str, model_id: str) -> ModelEntry | None:
+    async def find_model_entry(self, tenant: str, model_id: str) -> ModelEntry | None:
         """A line of the model list, though another gateway has made it just now; None: there is none.
 
         Raises:
-            StorageError: as `find`.
+            StorageError: as `find_served_model`.
         """
         entry = self.catalog.models(tenant).get(model_id)
         if entry is None:
@@ -190,7 +192,7 @@ class CocktailService:
             entry = self.catalog.models(tenant).get(model_id)
         return entry
 
-    async def look_up(self, tenant: str, ref: str) -> Cocktail:
+    async def find_cocktail(self, tenant: str, ref: str) -> Cocktail:
         """As `Catalog.get`, with what other gateways have done just now.
 
         Raises:
@@ -206,7 +208,7 @@ class CocktailService:
 
     async def examples(self, tenant: str, ref: str) -> Sequence[Mapping[str, Any]]:
         """The examples a cocktail was made from, as JSON rows; empty where it was made without."""
-        return await self._store.examples((await self.look_up(tenant, ref)).uid)
+        return await self._store.examples((await self.find_cocktail(tenant, ref)).uid)
 
     async def wait(self, tenant: str, ref: str, timeout_s: float) -> Cocktail:
         """The snapshot at the moment it becomes ready, failed or cancelled, or the one after `timeout_s`.
@@ -225,9 +227,9 @@ class CocktailService:
 
         Raises:
             NotFoundError: unknown, another tenant's, or deleted meanwhile.
-            StorageError: as `look_up`.
+            StorageError: as `find_cocktail`.
         """
-        before = await self.look_up(tenant, ref)
+        before = await self.find_cocktail(tenant, ref)
 
         def has_changed(now: Cocktail) -> bool:
             return now.is_final or (now.status, now.progress) != (before.status, before.progress)
@@ -265,9 +267,9 @@ class CocktailService:
             ModelNotReadyError: not ready within `timeout_s`; its job goes on, a retry finds it.
             CocktailError: why its job failed.
         """
-        known = self.catalog.version(tenant, request)  # a guess: examples are checked before the registry is locked
-        if known is not None and known.status == "ready":
-            return self.catalog.resolve(tenant, known.id)
+        known = self.catalog.find_version(tenant, request)
+        if known is not None and known.cocktail.status == "ready":
+            return self.catalog.resolve(tenant, known.cocktail.id)
         created, _ = await self.create(tenant, request, actor=actor)
         made = await self.wait(tenant, created.id, timeout_s)
         if made.status == "failed" and made.error is not None:
@@ -276,13 +278,13 @@ class CocktailService:
         return self.catalog.served_model(made)
 
     async def report(self, tenant: str, ref: str) -> Cocktail:
-        """As `look_up`; of a ready cocktail the cross-validation is there or in the making.
+        """As `find_cocktail`; of a ready cocktail the cross-validation is there or in the making.
 
         Raises:
             NotFoundError: unknown, or another tenant's.
-            StorageError: as `look_up`.
+            StorageError: as `find_cocktail`.
         """
-        return await self._shield.run(self._reports.ask(await self.look_up(tenant, ref)))
+        return await self._shield.run(self._reports.ask(await self.find_cocktail(tenant, ref)))
 
     async def set_current(self, tenant: str, name: str, ref: str | None, *, actor: Actor = SERVER) -> Cocktail:
         """Pins a name to a ready version; None removes the pin. Returns what the name means then.
@@ -295,7 +297,7 @@ class CocktailService:
 
     async def cancel(self, tenant: str, ref: str) -> Cocktail:
         """Ends an unfinished job and keeps the cocktail as cancelled; leaves a finished one as it is."""
-        return await self._shield.run(self._cancel(await self.look_up(tenant, ref)))
+        return await self._shield.run(self._cancel(await self.find_cocktail(tenant, ref)))
 
     async def delete(self, tenant: str, ref: str, *, actor: Actor = SERVER) -> Sequence[Cocktail]:
         """Deletes a version, or all versions of a name, with their examples and scores.

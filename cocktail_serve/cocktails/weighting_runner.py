@@ -18,7 +18,7 @@ from cocktail_serve.cocktails.scores import Retrying, Scores, ScoreScope, once
 from cocktail_serve.cocktails.weighting_steps import advance, recipe_of_trial, weighting_steps
 from cocktail_serve.engines.base import AnyEngine
 from cocktail_serve.examples import ExampleSet
-from cocktail_serve.weighting.candidates import Candidate, Trial, Trials
+from cocktail_serve.weighting.candidates import Candidate, Trial, Trials, mean
 
 _T = TypeVar("_T")
 
@@ -61,12 +61,9 @@ class WeightingRunner:
             As `Scores.of_models`.
         """
         losses: Mapping[str, Sequence[float]] = {}
-        means: Mapping[str, float] = {}
         scored = SCORED_BEFORE_SEARCH if options.searches else 1.0
 
         async def on_loss(so_far: Mapping[str, float]) -> None:
-            nonlocal means
-            means = so_far
             if on_progress is not None:
                 await on_progress(so_far, scored * (len(so_far) / len(options.scored)))
 
@@ -74,6 +71,7 @@ class WeightingRunner:
             losses = await self.scores.of_models(
                 engine, options.scored, examples, score_scope, retry=retry, on_loss=on_loss
             )
+        means = {name: mean(of_model) for name, of_model in losses.items()}
 
         async def on_trial(share: float) -> None:
             if on_progress is not None:

@@ -9,7 +9,7 @@ from weakref import WeakSet
 
 _T = TypeVar("_T")
 
-_shield: WeakSet[asyncio.Task[Any]] = WeakSet()
+_shielded_tasks: WeakSet[asyncio.Task[Any]] = WeakSet()
 """Tasks that nobody cancels."""
 
 
@@ -24,10 +24,10 @@ class Shield:
 
         A change that is part of another one is as unbroken as that, and needs no task.
         """
-        if asyncio.current_task() in _shield:
+        if asyncio.current_task() in _shielded_tasks:
             return await change
         task = asyncio.get_running_loop().create_task(change)
-        _shield.add(task)
+        _shielded_tasks.add(task)
         self._running.add(task)
         task.add_done_callback(self._ended)
         return await asyncio.shield(task)

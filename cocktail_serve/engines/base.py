@@ -160,7 +160,7 @@ class GenerationEngine(ScoringEngine, Protocol):
     ) -> AbstractAsyncContextManager[Forwarded]:
         """Sends an OpenAI body (already under the field policy) when it is `recipe`'s turn.
 
-        The turn is held until the context exits. Admission is decided before the context is entered.
+        The turn is held until the context exits. Limits of the tenant are the caller's: here requests only wait.
 
         Args:
             generation: what the model takes where the body does not say; None: what the engine itself takes, which is

@@ -47,7 +47,7 @@ async def admit(request: DirectRequest) -> AsyncIterator[AdmittedRequest]:
         RateLimitError: over a limit of the tenant.
     """
     gateway = await gateway_of(request)
-    caller = await caller_of(request)
+    caller = await caller_of(request, gateway)
     body, num_bytes = await read_json_object(request)
     exchange = exchange_of(request)
     # before any work is done for it

@@ -22,14 +22,13 @@ async def gateway_of(request: Request) -> Gateway:
 GatewayDep = Annotated[Gateway, Depends(gateway_of)]
 
 
-async def caller_of(request: Request) -> Caller:
+async def caller_of(request: Request, gateway: GatewayDep) -> Caller:
     """Who sent the request; may use models.
 
     Raises:
         AuthenticationError: a key is required, and there is none, or one that is not valid.
         PermissionDeniedError: the key lacks the scope `use`.
     """
-    gateway = await gateway_of(request)
     caller = await gateway.authenticator.caller(request.headers.get("authorization", ""))
     caller.require("use")
     return caller
@@ -62,14 +61,13 @@ async def creator_of(request: Request, gateway: GatewayDep, caller: CallerDep) -
 CreatorDep = Annotated[Caller, Depends(creator_of)]
 
 
-async def admin_of(request: Request) -> Caller:
+async def admin_of(request: Request, gateway: GatewayDep) -> Caller:
     """Who sent a request to `/admin`.
 
     Raises:
         AuthenticationError: no key, or one that is not valid; even where `server.auth` is off.
         PermissionDeniedError: the key lacks the scope `admin`.
     """
-    gateway = await gateway_of(request)
     return await gateway.authenticator.admin(request.headers.get("authorization", ""))
 
 

@@ -62,7 +62,7 @@ async def find_target(admitted: AdmittedRequest, engines: Mapping[str, _E]) -> T
     if not isinstance(model, str) or not model:
         raise InvalidRequestError("model is required: name one of GET /v1/models", param="model")
     if admitted.body.get("cocktail") is None:
-        served = await gateway.service.find(caller.tenant, model)
+        served = await gateway.service.find_served_model(caller.tenant, model)
         pool = served.pool
         if not caller.sees(pool.id):
             raise no_model(model)

@@ -36,7 +36,7 @@ async def test_what_one_makes_the_other_serves(pair: Pair) -> None:
     ready = await made(pair.one, pair.here.request())
     served = await pair.other.find("acme", "films")
     assert (served.model_id, served.recipe) == (ready.id, ready.recipe)
-    assert await pair.other.look_up("acme", ready.id) == ready
+    assert await pair.other.find_cocktail("acme", ready.id) == ready
     assert pair.other.catalog.list("acme") == [ready]
     assert pair.there.scoring.visits == [], "nothing was measured again"
     other = await made(pair.one, pair.here.request("books", examples=[C]))
@@ -48,7 +48,7 @@ async def test_what_one_makes_the_other_serves(pair: Pair) -> None:
 async def test_the_other_waits_for_what_one_makes(pair: Pair) -> None:
     pair.here.scoring.gate.clear()
     created, _ = await pair.one.create("acme", pair.here.request())
-    await pair.other.look_up("acme", created.id)
+    await pair.other.find_cocktail("acme", created.id)
     waiting = asyncio.create_task(pair.other.wait("acme", created.id, 30.0))
     await asyncio.sleep(0.1)
     assert not waiting.done()
@@ -101,7 +101,7 @@ async def test_cancelling_and_deleting_ends_the_others_job(pair: Pair) -> None:
         await until(lambda: pair.here.scoring.num_waiting == 3)
         assert pair.one.catalog.get("acme", "films").status == "scoring"
         dropped = pair.here.scoring.num_dropped
-        await pair.other.look_up("acme", created.id)
+        await pair.other.find_cocktail("acme", created.id)
         waiting = asyncio.create_task(pair.one.wait("acme", created.id, 10.0))
         await asyncio.sleep(0)
         await end("acme", created.id)
@@ -114,7 +114,7 @@ async def test_a_job_is_taken_over_when_its_owner_stands_still_and_the_owner_can
     created, _ = await pair.one.create("acme", pair.here.request())
     await until(lambda: pair.one.catalog.get("acme", created.id).status == "scoring")
     await silenced(pair.one)
-    await pair.other.look_up("acme", created.id)
+    await pair.other.find_cocktail("acme", created.id)
     ready = await pair.other.wait("acme", created.id, 20.0)
     assert ready.status == "ready"
     assert len(pair.there.scoring.visits) == 4
@@ -124,8 +124,8 @@ async def test_a_job_is_taken_over_when_its_owner_stands_still_and_the_owner_can
     pair.here.scoring.loss_of = dict.fromkeys(pair.here.scoring.loss_of, 9.0)
     pair.here.scoring.gate.set()
     await until(lambda: not pair.one._jobs.is_running(created.uid))
-    assert await pair.one.look_up("acme", created.id) == ready
-    assert await pair.other.look_up("acme", created.id) == ready
+    assert await pair.one.find_cocktail("acme", created.id) == ready
+    assert await pair.other.find_cocktail("acme", created.id) == ready
     assert (await pair.one.find("acme", "films")).recipe == ready.recipe
 
 
@@ -138,7 +138,7 @@ async def test_who_was_taken_for_dead_joins_again_and_owns_its_new_jobs(pair: Pa
     pair.here.scoring.gate.clear()
     created, _ = await pair.one.create("acme", pair.here.request())
     await until(lambda: pair.one._jobs.is_running(created.uid))
-    assert (await pair.other.look_up("acme", created.id)).owner == pair.one._cluster_loop._leases.me
+    assert (await pair.other.find_cocktail("acme", created.id)).owner == pair.one._cluster_loop._leases.me
     pair.here.scoring.gate.set()
     assert (await pair.one.wait("acme", created.id, 10.0)).status == "ready"
 
@@ -151,7 +151,7 @@ async def test_who_leaves_hands_its_jobs_over_at_once(tmp_path: Path, database_u
         async with here.service(place="here") as one:
             created, _ = await one.create("acme", here.request())
             await until(lambda: one.catalog.get("acme", created.id).status == "scoring")
-        await other.look_up("acme", created.id)
+        await other.find_cocktail("acme", created.id)
         await other._cluster_loop.beat()
         assert (await other.wait("acme", created.id, 10.0)).status == "ready"
 
@@ -166,7 +166,7 @@ async def test_a_job_goes_only_to_a_gateway_whose_pool_is_as_it_was(tmp_path: Pa
             async with here.service(place="here") as one:
                 created, _ = await one.create("acme", here.request())
                 await until(lambda: one.catalog.get("acme", created.id).status == "scoring")
-            await last.look_up("acme", created.id)
+            await last.find_cocktail("acme", created.id)
             assert (await last.wait("acme", created.id, 10.0)).status == "ready"
         assert there.scoring.visits == []
         with pytest.raises(NotFoundError, match="no longer has"):

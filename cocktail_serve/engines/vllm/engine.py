@@ -169,8 +169,8 @@ class VLLMEngine:
             self._check_recipe(recipe, answer)
             if answer.status >= 400 or is_error(whole):
                 raise engine_error(answer.status, whole)
-            lease.release()  # the engine has done its part
-            yield Forwarded(whole, None, lease.settle)
+        # the turn is over: the engine has done its part
+        yield Forwarded(whole, None, lease.settle)
 
     async def _ask(self, deadline_s: float) -> tuple[EngineState, str | None, EngineDetail]:
         """State, resident recipe and details, as the server says them itself."""

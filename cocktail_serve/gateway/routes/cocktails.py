@@ -119,7 +119,7 @@ async def retrieve_cocktail(
 ) -> CocktailView:
     """One version; by name, the current one. May wait for a change of it."""
     if not wait:
-        return CocktailView.of(await gateway.service.look_up(tenant, ref), gateway.pools)
+        return CocktailView.of(await gateway.service.find_cocktail(tenant, ref), gateway.pools)
     async with ended_with_client(request.receive):
         return CocktailView.of(await gateway.service.wait_for_change(tenant, ref, wait), gateway.pools)
 
@@ -127,7 +127,7 @@ async def retrieve_cocktail(
 @router.get("/v1/cocktails/{ref}/recipe", responses=error_responses(404, 503))
 async def retrieve_recipe(gateway: GatewayDep, tenant: TenantDep, ref: str) -> RecipeView:
     """What reproduces the mixture bit for bit."""
-    cocktail = await gateway.service.look_up(tenant, ref)
+    cocktail = await gateway.service.find_cocktail(tenant, ref)
     if cocktail.recipe is not None:
         return RecipeView.of(cocktail.recipe)
     if cocktail.is_final:

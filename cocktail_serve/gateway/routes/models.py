@@ -42,7 +42,7 @@ async def delete_model(gateway: GatewayDep, creator: CreatorDep, model_id: str) 
 
 
 async def _entry(gateway: Gateway, caller: Caller, model_id: str) -> ModelEntry:
-    entry = await gateway.service.find_model(caller.tenant, model_id)
+    entry = await gateway.service.find_model_entry(caller.tenant, model_id)
     if entry is None or not caller.sees(entry.pool):
         raise no_model(model_id)
     return entry

@@ -125,7 +125,9 @@ async def test_what_a_tenant_asks_touches_only_its_own(catalog: Catalog) -> None
     assert [found.id for found in catalog.page("acme", after=working.id, limit=1).data] == [own[1].id]
     assert catalog.resolve("acme", "films").recipe == recipe(0.002)
     assert catalog.get("acme", own[0].id).uid == "acme-1"
-    assert catalog.version("acme", request("films", 2)) == catalog.get("acme", "films")
+    found = catalog.find_version("acme", request("films", 2))
+    assert found is not None
+    assert found.cocktail == catalog.get("acme", "films")
     assert (await catalog.until("acme-3", lambda now: now.is_final, 0.0)) == working
     with pytest.raises(NotFoundError):
         catalog.resolve("acme", "unknown")
