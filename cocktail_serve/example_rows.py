@@ -27,13 +27,13 @@ def plain_row(row: Mapping[str, Any], kind: Kind, number: int) -> Mapping[str, A
     _check_weight(row, number)
     row = {key: value for key, value in row.items() if key not in _LEFT_ASIDE}
     if "messages" in row:
-        return _of_chat(row, number)
+        return _chat_row(row, number)
     if "conversations" in row:
-        return _of_sharegpt(row, number)
+        return _sharegpt_row(row, number)
     if "positive" in row:
-        return _of_triplet(row)
+        return _triplet_row(row)
     if "pos" in row:
-        return _of_flag_embedding(row, kind, number)
+        return _flag_embedding_row(row, kind, number)
     for keys, advice in _NO_EXAMPLES:
         if keys <= row.keys():
             raise InvalidExamplesError(advice, row=number)
@@ -74,7 +74,7 @@ def _check_weight(row: Mapping[str, Any], number: int) -> None:
         )
 
 
-def _of_chat(row: Mapping[str, Any], number: int) -> Mapping[str, Any]:
+def _chat_row(row: Mapping[str, Any], number: int) -> Mapping[str, Any]:
     """OpenAI's: definitions of tools stay, an option of the API that says how they are called goes."""
     if row.get("functions"):
         raise InvalidExamplesError(
@@ -87,7 +87,7 @@ def _of_chat(row: Mapping[str, Any], number: int) -> Mapping[str, Any]:
 _SHAREGPT_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 
 
-def _of_sharegpt(row: Mapping[str, Any], number: int) -> Mapping[str, Any]:
+def _sharegpt_row(row: Mapping[str, Any], number: int) -> Mapping[str, Any]:
     turns = row["conversations"]
     if not isinstance(turns, Sequence) or isinstance(turns, str | bytes):
         raise InvalidExamplesError("'conversations' must be a list of {from, value}", row=number)
@@ -112,7 +112,7 @@ def _of_sharegpt(row: Mapping[str, Any], number: int) -> Mapping[str, Any]:
 _NEGATIVE = re.compile(r"negative(_\d+)?")
 
 
-def _of_triplet(row: Mapping[str, Any]) -> Mapping[str, Any]:
+def _triplet_row(row: Mapping[str, Any]) -> Mapping[str, Any]:
     """`{"anchor", "positive", "negative"}`, with any number of `negative_1`, ...; the anchor may be called a query."""
     negatives = [key for key in row if _NEGATIVE.fullmatch(key)]
     anchors = [key for key in ("anchor", "query") if key in row]
@@ -122,33 +122,33 @@ def _of_triplet(row: Mapping[str, Any]) -> Mapping[str, Any]:
     return {"query": row[anchors[0]], "pos": [row["positive"]], "neg": [row[key] for key in negatives]}
 
 
-_OF_TRAINING = frozenset({"pos_scores", "neg_scores", "type", "category", "batch_size", "train_group_size"})
+_TRAINING_KEYS = frozenset({"pos_scores", "neg_scores", "type", "category", "batch_size", "train_group_size"})
 """What FlagEmbedding's rows say of a training alone: teachers' scores, and how negatives are drawn."""
 
 _PROMPTED_PASSAGES = ("symmetric_sts", "symmetric_clustering")
 """Types of FlagEmbedding's whose passages are prompted as their queries are."""
 
 
-def _of_flag_embedding(row: Mapping[str, Any], kind: Kind, number: int) -> Mapping[str, Any]:
+def _flag_embedding_row(row: Mapping[str, Any], kind: Kind, number: int) -> Mapping[str, Any]:
     """Prompts go before the texts, as FlagEmbedding's default format of instructions has them.
 
     Its trainer of embedders reads `prompt`, that of cross-encoders `query_prompt` and `passage_prompt`: there, `prompt`
     is for rerankers that are language models.
     """
-    of_query, of_passages = "", ""
+    query_prompt, passage_prompt = "", ""
     if kind == "encoder":
-        of_query = _prompt(row, "prompt", number)
-        of_passages = of_query if row.get("type") in _PROMPTED_PASSAGES else ""
+        query_prompt = _prompt(row, "prompt", number)
+        passage_prompt = query_prompt if row.get("type") in _PROMPTED_PASSAGES else ""
         read = {"prompt"}
     else:
-        of_query, of_passages = _prompt(row, "query_prompt", number), _prompt(row, "passage_prompt", number)
+        query_prompt, passage_prompt = _prompt(row, "query_prompt", number), _prompt(row, "passage_prompt", number)
         read = {"prompt", "query_prompt", "passage_prompt"}
-    plain = {key: value for key, value in row.items() if key not in _OF_TRAINING | read}
-    if of_query and "query" in plain:
-        plain["query"] = _prompted(of_query, plain["query"])
+    plain = {key: value for key, value in row.items() if key not in _TRAINING_KEYS | read}
+    if query_prompt and "query" in plain:
+        plain["query"] = _prompted(query_prompt, plain["query"])
     for key in ("pos", "neg"):
-        if of_passages and isinstance(plain.get(key), list):
-            plain[key] = [_prompted(of_passages, text) for text in plain[key]]
+        if passage_prompt and isinstance(plain.get(key), list):
+            plain[key] = [_prompted(passage_prompt, text) for text in plain[key]]
     return plain
 
 

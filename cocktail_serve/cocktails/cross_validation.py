@@ -56,8 +56,8 @@ def cross_validate(
         trials.append(Trial(weights, fold, progress=number / len(folds)))
     held_out: dict[int, float] = {}
     for trial in foreseen(trials):
-        of_fold = yield trial
-        held_out.update(zip(trial.rows, of_fold, strict=True))
+        fold_losses = yield trial
+        held_out.update(zip(trial.rows, fold_losses, strict=True))
     told = verdict([held_out[row] for row in range(num_examples)], losses)
     return CrossValidation(
         "ready", told.advice, told.text, told.mixed, told.best_expert, told.best_expert_loss, len(folds)

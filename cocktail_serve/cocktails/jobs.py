@@ -245,7 +245,9 @@ class Jobs:
     ) -> float | None:
         if examples is None:
             return None
-        return mean(await self._retry(lambda: self._runner.scores.of_mixture(engine, recipe, examples, score_scope)))
+        return mean(
+            await self._retry(lambda: self._runner.scores.mixture_losses(engine, recipe, examples, score_scope))
+        )
 
     async def _update(self, cocktail: Cocktail, **changes: Unpack[CocktailChanges]) -> Cocktail:
         update = self._registry.update

@@ -85,7 +85,7 @@ class Scores:
         self._executor = executor
         self._truncate = truncate
 
-    async def of_models(
+    async def model_losses(
         self,
         engine: AnyEngine,
         names: Iterable[str],
@@ -115,8 +115,10 @@ class Scores:
 
         async def measure(fingerprint: str, same: list[str]) -> None:
             recipe = one_hot(engine.pool, same[0], dtype=engine.dtype)
-            of_examples = await retry(lambda: self._losses(engine, recipe, examples, score_scope, label=repr(same[0])))
-            losses.update(dict.fromkeys(same, of_examples))
+            example_losses = await retry(
+                lambda: self._losses(engine, recipe, examples, score_scope, label=repr(same[0]))
+            )
+            losses.update(dict.fromkeys(same, example_losses))
             if on_loss is not None:
                 await on_loss({name: mean(losses[name]) for name in names if name in losses})
 
@@ -128,7 +130,7 @@ class Scores:
             raise failed.exceptions[0] from None
         return {name: losses[name] for name in names}
 
-    async def of_mixture(
+    async def mixture_losses(
         self,
         engine: AnyEngine,
         recipe: Recipe,
@@ -145,7 +147,7 @@ class Scores:
             rows: indices of the examples to score; None: all. An encoder's are scored against the passages of all.
 
         Raises:
-            As `of_models`.
+            As `model_losses`.
         """
         return await self._losses(engine, recipe, examples, score_scope, rows, label="the mixture")
 

@@ -58,7 +58,7 @@ class WeightingRunner:
         """Losses and merging weights of a request.
 
         Raises:
-            As `Scores.of_models`.
+            As `Scores.model_losses`.
         """
         losses: Mapping[str, Sequence[float]] = {}
         scored = SCORED_BEFORE_SEARCH if options.searches else 1.0
@@ -68,7 +68,7 @@ class WeightingRunner:
                 await on_progress(so_far, scored * (len(so_far) / len(options.scored)))
 
         if examples is not None:
-            losses = await self.scores.of_models(
+            losses = await self.scores.model_losses(
                 engine, options.scored, examples, score_scope, retry=retry, on_loss=on_loss
             )
         means = {name: mean(of_model) for name, of_model in losses.items()}
@@ -94,11 +94,11 @@ class WeightingRunner:
         """Cross-validates a mixture on its own examples; see `cross_validation.cross_validate`.
 
         Raises:
-            As `Scores.of_models`.
+            As `Scores.model_losses`.
         """
         losses: Mapping[str, Sequence[float]] = {}
         if examples is not None:
-            losses = await self.scores.of_models(engine, options.scored, examples, score_scope, retry=retry)
+            losses = await self.scores.model_losses(engine, options.scored, examples, score_scope, retry=retry)
         return await self._answer_all(
             cross_validate(options, losses, chosen), engine, options, examples, score_scope, retry=retry
         )
@@ -150,7 +150,7 @@ class WeightingRunner:
     ) -> Sequence[float]:
         recipe = recipe_of_trial(options, engine.pool, trial, dtype=engine.dtype)
         try:
-            return await retry(partial(self.scores.of_mixture, engine, recipe, examples, score_scope, trial.rows))
+            return await retry(partial(self.scores.mixture_losses, engine, recipe, examples, score_scope, trial.rows))
         finally:
             if not self.catalog.uses(engine.pool.id, recipe.digest):
                 engine.forget(recipe.digest)

@@ -52,8 +52,10 @@ class AnswerRewriter:
         if self._totals is not None:
             return self._totals[0]
         # several prompts have `n` choices each, which repeat the size of theirs
-        of_prompts = {index // self._num_choices: num_in for index, (num_in, _) in self._num_tokens_by_choice.items()}
-        return sum(of_prompts.values())
+        num_in_by_prompt = {
+            index // self._num_choices: num_in for index, (num_in, _) in self._num_tokens_by_choice.items()
+        }
+        return sum(num_in_by_prompt.values())
 
     @property
     def num_completion_tokens(self) -> int:

@@ -27,7 +27,7 @@ class LimitsCache:
     def __init__(self, defaults: Limits, store: TenantStore) -> None:
         self._defaults = defaults
         self._store = store
-        self._of_tenant: dict[str, Limits] = {}
+        self._by_tenant: dict[str, Limits] = {}
         self._num_changes = 0
         self._refreshing: asyncio.Task[None] | None = None
 
@@ -48,14 +48,14 @@ class LimitsCache:
 
     def of(self, tenant: str) -> Limits:
         """The limits of a tenant now."""
-        return self._of_tenant.get(tenant, self._defaults)
+        return self._by_tenant.get(tenant, self._defaults)
 
     def set(self, tenant: str, changed: Mapping[str, int | None] | None) -> None:
         """Holds at once here what the store was just told; None: the configuration's."""
         self._num_changes += 1
-        self._of_tenant.pop(tenant, None)
+        self._by_tenant.pop(tenant, None)
         if changed:
-            self._of_tenant[tenant] = merged(self._defaults, changed)
+            self._by_tenant[tenant] = merged(self._defaults, changed)
 
     async def _keep_fresh(self) -> None:
         while True:
@@ -69,4 +69,4 @@ class LimitsCache:
         num_changes = self._num_changes
         changed = {tenant.name: tenant.limits for tenant in await self._store.tenants() if tenant.limits}
         if num_changes == self._num_changes:  # else what was read may be older than what was set
-            self._of_tenant = {tenant: merged(self._defaults, limits) for tenant, limits in changed.items()}
+            self._by_tenant = {tenant: merged(self._defaults, limits) for tenant, limits in changed.items()}

@@ -182,12 +182,12 @@ async def test_losses_are_kept_of_the_old_content_alone(database: Database, tmp_
         scores = Scores(ScoreStore(database), executor, truncate={})
         score_scope = ScoreScope("acme", "1")
         try:
-            expected = await scores.of_models(engine, ["base", "hotpotqa"], examples, score_scope)
+            expected = await scores.model_losses(engine, ["base", "hotpotqa"], examples, score_scope)
             in_place(folders["quora"], folders["hotpotqa"])
             in_place(folders["hotpotqa"], folders["base"])
             with pytest.raises(ModelChangedError, match="quora"):
-                await scores.of_models(engine, ["quora"], examples, score_scope)
-            assert await scores.of_models(engine, ["base", "hotpotqa"], examples, score_scope) == expected
+                await scores.model_losses(engine, ["quora"], examples, score_scope)
+            assert await scores.model_losses(engine, ["base", "hotpotqa"], examples, score_scope) == expected
         finally:
             await engine.stop()
         rows = await database.rows(select(tables.losses))

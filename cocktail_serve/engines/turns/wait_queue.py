@@ -77,18 +77,18 @@ class WaitQueue:
         self._by_recipe: dict[str, dict[str, dict[Waiter, None]]] = {}
 
     def add(self, waiter: Waiter) -> None:
-        of_recipe = self._by_recipe.setdefault(waiter.recipe.digest, {})
-        of_recipe.setdefault(waiter.tenant, {})[waiter] = None
+        by_tenant = self._by_recipe.setdefault(waiter.recipe.digest, {})
+        by_tenant.setdefault(waiter.tenant, {})[waiter] = None
 
     def discard(self, waiter: Waiter) -> None:
         digest, tenant = waiter.recipe.digest, waiter.tenant
-        of_recipe = self._by_recipe.get(digest, {})
-        of_tenant = of_recipe.get(tenant)
-        if of_tenant is not None and waiter in of_tenant:
-            del of_tenant[waiter]
-            if not of_tenant:
-                del of_recipe[tenant]
-            if not of_recipe:
+        by_tenant = self._by_recipe.get(digest, {})
+        waiters = by_tenant.get(tenant)
+        if waiters is not None and waiter in waiters:
+            del waiters[waiter]
+            if not waiters:
+                del by_tenant[tenant]
+            if not by_tenant:
                 del self._by_recipe[digest]
 
     def fail(self, waiter: Waiter, error: CocktailError) -> None:
@@ -105,11 +105,11 @@ class WaitQueue:
 
     def of(self, digest: str) -> list[Waiter]:
         """All who wait for a recipe."""
-        return [waiter for of_tenant in self._by_recipe.get(digest, {}).values() for waiter in of_tenant]
+        return [waiter for waiters in self._by_recipe.get(digest, {}).values() for waiter in waiters]
 
     def firsts_of(self, digest: str) -> list[Waiter]:
         """The first in line of each tenant for a recipe."""
-        return [next(iter(of_tenant)) for of_tenant in self._by_recipe.get(digest, {}).values()]
+        return [next(iter(waiters)) for waiters in self._by_recipe.get(digest, {}).values()]
 
     def firsts(self, *, other_than: str | None) -> list[Waiter]:
         """The first in line of each tenant for each recipe but one."""
@@ -118,9 +118,9 @@ class WaitQueue:
     def firsts_of_tenants(self) -> list[Waiter]:
         """The first in line of each tenant, whatever its recipe."""
         firsts: dict[str, Waiter] = {}
-        for of_recipe in self._by_recipe.values():
-            for tenant, of_tenant in of_recipe.items():
-                first = next(iter(of_tenant))
+        for by_tenant in self._by_recipe.values():
+            for tenant, waiters in by_tenant.items():
+                first = next(iter(waiters))
                 if tenant not in firsts or first.made_at < firsts[tenant].made_at:
                     firsts[tenant] = first
         return list(firsts.values())
@@ -133,7 +133,7 @@ class WaitQueue:
             yield from self.of(digest)
 
     def __len__(self) -> int:
-        return sum(len(of_tenant) for of_recipe in self._by_recipe.values() for of_tenant in of_recipe.values())
+        return sum(len(waiters) for by_tenant in self._by_recipe.values() for waiters in by_tenant.values())
 
     def __bool__(self) -> bool:
         return bool(self._by_recipe)
