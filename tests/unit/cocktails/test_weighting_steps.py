@@ -108,7 +108,7 @@ def test_a_search_reports_means_and_what_it_chose() -> None:
     searched = weigh_in_steps(options(peers=("base", "nq"), weighting="search", target="squad", alpha=0.3), losses)
     step = advance(searched, None)
     while not isinstance(step, WeightingResult):
-        step = advance(searched, [step.merging_weights["base"] for _ in step.rows])
+        step = advance(searched, [step.shares["base"] for _ in step.rows])
     assert step.losses == {"base": 2.5, "nq": 1.5, "squad": 5.0}
     assert step.chosen is not None
     assert (step.chosen.temperature, step.chosen.alpha) == (0.1, 0.3), "at 0.05 the weights are those of 0.1"
