@@ -489,7 +489,7 @@ async def test_a_server_that_ends_the_same_way_at_every_start(
     engine = build_vllm_engine(pool, FakeEngineConfig.model_validate({"queue_timeout_s": 30}), run_dir=tmp_path / "run")
     command, env = engine._launcher.command_and_env(tmp_path / "socket", "key")
     broken = [command[0], "-c", f"raise {raised}"]
-    monkeypatch.setattr(engine._launcher, "launch", lambda socket, key: (broken, env))
+    monkeypatch.setattr(engine._launcher, "command_and_env", lambda socket, key: (broken, env))
     await engine.start()
     try:
         is_for_good = raised.startswith("ValueError")
@@ -502,7 +502,9 @@ async def test_a_server_that_ends_the_same_way_at_every_start(
             assert (await engine.snapshot(deadline_s=1)).state == "failed"
             return
         # the disk is back, and nobody had to do anything
-        monkeypatch.setattr(engine._launcher, "launch", type(engine._launcher).launch.__get__(engine._launcher))
+        monkeypatch.setattr(
+            engine._launcher, "command_and_env", type(engine._launcher).command_and_env.__get__(engine._launcher)
+        )
         await eventually(lambda: is_ready(engine))
         assert await ask(engine, mixture(pool, 0.5), "hello") == expected(mixture(pool, 0.5), "hello")
     finally:
