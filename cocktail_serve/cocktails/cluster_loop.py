@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from math import inf
 
 from cocktail_serve.cocktails.cocktail import Cocktail
-from cocktail_serve.cocktails.gateway_leases import GatewayLeases
+from cocktail_serve.cocktails.gateway_heartbeats import GatewayHeartbeats
 from cocktail_serve.cocktails.jobs import Jobs
 from cocktail_serve.cocktails.pacing import paced
 from cocktail_serve.cocktails.registry import Registry
@@ -37,7 +37,7 @@ class ClusterLoop:
     def __init__(
         self,
         database: Database,
-        leases: GatewayLeases,
+        heartbeats: GatewayHeartbeats,
         registry: Registry,
         jobs: Jobs,
         pools: Mapping[str, Pool],
@@ -47,7 +47,7 @@ class ClusterLoop:
         poll_s: float,
     ) -> None:
         self._database = database
-        self._leases = leases
+        self._heartbeats = heartbeats
         self._registry = registry
         self._jobs = jobs
         self._pools = pools
@@ -65,7 +65,7 @@ class ClusterLoop:
         """
         await self._join()
         await self._registry.load()
-        await self._adopt(await self._leases.alive())
+        await self._adopt(await self._heartbeats.alive())
         self._task = asyncio.create_task(self._follow(), name="other gateways")
 
     async def pause(self) -> None:
@@ -78,24 +78,24 @@ class ClusterLoop:
         """Tells the others that this gateway ends, so that they go on with its jobs at once."""
         try:
             await self._registry.flush()
-            await self._leases.leave()
+            await self._heartbeats.leave()
         except StorageError as error:
             logger.warning("the store was not told that this gateway ends: %s", error.message)
 
     async def beat(self) -> None:
         """Tells the others that this gateway is there, and does for all what one has to do."""
         await self._database.hold()
-        if not await self._leases.beat():
+        if not await self._heartbeats.beat():
             logger.warning("this gateway gave no sign of life for too long; others may have taken its jobs over")
             await self._join()
         await self._registry.sync()
         # whoever is an owner by now joined before it became one, so it is among these
-        alive = await self._leases.alive()
+        alive = await self._heartbeats.alive()
         await self._adopt(alive)
         await self._registry.flush()
         now = asyncio.get_running_loop().time()
         # two may think so for a moment, and then both sweep: the second finds nothing
-        if self._leases.me == min(alive) and now - self._swept_at >= SWEEP_S:
+        if self._heartbeats.me == min(alive) and now - self._swept_at >= SWEEP_S:
             self._swept_at = now
             await self._sweep()
 
@@ -106,25 +106,27 @@ class ClusterLoop:
             await asyncio.sleep(self._poll_s)
             try:
                 if loop.time() >= beat_at:
-                    beat_at = loop.time() + self._leases.beat_s
+                    beat_at = loop.time() + self._heartbeats.beat_s
                     await self.beat()
                 else:
                     await self._registry.sync()
             except StorageError:
                 # said in the log by the database; the store may be gone for a while
-                await asyncio.sleep(self._leases.beat_s)
+                await asyncio.sleep(self._heartbeats.beat_s)
             except Exception:
                 logger.exception("following the other gateways failed")
-                await asyncio.sleep(self._leases.beat_s)
+                await asyncio.sleep(self._heartbeats.beat_s)
 
     async def _join(self) -> None:
-        await self._leases.join()
-        self._registry.join_as(self._leases.me)
+        await self._heartbeats.join()
+        self._registry.join_as(self._heartbeats.me)
 
     async def _adopt(self, alive: frozenset[str]) -> None:
         """Goes on with the jobs whose gateway is gone."""
         async for cocktail in paced(self._registry.catalog.unfinished(), every=500):
-            if cocktail.owner in alive and (cocktail.owner != self._leases.me or self._jobs.is_running(cocktail.uid)):
+            if cocktail.owner in alive and (
+                cocktail.owner != self._heartbeats.me or self._jobs.is_running(cocktail.uid)
+            ):
                 continue
             pool = self._pools.get(cocktail.pool_id)
             if (pool is None or not cocktail.options.fits(pool)) and len(alive) > 1:
@@ -133,5 +135,5 @@ class ClusterLoop:
             if claimed is not None:
                 await self._jobs.resume(claimed)
         async for cocktail in paced(self._registry.catalog.unreported(), every=500):
-            if cocktail.owner not in alive or cocktail.owner == self._leases.me:
+            if cocktail.owner not in alive or cocktail.owner == self._heartbeats.me:
                 self._report(cocktail)

@@ -61,7 +61,7 @@ class Registry:
         self._on_remote_change = on_remote_change or _ignored
 
     def join_as(self, gateway: str) -> None:
-        """Jobs that begin here are this gateway's from now on, by the id that `GatewayLeases` gave it."""
+        """Jobs that begin here are this gateway's from now on, by the id that `GatewayHeartbeats` gave it."""
         self._owner = gateway
 
     async def load(self) -> None:

@@ -13,7 +13,7 @@ from cocktail_serve.cocktails.catalog import Catalog, no_cocktail
 from cocktail_serve.cocktails.cluster_loop import ClusterLoop, Sweep
 from cocktail_serve.cocktails.cocktail import Cocktail, ModelEntry, ServedModel, WeightingResult
 from cocktail_serve.cocktails.engine_use import EngineUse
-from cocktail_serve.cocktails.gateway_leases import GatewayLeases
+from cocktail_serve.cocktails.gateway_heartbeats import GatewayHeartbeats
 from cocktail_serve.cocktails.jobs import Jobs, RetryPolicy, check_examples
 from cocktail_serve.cocktails.options import CocktailRequest
 from cocktail_serve.cocktails.registry import Registry
@@ -109,7 +109,7 @@ class CocktailService:
         self._sweeps = sweeps
         self._cluster_loop = ClusterLoop(
             database,
-            GatewayLeases(database, place=place, lease_s=settings.store.lease_s),
+            GatewayHeartbeats(database, place=place, lease_s=settings.store.lease_s),
             self._registry,
             self._jobs,
             pools,

@@ -15,7 +15,7 @@ from cocktail_serve.cocktails.cocktail import CrossValidation, WeightingResult
 from cocktail_serve.cocktails.cross_validation import cross_validate
 from cocktail_serve.cocktails.options import CocktailOptions
 from cocktail_serve.cocktails.scores import Retrying, Scores, ScoreScope, once
-from cocktail_serve.cocktails.weighting_steps import advance, recipe_of_trial, weighting_steps
+from cocktail_serve.cocktails.weighting_steps import advance, recipe_of_trial, weigh_by_losses, weighting_steps
 from cocktail_serve.engines.base import AnyEngine
 from cocktail_serve.examples import ExampleSet
 from cocktail_serve.weighting.candidates import Candidate, Trial, Trials, mean
@@ -71,6 +71,8 @@ class WeightingRunner:
             losses = await self.scores.model_losses(
                 engine, options.scored, examples, score_scope, retry=retry, on_loss=on_loss
             )
+        if not options.searches:
+            return weigh_by_losses(options, losses)
         means = {name: mean(of_model) for name, of_model in losses.items()}
 
         async def on_trial(share: float) -> None:

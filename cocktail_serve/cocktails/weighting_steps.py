@@ -20,17 +20,14 @@ from cocktail_serve.weighting.softmax import entropy, weights_from_losses, with_
 _T = TypeVar("_T")
 
 
-def weighting_steps(options: CocktailOptions, losses: Mapping[str, Sequence[float]]) -> Trials[WeightingResult]:
-    """Merging weights of a request.
+def weigh_by_losses(options: CocktailOptions, losses: Mapping[str, Sequence[float]]) -> WeightingResult:
+    """Merging weights of a request whose weighting tries no mixtures.
 
     Where the method adds task vectors, the base's share is left out and the base counts 1 (`Method.coefficients`); the
     entropy is that of the shares.
 
     Args:
         losses: loss (nats) of each example by model in `options.scored`; not read where nothing is weighed.
-
-    Returns:
-        Generator of the trials that the weighting needs, none for those that follow from the losses alone.
     """
     method = find_method(options.method)
     if options.merging_weights is not None:
@@ -40,7 +37,45 @@ def weighting_steps(options: CocktailOptions, losses: Mapping[str, Sequence[floa
     if not options.peers:
         weights = with_target(None, target=options.target, alpha=options.alpha or 0.0)
         return WeightingResult({}, method.coefficients(weights), entropy(weights))
-    candidates = yield from _candidates(options, losses)
+    # uniform weights are those without a temperature
+    shares = weights_from_losses(
+        {name: losses[name] for name in options.peers},
+        rows=None,
+        temperature=options.temperature,
+        target=options.target,
+        alpha=options.alpha,
+        max_experts=options.max_experts,
+    )
+    return _result(options, losses, (Candidate(shares, options.temperature, options.alpha, chosen=True),))
+
+
+def weighting_steps(options: CocktailOptions, losses: Mapping[str, Sequence[float]]) -> Trials[WeightingResult]:
+    """As `weigh_by_losses`, of any request.
+
+    Returns:
+        Generator of the trials that the weighting needs, none for those that follow from the losses alone.
+    """
+    if not options.searches:
+        return weigh_by_losses(options, losses)
+    if options.weighting == "blackbox":
+        everything = {name: losses[name] for name in options.scored}
+        candidates = yield from blackbox(everything, budget=options.budget or BUDGET, seed=options.seed)
+    else:
+        candidates = yield from search(
+            {name: losses[name] for name in options.peers},
+            target=options.target,
+            alpha=options.alpha,
+            seed=options.seed,
+            max_experts=options.max_experts,
+        )
+    return _result(options, losses, candidates)
+
+
+def _result(
+    options: CocktailOptions, losses: Mapping[str, Sequence[float]], candidates: Sequence[Candidate]
+) -> WeightingResult:
+    """What came of candidates, whose weights are shares, under the request's method."""
+    method = find_method(options.method)
     shares = next(candidate.merging_weights for candidate in candidates if candidate.chosen)
     return WeightingResult(
         losses={name: mean(losses[name]) for name in options.scored},
@@ -83,30 +118,3 @@ def recipe_of_trial(options: CocktailOptions, pool: Pool, trial: Trial, *, dtype
     """
     coefficients = find_method(options.method).coefficients(trial.shares)
     return recipe_of(options, pool, coefficients, dtype=dtype)
-
-
-def _candidates(options: CocktailOptions, losses: Mapping[str, Sequence[float]]) -> Trials[tuple[Candidate, ...]]:
-    peer_losses = {name: losses[name] for name in options.peers}
-    if options.weighting == "search":
-        return (
-            yield from search(
-                peer_losses,
-                target=options.target,
-                alpha=options.alpha,
-                seed=options.seed,
-                max_experts=options.max_experts,
-            )
-        )
-    if options.weighting == "blackbox":
-        everything = {name: losses[name] for name in options.scored}
-        return (yield from blackbox(everything, budget=options.budget or BUDGET, seed=options.seed))
-    # uniform weights are those without a temperature
-    weights = weights_from_losses(
-        peer_losses,
-        rows=None,
-        temperature=options.temperature,
-        target=options.target,
-        alpha=options.alpha,
-        max_experts=options.max_experts,
-    )
-    return (Candidate(weights, options.temperature, options.alpha, chosen=True),)

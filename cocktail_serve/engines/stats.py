@@ -69,6 +69,11 @@ class EngineStats:
         self.swap.observe(seconds)
         self.last_swap_s = seconds
 
+    def observe_mix(self, seconds: float, *, source: str) -> None:
+        """Counts the mixing alone, and where its parameters came from."""
+        self.mix.observe(seconds)
+        self.num_swaps_by_source[source] = self.num_swaps_by_source.get(source, 0) + 1
+
     def copy(self) -> Self:
         """The counters as they are now, which do not grow any more."""
         return copy.deepcopy(self)

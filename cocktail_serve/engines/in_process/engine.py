@@ -326,8 +326,7 @@ class SentenceTransformersEngine(Generic[M]):
         params = await self._loop.run_in_executor(self._mixing, self._loaded.mix, recipe, self._members)
         seconds = time.monotonic() - started_at
         self.stats.observe_swap(seconds)
-        self.stats.mix.observe(seconds)
-        self.stats.num_swaps_by_source["files"] = self.stats.num_swaps_by_source.get("files", 0) + 1
+        self.stats.observe_mix(seconds, source="files")
         return params
 
     async def _unbind(self, params: Params) -> None:

@@ -160,8 +160,7 @@ class ResidentParameters:
 
     def _count(self, recipe: Recipe, *, source: ParameterSource, seconds: float) -> None:
         stats = self._stats
-        stats.num_swaps_by_source[source] = stats.num_swaps_by_source.get(source, 0) + 1
-        stats.mix.observe(seconds)
+        stats.observe_mix(seconds, source=source)
         stats.num_cache_hits += source == "cache"
         stats.num_cache_misses += source == "files"
         self._last_mix_s, self._last_mixed_at = seconds, time.monotonic()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from cocktail_serve.cocktails.gateway_leases import GatewayLeases
+from cocktail_serve.cocktails.gateway_heartbeats import GatewayHeartbeats
 from cocktail_serve.database.database import Database
 
 
@@ -21,8 +21,8 @@ def clock() -> Clock:
     return Clock()
 
 
-async def joined(database: Database, clock: Clock, place: str) -> GatewayLeases:
-    peers = GatewayLeases(database, place=place, lease_s=10.0, clock=clock)
+async def joined(database: Database, clock: Clock, place: str) -> GatewayHeartbeats:
+    peers = GatewayHeartbeats(database, place=place, lease_s=10.0, clock=clock)
     await peers.join()
     return peers
 

@@ -16,7 +16,7 @@ BEATS_PER_LEASE = 5
 """How often a gateway gives a sign of life within the time after which the others take it for dead."""
 
 
-class GatewayLeases:
+class GatewayHeartbeats:
     """One gateway among those that work with a store.
 
     Each raises a number of its own in the store, again and again. Whoever sees another's number stand still for
