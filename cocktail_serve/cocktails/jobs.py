@@ -89,7 +89,7 @@ class RetryPolicy:
             delay = min(2 * delay, self.max_delay_s)
 
 
-async def check_examples(engine: Engine, examples: ExampleSet | None, validation: ExampleSet | None) -> None:
+async def check_example_sets(engine: Engine, examples: ExampleSet | None, validation: ExampleSet | None) -> None:
     """Raises what would fail later, as `Engine.check_examples` does; `param` says which of the two."""
     if examples is not None:
         await engine.check_examples(examples)
@@ -203,7 +203,7 @@ class Jobs:
         score_scope = ScoreScope(tenant=cocktail.tenant, uid=cocktail.uid, spent=spent)
         if examples is not None:
             await self._update(cocktail, status="scoring", progress=0.0)
-        await self._retry(lambda: check_examples(engine, examples, validation))
+        await self._retry(lambda: check_example_sets(engine, examples, validation))
 
         async def on_progress(losses: Mapping[str, float], share: float) -> None:
             await self._update(cocktail, losses=losses, progress=SCORED * share)

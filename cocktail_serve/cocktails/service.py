@@ -14,7 +14,7 @@ from cocktail_serve.cocktails.cluster_loop import ClusterLoop, Sweep
 from cocktail_serve.cocktails.cocktail import Cocktail, ModelEntry, ServedModel, WeightingResult
 from cocktail_serve.cocktails.engine_use import EngineUse
 from cocktail_serve.cocktails.gateway_heartbeats import GatewayHeartbeats
-from cocktail_serve.cocktails.jobs import Jobs, RetryPolicy, check_examples
+from cocktail_serve.cocktails.jobs import Jobs, RetryPolicy, check_example_sets
 from cocktail_serve.cocktails.options import CocktailRequest
 from cocktail_serve.cocktails.registry import Registry
 from cocktail_serve.cocktails.reports import Reports
@@ -79,7 +79,7 @@ class CocktailService:
             self.catalog,
             self._store,
             max_inline=settings.max_inline_cocktails,
-            on_remote_change=self._changed_remotely,
+            on_remote_change=self._changed_remotely,  # first called by `start`, once jobs and reports are there
         )
         self._engine_use = EngineUse(ledger)
         self._settings = settings
@@ -369,6 +369,6 @@ class CocktailService:
     async def _check_examples(self, request: CocktailRequest) -> None:
         try:
             async with asyncio.timeout(CHECK_TIMEOUT_S):
-                await check_examples(self._engines[request.options.pool], request.examples, request.validation)
+                await check_example_sets(self._engines[request.options.pool], request.examples, request.validation)
         except (CapacityError, TimeoutError):
             return  # an engine that is still starting says it later, to the job

@@ -102,7 +102,8 @@ def _no_text() -> InvalidRequestError:
 class BodyLimit:
     """Refuses a body over `max_bytes`: by its declared length before reading, and by what arrives while reading.
 
-    The error comes out of `receive`, so it is raised where the body is read and mapped like any other.
+    The error comes out of `receive`, so it is raised where the body is read (`json_body`, the form of `routes.files`),
+    and mapped like any other.
     """
 
     def __init__(self, app: ASGIApp, *, max_bytes: int) -> None:

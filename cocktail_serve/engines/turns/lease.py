@@ -12,7 +12,7 @@ from cocktail_serve.errors import CocktailError
 
 
 class LeaseOwner(Protocol):
-    """Who gives leases, and is told what becomes of them."""
+    """Who gives leases, and is told what becomes of them: turns, exclusive or shared."""
 
     @property
     def is_draining(self) -> bool:

@@ -50,7 +50,7 @@ def build_vllm_engine(
     else:
         parameters = resident = ResidentParameters(pool.id, swap_timeout_s=config.swap_timeout_s, stats=stats)
         turns = ExclusiveTurns(
-            resident.mix,
+            resident.mix,  # what a turn of another recipe begins with
             slice_s=config.slice_s,
             drain_s=config.drain_s,
             background_delay_s=BACKGROUND_DELAY_SLICES * config.slice_s,

@@ -103,7 +103,7 @@ class ResidentParameters:
         self._pool_id = pool_id
         self._swap_timeout_s = swap_timeout_s
         self._stats = stats
-        self._server: EngineServer | None = None
+        self._server: EngineServer | None = None  # of the life that the supervisor has told of
         self._last_mix_s = 0.0
         self._last_mixed_at = -math.inf
         self._forgetting: set[asyncio.Task[None]] = set()
