@@ -199,8 +199,8 @@ class Registry:
             entry = self.catalog.entry(uid)
             if entry is None or entry.cocktail.status != "ready":
                 return None
-            # no hook need hear of it: what the cocktail is stays as it was
-            self.catalog.update(entry, await self._store.update(replace(entry.cocktail, cross_validation=found)))
+            kept = await self._store.keep_cross_validation(replace(entry.cocktail, cross_validation=found))
+            self.catalog.update(entry, kept)
             return entry.cocktail
 
         async with self._changing:

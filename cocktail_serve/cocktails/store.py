@@ -176,14 +176,14 @@ class Store:
         self,
         cocktail: Cocktail,
         *,
-        before: Cocktail | None = None,
+        before: Cocktail,
         extra_writes: ExtraWrites | None = None,
         newest: bool = False,
     ) -> Cocktail:
-        """Overwrites a cocktail's row.
+        """Overwrites a cocktail's row; the audit log and the change hooks hear of it.
 
         Args:
-            before: what it was, for the change hooks; None: they need not hear of it.
+            before: what it was.
             newest: it was asked for again, and comes behind all others in the order of asking.
 
         Returns:
@@ -193,23 +193,22 @@ class Store:
             StaleError: since `cocktail.change` it was changed or deleted.
         """
         async with self._database.write() as connection:
-            change = await _number(connection)
-            changed = replace(cocktail, change=change, sequence=change if newest else cocktail.sequence)
-            row = to_row(changed)
-            updated = await connection.execute(
-                update(tables.cocktails)
-                .where(tables.cocktails.c.uid == row.pop("uid"), tables.cocktails.c.change == cocktail.change)
-                .values(row)
-            )
-            if not updated.rowcount:
-                raise StaleError
-            if before is not None:
-                await audit_entries.changed(connection, before, changed)
-                for hook in self._change_hooks:
-                    await hook.changed(connection, before, changed)
+            changed = await _overwrite(connection, cocktail, newest=newest)
+            await audit_entries.changed(connection, before, changed)
+            for hook in self._change_hooks:
+                await hook.changed(connection, before, changed)
             if extra_writes is not None:
                 await extra_writes(connection, changed)
         return changed
+
+    @shielded
+    async def keep_cross_validation(self, cocktail: Cocktail) -> Cocktail:
+        """Overwrites the row of a cocktail of which only the cross-validation is new; nobody else need hear of it.
+
+        Returns, and raises, as `update`.
+        """
+        async with self._database.write() as connection:
+            return await _overwrite(connection, cocktail)
 
     @shielded
     async def touch(self, used_at: Mapping[str, float]) -> None:
@@ -300,6 +299,20 @@ async def _number(connection: AsyncConnection) -> int:
     following = update(tables.changes).values(last=tables.changes.c.last + 1).returning(tables.changes.c.last)
     number: int = (await connection.execute(following)).scalar_one()
     return number
+
+
+async def _overwrite(connection: AsyncConnection, cocktail: Cocktail, *, newest: bool = False) -> Cocktail:
+    change = await _number(connection)
+    changed = replace(cocktail, change=change, sequence=change if newest else cocktail.sequence)
+    row = to_row(changed)
+    updated = await connection.execute(
+        update(tables.cocktails)
+        .where(tables.cocktails.c.uid == row.pop("uid"), tables.cocktails.c.change == cocktail.change)
+        .values(row)
+    )
+    if not updated.rowcount:
+        raise StaleError
+    return changed
 
 
 async def _cocktails(connection: AsyncConnection, *conditions: ColumnElement[bool]) -> list[Cocktail]:

@@ -44,10 +44,10 @@ async def test_a_cocktail_comes_back_equal(store: Store) -> None:
 
 
 async def test_an_update_of_what_was_deleted_does_not_bring_it_back(store: Store) -> None:
-    await store.add(queued_cocktail("1"), None, [])
+    added = await store.add(queued_cocktail("1"), None, [])
     await store.delete("acme", ["1"])
     with pytest.raises(StaleError):
-        await store.update(queued_cocktail("1", status="ready", change=1))
+        await store.update(queued_cocktail("1", status="ready", change=1), before=added)
     assert (await store.load()).cocktails == []
 
 
@@ -98,11 +98,11 @@ async def test_news_are_what_changed_since(store: Store) -> None:
 
 async def test_a_write_that_goes_back_to_something_older_is_refused(store: Store) -> None:
     added = await store.add(queued_cocktail("1"), None, [])
-    scoring = await store.update(replace(added, status="scoring"))
+    scoring = await store.update(replace(added, status="scoring"), before=added)
     with pytest.raises(StaleError):
-        await store.update(replace(added, status="ready"))
+        await store.update(replace(added, status="ready"), before=added)
     assert [one.status for one in (await store.load()).cocktails] == ["scoring"]
-    again = await store.update(replace(scoring, status="queued"), newest=True)
+    again = await store.update(replace(scoring, status="queued"), before=scoring, newest=True)
     assert again.sequence == again.change > scoring.sequence
 
 
