@@ -200,7 +200,7 @@ class Jobs:
                 f"pool {cocktail.pool_id!r} changed before the cocktail was ready; make it again", code="pool_changed"
             )
         engine = self._engines[pool.id]
-        score_scope = ScoreScope(tenant=cocktail.tenant, uid=cocktail.uid, spent=spent)
+        score_scope = ScoreScope(tenant=cocktail.tenant, uid=cocktail.uid, spent=spent, retry=self._retry)
         if examples is not None:
             await self._update(cocktail, status="scoring", progress=0.0)
         await self._retry(lambda: check_example_sets(engine, examples, validation))
@@ -208,9 +208,7 @@ class Jobs:
         async def on_progress(losses: Mapping[str, float], share: float) -> None:
             await self._update(cocktail, losses=losses, progress=SCORED * share)
 
-        weighting = await self._runner.weigh(
-            engine, options, examples, score_scope, retry=self._retry, on_progress=on_progress
-        )
+        weighting = await self._runner.weigh(engine, options, examples, score_scope, on_progress=on_progress)
         recipe = recipe_of(options, pool, weighting.merging_weights, dtype=engine.dtype)
         await self._update(
             cocktail,
@@ -245,9 +243,7 @@ class Jobs:
     ) -> float | None:
         if examples is None:
             return None
-        return mean(
-            await self._retry(lambda: self._runner.scores.mixture_losses(engine, recipe, examples, score_scope))
-        )
+        return mean(await self._runner.scores.mixture_losses(engine, recipe, examples, score_scope))
 
     async def _update(self, cocktail: Cocktail, **changes: Unpack[CocktailChanges]) -> Cocktail:
         update = self._registry.update

@@ -101,8 +101,7 @@ class Reports:
                 cocktail.options,
                 cocktail.chosen,
                 await self._store.example_set(cocktail),
-                ScoreScope(tenant=cocktail.tenant, uid=cocktail.uid, spent=spent),
-                retry=self._retry,
+                ScoreScope(tenant=cocktail.tenant, uid=cocktail.uid, spent=spent, retry=self._retry),
             )
         except CapacityError:
             raise

@@ -56,17 +56,19 @@ def text_item(item: str) -> str:
 
 @dataclass(slots=True)
 class ScoreScope:
-    """Whose scores are used, for which cocktail new ones are kept, and who pays for them.
+    """Whose scores are used, for which cocktail new ones are kept, who pays for them, and how patiently.
 
     Attributes:
         uid: the cocktail that new scores are kept for, until it is deleted. None: none is kept (a dry run, whose
             examples nobody could delete later).
         spent: grows by what engines work for it.
+        retry: how often each model's engine calls are tried.
     """
 
     tenant: str
     uid: str | None
     spent: EngineTimeTotal = field(default_factory=EngineTimeTotal)
+    retry: Retrying = once
 
 
 class Scores:
@@ -92,7 +94,6 @@ class Scores:
         examples: ExampleSet,
         score_scope: ScoreScope,
         *,
-        retry: Retrying = once,
         on_loss: Callable[[Mapping[str, float]], Awaitable[None]] | None = None,
     ) -> dict[str, list[float]]:
         """Loss (nats) of each example under models of the pool, by name in the order given.
@@ -100,7 +101,6 @@ class Scores:
         All are asked for at once, so that the engine can order its visits; models of equal parameters are one.
 
         Args:
-            retry: how often each model's engine calls are tried.
             on_loss: awaited with the mean losses so far after each model.
 
         Raises:
@@ -115,9 +115,7 @@ class Scores:
 
         async def measure(fingerprint: str, same: list[str]) -> None:
             recipe = one_hot(engine.pool, same[0], dtype=engine.dtype)
-            example_losses = await retry(
-                lambda: self._losses(engine, recipe, examples, score_scope, label=repr(same[0]))
-            )
+            example_losses = await self._losses(engine, recipe, examples, score_scope, label=repr(same[0]))
             losses.update(dict.fromkeys(same, example_losses))
             if on_loss is not None:
                 await on_loss({name: mean(losses[name]) for name in names if name in losses})
@@ -161,11 +159,13 @@ class Scores:
         *,
         label: str,
     ) -> list[float]:
-        if engine.kind == "encoder":
-            losses = await self._from_embeddings(engine, recipe, examples, score_scope, rows)
-        else:
+        async def measure() -> Sequence[float]:
+            if engine.kind == "encoder":
+                return await self._from_embeddings(engine, recipe, examples, score_scope, rows)
             asked = examples if rows is None else examples.subset(rows)
-            losses = await self._by_example(engine, recipe, asked, score_scope)
+            return await self._by_example(engine, recipe, asked, score_scope)
+
+        losses = await score_scope.retry(measure)
         require_finite(losses, label, recipe.dtype, rows)
         return list(losses)
 

@@ -14,7 +14,7 @@ from cocktail_serve.cocktails.catalog import Catalog
 from cocktail_serve.cocktails.cocktail import CrossValidation, WeightingResult
 from cocktail_serve.cocktails.cross_validation import cross_validate
 from cocktail_serve.cocktails.options import CocktailOptions
-from cocktail_serve.cocktails.scores import Retrying, Scores, ScoreScope, once
+from cocktail_serve.cocktails.scores import Scores, ScoreScope
 from cocktail_serve.cocktails.weighting_steps import advance, recipe_of_trial, weigh_by_losses, weighting_steps
 from cocktail_serve.engines.base import AnyEngine
 from cocktail_serve.examples import ExampleSet
@@ -52,7 +52,6 @@ class WeightingRunner:
         examples: ExampleSet | None,
         score_scope: ScoreScope,
         *,
-        retry: Retrying = once,
         on_progress: OnScored | None = None,
     ) -> WeightingResult:
         """Losses and merging weights of a request.
@@ -68,9 +67,7 @@ class WeightingRunner:
                 await on_progress(so_far, scored * (len(so_far) / len(options.scored)))
 
         if examples is not None:
-            losses = await self.scores.model_losses(
-                engine, options.scored, examples, score_scope, retry=retry, on_loss=on_loss
-            )
+            losses = await self.scores.model_losses(engine, options.scored, examples, score_scope, on_loss=on_loss)
         if not options.searches:
             return weigh_by_losses(options, losses)
         means = {name: mean(of_model) for name, of_model in losses.items()}
@@ -80,7 +77,7 @@ class WeightingRunner:
                 await on_progress(means, scored + (1.0 - scored) * share)
 
         return await self._answer_all(
-            weighting_steps(options, losses), engine, options, examples, score_scope, retry=retry, on_trial=on_trial
+            weighting_steps(options, losses), engine, options, examples, score_scope, on_trial=on_trial
         )
 
     async def cross_validate(
@@ -90,8 +87,6 @@ class WeightingRunner:
         chosen: Candidate | None,
         examples: ExampleSet | None,
         score_scope: ScoreScope,
-        *,
-        retry: Retrying = once,
     ) -> CrossValidation:
         """Cross-validates a mixture on its own examples; see `cross_validation.cross_validate`.
 
@@ -100,10 +95,8 @@ class WeightingRunner:
         """
         losses: Mapping[str, Sequence[float]] = {}
         if examples is not None:
-            losses = await self.scores.model_losses(engine, options.scored, examples, score_scope, retry=retry)
-        return await self._answer_all(
-            cross_validate(options, losses, chosen), engine, options, examples, score_scope, retry=retry
-        )
+            losses = await self.scores.model_losses(engine, options.scored, examples, score_scope)
+        return await self._answer_all(cross_validate(options, losses, chosen), engine, options, examples, score_scope)
 
     async def _answer_all(
         self,
@@ -113,7 +106,6 @@ class WeightingRunner:
         examples: ExampleSet | None,
         score_scope: ScoreScope,
         *,
-        retry: Retrying,
         on_trial: Callable[[float], Awaitable[None]] | None = None,
     ) -> _T:
         """Mixes and scores what is asked for until the asker has its result."""
@@ -132,7 +124,7 @@ class WeightingRunner:
                     # where recipes take turns, one at a time: traffic and other jobs go in between
                     ahead = step.ahead if engine.pool.mode == "unmerged" else ()
                     for trial in (step, *ahead):
-                        answered = self._answer(trial, engine, options, examples, score_scope, retry=retry)
+                        answered = self._answer(trial, engine, options, examples, score_scope)
                         begun.append(asyncio.create_task(answered))
                 answer = await begun.popleft()
         finally:
@@ -147,12 +139,10 @@ class WeightingRunner:
         options: CocktailOptions,
         examples: ExampleSet,
         score_scope: ScoreScope,
-        *,
-        retry: Retrying,
     ) -> Sequence[float]:
         recipe = recipe_of_trial(options, engine.pool, trial, dtype=engine.dtype)
         try:
-            return await retry(partial(self.scores.mixture_losses, engine, recipe, examples, score_scope, trial.rows))
+            return await self.scores.mixture_losses(engine, recipe, examples, score_scope, trial.rows)
         finally:
             if not self.catalog.uses(engine.pool.id, recipe.digest):
                 engine.forget(recipe.digest)
