@@ -14,7 +14,7 @@ import pytest
 
 from bench import invariant
 from bench.server import RunningServer, running_server
-from cocktail_serve.pool import Form
+from cocktail_serve.pool import Mode
 from tests.gateway_process import until_gone
 from tests.models import make_decoder_pool
 
@@ -43,13 +43,13 @@ def killed(server: RunningServer, below: list[psutil.Process]) -> None:
     assert until_gone(below, timeout_s=20.0) == []
 
 
-def make_pool(folder: Path, mode: Form) -> dict[str, Path]:
+def make_pool(folder: Path, mode: Mode) -> dict[str, Path]:
     make = make_decoder_pool if mode == "merged" else invariant.make_adapter_pool
     return make(folder, ("north", "east"), tied=False, seed=20)
 
 
 @pytest.mark.parametrize("mode", ["merged", "unmerged"])
-def test_killed_while_a_job_is_scored_and_mixed(tmp_path: Path, mode: Form) -> None:
+def test_killed_while_a_job_is_scored_and_mixed(tmp_path: Path, mode: Mode) -> None:
     config = invariant.write_config(tmp_path, {"untied": make_pool(tmp_path / "models", mode)}, slice_s=0.3, mode=mode)
     request: dict[str, Any] = {"name": "fruit", "pool": "untied", "temperature": 0.5, "examples": EXAMPLES}
     log = tmp_path / "server.log"

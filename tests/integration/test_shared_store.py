@@ -34,7 +34,7 @@ async def silenced(service: CocktailService) -> None:
 
 async def test_what_one_makes_the_other_serves(pair: Pair) -> None:
     ready = await made(pair.one, pair.here.request())
-    served = await pair.other.find("acme", "films")
+    served = await pair.other.find_served_model("acme", "films")
     assert (served.model_id, served.recipe) == (ready.id, ready.recipe)
     assert await pair.other.find_cocktail("acme", ready.id) == ready
     assert pair.other.catalog.list("acme") == [ready]
@@ -42,7 +42,7 @@ async def test_what_one_makes_the_other_serves(pair: Pair) -> None:
     other = await made(pair.one, pair.here.request("books", examples=[C]))
     assert await pair.other.examples("acme", other.id) == [C]
     with pytest.raises(NotFoundError):
-        await pair.other.find("another", "films")
+        await pair.other.find_served_model("another", "films")
 
 
 async def test_the_other_waits_for_what_one_makes(pair: Pair) -> None:
@@ -88,7 +88,7 @@ async def test_the_newest_version_pins_and_deletions_are_the_same_in_both(pair: 
 
 async def test_the_other_frees_the_parameters_of_what_one_deletes(pair: Pair) -> None:
     ready = await made(pair.one, pair.here.request())
-    await pair.other.find("acme", "films")
+    await pair.other.find_served_model("acme", "films")
     await pair.one.delete("acme", "films")
     await until(lambda: pair.there.scoring.forgotten == [ready.recipe.digest])
 
@@ -126,19 +126,19 @@ async def test_a_job_is_taken_over_when_its_owner_stands_still_and_the_owner_can
     await until(lambda: not pair.one._jobs.is_running(created.uid))
     assert await pair.one.find_cocktail("acme", created.id) == ready
     assert await pair.other.find_cocktail("acme", created.id) == ready
-    assert (await pair.one.find("acme", "films")).recipe == ready.recipe
+    assert (await pair.one.find_served_model("acme", "films")).recipe == ready.recipe
 
 
 async def test_who_was_taken_for_dead_joins_again_and_owns_its_new_jobs(pair: Pair) -> None:
     await silenced(pair.one)
-    before = pair.one._cluster_loop._leases.me
-    await until(lambda: before not in pair.other._cluster_loop._leases._beats)
+    before = pair.one._cluster_loop._heartbeats.me
+    await until(lambda: before not in pair.other._cluster_loop._heartbeats._beats)
     await pair.one._cluster_loop.beat()
-    assert pair.one._cluster_loop._leases.me != before
+    assert pair.one._cluster_loop._heartbeats.me != before
     pair.here.scoring.gate.clear()
     created, _ = await pair.one.create("acme", pair.here.request())
     await until(lambda: pair.one._jobs.is_running(created.uid))
-    assert (await pair.other.find_cocktail("acme", created.id)).owner == pair.one._cluster_loop._leases.me
+    assert (await pair.other.find_cocktail("acme", created.id)).owner == pair.one._cluster_loop._heartbeats.me
     pair.here.scoring.gate.set()
     assert (await pair.one.wait("acme", created.id, 10.0)).status == "ready"
 
@@ -170,7 +170,7 @@ async def test_a_job_goes_only_to_a_gateway_whose_pool_is_as_it_was(tmp_path: Pa
             assert (await last.wait("acme", created.id, 10.0)).status == "ready"
         assert there.scoring.visits == []
         with pytest.raises(NotFoundError, match="no longer has"):
-            await other.find("acme", created.id)
+            await other.find_served_model("acme", created.id)
 
 
 async def test_two_that_change_at_once_lose_nothing(pair: Pair) -> None:
@@ -209,12 +209,12 @@ async def test_one_of_them_sweeps(tmp_path: Path, database_url: str, monkeypatch
     swept: list[str] = []
 
     async def note(self: CocktailService) -> None:
-        swept.append(self._cluster_loop._leases.me)
+        swept.append(self._cluster_loop._heartbeats.me)
 
     monkeypatch.setattr(CocktailService, "_sweep", note)
     worlds = [World(tmp_path / name, url=database_url) for name in ("here", "there")]
     async with worlds[0].service(place="here") as one, worlds[1].service(place="there") as other:
-        both = {service._cluster_loop._leases.me: service for service in (one, other)}
+        both = {service._cluster_loop._heartbeats.me: service for service in (one, other)}
         swept.clear()
         await until(lambda: len(swept) >= 4)
         (sweeper,) = set(swept)
