@@ -72,8 +72,10 @@ class InvalidExamplesError(InvalidRequestError):
 
     code = "invalid_examples"
 
-    def __init__(self, message: str, *, row: int | None = None, param: str | None = "examples") -> None:
-        super().__init__(message if row is None else f"row {row}: {message}", param=param)
+    def __init__(
+        self, message: str, *, row: int | None = None, param: str | None = "examples", code: str | None = None
+    ) -> None:
+        super().__init__(message if row is None else f"row {row}: {message}", param=param, code=code)
         self.row = row
 
 

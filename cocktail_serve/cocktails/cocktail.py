@@ -51,11 +51,8 @@ class Failure:
 
     def exception(self) -> CocktailError:
         """The error itself, to raise where the failure meets a caller that waited for it."""
-        known = getattr(errors, self.type, CocktailError)
-        if issubclass(known, errors.InvalidExamplesError):
-            return known(self.message, param=self.param)
-        error: CocktailError = known(self.message, param=self.param, code=self.code)
-        return error
+        kind: type[CocktailError] = getattr(errors, self.type, CocktailError)
+        return kind(self.message, param=self.param, code=self.code)
 
 
 @dataclass(frozen=True, slots=True)

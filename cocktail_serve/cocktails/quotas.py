@@ -1,4 +1,4 @@
-"""How many cocktails a tenant may keep, and how many of its jobs may run."""
+"""How many cocktails a tenant may keep, and how many of its jobs may run; its bytes: `tenants.example_quota`."""
 
 from __future__ import annotations
 
