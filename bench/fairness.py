@@ -21,61 +21,26 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import contextlib
 import json
-import random
 import secrets
 import tempfile
 import time
-from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import aiohttp
 import numpy as np
 import yaml
 
 from bench.machine import describe_machine
 from bench.server import running_server
+from bench.tenants import Ask, Tenant, tenants
 
 DECODERS = Path(__file__).parent.parent / "examples" / "demo_pool" / "decoder"
 EXPERTS = ("animals", "capitals", "languages", "opposites")
 FAKE_TOKEN_MS, FAKE_MIX_MS = 5, 100
 """Of the fake engine: an answer takes its time whatever runs beside it, so only turns and slots make a difference."""
-
-WORDS = "the quick brown fox film card bank paris capital joy bore answer input lazy dog account stolen".split()
-
-
-@dataclass(frozen=True)
-class Ask:
-    """What a client sends: a path and the bodies it picks from, and how long it waits after each answer.
-
-    Attributes:
-        pause_s: at least and at most; drawn anew each time.
-    """
-
-    path: str
-    bodies: Sequence[bytes]
-    pause_s: tuple[float, float] = (0.0, 0.0)
-
-    @classmethod
-    def chat(cls, model: str, *, max_tokens: int) -> Ask:
-        """Questions that are answered with exactly so many tokens."""
-        body = {"model": model, "temperature": 0, "max_tokens": max_tokens, "ignore_eos": True}
-        messages = [[{"role": "user", "content": _words(number, 8)}] for number in range(50)]
-        return cls("/v1/chat/completions", [json.dumps({**body, "messages": each}).encode() for each in messages])
-
-    @classmethod
-    def embed(cls, model: str, *, num_texts: int, num_words: int) -> Ask:
-        """Batches of texts."""
-        batches = [[_words(50 * number + n, num_words) for n in range(num_texts)] for number in range(50)]
-        bodies = [{"model": model, "input": batch, "encoding_format": "base64"} for batch in batches]
-        return cls("/v1/embeddings", [json.dumps(body).encode() for body in bodies])
-
-
-def _words(seed: int, count: int) -> str:
-    return " ".join(random.Random(seed).choices(WORDS, k=count))
 
 
 def write_config(folder: Path, *, slice_s: float, fake: bool) -> Path:
@@ -123,35 +88,6 @@ def write_config(folder: Path, *, slice_s: float, fake: bool) -> Path:
     return path
 
 
-class Tenant:
-    """A tenant's clients."""
-
-    def __init__(self, session: aiohttp.ClientSession) -> None:
-        self._session = session
-
-    async def loop(self, ask: Ask, *, until: float) -> list[float]:
-        """One client; seconds of each answer."""
-        latencies = []
-        number = 0
-        rng = random.Random(0)
-        while time.perf_counter() < until:
-            started = time.perf_counter()
-            async with self._session.post(ask.path, data=ask.bodies[number % len(ask.bodies)]) as response:
-                text = await response.read()
-                if response.status != 200:
-                    raise RuntimeError(f"{ask.path} answered {response.status}: {text[:500]!r}")
-            latencies.append(time.perf_counter() - started)
-            number += 1
-            if ask.pause_s[1]:
-                await asyncio.sleep(rng.uniform(*ask.pause_s))
-        return latencies
-
-    async def flood(self, asks: Sequence[Ask], *, clients: int, until: float) -> int:
-        """Many clients, the asks dealt out among them; how many answers they got."""
-        loops = (self.loop(asks[number % len(asks)], until=until) for number in range(clients))
-        return sum(map(len, await asyncio.gather(*loops)))
-
-
 async def measure(
     one: Tenant, flood: Tenant, ask: Ask, asks: Sequence[Ask], *, clients: int, seconds: float
 ) -> dict[str, Any]:
@@ -182,24 +118,6 @@ async def measure(
     }
 
 
-@contextlib.asynccontextmanager
-async def tenants(url: str, admin_key: str) -> AsyncIterator[tuple[Tenant, Tenant]]:
-    """Both tenants, each with a key of its own."""
-    async with contextlib.AsyncExitStack() as stack:
-        made = []
-        admin = await stack.enter_async_context(aiohttp.ClientSession(url, headers=_headers(admin_key)))
-        for name in ("one", "flood"):
-            async with admin.post("/admin/keys", json={"tenant": name, "scopes": ["use"]}) as response:
-                key = (await response.json())["key"]
-            session = aiohttp.ClientSession(url, headers=_headers(key), connector=aiohttp.TCPConnector(limit=0))
-            made.append(Tenant(await stack.enter_async_context(session)))
-        yield made[0], made[1]
-
-
-def _headers(key: str) -> dict[str, str]:
-    return {"Authorization": f"Bearer {key}", "Content-Type": "application/json"}
-
-
 async def run(url: str, admin_key: str, arguments: argparse.Namespace) -> dict[str, Any]:
     """All cases."""
     chats = {name: Ask.chat(f"trivia/{name}", max_tokens=arguments.max_tokens) for name in EXPERTS}
@@ -216,7 +134,7 @@ async def run(url: str, admin_key: str, arguments: argparse.Namespace) -> dict[s
         "passages": (passages, [passages], arguments.encoder_clients),
     }
     results = {}
-    async with tenants(url, admin_key) as (one, flood):
+    async with tenants(url, admin_key, ("one", "flood")) as (one, flood):
         for name, (ask, asks, clients) in cases.items():
             if arguments.case is None or name in arguments.case:
                 results[name] = await measure(one, flood, ask, asks, clients=clients, seconds=arguments.seconds)

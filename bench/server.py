@@ -14,7 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import psutil
 from prometheus_client.parser import text_string_to_metric_families
+
+from vllm_cocktail.launch import flags
 
 POLL_S = 3.0
 """Seconds between two looks at `/ready`. It asks each engine's workers, and a vLLM worker spins for a second after each
@@ -90,6 +93,56 @@ def running_server(
             yield RunningServer(url, process, http, log=log)
     finally:
         _end(process)
+
+
+@contextmanager
+def plain_vllm(
+    model: Path,
+    *,
+    name: str,
+    dtype: str,
+    max_model_len: int,
+    args: Mapping[str, Any],
+    env: Mapping[str, str] | None = None,
+    log: Path,
+    timeout_s: float = 240,
+) -> Iterator[tuple[str, psutil.Process]]:
+    """vLLM's own server without the plugin, until the block ends; its URL and its first process.
+
+    Args:
+        name: of the model.
+        args: further engine arguments, as `launch.server_args` takes them.
+
+    Raises:
+        ServerFailedError: it exited, or was not healthy within `timeout_s`.
+    """
+    port = free_port()
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model), "--port", str(port)]
+    command += ["--served-model-name", name, "--dtype", dtype, "--max-model-len", str(max_model_len)]
+    command += ["--disable-uvicorn-access-log", *flags({"enforce-eager": True, **args})]
+    own = {"HF_HUB_OFFLINE": "1", "VLLM_CPU_KVCACHE_SPACE": "1", "TORCH_COMPILE_DISABLE": "1", "VLLM_PLUGINS": ""}
+    with log.open("ab") as output:
+        process = subprocess.Popen(
+            command, env={**os.environ, **own, **(env or {})}, stdout=output, stderr=output, start_new_session=True
+        )
+    try:
+        url = f"http://127.0.0.1:{port}"
+        deadline = time.monotonic() + timeout_s
+        while not _is_healthy(url):
+            if process.poll() is not None or time.monotonic() > deadline:
+                raise ServerFailedError(f"vLLM did not start:\n{_tail(log)}")
+            time.sleep(1)
+        yield url, psutil.Process(process.pid)
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def _is_healthy(url: str) -> bool:
+    try:
+        return httpx.get(f"{url}/health", timeout=5).status_code == 200
+    except httpx.TransportError:
+        return False
 
 
 def _until_ready(http: httpx.Client, process: subprocess.Popen[bytes], log: Path, timeout_s: float) -> None:

@@ -17,29 +17,23 @@ import argparse
 import asyncio
 import json
 import os
-import signal
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import aiohttp
-import httpx
 import psutil
 import yaml
 
 from bench.gateway import CHAT, POOL, request_body
 from bench.machine import describe_machine
-from bench.server import free_port, running_server
+from bench.server import plain_vllm, running_server
 from tests.models import make_decoder
 
 MAX_MODEL_LEN = 1024
-START_TIMEOUT_S = 240
 PAUSE_S = 2.0
 """Between two runs: a vLLM worker spins for a second after its last answer."""
 
@@ -75,42 +69,6 @@ def engine_args(arguments: argparse.Namespace) -> dict[str, Any]:
 def engine_env(arguments: argparse.Namespace) -> dict[str, str]:
     """As many threads as the engine has cores; vLLM takes all of the machine's otherwise."""
     return {"VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, sorted(arguments.engine_cores)))}
-
-
-@contextmanager
-def plain_vllm(model: Path, arguments: argparse.Namespace, log: Path) -> Iterator[tuple[str, psutil.Process]]:
-    """vLLM's own server without the plugin; its URL and its first process."""
-    port = free_port()
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model), "--port", str(port)]
-    command += ["--served-model-name", POOL, "--dtype", arguments.dtype, "--max-model-len", str(MAX_MODEL_LEN)]
-    command += ["--enforce-eager", "--disable-uvicorn-access-log"]
-    for name, value in engine_args(arguments).items():
-        command += [f"--{name}", json.dumps(value)]
-    env = {"HF_HUB_OFFLINE": "1", "VLLM_CPU_KVCACHE_SPACE": "1", "TORCH_COMPILE_DISABLE": "1", "VLLM_PLUGINS": ""}
-    env |= engine_env(arguments)
-    with log.open("wb") as output:
-        process = subprocess.Popen(
-            command, env={**os.environ, **env}, stdout=output, stderr=output, start_new_session=True
-        )
-    try:
-        url = f"http://127.0.0.1:{port}"
-        deadline = time.monotonic() + START_TIMEOUT_S
-        while not is_healthy(url):
-            if process.poll() is not None or time.monotonic() > deadline:
-                raise RuntimeError(f"vLLM did not start:\n{log.read_text(errors='replace')[-4000:]}")
-            time.sleep(1)
-        yield url, psutil.Process(process.pid)
-    finally:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-
-
-def is_healthy(url: str) -> bool:
-    """Whether a vLLM server answers."""
-    try:
-        return httpx.get(f"{url}/health", timeout=5).status_code == 200
-    except httpx.TransportError:
-        return False
 
 
 def pin(processes: Sequence[psutil.Process], cores: set[int]) -> None:
@@ -164,7 +122,15 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         )
         config = write_config(folder, model, arguments)
         with (
-            plain_vllm(model, arguments, folder / "vllm.log") as (plain_url, plain),
+            plain_vllm(
+                model,
+                name=POOL,
+                dtype=arguments.dtype,
+                max_model_len=MAX_MODEL_LEN,
+                args=engine_args(arguments),
+                env=engine_env(arguments),
+                log=folder / "vllm.log",
+            ) as (plain_url, plain),
             running_server(config, log=folder / "server.log") as server,
         ):
             gateway = psutil.Process(server.process.pid)

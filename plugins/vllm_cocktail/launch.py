@@ -116,9 +116,12 @@ def server_args(
     args += ["--worker-extension-cls", WORKER_EXTENSIONS[mode], "--disable-uvicorn-access-log"]
     if max_model_len is not None:
         args += ["--max-model-len", str(max_model_len)]
-    for name, value in extra.items():
-        args += _flag(name, value)
-    return args
+    return args + flags(extra)
+
+
+def flags(args: Mapping[str, Any]) -> list[str]:
+    """Engine arguments as a command line gives them; see `extra` of `server_args`."""
+    return [part for name, value in args.items() for part in _flag(name, value)]
 
 
 def check_args(args: Sequence[str]) -> list[str]:
