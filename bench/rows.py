@@ -27,7 +27,6 @@ import contextlib
 import dataclasses
 import itertools
 import json
-import math
 import os
 import random
 import secrets
