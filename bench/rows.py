@@ -119,9 +119,10 @@ class Bench:
         async with tenants(server.url, self.admin_key, [f"tenant-{number}" for number in range(count)]) as made:
             yield made
 
-    def tokens_per_s(self, askers: Sequence[tuple[Tenant, Ask]]) -> Run:
+    def tokens_per_s(self, askers: Sequence[tuple[Tenant, Ask]], *, seconds: float | None = None) -> Run:
         """One run of the load, the askers dealt out among the clients."""
         arguments = self.arguments
+        seconds = seconds or arguments.seconds
 
         async def client(number: int, until: float) -> int:
             own = askers[number % len(askers) :: arguments.clients]
@@ -133,16 +134,16 @@ class Bench:
 
         async def run() -> float:
             started = time.perf_counter()
-            until = started + arguments.seconds
+            until = started + seconds
             answers = sum(await asyncio.gather(*(client(number, until) for number in range(arguments.clients))))
             return answers * arguments.max_tokens / (time.perf_counter() - started)
 
         return run
 
-    async def in_turn(self, runs: Mapping[str, Run]) -> dict[str, list[float]]:
+    async def in_turn(self, runs: Mapping[str, Run], *, rounds: int | None = None) -> dict[str, list[float]]:
         """The values of each, one after the other, again and again. A first round warms up and does not count."""
         found: dict[str, list[float]] = {name: [] for name in runs}
-        for number in range(self.arguments.runs + 1):
+        for number in range((rounds or self.arguments.runs) + 1):
             for name, run in runs.items():
                 await asyncio.sleep(PAUSE_S)
                 value = await run()
@@ -211,13 +212,15 @@ async def base(bench: Bench) -> dict[str, Any]:
 
 
 async def turns(bench: Bench) -> dict[str, Any]:
+    """Fewer and longer runs: where recipes take turns, each of 8, or of 16 that are waited for, has two seconds."""
     with bench.gateway("unmerged", "merged") as server:
         async with bench.tenants(server, 64) as owners:
             runs = {}
             for pool in ("unmerged", "merged"):
                 own = await cocktails(bench, pool, owners)
-                runs |= {f"{pool} {count}": bench.tokens_per_s(own[:count]) for count in (8, 64)}
-            found = await bench.in_turn(runs)
+                seconds = bench.arguments.seconds * (1 if pool == "unmerged" else 4)
+                runs |= {f"{pool} {count}": bench.tokens_per_s(own[:count], seconds=seconds) for count in (8, 64)}
+            found = await bench.in_turn(runs, rounds=max(1, bench.arguments.runs // 2))
     return {
         "tokens_per_s": found,
         "ratios": {
@@ -323,12 +326,15 @@ async def memory(bench: Bench) -> dict[str, Any]:
     count = bench.arguments.cocktails
     memory_mib: dict[str, dict[str, float]] = {}
 
-    async def ask_all(tenant: Tenant, asks: Iterator[Callable[[], Awaitable[Ask]]]) -> None:
-        async def client() -> None:
+    async def ask_all(tenant: Tenant, asks: Iterator[Callable[[], Awaitable[Ask]]]) -> int:
+        async def client() -> int:
+            answers = 0
             for ask in asks:
-                await tenant.ask(await ask(), 0)
+                await tenant.ask(await ask(), answers)
+                answers += 1
+            return answers
 
-        await asyncio.gather(*(client() for _ in range(bench.arguments.clients)))
+        return sum(await asyncio.gather(*(client() for _ in range(bench.arguments.clients))))
 
     async def of_base() -> Ask:
         return bench.chat(PLAIN, max_tokens=1)
@@ -346,14 +352,16 @@ async def memory(bench: Bench) -> dict[str, Any]:
                 return bench.chat(made["id"], max_tokens=1)
 
             gateway = psutil.Process(server.process.pid)
-            await ask_all(tenant, iter([partial(of_cocktail, seed) for seed in range(min(count, 1000))]))
-            memory_mib["unmerged, the first thousand"] = worker_memory(gateway)
-            await ask_all(tenant, iter([partial(of_cocktail, seed) for seed in range(1000, count)]))
-            memory_mib[f"unmerged, {count} cocktails"] = worker_memory(gateway)
-    last = memory_mib[f"unmerged, {count} cocktails"]["resident_mib"]
-    over = last - memory_mib["plain"]["resident_mib"]
+            until = time.perf_counter() + bench.arguments.memory_s
+            seeds = itertools.takewhile(lambda _: time.perf_counter() < until, range(1000, count))
+            made = await ask_all(tenant, (partial(of_cocktail, seed) for seed in range(min(count, 1000))))
+            memory_mib["1000 cocktails"] = worker_memory(gateway)
+            made += await ask_all(tenant, (partial(of_cocktail, seed) for seed in seeds))
+            memory_mib["all cocktails"] = worker_memory(gateway)
+    over = memory_mib["all cocktails"]["resident_mib"] - memory_mib["plain"]["resident_mib"]
     factors_mib = factor_bytes(bench) / 2**20
     return {
+        "cocktails": made,
         "worker": memory_mib,
         "factors_mib": factors_mib,
         "ratios": {"resident memory over the plain base, MiB": (over, f"<= {2.2 * factors_mib + 50:.0f}")},
@@ -407,6 +415,7 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=5, help="of each, in turn")
     parser.add_argument("--asked", type=int, default=60, help="requests of each kind whose first token is timed")
     parser.add_argument("--cocktails", type=int, default=10_000, help="of the part memory")
+    parser.add_argument("--memory-s", type=float, default=150.0, help="how long it makes them at most")
     arguments = parser.parse_args()
     if unknown := set(arguments.parts) - set(PARTS):
         parser.error(f"no parts {', '.join(sorted(unknown))}: there are {', '.join(PARTS)}")
