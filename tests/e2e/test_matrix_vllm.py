@@ -122,7 +122,7 @@ async def test_adapters_answer_and_score_by_their_coefficients(family: Family, t
         reference = family.reference.mixed(mixture)
         assert_greedy_of(reference, ids, choice)
         assert score.losses == pytest.approx(score_with_transformers(reference, tokenized), abs=LOSS_TOLERANCE)
-    told = {tuple(round(log_prob, 2) for log_prob in choice["logprobs"]["token_logprobs"]) for choice in said}
+    told = {tuple(round(log_prob, 4) for log_prob in choice["logprobs"]["token_logprobs"]) for choice in said}
     assert len(told) == len(mixtures), "base, expert and mixture answer alike"
 
 

@@ -15,7 +15,7 @@ from vllm_cocktail.fence import Fence
 from vllm_cocktail.manifest import Manifest
 from vllm_cocktail.reload_check import ask
 from vllm_cocktail.replies import MixReply, StatusReply, UnmergedWorker
-from vllm_cocktail.unmerged.row import BASE_ROW
+from vllm_cocktail.unmerged.row import ROW_ARG
 
 if TYPE_CHECKING:
     from vllm.engine.protocol import EngineClient
@@ -54,15 +54,19 @@ class UnmergedControl:
         self._loading = asyncio.Lock()
 
     async def start(self) -> None:
-        """Has a request go through every layer that experts adapt, and opens the fence.
+        """Has a request of all experts go through every layer that they adapt, and opens the fence.
 
         Raises:
             ConfigError: vLLM computes a layer otherwise, or the worker extension is missing; says what to start
                 differently.
         """
         try:
-            await ask(self.engine, xargs=BASE_ROW)
-            held: UnmergedWorker = await ask_all(self.engine, "cocktail_check_layers")
+            held: UnmergedWorker = await ask_all(self.engine, "cocktail_probe")
+            everything = {
+                ROW_ARG: [part for expert in held["experts"] for part in (expert, 1.0 / len(held["experts"]))]
+            }
+            await ask(self.engine, xargs=everything)
+            held = await ask_all(self.engine, "cocktail_check_layers")
         except EngineError as error:
             raise ConfigError(f"vllm_cocktail: {error.message}") from error
         self._loaded = frozenset(held["experts"])

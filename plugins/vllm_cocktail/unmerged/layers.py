@@ -82,7 +82,7 @@ class LayerFinder:
             while end:
                 self._by_end[end].append(name)
                 end = end.partition(".")[2]
-        self._fused: Mapping[str, Sequence[str]] = getattr(model, "packed_modules_mapping", {})
+        self._fused = _fused_layers(model)
         mapper: Any = getattr(model, "hf_to_vllm_mapper", None)
         # as for its own LoRA: by what renames alone, and not by what stacks
         self._rename: Callable[[str], str | None] = mapper.get_rename_mapper().map_name if mapper else str
@@ -135,7 +135,7 @@ class LayerFinder:
                     continue
                 widths = tuple(getattr(self._modules[names[0]], "output_partition_sizes", ()))
                 if len(widths) == len(parts):
-                    return names[0], Place(names[0], "linear", widths, list(parts).index(last))
+                    return names[0], Place(names[0], "linear", widths, parts[last])
         return None
 
     def _heads_over(self, embedding: str) -> Iterator[str]:
@@ -250,6 +250,8 @@ class _Adapted:
         """What the experts add to the product, in place."""
         self.num_calls += 1
         if self._step.num_rows:
+            if product.dim() > 2:  # a model of transformers has a batch of one
+                rows, product = rows.flatten(0, product.dim() - 2), product.view(-1, product.shape[-1])
             if self._num_columns is not None:
                 product = product[:, : self._num_columns]
             self._kernel.add(self._step, self.layer, rows, product)
@@ -363,6 +365,28 @@ class AdaptedLayers:
         library.impl("add_factors", add, "CompositeExplicitAutograd")
         library.impl("add_factors", lambda rows, product, index: None, "Meta")
         self._library = library  # the operator is there for as long as it is
+
+
+def _fused_layers(model: nn.Module) -> dict[str, dict[str, int]]:
+    """Which layers of the checkpoint are one of vLLM's model, by the names of both, and the place of each.
+
+    Told twice: for its own LoRA and for its loader. Models that know no LoRA tell the loader alone.
+    """
+    fused: dict[str, dict[str, int]] = {}
+    for module in model.modules():
+        mapper: Any = getattr(module, "hf_to_vllm_mapper", None)
+        for part, (whole, shard) in getattr(mapper, "orig_to_new_stacked", {}).items():
+            if isinstance(shard, int) or shard in _SHARDS:
+                place = shard if isinstance(shard, int) else _SHARDS[shard]
+                fused.setdefault(whole.strip("."), {})[part.strip(".")] = place
+    for module in model.modules():
+        packed: Mapping[str, Sequence[str]] = getattr(module, "packed_modules_mapping", None) or {}
+        fused |= {whole: {part: place for place, part in enumerate(parts)} for whole, parts in packed.items()}
+    return fused
+
+
+_SHARDS = {"q": 0, "k": 1, "v": 2}
+"""How loaders call the parts of a fused projection; of others, by number."""
 
 
 def _num_outputs(module: nn.Module) -> int | None:

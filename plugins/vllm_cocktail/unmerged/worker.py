@@ -90,6 +90,7 @@ class UnmergedWorkerExtension:
 
 def hold_factors_once_loaded() -> None:
     """Has the workers of this process read the factors as soon as their model is loaded."""
+    from vllm.config import set_current_vllm_config
     from vllm.v1.worker.gpu_worker import Worker
 
     load_model = Worker.load_model
@@ -100,7 +101,9 @@ def hold_factors_once_loaded() -> None:
     def load(worker: Any, *args: Any, **kwargs: Any) -> None:
         load_model(worker, *args, **kwargs)
         if isinstance(worker, UnmergedWorkerExtension):
-            worker.cocktail_hold_factors()
+            # telling what a checkpoint's names mean builds transformers' model, of which some layers are vLLM's here
+            with set_current_vllm_config(worker.vllm_config):
+                worker.cocktail_hold_factors()
 
     load.cocktail_wrapped = True  # type: ignore[attr-defined]  # plugins are registered as often as vLLM likes
     Worker.load_model = load
