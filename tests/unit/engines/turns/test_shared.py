@@ -109,10 +109,18 @@ def test_whoever_waits_too_long_is_told_what_to_raise() -> None:
         async with FakeEngine(max_in_flight=1) as engine:
             hold = engine.ask(A, 20)
             await pause(1)
-            with pytest.raises(QueueTimeoutError, match=r"queue_timeout_s=10 s.*max_concurrency"):
+            with pytest.raises(QueueTimeoutError) as raised:
                 await engine.answer(B, 1, timeout_s=10)
+            assert raised.value.message == (
+                "no slot of the engine was free within queue_timeout_s=10 s: too many requests share it now; retry "
+                "later, or raise engine.max_concurrency"
+            )
+            assert raised.value.retry_after_s == 2.0
             assert asyncio.get_running_loop().time() == 11
             assert (engine.turns.num_waiting, engine.turns.stats.num_queue_timeouts) == (0, 1)
+            with pytest.raises(QueueTimeoutError):
+                await engine.answer(B, 1, timeout_s=1)
+            assert engine.turns.stats.num_queue_timeouts == 2
             assert await hold == 0
 
     run(main())
@@ -150,6 +158,26 @@ def test_losing_the_engine_fails_who_holds_it_and_nobody_else() -> None:
         async with engine:
             assert await waiting == 1
             assert await engine.answer(B, 1, background=True) == 2
+
+    run(main())
+
+
+def test_a_request_is_charged_when_it_is_admitted_and_what_it_took_at_its_end() -> None:
+    async def main() -> None:
+        served = ServedTokensByTenant()
+        async with FakeEngine(served_tokens=served) as engine:
+            now = asyncio.get_running_loop().time()
+            scoring = await engine.turns.acquire(A, background=True)
+            lease = await engine.turns.acquire(A, tenant="t", num_tokens=100)
+            assert served.of("t", now).recent(now) == 100
+            lease.settle(40)
+            assert served.of("t", now).recent(now) == 40
+            lease.settle(40)
+            assert served.of("t", now).recent(now) == 40
+            scoring.settle(1000)
+            assert served.of("", now).recent(now) == 0
+            lease.release()
+            scoring.release()
 
     run(main())
 
@@ -363,6 +391,7 @@ class TestOperator:
                 await pause(1)
                 assert not scoring.done()
                 assert engine.turns.snapshot().queues[0].reason == "drained"
+                assert engine.turns.snapshot().is_drained
                 engine.turns.drain(False)
                 assert await scoring == 11
 
@@ -370,8 +399,9 @@ class TestOperator:
 
     def test_there_is_no_turn_to_pin(self) -> None:
         turns = SharedTurns(max_in_flight=1)
-        with pytest.raises(InvalidRequestError, match="no turns to pin") as raised:
+        with pytest.raises(InvalidRequestError) as raised:
             turns.pin(A)
+        assert raised.value.message == "the engine's recipes share a batch: there are no turns to pin one in"
         assert raised.value.param == "pin"
         turns.pin(None)
 
