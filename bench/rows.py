@@ -30,6 +30,7 @@ import json
 import os
 import random
 import secrets
+import signal
 import statistics
 import sys
 import tempfile
@@ -424,6 +425,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if unknown := set(arguments.parts) - set(PARTS):
         parser.error(f"no parts {', '.join(sorted(unknown))}: there are {', '.join(PARTS)}")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # the servers end with it
     shape = SHAPES[arguments.model]
     with tempfile.TemporaryDirectory(prefix="rows-") as name:
         models = make_pool(Path(name) / "models", shape, NUM_EXPERTS)
