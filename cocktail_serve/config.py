@@ -104,7 +104,8 @@ class VLLMEngineConfig(_EngineBase):
         None,
         description="unmerged: the factors of experts that are LoRA adapters stay apart and every request brings its "
         "coefficients, so that any number of cocktails share a batch. merged: parameters are summed first, and recipes "
-        "take turns. Omitted: unmerged where all experts of the configuration are adapters that can be, else merged.",
+        "take turns. Omitted: unmerged where all experts of the configuration are adapters that can be, or the base is "
+        "quantised, else merged.",
     )
     max_model_len: int | None = Field(None, ge=8, description="Context length in tokens; omitted: the model's own.")
     slice_s: float = Field(
@@ -152,17 +153,21 @@ class VLLMEngineConfig(_EngineBase):
     def mode_over(self, pool: Pool) -> Mode:
         merged_only = self._merged_only(pool)
         if self.mode == "unmerged" and merged_only is not None:
+            advice = "set it to merged, or " if pool.base.quantisation is None else ""
             raise ConfigError(
-                f"pool {pool.id!r}: engine.mode is unmerged, and {merged_only}; set it to merged, or leave that out",
+                f"pool {pool.id!r}: engine.mode is unmerged, and {merged_only}; {advice}leave that out",
                 param="engine.mode",
             )
         if self.mode is not None:
             return self.mode
-        return "unmerged" if pool.experts and merged_only is None else "merged"
+        is_of_adapters = bool(pool.experts) or pool.base.quantisation is not None
+        return "unmerged" if is_of_adapters and merged_only is None else "merged"
 
     def reason_of_mode(self, pool: Pool) -> str:
         if self.mode is not None:
             return f"engine.mode is {self.mode}"
+        if pool.mode == "unmerged" and pool.base.quantisation is not None:
+            return f"the base is quantised ({pool.base.quantisation}), and nothing is merged into such a base"
         if pool.mode == "unmerged":
             return "all experts of the configuration are LoRA adapters that can be served unmerged"
         return self._merged_only(pool) or "the configuration has no experts"

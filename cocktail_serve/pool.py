@@ -72,6 +72,8 @@ class Member:
         files: the files that the fingerprint is of, as they were then; empty where nobody has looked.
         largest: bound of the magnitudes of its parameters, all of them finite; infinite where it is not known.
         generation: how its folder says that it is called, alone; of decoders.
+        quantisation: of a base, how its weights are stored quantised, as `gptq`; None: they are not. Nothing is merged
+            into such a base.
         merged_only: of an expert, why no engine can serve it unmerged; None: it is a LoRA adapter that changes nothing
             but products.
     """
@@ -84,6 +86,7 @@ class Member:
     files: tuple[FileState, ...] = ()
     largest: float = math.inf
     generation: GenerationSettings = NO_SETTINGS
+    quantisation: str | None = None
     merged_only: str | None = "nobody has looked whether it is an adapter"
 
 

@@ -131,8 +131,9 @@ def compare(base: Path, expert: Path, *, tokenizer: FolderTokenizer | None = Non
     found = _Findings()
     # an adapter has no configuration of its own
     if is_adapter(expert) or _compare_configs(base, expert, found):
-        with CheckpointReader(base) as base_reader, read_expert(expert, base_reader) as expert_reader:
-            found.problems += _compare_tensors(base_reader.tensors, expert_reader.tensors)
+        reader = CheckpointReader(base, allow_quantised=is_adapter(expert))
+        with reader as base_reader, read_expert(expert, base_reader) as expert_reader:
+            found.problems += _compare_tensors(base_reader.parameters, expert_reader.tensors)
             if isinstance(expert_reader, CheckpointReader):
                 found.warnings += _unread(base_reader, expert_reader)
                 found.problems += _compare_repeated(expert_reader)

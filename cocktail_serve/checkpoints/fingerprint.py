@@ -46,7 +46,8 @@ class Identity:
 
     Attributes:
         fingerprint: SHA-256 hex.
-        largest: bound of the magnitudes of its parameters, all of which are finite.
+        largest: bound of the magnitudes of its parameters, all of which are finite; of a quantised checkpoint, of those
+            that it stores as floating numbers, scales among them.
         files: as `Member.files`.
     """
 
@@ -56,7 +57,8 @@ class Identity:
 
 
 def identify(reader: CheckpointReader, *, progress: Callable[[int, int], None] | None = None) -> Identity:
-    """Names a checkpoint by content: SHA-256 over names, dtypes, shapes and BLAKE3 digests of all tensors, sorted.
+    """Names a checkpoint by content: SHA-256 over names, dtypes, shapes and BLAKE3 digests of all tensors, sorted; and
+    over what the configuration says of their quantisation, where they are quantised.
 
     Reads all parameters once, and looks for what is not finite meanwhile. BLAKE3 for the bytes: as hard to collide as
     SHA-256, and several times faster, so that reading decides.
@@ -91,7 +93,10 @@ def identify(reader: CheckpointReader, *, progress: Callable[[int, int], None] |
             if progress:
                 progress(done, total)
     reader.check_unwritten()
-    return Identity(digest_of({"version": FINGERPRINT_VERSION, "tensors": sorted(rows)}), largest, reader.files)
+    content: dict[str, object] = {"version": FINGERPRINT_VERSION, "tensors": sorted(rows)}
+    if reader.quantisation is not None:
+        content["quantisation"] = json.dumps(reader.quantisation.settings, sort_keys=True)
+    return Identity(digest_of(content), largest, reader.files)
 
 
 def identify_adapter(reader: AdapterReader, base: str, *, largest_of_base: float) -> Identity:
@@ -116,11 +121,22 @@ def identify_adapter(reader: AdapterReader, base: str, *, largest_of_base: float
     return Identity(digest_of(content), reader.largest(largest_of_base, magnitudes), reader.files)
 
 
-def identify_folder(folder: Path, *, cache_dir: Path, progress: Callable[[int, int], None] | None = None) -> Identity:
+def identify_folder(
+    folder: Path,
+    *,
+    cache_dir: Path,
+    allow_quantised: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> Identity:
     """Names a folder's checkpoint; the name is kept in `cache_dir` until one of its files changes path, size or time.
 
     Two processes that ask at once read the parameters once. A cache that is corrupt or cannot be written costs time,
     never the answer.
+
+    Args:
+        cache_dir: where the name is kept.
+        allow_quantised: as of `CheckpointReader`.
+        progress: as of `identify`.
 
     Raises:
         CheckpointError: the folder cannot be read as a checkpoint, or as `identify`.
@@ -129,7 +145,8 @@ def identify_folder(folder: Path, *, cache_dir: Path, progress: Callable[[int, i
     entry = Path(cache_dir) / FINGERPRINTS / f"{digest_of(str(folder))[:32]}.json"
     try:
         entry.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(entry.with_suffix(".lock")), CheckpointReader(folder) as reader:
+        lock = FileLock(entry.with_suffix(".lock"))
+        with lock, CheckpointReader(folder, allow_quantised=allow_quantised) as reader:
             state = [["version", FINGERPRINT_VERSION, _ENTRY_VERSION], *map(_kept_state, reader.files)]
             known = _read_entry(entry)
             if known.get("state") == state:
@@ -147,7 +164,7 @@ def identify_folder(folder: Path, *, cache_dir: Path, progress: Callable[[int, i
             return identity
     except OSError as error:
         _warn_not_kept(entry, error)
-        with CheckpointReader(folder) as reader:
+        with CheckpointReader(folder, allow_quantised=allow_quantised) as reader:
             return identify(reader, progress=progress)
 
 

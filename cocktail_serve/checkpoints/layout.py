@@ -54,7 +54,7 @@ def check_folder(folder: Path) -> None:
     """Refuses what cannot be mixed and can be told without opening a tensor.
 
     Raises:
-        CheckpointError: no folder, an adapter instead of a model, no `config.json`, or a quantised model.
+        CheckpointError: no folder, an adapter instead of a model, or no `config.json`.
     """
     if not folder.is_dir():
         raise CheckpointError(f"there is no model folder {folder}")
@@ -63,12 +63,7 @@ def check_folder(folder: Path) -> None:
             f"{folder} holds an adapter ({ADAPTER_CONFIG}), not a full checkpoint: it is an expert in a pool of its "
             "base and nothing alone; or merge it into its base with peft (merge_and_unload) and name the result"
         )
-    config = read_config(folder)
-    if config.get("quantization_config") or config.get("compression_config"):
-        raise CheckpointError(
-            f"{folder} is quantised ({CONFIG} has quantization_config); quantised parameters cannot be averaged: "
-            "use the float32, float16 or bfloat16 checkpoint that it was made from"
-        )
+    read_config(folder)
 
 
 def read_config(folder: Path) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Self
 from cocktail_serve.checkpoints.adapters.reader import AdapterReader
 from cocktail_serve.checkpoints.compatibility import check_tensors
 from cocktail_serve.checkpoints.finite import LARGEST, OVERFLOWS_FROM, largest_and_not_finite
+from cocktail_serve.checkpoints.quantisation import refusal
 from cocktail_serve.checkpoints.reader import CheckpointReader
 from cocktail_serve.checkpoints.tensor_files import TensorInfo, tensor_bytes
 from cocktail_serve.checkpoints.unchanged import open_base, open_expert_of
@@ -54,7 +55,7 @@ class Mixture:
     Raises:
         InvalidMixError: the pool lacks a model, or the method is not known.
         ModelChangedError: a model's files hold something else than its fingerprint says.
-        CheckpointError: a folder cannot be read as a checkpoint.
+        CheckpointError: a folder cannot be read as a checkpoint, or the base is quantised.
         IncompatibleModelsError: names or shapes differ, or a tensor that is not floating has other values in an expert.
     """
 
@@ -70,6 +71,8 @@ class Mixture:
         self.weights = [coefficient for _, coefficient in recipe.coefficients]
         self._names = [members[fingerprint].name for fingerprint in fingerprints]
         base = members[recipe.base]
+        if base.quantisation is not None:
+            raise CheckpointError(refusal(base.path))
         with ExitStack() as stack:
             self.base = stack.enter_context(open_base(base))
             self.readers: dict[str, CheckpointReader | AdapterReader] = {}

@@ -129,9 +129,18 @@ class ParameterNames:
 
         Where it does not, the library does not know these names, and what it says of them is worth nothing.
         """
+        return not self.missing(stored)
+
+    def missing(self, stored: Iterable[str]) -> list[str]:
+        """The parameters that are read and that a checkpoint of these tensors does not give the model."""
         given = {made for name in stored for made in self.made_of(name)}
         read = {self._source[name] for name, _ in self._model.named_parameters() if not self._is_unread(name)}
-        return read <= given
+        return sorted(read - given)
+
+    def shape_of(self, stored: str) -> tuple[int, ...] | None:
+        """What the configuration makes of a tensor's shape; None where it is no whole parameter of the model."""
+        target = self.target(stored)
+        return None if target.part or target.name not in self._state else tuple(self._state[target.name].shape)
 
     def converted(self, tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
         """The model's parameters out of a checkpoint's tensors, renamed, split and joined as the library loads them.

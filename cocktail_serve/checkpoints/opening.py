@@ -15,6 +15,7 @@ from cocktail_serve.checkpoints.finite import LARGEST, OVERFLOWS_FROM
 from cocktail_serve.checkpoints.generation_files import common_template, read_settings
 from cocktail_serve.checkpoints.generation_options import read_options
 from cocktail_serve.checkpoints.layout import generates, model_class, read_config, read_library_class, read_modules
+from cocktail_serve.checkpoints.quantisation import refusal
 from cocktail_serve.checkpoints.reader import CheckpointReader
 from cocktail_serve.checkpoints.text_files import text_digest
 from cocktail_serve.checkpoints.tokenizer import FolderTokenizer
@@ -70,7 +71,7 @@ def open_pool(config: PoolConfig, *, cache_dir: Path, progress: Callable[[str, i
         for warning in _check_fits(config.id, base, name, folder, tokenizer)
     ]
     with _named(config.id, BASE):
-        first = _member(BASE, folders.pop(BASE), cache_dir, progress)
+        first = _member(BASE, folders.pop(BASE), cache_dir, progress, allow_quantised=True)
         _check_range(first, config.engine.dtype_over(first))
     experts = {}
     for name, folder in folders.items():
@@ -85,6 +86,10 @@ def open_pool(config: PoolConfig, *, cache_dir: Path, progress: Callable[[str, i
         warnings=tuple(warnings),
     )
     pool = replace(pool, mode=config.engine.mode_over(pool))
+    if pool.mode == "merged" and first.quantisation is not None:
+        raise CheckpointError(f"pool {config.id!r}, base: {refusal(base)}{_why_merged(pool, config)}")
+    with _named(config.id, BASE):
+        _check_packed(first, config.engine.dtype_over(first))
     if (reason := config.engine.reason_of_mode(pool)) is not None:
         logger.info("pool %s is served %s: %s", pool.id, pool.mode, reason)
     return _with_generation(pool, config) if config.kind == "decoder" else pool
@@ -103,9 +108,10 @@ def open_expert(pool: Pool, name: str, folder: Path, *, cache_dir: Path) -> Memb
     with _named(pool.id, name):
         member = _expert(name, folder, pool.base, cache_dir, None)
     if pool.mode == "unmerged" and member.merged_only is not None:
+        advice = "have the operator set engine.mode: merged, or " if pool.base.quantisation is None else ""
         raise IncompatibleModelsError(
-            f"pool {pool.id!r} is served unmerged, and the model {folder} cannot be: {member.merged_only}; have the "
-            "operator set engine.mode: merged, or add an adapter"
+            f"pool {pool.id!r} is served unmerged, and the model {folder} cannot be: {member.merged_only}; {advice}add "
+            "an adapter"
         )
     return _called(member, pool.base, pool.generation_options) if pool.kind == "decoder" else member
 
@@ -159,6 +165,19 @@ def _check_range(base: Member, dtype: DType) -> None:
         )
 
 
+def _check_packed(base: Member, dtype: DType) -> None:
+    """Refuses an engine whose dtype packed weights are not unpacked to."""
+    if base.quantisation is None or dtype != "float32":
+        return
+    with CheckpointReader(base.path, allow_quantised=True) as reader:
+        packed = next((name for name, weight in reader.quantised.items() if weight.is_packed), None)
+    if packed is not None:
+        raise CheckpointError(
+            f"{base.path} stores {packed} packed ({base.quantisation}), and vLLM computes with such weights in "
+            "float16 or bfloat16: set engine.dtype to one of them"
+        )
+
+
 def _expert(
     name: str, folder: Path, base: Member, cache_dir: Path, progress: Callable[[str, int, int], None] | None
 ) -> Member:
@@ -166,7 +185,11 @@ def _expert(
         return replace(
             _member(name, folder, cache_dir, progress), merged_only="it is a full model, and no LoRA adapter"
         )
-    with CheckpointReader(base.path) as base_reader, AdapterReader(folder, base_reader) as reader:
+    is_quantised = base.quantisation is not None
+    with (
+        CheckpointReader(base.path, allow_quantised=is_quantised) as base_reader,
+        AdapterReader(folder, base_reader) as reader,
+    ):
         identity = identify_adapter(reader, base.fingerprint, largest_of_base=base.largest)
         return Member(
             name=name,
@@ -180,10 +203,17 @@ def _expert(
         )
 
 
-def _member(name: str, folder: Path, cache_dir: Path, progress: Callable[[str, int, int], None] | None) -> Member:
+def _member(
+    name: str,
+    folder: Path,
+    cache_dir: Path,
+    progress: Callable[[str, int, int], None] | None,
+    *,
+    allow_quantised: bool = False,
+) -> Member:
     report = None if progress is None else lambda done, total: progress(name, done, total)
-    identity = identify_folder(folder, cache_dir=cache_dir, progress=report)
-    with CheckpointReader(folder) as reader:
+    identity = identify_folder(folder, cache_dir=cache_dir, allow_quantised=allow_quantised, progress=report)
+    with CheckpointReader(folder, allow_quantised=allow_quantised) as reader:
         return Member(
             name=name,
             path=folder,
@@ -192,7 +222,14 @@ def _member(name: str, folder: Path, cache_dir: Path, progress: Callable[[str, i
             num_bytes=reader.num_bytes,
             files=identity.files,
             largest=identity.largest,
+            quantisation=None if reader.quantisation is None else reader.quantisation.method,
         )
+
+
+def _why_merged(pool: Pool, config: PoolConfig) -> str:
+    """Why a pool would be merged, behind the refusal of its base; nothing where its engine knows no other way."""
+    reason = config.engine.reason_of_mode(pool)
+    return "" if reason is None else f"; adapters alone could be served over it unmerged, and {reason}"
 
 
 def _locate(source: Source) -> Path:

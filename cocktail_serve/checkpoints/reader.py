@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType, TracebackType
 from typing import TYPE_CHECKING, Self
 
 from cocktail_serve.checkpoints.layout import CONFIG, WeightFile, check_folder, model_folder, read_config, weight_files
 from cocktail_serve.checkpoints.mapping import HeldFile, settings_state
+from cocktail_serve.checkpoints.quantisation import Quantisation, QuantisedWeight, quantisation_settings, refusal
 from cocktail_serve.checkpoints.tensor_files import TensorInfo, TensorSource, open_weights
+from cocktail_serve.dtypes import FLOATING
 from cocktail_serve.errors import CheckpointError
 from cocktail_serve.pool import FileState
 
@@ -35,11 +38,15 @@ class CheckpointReader:
 
     Args:
         folder: a full checkpoint with its `config.json`, in one file or in shards with an index.
+        allow_quantised: also one that is quantised: a base that nothing is mixed with, beside whose weights adapters
+            are served.
 
     Attributes:
         tensors: what is stored, by name, in the order of the files. Without what is not a parameter of its own: the
             output embeddings where `tie_word_embeddings` makes them the input embeddings (see `tied`), and rotary
             frequencies.
+        quantisation: how it is quantised; None where it is not.
+        quantised: the weights that are stored quantised, in several tensors each, by the parameter's name.
         tied: names left out of `tensors` because they repeat another tensor, with that tensor's name.
         unread: floating tensors that this checkpoint and the base it is named as (`named_as`) do not both have, and
             that no engine reads; by the name of whoever has one.
@@ -48,12 +55,15 @@ class CheckpointReader:
         files: the files that all this comes from, the configuration first, as they were opened.
 
     Raises:
-        CheckpointError: the folder cannot be read as a checkpoint: names the file and what to do.
+        CheckpointError: the folder cannot be read as a checkpoint, or is quantised: names the file and what to do.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, allow_quantised: bool = False) -> None:
         self.folder = Path(folder)
         check_folder(self.folder)
+        if not allow_quantised and quantisation_settings(self.folder):
+            raise CheckpointError(refusal(self.folder))
+        self.quantisation = Quantisation.of(self.folder)
         self._get: dict[str, tuple[TensorSource, str]] = {}
         self._prefixes: dict[str, str] = {}
         self._held: list[HeldFile] = []
@@ -76,6 +86,8 @@ class CheckpointReader:
         self.tensors: Mapping[str, TensorInfo] = MappingProxyType(
             {name: info for name, info in tensors.items() if name not in left_out}
         )
+        found = {} if self.quantisation is None else self.quantisation.find(self.tensors, self.get)
+        self.quantised: Mapping[str, QuantisedWeight] = MappingProxyType(found)
 
     def __enter__(self) -> Self:
         return self
@@ -106,6 +118,18 @@ class CheckpointReader:
         """
         source, key = self._find(name)
         return source.get_tensor(key)
+
+    def get_rows(self, name: str, rows: Tensor) -> Tensor:
+        """Some rows of a matrix among `parameters`, dequantised where it is stored quantised.
+
+        Args:
+            rows: indices, `[num_rows]`.
+
+        Raises:
+            CheckpointError: the checkpoint has no such parameter.
+        """
+        weight = self.quantised.get(name)
+        return self.get(name)[rows] if weight is None else weight.rows(self.get, rows)
 
     def get_bytes(self, name: str) -> memoryview:
         """The tensor's elements as they lie in the mapped file, in C order, without torch where it is safetensors.
@@ -171,6 +195,17 @@ class CheckpointReader:
         return renamed
 
     @property
+    def parameters(self) -> Mapping[str, TensorInfo]:
+        """`tensors`, but weights that are stored quantised as they are computed with, in place of their parts."""
+        return self._dequantised if self.quantised else self.tensors
+
+    @cached_property
+    def _dequantised(self) -> Mapping[str, TensorInfo]:
+        stored = {part for weight in self.quantised.values() for part in weight.parts.values()}
+        weights = {name: TensorInfo(self.dtype, weight.shape) for name, weight in self.quantised.items()}
+        return MappingProxyType({name: info for name, info in self.tensors.items() if name not in stored} | weights)
+
+    @property
     def as_stored(self) -> CheckpointReader:
         """The checkpoint under its own names, whatever base it is named as: its fingerprint is of those."""
         return self if self._stored is None else self._stored
@@ -181,7 +216,12 @@ class CheckpointReader:
 
     @property
     def dtype(self) -> str:
-        """The floating dtype that most bytes of the parameters have."""
+        """The floating dtype that most bytes of the parameters have; of a quantised checkpoint, that of its model."""
+        if self.quantisation is not None:
+            config = read_config(self.folder)
+            named = str(config.get("dtype") or config.get("torch_dtype"))
+            if named in FLOATING:
+                return named
         sizes: dict[str, int] = {}
         for info in self.tensors.values():
             if info.is_floating:

@@ -44,7 +44,7 @@ def open_base(base: Member) -> CheckpointReader:
         ModelChangedError: the files hold something else now, or are gone.
     """
     try:
-        reader = CheckpointReader(base.path)
+        reader = CheckpointReader(base.path, allow_quantised=base.quantisation is not None)
     except CheckpointError as error:
         if not base.files:
             raise

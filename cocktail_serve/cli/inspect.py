@@ -52,7 +52,9 @@ def inspect(folder: ModelFolder, expert: OtherFolder = None, *, plot: PlotFile =
                 described.append(_describe(expert, report, base=folder))
             compatibility = compare(folder, expert)
             mixed = _mixed_generation(folder, expert)
-            changes = list(_changes(folder, expert, report)) if compatibility.is_compatible else []
+            # what a quantised base's parameters are, nothing is measured by
+            is_measured = compatibility.is_compatible and described[0]["quantisation"] is None
+            changes = list(_changes(folder, expert, report)) if is_measured else []
     if plot is not None and changes:
         plot_changes(changes, plot, title=f"{expert} against {folder}")
     if as_json:
@@ -82,7 +84,7 @@ def _describe(folder: Path, report: OnProgress, *, base: Path | None = None) -> 
     from cocktail_serve.checkpoints.reader import CheckpointReader
     from cocktail_serve.checkpoints.tokenizer import FolderTokenizer
 
-    with CheckpointReader(folder) as reader:
+    with CheckpointReader(folder, allow_quantised=base is None) as reader:
         fingerprint = identify(
             reader, progress=lambda done, total: report(f"reading {folder}", done, total, is_bytes=True)
         ).fingerprint
@@ -92,6 +94,7 @@ def _describe(folder: Path, report: OnProgress, *, base: Path | None = None) -> 
             "architectures": [named] if (named := model_class(folder)) else [],
             "num_parameters": _num_parameters(reader),
             "dtype": reader.dtype,
+            "quantisation": None if reader.quantisation is None else reader.quantisation.method,
             "num_bytes": reader.num_bytes,
             "num_tensors": len(reader.tensors),
             "tied": dict(reader.tied),
@@ -114,15 +117,21 @@ def _describe_adapter(folder: Path, base: Path, described_base: dict[str, Any]) 
     from cocktail_serve.checkpoints.generation_files import read_settings
     from cocktail_serve.checkpoints.reader import CheckpointReader
 
-    with CheckpointReader(base) as base_reader, AdapterReader(folder, base_reader) as reader:
+    is_quantised = described_base["quantisation"] is not None
+    with (
+        CheckpointReader(base, allow_quantised=is_quantised) as base_reader,
+        AdapterReader(folder, base_reader) as reader,
+    ):
         factors = reader.factors.values()
         identity = identify_adapter(reader, described_base["fingerprint"], largest_of_base=math.inf)
+        modes = {"unmerged": reader.merged_only is None, "merged": not is_quantised}
         return {
             "folder": str(folder),
             "adapter_of": str(base),
             "architectures": described_base["architectures"],
             "num_parameters": sum(info.num_elements for info in factors),
             "dtype": ", ".join(sorted({info.dtype for info in factors})),
+            "quantisation": None,
             "num_bytes": reader.num_bytes,
             "num_tensors": len(factors),
             "tied": {},
@@ -132,6 +141,7 @@ def _describe_adapter(folder: Path, base: Path, described_base: dict[str, Any]) 
             "generation": described_base["generation"] and read_settings(folder, base).to_json(),
             "blockers": ["a LoRA adapter: it can be an expert over its base, and no base"],
             "merged_only": reader.merged_only,
+            "engine_modes": [mode for mode, is_possible in modes.items() if is_possible],
         }
 
 
@@ -148,7 +158,7 @@ def _mixed_generation(base: Path, expert: Path) -> dict[str, Any] | None:
 
 
 def _num_parameters(reader: CheckpointReader) -> int:
-    return sum(info.num_elements for info in reader.tensors.values() if info.is_floating)
+    return sum(info.num_elements for info in reader.parameters.values() if info.is_floating)
 
 
 def _blockers(folder: Path, *, has_tokenizer: bool) -> Iterator[str]:
@@ -233,6 +243,8 @@ def _rows(model: dict[str, Any]) -> Iterator[tuple[str, str]]:
     yield "architecture", ", ".join(model["architectures"]) or "not said"
     yield "parameters", f"{model['num_parameters']:,} in {model['num_tensors']} tensors"
     yield "stored as", f"{model['dtype']}, {model['num_bytes'] / 1e6:,.1f} MB"
+    if model["quantisation"]:
+        yield "quantised", f"{model['quantisation']}: a base of LoRA adapters, which are served unmerged"
     yield "fingerprint", model["fingerprint"]
     if model["tied"]:
         yield "tied", ", ".join(f"{name} is {source}" for name, source in model["tied"].items())
@@ -243,8 +255,8 @@ def _rows(model: dict[str, Any]) -> Iterator[tuple[str, str]]:
         yield from _generation_rows(model["generation"])
     yield "can be served", "yes" if not model["blockers"] else "no: " + "; ".join(model["blockers"])
     if "adapter_of" in model:
-        why = model["merged_only"]
-        yield "engine.mode", "unmerged or merged" if why is None else f"merged alone: {why}"
+        modes, why = " or ".join(model["engine_modes"]) or "none", model["merged_only"]
+        yield "engine.mode", modes if why is None else f"{modes}, not unmerged: {why}"
 
 
 def _show(
@@ -274,13 +286,14 @@ def _show(
         console.print(f"  - {finding}", markup=False)
     if mixed is not None:
         _show_mixed_generation(mixed, [model["generation"] for model in described])
+    if not changes:
+        return
     table = Table(box=None, pad_edge=False)
     table.add_column("layers")
     table.add_column("relative change", justify="right")
     table.add_column("")
-    rows = changes or []
-    largest = max((row["relative_change"] or 0.0 for row in rows), default=0.0) or 1.0
-    for row in rows:
+    largest = max(row["relative_change"] or 0.0 for row in changes) or 1.0
+    for row in changes:
         change = row["relative_change"]
         table.add_row(row["group"], "base is 0" if change is None else f"{change:.4f}", bar((change or 0.0) / largest))
     console.print(table)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cocktail_serve.checkpoints.layout import model_class, model_folder
 from cocktail_serve.checkpoints.mixture import Mixture, iter_mixture
+from cocktail_serve.checkpoints.naming import parameter_names
+from cocktail_serve.checkpoints.reader import CheckpointReader
 from cocktail_serve.config import PoolConfig
 from cocktail_serve.errors import CheckpointError, EngineError
 from cocktail_serve.pool import Pool
@@ -121,6 +124,38 @@ def check_loads(pool: Pool) -> None:
         CheckpointError: one is missing, or of another shape than the configuration says.
         EngineError: transformers cannot make a model of it.
     """
+    missing, mismatched = _unloadable(pool) if pool.base.quantisation is None else _unfitting(pool.base.path)
+    if missing:
+        raise CheckpointError(
+            f"{pool.base.path} lacks parameters that its config.json asks for: {', '.join(sorted(missing)[:3])}; save "
+            "it whole, with the class it was trained with"
+        )
+    for name, stored, wanted in mismatched:
+        raise CheckpointError(
+            f"{pool.base.path}: {name} is {list(stored)} in its files, but {list(wanted)} by its config.json; one of "
+            "the two is another model's: save them together"
+        )
+
+
+_Mismatch = tuple[str, Sequence[int], Sequence[int]]
+"""A parameter, its shape in the files, and by the configuration."""
+
+
+def _unfitting(base: Path) -> tuple[list[str], list[_Mismatch]]:
+    """What a quantised base lacks, or has in another shape: transformers loads it through libraries of their own."""
+    names = parameter_names(base)
+    with CheckpointReader(base, allow_quantised=True) as reader:
+        wanted = {name: names.shape_of(name) for name in reader.parameters}
+        mismatched: list[_Mismatch] = [
+            (name, info.shape, shape)
+            for name, info in reader.parameters.items()
+            if (shape := wanted[name]) is not None and shape != info.shape
+        ]
+        return names.missing(reader.parameters), mismatched
+
+
+def _unloadable(pool: Pool) -> tuple[list[str], list[_Mismatch]]:
+    """What transformers finds missing in the base's files, or of another shape."""
     import transformers
     from transformers.utils import logging as transformers_logging
 
@@ -142,17 +177,7 @@ def check_loads(pool: Pool) -> None:
             )
     finally:
         transformers_logging.set_verbosity(verbosity)
-    if found["missing_keys"]:
-        missing = ", ".join(sorted(found["missing_keys"])[:3])
-        raise CheckpointError(
-            f"{pool.base.path} lacks parameters that its config.json asks for: {missing}; save it whole, with the "
-            "class it was trained with"
-        )
-    for name, stored, wanted in found["mismatched_keys"]:
-        raise CheckpointError(
-            f"{pool.base.path}: {name} is {list(stored)} in its files, but {list(wanted)} by its config.json; one of "
-            "the two is another model's: save them together"
-        )
+    return list(found["missing_keys"]), list(found["mismatched_keys"])
 
 
 def _auto_class(pool: Pool) -> Any:

@@ -184,4 +184,5 @@ def _read_member(value: Mapping[str, Any]) -> Member:
         num_bytes=int(value["num_bytes"]),
         files=tuple(FileState(**file) for file in value["files"]),
         largest=float(value["largest"]),
+        quantisation=value.get("quantisation"),
     )

@@ -20,6 +20,7 @@ import pytest
 
 from cocktail_serve.checkpoints.opening import open_pool
 from cocktail_serve.config import PoolConfig
+from cocktail_serve.dtypes import DType
 from cocktail_serve.pool import Mode, Pool
 from cocktail_serve.recipe import Recipe, make_recipe
 from tests.models import make_decoder_pool, pool_section
@@ -46,9 +47,10 @@ class VLLMServer:
     """A running server and what is needed to ask it.
 
     Attributes:
-        pool: what it may mix; float32, so that answers can be compared token for token.
+        pool: what it may mix.
         pid: of the API server, which leads a process group of its own.
         client: sends the key.
+        dtype: of the engine; float32, so that answers can be compared token for token, where nothing else is said.
     """
 
     pool: Pool
@@ -58,9 +60,10 @@ class VLLMServer:
     log: Path
     client: httpx.Client
     resident: str = field(default="")
+    dtype: DType = "float32"
 
     def recipe(self, **merging_weights: float) -> Recipe:
-        return make_recipe(self.pool, merging_weights, dtype="float32", mode=self.pool.mode)
+        return make_recipe(self.pool, merging_weights, dtype=self.dtype, mode=self.pool.mode)
 
     def status(self) -> dict[str, Any]:
         response = self.client.get("/v1/cocktail/status")
@@ -113,14 +116,14 @@ def running_vllm(
     folders: Mapping[str, Path] | None = None,
     args: Mapping[str, Any] | None = None,
     mode: Mode = "merged",
+    dtype: DType = "float32",
 ) -> Iterator[VLLMServer]:
     """Starts a server on a new pool, or on models that are there, and ends its whole process group afterwards."""
     folders = folders or make_decoder_pool(folder / "pool", ("red", "green"), tied=tied)
-    config = PoolConfig.model_validate(pool_section(MODEL, "decoder", folders, {"type": "vllm", "mode": mode}))
+    engine = {"type": "vllm", "mode": mode, "dtype": dtype}
+    config = PoolConfig.model_validate(pool_section(MODEL, "decoder", folders, engine))
     pool = open_pool(config, cache_dir=folder / "cache")
-    manifest = Manifest.of_pool(
-        pool, dtype="float32", cache_bytes=cache_bytes, managed=managed, expert_bytes=expert_bytes
-    )
+    manifest = Manifest.of_pool(pool, dtype=dtype, cache_bytes=cache_bytes, managed=managed, expert_bytes=expert_bytes)
     sockets = Path(tempfile.mkdtemp(prefix="vllm-"))  # mode 0700, and short: a socket's path is limited to 107 bytes
     uds = sockets / "engine.sock"
     args = {"block-size": BLOCK_SIZE, "max-num-seqs": 8, **(args or {})}
@@ -131,7 +134,7 @@ def running_vllm(
                 model=folders["base"],
                 uds=uds,
                 served_model_name=MODEL,
-                dtype="float32",
+                dtype=dtype,
                 max_model_len=MAX_MODEL_LEN,
                 extra=args,
                 mode=pool.mode,
@@ -156,7 +159,7 @@ def running_vllm(
     )
     try:
         _wait_until_up(uds, process, log, deadline_s)
-        yield VLLMServer(pool, folders, process.pid, uds, log, client, manifest.resident)
+        yield VLLMServer(pool, folders, process.pid, uds, log, client, manifest.resident, dtype)
     finally:
         client.close()
         with contextlib.suppress(ProcessLookupError):

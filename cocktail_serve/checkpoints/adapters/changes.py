@@ -224,7 +224,9 @@ class ChangeFinder:
 
     def _require_saved_modules(self, names: set[str]) -> None:
         for module in self._config.saved_modules:
-            held, saved = (any(f".{module}." in f".{name}" for name in group) for group in (self._base.tensors, names))
+            held, saved = (
+                any(f".{module}." in f".{name}" for name in group) for group in (self._base.parameters, names)
+            )
             if held and not saved:
                 raise CheckpointError(
                     f"{self._folder}: {self._config.path.name} says that {module} was trained and saved whole "
@@ -297,7 +299,7 @@ class ChangeFinder:
 
     def _shape_of(self, place: str) -> tuple[int, ...]:
         whole = self._changes.get(place, Change()).whole
-        return self._base.tensors[self._stored_as[place]].shape if whole is None else self._infos[whole].shape
+        return self._base.parameters[self._stored_as[place]].shape if whole is None else self._infos[whole].shape
 
     @cached_property
     def _base_config(self) -> Mapping[str, Any]:

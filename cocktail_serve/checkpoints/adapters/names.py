@@ -48,7 +48,7 @@ class BaseNames:
         Raises:
             IncompatibleModelsError: nowhere, in several tensors, or together with others.
         """
-        found = [name] if name in self._base.tensors else self._ends.find(name)
+        found = [name] if name in self._base.parameters else self._ends.find(name)
         if len(found) == 1:
             return AdaptedParameter(found[0], found[0])
         if not found:
@@ -64,7 +64,7 @@ class BaseNames:
     def _held_as(self, name: str) -> list[str]:
         """The tensors that transformers makes the same parameter of."""
         wanted = self.library.target(name).name
-        found = [stored for stored in self._base.tensors if wanted in self.library.made_of(stored)]
+        found = [stored for stored in self._base.parameters if wanted in self.library.made_of(stored)]
         if any(self.library.target(stored).part for stored in found):
             raise IncompatibleModelsError(
                 f"{self._folder} changes {name}, which the base {self._base.folder} stores in parts or joined with "
@@ -79,7 +79,7 @@ class BaseNames:
 
     @cached_property
     def _ends(self) -> _Ends:
-        return _Ends(self._base.tensors)
+        return _Ends(self._base.parameters)
 
 
 class _Ends:

@@ -13,6 +13,7 @@ from cocktail_serve.checkpoints.adapters.changes import Change, ChangeFinder, wh
 from cocktail_serve.checkpoints.adapters.config import AdapterConfig
 from cocktail_serve.checkpoints.layout import ADAPTER_CONFIG, MODULES, model_folder, module_files, read_modules
 from cocktail_serve.checkpoints.mapping import settings_state
+from cocktail_serve.checkpoints.quantisation import refusal
 from cocktail_serve.checkpoints.reader import CheckpointReader
 from cocktail_serve.checkpoints.tensor_files import TensorInfo, TensorSource, open_tensors, open_weights, tensor_bytes
 from cocktail_serve.errors import CheckpointError
@@ -93,7 +94,7 @@ class AdapterReader:
         self._take_modules()
         self.files: tuple[FileState, ...] = (settings, *(source.file.state for source in self._sources))
         self.tensors: Mapping[str, TensorInfo] = MappingProxyType(
-            {name: self._info_of(name) for name in [*base.tensors, *(self._changes.keys() - base.tensors.keys())]}
+            {name: self._info_of(name) for name in [*base.parameters, *(self._changes.keys() - base.parameters.keys())]}
         )
 
     def __enter__(self) -> Self:
@@ -133,8 +134,10 @@ class AdapterReader:
         """The parameter of that name, as the adapter makes it. Called by one thread at a time.
 
         Raises:
-            CheckpointError: neither adapter nor base has such a tensor.
+            CheckpointError: neither adapter nor base has such a tensor, or the base stores it quantised.
         """
+        if name in self._base.quantised:
+            raise CheckpointError(refusal(self._base.folder))
         change = self._changes.get(name)
         if change is None:
             return self._base.get(name)
@@ -241,7 +244,7 @@ class AdapterReader:
         held = {file.prefix for file in files}
         for module in read_modules(self.folder):
             prefix = f"{module.path}/"
-            if prefix not in held and any(name.startswith(prefix) for name in self._base.tensors):
+            if prefix not in held and any(name.startswith(prefix) for name in self._base.parameters):
                 raise CheckpointError(
                     f"{self.folder / MODULES} names {module.path}, which holds no parameters there and does in the "
                     f"base: the download is incomplete, fetch it again"
@@ -250,13 +253,15 @@ class AdapterReader:
     def _info_of(self, name: str) -> TensorInfo:
         change = self._changes.get(name)
         if change is None:
-            return self._base.tensors[name]
-        stored = self._base.tensors[name] if change.whole is None else self._infos[change.whole]
+            return self._base.parameters[name]
+        stored = self._base.parameters[name] if change.whole is None else self._infos[change.whole]
         return TensorInfo("float32", stored.shape) if change.is_computed else stored
 
     def _is_of_base(self, name: str, stored: str) -> bool:
-        kept, own = self._infos[stored], self._base.tensors.get(name)
+        kept, own = self._infos[stored], self._base.parameters.get(name)
         if own is None or kept.shape != own.shape or not (kept.is_floating and own.is_floating):
+            return False
+        if name in self._base.quantised:
             return False
         return bool((self._tensor(stored).double() == self._base.get(name).double()).all())
 

@@ -46,8 +46,9 @@ def _check(settings: Settings, config: PoolConfig, report: OnProgress, pools: di
         engine.check_start()
         report(f"{config.id}: trying the start", 1, 1)
     size = sum(member.num_bytes for member in pool)
+    base = "base" if pool.base.quantisation is None else f"base (quantised, {pool.base.quantisation})"
     return (
-        f"{pool.kind}, base and {len(pool.experts)} experts can be mixed, {size / 1e9:.2f} GB, "
+        f"{pool.kind}, {base} and {len(pool.experts)} experts can be mixed, {size / 1e9:.2f} GB, "
         f"fingerprint {pool.fingerprint[:12]}"
     )
 
