@@ -187,7 +187,7 @@ def test_a_request_is_charged_when_it_is_admitted_and_what_it_took_at_its_end() 
 def test_one_life_at_a_time() -> None:
     async def main() -> None:
         async with FakeEngine() as engine:
-            with pytest.raises(RuntimeError, match="^these turns are given already$"):
+            with pytest.raises(RuntimeError, match=r"^these turns are given already$"):
                 await engine.turns.run("base")
             assert await engine.answer(A, 1) == 0, "the life that there was goes on"
 
