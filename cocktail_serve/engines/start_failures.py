@@ -18,10 +18,11 @@ _USAGE_EXIT = 2
 _CAUSES_IN_INPUT = frozenset(
     {
         "AssertionError", "AttributeError", "IndexError", "KeyError", "NotImplementedError", "TypeError",
-        "ValidationError", "ValueError", "ConfigError", "CheckpointError", "IncompatibleModelsError",
+        "ValidationError", "ValueError", "ConfigError", "CheckpointError", "IncompatibleModelsError", "NotFiniteError",
     }
 )  # fmt: skip
-"""What Python raises for what it was given. An OSError or a RuntimeError may be the machine's: a disk, a GPU."""
+"""What Python raises for what it was given. An OSError or a RuntimeError may be the machine's: a disk, a GPU; and a
+ModelChangedError passes once the files are put back."""
 
 _SHORT_OF_MEMORY = re.compile(r"out of memory|allocate memory|\bfree memory\b|available memory", re.IGNORECASE)
 """How libraries say that memory is short now. Who else uses it may be gone soon."""

@@ -15,7 +15,8 @@ from cocktail_serve.errors import ConfigError, IncompatibleModelsError, ModelCha
 from cocktail_serve.pool import Member
 from tests.adapters import train_adapter
 from tests.models import make_decoder, pool_section
-from vllm_cocktail.unmerged.experts import require_room
+from vllm_cocktail.manifest import Manifest
+from vllm_cocktail.unmerged.experts import UnmergedExperts, require_room
 from vllm_cocktail.unmerged.factors import read_factors
 
 
@@ -35,8 +36,38 @@ def opened(base: Path, expert: Path) -> tuple[Member, Member]:
 def test_factors_that_do_not_fit_are_refused_with_their_size(tmp_path: Path) -> None:
     experts = [Member(name, tmp_path, name, "float32", 2**20) for name in ("a", "b", "c")]
     require_room(experts, 3 * 2**20)
-    with pytest.raises(ConfigError, match="3 experts take 3 MiB, and 3 MiB"):
+    with pytest.raises(ConfigError, match="3 experts take 3 MiB, more than the 3 MiB of free memory"):
         require_room(experts, 3 * 2**20 - 1)
+
+
+def test_what_a_failed_expert_left_behind_is_in_nobodys_column(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken: list[int] = []
+
+    class Layers:
+        num_bytes = 0
+
+        def add(self, expert: int, *_: object) -> None:
+            taken.append(expert)
+            if len(taken) == 2:
+                raise MemoryError
+
+    one, two = (opened(base, train_adapter(base, tmp_path / f"{seed}" / "red", seed=seed).folder) for seed in (1, 2))
+    members = {member.fingerprint: member for member in (*one, *two)}
+    manifest = Manifest(members, one[0].fingerprint, "float32", "", cache_bytes=0, managed=True, mode="unmerged")
+    experts = UnmergedExperts.__new__(UnmergedExperts)
+    experts.manifest, experts._reread = manifest, lambda: manifest
+    experts._columns, experts._num_columns = {}, 0
+    experts._layers, experts._device = Layers(), torch.device("cpu")  # type: ignore[assignment]  # it only counts
+    first, second = one[1].fingerprint, two[1].fingerprint
+    experts.load([first])
+    with pytest.raises(MemoryError):
+        experts.load([second])
+    assert experts.fingerprints == [first]
+    experts.load([second])
+    assert taken == [0, 1, 2]
+    assert experts._columns == {first: 0, second: 2}
 
 
 def test_factors_are_copies_in_the_engines_dtype(base: Path, tmp_path: Path) -> None:

@@ -101,6 +101,13 @@ def test_experts_may_come_while_requests_run(runner: Runner, steps: Recorded, co
     assert steps.tokens[-1] == ([[1, 0, 0], [0, 0, 0.5]], [1, 2])
 
 
+def test_a_column_that_is_nobodys_gets_nothing(runner: Runner, steps: Recorded, columns: dict[str, int]) -> None:
+    columns["f" * 64] = 3
+    runner.begin("one", ["f" * 64, 0.5, RED, 0.25])
+    runner.step(("one", 1))
+    assert steps.tokens[-1] == ([[0.25, 0, 0, 0.5]], [1])
+
+
 @pytest.mark.parametrize(
     ("row", "word"), [(None, "without a row"), ([RED], "without a row"), (["a" * 64, 1.0], "not loaded")]
 )

@@ -43,6 +43,7 @@ class UnmergedExperts:
         self.manifest = manifest
         self._reread = reread
         self._columns: dict[str, int] = {}
+        self._num_columns = 0
         model = runner.get_model()
         self._device = next(model.parameters()).device
         self.kernel = load_kernel(self._device, limits)
@@ -71,7 +72,7 @@ class UnmergedExperts:
 
         Raises:
             InvalidMixError: the manifest has no such expert, or is another engine's now.
-            CocktailError: as `read_factors` and `AdaptedLayers.add`; none was added.
+            CocktailError: as `read_factors` and `AdaptedLayers.add`; those before it were added.
         """
         missing = [fingerprint for fingerprint in fingerprints if fingerprint not in self._columns]
         if not all(fingerprint in self.manifest.members for fingerprint in missing):
@@ -94,8 +95,9 @@ class UnmergedExperts:
         base = self.manifest.members[self.manifest.base]
         with open_base(base) as base_reader:
             for expert in experts:
-                column = len(self._columns)
                 factors = read_factors(base, expert, dtype=self.manifest.dtype)
+                column = self._num_columns
+                self._num_columns += 1  # what fails half-way keeps its column: no other expert finds its factors there
                 self._layers.add(column, factors, base_reader)
                 self._columns[expert.fingerprint] = column
         logger.info(
@@ -119,8 +121,8 @@ def require_room(experts: Sequence[Member], num_free: int) -> None:
     needed = sum(expert.num_bytes for expert in experts)
     if needed > num_free:
         raise ConfigError(
-            f"the factors of {len(experts)} experts take {needed / 2**20:,.0f} MiB, and {num_free / 2**20:,.0f} MiB of "
-            "memory are free: serve fewer experts, or adapters of smaller rank, in one pool"
+            f"the factors of {len(experts)} experts take {needed / 2**20:,.0f} MiB, more than the {num_free / 2**20:,.0f} "
+            "MiB of free memory: serve fewer experts, or adapters of smaller rank, in one pool"
         )
 
 

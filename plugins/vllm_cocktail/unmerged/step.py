@@ -24,7 +24,7 @@ class StepRows:
     Args:
         runner: vLLM's model runner, of V1.
         steps: where the rows go.
-        columns: the column of each expert, by fingerprint; experts may come while it runs.
+        columns: the column of each expert, by fingerprint; experts may come while it runs, and columns be left out.
 
     A request without a row of coefficients, or with an expert that is not loaded, ends the engine: it never answers by
     whatever is there. The fence lets none through.
@@ -85,7 +85,7 @@ class StepRows:
             # ids may come again, a request's arguments are its own
             rows[request_id] = known if known is not None and known[0] is args else (args, self._row_of(args))
         self._rows = rows
-        coefficients = np.zeros((len(request_ids), len(self._columns)), dtype=np.float32)
+        coefficients = np.zeros((len(request_ids), self._num_columns), dtype=np.float32)
         for index, (_, row) in enumerate(rows.values()):
             coefficients[index, : len(row)] = row
         self._coefficients = coefficients
@@ -93,12 +93,16 @@ class StepRows:
         self._steps.set(coefficients, num_tokens.astype(np.int32))
 
     def _row_of(self, args: Mapping[str, Any] | None) -> np.ndarray:
-        row = np.zeros(len(self._columns), dtype=np.float32)
+        row = np.zeros(self._num_columns, dtype=np.float32)
         for fingerprint, coefficient in coefficients_of((args or {}).get(ROW_ARG)).items():
             if fingerprint not in self._columns:
                 raise ValueError(f"a request came for expert {fingerprint}, whose factors are not loaded")
             row[self._columns[fingerprint]] = coefficient
         return row
+
+    @property
+    def _num_columns(self) -> int:
+        return 1 + max(self._columns.values(), default=-1)
 
     def _request_at(self, token: int) -> int:
         return int(np.searchsorted(self._starts, token, side="right")) - 1
