@@ -121,8 +121,8 @@ def require_room(experts: Sequence[Member], num_free: int) -> None:
     needed = sum(expert.num_bytes for expert in experts)
     if needed > num_free:
         raise ConfigError(
-            f"the factors of {len(experts)} experts take {needed / 2**20:,.0f} MiB, more than the {num_free / 2**20:,.0f} "
-            "MiB of free memory: serve fewer experts, or adapters of smaller rank, in one pool"
+            f"the factors of {len(experts)} experts take {needed / 2**20:,.0f} MiB, more than the "
+            f"{num_free / 2**20:,.0f} MiB of free memory: serve fewer experts, or adapters of smaller rank, in one pool"
         )
 
 

@@ -22,6 +22,9 @@ from tests.postgres import Postgres
 
 PIN = {"tenant": "acme", "name": "films", "uid": "1"}
 
+ON_A_SERVER = pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)
+"""Of what a database in a file has not: a server that may go."""
+
 FIRST_RELEASE = Path(__file__).with_name("version_0_1_0.sql")
 
 
@@ -154,11 +157,10 @@ class TestServers:
         await later.open()
         await later.close()
 
+    @ON_A_SERVER
     async def test_the_servers_lock_is_taken_again_after_it_was_lost(
         self, database: Database, database_url: str
     ) -> None:
-        if database.is_sqlite:
-            pytest.skip("SQLite has no server that could forget it")
         other = Database(database_url)
         await other.open(as_server=False)
         await end_other_connections(other)
@@ -213,9 +215,8 @@ class TestRefusals:
             with pytest.raises(StorageError, match="does not exist"):
                 await database.open()
 
+    @ON_A_SERVER
     async def test_a_server_that_restarts_is_connected_to_again(self, database: Database) -> None:
-        if database.is_sqlite:
-            pytest.skip("SQLite has no server")
         other = Database(database.url.render_as_string())
         await other.open(as_server=False)
         await end_other_connections(other)
@@ -297,12 +298,24 @@ def test_a_url_that_cannot_be_used_is_a_configuration_error(url: str) -> None:
     assert caught.value.param == "store.url"
 
 
-@pytest.mark.parametrize("odd", ["\0", "\ud800"])
+async def add_tenant(database: Database, name: str) -> None:
+    async with database.write() as connection:
+        await connection.execute(insert(tables.tenants).values(name=name, created_at=0.0))
+
+
+async def test_a_database_in_a_file_keeps_a_nul(sqlite: Database) -> None:
+    await add_tenant(sqlite, "a\0b")
+    async with sqlite.read() as connection:
+        assert await connection.scalar(select(tables.tenants.c.name)) == "a\0b"
+
+
+@pytest.mark.parametrize(
+    ("database_url", "odd"),
+    [("sqlite", "\ud800"), ("postgresql", "\ud800"), ("postgresql", "\0")],
+    indirect=["database_url"],
+)
 async def test_what_is_no_text_is_the_callers_fault_and_nothing_is_written(database: Database, odd: str) -> None:
-    if odd == "\0" and database.is_sqlite:
-        pytest.skip("SQLite takes it")
     with pytest.raises(InvalidRequestError, match="Nothing was changed"):
-        async with database.write() as connection:
-            await connection.execute(insert(tables.tenants).values(name=f"a{odd}", created_at=0.0))
+        await add_tenant(database, f"a{odd}")
     async with database.read() as connection:
         assert (await connection.execute(select(tables.tenants))).all() == []
