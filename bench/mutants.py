@@ -23,7 +23,7 @@ ROOT = Path(__file__).parent.parent
 
 TURNS = tuple(
     f"cocktail_serve/engines/turns/{name}.py"
-    for name in ("exclusive", "hold", "lease", "mixing", "policy", "shared", "slots", "wait_queue")
+    for name in ("exclusive", "hold", "in_flight", "lease", "mixing", "policy", "shared", "slots", "wait_queue")
 )
 
 PARTS: dict[str, tuple[str, *tuple[str, ...]]] = {

@@ -53,6 +53,7 @@ NUM_EXPERTS, NUM_MIXED = 8, 5
 PLAIN = "base"
 ENGINE_ARGS = {"max-num-seqs": 16}
 ENGINE_ENV = {"VLLM_CPU_KVCACHE_SPACE": "1"}
+SMALL_KV_CACHE = {"num-gpu-blocks-override": 32}
 PAUSE_S = 2.0
 """Between two runs: a vLLM worker spins for a second after its last answer."""
 
@@ -71,7 +72,7 @@ class Bench:
     admin_key: str
 
     @contextlib.contextmanager
-    def gateway(self, *pools: str) -> Iterator[RunningServer]:
+    def gateway(self, *pools: str, args: Mapping[str, Any] | None = None) -> Iterator[RunningServer]:
         """A gateway over these pools: `unmerged`, `merged`, or `bare`, which has no experts."""
         experts = {name: str(path) for name, path in self.models.items() if name != "base"}
         sections = []
@@ -81,7 +82,7 @@ class Bench:
                 "dtype": self.shape.dtype,
                 "max_model_len": self.shape.max_model_len,
                 "queue_timeout_s": 600,
-                "args": ENGINE_ARGS,
+                "args": {**ENGINE_ARGS, **(args or {})},
                 "env": ENGINE_ENV,
             }
             if pool != "bare":
@@ -328,7 +329,10 @@ async def examples(bench: Bench) -> dict[str, Any]:
 
 
 async def memory(bench: Bench) -> dict[str, Any]:
-    """As many requests of one token on both sides, so that what serving itself takes is on both."""
+    """Requests of one token on both sides, each with KV blocks of its own: what serving itself takes is on both.
+
+    The KV cache is small: its pages are taken as blocks are first written, and every recipe writes others.
+    """
     count = bench.arguments.cocktails
     memory_mib: dict[str, dict[str, float]] = {}
 
@@ -342,14 +346,14 @@ async def memory(bench: Bench) -> dict[str, Any]:
 
         return sum(await asyncio.gather(*(client() for _ in range(bench.arguments.clients))))
 
-    async def of_base() -> Ask:
-        return bench.chat(PLAIN, max_tokens=1)
+    async def of_base(seed: int) -> Ask:
+        return bench.chat(PLAIN, max_tokens=1, cache_salt=f"salt-{seed}")
 
-    with bench.vllm() as (url, process):
+    with bench.vllm(SMALL_KV_CACHE) as (url, process):
         async with keyless(url) as anybody:
-            await ask_all(anybody, iter([of_base] * min(count, 1000)))
+            await ask_all(anybody, (partial(of_base, seed) for seed in range(min(count, 1000))))
             memory_mib["plain"] = worker_memory(process)
-    with bench.gateway("unmerged") as server:
+    with bench.gateway("unmerged", args=SMALL_KV_CACHE) as server:
         async with bench.tenants(server, 1) as (tenant,):
 
             async def of_cocktail(seed: int) -> Ask:

@@ -28,16 +28,15 @@ from cocktail_serve.engines.scheduler_snapshot import Phase, SchedulerSnapshot, 
 from cocktail_serve.engines.stats import EngineStats
 from cocktail_serve.engines.turns.base import loop_time
 from cocktail_serve.engines.turns.hold import OperatorHold, operator_drains_error, pinned_error
+from cocktail_serve.engines.turns.in_flight import InFlight, engine_lost_error
 from cocktail_serve.engines.turns.lease import Lease
 from cocktail_serve.engines.turns.mixing import Mix, Mixing
 from cocktail_serve.engines.turns.policy import TurnPolicy
 from cocktail_serve.engines.turns.slots import Slots
-from cocktail_serve.engines.turns.wait_queue import Claim, Waiter, WaitQueues
+from cocktail_serve.engines.turns.wait_queue import Claim, Waiter, WaitQueues, not_ready_error
 from cocktail_serve.errors import (
     CocktailError,
     DrainedError,
-    EngineError,
-    ModelNotReadyError,
     QueueTimeoutError,
 )
 from cocktail_serve.recipe import Recipe
@@ -90,7 +89,7 @@ class ExclusiveTurns:
         self._resident: str | None = None
         self._turn_started = 0.0
         self._is_after_background = False
-        self._in_flight: set[Lease] = set()
+        self._in_flight = InFlight(self._slots)
         self._changed = asyncio.Event()
 
     @property
@@ -127,35 +126,28 @@ class ExclusiveTurns:
         is_open = recipe.digest == self._open_to
         if background:
             if is_open:
-                return self._admit(None, 0)
+                return self._in_flight.admit(self, tenant=None)
         else:
             self._hold.check_admits(recipe.digest)
             if is_open and recipe.digest not in self._queues.requests and self._slots.has_one_for(tenant, now):
                 self.stats.wait.observe(0.0)
-                return self._admit(tenant, num_tokens)
-        loop = asyncio.get_running_loop()
-        waiter = Waiter(
-            recipe=recipe,
-            made_at=now,
-            ranked_from=now + (self._background_delay_s if background else 0.0),
-            claimant="background" if background else "tenant",
-            tenant="" if background else tenant,
-            num_tokens=num_tokens,
-            granted=loop.create_future(),
-        )
-        queue = self._queues.holding(waiter)
-        queue.add(waiter)
-        if is_open:
-            self._fill_slots(recipe.digest)
-        if timeout_s is not None:
-            waiter.timer = loop.call_later(timeout_s, self._expire, waiter, timeout_s)
-        self._changed.set()
+                return self._in_flight.admit(self, tenant=tenant, num_tokens=num_tokens)
         try:
-            return await waiter.lease()
+            with self._queues.joined(
+                recipe,
+                tenant=tenant,
+                num_tokens=num_tokens,
+                background=background,
+                now=now,
+                delay_s=self._background_delay_s if background else 0.0,
+                timeout_s=timeout_s,
+                expire=self._expire,
+            ) as waiter:
+                if is_open:
+                    self._fill_slots(recipe.digest)
+                self._changed.set()
+                return await waiter.lease()
         finally:
-            queue.discard(waiter)
-            if waiter.timer is not None:
-                waiter.timer.cancel()
             self._changed.set()
 
     async def run(self, resident: str) -> NoReturn:
@@ -174,9 +166,7 @@ class ExclusiveTurns:
         finally:
             self._phase = "closed"
             self._resident = None
-            self._end_in_flight(
-                lambda: EngineError("the engine failed while it held the request; it is being restarted")
-            )
+            self._in_flight.end_all(engine_lost_error)
 
     def fail_waiting(self, error: Callable[[], CocktailError]) -> None:
         self._queues.fail_all(error)
@@ -215,13 +205,10 @@ class ExclusiveTurns:
 
     def give_back(self, lease: Lease) -> None:
         """Its request has ended: the slot goes to the next in line. Called by the lease, once."""
-        if lease not in self._in_flight:
+        if not self._in_flight.give_back(lease):
             return
-        self._in_flight.discard(lease)
-        if lease.tenant is not None:
-            self._slots.leave(lease.tenant, loop_time())
-            if (digest := self._open_to) is not None:
-                self._fill_slots(digest)
+        if lease.tenant is not None and (digest := self._open_to) is not None:
+            self._fill_slots(digest)
         if self._queues or self._hold.pinned is not None:
             self._changed.set()
 
@@ -246,13 +233,6 @@ class ExclusiveTurns:
             return "turn_ends"
         return "no_slot" if digest == self._resident else "other_turn"
 
-    def _admit(self, tenant: str | None, num_tokens: int) -> Lease:
-        lease = Lease(self, tenant=tenant, num_tokens=num_tokens)
-        self._in_flight.add(lease)
-        if tenant is not None:
-            self._slots.take(tenant, num_tokens, loop_time())
-        return lease
-
     def _open_turn(self) -> None:
         self._phase = "open"
         self._turn_started = loop_time()
@@ -265,7 +245,7 @@ class ExclusiveTurns:
         for waiter in self._queues.background.of(digest):
             self._queues.background.discard(waiter)
             if not waiter.is_answered:
-                waiter.granted.set_result(self._admit(None, 0))
+                waiter.granted.set_result(self._in_flight.admit(self, tenant=None))
         self._fill_slots(digest)
 
     def _fill_slots(self, digest: str) -> None:
@@ -275,7 +255,8 @@ class ExclusiveTurns:
             self._queues.requests.discard(waiter)
             if not waiter.is_answered:
                 self.stats.wait.observe(now - waiter.made_at)
-                waiter.granted.set_result(self._admit(waiter.tenant, waiter.num_tokens))
+                lease = self._in_flight.admit(self, tenant=waiter.tenant, num_tokens=waiter.num_tokens)
+                waiter.granted.set_result(lease)
 
     async def _until_turn_ends(self) -> None:
         while True:
@@ -299,7 +280,7 @@ class ExclusiveTurns:
                 return claim
             if loop_time() >= deadline:
                 self.stats.num_drained += len(self._in_flight)
-                self._end_in_flight(
+                self._in_flight.end_all(
                     lambda: DrainedError(
                         f"the request ran for more than drain_s={self._drain_s:g} s after its model's turn had ended, "
                         "and requests for other models wait; ask for fewer tokens, or raise engine.drain_s",
@@ -343,19 +324,11 @@ class ExclusiveTurns:
         except TimeoutError:
             pass
 
-    def _end_in_flight(self, error: Callable[[], CocktailError]) -> None:
-        """Ended leases no longer count: their connections are closed, and the engine's own count guards the mix."""
-        leases, self._in_flight = self._in_flight, set()
-        for lease in leases:
-            if lease.tenant is not None:
-                self._slots.leave(lease.tenant, loop_time())
-            lease.end(error())
-
     def _expire(self, waiter: Waiter, timeout_s: float) -> None:
         self.stats.num_queue_timeouts += 1
         error: CocktailError
         if self._phase == "closed":
-            error = ModelNotReadyError(f"the engine is starting or restarting and was not ready within {timeout_s:g} s")
+            error = not_ready_error(timeout_s)
         else:
             error = QueueTimeoutError(
                 f"the model's turn did not come within queue_timeout_s={timeout_s:g} s: too many models share this "

@@ -22,14 +22,13 @@ from cocktail_serve.engines.scheduler_snapshot import SchedulerSnapshot, WaitRea
 from cocktail_serve.engines.stats import EngineStats
 from cocktail_serve.engines.turns.base import loop_time
 from cocktail_serve.engines.turns.hold import OperatorHold, operator_drains_error
+from cocktail_serve.engines.turns.in_flight import InFlight, engine_lost_error
 from cocktail_serve.engines.turns.lease import Lease
 from cocktail_serve.engines.turns.slots import Slots
-from cocktail_serve.engines.turns.wait_queue import Waiter, WaitQueues
+from cocktail_serve.engines.turns.wait_queue import Waiter, WaitQueues, not_ready_error
 from cocktail_serve.errors import (
     CocktailError,
-    EngineError,
     InvalidRequestError,
-    ModelNotReadyError,
     QueueTimeoutError,
 )
 from cocktail_serve.recipe import Recipe
@@ -76,14 +75,13 @@ class SharedTurns:
         self._hold = OperatorHold()
         self._queues = WaitQueues()
         self._is_up = False
-        self._in_flight: set[Lease] = set()
-        self._num_background = 0
+        self._in_flight = InFlight(self._slots)
         self._look_again: asyncio.TimerHandle | None = None
 
     @property
     def is_draining(self) -> bool:
         """Whether background work should give its leases back: requests are in line, and more than one has none."""
-        return bool(self._queues.requests) and self._num_background > 1
+        return bool(self._queues.requests) and self._in_flight.num_background > 1
 
     @property
     def num_in_flight(self) -> int:
@@ -105,33 +103,25 @@ class SharedTurns:
         now = loop_time()
         if background:
             if self._has_room_for_background and not self._queues.background:
-                return self._admit(None, 0)
+                return self._in_flight.admit(self, tenant=None)
         else:
             self._hold.check_admits(recipe.digest)
             if self._is_open and not self._queues.requests and self._slots.has_one_for(tenant, now):
                 self.stats.wait.observe(0.0)
-                return self._admit(tenant, num_tokens)
-        loop = asyncio.get_running_loop()
-        waiter = Waiter(
-            recipe=recipe,
-            made_at=now,
-            ranked_from=now,
-            claimant="background" if background else "tenant",
-            tenant="" if background else tenant,
-            num_tokens=num_tokens,
-            granted=loop.create_future(),
-        )
-        queue = self._queues.holding(waiter)
-        queue.add(waiter)
-        self._admit_waiting()
-        if timeout_s is not None:
-            waiter.timer = loop.call_later(timeout_s, self._expire, waiter, timeout_s)
+                return self._in_flight.admit(self, tenant=tenant, num_tokens=num_tokens)
         try:
-            return await waiter.lease()
+            with self._queues.joined(
+                recipe,
+                tenant=tenant,
+                num_tokens=num_tokens,
+                background=background,
+                now=now,
+                timeout_s=timeout_s,
+                expire=self._expire,
+            ) as waiter:
+                self._admit_waiting()
+                return await waiter.lease()
         finally:
-            queue.discard(waiter)
-            if waiter.timer is not None:
-                waiter.timer.cancel()
             self._admit_waiting()  # who has left the line may be what kept background work out
 
     async def run(self, resident: str) -> NoReturn:
@@ -147,11 +137,7 @@ class SharedTurns:
             if self._look_again is not None:
                 self._look_again.cancel()
                 self._look_again = None
-            leases, self._in_flight, self._num_background = self._in_flight, set(), 0
-            for lease in leases:
-                if lease.tenant is not None:
-                    self._slots.leave(lease.tenant, loop_time())
-                lease.end(EngineError("the engine failed while it held the request; it is being restarted"))
+            self._in_flight.end_all(engine_lost_error)
 
     def fail_waiting(self, error: Callable[[], CocktailError]) -> None:
         self._queues.fail_all(error)
@@ -179,14 +165,8 @@ class SharedTurns:
 
     def give_back(self, lease: Lease) -> None:
         """Its request has ended: the slot goes to the next in line. Called by the lease, once."""
-        if lease not in self._in_flight:
-            return
-        self._in_flight.discard(lease)
-        if lease.tenant is None:
-            self._num_background -= 1
-        else:
-            self._slots.leave(lease.tenant, loop_time())
-        self._admit_waiting()
+        if self._in_flight.give_back(lease):
+            self._admit_waiting()
 
     def charge(self, tenant: str, num_tokens: int) -> None:
         """What a tenant was served, more or less than was thought when it was let in. Called by the lease."""
@@ -199,22 +179,13 @@ class SharedTurns:
     @property
     def _has_room_for_background(self) -> bool:
         most = 1 if self._queues.requests else self._max_background
-        return self._is_open and self._num_background < most
+        return self._is_open and self._in_flight.num_background < most
 
     @property
     def _why_wait(self) -> WaitReason:
         if self._hold.is_drained:
             return "drained"
         return "no_slot" if self._is_up else "engine_down"
-
-    def _admit(self, tenant: str | None, num_tokens: int) -> Lease:
-        lease = Lease(self, tenant=tenant, num_tokens=num_tokens)
-        self._in_flight.add(lease)
-        if tenant is None:
-            self._num_background += 1
-        else:
-            self._slots.take(tenant, num_tokens, loop_time())
-        return lease
 
     def _admit_waiting(self) -> None:
         """Admits those in line as far as there is room: requests by their tenants' shares, then background work."""
@@ -226,11 +197,12 @@ class SharedTurns:
             requests.discard(waiter)
             if not waiter.is_answered:
                 self.stats.wait.observe(now - waiter.made_at)
-                waiter.granted.set_result(self._admit(waiter.tenant, waiter.num_tokens))
+                lease = self._in_flight.admit(self, tenant=waiter.tenant, num_tokens=waiter.num_tokens)
+                waiter.granted.set_result(lease)
         while self._has_room_for_background and (first := next(iter(background.firsts_of_tenants()), None)) is not None:
             background.discard(first)
             if not first.is_answered:
-                first.granted.set_result(self._admit(None, 0))
+                first.granted.set_result(self._in_flight.admit(self, tenant=None))
         if requests and self._look_again is None:
             # a tenant's share is given to the others some time after its last request: nobody comes or goes then
             self._look_again = asyncio.get_running_loop().call_later(SHARE_GAP_S, self._admit_again)
@@ -249,5 +221,5 @@ class SharedTurns:
                 retry_after_s=RETRY_S,
             )
         else:
-            error = ModelNotReadyError(f"the engine is starting or restarting and was not ready within {timeout_s:g} s")
+            error = not_ready_error(timeout_s)
         self._queues.fail(waiter, error)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Literal
 
 from cocktail_serve.engines.scheduler_snapshot import Queue, WaitReason
 from cocktail_serve.engines.turns.lease import Lease
-from cocktail_serve.errors import CocktailError
+from cocktail_serve.errors import CocktailError, ModelNotReadyError
 from cocktail_serve.recipe import Recipe
 
 Claimant = Literal["tenant", "background", "operator"]
@@ -43,11 +44,9 @@ class Waiter(Claim):
 
     Attributes:
         granted: what it is given.
-        timer: ends its waiting.
     """
 
     granted: asyncio.Future[Lease]
-    timer: asyncio.TimerHandle | None = None
 
     @property
     def is_answered(self) -> bool:
@@ -151,6 +150,47 @@ class WaitQueues:
     requests: WaitQueue = field(default_factory=WaitQueue)
     background: WaitQueue = field(default_factory=WaitQueue)
 
+    @contextmanager
+    def joined(
+        self,
+        recipe: Recipe,
+        *,
+        tenant: str,
+        num_tokens: int,
+        background: bool,
+        now: float,
+        delay_s: float = 0.0,
+        timeout_s: float | None,
+        expire: Callable[[Waiter, float], None],
+    ) -> Iterator[Waiter]:
+        """One more in line, until the block ends.
+
+        Args:
+            tenant: not read for background work.
+            delay_s: how much later than now its time in line counts from.
+            timeout_s: None: waits as long as it takes.
+            expire: is to send it away, told how long it has waited.
+        """
+        loop = asyncio.get_running_loop()
+        waiter = Waiter(
+            recipe=recipe,
+            made_at=now,
+            ranked_from=now + delay_s,
+            claimant="background" if background else "tenant",
+            tenant="" if background else tenant,
+            num_tokens=num_tokens,
+            granted=loop.create_future(),
+        )
+        queue = self.holding(waiter)
+        queue.add(waiter)
+        timer = None if timeout_s is None else loop.call_later(timeout_s, expire, waiter, timeout_s)
+        try:
+            yield waiter
+        finally:
+            queue.discard(waiter)
+            if timer is not None:
+                timer.cancel()
+
     def holding(self, waiter: Waiter) -> WaitQueue:
         """The queue that a waiter belongs in."""
         return self.background if waiter.claimant == "background" else self.requests
@@ -189,3 +229,7 @@ class WaitQueues:
 
     def __bool__(self) -> bool:
         return bool(self.requests) or bool(self.background)
+
+
+def not_ready_error(waited_s: float) -> ModelNotReadyError:
+    return ModelNotReadyError(f"the engine is starting or restarting and was not ready within {waited_s:g} s")

@@ -460,7 +460,7 @@ def test_whatever_happens_nobody_is_lost_and_no_bound_is_broken(seed: int) -> No
         assert engine.most_background <= 2
         assert engine.turns.num_in_flight == engine.turns.num_waiting == engine.turns._slots.num_taken == 0
         assert not engine.turns._queues.background
-        assert engine.turns._num_background == 0
+        assert engine.turns._in_flight.num_background == 0
         owner.cancel()
         await asyncio.gather(owner, return_exceptions=True)
 
