@@ -329,7 +329,7 @@ async def examples(bench: Bench) -> dict[str, Any]:
 
 
 async def memory(bench: Bench) -> dict[str, Any]:
-    """Requests of one token on both sides, each with KV blocks of its own: what serving itself takes is on both.
+    """As many requests of one token on both sides, each with KV blocks of its own: what serving takes is on both.
 
     The KV cache is small: its pages are taken as blocks are first written, and every recipe writes others.
     """
@@ -349,10 +349,6 @@ async def memory(bench: Bench) -> dict[str, Any]:
     async def of_base(seed: int) -> Ask:
         return bench.chat(PLAIN, max_tokens=1, cache_salt=f"salt-{seed}")
 
-    with bench.vllm(SMALL_KV_CACHE) as (url, process):
-        async with keyless(url) as anybody:
-            await ask_all(anybody, (partial(of_base, seed) for seed in range(min(count, 1000))))
-            memory_mib["plain"] = worker_memory(process)
     with bench.gateway("unmerged", args=SMALL_KV_CACHE) as server:
         async with bench.tenants(server, 1) as (tenant,):
 
@@ -368,6 +364,12 @@ async def memory(bench: Bench) -> dict[str, Any]:
             memory_mib["1000 cocktails"] = worker_memory(gateway)
             made += await ask_all(tenant, (partial(of_cocktail, seed) for seed in seeds))
             memory_mib["all cocktails"] = worker_memory(gateway)
+    with bench.vllm(SMALL_KV_CACHE) as (url, process):
+        async with keyless(url) as anybody:
+            await ask_all(anybody, (partial(of_base, seed) for seed in range(min(made, 1000))))
+            memory_mib["plain, 1000 requests"] = worker_memory(process)
+            await ask_all(anybody, (partial(of_base, seed) for seed in range(1000, made)))
+            memory_mib["plain"] = worker_memory(process)
     over = memory_mib["all cocktails"]["resident_mib"] - memory_mib["plain"]["resident_mib"]
     factors_mib = factor_bytes(bench) / 2**20
     return {

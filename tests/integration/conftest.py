@@ -1,8 +1,9 @@
-"""One gateway for all tests that only ask it something."""
+"""One gateway for all tests that only ask it something, and where the fake server finds its faults."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -13,3 +14,11 @@ from tests.gateways import LiveGateway, live_gateway
 def gateway(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveGateway]:
     with live_gateway(tmp_path_factory.mktemp("gateway")) as live:
         yield live
+
+
+@pytest.fixture
+def faults(tmp_path: Path) -> Path:
+    """The folder whose files tell the fake server what to do wrong."""
+    folder = tmp_path / "faults"
+    folder.mkdir()
+    return folder

@@ -62,13 +62,6 @@ def pool(tmp_path_factory: pytest.TempPathFactory) -> Pool:
     return make_fake_pool(tmp_path_factory.mktemp("pool"))
 
 
-@pytest.fixture
-def faults(tmp_path: Path) -> Path:
-    folder = tmp_path / "faults"
-    folder.mkdir()
-    return folder
-
-
 @contextlib.asynccontextmanager
 async def running(pool: Pool, tmp_path: Path, **config: Any) -> AsyncIterator[VLLMEngine]:
     args = {"faults": str(tmp_path / "faults"), **config.pop("args", {})}

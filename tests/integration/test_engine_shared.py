@@ -67,13 +67,6 @@ def pool(tmp_path_factory: pytest.TempPathFactory) -> Pool:
     return make_fake_pool(tmp_path_factory.mktemp("pool"))
 
 
-@pytest.fixture
-def faults(tmp_path: Path) -> Path:
-    folder = tmp_path / "faults"
-    folder.mkdir()
-    return folder
-
-
 @contextlib.asynccontextmanager
 async def shared_engine(
     pool: Pool, tmp_path: Path, *, max_in_flight: int = 8, **args: Any

@@ -42,13 +42,6 @@ def pool(tmp_path_factory: pytest.TempPathFactory) -> Pool:
     return replace(make_fake_pool(tmp_path_factory.mktemp("pool")), mode="unmerged")
 
 
-@pytest.fixture
-def faults(tmp_path: Path) -> Path:
-    folder = tmp_path / "faults"
-    folder.mkdir()
-    return folder
-
-
 @contextlib.asynccontextmanager
 async def unmerged(pool: Pool, tmp_path: Path, **args: Any) -> AsyncIterator[VLLMEngine]:
     async with running(pool, tmp_path, args=args, max_concurrency=8) as engine:
