@@ -133,6 +133,15 @@ def test_one_prefix_is_cached_for_each_recipe_apart(server: VLLMServer) -> None:
         assert_greedy_of(reference(server, weights), LONG, answer.json()["choices"][0])
 
 
+def test_beam_search_answers_by_the_requests_own_row(server: VLLMServer) -> None:
+    """vLLM asks itself for each beam's next token, by parameters that it makes anew."""
+    asked = [(weights, prompt) for weights in MIXTURES for prompt in PROMPTS]
+    requests = [request_of(server, server.recipe(**w), prompt, use_beam_search=True) for w, prompt in asked]
+    for (weights, prompt), answer in zip(asked, post_all(server, requests), strict=True):
+        assert answer.status_code == 200, answer.text
+        assert_greedy_of(reference(server, weights), prompt, answer.json()["choices"][0])
+
+
 def test_losses_are_of_each_requests_own_row(server: VLLMServer) -> None:
     """Also where the output head is adapted: vLLM computes a prompt's logits request by request."""
     examples = [{"token_ids": prompt, "output_start": 2} for prompt in PROMPTS]

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 import orjson
 import pytest
 
-from cocktail_serve.errors import InvalidMixError
+from cocktail_serve.errors import EngineError, InvalidMixError
 from cocktail_serve.recipe import Recipe
 from vllm_cocktail.fence import ASGIMessage
-from vllm_cocktail.unmerged.binding import RequestBinder
+from vllm_cocktail.unmerged.binding import RequestBinder, require_rows
 from vllm_cocktail.unmerged.row import bind, coefficients_of
 
 BASE, RED, GREEN = "b" * 64, "d" * 64, "e" * 64
@@ -169,3 +172,56 @@ async def test_experts_are_loaded_before_the_request_goes_in() -> None:
     with pytest.raises(InvalidMixError, match="no such expert"):
         await received(RequestBinder(ALONE, load), scope_of("/v1/completions", content), content, named=MIXED.digest)
     assert asked == [MIXED]
+
+
+@dataclass
+class SamplingParams:
+    """As vLLM's, as far as rows go by them."""
+
+    extra_args: dict[str, Any] | None
+
+    def clone(self) -> SamplingParams:
+        return replace(self)
+
+
+class RecordingEngine:
+    """What vLLM's engine client is asked to generate by."""
+
+    def __init__(self) -> None:
+        self.asked: list[Any] = []
+
+    async def generate(self, _prompt: Any, sampling_params: Any, request_id: str, **_: Any) -> AsyncIterator[str]:
+        self.asked.append(sampling_params.extra_args)
+        yield request_id
+
+
+async def test_what_vllm_asks_of_itself_for_a_request_goes_by_the_requests_row() -> None:
+    engine: Any = RecordingEngine()
+    require_rows(engine)
+    content = orjson.dumps(body_of(MIXED))
+
+    async def answer() -> None:
+        await received(RequestBinder(ALONE, no_loading), scope_of("/v1/completions", content), content, named=None)
+        shared = SamplingParams(extra_args={"other": 1})
+        beams = [asyncio.create_task(anext(engine.generate("prompt", shared, f"beam-{n}"))) for n in range(2)]
+        assert await asyncio.gather(*beams) == ["beam-0", "beam-1"]
+        assert shared.extra_args == {"other": 1}
+
+    await asyncio.create_task(answer())
+    assert engine.asked == 2 * [{"other": 1, "cocktail_row": [RED, 0.2, GREEN, 0.3]}]
+
+
+@pytest.mark.parametrize("args", [None, {}, {"other": 1}])
+async def test_what_is_bound_to_no_row_does_not_reach_the_workers(args: dict[str, Any] | None) -> None:
+    engine: Any = RecordingEngine()
+    require_rows(engine)
+    with pytest.raises(EngineError, match="bound to its coefficients"):
+        engine.generate("prompt", SamplingParams(extra_args=args), "id")
+    assert engine.asked == []
+
+
+async def test_a_row_that_a_request_brings_is_left_as_it_is() -> None:
+    engine: Any = RecordingEngine()
+    require_rows(engine)
+    assert [answer async for answer in engine.generate("prompt", SamplingParams(extra_args={"cocktail_row": []}), "1")]
+    assert engine.asked == [{"cocktail_row": []}]

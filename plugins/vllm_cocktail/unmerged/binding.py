@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextvars import ContextVar
+from functools import wraps
+from typing import TYPE_CHECKING, Any
 
 import orjson
 
-from cocktail_serve.errors import InvalidMixError
+from cocktail_serve.errors import EngineError, InvalidMixError
 from cocktail_serve.recipe import Recipe
 from vllm_cocktail.fence import ASGIMessage, ASGIScope, Receive
 from vllm_cocktail.replies import SCORE_PATH
-from vllm_cocktail.unmerged.row import bind
+from vllm_cocktail.unmerged.row import ROW_ARG, XARGS, bind
+
+if TYPE_CHECKING:
+    from vllm.engine.protocol import EngineClient
+    from vllm.sampling_params import SamplingParams
 
 BOUND_PATHS = frozenset({"/v1/chat/completions", "/v1/completions", SCORE_PATH})
 """Exact paths whose bodies bring coefficients as far as the worker. No other path of vLLM is let in."""
+
+_bound_row: ContextVar[list[str | float] | None] = ContextVar("cocktail_bound_row", default=None)
+"""The coefficients of the request that is being answered."""
 
 
 class RequestBinder:
@@ -52,16 +62,39 @@ class RequestBinder:
         if not isinstance(body, dict):
             raise InvalidMixError("the body must be a JSON object", code="invalid_recipe")
         recipe, bound = bind(body, recipe_digest, base=self._base)
+        _bound_row.set(bound[XARGS][ROW_ARG])  # a request is answered in a context of its own
         await self._require_loaded(recipe)
         return recipe.digest, _replayed(orjson.dumps(bound), receive, scope)
+
+
+def require_rows(engine: EngineClient) -> None:
+    """Lets nothing reach an engine's workers without coefficients: there it would end the engine for everybody.
+
+    What vLLM asks of itself to answer a request (beam search: each beam's next token) gets those of the request.
+    """
+    generate = engine.generate
+
+    @wraps(generate)
+    def generate_with_row(
+        prompt: Any, sampling_params: SamplingParams, *args: Any, **kwargs: Any
+    ) -> AsyncGenerator[Any, None]:
+        if ROW_ARG not in (sampling_params.extra_args or {}):
+            row = _bound_row.get()
+            if row is None:
+                raise EngineError("a request for the engine comes from none that was bound to its coefficients")
+            sampling_params = sampling_params.clone()
+            sampling_params.extra_args = {**(sampling_params.extra_args or {}), ROW_ARG: row}
+        return generate(prompt, sampling_params, *args, **kwargs)
+
+    engine.generate = generate_with_row  # type: ignore[method-assign]
 
 
 async def _read(receive: Receive) -> bytes:
     chunks = []
     while True:
         message = await receive()
-        if message["type"] != "http.request":  # gone: the app finds the same
-            return b""
+        if message["type"] != "http.request":
+            return b""  # the client is gone, and nobody reads that this is no JSON
         chunks.append(message.get("body", b""))
         if not message.get("more_body", False):
             return b"".join(chunks)

@@ -15,6 +15,7 @@ from vllm_cocktail.fence import Fence
 from vllm_cocktail.manifest import Manifest
 from vllm_cocktail.reload_check import ask
 from vllm_cocktail.replies import MixReply, StatusReply, UnmergedWorker
+from vllm_cocktail.unmerged.binding import require_rows
 from vllm_cocktail.unmerged.row import ROW_ARG
 
 if TYPE_CHECKING:
@@ -69,6 +70,7 @@ class UnmergedControl:
             held = await ask_all(self.engine, "cocktail_check_layers")
         except EngineError as error:
             raise ConfigError(f"vllm_cocktail: {error.message}") from error
+        require_rows(self.engine)
         self._loaded = frozenset(held["experts"])
         logger.info(
             "cocktail: %d experts, %.1f MiB of factors, product by %s%s",
