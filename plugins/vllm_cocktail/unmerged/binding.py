@@ -72,7 +72,7 @@ def require_rows(engine: EngineClient) -> None:
 
     What vLLM asks of itself to answer a request (beam search: each beam's next token) gets those of the request.
     """
-    generate = engine.generate
+    generate: Callable[..., AsyncGenerator[Any, None]] = engine.generate
 
     @wraps(generate)
     def generate_with_row(
@@ -86,7 +86,7 @@ def require_rows(engine: EngineClient) -> None:
             sampling_params.extra_args = {**(sampling_params.extra_args or {}), ROW_ARG: row}
         return generate(prompt, sampling_params, *args, **kwargs)
 
-    engine.generate = generate_with_row  # type: ignore[method-assign]
+    engine.generate = generate_with_row
 
 
 async def _read(receive: Receive) -> bytes:
