@@ -239,9 +239,12 @@ too; an uploaded file is JSONL.
 
 ## What may go together
 
-* `examples` or `merging_weights` or `target`: one of them at least. `target` with `examples` is Eq. 1, alone Eq. 3.
+* `examples` or `merging_weights` or `target` or `recipe`: one of them at least. `target` with `examples` is Eq. 1, alone Eq. 3.
 * `merging_weights` excludes `examples`, `target`, `alpha`, `temperature`, `weighting`, `budget` and `experts`: they are the whole mixture, and sum to 1 within 1e-6
   (other rules by [method](methods.md)).
+* `recipe` is the whole mixture too: what `GET /v1/cocktails/{ref}/recipe` answers on another server, or the `recipe.json` of a folder that `mix` wrote. It makes the
+  same mixture bit for bit. A recipe of another base, dtype or form (merged or not) than the pool's, or of an expert that the pool lacks, is refused with what to do;
+  one that was changed on its way is found by its digest. Losses, examples and report do not travel with it.
 * `method` `slerp` with examples mixes the base and one expert, named by `experts`; without examples, the base and the `target`.
 * `?wait=SECONDS` (0 to 60) waits for `ready`; a job that fails in that time answers with its error. Without it, follow
   `Location`: `GET /v1/cocktails/{ref}?wait=SECONDS` (0 to 60) answers the moment status or progress changes, and at

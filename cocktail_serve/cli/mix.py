@@ -18,11 +18,14 @@ from cocktail_serve.cli.options import (
     MixtureOptions,
     OptionalExamplesFile,
     PoolId,
+    RecipeFile,
+    WeightsOption,
     with_mixture_options,
 )
-from cocktail_serve.cli.terminal import print_json, progress, stdout
+from cocktail_serve.cli.terminal import print_json, progress, stderr, stdout
 from cocktail_serve.cli.weigh import show, weighing_json
 from cocktail_serve.config import PoolConfig, load_settings
+from cocktail_serve.imported_recipe import read_recipe
 
 if TYPE_CHECKING:
     from cocktail_serve.offline.weighing import OfflineWeighing
@@ -39,16 +42,15 @@ def mix(
     pool: PoolId,
     out: Annotated[Path, typer.Option("--out", help="Folder to write; must not exist, or be empty.")],
     examples: OptionalExamplesFile = None,
-    weights: Annotated[
-        str | None, typer.Option("--weights", help="Merging weights by hand instead, as base=0.5,ag-news=0.5.")
-    ] = None,
+    weights: WeightsOption = None,
+    recipe: RecipeFile = None,
     options: MixtureOptions,
     as_json: AsJSON = False,
 ) -> None:
     """Mix a cocktail into a folder, offline: parameters, configuration, tokenizer, recipe and model card."""
-    if examples is None and weights is None and options.target is None:
-        raise typer.BadParameter("give --examples, --weights or --target: there is nothing to mix")
-    body = options.body(examples=examples, merging_weights=weights)
+    if examples is None and weights is None and recipe is None and options.target is None:
+        raise typer.BadParameter("give --examples, --weights, --recipe or --target: there is nothing to mix")
+    body = options.body(examples=examples, merging_weights=weights, recipe=recipe)
     settings = load_settings(config)
 
     from cocktail_serve.checkpoints.folder import check_free, save_mixture
@@ -59,28 +61,34 @@ def mix(
     started_at = time.monotonic()
     with progress() as report:
         weighed = weigh_offline(settings, pool, body, report, judge=options.judge)
-        recipe = recipe_of(weighed.request.options, weighed.pool, weighed.weighing.merging_weights, dtype=weighed.dtype)
+        made = recipe_of(weighed.request.options, weighed.pool, weighed.weighing.merging_weights, dtype=weighed.dtype)
         save_mixture(
-            recipe,
+            made,
             weighed.pool,
             out,
-            extra_files=_extra_files(recipe, weighed, settings.pool(pool), out, command=context.obj),
+            extra_files=_extra_files(made, weighed, settings.pool(pool), out, command=context.obj),
             progress=lambda done, total: report(f"writing {out}", done, total, is_bytes=True),
         )
     seconds = time.monotonic() - started_at
+    if "recipe" in body and read_recipe(body["recipe"]).recipe.mode == "unmerged":
+        stderr().print(
+            "the recipe is unmerged, and a folder holds merged parameters: the same coefficients, rounded once, as "
+            f"recipe {made.digest[:12]}",
+            markup=False,
+        )
     if as_json:
         print_json(
             {
                 **weighing_json(weighed),
                 "object": "cocktail.mixture",
                 "out": str(out),
-                "recipe": {"digest": recipe.digest, **recipe.to_json()},
+                "recipe": {"digest": made.digest, **made.to_json()},
                 "seconds": round(seconds, 3),
             }
         )
         return
     console = stdout()
-    show(console, weighed, f"recipe {recipe.digest[:12]}", f"{seconds:.1f} s")
+    show(console, weighed, f"recipe {made.digest[:12]}", f"{seconds:.1f} s")
     console.print(f"written to {out}", markup=False)
 
 

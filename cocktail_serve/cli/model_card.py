@@ -165,7 +165,7 @@ def _reasons(weighing: Mapping[str, Any]) -> str:
                 f"No examples were given: the target `{weighing['target']}` is mixed with the base, alpha "
                 f"{weighing['alpha']:g} (Eq. 3 of LM-Cocktail).\n"
             )
-        return "The coefficients were given by hand.\n"
+        return "The coefficients were given by hand, or as a recipe.\n"
     facts = [
         f"Each model's loss was measured on {weighing['num_examples']} examples of the task; the lower, the larger its "
         "coefficient.",

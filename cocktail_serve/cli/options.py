@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from functools import wraps
@@ -13,7 +14,7 @@ from typing import Annotated, Any, get_type_hints
 
 import typer
 
-from cocktail_serve.errors import InvalidExamplesError
+from cocktail_serve.errors import InvalidExamplesError, InvalidMixError
 from cocktail_serve.examples import read_rows
 from cocktail_serve.methods import METHODS
 
@@ -43,6 +44,20 @@ OptionalExamplesFile = Annotated[
         dir_okay=False,
         readable=True,
     ),
+]
+RecipeFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--recipe",
+        help="A recipe instead, as `export` prints it, or a mixed folder's recipe.json; - reads it from stdin.",
+        exists=True,
+        dir_okay=False,
+        readable=True,
+        allow_dash=True,
+    ),
+]
+WeightsOption = Annotated[
+    str | None, typer.Option("--weights", help="Merging weights by hand instead, as base=0.5,ag-news=0.5.")
 ]
 TargetOption = Annotated[str | None, typer.Option(help="Expert fine-tuned for this task already (Eq. 1).")]
 Alpha = Annotated[float | None, typer.Option(help="Share of the target, 0 to 1.")]
@@ -87,6 +102,18 @@ def read_examples(path: Path) -> list[Any]:
         return read_rows(path.read_text(encoding="utf-8"))
     except UnicodeDecodeError as error:
         raise InvalidExamplesError(f"{path} is not UTF-8 text: {error}") from error
+
+
+def read_recipe_file(path: Path) -> Any:
+    """The JSON value of a file, or of stdin where its name is `-`, unchecked.
+
+    Raises:
+        InvalidMixError: not UTF-8, or not JSON.
+    """
+    try:
+        return json.loads(sys.stdin.read() if str(path) == "-" else path.read_text(encoding="utf-8"))
+    except ValueError as error:  # of the encoding too
+        raise InvalidMixError(f"{'stdin' if str(path) == '-' else path} holds no recipe: {error}") from error
 
 
 def parse_weights(text: str) -> dict[str, float]:
@@ -146,20 +173,24 @@ class MixtureOptions:
     seed: Seed = None
     judge: Judge = True
 
-    def body(self, *, examples: Path | None = None, merging_weights: str | None = None) -> dict[str, Any]:
+    def body(
+        self, *, examples: Path | None = None, merging_weights: str | None = None, recipe: Path | None = None
+    ) -> dict[str, Any]:
         """The fields of a request. One that is not there means the configuration's default.
 
         Args:
             examples: file of the examples.
             merging_weights: as `base=0.5,ag-news=0.5`.
+            recipe: file of a recipe.
 
         Raises:
-            InvalidExamplesError: the file does not read.
+            InvalidExamplesError, InvalidMixError: a file does not read.
             typer.BadParameter: weights or parameters of another form.
         """
         values = {
             "examples": None if examples is None else read_examples(examples),
             "merging_weights": None if merging_weights is None else parse_weights(merging_weights),
+            "recipe": None if recipe is None else read_recipe_file(recipe),
             "target": self.target,
             "alpha": self.alpha,
             "temperature": self.temperature,

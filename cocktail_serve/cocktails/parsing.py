@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from cocktail_serve.cocktails.options import CHOSEN_BY_WEIGHTING, CocktailOptions, CocktailRequest
 from cocktail_serve.config import CocktailDefaults, Settings, Weighting
+from cocktail_serve.dtypes import DType
 from cocktail_serve.errors import (
     ConflictError,
     InvalidMixError,
@@ -19,6 +20,7 @@ from cocktail_serve.errors import (
     params_named,
 )
 from cocktail_serve.examples import parse_examples
+from cocktail_serve.imported_recipe import read_recipe
 from cocktail_serve.methods import Method, MethodName, find_method
 from cocktail_serve.pool import BASE, NAME_PATTERN, Kind, Pool
 from cocktail_serve.recipe import check_mode, make_recipe
@@ -35,6 +37,9 @@ MAX_METADATA_PAIRS = 16
 MAX_METADATA_KEY = 64
 MAX_METADATA_VALUE = 512
 """As OpenAI's API bounds `metadata`."""
+
+_WEIGHED_BY = ("examples", "target", "alpha", "experts", "max_experts", "temperature", "weighting", "budget")
+"""Fields of a request that say how a mixture is weighed: none of them stands beside weights that are given."""
 
 
 class InlineBody(BaseModel):
@@ -62,6 +67,11 @@ class InlineBody(BaseModel):
     )
     seed: int | None = Field(None, ge=-(2**63), lt=2**63, description="Seed of the sampling of examples.")
     merging_weights: dict[str, float] | None = Field(None, description="Weights given by hand, by the method's rule.")
+    recipe: dict[str, Any] | None = Field(
+        None,
+        description="A recipe of another server, or a folder's `recipe.json`: the same mixture bit for bit, in place "
+        "of all other fields that decide it.",
+    )
     metadata: dict[str, str] | None = Field(None, description="Up to 16 pairs of strings, kept with the cocktail.")
 
 
@@ -117,17 +127,24 @@ def parse_request(
     return request if parsed.validation_examples is None else _with_validation(request, parsed, pool, settings)
 
 
-def parse_inline(cocktail: Any, *, pool: Pool, settings: Settings) -> CocktailRequest:
+def parse_inline(cocktail: Any, *, pool: Pool, settings: Settings, dtype: DType | None = None) -> CocktailRequest:
     """Checks the `cocktail` object of a request whose `model` is the pool.
+
+    Args:
+        dtype: what mixtures round to; None: as the pool's engine runs.
 
     Raises:
         As `parse_request`; `param` begins with `cocktail.`.
     """
     with params_named(lambda param: "cocktail" if param is None else f"cocktail.{param}"):
-        return _resolve(parse_as(InlineBody, cocktail), pool.id, pool, settings, inline=True)
+        return _resolve(parse_as(InlineBody, cocktail), pool.id, pool, settings, inline=True, dtype=dtype)
 
 
-def _resolve(body: InlineBody, name: str, pool: Pool, settings: Settings, *, inline: bool) -> CocktailRequest:
+def _resolve(
+    body: InlineBody, name: str, pool: Pool, settings: Settings, *, inline: bool, dtype: DType | None = None
+) -> CocktailRequest:
+    if body.recipe is not None:
+        body = _by_recipe(body, pool, dtype or settings.pool(pool.id).engine.dtype_over(pool.base))
     seed = body.seed or 0
     method = find_method(body.method or "linear")
     check_mode(method.name, pool.mode)
@@ -157,7 +174,9 @@ def _resolve(body: InlineBody, name: str, pool: Pool, settings: Settings, *, inl
     if body.examples is not None:
         examples = parse_examples(body.examples, pool.kind, max_examples=settings.pool(pool.id).max_examples, seed=seed)
     elif body.target is None:
-        raise InvalidMixError("give examples, merging_weights or a target: there is nothing to mix", param="examples")
+        raise InvalidMixError(
+            "give examples, merging_weights, a target or a recipe: there is nothing to mix", param="examples"
+        )
     elif experts is not None:
         raise InvalidMixError(
             "experts are weighed by examples and there are none; give examples, or leave experts out to mix the target "
@@ -201,9 +220,25 @@ def _with_validation(request: CocktailRequest, body: CocktailBody, pool: Pool, s
     return replace(request, options=options, validation=validation)
 
 
+def _by_recipe(body: InlineBody, pool: Pool, dtype: DType) -> InlineBody:
+    """The request for the same recipe by merging weights: both are one cocktail."""
+    for other in ("merging_weights", "method", "method_params", *_WEIGHED_BY):
+        if getattr(body, other) is not None:
+            raise InvalidMixError(
+                f"a recipe is the whole mixture and excludes {other!r}; give one of the two", param=other
+            )
+    imported = read_recipe(body.recipe)
+    fields = {
+        "recipe": None,
+        "merging_weights": imported.weights_in(pool, dtype=dtype),
+        "method": imported.recipe.method,
+        "method_params": dict(imported.recipe.method_params),
+    }
+    return body.model_copy(update=fields)
+
+
 def _by_hand(body: InlineBody, pool: Pool, method: Method, method_params: Mapping[str, Any]) -> dict[str, float]:
-    excluded = ("examples", "target", "alpha", "experts", "max_experts", "temperature", "weighting", "budget")
-    for other in excluded:
+    for other in _WEIGHED_BY:
         if getattr(body, other) is not None:
             raise InvalidMixError(
                 f"merging_weights cover the whole mixture and exclude {other!r}; give one of the two", param=other

@@ -19,6 +19,7 @@ from cocktail_serve.digest import digest_of
 from cocktail_serve.errors import ConfigError, EngineError, EngineTimeoutError, InvalidRequestError
 from cocktail_serve.evaluation.backend import EnsemblePart, EvaluatedMixture
 from cocktail_serve.examples import ExampleSet
+from cocktail_serve.imported_recipe import read_recipe
 from cocktail_serve.offline.models import TransformersModels
 from cocktail_serve.pool import BASE, Pool
 from cocktail_serve.progress import OnProgress
@@ -84,7 +85,7 @@ class _Served:
             self._report(f"mixing {made['id']}", round(100 * made["progress"]), 100)
             time.sleep(0.2)
             made = self._call("GET", f"cocktails/{made['id']}")
-        recipe = Recipe.from_json({key: value for key, value in made["recipe"].items() if key in _RECIPE_KEYS})
+        recipe = read_recipe(made["recipe"]).recipe
         if recipe.base != self.pool.base.fingerprint:
             raise ConfigError(f"the server's pool {self.pool.id!r} has another base than this configuration's")
         self._model_ids.setdefault(recipe.digest, made["id"])
@@ -143,9 +144,6 @@ class _Served:
                 message = response.text[:200]
             kind = InvalidRequestError if response.status_code < 500 else EngineError
             raise kind(f"{method} {response.url} answered {response.status_code}: {message}")
-
-
-_RECIPE_KEYS = ("version", "base", "coefficients", "method", "method_params", "dtype", "form")
 
 
 class ServedDecoders(_Served):

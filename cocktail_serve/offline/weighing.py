@@ -16,6 +16,7 @@ from cocktail_serve.cocktails.weighting_steps import advance, recipe_of, recipe_
 from cocktail_serve.config import PoolConfig, Settings
 from cocktail_serve.dtypes import DType
 from cocktail_serve.examples import ExampleSet, parse_examples
+from cocktail_serve.imported_recipe import read_recipe
 from cocktail_serve.offline.models import TransformersModels, translated
 from cocktail_serve.offline.opened import open_with_progress
 from cocktail_serve.pool import Pool
@@ -32,7 +33,7 @@ class OfflineWeighing:
     """A weighed request.
 
     Attributes:
-        dtype: of the pool's engine, which recipes of this pool round to.
+        dtype: what the mixture rounds to: that of the pool's engine, or of the recipe that was given.
         mixed_loss: mean loss (nats) of the mixture on the examples; None without examples.
         cross_validation: whether the mixture is worth using, by cross-validation; None where that was not asked for.
     """
@@ -50,6 +51,8 @@ def weigh_offline(
 ) -> OfflineWeighing:
     """Does what `POST /v1/cocktails` would, up to the merging weights.
 
+    A recipe is taken in its own dtype, and one that is unmerged as the merged recipe of the same coefficients.
+
     Args:
         body: the fields of the request, without name and pool.
         judge: whether to find out what the mixture can be expected to do, at the cost of at most five mixtures more.
@@ -62,9 +65,13 @@ def weigh_offline(
     if body.get("examples") is not None:
         # opening a pool may read gigabytes: what can be refused before is
         parse_examples(body["examples"], config.kind, max_examples=config.max_examples)
+    imported = None if body.get("recipe") is None else read_recipe(body["recipe"])
     pool = replace(open_with_progress(settings, config, report), mode="merged")  # one model in memory at a time
-    request = parse_inline(dict(body), pool=pool, settings=settings)
     dtype = config.engine.dtype_over(pool.base)
+    if imported is not None:
+        dtype = imported.recipe.dtype  # no engine has a say in it
+        body = {**body, "recipe": imported.merged_json()}
+    request = parse_inline(dict(body), pool=pool, settings=settings, dtype=dtype)
     if request.examples is None:
         weighing, _ = weigh_by(pool, request.options, None, dtype, report)
         return OfflineWeighing(pool, request, weighing, dtype, mixed_loss=None)

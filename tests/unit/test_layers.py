@@ -21,6 +21,7 @@ NOUNS = {"errors", "digest", "dtypes", "ids", "storable_text", "pool", "methods"
     "example_rows",
     "chat_rows",
     "generation_settings",
+    "imported_recipe",
     "loading",
     "library_process",
     "request_schema",

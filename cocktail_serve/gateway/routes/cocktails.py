@@ -61,7 +61,7 @@ async def create_cocktail(
     ] = 0,
     dry_run: Annotated[bool, Query(description="Losses and weights only; nothing is kept.")] = False,
 ) -> CocktailView | WeighingView:
-    """Makes a cocktail from examples or weights, or finds the one that the same request made."""
+    """Makes a cocktail from examples, weights or a recipe, or finds the one that the same request made."""
     wanted = await gateway.parse_cocktail(body, creator)
     if dry_run:
         response.status_code = 200
@@ -126,10 +126,10 @@ async def retrieve_cocktail(
 
 @router.get("/v1/cocktails/{ref}/recipe", responses=error_responses(404, 503))
 async def retrieve_recipe(gateway: GatewayDep, tenant: TenantDep, ref: str) -> RecipeView:
-    """What reproduces the mixture bit for bit."""
+    """What reproduces the mixture bit for bit: what another server takes as `recipe`, and `mix --recipe`."""
     cocktail = await gateway.service.find_cocktail(tenant, ref)
     if cocktail.recipe is not None:
-        return RecipeView.of(cocktail.recipe)
+        return RecipeView.of(cocktail.recipe, gateway.pools.get(cocktail.pool_id))
     if cocktail.is_final:
         raise NotFoundError(f"{cocktail.id!r} {cocktail.status} before it had a recipe", code="recipe_not_found")
     raise ModelNotReadyError(f"{cocktail.id!r} has no recipe yet: it is {cocktail.status}")

@@ -32,7 +32,7 @@ class RecipeView(BaseModel):
     """What reproduces the mixture bit for bit."""
 
     object: Literal["recipe"] = "recipe"
-    digest: str = Field(description="SHA-256 of all below.")
+    digest: str = Field(description="SHA-256 of what follows, but the names.")
     version: int
     base: str = Field(description="Fingerprint of the pool's base.")
     coefficients: list[_Coefficient] = Field(description="Fingerprint and coefficient, in order of accumulation.")
@@ -40,10 +40,17 @@ class RecipeView(BaseModel):
     method_params: dict[str, Any]
     dtype: str
     form: Mode = Field("merged", description="How it reaches the engine; part of the digest where it is unmerged.")
+    names: dict[str, str] = Field(
+        description="What the pool calls these models, by fingerprint, for people; not part of the digest."
+    )
 
     @classmethod
-    def of(cls, recipe: Recipe) -> Self:
-        return cls.model_validate({"digest": recipe.digest, **recipe.to_json()})
+    def of(cls, recipe: Recipe, pool: Pool | None) -> Self:
+        """As the pool's server shows it; None: a pool that is no longer there."""
+        members = {} if pool is None else pool.by_fingerprint
+        used = {recipe.base, *(fingerprint for fingerprint, _ in recipe.coefficients)}
+        names = {fingerprint: member.name for fingerprint, member in members.items() if fingerprint in used}
+        return cls.model_validate({"digest": recipe.digest, **recipe.to_json(), "names": names})
 
 
 class CandidateView(BaseModel):
@@ -127,7 +134,7 @@ class CocktailView(Listed):
             mixed_loss=cocktail.mixed_loss,
             validation_loss=cocktail.validation_loss,
             candidates=[CandidateView.of(candidate) for candidate in cocktail.candidates],
-            recipe=None if cocktail.recipe is None else RecipeView.of(cocktail.recipe),
+            recipe=None if cocktail.recipe is None else RecipeView.of(cocktail.recipe, pools.get(cocktail.pool_id)),
             generation=_generation(cocktail, pools.get(cocktail.pool_id)),
             created_at=int(cocktail.created_at),
             ready_at=None if cocktail.ready_at is None else int(cocktail.ready_at),
