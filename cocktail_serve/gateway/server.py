@@ -93,7 +93,12 @@ def serve(
             lifecycle=lifecycle,
             grace_s=settings.server.shutdown_grace_s,
         )
-        server.run(sockets=[listener])
+        try:
+            server.run(sockets=[listener])
+        finally:
+            # frozen objects would outlive the interpreter, and extensions report theirs as leaks: triton, which torch
+            # imports, in thirty lines
+            gc.unfreeze()
         if not server.started:
             raise ServerError("the server did not start; the log above says why")
 

@@ -56,6 +56,7 @@ def test_it_listens_answers_and_ends_on_an_interrupt(config):
                 time.sleep(0.1)
             process.send_signal(signal.SIGINT)
             assert process.wait(60) == 0
+            assert "leaked" not in process.stderr.read()
         finally:
             process.kill()
 
