@@ -22,10 +22,13 @@ from pydantic import (
     ValidationError,
     model_validator,
 )
+from pydantic_core import ErrorDetails
 
 from cocktail_serve.dtypes import DType
 from cocktail_serve.errors import ConfigError
 from cocktail_serve.pool import BASE, NAME_PATTERN, Kind, Member, Mode, Pool, with_article
+from cocktail_serve.request_schema import fields_beside
+from cocktail_serve.suggestions import did_you_mean
 
 ENV_PREFIX = "COCKTAIL_"
 
@@ -505,8 +508,11 @@ class Settings(_Section):
         for pool in self.pools:
             if pool.id == pool_id:
                 return pool
-        known = ", ".join(pool.id for pool in self.pools)
-        raise ConfigError(f"the configuration has no pool {pool_id!r}; it has: {known}", param="pool")
+        known = [pool.id for pool in self.pools]
+        raise ConfigError(
+            f"the configuration has no pool {pool_id!r}; it has: {', '.join(known)}{did_you_mean(pool_id, known)}",
+            param="pool",
+        )
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):
@@ -544,9 +550,16 @@ def load_settings(path: Path | str, *, environ: Mapping[str, str] = os.environ) 
     try:
         settings = Settings.model_validate(data)
     except ValidationError as error:
-        lines = [f"  {'.'.join(map(str, e['loc'])) or '(top)'}: {e['msg']}" for e in error.errors(include_url=False)]
+        lines = [f"  {'.'.join(map(str, e['loc'])) or '(top)'}: {_told(e)}" for e in error.errors(include_url=False)]
         raise ConfigError(f"{path} is not a valid configuration:\n" + "\n".join(lines)) from error
     return _resolve_paths(settings, path.resolve().parent)
+
+
+def _told(error: ErrorDetails) -> str:
+    """What is wrong, and for a key that is not known, which may have been meant."""
+    if error["type"] != "extra_forbidden":
+        return error["msg"]
+    return f"{error['msg']}{did_you_mean(str(error['loc'][-1]), fields_beside(Settings, error['loc']))}"
 
 
 def _overlay(data: dict[str, Any], environ: Mapping[str, str]) -> None:

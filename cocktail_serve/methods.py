@@ -13,6 +13,7 @@ from typing import Any, Literal, get_args
 
 from cocktail_serve.errors import InvalidMixError
 from cocktail_serve.pool import BASE
+from cocktail_serve.suggestions import did_you_mean
 
 MethodName = Literal["linear", "task_arithmetic", "ties", "dare_linear", "dare_ties", "slerp"]
 
@@ -97,7 +98,8 @@ class Method:
             if not self.options:
                 raise InvalidMixError(f"method {self.name!r} takes no parameters, got {unknown}", param="method_params")
             raise InvalidMixError(
-                f"method {self.name!r} has no parameter {unknown[0]!r}; it takes: {', '.join(self.options)}",
+                f"method {self.name!r} has no parameter {unknown[0]!r}; it takes: {', '.join(self.options)}"
+                f"{did_you_mean(unknown[0], self.options)}",
                 param=f"method_params.{unknown[0]}",
             )
         given = {name: option.default for name, option in self.options.items()}
@@ -169,5 +171,6 @@ def find_method(name: Any) -> Method:
     """
     method = METHODS.get(name) if isinstance(name, str) else None
     if method is None:
-        raise InvalidMixError(f"method {name!r} is not known; use one of {', '.join(METHODS)}", param="method")
+        meant = did_you_mean(name, METHODS) if isinstance(name, str) else ""
+        raise InvalidMixError(f"method {name!r} is not known; use one of {', '.join(METHODS)}{meant}", param="method")
     return method

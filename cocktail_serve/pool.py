@@ -20,6 +20,7 @@ from cocktail_serve.generation_settings import (
     GenerationOptions,
     GenerationSettings,
 )
+from cocktail_serve.suggestions import did_you_mean
 
 Kind = Literal["decoder", "encoder", "reranker", "encoder_decoder"]
 
@@ -185,5 +186,7 @@ class Pool:
         except KeyError:
             known = ", ".join(self.members)
             raise NotFoundError(
-                f"pool {self.id!r} has no expert {name!r}; it has: {known}", param=param, code="expert_not_found"
+                f"pool {self.id!r} has no expert {name!r}; it has: {known}{did_you_mean(name, self.members)}",
+                param=param,
+                code="expert_not_found",
             ) from None

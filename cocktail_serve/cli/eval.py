@@ -13,6 +13,7 @@ from cocktail_serve.cli.terminal import print_json, progress, stdout
 from cocktail_serve.config import load_settings
 from cocktail_serve.evaluation.metrics import Metric
 from cocktail_serve.evaluation.systems import SYSTEMS, find_systems
+from cocktail_serve.suggestions import did_you_mean
 
 if TYPE_CHECKING:
     from cocktail_serve.evaluation.report import Report
@@ -112,8 +113,11 @@ def evaluate(
         own = loaded.name if loaded.name in pool_config.experts else None
         entries.append(RunEntry(loaded, few, targets.get(loaded.name, own)))
     for name in (*targets, *files):
-        if name not in {entry.task.name for entry in entries}:
-            raise typer.BadParameter(f"{name!r} is none of the tasks", param_hint="--target, --examples")
+        names = [entry.task.name for entry in entries]
+        if name not in names:
+            raise typer.BadParameter(
+                f"{name!r} is none of the tasks{did_you_mean(name, names)}", param_hint="--target, --examples"
+            )
     params = parse_method_params(method_param) or {}
     how = Measuring(
         metrics=None if metric is None else checked_metrics(metric),
@@ -192,6 +196,7 @@ def checked_metrics(names: list[str]) -> tuple[Metric, ...]:
     for name in names:
         if name not in known:
             raise typer.BadParameter(
-                f"there is no metric {name!r}; there are: {', '.join(known)}", param_hint="--metric"
+                f"there is no metric {name!r}; there are: {', '.join(known)}{did_you_mean(name, known)}",
+                param_hint="--metric",
             )
     return tuple(known[name] for name in names)

@@ -14,6 +14,7 @@ from cocktail_serve.cli.in_store import in_store
 from cocktail_serve.cli.options import AsJSON, Config
 from cocktail_serve.cli.terminal import print_json, stdout
 from cocktail_serve.config import Limits, Settings, load_settings
+from cocktail_serve.suggestions import did_you_mean
 from cocktail_serve.tenants.limits import merged
 from cocktail_serve.usage.actor import CLI
 
@@ -109,7 +110,7 @@ def parse_limits(pairs: Sequence[str]) -> dict[str, int | None]:
 
 def _known(name: str) -> str:
     if name not in NAMES:
-        raise typer.BadParameter(f"{name!r} is none of {', '.join(NAMES)}")
+        raise typer.BadParameter(f"{name!r} is none of {', '.join(NAMES)}{did_you_mean(name, NAMES)}")
     return name
 
 

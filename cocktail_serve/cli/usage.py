@@ -12,6 +12,7 @@ from cocktail_serve.cli.in_store import in_store
 from cocktail_serve.cli.options import AsJSON, Config
 from cocktail_serve.cli.terminal import print_json, stdout
 from cocktail_serve.config import load_settings
+from cocktail_serve.suggestions import did_you_mean
 from cocktail_serve.usage.days import usage_days
 from cocktail_serve.usage.store import AMOUNTS, GROUPS, UsageStore
 
@@ -39,7 +40,8 @@ def usage(
     groups = [group for group in GROUPS if group in wanted]
     unknown = sorted(set(wanted) - set(GROUPS))
     if unknown:
-        raise typer.BadParameter(f"{unknown[0]!r} is none of {', '.join(GROUPS)}", param_hint="--group-by")
+        meant = did_you_mean(unknown[0], GROUPS)
+        raise typer.BadParameter(f"{unknown[0]!r} is none of {', '.join(GROUPS)}{meant}", param_hint="--group-by")
     first, last = usage_days(start.date() if start else None, end.date() if end else None)
 
     settings = load_settings(config)

@@ -17,6 +17,7 @@ from cocktail_serve.dtypes import DType
 from cocktail_serve.errors import CocktailError, ConflictError, InvalidRequestError, NotFoundError
 from cocktail_serve.ids import Page
 from cocktail_serve.pool import Member, Pool
+from cocktail_serve.suggestions import did_you_mean
 
 PLACES_KEPT = 10_000
 """Deleted cocktails whose place in their lists is still known: who deletes what it has listed can list on."""
@@ -60,23 +61,40 @@ class Catalog:
         """Seconds since the epoch, as all moments here are."""
         return self._clock()
 
-    def resolve(self, tenant: str, model_id: str) -> ServedModel:
+    def resolve(self, tenant: str, model_id: str, *, visible: Collection[str] | None = None) -> ServedModel:
         """The parameters a model id means now: the hot path, without a single await.
+
+        Args:
+            visible: ids of the pools that are there for the tenant; None: all.
 
         Raises:
             NotFoundError: unknown, another tenant's, failed, or made of models its pool no longer has.
             ModelNotReadyError: its job has not ended.
         """
         served = self._pool_models.by_id.get(model_id)
-        if served is not None:
-            return served
-        entry = self.find_entry(tenant, model_id)
-        if entry is None:
-            raise no_model(model_id)
-        served = self._served(entry)
-        if entry.cocktail.inline:
+        entry = None
+        if served is None and (entry := self.find_entry(tenant, model_id)) is not None:
+            served = self._served(entry)
+        if served is None or not (visible is None or served.pool.id in visible):
+            raise no_model(model_id, self.names(tenant, visible=visible))
+        if entry is not None and entry.cocktail.inline:
             self.note_use(entry)
         return served
+
+    def names(self, tenant: str, *, visible: Collection[str] | None = None) -> Iterator[str]:
+        """The tenant's names, the newest last, then pools and experts: what a model id that is none may have meant.
+
+        Args:
+            visible: as of `resolve`.
+        """
+        entries = self._tenants.get(tenant)
+        for name, versions in () if entries is None else entries.names.items():
+            current = versions.current
+            if current is not None and (visible is None or current.cocktail.pool_id in visible):
+                yield name
+        for model_id, served in self._pool_models.by_id.items():
+            if visible is None or served.pool.id in visible:
+                yield model_id
 
     def served_model(self, cocktail: Cocktail) -> ServedModel:
         """What a snapshot is answered by, though it may be gone by now; raises as `resolve`."""
@@ -90,8 +108,16 @@ class Catalog:
         """
         entry = self.find_entry(tenant, ref)
         if entry is None:
-            raise no_cocktail(ref)
+            raise self.no_cocktail(tenant, ref)
         return entry.cocktail
+
+    def no_cocktail(self, tenant: str, ref: str) -> NotFoundError:
+        """The error for an id or a name that means nothing to a tenant."""
+        names = (name for name, versions in self.of_tenant(tenant).names.items() if versions.named())
+        return NotFoundError(
+            f"there is no cocktail {ref!r}; GET /v1/cocktails lists those there are{did_you_mean(ref, names)}",
+            code="cocktail_not_found",
+        )
 
     def by_uid(self, uid: str) -> Cocktail | None:
         """A snapshot by uid, or None where it has been deleted."""
@@ -371,13 +397,6 @@ class Catalog:
         changed = self._changes.pop(uid, None)
         if changed is not None:
             changed.set()
-
-
-def no_cocktail(ref: str) -> NotFoundError:
-    """The error for an id or a name that means nothing to a tenant."""
-    return NotFoundError(
-        f"there is no cocktail {ref!r}; GET /v1/cocktails lists those there are", code="cocktail_not_found"
-    )
 
 
 def _may_hold(cocktail: Cocktail, member: Member) -> bool:

@@ -29,6 +29,7 @@ from cocktail_serve.errors import (
 )
 from cocktail_serve.library_process import LibraryCall, LibraryProcess
 from cocktail_serve.pool import BASE, NAME_PATTERN, Member, Pool
+from cocktail_serve.suggestions import did_you_mean
 from cocktail_serve.usage.actor import SERVER, Actor
 from cocktail_serve.usage.audit import record
 
@@ -290,5 +291,6 @@ class Experts:
         pool = self._pools.get(pool_id)
         if pool is None:
             known = ", ".join(sorted(self._pools))
-            raise NotFoundError(f"there is no pool {pool_id!r}; there are: {known}", code="pool_not_found")
+            meant = did_you_mean(pool_id, self._pools)
+            raise NotFoundError(f"there is no pool {pool_id!r}; there are: {known}{meant}", code="pool_not_found")
         return pool

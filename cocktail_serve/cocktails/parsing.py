@@ -26,6 +26,7 @@ from cocktail_serve.pool import BASE, NAME_PATTERN, Kind, Pool
 from cocktail_serve.recipe import check_mode, make_recipe
 from cocktail_serve.request_schema import parse_as
 from cocktail_serve.storable_text import check_text
+from cocktail_serve.suggestions import did_you_mean
 from cocktail_serve.weighting.blackbox import BUDGET, MAX_BUDGET, check_available
 from cocktail_serve.weighting.softmax import check_alpha, check_temperature
 
@@ -119,9 +120,11 @@ def parse_request(
         raise ConflictError(f"the name {parsed.name!r} is taken by a pool; choose another", param="name")
     pool = pools.get(parsed.pool)
     if pool is None or not (visible is None or pool.id in visible):
-        known = ", ".join(sorted(pools.keys() if visible is None else pools.keys() & visible))
+        known = sorted(pools.keys() if visible is None else pools.keys() & visible)
         raise NotFoundError(
-            f"there is no pool {parsed.pool!r}; there are: {known}", param="pool", code="pool_not_found"
+            f"there is no pool {parsed.pool!r}; there are: {', '.join(known)}{did_you_mean(parsed.pool, known)}",
+            param="pool",
+            code="pool_not_found",
         )
     request = _resolve(parsed, parsed.name, pool, settings, inline=False)
     return request if parsed.validation_examples is None else _with_validation(request, parsed, pool, settings)

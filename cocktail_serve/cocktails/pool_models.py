@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from cocktail_serve.cocktails.cocktail import Cocktail, ServedModel
@@ -12,6 +12,7 @@ from cocktail_serve.errors import MethodNotServedError, ModelNotReadyError, NotF
 from cocktail_serve.methods import find_method
 from cocktail_serve.pool import BASE, Pool
 from cocktail_serve.recipe import Recipe, one_hot, settings_of
+from cocktail_serve.suggestions import did_you_mean
 
 
 class PoolModels:
@@ -100,10 +101,14 @@ def _rounding(recipe: Recipe) -> str:
     return recipe.dtype if recipe.mode == "merged" else f"{recipe.mode} {recipe.dtype}"
 
 
-def no_model(model_id: str) -> NotFoundError:
-    """The error for a model id that means nothing to a tenant."""
+def no_model(model_id: str, known: Iterable[str]) -> NotFoundError:
+    """The error for a model id that means nothing to a tenant.
+
+    Args:
+        known: the models that there are for the tenant.
+    """
     return NotFoundError(
-        f"the model {model_id!r} does not exist; GET /v1/models lists those that do",
+        f"the model {model_id!r} does not exist; GET /v1/models lists those that do{did_you_mean(model_id, known)}",
         param="model",
         code="model_not_found",
     )

@@ -11,7 +11,7 @@ from dataclasses import replace
 from itertools import islice
 from typing import Literal, TypeVar, Unpack
 
-from cocktail_serve.cocktails.catalog import Catalog, no_cocktail
+from cocktail_serve.cocktails.catalog import Catalog
 from cocktail_serve.cocktails.cocktail import Cocktail, CocktailChanges, CrossValidation, Failure
 from cocktail_serve.cocktails.entries import Entry, sequence_of
 from cocktail_serve.cocktails.options import CocktailRequest
@@ -252,7 +252,7 @@ class Registry:
                 versions = self.catalog.versions(tenant, ref)
                 entries = [] if versions is None else list(versions.by_digest8.values())
             if not entries:
-                raise no_cocktail(ref)
+                raise self.catalog.no_cocktail(tenant, ref)
             return await self._remove(tenant, entries, actor)
 
     async def remove_failed(self, *, older_than_s: float) -> list[Cocktail]:
@@ -362,7 +362,7 @@ class Registry:
     def _pinnable(self, tenant: str, name: str, ref: str | None) -> Entry | None:
         versions = self.catalog.versions(tenant, name)
         if versions is None or "@" in name or name in self.catalog.pools:
-            raise no_cocktail(name)
+            raise self.catalog.no_cocktail(tenant, name)
         if ref is None:
             return None
         entry = versions.by_digest8.get(ref.removeprefix(f"{name}@"))

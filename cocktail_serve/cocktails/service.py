@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
-from cocktail_serve.cocktails.catalog import Catalog, no_cocktail
+from cocktail_serve.cocktails.catalog import Catalog
 from cocktail_serve.cocktails.cluster_loop import ClusterLoop, Sweep
 from cocktail_serve.cocktails.cocktail import Cocktail, ModelEntry, ServedModel, WeightingResult
 from cocktail_serve.cocktails.engine_use import EngineUse
@@ -168,17 +168,19 @@ class CocktailService:
             await self._check_examples(request)
         return await self._shield.run(self._create(tenant, request, actor, extra_writes))
 
-    async def find_served_model(self, tenant: str, model_id: str) -> ServedModel:
+    async def find_served_model(
+        self, tenant: str, model_id: str, *, visible: Collection[str] | None = None
+    ) -> ServedModel:
         """As `Catalog.resolve`, and where that finds nothing to serve, with what another gateway has made just now.
 
         Raises:
             StorageError: it is not known here, and the store cannot be asked.
         """
         try:
-            return self.catalog.resolve(tenant, model_id)
+            return self.catalog.resolve(tenant, model_id, visible=visible)
         except (NotFoundError, ModelNotReadyError):
             await self._registry.sync()
-        return self.catalog.resolve(tenant, model_id)
+        return self.catalog.resolve(tenant, model_id, visible=visible)
 
     async def find_model_entry(self, tenant: str, model_id: str) -> ModelEntry | None:
         """A line of the model list, though another gateway has made it just now; None: there is none.
@@ -236,7 +238,7 @@ class CocktailService:
 
         changed = await self.catalog.until(before.uid, has_changed, timeout_s)
         if changed is None:
-            raise no_cocktail(ref)
+            raise self.catalog.no_cocktail(tenant, ref)
         return changed
 
     async def dry_run(self, tenant: str, request: CocktailRequest, *, actor: Actor = SERVER) -> WeightingResult:

@@ -17,6 +17,7 @@ from cocktail_serve.evaluation.backend import Backend, EnsemblePart, EvaluatedMi
 from cocktail_serve.examples import ExampleSet, TextExample
 from cocktail_serve.pool import BASE, Kind
 from cocktail_serve.recipe import one_hot
+from cocktail_serve.suggestions import did_you_mean
 from cocktail_serve.weighting.candidates import mean
 
 LEAST_SHARE = 1e-4
@@ -267,7 +268,10 @@ def find_systems(names: Sequence[str] | None, kind: Kind) -> list[System]:
         return [system for system in SYSTEMS.values() if kind in system.kinds]
     for name in names:
         if name not in SYSTEMS:
-            raise InvalidRequestError(f"there is no system {name!r}; there are: {', '.join(SYSTEMS)}", param="systems")
+            raise InvalidRequestError(
+                f"there is no system {name!r}; there are: {', '.join(SYSTEMS)}{did_you_mean(name, SYSTEMS)}",
+                param="systems",
+            )
         if kind not in SYSTEMS[name].kinds:
             raise InvalidRequestError(
                 f"system {name!r} is for {' and '.join(SYSTEMS[name].kinds)} pools", param="systems"

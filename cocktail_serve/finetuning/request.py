@@ -15,6 +15,7 @@ from cocktail_serve.digest import digest_of
 from cocktail_serve.errors import InvalidRequestError, NotFoundError
 from cocktail_serve.pool import BASE, NAME_PATTERN, Pool
 from cocktail_serve.storable_text import check_text
+from cocktail_serve.suggestions import did_you_mean
 
 AUTO: Final = "auto"
 
@@ -231,9 +232,10 @@ def _check_supervised(method: JobMethod) -> None:
 
 
 def _no_model(model: str, there: Collection[str]) -> NotFoundError:
+    meant = did_you_mean(model, there)
     return NotFoundError(
-        f"there is no model {model!r} to fine-tune: name a pool, or <pool>/<expert> for a target; "
-        f"there are: {', '.join(sorted(there))}",
+        f"there is no model {model!r} to fine-tune{f'{meant} Name' if meant else ': name'} a pool, or <pool>/<expert> "
+        f"for a target; there are: {', '.join(sorted(there))}",
         param="model",
         code="model_not_found",
     )

@@ -11,6 +11,7 @@ import orjson
 from cocktail_serve.config import PoolConfig
 from cocktail_serve.errors import InvalidRequestError, NotFiniteError
 from cocktail_serve.gateway.schemas.embeddings import MAX_INPUTS
+from cocktail_serve.suggestions import did_you_mean
 
 Inputs = list[str] | list[list[int]]
 
@@ -85,7 +86,7 @@ def prompt_of(name: str | None, pool: PoolConfig, inputs: Inputs, *, param: str 
         known = ", ".join(sorted(pool.prompts)) or "none"
         raise InvalidRequestError(
             f"pool {pool.id!r} has no prompt {name!r}; it has: {known}. If such inputs need none, its operator can add "
-            f"an empty one of that name to the pool's 'prompts'",
+            f"an empty one of that name to the pool's 'prompts'{did_you_mean(name, pool.prompts)}",
             param=param,
         )
     if not isinstance(inputs[0], str):

@@ -22,6 +22,7 @@ from cocktail_serve.gateway.authentication import Authenticator, Caller
 from cocktail_serve.gateway.lifecycle import Lifecycle
 from cocktail_serve.gateway.metrics import GatewayMetrics
 from cocktail_serve.pool import Pool
+from cocktail_serve.suggestions import did_you_mean
 from cocktail_serve.tenants.limits import Limiter
 from cocktail_serve.tenants.limits_cache import LimitsCache
 from cocktail_serve.tenants.store import TenantStore
@@ -95,6 +96,6 @@ class Gateway:
             NotFoundError: no such pool.
         """
         if pool_id not in self.engines:
-            known = ", ".join(sorted(self.engines))
-            raise NotFoundError(f"there is no engine {pool_id!r}; there are: {known}", code="engine_not_found")
+            known, meant = ", ".join(sorted(self.engines)), did_you_mean(pool_id, self.engines)
+            raise NotFoundError(f"there is no engine {pool_id!r}; there are: {known}{meant}", code="engine_not_found")
         return self.engines[pool_id]

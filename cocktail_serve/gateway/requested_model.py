@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 from cocktail_serve.cocktails.cocktail import ServedModel
-from cocktail_serve.cocktails.pool_models import no_model
 from cocktail_serve.config import PoolConfig
 from cocktail_serve.engines.base import CHAT_PATH, COMPLETIONS_PATH, Engine
 from cocktail_serve.errors import InvalidRequestError, NotFoundError, WrongModelKindError
 from cocktail_serve.gateway.admission import AdmittedRequest
 from cocktail_serve.pool import Kind, Pool, with_article
+from cocktail_serve.suggestions import did_you_mean
 
 _ROUTES: dict[Kind, str] = {
     "decoder": f"{CHAT_PATH} and {COMPLETIONS_PATH}",
@@ -62,18 +62,16 @@ async def find_target(admitted: AdmittedRequest, engines: Mapping[str, _E]) -> T
     if not isinstance(model, str) or not model:
         raise InvalidRequestError("model is required: name one of GET /v1/models", param="model")
     if admitted.body.get("cocktail") is None:
-        served = await gateway.service.find_served_model(caller.tenant, model)
+        served = await gateway.service.find_served_model(caller.tenant, model, visible=caller.pools)
         pool = served.pool
-        if not caller.sees(pool.id):
-            raise no_model(model)
     elif model in gateway.pools and caller.sees(model):
         caller.require("create")
         pool, served = gateway.pools[model], None
     else:
-        known = ", ".join(sorted(filter(caller.sees, gateway.pools)))
+        known = sorted(filter(caller.sees, gateway.pools))
         raise NotFoundError(
             f"with an inline cocktail, model names the pool to mix from, and there is no pool {model!r}; "
-            f"there are: {known}",
+            f"there are: {', '.join(known)}{did_you_mean(model, known)}",
             param="model",
             code="model_not_found",
         )

@@ -201,12 +201,20 @@ class TestPools:
             assert http.get(f"/v1/models/{model}").status_code == 404, model
         hidden = ask(http, "flan", cocktail={"examples": EXAMPLES})
         assert hidden.status_code == 404
+        for near, meant in (("flam", None), ("befor", None), ("bgee", "bge"), ("pair", "pairs")):
+            for told in (ask(http, near), http.get(f"/v1/models/{near}")):
+                assert told.json()["error"]["message"].partition(" Did you mean ")[2] == (
+                    f"{meant!r}?" if meant else ""
+                )
         created = http.post("/v1/cocktails", json={"name": "n", "pool": "flan", "examples": EXAMPLES})
         assert (created.status_code, code_of(created)) == (404, "pool_not_found")
         assert "there are: bge" in created.json()["error"]["message"]
         assert http.post("/v1/embeddings", json={"model": pairs["id"], "input": "x"}).status_code == 200
         tenants.admin.put("/admin/tenants/narrow", json={"pools": None})
         assert ask(http, "before").status_code == 200
+        assert ask(http, "befor").json()["error"]["message"].endswith("Did you mean 'before'?")
+        assert "Did you mean 'before'?" in http.get("/v1/cocktails/beforee").json()["error"]["message"]
+        assert "Did you mean" not in ask(tenants.of("elsewhere"), "befor").json()["error"]["message"]
 
     def test_an_unknown_pool_is_told(self, tenants: Tenants) -> None:
         response = tenants.admin.put("/admin/tenants/narrow", json={"pools": ["flam"]})

@@ -25,6 +25,7 @@ NOUNS = {"errors", "digest", "dtypes", "ids", "storable_text", "pool", "methods"
     "loading",
     "library_process",
     "request_schema",
+    "suggestions",
 }
 """Modules that import nothing but each other."""
 

@@ -19,6 +19,7 @@ from cocktail_serve.gateway.schemas.admin import (
     TenantView,
 )
 from cocktail_serve.request_schema import parse_as
+from cocktail_serve.suggestions import did_you_mean
 
 router = APIRouter(prefix="/admin", tags=["admin"], dependencies=[Depends(admin_of)])
 
@@ -77,7 +78,9 @@ async def update_tenant(gateway: GatewayDep, admin: AdminDep, name: str, body: J
     if unknown:
         known = ", ".join(sorted(gateway.pools))
         raise NotFoundError(
-            f"there is no pool {unknown[0]!r}; there are: {known}", param="pools", code="pool_not_found"
+            f"there is no pool {unknown[0]!r}; there are: {known}{did_you_mean(unknown[0], gateway.pools)}",
+            param="pools",
+            code="pool_not_found",
         )
     tenant = await gateway.tenants.change_tenant(name, **wanted.changes, actor=admin.actor)
     gateway.authenticator.forget_tenant(name)

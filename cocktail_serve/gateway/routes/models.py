@@ -44,7 +44,7 @@ async def delete_model(gateway: GatewayDep, creator: CreatorDep, model_id: str) 
 async def _entry(gateway: Gateway, caller: Caller, model_id: str) -> ModelEntry:
     entry = await gateway.service.find_model_entry(caller.tenant, model_id)
     if entry is None or not caller.sees(entry.pool):
-        raise no_model(model_id)
+        raise no_model(model_id, gateway.service.catalog.names(caller.tenant, visible=caller.pools))
     return entry
 
 
