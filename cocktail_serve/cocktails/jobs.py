@@ -14,6 +14,7 @@ from cocktail_serve.cocktails.cross_validation import PENDING
 from cocktail_serve.cocktails.engine_use import EngineUse
 from cocktail_serve.cocktails.options import CocktailOptions
 from cocktail_serve.cocktails.registry import Registry
+from cocktail_serve.cocktails.reports import PAUSE_S as REPORT_PAUSE_S
 from cocktail_serve.cocktails.reports import Reports
 from cocktail_serve.cocktails.scores import ScoreScope
 from cocktail_serve.cocktails.store import Store
@@ -42,6 +43,9 @@ logger = logging.getLogger(__name__)
 SCORED = 0.8
 MIXED = 0.9
 """Progress once all models are scored, and once the mixture is in the engine; the rest is its own loss."""
+
+PROGRESS_EVERY_S = 0.2
+"""Progress alone is written no more often: each write is a transaction, and what is left out comes with the next."""
 
 MAX_RUNNING = 32
 """Jobs of one pool at work at once; further ones stay queued. Enough for an engine to join their visits to an expert,
@@ -205,8 +209,14 @@ class Jobs:
             await self._update(cocktail, status="scoring", progress=0.0)
         await self._retry(lambda: check_example_sets(engine, examples, validation))
 
+        clock = asyncio.get_running_loop().time
+        written_at = clock()
+
         async def on_progress(losses: Mapping[str, float], share: float) -> None:
-            await self._update(cocktail, losses=losses, progress=SCORED * share)
+            nonlocal written_at
+            if clock() - written_at >= PROGRESS_EVERY_S:
+                written_at = clock()
+                await self._update(cocktail, losses=losses, progress=SCORED * share)
 
         weighting = await self._runner.weigh(engine, options, examples, score_scope, on_progress=on_progress)
         recipe = recipe_of(options, pool, weighting.merging_weights, dtype=engine.dtype)
@@ -236,7 +246,7 @@ class Jobs:
             cross_validation=None if cocktail.inline or self._reports is None else PENDING,
         )
         if self._reports is not None and not cocktail.inline:
-            self._reports.submit(ready)
+            self._reports.submit(ready, pause_s=REPORT_PAUSE_S)
 
     async def _mixed_loss(
         self, engine: AnyEngine, recipe: Recipe, examples: ExampleSet | None, score_scope: ScoreScope

@@ -25,6 +25,9 @@ from cocktail_serve.errors import CapacityError, CocktailError, StorageError
 
 logger = logging.getLogger(__name__)
 
+PAUSE_S = 0.5
+"""Between a cocktail that is ready and its report: whoever waited for it asks it first."""
+
 
 class Reports:
     """The running investigations, one task each.
@@ -53,10 +56,10 @@ class Reports:
         self._locks: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
         self._tasks = BackgroundTasks("report")
 
-    def submit(self, cocktail: Cocktail) -> None:
-        """Begins with a ready cocktail, unless it has begun."""
+    def submit(self, cocktail: Cocktail, *, pause_s: float = 0.0) -> None:
+        """Begins with a ready cocktail so many seconds from now, unless it has begun."""
         if cocktail.uid not in self._tasks:
-            self._tasks.start(cocktail, self._run(cocktail))
+            self._tasks.start(cocktail, self._run(cocktail, pause_s))
 
     async def ask(self, cocktail: Cocktail) -> Cocktail:
         """A ready cocktail with its cross-validation, pending at least: begins with one that was never looked into."""
@@ -77,7 +80,8 @@ class Reports:
         """Ends all where they are: they stay pending on disk."""
         await self._tasks.stop()
 
-    async def _run(self, cocktail: Cocktail) -> None:
+    async def _run(self, cocktail: Cocktail, pause_s: float) -> None:
+        await asyncio.sleep(pause_s)
         async with self._locks[cocktail.pool_id]:
             try:
                 with self._engine_use.counted_for(cocktail) as spent:

@@ -8,6 +8,7 @@ import math
 import random
 import shutil
 import sqlite3
+import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -19,6 +20,7 @@ import pytest
 from sqlalchemy import event
 from sqlalchemy.ext.asyncio import AsyncConnection
 
+from cocktail_serve.cocktails import jobs
 from cocktail_serve.cocktails.cocktail import Cocktail
 from cocktail_serve.cocktails.jobs import RetryPolicy
 from cocktail_serve.cocktails.options import CocktailRequest
@@ -371,7 +373,10 @@ async def test_an_encoder_cocktail_is_weighed_by_its_embeddings(world: World, se
     assert {len(texts) for _, texts in world.embedding.embedded} == {6}, "every text once, queries and passages"
 
 
-async def test_search_chooses_by_what_mixtures_lose(world: World, service: CocktailService) -> None:
+async def test_search_chooses_by_what_mixtures_lose(
+    world: World, service: CocktailService, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(jobs, "PROGRESS_EVERY_S", 0.0)
     rows = [{"input": f"question {number}", "output": "x" * number} for number in range(1, 5)]
     seen: list[tuple[float, int]] = []
     queued, _ = await service.create("acme", world.request(weighting="search", examples=rows))
@@ -602,7 +607,23 @@ class Notes:
         self.deletions.extend(uids)
 
 
-async def test_a_witness_hears_of_every_change_in_its_transaction(world: World) -> None:
+async def test_progress_alone_is_not_written_at_every_step(world: World) -> None:
+    notes = Notes()
+    rows = [{"input": f"question {number}", "output": "x" * number} for number in range(1, 5)]
+    async with world.service(change_hooks=[notes]) as service:
+        began = time.monotonic()
+        ready = await made(service, world.request(weighting="search", examples=rows))
+        at_most = (time.monotonic() - began) / jobs.PROGRESS_EVERY_S
+        assert len(world.scoring.visits_to("mixture")) > 10
+        assert notes.changes.count(("scoring", "scoring")) <= at_most
+        assert ready.progress == 1.0
+        assert len(ready.losses) == 3, "what was left out came with the next"
+
+
+async def test_a_witness_hears_of_every_change_in_its_transaction(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(jobs, "PROGRESS_EVERY_S", 0.0)
     notes = Notes()
     async with world.service(change_hooks=[notes]) as service:
         ready = await made(service, world.request())

@@ -92,7 +92,9 @@ def test_examples_that_the_engine_refuses_are_the_callers(
 @pytest.mark.parametrize("engine_says", ["503 please retry", "500 no memory for a moment"])
 def test_a_job_outlasts_what_may_pass(live: LiveGateway, http: httpx.Client, engine_says: str) -> None:
     (live.faults / "score_error").write_text(engine_says)
-    body = {"name": "lasting", "pool": "flan", "examples": EXAMPLES, "experts": ["nq"], "seed": int(engine_says[:3])}
+    # examples of its own: kept scores would ask the engine for nothing
+    examples = [{**row, "output": f"{row['output']} {engine_says}"} for row in EXAMPLES]
+    body = {"name": "lasting", "pool": "flan", "examples": examples, "experts": ["nq"]}
     answer = http.post("/v1/cocktails", params={"wait": "30"}, json=body)
     assert (answer.status_code, answer.json()["status"]) == (201, "ready"), answer.text
     assert not (live.faults / "score_error").exists()
