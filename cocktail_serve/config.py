@@ -325,7 +325,11 @@ class ServerConfig(_Section):
         30.0, ge=0, le=3600, description="How long open answers may go on after a signal to stop, seconds."
     )
     log_format: Literal["text", "json"] = Field(
-        "text", description="json: one object a line, and one line for each request; neither holds what was asked."
+        "text",
+        description="json: one object a line. Either has a line for each request, which never holds what it said.",
+    )
+    log_level: Literal["debug", "info", "warning", "error"] = Field(
+        "info", description="The least that is logged: a request's line is info, a probe's is debug."
     )
     expert_roots: list[Path] = Field(
         default_factory=list,

@@ -2,7 +2,8 @@
 
 Prompts, examples and keys stay out by three rules: messages of ours name things and never quote a request; of an
 exception that nobody expected only its type and where it came from are written, since its message may quote what it
-choked on; and of a request itself the line at its end has route, status and times, never its path, body or headers.
+choked on; and of a request itself the line at its end has route, status, times, tokens, and tenant and model as they
+are known here, never its path, body or headers.
 """
 
 from __future__ import annotations
@@ -18,20 +19,27 @@ from typing import Any, Literal
 import orjson
 
 LogFormat = Literal["text", "json"]
+LogLevel = Literal["debug", "info", "warning", "error"]
 
 request_id: ContextVar[str] = ContextVar("request_id", default="")
 """Of the request that is being served; tasks it starts, jobs among them, inherit it."""
 
-_FIELDS = ("route", "status", "pool", "seconds")
-"""What the line at a request's end has beside its id; see `log_request`."""
+_FIELDS = ("route", "status", "tenant", "pool", "model", "tokens_in", "tokens_out", "seconds")
+"""Of the line at a request's end, in their order; see `log_request`."""
 
 _ExcInfo = tuple[type[BaseException], BaseException, TracebackType | None] | tuple[None, None, None]
 
 requests = logging.getLogger("cocktail_serve.requests")
 
 
-def configure(log_format: LogFormat) -> None:
-    """Sends all of the process's logging to stderr in one format; requests get a line each in JSON only."""
+def configure(log_format: LogFormat, log_level: LogLevel = "info") -> None:
+    """Sends all of the process's logging to stderr in one format.
+
+    Args:
+        log_level: the least that is written of what cocktail-serve says itself; a request's line is `info`, a probe's
+            `debug`.
+    """
+    level = log_level.upper()
     logging.config.dictConfig(
         {
             "version": 1,
@@ -40,8 +48,7 @@ def configure(log_format: LogFormat) -> None:
             "handlers": {"stderr": {"class": "logging.StreamHandler", "formatter": "ours"}},
             "root": {"level": "WARNING", "handlers": ["stderr"]},
             "loggers": {
-                "cocktail_serve": {"level": "INFO"},
-                "cocktail_serve.requests": {"level": "INFO" if log_format == "json" else "WARNING"},
+                "cocktail_serve": {"level": level},
                 "uvicorn": {"level": "INFO", "handlers": [], "propagate": True},
                 "uvicorn.error": {"level": "INFO"},
             },
@@ -49,11 +56,42 @@ def configure(log_format: LogFormat) -> None:
     )
 
 
-def log_request(*, route: str, status: int, pool: str, seconds: float) -> None:
-    """The line at a request's end."""
-    if requests.isEnabledFor(logging.INFO):
-        fields = {"route": route, "status": status, "pool": pool, "seconds": round(seconds, 4)}
-        requests.info("request", extra=fields)
+def log_request(
+    *,
+    route: str,
+    status: int,
+    seconds: float,
+    tenant: str = "",
+    pool: str = "",
+    model: str = "",
+    tokens_in: int | None = None,
+    tokens_out: int | None = None,
+    is_probe: bool = False,
+) -> None:
+    """The line at a request's end.
+
+    Args:
+        tenant, pool, model: empty: not known, as where a key is wrong or no such model is there.
+        tokens_in, tokens_out: read and generated; None: no model has read anything.
+    """
+    level = logging.DEBUG if is_probe else logging.INFO
+    if requests.isEnabledFor(level):
+        fields = {
+            "route": route,
+            "status": status,
+            "tenant": tenant,
+            "pool": pool,
+            "model": model,
+            "tokens_in": tokens_in,
+            "tokens_out": tokens_out,
+            "seconds": round(seconds, 4),
+        }
+        requests.log(level, "request", extra={name: value for name, value in fields.items() if value is not None})
+
+
+def _fields(record: logging.LogRecord) -> dict[str, Any]:
+    """What the line at a request's end has beside its id; empty for other lines."""
+    return {name: record.__dict__[name] for name in _FIELDS if name in record.__dict__}
 
 
 class _Formatter(logging.Formatter):
@@ -71,19 +109,21 @@ class _Formatter(logging.Formatter):
 
 
 class TextFormatter(_Formatter):
-    """One line for people: time, level, where, message, and the request's id if there is one."""
+    """One line for people: time, level, where, message, what is known of a request at its end, and the request's id if
+    there is one."""
 
     def __init__(self) -> None:
         super().__init__("%(asctime)s %(levelname)s %(name)s: %(message)s")
 
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802  # logging's name
         of_request = request_id.get()
-        return super().formatMessage(record) + (f" [{of_request}]" if of_request else "")
+        fields = "".join(f" {name}={value}" for name, value in _fields(record).items() if value != "")
+        return super().formatMessage(record) + fields + (f" [{of_request}]" if of_request else "")
 
 
 class JSONFormatter(_Formatter):
     """One object a line: `time` (UTC, ISO 8601), `level`, `logger`, `message`; `request_id`, `exception` where there is
-    one; and at the end of a request `route`, `status`, `pool`, `seconds`."""
+    one; and at the end of a request what `log_request` is told."""
 
     def format(self, record: logging.LogRecord) -> str:
         moment = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
@@ -95,7 +135,7 @@ class JSONFormatter(_Formatter):
         }
         if of_request := request_id.get():
             line["request_id"] = of_request
-        line |= {name: record.__dict__[name] for name in _FIELDS if name in record.__dict__}
+        line |= _fields(record)
         if record.exc_info:
             line["exception"] = self.formatException(record.exc_info)
         return orjson.dumps(line, default=str).decode()

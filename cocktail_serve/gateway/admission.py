@@ -53,6 +53,6 @@ async def admit(request: DirectRequest) -> AsyncIterator[AdmittedRequest]:
     # before any work is done for it
     num_tokens = reserved_tokens(body, num_bytes=num_bytes)
     admission = gateway.limiter.admit_model_request(caller.tenant, num_tokens=num_tokens)
-    with MeteredRequest(caller, admission, gateway.ledger, gateway.metrics) as metered:
+    with MeteredRequest(caller, exchange, admission, gateway.ledger, gateway.metrics) as metered:
         enforce_limits(exchange, admission)
         yield AdmittedRequest(request, exchange, gateway, caller, body, metered)

@@ -30,6 +30,7 @@ async def caller_of(request: Request, gateway: GatewayDep) -> Caller:
         PermissionDeniedError: the key lacks the scope `use`.
     """
     caller = await gateway.authenticator.caller(request.headers.get("authorization", ""))
+    exchange_of(request).tenant = caller.tenant
     caller.require("use")
     return caller
 
@@ -68,7 +69,9 @@ async def admin_of(request: Request, gateway: GatewayDep) -> Caller:
         AuthenticationError: no key, or one that is not valid; even where `server.auth` is off.
         PermissionDeniedError: the key lacks the scope `admin`.
     """
-    return await gateway.authenticator.admin(request.headers.get("authorization", ""))
+    admin = await gateway.authenticator.admin(request.headers.get("authorization", ""))
+    exchange_of(request).tenant = admin.tenant
+    return admin
 
 
 AdminDep = Annotated[Caller, Depends(admin_of)]

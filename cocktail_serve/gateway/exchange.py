@@ -17,13 +17,18 @@ class Exchange:
 
     Attributes:
         started_at: seconds, `time.perf_counter`.
-        pool_id: of the model asked for, once that is known: counters and the log line have it.
+        tenant: whose request it is, once that is known; empty: nobody's who is known.
+        pool_id, model_id: of the model asked for, once that is known: counters and the log line have it.
+        num_tokens: read and generated, once a model has; None: none has.
         headers: that the answer gets, whatever it is.
     """
 
     request_id: str
     started_at: float
+    tenant: str = ""
     pool_id: str = ""
+    model_id: str = ""
+    num_tokens: tuple[int, int] | None = None
     headers: tuple[tuple[bytes, bytes], ...] = ()
 
 

@@ -9,6 +9,7 @@ from starlette.requests import ClientDisconnect
 
 from cocktail_serve.cocktails.cocktail import ServedModel
 from cocktail_serve.gateway.authentication import Caller
+from cocktail_serve.gateway.exchange import Exchange
 from cocktail_serve.gateway.metrics import GatewayMetrics
 from cocktail_serve.tenants.limits import Admission
 from cocktail_serve.usage.amounts import UsageAmount
@@ -21,10 +22,13 @@ class MeteredRequest:
     A client that left before the engine said anything, so that `used` was not called, is charged the estimate.
     """
 
-    __slots__ = ("_admission", "_caller", "_ledger", "_metrics", "_num_tokens")
+    __slots__ = ("_admission", "_caller", "_exchange", "_ledger", "_metrics", "_num_tokens")
 
-    def __init__(self, caller: Caller, admission: Admission, ledger: Ledger, metrics: GatewayMetrics) -> None:
+    def __init__(
+        self, caller: Caller, exchange: Exchange, admission: Admission, ledger: Ledger, metrics: GatewayMetrics
+    ) -> None:
         self._caller = caller
+        self._exchange = exchange
         self._admission = admission
         self._ledger = ledger
         self._metrics = metrics
@@ -33,6 +37,7 @@ class MeteredRequest:
     def used(self, served: ServedModel, *, num_in: int, num_out: int = 0) -> None:
         """The engine has read and generated so many tokens; also where the answer broke off."""
         self._num_tokens = num_in + num_out
+        self._exchange.num_tokens = num_in, num_out
         use = UsageAmount(requests=1, tokens_in=num_in, tokens_out=num_out)
         self._ledger.add(self._caller.tenant, self._caller.key_id, served.model_id, served.pool.id, use)
         self._metrics.count_tokens(served.pool.id, num_in=num_in, num_out=num_out)

@@ -79,10 +79,24 @@ class RequestBoundary:
                 await error_response(internal_error())(scope, receive, send_named)
         finally:
             self._lifecycle.num_open -= is_work
-            route, pool, seconds = _route(scope), exchange.pool_id, time.perf_counter() - exchange.started_at
-            shown = CLIENT_GONE if status is None else status
-            self._metrics.count_request(route=route, status=shown, pool=pool)
-            logs.log_request(route=route, status=shown, pool=pool, seconds=seconds)
+            self._tell(scope, exchange, CLIENT_GONE if status is None else status)
+
+    def _tell(self, scope: Scope, exchange: Exchange, status: int) -> None:
+        """The counters and the log line of a request at its end."""
+        route, pool, seconds = _route(scope), exchange.pool_id, time.perf_counter() - exchange.started_at
+        self._metrics.count_request(route=route, status=status, pool=pool)
+        num_in, num_out = exchange.num_tokens or (None, None)
+        logs.log_request(
+            route=route,
+            status=status,
+            seconds=seconds,
+            tenant=exchange.tenant,
+            pool=pool,
+            model=exchange.model_id,
+            tokens_in=num_in,
+            tokens_out=num_out,
+            is_probe=scope["path"] in PROBE_PATHS,
+        )
 
 
 def _route(scope: Scope) -> str:

@@ -92,7 +92,9 @@ async def served_model(admitted: AdmittedRequest, target: Target[Any]) -> Served
         QuotaExceededError, RateLimitError: over a limit of the tenant.
         CocktailError: what is wrong with the inline cocktail.
     """
-    if target.served is not None:
-        return target.served
-    request = await admitted.gateway.parse_inline(admitted.body["cocktail"], target.pool)
-    return await admitted.gateway.service.inline(admitted.caller.tenant, request, actor=admitted.caller.actor)
+    served = target.served
+    if served is None:
+        request = await admitted.gateway.parse_inline(admitted.body["cocktail"], target.pool)
+        served = await admitted.gateway.service.inline(admitted.caller.tenant, request, actor=admitted.caller.actor)
+    admitted.exchange.model_id = served.model_id
+    return served

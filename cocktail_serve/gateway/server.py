@@ -71,7 +71,7 @@ def serve(
         ClientError: a pool that cannot be opened.
         ServerError: the app did not start; the log says why.
     """
-    logs.configure(settings.server.log_format)
+    logs.configure(settings.server.log_format, settings.server.log_level)
     with bind(settings.server) as listener:
         lifecycle = Lifecycle()
         app = create_app(settings, pools=pools or open_pools(settings), lifecycle=lifecycle)

@@ -248,6 +248,8 @@ def test_no_log_holds_what_was_asked_or_a_key(tmp_path: Path) -> None:
     assert all(line["request_id"] for line in of_requests)
     (mine,) = [line for line in of_requests if line["request_id"] == "id-of-mine"]
     assert (mine["route"], mine["status"], mine["pool"]) == ("/v1/chat/completions", 200, "flan")
+    assert (mine["tenant"], mine["model"], mine["tokens_out"]) == ("default", known.json()["model"], 6)
+    assert mine["tokens_in"] > 0
     # a job that fails is told with the request that asked for it
     failed = [line for line in lines if line["message"].startswith("cocktail ") and " failed" in line["message"]]
     assert failed

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Iterator
 
 import pytest
 
@@ -51,6 +52,42 @@ def test_json_lines(of_request: str) -> None:
 
 def test_text_lines_name_the_request(of_request: str) -> None:
     assert line_of(logs.TextFormatter()).endswith(f"ERROR cocktail_serve.test: it failed: a reason [{of_request}]")
+
+
+def test_a_text_line_has_what_is_known_of_a_request(of_request: str) -> None:
+    line = line_of(logs.TextFormatter(), route="/v1/models", status=200, pool="", tenant="acme", seconds=0.1)
+    assert line.endswith("it failed: a reason route=/v1/models status=200 tenant=acme seconds=0.1 [req_1]")
+
+
+@pytest.fixture
+def restored() -> Iterator[None]:
+    """Levels of loggers, which `configure` sets for the process."""
+    before = {name: logging.getLogger(name).level for name in ("", "cocktail_serve", "uvicorn", "uvicorn.error")}
+    handlers = logging.getLogger().handlers[:]
+    yield
+    logging.getLogger().handlers[:] = handlers
+    for name, level in before.items():
+        logging.getLogger(name).setLevel(level)
+
+
+@pytest.mark.parametrize(
+    ("log_level", "told"), [("debug", ["/health", "/v1/models"]), ("info", ["/v1/models"]), ("warning", [])]
+)
+@pytest.mark.parametrize("log_format", ["json", "text"])
+def test_a_line_for_each_request_and_for_probes_where_asked(
+    log_format: logs.LogFormat,
+    log_level: logs.LogLevel,
+    told: list[str],
+    restored: None,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    logs.configure(log_format, log_level)
+    logs.log_request(route="/health", status=200, seconds=0.1, is_probe=True)
+    logs.log_request(route="/v1/models", status=200, seconds=0.1)
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == len(told)
+    assert all(route in line for route, line in zip(told, lines, strict=True))
+    assert not any("tokens_in" in line for line in lines)  # no model has read anything
 
 
 @pytest.mark.parametrize("formatter", [logs.JSONFormatter(), logs.TextFormatter()], ids=["json", "text"])
