@@ -10,6 +10,7 @@ the end:
 * memory: the median of the last quarter beside that of the second (the first warms up).
 
     python -m bench.soak --minutes 20
+    python -m bench.soak --minutes 20 --mode unmerged       # the decoders' experts are adapters that share a batch
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ import time
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import httpx
 import numpy as np
@@ -37,6 +38,7 @@ from openai import AsyncOpenAI
 from bench import invariant
 from bench.machine import describe_machine
 from bench.server import RunningServer, running_server
+from cocktail_serve.pool import Mode
 from tests.merging import linear
 from tests.models import make_encoder_pool, pool_section
 
@@ -359,10 +361,10 @@ async def soak(server: RunningServer, tenants: Sequence[Tenant], *, seconds: flo
     return samples
 
 
-def write_config(folder: Path, decoders: Mapping[str, Path], encoders: Mapping[str, Path]) -> Path:
+def write_config(folder: Path, decoders: Mapping[str, Path], encoders: Mapping[str, Path], *, mode: Mode) -> Path:
     """The pools, keys required."""
     mini = pool_section(ENCODERS, "encoder", encoders, {"type": "sentence_transformers", "dtype": "float32"})
-    path = invariant.write_config(folder, {POOL: decoders}, slice_s=0.5, more_pools=[mini])
+    path = invariant.write_config(folder, {POOL: decoders}, slice_s=0.5, mode=mode, more_pools=[mini])
     config = yaml.safe_load(path.read_text()) | {"server": {"auth": "required"}}
     path.write_text(yaml.safe_dump(config))
     return path
@@ -377,9 +379,9 @@ def make_key(server: RunningServer, tenant: str) -> str:
     return key
 
 
-def run(folder: Path, *, seconds: float, clients: int, seed: int = 0) -> dict[str, Any]:
+def run(folder: Path, *, seconds: float, clients: int, mode: Mode, seed: int = 0) -> dict[str, Any]:
     """Builds everything in `folder`, serves it, soaks it, and says what came out."""
-    decoders = invariant.make_pools(folder)[POOL]
+    decoders = invariant.make_pools(folder, mode)[POOL]
     encoders = make_encoder_pool(folder / ENCODERS, ("faq", "code"))
     prompts = invariant.make_prompts(NUM_PROMPTS, seed)
     texts = [f"{prompt} {number}" for number, prompt in enumerate(invariant.make_prompts(NUM_PROMPTS, seed + 1))]
@@ -390,7 +392,7 @@ def run(folder: Path, *, seconds: float, clients: int, seed: int = 0) -> dict[st
         encoder_references(encoders, texts),
         texts,
     )
-    config = write_config(folder, decoders, encoders)
+    config = write_config(folder, decoders, encoders, mode=mode)
     environment = {"COCKTAIL_ADMIN_KEY": ADMIN_KEY}
     with running_server(config, log=folder / "server.log", env=environment) as server:
         tenants = [
@@ -405,6 +407,7 @@ def run(folder: Path, *, seconds: float, clients: int, seed: int = 0) -> dict[st
     did = sum((tenant.count.did for tenant in tenants), Counter[str]())
     return {
         "machine": describe_machine(),
+        "mode": mode,
         "seconds": round(seconds),
         "tenants": len(TENANTS),
         "clients": clients * len(TENANTS),
@@ -421,12 +424,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=20)
     parser.add_argument("--clients", type=int, default=3, help="of each tenant")
+    parser.add_argument("--mode", choices=get_args(Mode), default="merged")
     parser.add_argument("--folder", type=Path, help="where the pools and logs are left; omitted: a temporary one")
     arguments = parser.parse_args()
     with contextlib.ExitStack() as stack:
         folder = arguments.folder or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="soak-")))
         folder.mkdir(parents=True, exist_ok=True)
-        outcome = run(folder, seconds=60 * arguments.minutes, clients=arguments.clients)
+        outcome = run(folder, seconds=60 * arguments.minutes, clients=arguments.clients, mode=arguments.mode)
     print(json.dumps(outcome, indent=2))
     raise SystemExit(0 if not outcome["wrong"] and all(row["agrees"] for row in outcome["ledger"]) else 1)
 
