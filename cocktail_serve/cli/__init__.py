@@ -8,6 +8,14 @@ from collections.abc import Sequence
 import typer
 
 import cocktail_serve
+from cocktail_serve.cli.client.chat import chat as chat_command
+from cocktail_serve.cli.client.cocktails import delete as delete_command
+from cocktail_serve.cli.client.cocktails import export as export_command
+from cocktail_serve.cli.client.cocktails import list_cocktails as list_command
+from cocktail_serve.cli.client.cocktails import pin as pin_command
+from cocktail_serve.cli.client.cocktails import report as report_command
+from cocktail_serve.cli.client.cocktails import show as show_command
+from cocktail_serve.cli.client.create import create as create_command
 from cocktail_serve.cli.demo import demo as demo_command
 from cocktail_serve.cli.doctor import doctor as doctor_command
 from cocktail_serve.cli.eval import evaluate as eval_command
@@ -39,6 +47,14 @@ app.command("eval")(eval_command)
 app.command("doctor")(doctor_command)
 app.command("demo")(demo_command)
 app.command("usage")(usage_command)
+app.command("list")(list_command)
+app.command("show")(show_command)
+app.command("create")(create_command)
+app.command("chat")(chat_command)
+app.command("report")(report_command)
+app.command("export")(export_command)
+app.command("pin")(pin_command)
+app.command("delete")(delete_command)
 app.add_typer(keys_commands)
 app.add_typer(limits_commands)
 

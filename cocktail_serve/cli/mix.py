@@ -15,12 +15,13 @@ from cocktail_serve.cli.model_card import CARD_FILE, model_card, sources_of
 from cocktail_serve.cli.options import (
     AsJSON,
     ConfigFile,
+    Judge,
     MixtureOptions,
     OptionalExamplesFile,
     PoolId,
     RecipeFile,
     WeightsOption,
-    with_mixture_options,
+    with_options,
 )
 from cocktail_serve.cli.terminal import print_json, progress, stderr, stdout
 from cocktail_serve.cli.weigh import show, weighing_json
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
 REPORT_FILE = "weighing.json"
 
 
-@with_mixture_options
+@with_options
 def mix(
     context: typer.Context,
     config: ConfigFile,
@@ -45,6 +46,7 @@ def mix(
     weights: WeightsOption = None,
     recipe: RecipeFile = None,
     options: MixtureOptions,
+    judge: Judge = True,
     as_json: AsJSON = False,
 ) -> None:
     """Mix a cocktail into a folder, offline: parameters, configuration, tokenizer, recipe and model card."""
@@ -60,7 +62,7 @@ def mix(
     check_free(out)
     started_at = time.monotonic()
     with progress() as report:
-        weighed = weigh_offline(settings, pool, body, report, judge=options.judge)
+        weighed = weigh_offline(settings, pool, body, report, judge=judge)
         made = recipe_of(weighed.request.options, weighed.pool, weighed.weighing.merging_weights, dtype=weighed.dtype)
         save_mixture(
             made,
@@ -88,7 +90,7 @@ def mix(
         )
         return
     console = stdout()
-    show(console, weighed, f"recipe {made.digest[:12]}", f"{seconds:.1f} s")
+    show(console, weighing_json(weighed), f"recipe {made.digest[:12]}", f"{seconds:.1f} s")
     console.print(f"written to {out}", markup=False)
 
 

@@ -6,7 +6,7 @@ import json
 import math
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, is_dataclass
 from functools import wraps
 from inspect import Parameter, signature
 from pathlib import Path
@@ -49,11 +49,8 @@ RecipeFile = Annotated[
     Path | None,
     typer.Option(
         "--recipe",
+        metavar="FILE",
         help="A recipe instead, as `export` prints it, or a mixed folder's recipe.json; - reads it from stdin.",
-        exists=True,
-        dir_okay=False,
-        readable=True,
-        allow_dash=True,
     ),
 ]
 WeightsOption = Annotated[
@@ -108,12 +105,15 @@ def read_recipe_file(path: Path) -> Any:
     """The JSON value of a file, or of stdin where its name is `-`, unchecked.
 
     Raises:
-        InvalidMixError: not UTF-8, or not JSON.
+        InvalidMixError: it cannot be read, or is not JSON.
     """
+    where = "stdin" if str(path) == "-" else str(path)
     try:
-        return json.loads(sys.stdin.read() if str(path) == "-" else path.read_text(encoding="utf-8"))
+        return json.loads(sys.stdin.read() if where == "stdin" else path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InvalidMixError(f"cannot read the recipe {where}: {error.strerror}", param="recipe") from error
     except ValueError as error:  # of the encoding too
-        raise InvalidMixError(f"{'stdin' if str(path) == '-' else path} holds no recipe: {error}") from error
+        raise InvalidMixError(f"{where} holds no recipe: {error}", param="recipe") from error
 
 
 def parse_weights(text: str) -> dict[str, float]:
@@ -159,7 +159,7 @@ def parse_method_params(pairs: list[str] | None) -> dict[str, Any] | None:
 
 @dataclass(frozen=True, kw_only=True)
 class MixtureOptions:
-    """How a cocktail is weighed and mixed: the options of `weigh` and `mix`, as the command line gives them."""
+    """How a cocktail is weighed and mixed: what `weigh`, `mix` and `create` have in common."""
 
     target: TargetOption = None
     alpha: Alpha = None
@@ -171,7 +171,6 @@ class MixtureOptions:
     expert: ExpertsOption = None
     max_experts: MaxExperts = None
     seed: Seed = None
-    judge: Judge = True
 
     def body(
         self, *, examples: Path | None = None, merging_weights: str | None = None, recipe: Path | None = None
@@ -205,25 +204,33 @@ class MixtureOptions:
         return {name: value for name, value in values.items() if value is not None}
 
 
-def with_mixture_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Gives a command the options of `MixtureOptions` where it takes one as `options`.
+def with_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Gives a command the options of a dataclass, such as `MixtureOptions`, where it takes one.
 
-    Typer reads options off a signature, so this writes one: each field stands where `options` stood.
+    Typer reads options off a signature, so this writes one: each field stands where its dataclass stood.
     """
-    hints = get_type_hints(MixtureOptions, include_extras=True)
     own = signature(command, eval_str=True)
-    options = [
-        Parameter(field.name, Parameter.KEYWORD_ONLY, default=field.default, annotation=hints[field.name])
-        for field in fields(MixtureOptions)
-    ]
+    groups: dict[str, Any] = {
+        name: parameter.annotation for name, parameter in own.parameters.items() if is_dataclass(parameter.annotation)
+    }
     parameters: list[Parameter] = []
-    for parameter in own.parameters.values():
-        parameters += options if parameter.name == "options" else [parameter]
+    for name, parameter in own.parameters.items():
+        if name not in groups:
+            parameters.append(parameter)
+            continue
+        hints = get_type_hints(groups[name], include_extras=True)
+        parameters += [
+            Parameter(field.name, Parameter.KEYWORD_ONLY, default=field.default, annotation=hints[field.name])
+            for field in fields(groups[name])
+        ]
 
     @wraps(command)
     def run(*args: Any, **values: Any) -> None:
-        chosen = MixtureOptions(**{field.name: values.pop(field.name) for field in fields(MixtureOptions)})
-        command(*args, options=chosen, **values)
+        chosen = {
+            name: group(**{field.name: values.pop(field.name) for field in fields(group)})
+            for name, group in groups.items()
+        }
+        command(*args, **chosen, **values)
 
     run.__signature__ = own.replace(parameters=parameters)  # type: ignore[attr-defined]  # inspect's own protocol
     return run

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -10,12 +11,14 @@ from cocktail_serve.cli.options import (
     AsJSON,
     ConfigFile,
     ExamplesFile,
+    Judge,
     MixtureOptions,
     PoolId,
-    with_mixture_options,
+    with_options,
 )
 from cocktail_serve.cli.terminal import candidates_table, print_json, progress, stdout, weighing_table
 from cocktail_serve.config import load_settings
+from cocktail_serve.weighting.candidates import Candidate
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -23,9 +26,15 @@ if TYPE_CHECKING:
     from cocktail_serve.offline.weighing import OfflineWeighing
 
 
-@with_mixture_options
+@with_options
 def weigh(
-    config: ConfigFile, *, pool: PoolId, examples: ExamplesFile, options: MixtureOptions, as_json: AsJSON = False
+    config: ConfigFile,
+    *,
+    pool: PoolId,
+    examples: ExamplesFile,
+    options: MixtureOptions,
+    judge: Judge = True,
+    as_json: AsJSON = False,
 ) -> None:
     """Measure each model's loss on the examples and show the merging weights that follow. Nothing is mixed."""
     from cocktail_serve.offline.weighing import weigh_offline
@@ -33,26 +42,28 @@ def weigh(
     settings = load_settings(config)
     body = options.body(examples=examples)
     with progress() as report:
-        weighed = weigh_offline(settings, pool, body, report, judge=options.judge)
+        weighed = weigh_offline(settings, pool, body, report, judge=judge)
     if as_json:
         print_json(weighing_json(weighed))
         return
-    show(stdout(), weighed)
+    show(stdout(), weighing_json(weighed))
 
 
-def show(console: Console, weighed: OfflineWeighing, *more: str) -> None:
+def show(console: Console, weighing: Mapping[str, Any], *more: str) -> None:
     """The candidates of a search, losses and merging weights by model, one line of the rest, and what was found.
 
     Args:
+        weighing: as `weighing_json` has it, or a cocktail as the API shows it.
         more: what that line holds besides.
     """
-    if len(weighed.weighing.candidates) > 1:
-        console.print(candidates_table(weighed.weighing.candidates))
+    candidates = [Candidate(**candidate) for candidate in weighing["candidates"]]
+    if len(candidates) > 1:
+        console.print(candidates_table(candidates))
         console.print()
-    console.print(weighing_table(weighed.weighing.losses, weighed.weighing.merging_weights))
-    console.print(", ".join([*_summary(weighed), *more]))
-    if weighed.cross_validation is not None:
-        console.print(weighed.cross_validation.text, style="bold", markup=False)
+    console.print(weighing_table(weighing["losses"], weighing["merging_weights"] or {}))
+    console.print(", ".join([*_summary(weighing), *more]), markup=False)
+    if weighing.get("findings") is not None:
+        console.print(weighing["findings"]["text"], style="bold", markup=False)
 
 
 def weighing_json(weighed: OfflineWeighing) -> dict[str, Any]:
@@ -79,18 +90,16 @@ def weighing_json(weighed: OfflineWeighing) -> dict[str, Any]:
     }
 
 
-def _summary(weighed: OfflineWeighing) -> list[str]:
+def _summary(weighing: Mapping[str, Any]) -> list[str]:
     """What the table does not show."""
-    options, entropy, chosen = weighed.request.options, weighed.weighing.entropy, weighed.weighing.chosen
-    temperature = options.temperature if chosen is None else chosen.temperature
-    alpha = options.alpha if chosen is None else chosen.alpha
-    parts = [f"{options.num_examples} examples"] if options.num_examples else []
-    parts += [f"{options.weighting}"] if options.weighting else []
-    parts += [f"temperature {temperature:g}"] if temperature is not None else []
-    parts += [f"target {options.target}"] if options.target is not None else []
-    parts += [f"alpha {alpha:g}"] if alpha is not None else []
-    parts += [f"method {options.method}"] if options.method != "linear" else []
+    entropy, mixed_loss = weighing["entropy"], weighing["mixed_loss"]
+    parts = [f"{weighing['num_examples']} examples"] if weighing["num_examples"] else []
+    parts += [f"{weighing['weighting']}"] if weighing["weighting"] else []
+    parts += [f"temperature {weighing['temperature']:g}"] if weighing["temperature"] is not None else []
+    parts += [f"target {weighing['target']}"] if weighing["target"] is not None else []
+    parts += [f"alpha {weighing['alpha']:g}"] if weighing["alpha"] is not None else []
+    parts += [f"method {weighing['method']}"] if weighing["method"] != "linear" else []
     if entropy is not None:
         parts.append(f"entropy {entropy:.2f} nats (as {math.exp(entropy):.1f} equally weighed models)")
-    parts += [f"loss of the mixture {weighed.mixed_loss:.3f}"] if weighed.mixed_loss is not None else []
+    parts += [f"loss of the mixture {mixed_loss:.3f}"] if mixed_loss is not None else []
     return parts

@@ -7,16 +7,16 @@ configuration must be the server's: recipes name models by the digest of their p
 from __future__ import annotations
 
 import base64
-import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
 import numpy as np
 
+from cocktail_serve.api_client import ServerClient
 from cocktail_serve.config import PoolConfig
 from cocktail_serve.digest import digest_of
-from cocktail_serve.errors import ConfigError, EngineError, EngineTimeoutError, InvalidRequestError
+from cocktail_serve.errors import ConfigError, InvalidRequestError
 from cocktail_serve.evaluation.backend import EnsemblePart, EvaluatedMixture
 from cocktail_serve.examples import ExampleSet
 from cocktail_serve.imported_recipe import read_recipe
@@ -49,17 +49,10 @@ class _Served:
     def __init__(
         self, config: PoolConfig, pool: Pool, report: OnProgress, *, base_url: str, api_key: str | None
     ) -> None:
-        try:
-            import httpx
-        except ImportError as error:
-            raise ConfigError("httpx is not installed: pip install 'cocktail-serve[eval]'") from error
-
         self.pool = pool
         self.dtype = config.engine.dtype_over(pool.base)
         self._report = report
-        self._http = httpx
-        headers = {} if api_key is None else {"authorization": f"Bearer {api_key}"}
-        self._client = httpx.Client(base_url=f"{base_url.rstrip('/')}/", headers=headers, timeout=600.0)
+        self._client = ServerClient(base_url, api_key, patience_s=READY_S)
         self._threads = ThreadPoolExecutor(CONCURRENCY, thread_name_prefix="eval-request")
         self._model_ids = {
             one_hot(pool, member.name, dtype=self.dtype).digest: (
@@ -75,22 +68,19 @@ class _Served:
     def mix(self, body: Mapping[str, Any]) -> EvaluatedMixture:
         """Makes a cocktail named by the digest of its request, so that a run that goes on finds it again."""
         name = f"eval-{digest_of([self.pool.id, dict(body)])[:16]}"
-        made = self._call("POST", "cocktails", {"name": name, "pool": self.pool.id, **body}, params={"wait": 60})
-        deadline = time.monotonic() + READY_S
-        while made["status"] != "ready":
-            if made["status"] in ("failed", "cancelled"):
-                raise InvalidRequestError(f"the server could not make a cocktail: {made['error']}")
-            if time.monotonic() > deadline:
-                raise EngineTimeoutError(f"the cocktail {made['id']} was not ready in {READY_S:g} s")
-            self._report(f"mixing {made['id']}", round(100 * made["progress"]), 100)
-            time.sleep(0.2)
-            made = self._call("GET", f"cocktails/{made['id']}")
+        made = self._client.call(
+            "POST", "/v1/cocktails", {"name": name, "pool": self.pool.id, **body}, params={"wait": 60}
+        )
+        made = self._client.follow(made, self._tell, timeout_s=READY_S)
         recipe = read_recipe(made["recipe"]).recipe
         if recipe.base != self.pool.base.fingerprint:
             raise ConfigError(f"the server's pool {self.pool.id!r} has another base than this configuration's")
         self._model_ids.setdefault(recipe.digest, made["id"])
         about = {key: made[key] for key in ("merging_weights", "losses", "temperature", "alpha", "entropy")}
         return EvaluatedMixture(recipe, made["merging_weights"], about)
+
+    def _tell(self, made: Mapping[str, Any]) -> None:
+        self._report(f"mixing {made['id']}", round(100 * made["progress"]), 100)
 
     def losses(self, names: Sequence[str], examples: ExampleSet) -> dict[str, list[float]]:
         """Mean losses, each as often as there are examples: the server tells no more."""
@@ -101,7 +91,7 @@ class _Served:
             "experts": [name for name in names if name != BASE],
             "weighting": "softmax",
         }
-        found = self._call("POST", "cocktails", body, params={"dry_run": "true"})["losses"]
+        found = self._client.call("POST", "/v1/cocktails", body, params={"dry_run": "true"})["losses"]
         return {name: [found[name]] * len(examples) for name in names}
 
     def _model_id(self, recipe: Recipe) -> str:
@@ -116,34 +106,6 @@ class _Served:
             results.append(result)
             self._report(what, done, len(items))
         return results
-
-    def _call(
-        self, method: str, path: str, body: Any = None, *, params: Mapping[str, Any] | None = None
-    ) -> dict[str, Any]:
-        """An answer's JSON; what the server says will pass is waited for.
-
-        Raises:
-            InvalidRequestError: the server refuses the request.
-            EngineError: it fails, or cannot be reached.
-        """
-        deadline = time.monotonic() + READY_S
-        while True:
-            try:
-                response = self._client.request(method, path, json=body, params=params)
-            except self._http.HTTPError as error:
-                raise EngineError(f"cannot reach {self._client.base_url}: {error}") from error
-            if response.status_code in (429, 503) and time.monotonic() < deadline:
-                time.sleep(float(response.headers.get("retry-after", 1)))
-                continue
-            if response.is_success:
-                answer: dict[str, Any] = response.json()
-                return answer
-            try:
-                message = response.json()["error"]["message"]
-            except (ValueError, KeyError, TypeError):
-                message = response.text[:200]
-            kind = InvalidRequestError if response.status_code < 500 else EngineError
-            raise kind(f"{method} {response.url} answered {response.status_code}: {message}")
 
 
 class ServedDecoders(_Served):
@@ -170,7 +132,7 @@ class ServedDecoders(_Served):
                 "max_tokens": 1,
                 "temperature": 0,
             }
-            told = self._call("POST", "completions", body)["choices"][0]["logprobs"]["token_logprobs"]
+            told = self._client.call("POST", "/v1/completions", body)["choices"][0]["logprobs"]["token_logprobs"]
             return np.array(told[example.output_start : len(example.token_ids)], dtype=np.float64)
 
         return self._each(ask, tokenized, f"scoring {len(tokenized)} texts")
@@ -185,7 +147,7 @@ class ServedDecoders(_Served):
         def ask(prompt: Sequence[int]) -> str:
             room = max(1, min(max_new_tokens, self.max_tokens - len(prompt)))
             body = {"model": model, "prompt": list(prompt), "max_tokens": room, "temperature": 0}
-            text: str = self._call("POST", "completions", body)["choices"][0]["text"]
+            text: str = self._client.call("POST", "/v1/completions", body)["choices"][0]["text"]
             return text
 
         return self._each(ask, prompts, f"answering {len(prompts)} prompts")
@@ -199,7 +161,7 @@ class ServedEncoders(_Served):
 
         def ask(some: Sequence[str]) -> np.ndarray:
             body = {"model": model, "input": list(some), "encoding_format": "base64", "truncate_prompt_tokens": -1}
-            data = self._call("POST", "embeddings", body)["data"]
+            data = self._client.call("POST", "/v1/embeddings", body)["data"]
             return np.stack([np.frombuffer(base64.b64decode(row["embedding"]), dtype="<f4") for row in data])
 
         chunks = [texts[start : start + TEXTS_PER_CALL] for start in range(0, len(texts), TEXTS_PER_CALL)]

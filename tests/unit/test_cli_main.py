@@ -19,7 +19,10 @@ def test_the_version_is_the_packages(capsys):
 
 @pytest.mark.parametrize(
     "command",
-    ["serve", "weigh", "mix", "inspect", "doctor", "demo", "keys create", "keys list", "keys revoke", "keys rotate"],
+    [
+        *("serve", "weigh", "mix", "inspect", "doctor", "demo", "keys create", "keys list", "keys revoke"),
+        *("keys rotate", "list", "show", "create", "chat", "report", "export", "pin", "delete"),
+    ],
 )
 def test_every_command_has_help_and_json(command, capsys):
     assert exit_code(*command.split(), "--help") == 0

@@ -47,7 +47,8 @@ BELOW: dict[str, set[str]] = {
     "cocktails": NOUNS | MATHS | BYTES | STORED | {"config", "engines"},
     "finetuning": NOUNS | STORED | {"config", "cocktails"},
     "offline": NOUNS | MATHS | BYTES | {"config", "engines", "cocktails"},
-    "evaluation": NOUNS | MATHS | BYTES | {"config", "engines", "cocktails", "offline"},
+    "api_client": {"errors"},
+    "evaluation": NOUNS | MATHS | BYTES | {"api_client", "config", "engines", "cocktails", "offline"},
     "gateway": NOUNS | MATHS | BYTES | STORED | {"config", "engines", "cocktails", "finetuning", "logs"},
     # the maths of a recipe, and the errors and bounds that both sides name
     "vllm_cocktail": NOUNS | {"merging", "checkpoints", "config"},
