@@ -12,10 +12,11 @@ EngineState = Literal["starting", "ready", "restarting", "failed", "stopped"]
 
 
 class EngineDetail(TypedDict, total=False):
-    """What `/ready` shows of an engine besides, as far as it applies; never a prompt or an example.
+    """What the operator is shown of an engine besides, as far as it applies; never a prompt or an example.
 
     Attributes:
         reason: why it is not ready.
+        log: the last lines that its server wrote, where it ended before it was ready.
         mixing: its server is busy with a mix, and has not said more.
         device: of an engine in this process.
         mode, mixing_path, streams_because, captured, mixing_kernel, in_flight, cached, cached_bytes: as of the plugin's
@@ -23,6 +24,7 @@ class EngineDetail(TypedDict, total=False):
     """
 
     reason: str
+    log: list[str]
     mixing: bool
     device: str
     mode: str

@@ -6,6 +6,8 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from cocktail_serve.suggestions import with_options_meant
+
 BACKOFF_S = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 30.0)
 """Pauses before starts that follow failures in a row; the last one repeats."""
 
@@ -110,7 +112,7 @@ def _raised_in(log: Sequence[str]) -> Iterator[tuple[str, str]]:
     lines = [_PREFIX.sub("", line) for line in log]
     for number, line in enumerate(lines):
         if (usage := _USAGE_ERROR.match(line)) is not None:
-            yield "", usage["message"]
+            yield "", with_options_meant(usage["message"], "\n".join(lines[:number]))
         elif (raised := _RAISED.match(line)) is not None:
             message = raised["message"] or _code_above(lines[:number])
             if raised["kind"] == "ValidationError":  # pydantic says what is wrong in the lines that follow

@@ -17,6 +17,7 @@ from pydantic import ValidationError
 
 from cocktail_serve.errors import ConfigError
 from cocktail_serve.loading import require_words
+from cocktail_serve.suggestions import with_options_meant
 from vllm_cocktail.manifest import Manifest
 from vllm_cocktail.unmerged.worker import require_unmergeable
 from vllm_cocktail.worker import require_mixable
@@ -50,7 +51,7 @@ def _check(argv: Sequence[str]) -> None:
 
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
-    """Raises ConfigError with what vLLM's parser says."""
+    """Raises ConfigError with what vLLM's parser says, and the options that were meant."""
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
     try:
@@ -59,7 +60,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         from vllm.entrypoints.openai.cli_args import make_arg_parser, validate_parsed_serve_args
 
     def refuse(message: str) -> NoReturn:
-        raise ConfigError(message)
+        raise ConfigError(with_options_meant(message, parser.format_usage()))
 
     parser = FlexibleArgumentParser(prog="vllm")
     parser.error = refuse  # which would end the process, with a page of usage

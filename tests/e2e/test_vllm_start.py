@@ -69,6 +69,10 @@ def unknown_argument(world: World) -> None:
     world.engine["args"] = {"no-such-flag": 1}
 
 
+def misspelt_argument(world: World) -> None:
+    world.engine["args"] = {"gpu-memory-utilisation": 0.5}
+
+
 def no_number(world: World) -> None:
     world.engine["args"] = {"block-size": "many"}
 
@@ -109,6 +113,7 @@ def context_beyond_the_cache(world: World) -> None:
 BREAKS: dict[Callable[[World], None], tuple[str, str] | None] = {
     nothing: None,
     unknown_argument: ("no-such-flag", "no-such-flag"),
+    misspelt_argument: ("did you mean --gpu-memory-utilization?", "did you mean --gpu-memory-utilization?"),
     no_number: ("'many'", "'many'"),
     longer_than_its_positions: ("100000", "100000"),
     heads_that_cannot_be_shared: ("divisible by tensor parallel size", "divisible by tensor parallel size"),
@@ -163,6 +168,8 @@ async def test_doctor_and_the_start_agree(tmp_path: Path, broken: Callable[[Worl
 def test_doctor_asks_vllm(tmp_path: Path) -> None:
     world = World(tmp_path)
     unknown_argument(world)
+    world.engine["args"]["tokeniser-mode"] = "hf"
     found = problems(world.write())
     assert f"vLLM does not start on {world.base}: unrecognized arguments: --no-such-flag" in found
+    assert "--tokeniser-mode (did you mean --tokenizer-mode?)" in found
     assert "mend the pool's 'engine' section" in found

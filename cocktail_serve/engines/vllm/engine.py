@@ -176,8 +176,11 @@ class VLLMEngine:
         """State, resident recipe and details, as the server says them itself."""
         supervisor, server = self._supervisor, self._supervisor.server
         if supervisor.state != "ready" or server is None:
-            # the first line alone: what follows is the end of the server's log, which is the operator's
-            return supervisor.state, None, {"reason": supervisor.failure.partition("\n")[0] or supervisor.state}
+            # the first line alone: the end of the server's log, which follows it, is the operator's
+            failed: EngineDetail = {"reason": supervisor.failure.partition("\n")[0] or supervisor.state}
+            if supervisor.failed_start_log:
+                failed["log"] = list(supervisor.failed_start_log)
+            return supervisor.state, None, failed
         try:
             status, body = await server.call("GET", STATUS_PATH, timeout_s=deadline_s)
         except CocktailError as error:

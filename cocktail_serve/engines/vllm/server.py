@@ -112,6 +112,10 @@ class EngineServer:
         """The leader's process id."""
         return self._running_group.pid
 
+    def last_lines(self) -> list[str]:
+        """The end of what this life wrote to the log, also once it is over; empty where nothing was started."""
+        return [] if self._group is None else self._group.log_tail()[-_SHOWN_LINES:]
+
     async def exited(self) -> str:
         """Waits until the server is gone, for whatever reason, and says how: any exit is a failure."""
         return f"{await self._exit()}; {self._log_end()}"
@@ -208,8 +212,7 @@ class EngineServer:
         return Exit(returncode, reason_in(group.log_tail()))
 
     def _log_end(self) -> str:
-        lines = ["(it never started)"] if self._group is None else self._group.log_tail()[-_SHOWN_LINES:]
-        return "\n".join([f"the end of {self._log}:", *lines])
+        return "\n".join([f"the end of {self._log}:", *(self.last_lines() or ["(it never started)"])])
 
     @property
     def _running_connections(self) -> Connections:

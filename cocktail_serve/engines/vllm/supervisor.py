@@ -47,6 +47,7 @@ class Supervisor:
 
     Attributes:
         failure: why the last life ended; empty while the server is ready.
+        failed_start_log: the last lines of a server that did not become ready, from before any request reached it.
         is_given_up: whether no other start will be tried.
         max_model_len: tokens of a context, as the server last said.
         server: the server while it is ready.
@@ -65,6 +66,7 @@ class Supervisor:
     ) -> None:
         self.state: EngineState = "starting"
         self.failure = ""
+        self.failed_start_log: Sequence[str] = ()
         self.is_given_up = False
         self.max_model_len = max_model_len
         self.server: EngineServer | None = None
@@ -141,6 +143,7 @@ class Supervisor:
             except Exception:
                 self.failure = "an error in cocktail-serve itself; see its log"
                 logger.exception("%s: the engine's supervisor failed", self._pool_id)
+            self.failed_start_log = () if ready_at is not None else server.last_lines()
             was_stable = ready_at is not None and loop.time() - ready_at > STABLE_S
             num_failures = 1 if was_stable else num_failures + 1
             failed_starts = [*failed_starts, server.failed_start][-MAX_FAILED_STARTS:] if ready_at is None else []
@@ -181,7 +184,7 @@ class Supervisor:
             asyncio.create_task(self._until_hung(server)),
             self._lost,
         ]
-        self.state, self.failure = "ready", ""
+        self.state, self.failure, self.failed_start_log = "ready", "", ()
         try:
             done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
             await done.pop()

@@ -37,9 +37,10 @@ async def ready(gateway: GatewayDep, response: Response) -> Readiness:
     if not is_ready:
         response.status_code = 503
         response.headers["retry-after"] = "5"
+    with_log = not gateway.settings.server.requires_key
     return Readiness(
         status="stopping" if is_stopping else "ready" if is_ready else "not_ready",
-        pools={pool_id: EngineReadiness.of(engine) for pool_id, engine in snapshots.items()},
+        pools={pool_id: EngineReadiness.of(engine, with_log=with_log) for pool_id, engine in snapshots.items()},
     )
 
 

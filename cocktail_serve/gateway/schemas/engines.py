@@ -84,7 +84,9 @@ class EngineView(BaseModel):
     mode: Mode = Field(description="How mixtures reach it: merged, one recipe at a time, or unmerged, in one batch.")
     mode_reason: str | None = Field(description="Why it is this one; null where there is no other.")
     state: EngineState
-    detail: dict[str, Any] = Field(description="Why it is not ready, or which mixing path it took.")
+    detail: dict[str, Any] = Field(
+        description="Why it is not ready, with the last lines of a server that did not start; or its mixing path."
+    )
     phase: Phase | None = Field(description="Of the turn; null where recipes do not take turns.")
     resident: EngineRecipeView | None = Field(
         description="What is in the engine now, where it holds one recipe at a time."

@@ -18,11 +18,16 @@ class EngineReadiness(BaseModel):
     state: EngineState
     resident: str | None = Field(description="Digest of the recipe whose parameters are in the engine now.")
     queued: int = Field(description="Requests that wait for their recipe's turn.")
-    detail: dict[str, Any]
+    detail: dict[str, Any] = Field(
+        description="Why it is not ready, or which mixing path it took. The last lines of a server that did not start, "
+        "`log`, only where no key is required: `GET /admin/engines/{id}` has them always."
+    )
 
     @classmethod
-    def of(cls, engine: EngineSnapshot) -> EngineReadiness:
-        return cls(state=engine.state, resident=engine.resident, queued=engine.num_queued, detail=dict(engine.detail))
+    def of(cls, engine: EngineSnapshot, *, with_log: bool) -> EngineReadiness:
+        """What anybody may read; with the log of a server that did not start where everybody is the operator."""
+        detail: dict[str, Any] = {name: value for name, value in engine.detail.items() if with_log or name != "log"}
+        return cls(state=engine.state, resident=engine.resident, queued=engine.num_queued, detail=detail)
 
 
 class Readiness(BaseModel):

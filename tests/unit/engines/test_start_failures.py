@@ -22,6 +22,15 @@ LOGS = {
         ],
         "no such argument: --x",
     ),
+    "an argument that is misspelt": (
+        [
+            "usage: server.py [-h] [--max-model-len LEN]",
+            "                 [--eager | --no-eager] [--kv-cache-memory-bytes N]",
+            "server.py: error: unrecognized arguments: --max-model-lenght 8 --kv_cache_memory_byte=9 --nothing-like-it",
+        ],
+        "unrecognized arguments: --max-model-lenght (did you mean --max-model-len?) 8 "
+        "--kv_cache_memory_byte=9 (did you mean --kv-cache-memory-bytes?) --nothing-like-it",
+    ),
     "a refused argument of a module": (["python -m a.b: error: no number: 'many'"], "no number: 'many'"),
     "one process": (
         ["Traceback (most recent call last):", '  File "a.py", line 1, in <module>', "KeyError: 'no such parser'"],
