@@ -6,7 +6,7 @@ import contextlib
 import json
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -37,6 +37,11 @@ def print_json(value: Any) -> None:
 
 def print_error(message: str) -> None:
     stderr().print(f"error: {message}", style="red", markup=False)
+
+
+def print_warnings(console: Console, warnings: Iterable[str]) -> None:
+    for warning in warnings:
+        console.print(f"warning: {warning}", style="yellow", markup=False)
 
 
 @contextlib.contextmanager

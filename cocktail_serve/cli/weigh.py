@@ -16,7 +16,7 @@ from cocktail_serve.cli.options import (
     PoolId,
     with_options,
 )
-from cocktail_serve.cli.terminal import candidates_table, print_json, progress, stdout, weighing_table
+from cocktail_serve.cli.terminal import candidates_table, print_json, print_warnings, progress, stdout, weighing_table
 from cocktail_serve.config import load_settings
 from cocktail_serve.weighting.candidates import Candidate
 
@@ -62,6 +62,7 @@ def show(console: Console, weighing: Mapping[str, Any], *more: str) -> None:
         console.print()
     console.print(weighing_table(weighing["losses"], weighing["merging_weights"] or {}))
     console.print(", ".join([*_summary(weighing), *more]), markup=False)
+    print_warnings(console, weighing["warnings"])
     if weighing.get("findings") is not None:
         console.print(weighing["findings"]["text"], style="bold", markup=False)
 
@@ -86,6 +87,7 @@ def weighing_json(weighed: OfflineWeighing) -> dict[str, Any]:
         "method": options.method,
         "method_params": dict(options.method_params),
         "num_examples": options.num_examples,
+        "warnings": list(weighed.warnings),
         "dtype": weighed.dtype,
     }
 

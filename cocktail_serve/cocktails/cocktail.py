@@ -65,7 +65,8 @@ class CrossValidation:
         text: the verdict in a sentence with its figures; else why there is none.
         held_out_loss: mean loss (nats) over the examples, each under a mixture that was weighed without it.
         best_expert: expert of the least mean loss on the examples.
-        best_expert_loss: its loss.
+        best_expert_loss: its loss on them, which chose it.
+        best_expert_held_out_loss: mean loss over the examples, each under the expert that the other folds choose.
         num_folds: mixtures that were made to find out.
     """
 
@@ -76,6 +77,7 @@ class CrossValidation:
     best_expert: str | None = None
     best_expert_loss: float | None = None
     num_folds: int = 0
+    best_expert_held_out_loss: float | None = None
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)

@@ -1,7 +1,8 @@
 """What a cocktail can be expected to do, found on its own examples: the verdict of its report.
 
 The mixture was weighed with all examples, so its loss on them flatters it. Here the examples are dealt into at most
-five folds, each is predicted by a mixture weighed with the others, and `weighting.verdict` compares.
+five folds, each is predicted by a mixture weighed with the others, and by the expert that is the best on the others,
+and `weighting.verdict` compares.
 """
 
 from __future__ import annotations
@@ -58,9 +59,16 @@ def cross_validate(
     for trial in foreseen(trials):
         fold_losses = yield trial
         held_out.update(zip(trial.rows, fold_losses, strict=True))
-    told = verdict([held_out[row] for row in range(num_examples)], losses)
+    told = verdict([held_out[row] for row in range(num_examples)], losses, folds)
     return CrossValidation(
-        "ready", told.advice, told.text, told.mixed, told.best_expert, told.best_expert_loss, len(folds)
+        "ready",
+        told.advice,
+        told.text,
+        held_out_loss=told.mixed,
+        best_expert=told.best_expert,
+        best_expert_loss=told.best_expert_loss,
+        best_expert_held_out_loss=told.best_expert_held_out,
+        num_folds=len(folds),
     )
 
 

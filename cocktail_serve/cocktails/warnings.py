@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 from cocktail_serve.cocktails.options import CocktailOptions, CocktailRequest
 from cocktail_serve.pool import Pool
+
+LEVEL = 1.1
+"""Weights are level where the largest is less than this times the smallest."""
 
 
 def warnings_of_request(request: CocktailRequest, pool: Pool) -> tuple[str, ...]:
@@ -44,12 +48,30 @@ def warnings_of_losses(
     """
     if mixed_loss is None or not losses:
         return ()
+    if (level := _level_weights(options, losses)) is not None:
+        return (level, *_of_mixture(options, losses, mixed_loss))
+    return _of_mixture(options, losses, mixed_loss)
+
+
+def _of_mixture(options: CocktailOptions, losses: Mapping[str, float], mixed_loss: float) -> tuple[str, ...]:
     if options.weighting == "search" and options.num_examples == 1:
         return ("one example cannot be held out, so nothing was searched: temperature and alpha are the paper's",)
     best = min(losses, key=losses.__getitem__)
     if mixed_loss <= losses[best]:
         return ()
     return (
-        f"the mixture's loss {mixed_loss:.4g} is above that of {best!r} alone, {losses[best]:.4g}: "
+        f"the mixture's loss {mixed_loss:.4g} on the examples is above that of {best!r} alone, {losses[best]:.4g}: "
         "try a lower temperature, or that model itself",
+    )
+
+
+def _level_weights(options: CocktailOptions, losses: Mapping[str, float]) -> str | None:
+    """Where a temperature leaves nothing of how much the losses differ; None elsewhere, and where it was searched."""
+    of_peers = [losses[name] for name in options.peers]
+    spread = max(of_peers, default=0.0) - min(of_peers, default=0.0)
+    if options.searches or options.temperature is None or not 0.0 < spread < options.temperature * math.log(LEVEL):
+        return None
+    return (
+        f"the weights are level: losses that differ by {spread:.3g} nats at temperature {options.temperature:g} differ "
+        f"by {math.expm1(spread / options.temperature):.1%} of a weight; try a lower temperature, or weighting search"
     )

@@ -12,6 +12,7 @@ from cocktail_serve.cocktails.cocktail import CrossValidation, WeightingResult
 from cocktail_serve.cocktails.cross_validation import cross_validate
 from cocktail_serve.cocktails.options import CocktailOptions, CocktailRequest
 from cocktail_serve.cocktails.parsing import parse_inline
+from cocktail_serve.cocktails.warnings import warnings_of_losses, warnings_of_request
 from cocktail_serve.cocktails.weighting_steps import advance, recipe_of, recipe_of_trial, weighting_steps
 from cocktail_serve.config import PoolConfig, Settings
 from cocktail_serve.dtypes import DType
@@ -35,6 +36,7 @@ class OfflineWeighing:
     Attributes:
         dtype: what the mixture rounds to: that of the pool's engine, or of the recipe that was given.
         mixed_loss: mean loss (nats) of the mixture on the examples; None without examples.
+        warnings: what the request and the losses give cause for.
         cross_validation: whether the mixture is worth using, by cross-validation; None where that was not asked for.
     """
 
@@ -43,6 +45,7 @@ class OfflineWeighing:
     weighing: WeightingResult
     dtype: DType
     mixed_loss: float | None
+    warnings: tuple[str, ...]
     cross_validation: CrossValidation | None = None
 
 
@@ -72,9 +75,10 @@ def weigh_offline(
         dtype = imported.recipe.dtype  # no engine has a say in it
         body = {**body, "recipe": imported.merged_json()}
     request = parse_inline(dict(body), pool=pool, settings=settings, dtype=dtype)
+    warnings = warnings_of_request(request, pool)
     if request.examples is None:
         weighing, _ = weigh_by(pool, request.options, None, dtype, report)
-        return OfflineWeighing(pool, request, weighing, dtype, mixed_loss=None)
+        return OfflineWeighing(pool, request, weighing, dtype, mixed_loss=None, warnings=warnings)
     with open_losses(pool, config, request.examples) as losses_of:
         weighing, losses = weigh_by(pool, request.options, losses_of, dtype, report)
         recipe = recipe_of(request.options, pool, weighing.merging_weights, dtype=dtype)
@@ -87,7 +91,8 @@ def weigh_offline(
         if judge:
             trials = cross_validate(request.options, losses, weighing.chosen)
             found = _answered(trials, pool, request.options, losses_of, dtype=dtype, report=report, what="judging")
-    return OfflineWeighing(pool, request, weighing, dtype, mixed_loss, found)
+    warnings += warnings_of_losses(request.options, weighing.losses, mixed_loss)
+    return OfflineWeighing(pool, request, weighing, dtype, mixed_loss, warnings, found)
 
 
 LossesOf = Callable[[Recipe, Sequence[int] | None], list[float]]

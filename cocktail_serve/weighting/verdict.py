@@ -27,11 +27,12 @@ class Verdict:
         advice: `use`: the mixture beats the base, whatever an expert alone does; `use_expert`: an expert alone beats
             the base and the mixture, which does not; `unsure`: better than the base by less than what chance does;
             `no_gain`: not better than the base.
-        text: the same in a sentence with the figures.
+        text: the same in a sentence with the figures, all of them held out.
         mixed: mean held-out loss of the mixture (nats), as the following.
-        best_expert: the expert of least loss; None where there is none.
-        best_expert_loss: its mean loss, or None.
-        base: of the base.
+        best_expert: the expert of least loss on all examples; None where there is none.
+        best_expert_loss: its mean loss on them, which chose it, or None.
+        best_expert_held_out: mean loss of the best expert where each fold's is chosen by the others, or None.
+        base: of the base, which nothing is chosen for.
     """
 
     advice: Advice
@@ -39,42 +40,70 @@ class Verdict:
     mixed: float
     best_expert: str | None
     best_expert_loss: float | None
+    best_expert_held_out: float | None
     base: float
 
 
-def verdict(mixed: Sequence[float], losses: Mapping[str, Sequence[float]]) -> Verdict:
-    """Judges a mixture by what it loses on each example, held out, beside what base and experts lose on the same.
+def verdict(mixed: Sequence[float], losses: Mapping[str, Sequence[float]], folds: Sequence[Sequence[int]]) -> Verdict:
+    """Judges a mixture by what it loses on each example, held out, beside what base and best expert lose on the same.
+
+    The best expert is held out as the mixture is: for the examples of a fold it is the one that loses least on the
+    other folds, so that nothing is compared with what was chosen by the examples it is measured on. The base needs no
+    choice.
 
     The mixture counts as better than another model if its mean loss is less by at least `MIN_GAIN` of the other's, and
-    by at least `MIN_ERRORS` standard errors of the difference example by example. The best expert is chosen on the
-    examples it is judged by and may have been trained on them, so it looks better than it is; the mixture does not. So
-    an expert's lead over a mixture that beats the base is told, and changes nothing: on test rows it was seldom there
-    (docs/results.md).
+    by at least `MIN_ERRORS` standard errors of the difference example by example. An expert may have been trained on
+    the examples, and then it looks better than it is; the mixture does less. So an expert's lead over a mixture that
+    beats the base is told, and changes nothing: on test rows it was seldom there (docs/results.md).
 
     Args:
         mixed: loss (nats) of each example under a mixture whose weights it had no part in.
         losses: of each example, in the same order, by model name, `base` among them.
+        folds: indices of the examples that were held out together; every example is in one.
     """
     mixed_loss, base_loss = mean(mixed), mean(losses[BASE])
-    experts = {name: mean(of_model) for name, of_model in losses.items() if name != BASE}
-    best = min(experts, key=experts.__getitem__, default=None)
-    figures = f"mixed {mixed_loss:.2f}, "
+    experts = {name: of_model for name, of_model in losses.items() if name != BASE}
+    best = _best(experts, range(len(mixed)))
+    figures = f"held-out losses: mixed {mixed_loss:.2f}, "
+    alone: list[float] | None = None
     if best is not None:
-        figures += f"best expert {experts[best]:.2f} ({best}), "
+        chosen = {row: _best(experts, _others(fold, len(mixed))) or best for fold in folds for row in fold}
+        alone = [experts[chosen[row]][row] for row in range(len(mixed))]
+        names = " or ".join(name for name in experts if name in chosen.values())
+        figures += f"best expert {mean(alone):.2f} ({names}), "
     figures += f"base {base_loss:.2f}: "
-    is_behind = best is not None and is_better(losses[best], mixed)
+    is_behind = alone is not None and is_better(alone, mixed)
     if is_better(mixed, losses[BASE]):
         advice: Advice = "use"
         text = "use it"
         if is_behind:
             text += f"; {best} alone loses less here, which says little if it knows the examples"
-    elif best is not None and is_behind and is_better(losses[best], losses[BASE]):
+    elif alone is not None and is_behind and is_better(alone, losses[BASE]):
         advice, text = "use_expert", f"{best} alone is better; lower the temperature, or use it as it is"
     elif mixed_loss < base_loss:
         advice, text = "unsure", "the gain is within chance; give more examples"
     else:
         advice, text = "no_gain", "no expert is close: expect little"
-    return Verdict(advice, figures + text, mixed_loss, best, None if best is None else experts[best], base_loss)
+    return Verdict(
+        advice,
+        figures + text,
+        mixed=mixed_loss,
+        best_expert=best,
+        best_expert_loss=None if best is None else mean(experts[best]),
+        best_expert_held_out=None if alone is None else mean(alone),
+        base=base_loss,
+    )
+
+
+def _best(experts: Mapping[str, Sequence[float]], rows: Sequence[int]) -> str | None:
+    """The expert of least mean loss on some examples; None where there are no experts, or no examples."""
+    if not rows:
+        return None
+    return min(experts, key=lambda name: mean([experts[name][row] for row in rows]), default=None)
+
+
+def _others(fold: Sequence[int], num_examples: int) -> list[int]:
+    return [row for row in range(num_examples) if row not in fold]
 
 
 def is_better(ours: Sequence[float], theirs: Sequence[float]) -> bool:

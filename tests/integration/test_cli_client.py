@@ -87,7 +87,10 @@ def test_a_cocktail_is_made_shown_listed_reported_pinned_and_deleted(url: str, e
     assert (told["report_status"], told["mixed_loss"]) == ("ready", made["mixed_loss"])
     _, out, _ = run(capsys, "report", made["id"])
     assert told["verdict"] in out
-    assert f"loss of the mixture on the same examples: {made['mixed_loss']:.3f} nats" in out
+    assert f"on the examples that it was weighed with: {made['mixed_loss']:.3f} nats" in out
+    assert f"held out: each under a mixture weighed without it: {told['held_out_loss']:.3f} nats" in out
+    held_out = told["best_expert_held_out_loss"]
+    assert f"held out: each under the expert that the others choose: {held_out:.3f} nats" in out
 
     assert run(capsys, "pin", made["id"])[1] == f"films is {made['id']}\n"
     assert get(url, "/v1/cocktails/films")["id"] == made["id"]

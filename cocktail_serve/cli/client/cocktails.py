@@ -14,10 +14,18 @@ from rich.table import Table
 from cocktail_serve.api_client import ServerClient
 from cocktail_serve.cli.client.options import Ref, ServerOptions, path_of
 from cocktail_serve.cli.options import AsJSON, with_options
-from cocktail_serve.cli.terminal import print_json, progress, stderr, stdout, weighing_table
+from cocktail_serve.cli.terminal import print_json, print_warnings, progress, stderr, stdout, weighing_table
 from cocktail_serve.cli.weigh import show as show_weighing
 
 REPORT_POLL_S = 0.5
+
+_FIGURES = {
+    "mixed_loss": "loss of the mixture on the examples that it was weighed with",
+    "held_out_loss": "held out: each under a mixture weighed without it",
+    "best_expert_held_out_loss": "held out: each under the expert that the others choose",
+    "validation_loss": "loss of the mixture on the validation examples",
+}
+"""Figures of a report by field, and what each is."""
 
 
 @with_options
@@ -74,8 +82,8 @@ def show_cocktail(cocktail: Mapping[str, Any]) -> None:
     if cocktail["losses"] or cocktail["merging_weights"]:
         told = [] if recipe is None else [f"recipe {recipe['digest'][:12]} ({recipe['dtype']}, {recipe['form']})"]
         show_weighing(console, cocktail, *told)
-    for warning in cocktail["warnings"]:
-        console.print(f"warning: {warning}", style="yellow", markup=False)
+    else:
+        print_warnings(console, cocktail["warnings"])
     if cocktail["error"] is not None:
         console.print(f"error: {cocktail['error']['message']}", style="red", markup=False)
 
@@ -105,11 +113,10 @@ def report(
     weights = {model["model"]: model["merging_weight"] or 0.0 for model in told["models"]}
     console.print(f"{told['id']}: {told['status']}", style="bold", markup=False)
     console.print(weighing_table(losses, weights))
-    for what, field in (("the mixture on the same examples", "mixed_loss"), ("on others", "validation_loss")):
+    for field, what in _FIGURES.items():
         if told[field] is not None:
-            console.print(f"loss of {what}: {told[field]:.3f} nats", markup=False)
-    for warning in told["warnings"]:
-        console.print(f"warning: {warning}", style="yellow", markup=False)
+            console.print(f"{what}: {told[field]:.3f} nats", markup=False)
+    print_warnings(console, told["warnings"])
     verdict = told["verdict"] or ("the verdict is not there yet" if told["report_status"] == "pending" else None)
     if verdict is not None:
         console.print(verdict, style="bold", markup=False)

@@ -93,7 +93,10 @@ class CocktailView(Listed):
     losses: dict[str, float] = Field(description="Loss (nats) by model, as far as measured; the base is `base`.")
     merging_weights: dict[str, float] | None = Field(description="Coefficients by model; null until weighed.")
     entropy: float | None = Field(description="Entropy (nats) of the merging weights.")
-    mixed_loss: float | None = Field(description="Loss of the mixture on the same examples.")
+    mixed_loss: float | None = Field(
+        description="Loss of the mixture on the examples that it was weighed with, which flatters it; the report's "
+        "`held_out_loss` does not."
+    )
     validation_loss: float | None = Field(description="Loss of the mixture on the validation examples.")
     candidates: list[CandidateView] = Field(description="Merging weights that were tried, the chosen ones included.")
     recipe: RecipeView | None
@@ -193,18 +196,24 @@ class CocktailReport(BaseModel):
     effective_models: float | None = Field(
         description="exp(entropy): how many equally weighed models would be as spread out."
     )
-    mixed_loss: float | None
+    mixed_loss: float | None = Field(description="Loss of the mixture on the examples that it was weighed with.")
     validation_loss: float | None = Field(description="Loss of the mixture on the validation examples.")
-    base_loss: float | None
-    best_single_loss: float | None = Field(description="Loss of the best of the models that were mixed.")
+    base_loss: float | None = Field(description="Loss of the base on the examples, which have no part in it.")
+    best_single_loss: float | None = Field(
+        description="Loss of the best of the models that were mixed on the examples, which chose it."
+    )
     report_status: Literal["pending", "ready"] = Field(
         description="Whether what follows is known; it is found out in the background once the cocktail is ready."
     )
     held_out_loss: float | None = Field(
         description="Mean loss of the examples, each under a mixture that was weighed without its fold."
     )
-    best_expert: str | None = Field(description="Expert of the least loss on the examples.")
-    best_expert_loss: float | None
+    best_expert: str | None = Field(description="Expert of the least loss on all examples.")
+    best_expert_loss: float | None = Field(description="Its loss on them, which chose it.")
+    best_expert_held_out_loss: float | None = Field(
+        description="Mean loss of the examples, each under the expert that loses least on the other folds: what "
+        "`held_out_loss` compares with."
+    )
     num_folds: int = Field(description="Mixtures made to find out, at most five.")
     advice: Advice | None = Field(
         description="use: better than the base; use_expert: an expert alone is, the mixture is not; "
@@ -236,6 +245,7 @@ class CocktailReport(BaseModel):
             held_out_loss=None if found is None else found.held_out_loss,
             best_expert=None if found is None else found.best_expert,
             best_expert_loss=None if found is None else found.best_expert_loss,
+            best_expert_held_out_loss=None if found is None else found.best_expert_held_out_loss,
             num_folds=0 if found is None else found.num_folds,
             advice=None if found is None else found.advice,
             verdict=None if found is None else found.text,

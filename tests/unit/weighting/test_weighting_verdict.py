@@ -2,7 +2,13 @@
 
 import pytest
 
-from cocktail_serve.weighting.verdict import is_better, verdict
+from cocktail_serve.weighting.verdict import is_better
+from cocktail_serve.weighting.verdict import verdict as judged
+
+
+def verdict(mixed, losses, folds=None):
+    """Each example a fold of its own, unless others are given."""
+    return judged(mixed, losses, folds or [[row] for row in range(len(mixed))])
 
 
 @pytest.mark.parametrize(
@@ -23,12 +29,14 @@ def test_the_advice_follows_from_the_losses(mixed, losses, advice):
 
 def test_the_text_says_the_figures():
     told = verdict([1.02, 1.02], {"base": [2.31, 2.31], "ag-news": [1.1, 1.1], "nq": [4.0, 4.0]})
-    assert told.text == "mixed 1.02, best expert 1.10 (ag-news), base 2.31: use it"
+    assert told.text == "held-out losses: mixed 1.02, best expert 1.10 (ag-news), base 2.31: use it"
     assert (told.mixed, told.best_expert, told.best_expert_loss, told.base) == (1.02, "ag-news", 1.1, 2.31)
     told = verdict([3.0, 3.0], {"base": [2.0, 2.0], "ag-news": [4.0, 4.0], "nq": [3.5, 3.5]})
-    assert told.text == "mixed 3.00, best expert 3.50 (nq), base 2.00: no expert is close: expect little"
+    assert (
+        told.text == "held-out losses: mixed 3.00, best expert 3.50 (nq), base 2.00: no expert is close: expect little"
+    )
     told = verdict([1.0, 3.5], {"base": [2.3, 2.32]})
-    assert told.text == "mixed 2.25, base 2.31: the gain is within chance; give more examples"
+    assert told.text == "held-out losses: mixed 2.25, base 2.31: the gain is within chance; give more examples"
 
 
 def test_an_expert_that_is_no_better_than_the_mixture_beyond_chance_is_not_advised():
@@ -64,3 +72,22 @@ def test_a_gain_within_a_standard_error_is_none():
 def test_losses_that_are_not_finite_are_not_better():
     assert not is_better([1.0, 1.0], [float("inf"), 1.0])
     assert not is_better([1.0], [float("inf")])
+
+
+def test_the_best_expert_is_held_out_as_the_mixture_is():
+    """Each of two experts knows one example by heart: chosen by both it looks good, chosen by the other it is not."""
+    losses = {"base": [2.0, 2.0], "one": [0.1, 3.0], "two": [3.1, 0.0]}
+    told = verdict([1.0, 1.0], losses)
+    assert told.text == "held-out losses: mixed 1.00, best expert 3.05 (one or two), base 2.00: use it"
+    assert (told.best_expert, told.best_expert_loss) == ("one", 1.55)
+    assert told.best_expert_held_out == 3.05
+    assert verdict([2.1, 2.1], losses).advice == "no_gain", "no expert is better where it was not chosen"
+    # two that are held out together choose nothing for each other
+    losses = {"base": [2.0] * 4, "one": [0.0, 0.0, 2.5, 2.5], "two": [1.0] * 4}
+    told = verdict([1.2] * 4, losses, folds=[[0, 1], [2, 3]])
+    assert told.best_expert_held_out == pytest.approx((1.0 + 1.0 + 2.5 + 2.5) / 4)
+
+
+def test_without_other_folds_the_best_expert_is_that_of_all():
+    told = verdict([1.0], {"base": [2.0], "one": [1.5]})
+    assert (told.best_expert, told.best_expert_held_out) == ("one", 1.5)
