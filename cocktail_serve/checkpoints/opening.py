@@ -274,6 +274,32 @@ def unserved_class(folder: Path) -> str | None:
     return f"a {found} of sentence-transformers, {what}: {advice}"
 
 
+def kind_of(folder: Path) -> Kind | None:
+    """The kind of pool that a model is for; None where its files do not say.
+
+    Raises:
+        CheckpointError: no kind of pool takes it, or a file that says what it is cannot be read.
+    """
+    if unserved := unserved_class(folder):
+        raise CheckpointError(f"{folder} is {unserved}")
+    if not (model_class(folder) or read_library_class(folder) or read_modules(folder)):
+        return None
+    # a decoder with modules of sentence-transformers passes as both: it was saved to embed
+    embeds_first: tuple[Kind, ...] = ("encoder", "reranker", "encoder_decoder", "decoder")
+    order = embeds_first if read_modules(folder) else (*embeds_first[1:], "encoder")
+    refused = None
+    for kind in order:
+        try:
+            _check_library_class(folder, kind)
+            _check_kind(folder, kind)
+        except CheckpointError as error:
+            refused = error
+        else:
+            return kind
+    assert refused is not None
+    raise refused
+
+
 def _check_library_class(folder: Path, kind: Kind) -> None:
     """Refuses models of sentence-transformers that it would load as another kind after dropping what they are."""
     wanted = _LIBRARY_CLASSES.get(kind)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import typer
 
-import cocktail_serve
+from cocktail_serve.build import versions
 from cocktail_serve.cli.client.chat import chat as chat_command
 from cocktail_serve.cli.client.cocktails import delete as delete_command
 from cocktail_serve.cli.client.cocktails import export as export_command
@@ -20,6 +20,7 @@ from cocktail_serve.cli.demo import demo as demo_command
 from cocktail_serve.cli.doctor import doctor as doctor_command
 from cocktail_serve.cli.eval import evaluate as eval_command
 from cocktail_serve.cli.extract import extract as extract_command
+from cocktail_serve.cli.init import init as init_command
 from cocktail_serve.cli.inspect import inspect as inspect_command
 from cocktail_serve.cli.keys import keys as keys_commands
 from cocktail_serve.cli.limits import limits as limits_commands
@@ -38,6 +39,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,  # a fault of ours shows Python's own traceback; the user's are told in one line
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+app.command("init")(init_command)
 app.command("serve")(serve_command)
 app.command("weigh")(weigh_command)
 app.command("mix")(mix_command)
@@ -79,7 +81,14 @@ def main(args: Sequence[str] | None = None) -> None:
 
 
 @app.callback(invoke_without_command=True)
-def _root(version: bool = typer.Option(False, "--version", help="Print the version and exit.")) -> None:
+def _root(
+    version: bool = typer.Option(
+        False, "--version", help="Print the version and exit; build, vLLM, torch and Python go to stderr."
+    ),
+) -> None:
     if version:
-        typer.echo(cocktail_serve.__version__)
+        found = versions()
+        typer.echo(found.pop("cocktail-serve"))
+        for name, number in found.items():
+            typer.echo(f"{name} {number or ('not known' if name == 'build' else 'not installed')}", err=True)
         raise typer.Exit

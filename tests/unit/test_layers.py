@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "cocktail_serve"
 PLUGIN = ROOT / "plugins" / "vllm_cocktail"
 
-NOUNS = {"errors", "digest", "dtypes", "ids", "storable_text", "pool", "methods", "recipe", "progress"} | {
+NOUNS = {"errors", "build", "digest", "dtypes", "ids", "storable_text", "pool", "methods", "recipe", "progress"} | {
     "examples",
     "example_rows",
     "chat_rows",

@@ -9,13 +9,11 @@ from typing import Annotated
 import typer
 
 from cocktail_serve.cli.doctor.configuration import check_config
-from cocktail_serve.cli.doctor.finding import CheckStatus
+from cocktail_serve.cli.doctor.finding import show
 from cocktail_serve.cli.doctor.installation import check_installation
 from cocktail_serve.cli.doctor.machine import check_machine
 from cocktail_serve.cli.options import AsJSON
 from cocktail_serve.cli.terminal import print_json, progress, stdout
-
-_MARKS: dict[CheckStatus, tuple[str, str]] = {"ok": ("✓", "green"), "warning": ("!", "yellow"), "problem": ("✗", "red")}
 
 
 def doctor(
@@ -33,10 +31,6 @@ def doctor(
     else:
         console = stdout()
         for check in checks:
-            mark, color = _MARKS[check.status]
-            console.print(f"[{color}]{mark}[/] [bold]{check.name}[/]", end=" ")
-            console.print(check.detail, markup=False)
-            if check.fix:
-                console.print(f"    {check.fix}", markup=False)
+            show(console, check)
     if any(check.status == "problem" for check in checks):
         raise typer.Exit(1)

