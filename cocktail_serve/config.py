@@ -26,6 +26,7 @@ from pydantic_core import ErrorDetails
 
 from cocktail_serve.dtypes import DType
 from cocktail_serve.errors import ConfigError
+from cocktail_serve.examples import MAX_SEPARATOR
 from cocktail_serve.pool import BASE, NAME_PATTERN, Kind, Member, Mode, Pool, with_article
 from cocktail_serve.request_schema import fields_beside
 from cocktail_serve.suggestions import did_you_mean
@@ -265,6 +266,12 @@ class PoolConfig(_Section):
     experts: dict[Name, SourceField] = Field(default_factory=dict, description="Fine-tuned models, by name.")
     engine: EngineConfig = Field(description="What runs the pool.")
     max_examples: int = Field(100, ge=1, le=10_000, description="More examples than this are sampled, with a warning.")
+    example_separator: str | None = Field(
+        None,
+        max_length=MAX_SEPARATOR,
+        description="What joins `input` and `output` of a decoder's examples, and is predicted with the output. Left "
+        "out: one space, as LM-Cocktail has it, and nothing where the input ends in white space.",
+    )
     prompts: dict[str, str] = Field(
         default_factory=dict, description="Text put before an embedding input, by prompt_name."
     )

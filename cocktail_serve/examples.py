@@ -15,16 +15,52 @@ from cocktail_serve.errors import InvalidExamplesError
 from cocktail_serve.example_rows import plain_row, text_of
 from cocktail_serve.pool import Kind, with_article
 
+ONE_SPACE = " "
+"""What LM-Cocktail's reference joins input and output by."""
+
+MAX_SEPARATOR = 16
+"""Characters between input and output: more belongs to one of the two."""
+
 
 @dataclass(frozen=True, slots=True)
 class TextExample:
-    """`{"input", "output"}` (or `{"prompt", "completion"}`): the loss is that of the output given the input."""
+    """`{"input", "output"}`, or `{"prompt", "completion"}`: the loss is that of the output given the input.
+
+    Attributes:
+        separator: what stands between the two, where there is an input. It is predicted with the output.
+    """
 
     input: str
     output: str
+    separator: str = ONE_SPACE
+
+    @classmethod
+    def joined(cls, text: str, output: str, separator: str | None = None) -> Self:
+        """An input and its output.
+
+        Args:
+            separator: as of `parse_examples`.
+        """
+        if separator is None:
+            separator = "" if text[-1:].isspace() else ONE_SPACE
+        return cls(text, output, separator if text else ONE_SPACE)
+
+    @property
+    def output_start(self) -> int:
+        """Characters of the text before the output."""
+        return len(self.input) + len(self.separator) if self.input else 0
+
+    @property
+    def text(self) -> str:
+        """Input and output as the model reads them."""
+        return f"{self.input}{self.separator}{self.output}" if self.input else self.output
 
     def to_json(self) -> dict[str, Any]:
-        return {"input": self.input, "output": self.output}
+        """The row that says the same in every release and pool; the reference's as it always was, for its digest."""
+        if self.separator == "":
+            return {"prompt": self.input, "completion": self.output}
+        other = {} if self.separator == ONE_SPACE else {"separator": self.separator}
+        return {"input": self.input, "output": self.output, **other}
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,20 +198,29 @@ MAX_SHOWN = 40
 """Characters of a line that an error shows."""
 
 
-def parse_examples(rows: Iterable[Any], kind: Kind, *, max_examples: int = 100, seed: int = 0) -> ExampleSet:
+def parse_examples(
+    rows: Iterable[Any],
+    kind: Kind,
+    *,
+    max_examples: int = 100,
+    seed: int = 0,
+    separator: str | None = None,
+) -> ExampleSet:
     """Checks rows against the pool's kind and makes an `ExampleSet` of them.
 
     Args:
         rows: JSON objects in a form of `_FORMS`, or of `example_rows`. Keys beyond the form's own are an error,
             save those that data sets carry beside the text and that change no loss.
         max_examples: more rows than this are sampled without replacement, in their order, by `seed`.
+        separator: what joins `input` and `output` where a row does not say; None: one space, as the reference does,
+            and nothing where the input ends in white space. A `prompt` and its `completion` are joined as they are.
 
     Raises:
         InvalidExamplesError: no rows, or one that is malformed or of another kind; carries its number, from 1.
     """
     if isinstance(rows, str | bytes | Mapping) or not isinstance(rows, Iterable):
         raise InvalidExamplesError(f"examples must be a list of objects, got {type(rows).__name__}")
-    parsed = [_parse_row(row, kind, number) for number, row in enumerate(rows, start=1)]
+    parsed = [_parse_row(row, kind, number, separator) for number, row in enumerate(rows, start=1)]
     if not parsed:
         raise InvalidExamplesError("there are no examples; give at least one, five are enough")
     num_given = len(parsed)
@@ -188,6 +233,7 @@ def parse_examples(rows: Iterable[Any], kind: Kind, *, max_examples: int = 100, 
 
 _FORMS: dict[frozenset[str], str] = {
     frozenset({"input", "output"}): "text",
+    frozenset({"input", "output", "separator"}): "text",
     frozenset({"prompt", "completion"}): "text",
     frozenset({"messages"}): "chat",
     frozenset({"messages", "tools"}): "chat",
@@ -210,7 +256,7 @@ _EXPECTED: dict[Kind, str] = {
 }
 
 
-def _parse_row(row: Any, kind: Kind, number: int) -> Example:
+def _parse_row(row: Any, kind: Kind, number: int, separator: str | None) -> Example:
     if not isinstance(row, Mapping):
         raise InvalidExamplesError(f"expected an object {_EXPECTED[kind]}, got {type(row).__name__}", row=number)
     row = plain_row(row, kind, number)
@@ -226,11 +272,27 @@ def _parse_row(row: Any, kind: Kind, number: int) -> Example:
         return ChatExample(messages, details, checked_tools(row.get("tools", ()), number))
     if form == "retrieval":
         return _retrieval(row, kind, number)
-    source, output = ("input", "output") if "input" in keys else ("prompt", "completion")
-    # a decoder can be asked for the loss of a text alone, if its tokenizer begins with a token to predict it from
-    return TextExample(
-        input=text_of(row[source], source, number, may_be_empty=kind == "decoder"),
-        output=text_of(row[output], output, number),
+    return _text(row, kind, number, separator)
+
+
+def _text(row: Mapping[str, Any], kind: Kind, number: int, separator: str | None) -> TextExample:
+    source, output = ("input", "output") if "input" in row else ("prompt", "completion")
+    if source == "prompt":
+        separator = ""
+    elif "separator" in row:
+        separator = row["separator"]
+        if not isinstance(separator, str) or len(separator) > MAX_SEPARATOR:
+            raise InvalidExamplesError(
+                f"'separator' must be a string of at most {MAX_SEPARATOR} characters, got {separator!r:.40}", row=number
+            )
+        if separator.strip():
+            text_of(separator, "separator", number)
+    return TextExample.joined(
+        # a decoder can be asked for the loss of a text alone, if its tokenizer begins with a token to predict it from
+        text_of(row[source], source, number, may_be_empty=kind == "decoder"),
+        text_of(row[output], output, number),
+        # an encoder-decoder reads the two apart
+        ONE_SPACE if kind == "encoder_decoder" else separator,
     )
 
 

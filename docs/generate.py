@@ -220,9 +220,14 @@ _COCKTAIL_RULES = """
 | form | pools |
 |---|---|
 | `{"input": "...", "output": "..."}` | decoder, encoder-decoder |
-| `{"prompt": "...", "completion": "..."}` | the same in other words |
+| `{"prompt": "...", "completion": "..."}` | the same, joined as they are |
 | `{"messages": [{"role": "user", "content": "..."}, ..., {"role": "assistant", "content": "..."}]}` | decoder; text only, the last answer is the output |
 | `{"query": "...", "pos": ["..."], "neg": ["..."]}` | encoder, where a single example needs negatives; reranker, where every one does |
+
+What is scored is the text that the model is asked with. `input` and `output` are joined by one space, as LM-Cocktail's reference joins them; by nothing where the
+input ends in white space; by the pool's [`example_separator`](config.md), where it has one; or by the row's own `separator`. What joins them is predicted with the
+output, as the reference's space is. `prompt` and `completion` are joined as they are, and messages as the chat template renders them: of these the model reads the
+very tokens of the prompt that it is served, and the answer is cut behind them, also where the prompt ends in a space.
 
 Rows that other tools write are taken as they are:
 

@@ -102,14 +102,15 @@ def evaluate(
     if out is not None:
         check_plotting()
     targets, files = pairs(target, "--target"), pairs(examples, "--examples")
+    separator = pool_config.example_separator
     entries = []
     for path in task:
         loaded = load_task(path, pool_config.kind, limit=limit, max_documents=max_documents, seed=seed)
         few = None
         if loaded.name in files:
-            few = load_examples(Path(files[loaded.name]), pool_config.kind)
+            few = load_examples(Path(files[loaded.name]), pool_config.kind, separator=separator)
         elif train_file(path) is not None:
-            few = sample_examples(path, pool_config.kind, num=num_examples, seed=seed)
+            few = sample_examples(path, pool_config.kind, num=num_examples, seed=seed, separator=separator)
         own = loaded.name if loaded.name in pool_config.experts else None
         entries.append(RunEntry(loaded, few, targets.get(loaded.name, own)))
     for name in (*targets, *files):
@@ -123,6 +124,7 @@ def evaluate(
         metrics=None if metric is None else checked_metrics(metric),
         max_new_tokens=max_new_tokens,
         choice_norm=choice_norm,  # type: ignore[arg-type]  # checked above
+        example_separator=separator,
     )
     with (
         progress() as report,

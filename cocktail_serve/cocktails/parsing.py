@@ -19,7 +19,7 @@ from cocktail_serve.errors import (
     NotFoundError,
     params_named,
 )
-from cocktail_serve.examples import parse_examples
+from cocktail_serve.examples import ExampleSet, parse_examples
 from cocktail_serve.imported_recipe import read_recipe
 from cocktail_serve.methods import Method, MethodName, find_method
 from cocktail_serve.pool import BASE, NAME_PATTERN, Kind, Pool
@@ -175,7 +175,7 @@ def _resolve(
         _check_target(body.target, experts, pool)
     examples = None
     if body.examples is not None:
-        examples = parse_examples(body.examples, pool.kind, max_examples=settings.pool(pool.id).max_examples, seed=seed)
+        examples = _parse_examples(body.examples, pool, settings, seed=seed)
     elif body.target is None:
         raise InvalidMixError(
             "give examples, merging_weights, a target or a recipe: there is nothing to mix", param="examples"
@@ -207,18 +207,20 @@ def _resolve(
     return CocktailRequest(options, examples)
 
 
+def _parse_examples(rows: Any, pool: Pool, settings: Settings, *, seed: int) -> ExampleSet:
+    config = settings.pool(pool.id)
+    return parse_examples(
+        rows, pool.kind, max_examples=config.max_examples, seed=seed, separator=config.example_separator
+    )
+
+
 def _fingerprints(pool: Pool, names: Iterable[str]) -> dict[str, str]:
     return {name: pool.member(name).fingerprint for name in sorted({BASE, *names})}
 
 
 def _with_validation(request: CocktailRequest, body: CocktailBody, pool: Pool, settings: Settings) -> CocktailRequest:
     with params_named(lambda _: "validation_examples"):
-        validation = parse_examples(
-            body.validation_examples,
-            pool.kind,
-            max_examples=settings.pool(pool.id).max_examples,
-            seed=request.options.seed,
-        )
+        validation = _parse_examples(body.validation_examples, pool, settings, seed=request.options.seed)
     options = replace(request.options, validation_digest=validation.digest, num_validation_examples=len(validation))
     return replace(request, options=options, validation=validation)
 

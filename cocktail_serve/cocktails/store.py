@@ -17,7 +17,7 @@ from cocktail_serve.cocktails.rows import from_row, to_row
 from cocktail_serve.cocktails.score_store import forget_scores
 from cocktail_serve.database import tables
 from cocktail_serve.database.database import Database, chunks, insert_missing, shielded
-from cocktail_serve.examples import ExampleSet, parse_examples
+from cocktail_serve.examples import ONE_SPACE, ExampleSet, parse_examples
 from cocktail_serve.tenants.example_quota import check_example_bytes
 from cocktail_serve.usage.actor import SERVER, Actor
 
@@ -290,7 +290,8 @@ class Store:
         if (options.validation_digest if validation else options.examples_digest) is None:
             return None
         rows = await self.examples(cocktail.uid, validation=validation)
-        return parse_examples(rows, cocktail.kind, max_examples=len(rows))
+        # a row that is kept says itself what joins it: the reference's space where it says nothing, whatever the pool's
+        return parse_examples(rows, cocktail.kind, max_examples=len(rows), separator=ONE_SPACE)
 
 
 async def _number(connection: AsyncConnection) -> int:

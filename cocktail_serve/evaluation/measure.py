@@ -1,7 +1,7 @@
 """One system on one task: from its answers to the metrics of every row.
 
-Likelihood: each choice is scored behind the prompt as examples are when models are weighed (`scoring.decoder`, one
-space between), and the largest counts as the answer. The end token that closes examples is left out, as lm-evaluation-
+Likelihood: each choice is scored behind the prompt as examples are when models are weighed (`scoring.decoder`), joined
+as they are, and the largest counts as the answer. The end token that closes examples is left out, as lm-evaluation-
 harness does: only fine-tuned models know that an answer ends there, and the base would be judged by that alone. `sum`
 compares log-probabilities of the whole choice: the default, the harness's `acc`. `token` divides by the number of
 tokens, `byte` by the choice's bytes of UTF-8, the harness's `acc_norm`.
@@ -40,7 +40,7 @@ from cocktail_serve.evaluation.systems import Contender
 from cocktail_serve.evaluation.tasks import DecoderRow, DecoderTask, EncoderTask, Task
 from cocktail_serve.examples import ExampleSet, TextExample
 from cocktail_serve.recipe import Recipe
-from cocktail_serve.scoring.decoder import mean_loss, tokenize_examples
+from cocktail_serve.scoring.decoder import LOSS_VERSION, mean_loss, tokenize_examples
 
 MAX_REMEMBERED = 12
 """Likelihoods or embeddings of a model on a task that are kept in memory: an ensemble's members at another temperature
@@ -57,11 +57,13 @@ class Measuring:
         metrics: which, the first that a task has being its own in tables; None: all that the task has.
         max_new_tokens: of an answer.
         choice_norm: what a choice's log-probability is divided by, see the module.
+        example_separator: what joins a prompt and its answer, as of `parse_examples`; a pool's own.
     """
 
     metrics: tuple[Metric, ...] | None = None
     max_new_tokens: int = 64
     choice_norm: Literal["sum", "token", "byte"] = "sum"
+    example_separator: str | None = None
 
 
 class Measurer:
@@ -122,14 +124,22 @@ class Measurer:
         backend = cast(DecoderBackend, self._backend)
         possible = tuple(m for m in DECODER_METRICS if (m in ("accuracy", "loss")) or not task.has_choices)
         wanted = self._wanted(possible if task.has_choices else tuple(m for m in possible if m != "accuracy"), task)
-        rows = fitting_rows(backend, task)
-        prompts, num_shots = with_shots(backend, rows, contender.shots, reserve=self._how.max_new_tokens)
+        separator = self._how.example_separator
+        rows = fitting_rows(backend, task, separator)
+        prompts, num_shots = with_shots(
+            backend, rows, contender.shots, reserve=self._how.max_new_tokens, separator=separator
+        )
         about: dict[str, Any] = {"num_too_long": len(task.rows) - len(rows)}
         if num_shots is not None:
             about["num_shots"] = num_shots
         metrics: dict[Metric, list[float]] = {}
         if {"accuracy", "loss"} & set(wanted):
-            norm = {"choice_norm": self._how.choice_norm, "end_token": False}
+            norm = {
+                "choice_norm": self._how.choice_norm,
+                "end_token": False,
+                "losses": LOSS_VERSION,
+                "separator": separator,
+            }
             metrics |= self._kept(
                 contender, task, "likelihood", norm, lambda: self._likelihoods(contender, task, rows, prompts)
             )
@@ -144,7 +154,7 @@ class Measurer:
         backend = cast(DecoderBackend, self._backend)
         candidates = [candidates_of(row) for row in rows]
         examples = ExampleSet.of(
-            TextExample(prompt, candidate)
+            TextExample.joined(prompt, candidate, self._how.example_separator)
             for prompt, of_row in zip(prompts, candidates, strict=True)
             for candidate in of_row
         )
@@ -224,13 +234,17 @@ def candidates_of(row: DecoderRow) -> tuple[str, ...]:
     return row.choices or (row.output,)
 
 
-def fitting_rows(backend: DecoderBackend, task: DecoderTask) -> list[DecoderRow]:
+def fitting_rows(backend: DecoderBackend, task: DecoderTask, separator: str | None = None) -> list[DecoderRow]:
     """The rows that the context holds with their longest candidate, for all systems the same.
 
     Raises:
         InvalidRequestError: none does.
     """
-    texts = [f"{row.input} {candidate}" for row in task.rows for candidate in candidates_of(row)]
+    texts = [
+        TextExample.joined(row.input, candidate, separator).text
+        for row in task.rows
+        for candidate in candidates_of(row)
+    ]
     lengths = iter(_lengths(backend.tokenizer, texts))
     # one token for the end, and one that vLLM needs room for
     fits = [max(next(lengths) for _ in candidates_of(row)) <= backend.max_tokens - 2 for row in task.rows]
@@ -241,7 +255,12 @@ def fitting_rows(backend: DecoderBackend, task: DecoderTask) -> list[DecoderRow]
 
 
 def with_shots(
-    backend: DecoderBackend, rows: Sequence[DecoderRow], shots: ExampleSet | None, *, reserve: int
+    backend: DecoderBackend,
+    rows: Sequence[DecoderRow],
+    shots: ExampleSet | None,
+    *,
+    reserve: int,
+    separator: str | None = None,
 ) -> tuple[list[str], float | None]:
     """The rows' prompts with as many of the first shots before them as the context holds, and the mean number of those.
 
@@ -250,11 +269,12 @@ def with_shots(
     """
     if shots is None:
         return [row.input for row in rows], None
-    texts = [f"{example.input} {example.output}\n\n" for example in shots if isinstance(example, TextExample)]
+    texts = [f"{example.text}\n\n" for example in shots if isinstance(example, TextExample)]
     # pieces apart have a few tokens more than together, special tokens for one
     sizes = _lengths(backend.tokenizer, texts)
     candidates = [candidates_of(row) for row in rows]
-    lengths = iter(_lengths(backend.tokenizer, [f"{row.input} {c}" for row in rows for c in candidates_of(row)]))
+    joined = [TextExample.joined(row.input, c, separator).text for row in rows for c in candidates_of(row)]
+    lengths = iter(_lengths(backend.tokenizer, joined))
     prompts, total = [], 0
     for row, of_row in zip(rows, candidates, strict=True):
         needed = max(next(lengths) for _ in of_row) + (0 if row.choices else reserve)

@@ -133,11 +133,14 @@ def load_task(
     )
 
 
-def sample_examples(path: Path, kind: Kind, *, num: int = NUM_EXAMPLES, seed: int = 0) -> ExampleSet:
+def sample_examples(
+    path: Path, kind: Kind, *, num: int = NUM_EXAMPLES, seed: int = 0, separator: str | None = None
+) -> ExampleSet:
     """Few-shot examples of a task: a seeded sample of its train file.
 
     Args:
         path: the task's, whose train file is looked for beside the test.
+        separator: as of `parse_examples`.
 
     Raises:
         InvalidRequestError: there is no train file.
@@ -150,23 +153,28 @@ def sample_examples(path: Path, kind: Kind, *, num: int = NUM_EXAMPLES, seed: in
             f"{path} has no {', '.join(TRAIN_FILES)} beside it to take examples from; name a file of examples",
             param="examples",
         )
-    return load_examples(train, kind, num=num, seed=seed)
+    return load_examples(train, kind, num=num, seed=seed, separator=separator)
 
 
-def load_examples(file: Path, kind: Kind, *, num: int | None = None, seed: int = 0) -> ExampleSet:
+def load_examples(
+    file: Path, kind: Kind, *, num: int | None = None, seed: int = 0, separator: str | None = None
+) -> ExampleSet:
     """The examples in a file of JSONL or of one JSON array; columns that data sets carry beside them are left aside.
 
     Args:
         num: how many are sampled by `seed`; None: all.
+        separator: as of `parse_examples`.
 
     Raises:
         InvalidExamplesError: rows that do not fit the kind.
     """
     rows = [{key: value for key, value in row.items() if key in _EXAMPLE_KEYS} for row in _rows(file)]
-    return parse_examples(rows, kind, max_examples=num or len(rows), seed=seed)
+    return parse_examples(rows, kind, max_examples=num or len(rows), seed=seed, separator=separator)
 
 
-_EXAMPLE_KEYS = frozenset({"input", "output", "prompt", "completion", "messages", "tools", "query", "pos", "neg"})
+_EXAMPLE_KEYS = frozenset({"input", "output", "prompt", "completion", "messages", "tools", "query", "pos", "neg"}) | {
+    "separator"
+}
 
 
 def train_file(path: Path) -> Path | None:

@@ -64,7 +64,11 @@ def extract_pool(
             f"pool {pool_id!r} is {with_article(config.kind)} pool; adapters are extracted for decoders alone, whose "
             "engine can serve them unmerged"
         )
-    examples = None if rows is None else parse_examples(rows, config.kind, max_examples=config.max_examples)
+    examples = None
+    if rows is not None:
+        examples = parse_examples(
+            rows, config.kind, max_examples=config.max_examples, separator=config.example_separator
+        )
     pool = open_with_progress(settings, config, report)
     full = [name for name, member in pool.experts.items() if not is_adapter(member.path)]
     if not full:

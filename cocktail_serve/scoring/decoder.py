@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from cocktail_serve.scoring.exported_tokenizer import ExampleTokenizer
 
-LOSS_VERSION = "text-1"
+LOSS_VERSION = "text-2"
 """Part of every key that a loss is kept under: raised when the same example comes to mean other tokens."""
 
 MAX_BATCH_TOKENS = 2048
@@ -51,13 +51,16 @@ def tokenize_examples(
 ) -> list[TokenizedExample]:
     """Turns text and chat examples into tokens, with the boundary between input and output found in tokens.
 
-    Text is joined as LM-Cocktail's reference does, input, one space, output, and closed by EOS; an output without an
-    input stands alone, and is predicted from what the tokenizer begins a text with. Special tokens before
-    it are those that the tokenizer's own template adds. Messages go through the chat template, which brings its
-    special tokens itself; what it renders after the generation prompt of all messages but the last is the output.
+    Text is joined by the example's separator (LM-Cocktail's reference: one space) and closed by EOS; an output without
+    an input stands alone, and is predicted from what the tokenizer begins a text with. Special tokens before it are
+    those that the tokenizer's own template adds. The boundary is found by the tokens' character offsets: the first
+    token that reaches past the input's last character is the first of the output. So the separator, and a token merged
+    across the boundary, count as output.
 
-    The boundary is found by the tokens' character offsets: the first token that reaches past the input's last character
-    is the first of the output. So a token merged across the boundary counts as output.
+    Messages go through the chat template, which brings its special tokens itself; what it renders after the generation
+    prompt of all messages but the last is the output. Their tokens, and those of a text that nothing joins, are what a
+    model which is served reads and writes: where a token of both together would merge across the boundary, as after a
+    prompt that ends in a space, the two are cut apart.
 
     Args:
         max_tokens: longest example allowed; `max_model_len - 1` wherever it is scored, since vLLM needs room for one
@@ -139,20 +142,17 @@ def _tokenize(
     chat_template: ChatTemplate | None,
 ) -> TokenizedExample:
     if isinstance(example, TextExample):
-        text, input_end = f"{example.input} {example.output}" if example.input else example.output, len(example.input)
-        # the space that joins the two is ours: an output of which nothing else is left has no tokens
-        output_begin = input_end + 1 if example.input else 0
+        text, input_end = example.text, len(example.input)
+        # what joins the two is ours: an output of which nothing else is left has no tokens
+        output_begin = example.output_start
     elif isinstance(example, ChatExample):
         text, input_end = _render(tokenizer, example, row, chat_template)
         output_begin = input_end
     else:
         raise row.invalid("a retrieval example has no output for a decoder to predict")
     is_chat = isinstance(example, ChatExample)
-    encoded = tokenizer(
-        text, add_special_tokens=not is_chat, return_offsets_mapping=True, truncation=False, verbose=False
-    )
-    token_ids: list[int] = list(encoded["input_ids"])
-    ends = [end for _, end in encoded["offset_mapping"]]
+    token_ids, offsets = _encode(tokenizer, text, add_special_tokens=not is_chat)
+    ends = [end for _, end in offsets]
     if max(ends, default=0) <= output_begin:
         raise row.invalid("the output tokenises to nothing, so there is nothing to predict")
     output_start = max(1, next(index for index, end in enumerate(ends) if end > input_end))
@@ -161,6 +161,12 @@ def _tokenize(
             "the input is empty, and the pool's tokenizer begins a text with no token of its own, so there is nothing "
             "to predict the output's first token from; give an input"
         )
+    if is_chat or input_end == output_begin:  # where something joins them, it is one text, as the reference's
+        prompt_ids, _ = _encode(tokenizer, text[:input_end], add_special_tokens=not is_chat)
+        if not is_chat and prompt_ids and prompt_ids[-1] == tokenizer.eos_token_id:
+            prompt_ids.pop()
+        if token_ids[: len(prompt_ids)] != prompt_ids:
+            token_ids, output_start = prompt_ids + _continuation(tokenizer, text[input_end:]), len(prompt_ids)
     # a chat template closes the turn itself
     if not is_chat and tokenizer.eos_token_id is not None and token_ids[-1] != tokenizer.eos_token_id:
         token_ids.append(tokenizer.eos_token_id)
@@ -169,6 +175,25 @@ def _tokenize(
     if output_start >= len(token_ids):
         raise row.invalid("input and output are one token, so there is nothing to predict it from; give a longer input")
     return TokenizedExample(token_ids, output_start)
+
+
+def _encode(
+    tokenizer: ExampleTokenizer, text: str, *, add_special_tokens: bool
+) -> tuple[list[int], Sequence[tuple[int, int]]]:
+    """Token ids of a text, and where in it each begins and ends."""
+    encoded = tokenizer(
+        text, add_special_tokens=add_special_tokens, return_offsets_mapping=True, truncation=False, verbose=False
+    )
+    return list(encoded["input_ids"]), encoded["offset_mapping"]
+
+
+def _continuation(tokenizer: ExampleTokenizer, text: str) -> list[int]:
+    """Tokens of a text that goes on from another: without the space that some tokenizers put before a text."""
+    before, _ = _encode(tokenizer, "\n", add_special_tokens=False)
+    both, _ = _encode(tokenizer, f"\n{text}", add_special_tokens=False)
+    return (
+        both[len(before) :] if both[: len(before)] == before else _encode(tokenizer, text, add_special_tokens=False)[0]
+    )
 
 
 def _render(

@@ -26,7 +26,7 @@ from cocktail_serve.cocktails.jobs import RetryPolicy
 from cocktail_serve.cocktails.options import CocktailRequest
 from cocktail_serve.cocktails.parsing import parse_inline, parse_request
 from cocktail_serve.cocktails.service import CocktailService
-from cocktail_serve.cocktails.store import ChangeHook
+from cocktail_serve.cocktails.store import ChangeHook, Store
 from cocktail_serve.config import Settings
 from cocktail_serve.database.database import Database
 from cocktail_serve.dtypes import DType
@@ -690,6 +690,24 @@ async def test_only_new_examples_are_scored(world: World, service: CocktailServi
     assert world.scoring.visits_to("mixture") == [(new,)], "the new example moved no weight, so the mixture is the same"
 
 
+async def test_kept_examples_are_scored_as_they_were_given(world: World) -> None:
+    """Though the pool joins rows by something else by then: they are found by their losses, and purged with them."""
+    rows = [A, {"input": "a \n", "output": "b"}, {"prompt": "a", "completion": "b"}, {**A, "separator": ": "}]
+    async with world.service() as service:
+        given = world.request(examples=rows)
+        ready = await made(service, given)
+    database = Database(world.settings.store.database_url)
+    await database.open()
+    try:
+        kept = await Store(database).example_set(ready)
+    finally:
+        await database.close()
+    assert given.examples is not None
+    assert kept is not None
+    assert kept.digests == given.examples.digests
+    assert kept == given.examples
+
+
 async def test_only_new_experts_are_scored(world: World) -> None:
     async with world.service() as service:
         await made(service, world.request())
@@ -701,10 +719,14 @@ async def test_only_new_experts_are_scored(world: World) -> None:
     assert [model for model, _ in world.scoring.visits] == ["fp-flan-squad", "mixture"]
 
 
-@pytest.mark.parametrize("change", ["tokenizer", "dtype"])
-async def test_losses_are_measured_again_when_what_they_depend_on_changes(world: World, change: str) -> None:
+@pytest.mark.parametrize("change", ["tokenizer", "dtype", "loss version"])
+async def test_losses_are_measured_again_when_what_they_depend_on_changes(
+    world: World, change: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     async with world.service() as service:
         await made(service, world.request())
+    if change == "loss version":
+        monkeypatch.setattr("cocktail_serve.scoring.decoder.LOSS_VERSION", "text-1")
     if change == "tokenizer":
         world.pools["flan"] = make_pool("flan", "decoder", ["ag-news", "nq"], text_digest="other")
     world.scoring = ScoringEngine(

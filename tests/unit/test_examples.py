@@ -23,9 +23,56 @@ from cocktail_serve.pool import Kind
 CHAT = [{"role": "system", "content": "s"}, {"role": "user", "content": "u"}, {"role": "assistant", "content": "a"}]
 
 
-def test_text_forms_are_one() -> None:
-    given = parse_examples([{"input": "a", "output": "b"}, {"prompt": "a", "completion": "b"}], "decoder")
-    assert given.examples == (TextExample("a", "b"), TextExample("a", "b"))
+def test_text_forms_are_one_but_for_what_joins_them() -> None:
+    rows = [{"input": "a", "output": "b"}, {"prompt": "a", "completion": "b"}, {"prompt": "a ", "completion": "b"}]
+    given = parse_examples(rows, "decoder")
+    assert given.examples == (TextExample("a", "b"), TextExample("a", "b", ""), TextExample("a ", "b", ""))
+    assert [example.text for example in given] == ["a b", "ab", "a b"]  # type: ignore[union-attr]
+    # an encoder-decoder reads the two apart
+    one, other = parse_examples(rows[:2], "encoder_decoder")
+    assert one == other == TextExample("a", "b")
+
+
+@pytest.mark.parametrize(
+    ("row", "pools", "text"),
+    [
+        ({"input": "a", "output": "b"}, None, "a b"),
+        ({"input": "a ", "output": "b"}, None, "a b"),
+        ({"input": "a:\n", "output": "b"}, None, "a:\nb"),
+        ({"input": "a\u00a0", "output": "b"}, None, "a\u00a0b"),
+        ({"input": "a", "output": " b"}, None, "a  b"),
+        ({"input": "a ", "output": "b"}, " ", "a  b"),
+        ({"input": "a", "output": "b"}, "", "ab"),
+        ({"input": "a", "output": "b"}, "\n->", "a\n->b"),
+        ({"input": "a", "output": "b", "separator": ": "}, "\n", "a: b"),
+        ({"prompt": "a", "completion": " b"}, "\n", "a b"),
+        ({"input": "", "output": "b"}, "\n", "b"),
+        ({"prompt": "", "completion": " b"}, None, " b"),
+    ],
+    ids=str,
+)
+def test_what_joins_input_and_output(row: dict[str, str], pools: str | None, text: str) -> None:
+    given = parse_examples([row], "decoder", separator=pools)
+    (example,) = given
+    assert isinstance(example, TextExample)
+    assert example.text == text
+    assert example.text[example.output_start :] == example.output
+    # what is kept is read as it was, whatever the pool says by then
+    assert parse_examples(json.loads(json.dumps(given.to_json())), "decoder", separator=" ") == given
+
+
+def test_kept_rows_are_read_as_they_were() -> None:
+    """By a release that put a space behind white space too, or by a pool that does."""
+    (kept,) = parse_examples([{"input": "a ", "output": "b"}], "decoder", separator=" ")
+    assert kept.to_json() == {"input": "a ", "output": "b"}
+    (new,) = parse_examples([{"input": "a ", "output": "b"}], "decoder")
+    assert example_digest(kept) != example_digest(new)
+
+
+@pytest.mark.parametrize("separator", [None, 1, "x" * 17, "\ud800"])
+def test_a_separator_that_is_none(separator: Any) -> None:
+    with pytest.raises(InvalidExamplesError, match="row 1: 'separator'"):
+        parse_examples([{"input": "a", "output": "b", "separator": separator}], "decoder")
 
 
 def test_chat_form_and_text_parts() -> None:
@@ -164,7 +211,7 @@ def test_digests_follow_content_and_order() -> None:
 @pytest.mark.parametrize(
     ("kind", "row", "digest"),
     [
-        ("decoder", {"prompt": "a", "completion": "b", "weight": 1}, "f245cdedc115600cedd8b474dfb3296469364ba2e62"),
+        ("decoder", {"input": "a", "output": "b", "weight": 1}, "f245cdedc115600cedd8b474dfb3296469364ba2e62"),
         ("decoder", {"messages": CHAT}, "6e2f7d5377f0508f4740cddb799ebc1c48935c5cb9ea7fd5f735bef8dd986021"),
         ("encoder", {"query": "q", "pos": ["p"], "neg": ["n"]}, "d5d941081954a7922e0e45bef4ad06acff3ad9c168b82956"),
     ],
@@ -178,6 +225,9 @@ def test_digests_are_those_of_earlier_releases(kind: Kind, row: dict[str, Any], 
     ("kind", "row"),
     [
         ("decoder", {"input": "a", "output": "b"}),
+        ("decoder", {"prompt": "a", "completion": "b"}),
+        ("decoder", {"input": "a ", "output": "b"}),
+        ("decoder", {"input": "a", "output": "b", "separator": "\n"}),
         ("decoder", {"messages": CHAT}),
         ("encoder", {"query": "q", "pos": ["p"], "neg": ["n"]}),
     ],

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
 
 from cocktail_serve.cocktails.options import CocktailOptions, CocktailRequest
 from cocktail_serve.cocktails.parsing import InlineBody, parse_inline, parse_request
@@ -98,6 +99,7 @@ def test_the_paper_is_softmax_with_its_own_settings() -> None:
     [
         {"examples": [*EXAMPLES, {"input": "e", "output": "f"}]},
         {"examples": EXAMPLES[::-1]},
+        {"examples": [{"prompt": "a", "completion": "b"}, EXAMPLES[1]]},
         {"temperature": 4.0},
         {"weighting": "uniform"},
         {"target": "nq"},
@@ -122,7 +124,7 @@ def test_whatever_decides_the_mixture_is_in_the_digest(other: dict[str, Any]) ->
         {"experts": ["squad", "nq", "ag-news"]},
         {"temperature": TEMPERATURES["decoder"]},
         {"method": "linear", "method_params": {}},
-        {"examples": [{"prompt": "a", "completion": "b"}, {"input": "c", "output": "d", "id": 7}]},
+        {"examples": [{"input": "a", "output": "b", "score": 3}, {"input": "c", "output": "d", "id": 7}]},
     ],
 )
 def test_what_does_not_decide_the_mixture_is_not_in_the_digest(other: dict[str, Any]) -> None:
@@ -389,3 +391,18 @@ def test_an_unmerged_pool_takes_no_method_that_needs_merged_parameters() -> None
     with pytest.raises(MethodNotServedError) as caught:
         parse_inline({"examples": EXAMPLES, "method": "slerp"}, pool=pools["flan"], settings=make_settings())
     assert caught.value.param == "cocktail.method"
+
+
+def test_the_pools_separator_joins_the_rows_that_do_not_say() -> None:
+    section = {"id": "flan", "kind": "decoder", "base": "b", "engine": {"type": "fake"}, "example_separator": "\n"}
+    settings = Settings.model_validate({"pools": [section]})
+    rows = [EXAMPLES[0], {"prompt": "c", "completion": "d"}, {**EXAMPLES[0], "separator": ": "}]
+    body = {"name": "films", "pool": "flan", "examples": rows, "validation_examples": rows}
+    request = parse_request(body, settings=settings, pools=POOLS)
+    for given in (request.examples, request.validation):
+        assert given is not None
+        assert [example.text for example in given] == ["a\nb", "cd", "a: b"]  # type: ignore[union-attr]
+    plain = parse({"examples": rows[:1]})
+    assert plain.digest != parse_request({**body, "examples": rows[:1]}, settings=settings, pools=POOLS).digest
+    with pytest.raises(ValidationError):
+        Settings.model_validate({"pools": [{**section, "example_separator": "x" * 17}]})

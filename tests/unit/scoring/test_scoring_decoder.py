@@ -291,6 +291,100 @@ def test_log_probabilities_of_a_bfloat16_model_are_taken_in_float32(
     assert loss == pytest.approx(exact, abs=1e-5)
 
 
+SPACED = (
+    "{% for m in messages %}{{ m.role }}: {{ m.content }}{{ eos_token }}{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
+)
+"""A template whose prompt ends in a space, which tokenizers would merge with the answer's first letters."""
+
+
+def metaspace_tokenizer(prepend_scheme: str) -> PreTrainedTokenizerFast:
+    """As sentencepiece's: spaces belong to the words behind them, and one is put before a text."""
+    words = [
+        "<unk>",
+        "</s>",
+        "\u2581",
+        "\u2581user:",
+        "\u2581what",
+        "\u2581assistant:",
+        "\u2581paris",
+        "paris",
+        "\u2581a",
+    ]
+    inner = Tokenizer(models.Unigram([(word, -float(len(words) - len(word))) for word in words], unk_id=0))
+    inner.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=prepend_scheme)
+    inner.add_special_tokens(["</s>"])
+    return PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="</s>", unk_token="<unk>", chat_template=SPACED)
+
+
+def test_messages_are_the_tokens_that_a_served_model_reads_and_writes() -> None:
+    byte_level = make_decoder_tokenizer()
+    byte_level.chat_template = SPACED
+    turns = (("user", "what"), ("assistant", "paris"))
+    for tokenizer in (byte_level, metaspace_tokenizer("always"), metaspace_tokenizer("first")):
+        tokenized = tokenize(tokenizer, chat(*turns))
+        prompt = tokenizer.apply_chat_template(
+            [{"role": "user", "content": "what"}], tokenize=False, add_generation_prompt=True
+        )
+        assert prompt.endswith(": ")
+        read, written = tokenized.token_ids[: tokenized.output_start], tokenized.token_ids[tokenized.output_start :]
+        assert read == tokenizer(prompt, add_special_tokens=False).input_ids
+        assert written[-1] == tokenizer.eos_token_id
+        first = tokenizer.convert_ids_to_tokens(written)[0]
+        assert "paris".startswith(first), "no space before it: that is in the prompt"
+        # and together they are another text than the two cut at once
+        whole = tokenizer.apply_chat_template(
+            [{"role": role, "content": content} for role, content in turns], tokenize=False
+        )
+        assert tokenized.token_ids != tokenizer(whole, add_special_tokens=False).input_ids
+
+
+def test_an_answer_that_begins_with_a_line_break_is_cut_apart_too() -> None:
+    tokenizer = make_decoder_tokenizer()
+    tokenizer.chat_template = SPACED
+    tokenized = tokenize(tokenizer, chat(("user", "what"), ("assistant", "\n\nparis")))
+    before, output = split(tokenizer, tokenized)
+    assert (before.endswith("assistant: "), output) == (True, "\n\nparis</s>")
+
+
+def test_a_prompt_and_its_completion_are_joined_as_they_are(tokenizer: PreTrainedTokenizerFast) -> None:
+    for row, text in (
+        ({"prompt": "what is", "completion": " paris"}, "what is paris"),
+        ({"prompt": "what is\n", "completion": "paris"}, "what is\nparis"),
+        ({"input": "what is\n", "output": "paris"}, "what is\nparis"),
+        ({"input": "what is ", "output": "paris"}, "what is paris"),
+    ):
+        tokenized = tokenize(tokenizer, parse_examples([row], "decoder"))
+        prompt = next(iter(row.values()))
+        assert tokenizer.decode(tokenized.token_ids) == f"<s>{text}</s>"
+        assert tokenized.token_ids[: tokenized.output_start] == tokenizer(prompt).input_ids, "as it is served"
+
+
+def test_a_prompt_that_ends_in_a_space_is_read_as_it_is_served() -> None:
+    """And not merged with the completion's first word, which is another text to the model than what it is asked."""
+    merging = Tokenizer(
+        models.BPE({"<s>": 0, "a": 1, " ": 2, "b": 3, " b": 4, "ab": 5, "c": 6}, [(" ", "b"), ("a", "b")])
+    )
+    merging.post_processor = processors.TemplateProcessing(single="<s> $A c", special_tokens=[("<s>", 0), ("c", 6)])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=merging, bos_token="<s>", eos_token="c")
+    for row, ids, start in (
+        ({"input": "a", "output": "b"}, [0, 1, 4, 6], 2),
+        ({"prompt": "a ", "completion": "b"}, [0, 1, 2, 3, 6], 3),
+        ({"input": "a ", "output": "b"}, [0, 1, 2, 3, 6], 3),
+        ({"prompt": "a", "completion": " b"}, [0, 1, 4, 6], 2),
+        ({"prompt": "a", "completion": "b"}, [0, 1, 3, 6], 2),
+    ):
+        assert tokenize(tokenizer, parse_examples([row], "decoder")) == TokenizedExample(ids, start)
+
+
+def test_an_output_of_which_only_the_separator_has_tokens_is_refused() -> None:
+    tokenizer = word_tokenizer("one", "->", eos_token="</s>")
+    tokenizer.backend_tokenizer.normalizer = normalizers.Replace("\u200b", "")
+    examples = ExampleSet((TextExample("one", "\u200b", " -> "),), 1)
+    with pytest.raises(InvalidExamplesError, match="row 1: the output tokenises to nothing"):
+        tokenize(tokenizer, examples)
+
+
 def test_nothing_to_score(model_folder: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
     assert score_with_transformers(model, []) == []
@@ -303,8 +397,8 @@ def test_messages_go_through_the_pools_template_where_it_is_told(tokenizer: PreT
         "{% if not thinks and m['role'] == 'user' %}!{% endif %}{% endfor %}"
         "{% if add_generation_prompt %}assistant: {% endif %}"
     )
-    # the space before the answer is merged with its first letters
     template = ChatTemplate(text, tool_use="for tools", defaults={"thinks": False, "add_generation_prompt": False})
     examples = chat(("user", "what"), ("assistant", "paris"))
     (example,) = tokenize_examples(tokenizer, examples, max_tokens=MAX_TOKENS, chat_template=template)
-    assert split(tokenizer, example) == ("user: what<end>!assistant:", " paris<end>")
+    # the space before the answer is not merged with its first letters: where it is served, it is the prompt's
+    assert split(tokenizer, example) == ("user: what<end>!assistant: ", "paris<end>")
