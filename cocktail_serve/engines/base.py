@@ -67,6 +67,11 @@ class Engine(Protocol):
         """What it does now. Asks the engine itself, not a flag; a missed deadline is not ready. Never raises."""
         ...
 
+    async def server_metrics(self, *, deadline_s: float) -> Mapping[str, float]:
+        """What a server of its own counts, by that server's names, those of counters ending in `_total`; empty where
+        there is none, or none that answers in time. Never raises."""
+        ...
+
     async def check_examples(self, examples: ExampleSet) -> None:
         """Raises what would fail later: a row longer than the context (ContextLengthError with its number)."""
         ...

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
@@ -12,7 +12,7 @@ from cocktail_serve.cocktails.cocktail import Status
 from cocktail_serve.engines.snapshot import EngineSnapshot
 from cocktail_serve.engines.stats import Histogram as PlainHistogram
 
-_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
+_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0)
 
 
 class GatewayMetrics:
@@ -22,6 +22,7 @@ class GatewayMetrics:
         self._registry = CollectorRegistry()
         self._asked = _SnapshotCollector()
         self._registry.register(self._asked)
+        ProcessCollector(registry=self._registry)
         self._requests = Counter(
             "cocktail_requests",
             "Answers by route, status and pool; status 499: the client left first.",
@@ -38,9 +39,24 @@ class GatewayMetrics:
             buckets=_SECONDS,
             registry=self._registry,
         )
+        self._latency = Histogram(
+            "cocktail_request_latency_seconds",
+            "From the arrival of a request to a model to the end of its answer, where that has status 200.",
+            ["pool"],
+            buckets=_SECONDS,
+            registry=self._registry,
+        )
 
-    def count_request(self, *, route: str, status: int, pool: str) -> None:
+    def count_request(self, *, route: str, status: int, pool: str, seconds: float) -> None:
+        """An answer that has ended.
+
+        Args:
+            pool: of the model asked for; empty: none was, or none that is known.
+            seconds: since the request arrived.
+        """
         self._requests.labels(route, str(status), pool).inc()
+        if pool and status == 200:
+            self._latency.labels(pool).observe(seconds)
 
     def count_tokens(self, pool: str, *, num_in: int, num_out: int = 0) -> None:
         self._tokens.labels(pool, "in").inc(num_in)
@@ -49,14 +65,22 @@ class GatewayMetrics:
     def observe_first_token(self, pool: str, seconds: float) -> None:
         self._first_token.labels(pool).observe(seconds)
 
-    def render(self, engines: Mapping[str, EngineSnapshot], jobs: Mapping[Status, int]) -> bytes:
+    def render(
+        self,
+        engines: Mapping[str, EngineSnapshot],
+        jobs: Mapping[Status, int],
+        *,
+        server_metrics: Mapping[str, Mapping[str, float]],
+    ) -> bytes:
         """The text exposition format.
 
         Args:
             engines: by pool, as they are now.
             jobs: number of cocktails in each state, inline ones included.
+            server_metrics: by pool, as `Engine.server_metrics`.
         """
         self._asked.engines = engines
+        self._asked.server_metrics = server_metrics
         self._asked.jobs = jobs
         return generate_latest(self._registry)
 
@@ -67,10 +91,12 @@ class _SnapshotCollector(Collector):
     def __init__(self) -> None:
         self.engines: Mapping[str, EngineSnapshot] = {}
         self.jobs: Mapping[Status, int] = {}
+        self.server_metrics: Mapping[str, Mapping[str, float]] = {}
 
     def collect(self) -> Iterable[Metric]:
         yield from self._counted()
         yield from self._held()
+        yield from self._of_servers()
         jobs = GaugeMetricFamily("cocktail_jobs", "Cocktails of all tenants by state.", labels=["status"])
         for status, number in self.jobs.items():
             jobs.add_metric([status], number)
@@ -136,6 +162,18 @@ class _SnapshotCollector(Collector):
             if "mixing_kernel" in engine.detail:
                 mixing.add_metric([pool, engine.detail["mixing_path"], engine.detail["mixing_kernel"]], 1)
         yield from (is_ready, queued, cached, cached_bytes, captured, mixing)
+
+    def _of_servers(self) -> Iterator[Metric]:
+        """Under the names that the servers give them, and vLLM's label `model_name`, which is the pool: what is drawn
+        for vLLM draws these."""
+        families: dict[str, CounterMetricFamily | GaugeMetricFamily] = {}
+        for pool, values in self.server_metrics.items():
+            for name, value in values.items():
+                family = CounterMetricFamily if name.endswith("_total") else GaugeMetricFamily
+                if name not in families:
+                    families[name] = family(name, "As the pool's own server says.", labels=["pool", "model_name"])
+                families[name].add_metric([pool, pool], value)
+        yield from families.values()
 
 
 def _buckets(histogram: PlainHistogram) -> list[tuple[str, float]]:

@@ -84,7 +84,7 @@ class RequestBoundary:
     def _tell(self, scope: Scope, exchange: Exchange, status: int) -> None:
         """The counters and the log line of a request at its end."""
         route, pool, seconds = _route(scope), exchange.pool_id, time.perf_counter() - exchange.started_at
-        self._metrics.count_request(route=route, status=status, pool=pool)
+        self._metrics.count_request(route=route, status=status, pool=pool, seconds=seconds)
         num_in, num_out = exchange.num_tokens or (None, None)
         logs.log_request(
             route=route,

@@ -157,6 +157,17 @@ async def test_a_snapshot_can_be_pickled_and_grows_no_more(pool: Pool, tmp_path:
         assert pickle.loads(kept) == seen
 
 
+async def test_what_its_server_counts(pool: Pool, tmp_path: Path, faults: Path) -> None:
+    async with running(pool, tmp_path, args={"token-delay-ms": "20"}) as engine:
+        begun = asyncio.Event()
+        open_one = asyncio.create_task(stream(engine, mixture(pool, 0.5), "hello", max_tokens=50, first=begun))
+        await begun.wait()
+        assert (await engine.server_metrics(deadline_s=5))["vllm:num_requests_running"] == 1
+        await open_one
+        assert (await engine.server_metrics(deadline_s=5))["vllm:num_requests_running"] == 0
+    assert await engine.server_metrics(deadline_s=5) == {}
+
+
 async def test_concurrent_requests_for_many_recipes_never_cross(pool: Pool, tmp_path: Path, faults: Path) -> None:
     recipes = [mixture(pool, share) for share in (0.1, 0.2, 0.3, 0.4, 0.5)]
     async with running(pool, tmp_path, args={"token-delay-ms": 1, "mix-ms": 2}) as engine:

@@ -16,6 +16,7 @@ WANTED = {
     "cocktail_requests_total",
     "cocktail_tokens_total",
     "cocktail_time_to_first_token_seconds_count",
+    "cocktail_request_latency_seconds_count",
     "cocktail_queue_wait_seconds_count",
     "cocktail_swaps_total",
     "cocktail_swap_seconds_sum",
@@ -25,6 +26,12 @@ WANTED = {
     "cocktail_jobs",
     "cocktail_engine_ready",
     "cocktail_queued_requests",
+    "process_resident_memory_bytes",
+    "process_cpu_seconds_total",
+    "vllm:num_requests_running",
+    "vllm:num_requests_waiting",
+    "vllm:kv_cache_usage_perc",
+    "vllm:num_preemptions_total",
 }
 
 
@@ -62,12 +69,21 @@ def test_all_of_it_is_there_and_counts(http: httpx.Client) -> None:
     assert grown("cocktail_requests_total", route="/v1/chat/completions", status="200", pool="flan") == 1
     assert grown("cocktail_tokens_total", pool="flan", direction="out") == 5
     assert grown("cocktail_time_to_first_token_seconds_count", pool="flan") == 1
+    assert grown("cocktail_request_latency_seconds_count", pool="flan") == 1
+    first_token_s = grown("cocktail_time_to_first_token_seconds_sum", pool="flan")
+    assert grown("cocktail_request_latency_seconds_sum", pool="flan") >= first_token_s
     assert grown("cocktail_queue_wait_seconds_count", pool="flan") == 1
     assert grown("cocktail_swap_seconds_count", pool="flan") >= 1
     assert grown("cocktail_mix_seconds_count", pool="flan") >= 1
     # a hit where another test on this gateway mixed the same recipe before
     assert sum(grown("cocktail_cache_lookups_total", pool="flan", result=result) for result in ("hit", "miss")) >= 1
     assert grown("cocktail_jobs", status="ready") >= 1
+
+
+def test_what_an_engines_server_counts_is_passed_on_by_its_pool(http: httpx.Client) -> None:
+    """Under vLLM's own names and label, so that what is drawn for vLLM draws it; the encoder has no server."""
+    of_servers = {labels for name, labels in samples(http) if name.startswith("vllm:")}
+    assert of_servers == {(("model_name", "flan"), ("pool", "flan"))}
 
 
 def test_labels_stay_bounded_whatever_is_asked(http: httpx.Client) -> None:

@@ -20,6 +20,7 @@ from cocktail_serve.engines.snapshot import EngineDetail, EngineSnapshot, Engine
 from cocktail_serve.engines.stats import EngineStats
 from cocktail_serve.engines.token_estimates import expected_tokens
 from cocktail_serve.engines.turns.base import Turns
+from cocktail_serve.engines.vllm import server_metrics
 from cocktail_serve.engines.vllm.connections import EngineResponse
 from cocktail_serve.engines.vllm.errors import engine_error, is_error
 from cocktail_serve.engines.vllm.launcher import Launcher
@@ -112,6 +113,16 @@ class VLLMEngine:
             scheduler=self._turns.snapshot(),
             counters=self.stats.copy(),
         )
+
+    async def server_metrics(self, *, deadline_s: float) -> Mapping[str, float]:
+        server = self._supervisor.server
+        if server is None:
+            return {}
+        try:
+            status, content = await server.read(server_metrics.PATH, timeout_s=deadline_s)
+        except CocktailError:
+            return {}
+        return server_metrics.parse_server_metrics(content.decode()) if status == 200 else {}
 
     def drain(self, is_drained: bool) -> None:
         self._turns.drain(is_drained)

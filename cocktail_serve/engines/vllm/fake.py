@@ -148,6 +148,7 @@ class FakeServer:
     def app(self, *, api_key: str | None) -> Starlette:
         routes = [
             Route("/health", self._health),
+            Route("/metrics", self._metrics),
             Route("/v1/models", self._models),
             Route("/v1/chat/completions", self._chat, methods=["POST"]),
             Route("/v1/completions", self._completions, methods=["POST"]),
@@ -165,6 +166,18 @@ class FakeServer:
 
     async def _health(self, request: Request) -> Response:
         return Response()
+
+    async def _metrics(self, request: Request) -> Response:
+        labels = f'engine="0",model_name="{self._name}"'
+        return Response(
+            "# HELP vllm:num_requests_running Number of requests in model execution batches.\n"
+            "# TYPE vllm:num_requests_running gauge\n"
+            f"vllm:num_requests_running{{{labels}}} {float(self.fence.in_flight)}\n"
+            f"vllm:num_requests_waiting{{{labels}}} 0.0\n"
+            f"vllm:kv_cache_usage_perc{{{labels}}} 0.0\n"
+            f"vllm:num_preemptions_total{{{labels}}} 0.0\n",
+            media_type="text/plain",
+        )
 
     async def _models(self, request: Request) -> Response:
         model = {"id": self._name, "object": "model", "created": 0, "owned_by": "fake"}

@@ -152,17 +152,28 @@ class EngineServer:
             EngineTimeoutError: no answer in time.
         """
         content = b"" if body is None else orjson.dumps(body)
+        status, answer = await self._exchange(method, path, content, timeout_s=timeout_s, headers=headers or {})
+        try:
+            return status, orjson.loads(answer)
+        except orjson.JSONDecodeError as error:
+            raise EngineError(f"the engine answered {method} {path} with something that is not JSON") from error
+
+    async def read(self, path: str, *, timeout_s: float) -> tuple[int, bytes]:
+        """Status and body of what is no JSON; raises as `call`."""
+        return await self._exchange("GET", path, b"", timeout_s=timeout_s, headers={})
+
+    async def _exchange(
+        self, method: str, path: str, content: bytes, *, timeout_s: float | None, headers: Mapping[str, str]
+    ) -> tuple[int, bytes]:
         try:
             async with asyncio.timeout(timeout_s):
-                answer = await self._running_connections.send(method, path, content, headers=headers or {})
+                answer = await self._running_connections.send(method, path, content, headers=headers)
                 with closing(answer):
-                    return answer.status, orjson.loads(await answer.read())
+                    return answer.status, await answer.read()
         except TimeoutError as error:
             raise EngineTimeoutError(f"the engine did not answer {method} {path} within {timeout_s:g} s") from error
         except OSError as error:
             raise EngineError(f"the engine did not answer {method} {path}: {error!r}") from error
-        except orjson.JSONDecodeError as error:
-            raise EngineError(f"the engine answered {method} {path} with something that is not JSON") from error
 
     async def _until_ready(self, group: ProcessGroup) -> None:
         exited = asyncio.ensure_future(group.wait())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Mapping
 
 from fastapi import APIRouter, Response
 
@@ -52,11 +53,20 @@ async def ready(gateway: GatewayDep, response: Response) -> Readiness:
 async def metrics(gateway: GatewayDep) -> Response:
     """Counters in Prometheus' text format."""
     # a scrape comes every few seconds: it does not wait long for an engine that hangs
-    snapshots = await _snapshots(gateway, deadline_s=min(1.0, gateway.settings.server.ready_deadline_s))
-    statuses = gateway.service.catalog.statuses()
-    return Response(gateway.metrics.render(snapshots, statuses), media_type=_METRICS_MEDIA_TYPE)
+    deadline_s = min(1.0, gateway.settings.server.ready_deadline_s)
+    snapshots, counted = await asyncio.gather(
+        _snapshots(gateway, deadline_s=deadline_s), _server_metrics(gateway, deadline_s=deadline_s)
+    )
+    text = gateway.metrics.render(snapshots, gateway.service.catalog.statuses(), server_metrics=counted)
+    return Response(text, media_type=_METRICS_MEDIA_TYPE)
 
 
 async def _snapshots(gateway: Gateway, *, deadline_s: float) -> dict[str, EngineSnapshot]:
     snapshots = await asyncio.gather(*(engine.snapshot(deadline_s=deadline_s) for engine in gateway.engines.values()))
     return dict(zip(gateway.engines, snapshots, strict=True))
+
+
+async def _server_metrics(gateway: Gateway, *, deadline_s: float) -> dict[str, Mapping[str, float]]:
+    engines = gateway.engines.values()
+    counted = await asyncio.gather(*(engine.server_metrics(deadline_s=deadline_s) for engine in engines))
+    return dict(zip(gateway.engines, counted, strict=True))
