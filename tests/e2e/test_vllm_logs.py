@@ -1,9 +1,12 @@
-"""What real vLLM writes down of requests: nothing of what they say, whether they are answered, refused or cut off."""
+"""What real vLLM writes down of requests: nothing of what they say, whether they are answered, refused or cut off; and
+what it counts of them."""
 
 from __future__ import annotations
 
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
+from cocktail_serve.engines.vllm.server_metrics import SHOWN
 from tests.conftest import Stack
 
 pytestmark = pytest.mark.vllm
@@ -47,3 +50,19 @@ def test_no_log_of_the_engine_holds_a_prompt(stack: Stack) -> None:
     for log in logs:
         held = [line for line in log.read_text(errors="replace").splitlines() if MARK in line]
         assert held == [], log.name
+
+
+def test_what_vllm_counts_is_passed_on(stack: Stack) -> None:
+    body = {"model": "tied", "prompt": "a text of some words", "max_tokens": 200, "stream": True, "ignore_eos": True}
+    with stack.server.http.stream("POST", COMPLETIONS, json=body) as response:
+        next(response.iter_lines())
+        text = stack.server.http.get("/metrics").text
+    counted = {
+        sample.name: sample.value
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+        if sample.labels.get("pool") == "tied" and sample.name.startswith("vllm:")
+    }
+    assert set(counted) == set(SHOWN)  # every name is one that this release of vLLM has
+    assert 0 <= counted["vllm:kv_cache_usage_perc"] <= 1
+    assert counted["vllm:prefix_cache_queries_total"] > 0

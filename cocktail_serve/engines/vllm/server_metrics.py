@@ -6,7 +6,7 @@ import re
 
 PATH = "/metrics"
 
-_SHOWN = (
+SHOWN = (
     "vllm:num_requests_running",
     "vllm:num_requests_waiting",
     "vllm:kv_cache_usage_perc",
@@ -17,7 +17,7 @@ _SHOWN = (
 """Taken from the server as they are: how full it is, which nobody else knows. What the rest counts, requests, tokens
 and times, is counted here too, by what clients see of it."""
 
-_SAMPLE = re.compile(rf"^({'|'.join(_SHOWN)})(?:\{{[^\n]*\}})? (\S+)", re.MULTILINE)
+_SAMPLE = re.compile(rf"^({'|'.join(SHOWN)})(?:\{{[^\n]*\}})? (\S+)", re.MULTILINE)
 
 
 def parse_server_metrics(text: str) -> dict[str, float]:
