@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from cocktail_serve.cli.first_steps import first_steps
 from cocktail_serve.cli.options import AsJSON, ConfigFile
 from cocktail_serve.cli.terminal import print_json, progress, stderr
 from cocktail_serve.config import load_settings
@@ -51,5 +52,10 @@ def serve(
         else:
             stderr().print(f"listening on {url}; engines are starting, {url}/ready tells when", markup=False)
 
+    def show_first_steps(url: str) -> None:
+        if not as_json and settings.server.log_format == "text":
+            for line in first_steps(pools, url=url, requires_key=settings.server.requires_key):
+                stderr().print(line, markup=False)
+
     with contextlib.suppress(KeyboardInterrupt):  # the way to end it; uvicorn raises it again when all has ended
-        serve_forever(settings, pools=pools, on_listening=announce)
+        serve_forever(settings, pools=pools, on_listening=announce, on_ready=show_first_steps)

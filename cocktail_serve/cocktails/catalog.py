@@ -193,6 +193,11 @@ class Catalog:
             found[digest] += [(cocktail.tenant, cocktail.id) for cocktail in cocktails]
         return found
 
+    def names_of_recipe(self, pool_id: str, recipe_digest: str) -> Sequence[str]:
+        """What a recipe is served as, for people: models of the pool by id, cocktails as `<id> of <tenant>`."""
+        named = self.named(pool_id, [recipe_digest])[recipe_digest]
+        return [model_id if tenant is None else f"{model_id} of {tenant}" for tenant, model_id in named]
+
     async def made_of(self, pool_id: str, member: Member) -> Sequence[Cocktail]:
         """Cocktails of all tenants that a model of a pool is in, or may be in once their jobs end."""
         return [

@@ -25,6 +25,10 @@ OPERATOR_RETRY_S = 30.0
 """Seconds that a client is told to wait where the operator has drained an engine or pinned another model."""
 
 
+NamesOf = Callable[[str], Sequence[str]]
+"""What a recipe is served as, by its digest: for people, so with whose it is."""
+
+
 @dataclass(frozen=True, slots=True)
 class MixedAhead:
     """A recipe is mixed."""
@@ -65,11 +69,6 @@ class Engine(Protocol):
 
     async def snapshot(self, *, deadline_s: float) -> EngineSnapshot:
         """What it does now. Asks the engine itself, not a flag; a missed deadline is not ready. Never raises."""
-        ...
-
-    async def server_metrics(self, *, deadline_s: float) -> Mapping[str, float]:
-        """What a server of its own counts, by that server's names, those of counters ending in `_total`; empty where
-        there is none, or none that answers in time. Never raises."""
         ...
 
     async def check_examples(self, examples: ExampleSet) -> None:
@@ -153,6 +152,15 @@ class GenerationEngine(ScoringEngine, Protocol):
 
     @property
     def kind(self) -> Literal["decoder"]: ...
+
+    def name_recipes(self, names_of: NamesOf) -> None:
+        """Has the log of swaps say what the recipes are served as."""
+        ...
+
+    async def server_metrics(self, *, deadline_s: float) -> Mapping[str, float]:
+        """What its server counts itself, by the server's names, those of counters ending in `_total`; empty where it
+        does not answer in time. Never raises."""
+        ...
 
     def forward(
         self,

@@ -77,7 +77,7 @@ class GatewayMetrics:
         Args:
             engines: by pool, as they are now.
             jobs: number of cocktails in each state, inline ones included.
-            server_metrics: by pool, as `Engine.server_metrics`.
+            server_metrics: by pool, as `GenerationEngine.server_metrics`.
         """
         self._asked.engines = engines
         self._asked.server_metrics = server_metrics

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import gc
 import socket
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from types import FrameType
+from typing import Any
 
 import uvicorn
 
@@ -17,10 +19,14 @@ from cocktail_serve.errors import ConfigError, ServerError
 from cocktail_serve.gateway.app import create_app
 from cocktail_serve.gateway.assembly import open_pools
 from cocktail_serve.gateway.lifecycle import Lifecycle
+from cocktail_serve.gateway.start_watch import until_all_ready
 from cocktail_serve.pool import Pool
 
 OnListening = Callable[[str], None]
 """Called once with the base URL, when the server answers; engines may still be starting, which `/ready` tells."""
+
+OnReady = Callable[[str], object]
+"""Called once with the base URL, when every engine has become ready."""
 
 LAST_GRACE_S = 1
 """How long connections have to close once the grace is over, before what is left of answers is ended."""
@@ -59,7 +65,11 @@ def bind(config: ServerConfig) -> socket.socket:
 
 
 def serve(
-    settings: Settings, *, pools: Mapping[str, Pool] | None = None, on_listening: OnListening | None = None
+    settings: Settings,
+    *,
+    pools: Mapping[str, Pool] | None = None,
+    on_listening: OnListening | None = None,
+    on_ready: OnReady | None = None,
 ) -> None:
     """Serves until a signal ends it; then open streams may finish, and engines and their processes end.
 
@@ -87,9 +97,17 @@ def serve(
             timeout_graceful_shutdown=LAST_GRACE_S,
             log_config=None,
         )
+        url = _url(settings.server.host, listener)
+
+        async def watch_start() -> None:
+            await until_all_ready(app.state.gateway.engines, url=url)
+            if on_ready is not None:
+                on_ready(url)
+
         server = _Server(
             config,
-            lambda: on_listening and on_listening(_url(settings.server.host, listener)),
+            lambda: on_listening and on_listening(url),
+            watch_start,
             lifecycle=lifecycle,
             grace_s=settings.server.shutdown_grace_s,
         )
@@ -117,10 +135,18 @@ class _Server(uvicorn.Server):
     """
 
     def __init__(
-        self, config: uvicorn.Config, on_started: Callable[[], object], *, lifecycle: Lifecycle, grace_s: float
+        self,
+        config: uvicorn.Config,
+        on_started: Callable[[], object],
+        watch_start: Callable[[], Coroutine[Any, Any, None]],
+        *,
+        lifecycle: Lifecycle,
+        grace_s: float,
     ) -> None:
         super().__init__(config)
         self._on_started = on_started
+        self._watch_start = watch_start
+        self._watching: asyncio.Task[None] | None = None
         self._lifecycle = lifecycle
         self._grace_s = grace_s
         self._ends_at: float | None = None
@@ -148,6 +174,12 @@ class _Server(uvicorn.Server):
             gc.freeze()
             gc.set_threshold(GC_ALLOCATIONS)
             self._on_started()
+            self._watching = asyncio.create_task(self._watch_start(), name="start-watch")
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        if self._watching is not None:
+            self._watching.cancel()
+        await super().shutdown(sockets)
 
 
 def _url(host: str, listener: socket.socket) -> str:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -59,6 +60,25 @@ def test_it_listens_answers_and_ends_on_an_interrupt(config):
             assert "leaked" not in process.stderr.read()
         finally:
             process.kill()
+
+
+def test_it_says_when_it_is_ready_and_what_to_try(config):
+    with start(config, "--port", "0") as process:
+        try:
+            told = ""
+            for line in process.stderr:
+                told += line
+                if "cocktail-serve create" in line:
+                    break
+            process.send_signal(signal.SIGINT)
+            process.stderr.read()
+            assert process.wait(60) == 0
+        finally:
+            process.kill()
+    url = re.search(r"listening on (\S+);", told)[1]
+    assert re.search(rf"pool bge is ready after \d+\.\d s: {url}/v1", told)
+    assert f"all pools are ready: {url}/v1" in told
+    assert f"curl {url}/v1/embeddings" in told
 
 
 def test_a_port_in_use_is_told_before_a_model_is_read(config):

@@ -250,6 +250,9 @@ def test_no_log_holds_what_was_asked_or_a_key(tmp_path: Path) -> None:
     assert (mine["route"], mine["status"], mine["pool"]) == ("/v1/chat/completions", 200, "flan")
     assert (mine["tenant"], mine["model"], mine["tokens_out"]) == ("default", known.json()["model"], 6)
     assert mine["tokens_in"] > 0
+    # a swap is told with the cocktail that it was for
+    swaps = [line["message"] for line in lines if line["message"].startswith("flan: recipe ")]
+    assert any(f"({known.json()['model']} of default) from files in" in message for message in swaps), swaps
     # a job that fails is told with the request that asked for it
     failed = [line for line in lines if line["message"].startswith("cocktail ") and " failed" in line["message"]]
     assert failed

@@ -11,7 +11,7 @@ import contextlib
 import logging
 import time
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Generic, TypeVar
 
@@ -356,9 +356,6 @@ class SentenceTransformersEngine(Generic[M]):
         Raises:
             CocktailError: no request could be answered, or none that uses the setting.
         """
-
-    async def server_metrics(self, *, deadline_s: float) -> Mapping[str, float]:
-        return {}
 
     def check_start(self) -> None:
         self._load()

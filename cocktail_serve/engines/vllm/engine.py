@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from cocktail_serve.config import VLLMEngineConfig
-from cocktail_serve.engines.base import Forwarded, MixedAhead, Scored
+from cocktail_serve.engines.base import Forwarded, MixedAhead, NamesOf, Scored
 from cocktail_serve.engines.engine_time import CallTimer
 from cocktail_serve.engines.snapshot import EngineDetail, EngineSnapshot, EngineState
 from cocktail_serve.engines.stats import EngineStats
@@ -123,6 +123,9 @@ class VLLMEngine:
         except CocktailError:
             return {}
         return server_metrics.parse_server_metrics(content.decode()) if status == 200 else {}
+
+    def name_recipes(self, names_of: NamesOf) -> None:
+        self._parameters.name_recipes(names_of)
 
     def drain(self, is_drained: bool) -> None:
         self._turns.drain(is_drained)

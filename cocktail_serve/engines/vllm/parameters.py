@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any, Protocol
 
 from cocktail_serve.digest import canonical_json
+from cocktail_serve.engines.base import NamesOf
 from cocktail_serve.engines.stats import EngineStats
 from cocktail_serve.engines.vllm.errors import engine_error
 from cocktail_serve.engines.vllm.server import EngineServer
@@ -23,6 +24,9 @@ ABORT_S = 10.0
 """How long the engine may take to abort what we have given up, before a mix comes back as busy."""
 
 FORGET_TIMEOUT_S = 120.0
+
+MAX_LOGGED_NAMES = 3
+"""Of what a recipe is served as, in a line of the log: tenants with the same examples have the same mixture."""
 
 
 class Parameters(Protocol):
@@ -62,6 +66,10 @@ class Parameters(Protocol):
         """Frees what is kept of a recipe, once nothing in flight uses it."""
         ...
 
+    def name_recipes(self, names_of: NamesOf) -> None:
+        """Has the log say what the recipes are served as."""
+        ...
+
     def close(self) -> None:
         """Ends what is still on its way. May be called twice."""
         ...
@@ -86,6 +94,9 @@ class UnmergedParameters:
     def forget(self, recipe_digest: str) -> None:
         pass
 
+    def name_recipes(self, names_of: NamesOf) -> None:
+        pass  # no recipe takes the place of another
+
     def close(self) -> None:
         pass
 
@@ -107,6 +118,7 @@ class ResidentParameters:
         self._last_mix_s = 0.0
         self._last_mixed_at = -math.inf
         self._forgetting: set[asyncio.Task[None]] = set()
+        self._names_of: NamesOf = lambda _: ()
 
     def begin_life(self, server: EngineServer) -> None:
         self._server = server
@@ -154,6 +166,9 @@ class ResidentParameters:
             self._forgetting.add(task)
             task.add_done_callback(self._forgetting.discard)
 
+    def name_recipes(self, names_of: NamesOf) -> None:
+        self._names_of = names_of
+
     def close(self) -> None:
         for task in self._forgetting:
             task.cancel()
@@ -164,7 +179,14 @@ class ResidentParameters:
         stats.num_cache_hits += source == "cache"
         stats.num_cache_misses += source == "files"
         self._last_mix_s, self._last_mixed_at = seconds, time.monotonic()
-        logger.info("%s: recipe %s from %s in %.3f s", self._pool_id, recipe.digest[:8], source, seconds)
+        named = self._named(recipe.digest)
+        logger.info("%s: recipe %s from %s in %.3f s", self._pool_id, named, source, seconds)
+
+    def _named(self, digest: str) -> str:
+        """A recipe for the log: the beginning of its digest, and what it is served as."""
+        names = sorted(self._names_of(digest))
+        shown = [*names[:MAX_LOGGED_NAMES], *(["..."] if len(names) > MAX_LOGGED_NAMES else [])]
+        return f"{digest[:8]} ({', '.join(shown)})" if shown else digest[:8]
 
     async def _forget(self, server: EngineServer, recipe_digest: str) -> None:
         try:

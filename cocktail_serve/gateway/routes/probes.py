@@ -67,6 +67,6 @@ async def _snapshots(gateway: Gateway, *, deadline_s: float) -> dict[str, Engine
 
 
 async def _server_metrics(gateway: Gateway, *, deadline_s: float) -> dict[str, Mapping[str, float]]:
-    engines = gateway.engines.values()
-    counted = await asyncio.gather(*(engine.server_metrics(deadline_s=deadline_s) for engine in engines))
-    return dict(zip(gateway.engines, counted, strict=True))
+    engines = gateway.decoders
+    counted = await asyncio.gather(*(engine.server_metrics(deadline_s=deadline_s) for engine in engines.values()))
+    return dict(zip(engines, counted, strict=True))
