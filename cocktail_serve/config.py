@@ -594,14 +594,16 @@ def _overlay(data: dict[str, Any], environ: Mapping[str, str]) -> None:
 
 def _resolve_paths(settings: Settings, folder: Path) -> Settings:
     def resolve(source: Source) -> Source:
-        local = folder / Path(source.path).expanduser()
-        return source.model_copy(update={"path": str(local)}) if local.exists() else source
+        local = _from(folder, Path(source.path))
+        # what can be no hub id is named whole though it is not there, so that errors say where it was looked for
+        is_local = local.exists() or not is_hub_id(source.path)
+        return source.model_copy(update={"path": str(local)}) if is_local else source
 
     def resolve_argument(key: str, value: Any) -> Any:
         if _argument_name(key) not in _PATH_ARGUMENTS or not isinstance(value, str) or "\n" in value:
             return value  # a template may stand there itself
         try:
-            local = folder / Path(value).expanduser()
+            local = _from(folder, Path(value))
             return str(local) if local.exists() else value
         except OSError:  # longer than any path
             return value
@@ -621,7 +623,7 @@ def _resolve_paths(settings: Settings, folder: Path) -> Settings:
         )
         for pool in settings.pools
     ]
-    store = settings.store.model_copy(update={"cache_dir": folder / settings.store.cache_dir.expanduser()})
+    store = settings.store.model_copy(update={"cache_dir": _from(folder, settings.store.cache_dir)})
     if (
         store.url
         and store.url.startswith("sqlite:///")
@@ -634,10 +636,23 @@ def _resolve_paths(settings: Settings, folder: Path) -> Settings:
                 "path, in another folder",
                 param="store.url",
             )
-        store = store.model_copy(update={"url": f"sqlite:///{folder / store.url.removeprefix('sqlite:///')}"})
-    roots = [folder / root.expanduser() for root in settings.server.expert_roots]
+        store = store.model_copy(
+            update={"url": f"sqlite:///{_from(folder, Path(store.url.removeprefix('sqlite:///')))}"}
+        )
+    roots = [_from(folder, root) for root in settings.server.expert_roots]
     server = settings.server.model_copy(update={"expert_roots": roots})
     return settings.model_copy(update={"pools": pools, "store": store, "server": server})
+
+
+def is_hub_id(path: str) -> bool:
+    """Whether a source that is no folder may be a model of the hub: `name` or `owner/name`."""
+    return not (Path(path).is_absolute() or path.startswith((".", "~")) or path.count("/") > 1)
+
+
+def _from(folder: Path, path: Path) -> Path:
+    """A path of the file as a whole one, without `..` in it."""
+    whole = folder / path.expanduser()
+    return whole.resolve() if ".." in whole.parts else whole
 
 
 def _is_loopback(host: str) -> bool:

@@ -19,11 +19,12 @@ from cocktail_serve.checkpoints.quantisation import refusal
 from cocktail_serve.checkpoints.reader import CheckpointReader
 from cocktail_serve.checkpoints.text_files import text_digest
 from cocktail_serve.checkpoints.tokenizer import FolderTokenizer
-from cocktail_serve.config import PoolConfig, Source
+from cocktail_serve.config import PoolConfig, Source, is_hub_id
 from cocktail_serve.dtypes import MIXED_AS, DType
 from cocktail_serve.errors import CheckpointError, IncompatibleModelsError
 from cocktail_serve.generation_settings import GenerationOptions
 from cocktail_serve.pool import BASE, Kind, Member, Pool
+from cocktail_serve.suggestions import did_you_mean
 
 logger = logging.getLogger(__name__)
 
@@ -236,8 +237,9 @@ def _locate(source: Source) -> Path:
     folder = Path(source.path).expanduser()
     if folder.is_dir():
         return folder.resolve()
-    if folder.is_absolute() or source.path.startswith((".", "~")) or source.path.count("/") > 1 or folder.exists():
-        raise CheckpointError(f"there is no model folder {source.path}")
+    if not is_hub_id(source.path) or folder.exists():
+        beside = (path.name for path in folder.parent.iterdir()) if folder.parent.is_dir() else ()
+        raise CheckpointError(f"there is no model folder {source.path}{did_you_mean(folder.name, beside)}")
     return _download(source)
 
 
@@ -257,7 +259,8 @@ def _download(source: Source) -> Path:
         revision = f" at revision {source.revision!r}" if source.revision else ""
         raise CheckpointError(
             f"{source.path!r} is no local folder, and the hub did not give it{revision}: "
-            f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+            f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}; a folder is looked for from the "
+            "configuration's own"
         ) from error
 
 

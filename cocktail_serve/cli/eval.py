@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.table import Table
 
 from cocktail_serve.cli.options import AsJSON, ConfigFile, ExpertsOption, PoolId, parse_method_params
-from cocktail_serve.cli.terminal import print_json, progress, stdout
+from cocktail_serve.cli.terminal import ResultTable, print_json, progress, stdout
 from cocktail_serve.config import load_settings
 from cocktail_serve.evaluation.metrics import Metric
 from cocktail_serve.evaluation.systems import SYSTEMS, find_systems
@@ -160,15 +160,21 @@ def evaluate(
 def show(report: Report) -> None:
     """The summary, and what is missing in it."""
     console = stdout()
-    columns, rows = report.rows()
-    table = Table(box=None, pad_edge=False)
+    console.print(_table(*report.rows()))
+    for title, columns, rows in report.tables_beside():
+        console.print()
+        console.print(_table(columns, rows, title=title))
+    for (system, task), why in report.run.skipped.items():
+        console.print(f"not made: {system}, {task}: {why}", markup=False)
+
+
+def _table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, title: str | None = None) -> ResultTable:
+    table = ResultTable(title=title)
     for column in columns:
         table.add_column(column, justify="left" if column == "system" else "right")
     for row in rows:
         table.add_row(*(text.replace("**", "") for text in row), style="bold" if "**" in row[-1] else None)
-    console.print(table)
-    for (system, task), why in report.run.skipped.items():
-        console.print(f"not made: {system}, {task}: {why}", markup=False)
+    return table
 
 
 def pairs(texts: list[str] | None, option: str) -> dict[str, str]:

@@ -10,12 +10,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 import yaml
-from rich.table import Table
 
-from cocktail_serve.cli.inspect import layer_group
+from cocktail_serve.cli.inspect import layer_group, layer_order
 from cocktail_serve.cli.model_card import CARD_FILE, adapter_card
 from cocktail_serve.cli.options import AsJSON, ConfigFile, OptionalExamplesFile, PoolId, read_examples
-from cocktail_serve.cli.terminal import print_json, progress, stdout
+from cocktail_serve.cli.terminal import ResultTable, print_json, progress, stdout
 from cocktail_serve.config import load_settings
 from cocktail_serve.pool import BASE
 
@@ -155,7 +154,7 @@ def _show(console: Console, extracted: ExtractedPool) -> None:
             sums = squares.setdefault(layer_group(layer.name), {}).setdefault(name, [0.0, 0.0])
             sums[0] += layer.error**2
             sums[1] += layer.difference**2
-    for group, of_group in squares.items():
+    for group, of_group in sorted(squares.items(), key=lambda item: layer_order(item[0])):
         cells = (math.sqrt(of_group[name][0] / of_group[name][1]) if name in of_group else None for name in extractions)
         layers.add_row(group, *map(_number, cells))
     console.print(layers)
@@ -165,7 +164,7 @@ def _show(console: Console, extracted: ExtractedPool) -> None:
         ranks.add_row(str(rank), *(_number(each.relative_error_at(rank)) for each in extractions.values()))
     console.print(ranks)
     console.print()
-    adapters = Table(title="adapters", title_justify="left", box=None, pad_edge=False)
+    adapters = ResultTable(title="adapters")
     for column in ("expert", "relative error", "lost", "MB", *(("loss", "adapter's loss") if extracted.losses else ())):
         adapters.add_column(column, justify="left" if column == "expert" else "right")
     if extracted.losses:
@@ -183,8 +182,8 @@ def _show(console: Console, extracted: ExtractedPool) -> None:
         console.print(f"adapters already, named as they are: {', '.join(extracted.passed_through)}", markup=False)
 
 
-def _table(title: str, first: str, extractions: Mapping[str, Extraction]) -> Table:
-    table = Table(title=title, title_justify="left", box=None, pad_edge=False)
+def _table(title: str, first: str, extractions: Mapping[str, Extraction]) -> ResultTable:
+    table = ResultTable(title=title)
     table.add_column(first)
     for name in extractions:
         table.add_column(name, justify="right")

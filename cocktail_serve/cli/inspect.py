@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.table import Table
 
 from cocktail_serve.cli.options import AsJSON
 from cocktail_serve.cli.plot import check_plotting, plot_changes
-from cocktail_serve.cli.terminal import bar, print_json, progress, stdout
+from cocktail_serve.cli.terminal import ResultTable, bar, print_json, progress, stdout
 from cocktail_serve.errors import CheckpointError
 from cocktail_serve.progress import OnProgress
 
 if TYPE_CHECKING:
-    from cocktail_serve.checkpoints.compatibility import CompatibilityReport
+    from cocktail_serve.checkpoints.compatibility import CompatibilityReport, Finding
     from cocktail_serve.checkpoints.reader import CheckpointReader
 
 ModelFolder = Annotated[Path, typer.Argument(metavar="DIR", help="A model folder.", show_default=False)]
@@ -192,7 +192,7 @@ def _changes(base: Path, expert: Path, report: OnProgress) -> Iterator[dict[str,
             sums[1] += before.square().sum().item()
             counts[layer_group(name)] = counts.get(layer_group(name), 0) + 1
             report(f"comparing {expert}", done, len(names))
-    for group, (difference, norm) in squares.items():
+    for group, (difference, norm) in sorted(squares.items(), key=lambda item: layer_order(item[0])):
         yield {
             "group": group,
             "num_tensors": counts[group],
@@ -206,6 +206,22 @@ def layer_group(name: str) -> str:
     if match:
         return match.group(1)
     return name.rpartition(".")[0].removeprefix("model.") or name
+
+
+def layer_order(group: str) -> list[tuple[int, str]]:
+    """What groups of layers are sorted by: 2 before 10."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", group)]
+
+
+def _lines(findings: Iterable[Finding]) -> Iterator[str]:
+    """A line for each finding, but one for all layers of which the same is found: unlike models differ in hundreds of
+    tensors for a few reasons."""
+    alike: dict[tuple[str, ...], list[Finding]] = {}
+    for finding in findings:
+        layer = re.sub(r"\.\d+\.", ".*.", finding.subject)
+        alike.setdefault((layer, finding.base, finding.expert, finding.fix), []).append(finding)
+    for (layer, *_), same in alike.items():
+        yield str(same[0] if len(same) == 1 else replace(same[0], subject=f"{layer} ({len(same)} of them)"))
 
 
 def _problem(finding: Any) -> dict[str, str]:
@@ -226,12 +242,8 @@ def _show_mixed_generation(mixed: dict[str, Any], alone: list[dict[str, Any]]) -
         same = "end tokens, sampling defaults and chat template are the same, and so are their mixture's"
         console.print(same, style="green")
         return
-    table = Table(
-        title="end tokens, sampling defaults or chat template differ; a mixture of the two takes:",
-        title_justify="left",
-        show_header=False,
-        box=None,
-        pad_edge=False,
+    table = ResultTable(
+        title="end tokens, sampling defaults or chat template differ; a mixture of the two takes:", show_header=False
     )
     for row in _generation_rows(mixed):
         table.add_row(*row)
@@ -267,7 +279,7 @@ def _show(
 ) -> None:
     console = stdout()
     for model in described:
-        table = Table(title=model["folder"], title_justify="left", show_header=False, box=None, pad_edge=False)
+        table = ResultTable(title=model["folder"], show_header=False)
         for label, value in _rows(model):
             table.add_row(label, value)
         console.print(table, markup=False)
@@ -276,20 +288,21 @@ def _show(
         return
     if not compatibility.is_compatible:
         console.print("they cannot be mixed:", style="red")
-        for finding in compatibility.problems:
-            console.print(f"  - {finding}", markup=False)
+        for line in _lines(compatibility.problems):
+            console.print(f"  - {line}", markup=False)
+        if len(compatibility.problems) > 1:
+            console.print(f"{len(compatibility.problems)} differences in all; --json lists each", markup=False)
         return
     console.print("they can be mixed", style="green")
     if compatibility.warnings:
         console.print("warnings:", style="yellow")
-    for finding in compatibility.warnings:
-        console.print(f"  - {finding}", markup=False)
+    for line in _lines(compatibility.warnings):
+        console.print(f"  - {line}", markup=False)
     if mixed is not None:
         _show_mixed_generation(mixed, [model["generation"] for model in described])
     if not changes:
         return
-    table = Table(box=None, pad_edge=False)
-    table.add_column("layers")
+    table = ResultTable("layers")
     table.add_column("relative change", justify="right")
     table.add_column("")
     largest = max(row["relative_change"] or 0.0 for row in changes) or 1.0

@@ -9,11 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
-from rich.table import Table
 
 from cocktail_serve.cli.in_store import in_store
 from cocktail_serve.cli.options import AsJSON, Config
-from cocktail_serve.cli.terminal import print_json, stderr, stdout
+from cocktail_serve.cli.terminal import ResultTable, print_json, stderr, stdout
 from cocktail_serve.config import load_settings
 from cocktail_serve.tenants.keys import DEFAULT_SCOPES, Key, check_scopes
 from cocktail_serve.usage.actor import CLI
@@ -76,7 +75,7 @@ def list_keys(*, config: Config, tenant: OptionalTenant = None, as_json: AsJSON 
     if as_json:
         print_json(KeyList(data=[KeyView.of(key) for key in found]).model_dump())
         return
-    table = Table("id", "tenant", "scopes", "status", "created", "expires", box=None, pad_edge=False)
+    table = ResultTable("id", "tenant", "scopes", "status", "created", "expires")
     for key in found:
         status, scopes = KeyView.of(key).status, ",".join(sorted(key.scopes))
         table.add_row(key.id, key.tenant, scopes, status, _date(key.created_at), _date(key.expires_at))

@@ -8,11 +8,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from pydantic import ValidationError
-from rich.table import Table
 
 from cocktail_serve.cli.in_store import in_store
 from cocktail_serve.cli.options import AsJSON, Config
-from cocktail_serve.cli.terminal import print_json, stdout
+from cocktail_serve.cli.terminal import ResultTable, print_json, stdout
 from cocktail_serve.config import Limits, Settings, load_settings
 from cocktail_serve.suggestions import did_you_mean
 from cocktail_serve.tenants.limits import merged
@@ -143,7 +142,7 @@ def _print(settings: Settings, tenants: Sequence[Tenant], *, as_json: bool) -> N
     if as_json:
         print_json(TenantList(data=views).model_dump())
         return
-    table = Table("tenant", "limit", box=None, pad_edge=False)
+    table = ResultTable("tenant", "limit")
     table.add_column("value", justify="right")
     table.add_column("said by")
     for view in views:

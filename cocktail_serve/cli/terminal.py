@@ -7,9 +7,9 @@ import json
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, TextIO
 
-from rich.console import Console
+from rich.console import Console, OverflowMethod, RenderableType
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
@@ -19,14 +19,41 @@ from cocktail_serve.weighting.candidates import Candidate
 BAR_WIDTH = 24
 
 
+UNLIMITED = 10_000
+"""Columns of what is no terminal: whoever reads a file or a pipe breaks lines as they like."""
+
+
 def stdout() -> Console:
     """Where results go; made when used, since tests and callers replace `sys.stdout`."""
-    return Console(file=sys.stdout, highlight=False, soft_wrap=not sys.stdout.isatty())
+    return _console(sys.stdout)
 
 
 def stderr() -> Console:
     """Where progress and errors go."""
-    return Console(file=sys.stderr, highlight=False, soft_wrap=not sys.stderr.isatty())
+    return _console(sys.stderr)
+
+
+def _console(file: TextIO) -> Console:
+    is_terminal = file.isatty()
+    return Console(file=file, highlight=False, soft_wrap=not is_terminal, width=None if is_terminal else UNLIMITED)
+
+
+class ResultTable(Table):
+    """A table without lines, of which a narrow terminal cuts nothing: what does not fit goes on in the next line."""
+
+    def __init__(self, *headers: str, title: str | None = None, show_header: bool = True) -> None:
+        super().__init__(title=title, title_justify="left", show_header=show_header, box=None, pad_edge=False)
+        for header in headers:
+            self.add_column(header)
+
+    def add_column(
+        self, header: RenderableType = "", *args: Any, overflow: OverflowMethod = "fold", **how: Any
+    ) -> None:
+        super().add_column(header, *args, overflow=overflow, **how)
+
+    def fits(self, console: Console) -> bool:
+        """Whether nothing has to go on in a next line."""
+        return console.measure(self, options=console.options.update(width=UNLIMITED)).maximum <= console.width
 
 
 def print_json(value: Any) -> None:
@@ -107,7 +134,7 @@ def bar(share: float, *, width: int = BAR_WIDTH) -> str:
 
 def weighing_table(losses: Mapping[str, float], merging_weights: Mapping[str, float], *, title: str = "") -> Table:
     """Losses and merging weights by model, with bars."""
-    table = Table(title=title or None, title_justify="left", box=None, pad_edge=False)
+    table = ResultTable(title=title or None)
     table.add_column("model", style="bold")
     table.add_column("loss (nats)", justify="right")
     table.add_column("merging weight", justify="right")
@@ -121,7 +148,7 @@ def weighing_table(losses: Mapping[str, float], merging_weights: Mapping[str, fl
 def candidates_table(candidates: Sequence[Candidate]) -> Table:
     """What a search tried and how it was judged, the chosen one marked."""
     names = list(candidates[0].merging_weights)
-    table = Table(title="candidates", title_justify="left", box=None, pad_edge=False)
+    table = ResultTable(title="candidates")
     table.add_column("")
     settings = {"temperature": "tau", "alpha": "alpha"}
     shown = [field for field in settings if any(getattr(candidate, field) is not None for candidate in candidates)]

@@ -6,11 +6,10 @@ from datetime import datetime
 from typing import Annotated
 
 import typer
-from rich.table import Table
 
 from cocktail_serve.cli.in_store import in_store
 from cocktail_serve.cli.options import AsJSON, Config
-from cocktail_serve.cli.terminal import print_json, stdout
+from cocktail_serve.cli.terminal import ResultTable, print_json, stdout
 from cocktail_serve.config import load_settings
 from cocktail_serve.suggestions import did_you_mean
 from cocktail_serve.usage.days import usage_days
@@ -45,18 +44,24 @@ def usage(
     first, last = usage_days(start.date() if start else None, end.date() if end else None)
 
     settings = load_settings(config)
-    rows = in_store(settings, lambda database: UsageStore(database).sums(first, last, group_by=groups, tenant=tenant))
+    sums = in_store(settings, lambda database: UsageStore(database).sums(first, last, group_by=groups, tenant=tenant))
     if as_csv:
-        typer.echo(usage_csv(rows, groups), nl=False)
+        typer.echo(usage_csv(sums, groups), nl=False)
         return
-    views = [UsageView.of(row) for row in rows]
+    views = [UsageView.of(each) for each in sums]
     if as_json:
         print_json(UsageList(data=views).model_dump())
         return
-    table = Table(*groups, box=None, pad_edge=False)
+    console = stdout()
+    table = ResultTable(*groups)
     for amount in AMOUNTS:
         table.add_column(amount, justify="right")
-    for view in views:
-        shown = view.model_dump()
-        table.add_row(*(str(shown[group]) for group in groups), *(f"{shown[amount]:,}" for amount in AMOUNTS))
-    stdout().print(table)
+    rows = [view.model_dump() for view in views]
+    for row in rows:
+        table.add_row(*(str(row[group]) for group in groups), *(f"{row[amount]:,}" for amount in AMOUNTS))
+    if table.fits(console):
+        console.print(table)
+        return
+    for row in rows:
+        console.print("  ".join(str(row[group]) for group in groups), style="bold", markup=False)
+        console.print("    " + "  ".join(f"{amount} {row[amount]:,}" for amount in AMOUNTS), markup=False)

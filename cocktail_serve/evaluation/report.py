@@ -14,7 +14,7 @@ from typing import Any
 from cocktail_serve.errors import StorageError
 from cocktail_serve.evaluation.cells import Cell
 from cocktail_serve.evaluation.intervals import Interval, macro_interval, mean_interval, paired_difference
-from cocktail_serve.evaluation.metrics import SMALLER_IS_BETTER, Metric
+from cocktail_serve.evaluation.metrics import DECODER_METRICS, SMALLER_IS_BETTER, TELLS_MORE, Metric
 from cocktail_serve.evaluation.runs import Run
 
 REFERENCE = "base"
@@ -27,7 +27,8 @@ class Line:
     Attributes:
         tasks: mean and interval by task.
         mean: over the tasks; None unless the system was measured on all of them.
-        gain: paired difference to the reference system, over the tasks both have; None for itself.
+        gain: by how much it is better than the reference system, as a paired difference over the tasks both have:
+            that of a loss is positive where the loss is lower. None for itself.
     """
 
     system: str
@@ -81,10 +82,13 @@ class Report:
             shared = [task for task in values if task in reference]
             gain = None
             if system != self.reference and shared:
+                pairs = [
+                    (ours, theirs)[:: -1 if metric_of[task] in SMALLER_IS_BETTER else 1]
+                    for task in shared
+                    for ours, theirs in [(values[task], reference[task].metrics[metric_of[task]])]
+                ]
                 gain = paired_difference(
-                    [values[task] for task in shared],
-                    [reference[task].metrics[metric_of[task]] for task in shared],
-                    seed=self._seed,
+                    [first for first, _ in pairs], [second for _, second in pairs], seed=self._seed
                 )
             whole = len(values) == len(metric_of) and bool(values)
             lines.append(
@@ -165,7 +169,8 @@ class Report:
         and what was skipped."""
         parts = [
             f"Mean over rows, with 95 % bootstrap intervals of the means. `gain`: the mean over tasks of the paired "
-            f"difference to `{self.reference}`; bold where its interval excludes 0.\n",
+            f"difference to `{self.reference}`, positive where the system is better; bold where its interval excludes "
+            "0.\n",
             markdown_table(*self._table(self.summary, {task: self.own_metric(task) for task in self.tasks})),
         ]
         for metric in self.metrics:
@@ -184,6 +189,18 @@ class Report:
         """The summary as a terminal shows it: columns, and a row of texts for each system; an interval for the gain
         alone."""
         return self._table(self.summary, {task: self.own_metric(task) for task in self.tasks}, with_intervals=False)
+
+    def tables_beside(self) -> Iterator[tuple[str, list[str], list[list[str]]]]:
+        """What a terminal shows under the summary, since its metrics may tell little: title, columns and rows, as of
+        `rows`, for each metric that tells more."""
+        own = {self.own_metric(task) for task in self.tasks}
+        more = {metric for each in own for metric in TELLS_MORE.get(each, ())} & set(self.metrics)
+        for metric in DECODER_METRICS:
+            if metric in more and own != {metric}:
+                direction = ", smaller is better" if metric in SMALLER_IS_BETTER else ""
+                lines = self.lines(metric)
+                tasks = dict.fromkeys((task for line in lines for task in line.tasks), metric)
+                yield f"{metric}{direction}", *self._table(lines, tasks, with_intervals=False)
 
     def _table(
         self, lines: Sequence[Line], metric_of: dict[str, Metric], *, with_intervals: bool = True

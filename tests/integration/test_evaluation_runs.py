@@ -9,6 +9,7 @@ import pytest
 import torch
 import yaml
 
+from cocktail_serve.cli.eval import show
 from cocktail_serve.config import load_settings
 from cocktail_serve.errors import InvalidRequestError
 from cocktail_serve.evaluation.measure import Measuring, first_line
@@ -230,6 +231,25 @@ def test_the_report_says_the_same_in_every_form(everything, tmp_path):
     assert fine_tuned.mean is None  # not made for both tasks
     assert "### loss, smaller is better" in files["results.md"]
     assert "- fine-tuned, free:" in files["results.md"]
+
+
+def test_a_lower_loss_is_a_gain(everything):
+    report = Report(everything[0])
+    losses = {line.system: line for line in report.lines("loss")}
+    line = next(line for line in losses.values() if line.gain is not None and line.mean is not None)
+    lower = sum(losses["base"].tasks[task].mean - line.tasks[task].mean for task in line.tasks) / len(line.tasks)
+    assert line.gain.mean == pytest.approx(lower)
+    assert lower != 0
+
+
+def test_free_text_is_shown_by_more_than_exact_matches(everything, capsys):
+    result, _ = everything
+    assert [title for title, _, _ in Report(result).tables_beside()] == ["f1", "loss, smaller is better"]
+    show(Report(result))
+    out = capsys.readouterr().out
+    assert [title in out.splitlines() for title in ("f1", "loss, smaller is better")] == [True, True]
+    assert "free (f1)" in out
+    assert "capitals (loss)" in out
 
 
 def test_what_is_missing_is_said(folder):

@@ -52,6 +52,24 @@ def test_models_of_other_shapes_cannot_be_mixed(pool, tmp_path, capsys):
     assert (code, "cannot be mixed" in out) == (2, True)
 
 
+def test_what_is_found_in_every_layer_is_one_line(tmp_path, capsys):
+    base, other = (make_decoder(tmp_path / str(n), hidden_size=n, num_layers=12, num_heads=1) for n in (32, 64))
+    code, out, _ = run(capsys, "inspect", base, other)
+    told = out[out.index("they cannot be mixed") :].splitlines()
+    assert (code, len(told) < 20) == (2, True)
+    assert [line for line in told if "layers.*.mlp.up_proj.weight (12 of them)" in line]
+    problems = json.loads(run(capsys, "inspect", base, other, "--json")[1])["problems"]
+    assert told[-1] == f"{len(problems)} differences in all; --json lists each"
+    assert len(problems) > 100
+
+
+def test_layers_are_in_their_order(tmp_path, capsys):
+    base = make_decoder(tmp_path / "base", num_layers=12)
+    out = run(capsys, "inspect", base, base)[1]
+    layers = [line.split()[0] for line in out.splitlines() if line.startswith("layers.")]
+    assert layers == [f"layers.{number}" for number in range(12)]
+
+
 @pytest.fixture
 def adapter(pool, tmp_path):
     """A LoRA adapter over the pool's base, and what peft makes of the two."""

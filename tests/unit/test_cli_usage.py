@@ -10,7 +10,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
+from cocktail_serve.cli import usage
 from cocktail_serve.database.database import Database
 from cocktail_serve.usage.amounts import UsageAmount
 from cocktail_serve.usage.ledger import Ledger
@@ -62,6 +64,30 @@ def test_a_table(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = capsys.readouterr().out
     assert "acme" in out
     assert "2,000" in out
+
+
+@pytest.mark.parametrize("group_by", ["day,tenant", "day,tenant,key,model,pool"])
+def test_a_narrow_terminal_cuts_nothing(config: Path, group_by: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    screen = io.StringIO()
+    console = Console(file=screen, force_terminal=True, color_system=None, width=80)
+    monkeypatch.setattr(usage, "stdout", lambda: console)
+    assert exit_code("usage", "--config", config, *RANGE, "--group-by", group_by) == 0
+    lines = screen.getvalue().splitlines()
+    assert all(len(line) <= 80 for line in lines)
+    if group_by == "day,tenant":
+        assert lines[1].split() == ["2026-03-01", "acme", "2", "2,000", "7", "0.0", "0.0"]
+    else:
+        assert lines[:2] == [
+            "2026-03-01  acme  k1  films@1a2b3c4d  flan",
+            "    requests 1  tokens_in 1,000  tokens_out 3  scoring_s 0.0  mixing_s 0.0",
+        ]
+
+
+def test_a_pipe_gets_whole_lines(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert exit_code("usage", "--config", config, *RANGE, "--group-by", "day,tenant,key,model,pool") == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert lines[0] == "day tenant key model pool requests tokens_in tokens_out scoring_s mixing_s".split()
+    assert lines[1][:6] == ["2026-03-01", "acme", "k1", "films@1a2b3c4d", "flan", "1"]
 
 
 def test_other_days(config: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -215,6 +215,21 @@ def test_engines_by_kind(load: Load, kind: str, engine: dict[str, str], expected
     assert type(load(with_pool(kind=kind, engine=engine)).pool("flan").engine) is expected
 
 
+def test_a_folder_that_is_not_there_is_named_whole(load: Load, tmp_path: Path) -> None:
+    """So that an error says where it was looked for. What may be a hub id stays as it is."""
+    experts = {"up": "../models/x", "deep": "models/llama/x", "hub": "someone/x", "plain": "gpt2"}
+    settings = load({"pools": [POOL | {"base": "./base", "experts": experts}], "store": {"cache_dir": "../cache"}})
+    pool = settings.pools[0]
+    assert pool.base.path == str(tmp_path / "base")
+    assert {name: source.path for name, source in pool.experts.items()} == {
+        "up": str(tmp_path.parent / "models" / "x"),
+        "deep": str(tmp_path / "models" / "llama" / "x"),
+        "hub": "someone/x",
+        "plain": "gpt2",
+    }
+    assert settings.store.cache_dir == tmp_path.parent / "cache"
+
+
 def test_paths_in_engine_arguments_are_relative_to_the_file(load: Load, tmp_path: Path) -> None:
     (tmp_path / "chat.jinja").write_text("{{ messages }}")
     (tmp_path / "defaults").mkdir()

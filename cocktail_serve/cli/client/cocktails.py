@@ -9,12 +9,19 @@ from datetime import datetime
 from typing import Annotated, Any
 
 import typer
-from rich.table import Table
 
 from cocktail_serve.api_client import ServerClient
 from cocktail_serve.cli.client.options import Ref, ServerOptions, path_of
 from cocktail_serve.cli.options import AsJSON, with_options
-from cocktail_serve.cli.terminal import print_json, print_warnings, progress, stderr, stdout, weighing_table
+from cocktail_serve.cli.terminal import (
+    ResultTable,
+    print_json,
+    print_warnings,
+    progress,
+    stderr,
+    stdout,
+    weighing_table,
+)
 from cocktail_serve.cli.weigh import show as show_weighing
 
 REPORT_POLL_S = 0.5
@@ -47,11 +54,11 @@ def list_cocktails(
         print_json(told)
         return
     if models:
-        table = Table("id", "kind", "pool", "owned by", box=None, pad_edge=False)
+        table = ResultTable("id", "kind", "pool", "owned by")
         for model in told["data"]:
             table.add_row(model["id"], model["kind"], model["pool"], model["owned_by"])
     else:
-        table = Table("id", "current", "status", "pool", "loss", "made", box=None, pad_edge=False)
+        table = ResultTable("id", "current", "status", "pool", "loss", "made")
         for each in told["data"]:
             loss = "" if each["mixed_loss"] is None else f"{each['mixed_loss']:.3f}"
             current = "*" if each["current"] else ""

@@ -7,12 +7,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from rich.console import Console, Group
-from rich.table import Table
 from rich.text import Text
 
 from cocktail_serve.cli.demo.pools import DECODER_POOL, ENCODER_POOL, DemoPools
 from cocktail_serve.cli.demo.tour import MAX_TOKENS, OFFICE, TRAVEL, TRAVEL_TEMPERATURE, Answers, Made, Ranking
-from cocktail_serve.cli.terminal import weighing_table
+from cocktail_serve.cli.terminal import ResultTable, weighing_table
 
 NUM_QUESTIONS_SHOWN = 4
 NUM_DOCUMENTS_SHOWN = 3
@@ -46,7 +45,7 @@ class Narrator:
         )
 
     def answers(self, answers: Answers) -> None:
-        table = Table(box=None, pad_edge=False)
+        table = ResultTable()
         table.add_column("asked of both")
         table.add_column(f"base ({DECODER_POOL})")
         table.add_column(f"cocktail ({TRAVEL})")
@@ -63,7 +62,7 @@ class Narrator:
 
     def rankings(self, rankings: Sequence[Ranking], documents: Sequence[str]) -> None:
         shown = max(rankings, key=lambda ranking: ranking.base_rank - ranking.cocktail_rank)
-        table = Table(title=f"search: {shown.query}", title_justify="left", box=None, pad_edge=False)
+        table = ResultTable(title=f"search: {shown.query}")
         table.add_column(f"base ({ENCODER_POOL})")
         table.add_column(f"cocktail ({OFFICE})")
         for base, cocktail in zip(shown.base[:NUM_DOCUMENTS_SHOWN], shown.cocktail[:NUM_DOCUMENTS_SHOWN], strict=True):

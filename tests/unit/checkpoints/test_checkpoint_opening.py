@@ -81,6 +81,11 @@ def test_a_path_that_is_not_there_is_no_hub_id(path: str, tmp_path: Path, monkey
         open_pool(config(path), cache_dir=tmp_path)
 
 
+def test_a_folder_that_is_not_there_may_be_misspelt(decoders: Folders, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"no model folder .*/bsae\. Did you mean 'base'\?"):
+        open_pool(config(str(decoders["base"].parent / "bsae")), cache_dir=tmp_path)
+
+
 def test_a_hub_id_is_downloaded_at_its_revision_without_code(
     decoders: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
