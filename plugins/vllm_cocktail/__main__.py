@@ -14,7 +14,7 @@ from pydantic import ByteSize, TypeAdapter, ValidationError
 from cocktail_serve.config import PoolConfig, Source, StoreConfig, VLLMEngineConfig
 from cocktail_serve.dtypes import DType
 from cocktail_serve.errors import ClientError
-from vllm_cocktail.launch import WORKER_EXTENSIONS, plugin_allowlist
+from vllm_cocktail.launch import CPU_VARIABLES, WORKER_EXTENSIONS, is_cpu_build, plugin_allowlist
 from vllm_cocktail.manifest import MANIFEST_VARIABLE, Manifest
 
 
@@ -46,11 +46,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     path = manifest.write(args.out.resolve())
     for member in pool:
         print(f"{member.name:20} {member.fingerprint}  {member.path}")
-    print(
-        f"\n{MANIFEST_VARIABLE}={shlex.quote(str(path))} VLLM_PLUGINS={shlex.quote(plugin_allowlist(None))} \\\n"
-        f"vllm serve {shlex.quote(str(pool.base.path))} --dtype {dtype} "
-        f"--worker-extension-cls {WORKER_EXTENSIONS[pool.mode]}"
-    )
+    variables = {MANIFEST_VARIABLE: str(path), "VLLM_PLUGINS": plugin_allowlist(None)}
+    model = shlex.quote(str(pool.base.path))
+    command = f"vllm serve {model}"
+    if is_cpu_build():  # whose `vllm` command fails, see `server_args`
+        variables |= CPU_VARIABLES
+        command = f"python -m vllm.entrypoints.openai.api_server --model {model} --enforce-eager"
+    print("\n" + " ".join(f"{name}={shlex.quote(value)}" for name, value in variables.items()) + " \\")
+    print(f"{command} --dtype {dtype} --worker-extension-cls {WORKER_EXTENSIONS[pool.mode]}")
     return 0
 
 

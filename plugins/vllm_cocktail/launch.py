@@ -51,6 +51,15 @@ _KV_CACHE_BOUNDS = frozenset({"gpu-memory-utilization", "kv-cache-memory-bytes",
 
 OWN_VARIABLES = frozenset({MANIFEST_VARIABLE, OWNER_VARIABLE, "VLLM_API_KEY", "VLLM_SERVER_DEV_MODE"})
 
+_COMPILE_NOTHING = "TORCH_COMPILE_DISABLE"
+
+CPU_VARIABLES: Mapping[str, str] = {
+    "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB; otherwise vLLM claims a share of all memory
+    # vLLM's own --enforce-eager leaves single kernels to compile: 20 s for the first log-probabilities of a prompt
+    _COMPILE_NOTHING: "1",
+}
+"""Environment of an eager server of vLLM's CPU build, where nothing else is said."""
+
 _GROUPS = (
     "vllm.general_plugins",
     "vllm.io_processor_plugins",
@@ -167,10 +176,10 @@ def server_env(
     if mode == "unmerged":
         env.setdefault("VLLM_USE_V2_MODEL_RUNNER", "0")  # lays its steps out otherwise than `unmerged.step` reads them
     if is_cpu_build():
-        env.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB; otherwise vLLM claims a share of all memory
-        if _is_eager(_normalised(args)):
-            # vLLM's flag leaves single kernels to compile: 20 s for the first log-probabilities of a prompt
-            env.setdefault("TORCH_COMPILE_DISABLE", "1")
+        is_eager = _is_eager(_normalised(args))
+        for name, value in CPU_VARIABLES.items():
+            if is_eager or name != _COMPILE_NOTHING:
+                env.setdefault(name, value)
     env.update(extra)
     env["VLLM_PLUGINS"] = plugin_allowlist(env.get("VLLM_PLUGINS"))
     env["VLLM_API_KEY"] = api_key

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.models import make_decoder, make_decoder_pool
+from vllm_cocktail import __main__ as main_module
 from vllm_cocktail.__main__ import main
 from vllm_cocktail.manifest import Manifest
 
@@ -17,7 +18,10 @@ def run(tmp_path: Path, base: Path, *experts: str, more: tuple[str, ...] = ()) -
     return main(["--base", str(base), *words, *options])
 
 
-def test_it_writes_a_manifest_and_prints_the_start_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_it_writes_a_manifest_and_prints_the_start_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(main_module, "is_cpu_build", lambda: False)
     folders = make_decoder_pool(tmp_path, ("red",))
     sizes = ("--cache-bytes", "1MiB", "--expert-memory", "2MiB")
     assert run(tmp_path, folders["base"], f"red={folders['red']}", more=sizes) == 0
@@ -29,6 +33,20 @@ def test_it_writes_a_manifest_and_prints_the_start_line(tmp_path: Path, capsys: 
     out = capsys.readouterr().out
     assert manifest.names["red"] in out
     assert f"vllm serve {folders['base']} --dtype float32 --worker-extension-cls vllm_cocktail.worker." in out
+
+
+def test_the_start_line_of_the_cpu_build(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its `vllm` command fails, and left alone it takes nearly all memory for its KV cache."""
+    monkeypatch.setattr(main_module, "is_cpu_build", lambda: True)
+    base = make_decoder(tmp_path / "base")
+    assert run(tmp_path, base) == 0
+    out = capsys.readouterr().out
+    assert "vllm serve" not in out
+    variables, command = out.strip().splitlines()[-2:]
+    assert {"VLLM_CPU_KVCACHE_SPACE=1", "TORCH_COMPILE_DISABLE=1"} <= set(variables.split())
+    assert command.startswith(f"python -m vllm.entrypoints.openai.api_server --model {base} --enforce-eager --dtype ")
 
 
 def test_models_that_cannot_be_mixed_are_refused_and_nothing_is_written(
