@@ -19,7 +19,7 @@ ENCODER_METRICS: tuple[Metric, ...] = ("ndcg@10", "mrr@10", "recall@10", "recall
 
 SMALLER_IS_BETTER = frozenset({"loss"})
 
-TELLS_MORE: Mapping[Metric, tuple[Metric, ...]] = {"exact_match": ("f1", "loss"), "accuracy": ("loss",)}
+TELLS_MORE: Mapping[Metric, tuple[Metric, ...]] = {"exact_match": ("f1", "loss")}
 """What is shown beside a metric that may be the same for all systems: of free text an exact match is often none."""
 
 DEPTH = 100
