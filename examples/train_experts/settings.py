@@ -19,8 +19,8 @@ class TrainSettings:
     Attributes:
         max_steps: optimizer steps at most; None: all epochs.
         max_tokens: longest row; None: what the model takes.
-        lora_rank: None: all parameters are tuned. Otherwise the rank of an adapter on every linear layer, which is the
-            expert.
+        lora_rank: None: all parameters are tuned. Otherwise the rank of an adapter, which is the expert.
+        target_modules: layers that the adapter is on, by the last part of their names; None: every linear layer.
         merge: with an adapter: it is merged into the base, and the expert is a full checkpoint.
         bf16: matrix products in bfloat16 (parameters stay float32): faster where the hardware has units for it.
     """
@@ -32,6 +32,7 @@ class TrainSettings:
     max_tokens: int | None = None
     lora_rank: int | None = None
     lora_alpha: int | None = None
+    target_modules: tuple[str, ...] | None = None
     merge: bool = False
     bf16: bool = False
     seed: int = 0
@@ -58,14 +59,14 @@ class TrainSettings:
         }
 
     def lora(self, **options: Any) -> Any:
-        """peft's configuration of the adapter: every linear layer, alpha twice the rank unless given."""
+        """peft's configuration of the adapter: alpha twice the rank unless given."""
         from peft import LoraConfig
 
         return LoraConfig(
             r=self.lora_rank,
             lora_alpha=2 * (self.lora_rank or 0) if self.lora_alpha is None else self.lora_alpha,
             lora_dropout=0.0,
-            target_modules="all-linear",
+            target_modules="all-linear" if self.target_modules is None else list(self.target_modules),
             **options,
         )
 

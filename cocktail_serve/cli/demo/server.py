@@ -36,7 +36,7 @@ class DemoServer:
 
     Attributes:
         url: base URL, known once it listens.
-        start_seconds: how long it took until both engines were ready.
+        start_seconds: how long it took until all engines were ready.
     """
 
     def __init__(self, pools: DemoPools, *, port: int, keep: bool) -> None:
@@ -73,7 +73,7 @@ class DemoServer:
         self._stack.close()
 
     def wait_until_ready(self) -> None:
-        """Shows what is being waited for, until both engines answer.
+        """Shows what is being waited for, until all engines answer.
 
         Raises:
             ServerError: the server ended, or took more than five minutes; shows the end of its log.

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import random
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -12,18 +13,33 @@ import httpx
 import numpy as np
 from openai import OpenAI
 
-from cocktail_serve.cli.demo.pools import DECODER_EXPERTS, DECODER_POOL, ENCODER_POOL, DemoPools, Search
+from cocktail_serve.cli.demo.pools import (
+    CHAT_EXPERTS,
+    CHAT_POOL,
+    DECODER_EXPERTS,
+    DECODER_POOL,
+    ENCODER_POOL,
+    ChatTask,
+    DemoPools,
+    Search,
+    question_of,
+)
 from cocktail_serve.errors import ServerError
+from cocktail_serve.pool import BASE
 
 TRAVEL = "travel-desk"
 OFFICE = "office-search"
+DESK = "helpdesk"
 TRAVEL_TEMPERATURE = 0.2
 OFFICE_TEMPERATURE = 2.0
-"""tau of the two cocktails. The paper's 5.0 makes weights nearly uniform unless losses differ by many nats, as those
+DESK_TEMPERATURE = 0.2
+"""tau of the cocktails. The paper's 5.0 makes weights nearly uniform unless losses differ by many nats, as those
 of a contrastive loss, whose scores are divided by 0.05, may do."""
 
 MAX_TOKENS = 24
 CLIENTS = 8
+NUM_TENANTS = 8
+TENANTS_TOKENS = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +103,40 @@ class Ranking:
         return _rank(self.cocktail, self.expected)
 
 
+@dataclass(frozen=True, slots=True)
+class ChatAnswers:
+    """Questions that are no examples, and the loss of what is right.
+
+    Attributes:
+        losses: by model of the pool, nats.
+        cocktail_loss: the cocktail's.
+    """
+
+    answered: list[Answered]
+    losses: dict[str, float]
+    cocktail_loss: float
+
+    @property
+    def best_expert(self) -> str:
+        return min((name for name in self.losses if name != BASE), key=self.losses.__getitem__)
+
+
+@dataclass(frozen=True, slots=True)
+class Together:
+    """As many cocktails as tenants, asked at once.
+
+    Attributes:
+        making_s: how long one takes to be made, on average.
+        tokens_per_s: of all answers together.
+        base_tokens_per_s: of as many requests for the base.
+    """
+
+    num_cocktails: int
+    making_s: float
+    tokens_per_s: float
+    base_tokens_per_s: float
+
+
 class Tour:
     """Runs the demo's steps against a server.
 
@@ -110,20 +160,44 @@ class Tour:
     def make_office(self) -> Made:
         return self._make(OFFICE, ENCODER_POOL, self._pools.encoder_examples, temperature=OFFICE_TEMPERATURE)
 
+    def make_desk(self, task: ChatTask) -> Made:
+        """With its loss on the held-out questions, which decide nothing."""
+        return self._make(
+            DESK, CHAT_POOL, task.examples, temperature=DESK_TEMPERATURE, validation_examples=task.questions
+        )
+
     def ask(self) -> Answers:
         """Puts every held-out question to the base, the cocktail and each expert in turn, greedily."""
         questions, right = zip(*self._pools.questions, strict=True)
-        said = {model: self._chat(model, questions) for model in (DECODER_POOL, TRAVEL)}
         alone = {name: self._chat(f"{DECODER_POOL}/{name}", questions) for name in DECODER_EXPERTS}
         return Answers(
-            [
-                Answered(question, expected, base, cocktail)
-                for (question, expected), base, cocktail in zip(
-                    self._pools.questions, said[DECODER_POOL], said[TRAVEL], strict=True
-                )
-            ],
+            self._answered(DECODER_POOL, TRAVEL, self._pools.questions),
             {name: _share(map(str.__eq__, answers, right)) for name, answers in alone.items()},
         )
+
+    def ask_desk(self, task: ChatTask, made: Made) -> ChatAnswers:
+        """Puts the held-out questions to the base and the cocktail, and has the pool's models scored on them."""
+        weighed = self._post("held-out", CHAT_POOL, {"examples": task.questions}, dry_run=True)
+        asked = [question_of(row) for row in task.questions]
+        return ChatAnswers(self._answered(CHAT_POOL, DESK, asked), weighed["losses"], made.cocktail["validation_loss"])
+
+    def ask_together(self, task: ChatTask) -> Together:
+        """Makes a cocktail for each tenant by writing numbers down, and asks all of them at once; then the base."""
+        pick = random.Random(0)
+        started_at = time.monotonic()
+        made = []
+        for number in range(NUM_TENANTS):
+            weights = {name: pick.random() for name in ("base", *CHAT_EXPERTS)}
+            body = {"merging_weights": {name: weight / sum(weights.values()) for name, weight in weights.items()}}
+            made.append(self._post(f"tenant-{number + 1}", CHAT_POOL, body)["id"])
+        making_s = (time.monotonic() - started_at) / NUM_TENANTS
+        questions = [question_of(row)[0] for row in task.questions[:NUM_TENANTS]]
+        speeds = []
+        for models in (made, NUM_TENANTS * [CHAT_POOL]):
+            # once unmeasured: whoever comes first waits for what is compiled for this many rows
+            self._tokens_per_s(models, questions)
+            speeds.append(self._tokens_per_s(models, questions))
+        return Together(NUM_TENANTS, making_s, *speeds)
 
     def search(self) -> list[Ranking]:
         """Ranks the documents for every held-out query with the base's embeddings, then with the cocktail's."""
@@ -136,19 +210,44 @@ class Tour:
             )
         ]
 
-    def _make(self, name: str, pool: str, examples: Sequence[Any], *, temperature: float) -> Made:
+    def _answered(self, pool: str, cocktail: str, asked: Sequence[tuple[str, str]]) -> list[Answered]:
+        said = [self._chat(model, [question for question, _ in asked]) for model in (pool, cocktail)]
+        return [
+            Answered(question, expected, *answers) for (question, expected), *answers in zip(asked, *said, strict=True)
+        ]
+
+    def _make(self, name: str, pool: str, examples: Sequence[Any], **options: Any) -> Made:
         started_at = time.monotonic()
-        answer = self._http.post(
-            "/v1/cocktails",
-            params={"wait": 60},
-            json={"name": name, "pool": pool, "examples": examples, "temperature": temperature},
-        )
-        body = answer.json()
-        if answer.is_error:
-            raise ServerError(f"the server refused the cocktail {name!r}: {body['error']['message']}")
+        body = self._post(name, pool, {"examples": examples, **options})
         if body["status"] != "ready":
             raise ServerError(f"the cocktail {name!r} was not ready in a minute: it is {body['status']}")
         return Made(body, time.monotonic() - started_at)
+
+    def _post(self, name: str, pool: str, how: Mapping[str, Any], *, dry_run: bool = False) -> dict[str, Any]:
+        answer = self._http.post(
+            "/v1/cocktails", params={"wait": 60, "dry_run": dry_run}, json={"name": name, "pool": pool, **how}
+        )
+        body: dict[str, Any] = answer.json()
+        if answer.is_error:
+            raise ServerError(f"the server refused the cocktail {name!r}: {body['error']['message']}")
+        return body
+
+    def _tokens_per_s(self, models: Sequence[str], questions: Sequence[str]) -> float:
+        """Of one question to each model, all at once."""
+
+        def ask(model: str, question: str) -> int:
+            completion = self._openai.chat.completions.create(
+                model=model,
+                messages=[{"role": "user", "content": question}],
+                temperature=0,
+                max_completion_tokens=TENANTS_TOKENS,
+                extra_body={"ignore_eos": True},
+            )
+            return completion.usage.completion_tokens if completion.usage else 0
+
+        started_at = time.monotonic()
+        with ThreadPoolExecutor(len(models)) as clients:
+            return sum(clients.map(ask, models, questions)) / (time.monotonic() - started_at)
 
     def _chat(self, model: str, questions: Sequence[str]) -> list[str]:
         def ask(question: str) -> str:
