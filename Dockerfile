@@ -5,11 +5,12 @@ ENV PYTHONUNBUFFERED=1 PIP_NO_CACHE_DIR=1
 RUN apt-get update && apt-get install -y --no-install-recommends gcc g++ libnuma1 && rm -rf /var/lib/apt/lists/* \
     && pip install uv && useradd --create-home cocktail
 WORKDIR /app
-COPY pyproject.toml README.md LICENSE ./
+COPY pyproject.toml hatch_build.py README.md LICENSE ./
 COPY requirements requirements
 COPY cocktail_serve cocktail_serve
 COPY plugins plugins
 COPY configs configs
+COPY examples examples
 EXPOSE 8000
 
 FROM base AS cpu

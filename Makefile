@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 REQUIREMENTS := requirements/cpu.txt
 STAMP := $(VENV)/.installed
 
-.PHONY: install demo serve test test-unit test-integration test-full check lint lock bench docs mutants clean help
+.PHONY: install demo serve test test-unit test-integration test-full check lint lock bench docs wheel mutants clean help
 
 help:
 	@echo "make demo     three pools, cocktails made and answered on real engines, in minutes"
@@ -18,6 +18,7 @@ help:
 	@echo "make mutants  which changes of the rules that matter most the unit tests do not notice (long)"
 	@echo "make check    lint, format and types"
 	@echo "make docs     regenerate the generated pages of docs/reference"
+	@echo "make wheel    build dist/*.whl, which carries demo and trainer"
 	@echo "make install  set up $(VENV) only"
 
 install: $(STAMP)
@@ -78,6 +79,9 @@ lock: $(STAMP)
 
 docs: $(STAMP)
 	$(BIN)/python -m docs.generate
+
+wheel: $(STAMP)
+	$(BIN)/uv build --wheel --out-dir dist .
 
 clean:
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache

@@ -30,7 +30,8 @@ from cocktail_serve.errors import CheckpointError, ClientError, CocktailError, I
 from cocktail_serve.examples import ExampleSet, parse_examples, read_jsonl
 from cocktail_serve.pool import BASE, NAME_PATTERN
 from cocktail_serve.progress import OnProgress
-from examples.train_experts.settings import TrainSettings
+
+from .settings import TrainSettings
 
 MULTITASK = "multitask"
 POOL_FILE = "pool.yaml"
@@ -138,14 +139,14 @@ def train_one(
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{name}-") as partial:
         folder = Path(partial) / name
         if kind == "decoder":
-            from examples.train_experts.decoder import train_decoder
+            from .decoder import train_decoder
 
             pooled = ExampleSet.of(example for examples in tasks.values() for example in examples)
             num_left_out = train_decoder(base, pooled, folder, settings, name=name, report=report)
             if num_left_out:
                 print(f"{name}: {num_left_out} of {len(pooled)} rows are too long and left out", file=sys.stderr)
         else:
-            from examples.train_experts.encoder import train_encoder
+            from .encoder import train_encoder
 
             train_encoder(base, tasks, folder, settings, name=name, report=report)
         shutil.rmtree(folder / "trainer", ignore_errors=True)

@@ -23,8 +23,9 @@ from cocktail_serve.examples import ExampleSet
 from cocktail_serve.loading import require_words
 from cocktail_serve.progress import OnProgress
 from cocktail_serve.scoring.decoder import TokenizedExample, tokenize_examples
-from examples.train_experts.saving import dtype_of, loading, store
-from examples.train_experts.settings import Reporter, TrainSettings
+
+from .saving import dtype_of, loading, store
+from .settings import Reporter, TrainSettings
 
 NOT_TRAINED = -100
 """Label of a position that carries no loss, as transformers and torch have it."""

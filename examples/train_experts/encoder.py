@@ -21,8 +21,9 @@ from cocktail_serve.examples import ExampleSet
 from cocktail_serve.loading import require_words
 from cocktail_serve.progress import OnProgress
 from cocktail_serve.scoring.retrieval import retrieval_example
-from examples.train_experts.saving import dtype_of, loading, store
-from examples.train_experts.settings import Reporter, TrainSettings
+
+from .saving import dtype_of, loading, store
+from .settings import Reporter, TrainSettings
 
 TEMPERATURE = 0.02
 """What similarities are divided by: LM-Cocktail's, for fine-tuning (its weighing uses 0.05)."""

@@ -31,7 +31,7 @@ def _fold_decoder(base: Path, adapter: Path, out: Path) -> None:
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    from examples.train_experts.decoder import LOCAL_ONLY, store_decoder
+    from .decoder import LOCAL_ONLY, store_decoder
 
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, **LOCAL_ONLY)
     store_decoder(PeftModel.from_pretrained(model, str(adapter)).merge_and_unload(), base, out)
@@ -40,7 +40,7 @@ def _fold_decoder(base: Path, adapter: Path, out: Path) -> None:
 def _fold_encoder(base: Path, adapter: Path, out: Path) -> None:
     from peft import PeftModel
 
-    from examples.train_experts.encoder import load, store_encoder
+    from .encoder import load, store_encoder
 
     model = load(base)
     # peft changes the transformer itself

