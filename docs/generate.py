@@ -27,7 +27,7 @@ from cocktail_serve.errors import CocktailError
 from cocktail_serve.finetuning.request import JobBody
 from cocktail_serve.gateway.app import create_app
 from cocktail_serve.gateway.error_handlers import HTTP_ERRORS
-from cocktail_serve.gateway.field_policy import FIELD_POLICY
+from cocktail_serve.gateway.field_policy import FIELD_POLICY, IGNORED_BY_BEAM_SEARCH
 from cocktail_serve.gateway.schemas.cocktails import CocktailView
 from cocktail_serve.gateway.schemas.embeddings import EmbeddingRequest
 from cocktail_serve.gateway.schemas.neutral import Only
@@ -194,6 +194,10 @@ def http_page() -> str:
     for rule in FIELD_POLICY:
         allowed = f" (`engine.{rule.allowed_by}` allows it)" if rule.allowed_by else ""
         parts.append(f"| `{rule.field}` | {rule.action}{allowed} | {rule.why} |\n")
+    ignored = ", ".join(f"`{name}`" for name in IGNORED_BY_BEAM_SEARCH)
+    parts.append(
+        f"\nBeside `use_beam_search`, whose answers vLLM does not hold to them, these are refused: {ignored}.\n"
+    )
     return "".join(parts)
 
 

@@ -80,6 +80,17 @@ FIELD_POLICY: tuple[FieldRule, ...] = (
 
 _REFUSED = tuple((rule, tuple(rule.field.split("."))) for rule in FIELD_POLICY if rule.action == "refuse")
 
+IGNORED_BY_BEAM_SEARCH = (
+    "allowed_token_ids",
+    "bad_words",
+    "logit_bias",
+    "min_tokens",
+    "response_format",
+    "stop",
+    "structured_outputs",
+)
+"""What a request demands of its answer, and what vLLM (0.32) takes beside `use_beam_search` and does not heed. How
+tokens are drawn is left out: beam search draws none."""
 
 _REFUSED_NAMES = frozenset(path[0] for _, path in _REFUSED)
 
@@ -107,7 +118,8 @@ def apply_field_policy(body: Mapping[str, Any], *, allow_chat_template: bool) ->
         allow_chat_template: the engine setting of that name.
 
     Raises:
-        InvalidRequestError: a refused field, or one of ours of the wrong type; `param` names it.
+        InvalidRequestError: a refused field, one that beam search does not heed, or one of ours of the wrong type;
+            `param` names it.
     """
     for rule, path in _REFUSED:
         if _lookup(body, path) is not None and not (rule.allowed_by and allow_chat_template):
@@ -117,6 +129,7 @@ def apply_field_policy(body: Mapping[str, Any], *, allow_chat_template: bool) ->
                 param=rule.field,
                 code="field_not_accepted",
             )
+    _check_beam_search(body)
     # a refused field that is null is as good as absent; vLLM takes null for some of them and not for others
     outgoing = {
         key: value
@@ -138,6 +151,18 @@ def apply_field_policy(body: Mapping[str, Any], *, allow_chat_template: bool) ->
     shows_each = shows_usage and _boolean(options, "continuous_usage_stats", "stream_options.continuous_usage_stats")
     outgoing["stream_options"] = {**options, "include_usage": True, "continuous_usage_stats": True}
     return Outgoing(outgoing, shows_usage=shows_usage, shows_usage_in_chunks=shows_each)
+
+
+def _check_beam_search(body: Mapping[str, Any]) -> None:
+    if not body.get("use_beam_search"):
+        return
+    for name in IGNORED_BY_BEAM_SEARCH:
+        if body.get(name) and body[name] != {"type": "text"}:
+            raise InvalidRequestError(
+                f"beam search does not heed {name!r}, and its answer could break it: leave out one of the two",
+                param=name,
+                code="field_not_accepted",
+            )
 
 
 def _lookup(body: Mapping[str, Any], path: tuple[str, ...]) -> Any:

@@ -34,6 +34,27 @@ def test_refused(rule: Any) -> None:
     assert rule.why in caught.value.message
 
 
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("stop", "END"),
+        ("logit_bias", {"5": 10}),
+        ("min_tokens", 4),
+        ("allowed_token_ids", [5]),
+        ("bad_words", ["no"]),
+        ("structured_outputs", {"regex": "a+"}),
+        ("response_format", {"type": "json_object"}),
+    ],
+)
+def test_what_beam_search_would_not_heed_is_refused_beside_it(field: str, value: Any) -> None:
+    with pytest.raises(InvalidRequestError, match=f"does not heed '{field}'") as caught:
+        apply_field_policy(CHAT | {"use_beam_search": True, field: value}, allow_chat_template=False)
+    assert caught.value.param == field
+    assert apply_field_policy(CHAT | {field: value}, allow_chat_template=False).body[field] == value
+    alone = CHAT | {"use_beam_search": True, field: None, "response_format": {"type": "text"}, "top_p": 0.9}
+    assert apply_field_policy(alone, allow_chat_template=False).body["use_beam_search"]
+
+
 @pytest.mark.parametrize("rule", REFUSED, ids=lambda rule: rule.field)
 def test_refused_but_null_is_as_good_as_absent(rule: Any) -> None:
     outgoing = apply_field_policy(CHAT | nested(rule.field, None), allow_chat_template=False)
