@@ -9,7 +9,6 @@ are known here, never its path, body or headers.
 from __future__ import annotations
 
 import logging
-import logging.config
 import time
 import traceback
 from contextvars import ContextVar
@@ -39,21 +38,15 @@ def configure(log_format: LogFormat, log_level: LogLevel = "info") -> None:
         log_level: the least that is written of what cocktail-serve says itself; a request's line is `info`, a probe's
             `debug`.
     """
-    level = log_level.upper()
-    logging.config.dictConfig(
-        {
-            "version": 1,
-            "disable_existing_loggers": False,
-            "formatters": {"ours": {"()": JSONFormatter if log_format == "json" else TextFormatter}},
-            "handlers": {"stderr": {"class": "logging.StreamHandler", "formatter": "ours"}},
-            "root": {"level": "WARNING", "handlers": ["stderr"]},
-            "loggers": {
-                "cocktail_serve": {"level": level},
-                "uvicorn": {"level": "INFO", "handlers": [], "propagate": True},
-                "uvicorn.error": {"level": "INFO"},
-            },
-        }
-    )
+    handler = logging.StreamHandler()
+    handler.setFormatter(JSONFormatter() if log_format == "json" else TextFormatter())
+    # by hand: dictConfig closes the handlers of other libraries too, and absl's closes the stream that it writes to
+    logging.getLogger().handlers[:] = [handler]
+    logging.getLogger("uvicorn").handlers[:] = []
+    logging.getLogger("uvicorn").propagate = True
+    levels = {"": "WARNING", "cocktail_serve": log_level.upper(), "uvicorn": "INFO", "uvicorn.error": "INFO"}
+    for name, level in levels.items():
+        logging.getLogger(name).setLevel(level)
 
 
 def log_request(

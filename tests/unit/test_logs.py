@@ -90,6 +90,20 @@ def test_a_line_for_each_request_and_for_probes_where_asked(
     assert not any("tokens_in" in line for line in lines)  # no model has read anything
 
 
+def test_handlers_of_other_libraries_are_not_closed(restored: None) -> None:
+    """absl's, which rouge-score brings, closes its stream when it is closed: standard error itself."""
+    closed: list[bool] = []
+
+    class Foreign(logging.StreamHandler):  # type: ignore[type-arg]
+        def close(self) -> None:
+            closed.append(True)
+
+    foreign = Foreign()
+    logging.getLogger().addHandler(foreign)
+    logs.configure("text")
+    assert (closed, foreign in logging.getLogger().handlers) == ([], False)
+
+
 @pytest.mark.parametrize("formatter", [logs.JSONFormatter(), logs.TextFormatter()], ids=["json", "text"])
 def test_an_exception_is_told_by_type_and_place_and_not_by_what_it_says(formatter: logging.Formatter) -> None:
     line = line_of(formatter, fails=True)
