@@ -33,6 +33,7 @@ WEIGHTINGS: dict[str, dict[str, Any]] = {
     "paper": {"weighting": "paper"},
     "softmax, tau 0.2": {"weighting": "softmax", "temperature": 0.2},
     "search": {"weighting": "search"},
+    "gradient": {"weighting": "gradient"},
     "blackbox": {"weighting": "blackbox"},
 }
 

@@ -166,9 +166,9 @@ class ServerClient:
         """What an answer that is none says."""
         status = response.status_code
         try:
-            told = response.json()["error"]["message"]
+            told, code = response.json()["error"]["message"], response.json()["error"]["code"]
         except (ValueError, KeyError, TypeError):
-            told = response.text[:200]
+            told, code = response.text[:200], None
         message = f"{self.url} answered {status}: {told}"
         if status == 401:
             return AuthenticationError(f"{message}; give the tenant's key, as COCKTAIL_API_KEY for one")
@@ -176,7 +176,7 @@ class ServerClient:
             return CapacityError(message, retry_after_s=_retry_after_s(response))
         if status >= 500:
             return EngineError(message)
-        return InvalidRequestError(message)
+        return InvalidRequestError(message, code=code)
 
 
 def _retry_after_s(response: httpx.Response) -> float:

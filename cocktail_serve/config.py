@@ -432,7 +432,7 @@ class StoreConfig(_Section):
         return self.cache_dir.expanduser() == DEFAULT_CACHE_DIR.expanduser()
 
 
-Weighting = Literal["softmax", "paper", "uniform", "search", "blackbox"]
+Weighting = Literal["softmax", "paper", "gradient", "uniform", "search", "blackbox"]
 """How losses become weights."""
 
 TEMPERATURES: Mapping[Kind, float] = {"decoder": 0.2, "encoder_decoder": 0.2, "encoder": 5.0, "reranker": 5.0}

@@ -91,6 +91,12 @@ class MethodNotServedError(InvalidMixError):
     code = "method_not_served"
 
 
+class WeightingNotServedError(InvalidMixError):
+    """A weighting that the server does not offer for this pool; says what to use instead."""
+
+    code = "weighting_not_served"
+
+
 class WrongModelKindError(InvalidRequestError):
     """A request for a kind of model that the pool is not: chat on an encoder, embeddings of a decoder."""
 

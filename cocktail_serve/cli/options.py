@@ -62,7 +62,7 @@ Temperature = Annotated[
     float | None, typer.Option(help="tau of softmax(-loss / tau); lower is more selective, the paper's is 5.")
 ]
 WeightingOption = Annotated[
-    str | None, typer.Option("--weighting", help="softmax, paper, uniform, search or blackbox.")
+    str | None, typer.Option("--weighting", help="softmax, paper, gradient, uniform, search or blackbox.")
 ]
 MaxExperts = Annotated[
     int | None, typer.Option(min=1, help="Experts that keep their weights, those that weigh most; all if left out.")

@@ -24,8 +24,9 @@ def cross_validate(
 ) -> Trials[CrossValidation]:
     """Cross-validates a mixture that is weighed already, by the setting it was weighed with.
 
-    What a search chose (tau, alpha) was chosen on the same folds, so its held-out loss is a little too good; the
-    mixtures are those that the search tried, whose losses a decoder's engine need not measure again.
+    What a search chose (tau, alpha, steps) was chosen on the same folds, so its held-out loss is a little too good; the
+    mixtures are those that the search tried, whose losses a decoder's engine need not measure again. What `gradient`
+    measured itself is not asked for anew.
 
     Args:
         losses: loss (nats) of each example by model in `options.scored`; empty without examples.
@@ -42,6 +43,8 @@ def cross_validate(
     folds = deal(num_examples, seed=options.seed)
     if not folds:
         return no_findings("one example cannot be held out; give more")
+    if chosen.held_out:
+        return _found(chosen.held_out, losses, folds)
     peer_losses = {name: losses[name] for name in options.peers}
     trials = []
     for number, fold in enumerate(folds):
@@ -59,7 +62,13 @@ def cross_validate(
     for trial in foreseen(trials):
         fold_losses = yield trial
         held_out.update(zip(trial.rows, fold_losses, strict=True))
-    told = verdict([held_out[row] for row in range(num_examples)], losses, folds)
+    return _found([held_out[row] for row in range(num_examples)], losses, folds)
+
+
+def _found(
+    held_out: Sequence[float], losses: Mapping[str, Sequence[float]], folds: Sequence[Sequence[int]]
+) -> CrossValidation:
+    told = verdict(held_out, losses, folds)
     return CrossValidation(
         "ready",
         told.advice,

@@ -242,7 +242,10 @@ class Jobs:
             mixed_loss=mixed_loss,
             validation_loss=validation_loss,
             candidates=_judged(options, weighting.candidates, mixed_loss),
-            warnings=(*cocktail.warnings, *warnings_of_losses(options, weighting.losses, mixed_loss)),
+            warnings=(
+                *cocktail.warnings,
+                *warnings_of_losses(options, weighting.losses, weighting.merging_weights, mixed_loss),
+            ),
             cross_validation=None if cocktail.inline or self._reports is None else PENDING,
         )
         if self._reports is not None and not cocktail.inline:

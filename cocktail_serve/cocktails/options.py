@@ -14,7 +14,11 @@ from cocktail_serve.pool import Pool
 REQUEST_VERSION = 1
 """Part of every digest: raised when the same options come to mean another mixture."""
 
-CHOSEN_BY_WEIGHTING: dict[str, tuple[str, ...]] = {"search": ("temperature",), "blackbox": ("temperature", "alpha")}
+CHOSEN_BY_WEIGHTING: dict[str, tuple[str, ...]] = {
+    "search": ("temperature",),
+    "gradient": ("alpha",),
+    "blackbox": ("temperature", "alpha"),
+}
 """What a weighting that tries mixtures chooses itself, and so takes from no request."""
 
 

@@ -17,6 +17,7 @@ from cocktail_serve.errors import (
     InvalidMixError,
     InvalidRequestError,
     NotFoundError,
+    WeightingNotServedError,
     params_named,
 )
 from cocktail_serve.examples import ExampleSet, parse_examples
@@ -54,7 +55,8 @@ class InlineBody(BaseModel):
     temperature: float | None = Field(None, description="tau of softmax(-loss / tau); lower is more selective.")
     weighting: Weighting | None = Field(
         None,
-        description="How losses become weights; paper: tau 5, alpha 0.5; search: tau and alpha by held-out loss; "
+        description="How losses become weights; paper: tau 5, alpha 0.5; gradient: coefficients learned "
+        "from the examples, as far as held-out loss falls; search: tau and alpha by held-out loss; "
         "blackbox: any coefficients, without gradients.",
     )
     budget: int | None = Field(
@@ -104,6 +106,7 @@ def parse_request(
         InvalidExamplesError: examples that do not fit the pool.
         InvalidMixError: options that break their rule or exclude each other.
         MethodNotServedError: the method needs merged parameters, and the pool is served unmerged.
+        WeightingNotServedError: the weighting tries more mixtures than the pool's engine can merge beside traffic.
         NotFoundError: an unknown pool or expert.
         ConflictError: the name is a pool's.
     """
@@ -130,21 +133,32 @@ def parse_request(
     return request if parsed.validation_examples is None else _with_validation(request, parsed, pool, settings)
 
 
-def parse_inline(cocktail: Any, *, pool: Pool, settings: Settings, dtype: DType | None = None) -> CocktailRequest:
+def parse_inline(
+    cocktail: Any, *, pool: Pool, settings: Settings, dtype: DType | None = None, is_served: bool = True
+) -> CocktailRequest:
     """Checks the `cocktail` object of a request whose `model` is the pool.
 
     Args:
         dtype: what mixtures round to; None: as the pool's engine runs.
+        is_served: whether a serving engine is to make the mixture, which makes fewer than can be made offline.
 
     Raises:
         As `parse_request`; `param` begins with `cocktail.`.
     """
     with params_named(lambda param: "cocktail" if param is None else f"cocktail.{param}"):
-        return _resolve(parse_as(InlineBody, cocktail), pool.id, pool, settings, inline=True, dtype=dtype)
+        body = parse_as(InlineBody, cocktail)
+        return _resolve(body, pool.id, pool, settings, inline=True, dtype=dtype, is_served=is_served)
 
 
 def _resolve(
-    body: InlineBody, name: str, pool: Pool, settings: Settings, *, inline: bool, dtype: DType | None = None
+    body: InlineBody,
+    name: str,
+    pool: Pool,
+    settings: Settings,
+    *,
+    inline: bool,
+    dtype: DType | None = None,
+    is_served: bool = True,
 ) -> CocktailRequest:
     if body.recipe is not None:
         body = _by_recipe(body, pool, dtype or settings.pool(pool.id).engine.dtype_over(pool.base))
@@ -189,6 +203,10 @@ def _resolve(
     peers = () if examples is None else _peers(pool, experts, body.target)
     _check_count(method, peers or (BASE,), body.target, pool)
     weighting, temperature, alpha = _weighting(body, settings.defaults, pool.kind)
+    if weighting == "gradient" and examples is not None:
+        _check_gradient(method, options.method_params)
+        if is_served:
+            _check_gradient_is_served(pool)
     options = replace(
         options,
         members=_fingerprints(pool, (*peers, *filter(None, [body.target]))),
@@ -260,11 +278,13 @@ def _max_experts(body: InlineBody, peers: Sequence[str], weighting: Weighting) -
     """The limit where it leaves an expert out: a request in which it changes nothing is the one without."""
     if body.max_experts is None:
         return None
-    if not peers or weighting == "blackbox":
+    if not peers or weighting in ("blackbox", "gradient"):
         raise InvalidMixError(
             "max_experts leaves out experts of the softmax over losses, and "
             + (
-                "there are no examples to weigh them by" if not peers else "'blackbox' chooses every coefficient itself"
+                "there are no examples to weigh them by"
+                if not peers
+                else f"{weighting!r} chooses every coefficient itself"
             ),
             param="max_experts",
         )
@@ -349,8 +369,34 @@ def _weighting(
     elif body.budget is not None:
         raise InvalidMixError(f"budget is of weighting 'blackbox'; {weighting!r} takes none", param="budget")
     if weighting in CHOSEN_BY_WEIGHTING and body.examples is not None:
-        return weighting, None, body.alpha
+        return weighting, None if "temperature" in CHOSEN_BY_WEIGHTING[weighting] else temperature, body.alpha
     return weighting, None if weighting == "uniform" else temperature, alpha
+
+
+def _check_gradient(method: Method, method_params: Mapping[str, Any]) -> None:
+    """The coefficients that are learned are of a plain sum, which no other scale multiplies."""
+    if not method.is_weighted_sum:
+        raise InvalidMixError(
+            f"weighting 'gradient' learns the coefficients of a sum, and method {method.name!r} is none; "
+            "use 'linear' or 'task_arithmetic', or weighting 'softmax'",
+            param="method",
+        )
+    if method_params.get("lambda", 1.0) != 1.0:
+        raise InvalidMixError(
+            "lambda scales all coefficients, and weighting 'gradient' learns each; leave lambda out",
+            param="method_params.lambda",
+        )
+
+
+def _check_gradient_is_served(pool: Pool) -> None:
+    if pool.kind == "decoder" and pool.mode == "merged":
+        raise WeightingNotServedError(
+            "weighting 'gradient' tries a hundred mixtures, and each would be merged into the engine that serves this "
+            "pool: use 'search' or 'softmax', learn the coefficients offline (cocktail-serve weigh --weighting "
+            "gradient) and give them as merging_weights, or have the operator serve adapters in a pool with "
+            "engine.mode: unmerged",
+            param="weighting",
+        )
 
 
 def _metadata(pairs: Mapping[str, str]) -> dict[str, str]:

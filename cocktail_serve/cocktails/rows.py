@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, fields
 from typing import Any
 
@@ -44,7 +45,11 @@ def from_row(row: RowMapping) -> Cocktail:
             "recipe": None if values["recipe"] is None else Recipe.from_json(values["recipe"]),
             "error": None if values["error"] is None else Failure(**values["error"]),
             "warnings": tuple(values["warnings"]),
-            "candidates": tuple(Candidate(**candidate) for candidate in values["candidates"] or ()),
+            "candidates": tuple(_candidate(candidate) for candidate in values["candidates"] or ()),
             "cross_validation": None if found is None else CrossValidation(**found),
         }
     )
+
+
+def _candidate(value: Mapping[str, Any]) -> Candidate:
+    return Candidate(**{**value, "held_out": tuple(value.get("held_out", ()))})

@@ -6,7 +6,8 @@ import math
 from collections.abc import Mapping
 
 from cocktail_serve.cocktails.options import CocktailOptions, CocktailRequest
-from cocktail_serve.pool import Pool
+from cocktail_serve.pool import BASE, Pool
+from cocktail_serve.weighting.gradient import BOUND, at_bounds
 
 LEVEL = 1.1
 """Weights are level where the largest is less than this times the smallest."""
@@ -38,9 +39,12 @@ def warnings_of_request(request: CocktailRequest, pool: Pool) -> tuple[str, ...]
 
 
 def warnings_of_losses(
-    options: CocktailOptions, losses: Mapping[str, float], mixed_loss: float | None
+    options: CocktailOptions,
+    losses: Mapping[str, float],
+    merging_weights: Mapping[str, float],
+    mixed_loss: float | None,
 ) -> tuple[str, ...]:
-    """What the measured losses give cause for.
+    """What the measured losses, and the weights that came of them, give cause for.
 
     Args:
         losses: mean loss (nats) by model.
@@ -48,9 +52,12 @@ def warnings_of_losses(
     """
     if mixed_loss is None or not losses:
         return ()
+    of_mixture = _of_mixture(options, losses, mixed_loss)
+    if options.weighting == "gradient":
+        return (*_of_gradient(options, losses, merging_weights), *of_mixture)
     if (level := _level_weights(options, losses)) is not None:
-        return (level, *_of_mixture(options, losses, mixed_loss))
-    return _of_mixture(options, losses, mixed_loss)
+        return (level, *of_mixture)
+    return of_mixture
 
 
 def _of_mixture(options: CocktailOptions, losses: Mapping[str, float], mixed_loss: float) -> tuple[str, ...]:
@@ -75,3 +82,23 @@ def _level_weights(options: CocktailOptions, losses: Mapping[str, float]) -> str
         f"the weights are level: losses that differ by {spread:.3g} nats at temperature {options.temperature:g} differ "
         f"by {math.expm1(spread / options.temperature):.1%} of a weight; try a lower temperature, or weighting search"
     )
+
+
+def _of_gradient(
+    options: CocktailOptions, losses: Mapping[str, float], merging_weights: Mapping[str, float]
+) -> tuple[str, ...]:
+    warnings = []
+    if options.num_examples == 1:
+        warnings.append("one example cannot be held out, so nothing was learned: the weights are those of the softmax")
+    idle = [name for name, loss in losses.items() if name != BASE and loss == losses[BASE]]
+    if idle:
+        warnings.append(
+            f"{' and '.join(map(repr, idle))} and the base lose the same on these examples to the last digit: there is "
+            "nothing to learn of it; is it the base itself?"
+        )
+    if bound := at_bounds(merging_weights):
+        warnings.append(
+            f"the coefficient of {' and '.join(map(repr, bound))} went as far as it may, {BOUND:g}: the examples want "
+            "more of it than there is"
+        )
+    return tuple(warnings)

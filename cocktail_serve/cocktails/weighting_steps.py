@@ -14,6 +14,7 @@ from cocktail_serve.pool import Pool
 from cocktail_serve.recipe import Recipe, make_recipe
 from cocktail_serve.weighting.blackbox import BUDGET, blackbox
 from cocktail_serve.weighting.candidates import Candidate, Trial, Trials, mean
+from cocktail_serve.weighting.gradient import gradient
 from cocktail_serve.weighting.search import search
 from cocktail_serve.weighting.softmax import entropy, weights_from_losses, with_target
 
@@ -60,6 +61,10 @@ def weighting_steps(options: CocktailOptions, losses: Mapping[str, Sequence[floa
     if options.weighting == "blackbox":
         everything = {name: losses[name] for name in options.scored}
         candidates = yield from blackbox(everything, budget=options.budget or BUDGET, seed=options.seed)
+    elif options.weighting == "gradient":
+        assert options.temperature is not None
+        everything = {name: losses[name] for name in options.scored}
+        candidates = yield from gradient(everything, temperature=options.temperature, seed=options.seed)
     else:
         candidates = yield from search(
             {name: losses[name] for name in options.peers},

@@ -44,7 +44,7 @@ class _InMemory(ABC):
         self._report = report
 
     def mix(self, body: Mapping[str, Any]) -> EvaluatedMixture:
-        request = parse_inline(dict(body), pool=self.pool, settings=self._settings)
+        request = parse_inline(dict(body), pool=self.pool, settings=self._settings, is_served=False)
         options, examples = request.options, request.examples
 
         def losses_of(recipe: Recipe, rows: Sequence[int] | None) -> list[float]:

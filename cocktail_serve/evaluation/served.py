@@ -16,8 +16,9 @@ import numpy as np
 from cocktail_serve.api_client import ServerClient
 from cocktail_serve.config import PoolConfig
 from cocktail_serve.digest import digest_of
-from cocktail_serve.errors import ConfigError, InvalidRequestError
+from cocktail_serve.errors import ConfigError, InvalidRequestError, MethodNotServedError, WeightingNotServedError
 from cocktail_serve.evaluation.backend import EnsemblePart, EvaluatedMixture
+from cocktail_serve.evaluation.systems import NotMade
 from cocktail_serve.examples import ExampleSet
 from cocktail_serve.imported_recipe import read_recipe
 from cocktail_serve.offline.models import TransformersModels
@@ -66,11 +67,19 @@ class _Served:
         self._client.close()
 
     def mix(self, body: Mapping[str, Any]) -> EvaluatedMixture:
-        """Makes a cocktail named by the digest of its request, so that a run that goes on finds it again."""
+        """Makes a cocktail named by the digest of its request, so that a run that goes on finds it again.
+
+        Raises:
+            NotMade: the server does not offer the method or the weighting for this pool.
+        """
         name = f"eval-{digest_of([self.pool.id, dict(body)])[:16]}"
-        made = self._client.call(
-            "POST", "/v1/cocktails", {"name": name, "pool": self.pool.id, **body}, params={"wait": 60}
-        )
+        asked = {"name": name, "pool": self.pool.id, **body}
+        try:
+            made = self._client.call("POST", "/v1/cocktails", asked, params={"wait": 60})
+        except InvalidRequestError as error:
+            if error.code in (MethodNotServedError.code, WeightingNotServedError.code):
+                raise NotMade(error.message) from error
+            raise
         made = self._client.follow(made, self._tell, timeout_s=READY_S)
         recipe = read_recipe(made["recipe"]).recipe
         if recipe.base != self.pool.base.fingerprint:

@@ -166,6 +166,10 @@ def _blackbox(backend: Backend, occasion: Occasion) -> Contender:
     return _mixture(backend.mix(body if occasion.budget is None else body | {"budget": occasion.budget}))
 
 
+def _gradient(backend: Backend, occasion: Occasion) -> Contender:
+    return _mixture(backend.mix(_softmax(occasion) | {"weighting": "gradient"}))
+
+
 def _search(backend: Backend, occasion: Occasion) -> Contender:
     return _mixture(backend.mix(_weighed(occasion) | {"weighting": "search"}))
 
@@ -233,6 +237,12 @@ SYSTEMS: Mapping[str, System] = {
             "lm-cocktail",
             "Without fine-tuning: base and other experts by softmax (Eq. 2).",
             _lm_cocktail,
+            reads_temperature=True,
+        ),
+        System(
+            "gradient",
+            "Any coefficients, learned from those of lm-cocktail on as far as held-out loss falls.",
+            _gradient,
             reads_temperature=True,
         ),
         System("blackbox", "Any coefficients, searched without gradients (LoraHub).", _blackbox),

@@ -37,6 +37,7 @@ HTTP_ERRORS: Mapping[type[CocktailError], HTTPError] = {
     errors.InvalidExamplesError: HTTPError(400, _INVALID),
     errors.InvalidMixError: HTTPError(400, _INVALID),
     errors.MethodNotServedError: HTTPError(422, _INVALID),
+    errors.WeightingNotServedError: HTTPError(422, _INVALID),
     errors.WrongModelKindError: HTTPError(400, _INVALID),
     errors.ContextLengthError: HTTPError(400, _INVALID),
     # the operator's mistake, not the caller's: it can only show once the server runs if a file changed under it

@@ -74,7 +74,7 @@ def weigh_offline(
     if imported is not None:
         dtype = imported.recipe.dtype  # no engine has a say in it
         body = {**body, "recipe": imported.merged_json()}
-    request = parse_inline(dict(body), pool=pool, settings=settings, dtype=dtype)
+    request = parse_inline(dict(body), pool=pool, settings=settings, dtype=dtype, is_served=False)
     warnings = warnings_of_request(request, pool)
     if request.examples is None:
         weighing, _ = weigh_by(pool, request.options, None, dtype, report)
@@ -91,7 +91,7 @@ def weigh_offline(
         if judge:
             trials = cross_validate(request.options, losses, weighing.chosen)
             found = _answered(trials, pool, request.options, losses_of, dtype=dtype, report=report, what="judging")
-    warnings += warnings_of_losses(request.options, weighing.losses, mixed_loss)
+    warnings += warnings_of_losses(request.options, weighing.losses, weighing.merging_weights, mixed_loss)
     return OfflineWeighing(pool, request, weighing, dtype, mixed_loss, warnings, found)
 
 

@@ -20,10 +20,12 @@ class Candidate:
 
     Attributes:
         merging_weights: over base, experts and target, from all examples.
-        temperature: tau they come from; None where they come from no softmax.
+        temperature: tau they come from, or began at; None where they come from no softmax.
         alpha: share of the target; None where there is none, or where it was searched as a weight.
         loss: what the candidate was judged by (nats), smaller is better; None where it was not measured or not finite.
         chosen: whether the cocktail is this one. One of all candidates is.
+        held_out: loss (nats) of each example under weights that it had no part in, where the search itself measured
+            those of what it chose; else empty.
     """
 
     merging_weights: Mapping[str, float]
@@ -31,6 +33,7 @@ class Candidate:
     alpha: float | None = None
     loss: float | None = None
     chosen: bool = False
+    held_out: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -199,6 +199,26 @@ def test_blackbox_is_no_worse_than_the_base_and_the_same_each_time(config, examp
     assert json.loads(again)["candidates"] == result["candidates"]
 
 
+@pytest.mark.parametrize(("pool", "rows"), [("flan", DECODER_ROWS), ("bge", PAIR_ROWS)])
+def test_learned_coefficients_lose_no_more_than_the_base_and_are_the_same_each_time(
+    config, examples, capsys, pool, rows
+):
+    args = ("--pool", pool, "--examples", examples(rows), "--weighting", "gradient", "--json")
+    _, out, _ = run(capsys, "weigh", config, *args)
+    result = json.loads(out)
+    base, best, start = result["candidates"][:3]
+    assert base["merging_weights"]["base"] == 1.0
+    assert base["loss"] == pytest.approx(result["losses"]["base"], rel=1e-6)
+    assert sorted(best["merging_weights"].values()) == [0.0, 0.0, 1.0]
+    assert start["temperature"] == result["temperature"] or result["temperature"] is None
+    (chosen,) = [candidate for candidate in result["candidates"] if candidate["chosen"]]
+    assert chosen["merging_weights"] == result["merging_weights"]
+    assert chosen["loss"] == min(candidate["loss"] for candidate in result["candidates"])
+    assert sum(chosen["merging_weights"].values()) == pytest.approx(1.0, abs=1e-9)
+    _, again, _ = run(capsys, "weigh", config, *args)
+    assert json.loads(again)["candidates"] == result["candidates"]
+
+
 def test_the_candidates_of_a_search_are_shown(config, examples, capsys):
     _, out, _ = run(
         capsys, "weigh", config, "--pool", "bge", "--examples", examples(PAIR_ROWS), "--weighting", "search"

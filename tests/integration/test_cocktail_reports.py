@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -122,6 +123,22 @@ async def test_what_a_search_tried_is_not_scored_again(world: World, service: Co
     assert ready.chosen is not None
     assert findings is not None
     assert findings.held_out_loss == pytest.approx(ready.chosen.loss)
+
+
+async def test_what_learning_held_out_is_the_report(world: World) -> None:
+    world.pools["flan"] = world.scoring.pool = replace(world.pools["flan"], mode="unmerged")
+    async with world.service() as service:
+        ready = await made(service, world.request(examples=[A, B, C], weighting="gradient"))
+        before = len(world.scoring.visits_to("mixture"))
+        findings = (await reported(service, ready.id)).cross_validation
+    assert len(world.scoring.visits_to("mixture")) == before
+    assert findings is not None
+    assert ready.chosen is not None
+    assert findings.held_out_loss == pytest.approx(ready.chosen.loss)
+    assert (findings.num_folds, findings.advice) == (3, "use")
+    async with world.service() as service:
+        kept = service.catalog.get("acme", ready.id)
+    assert kept.candidates == ready.candidates, "as it was before the restart"
 
 
 async def test_an_encoders_folds_are_scored_against_the_passages_of_all(world: World, service: CocktailService) -> None:

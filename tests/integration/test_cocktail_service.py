@@ -1007,6 +1007,78 @@ class TestUnmerged:
             assert (failed.status, failed.error.code) == ("failed", "invalid_examples")
             assert world.scoring.num_waiting == 0
 
+    async def test_all_rows_of_a_step_are_at_the_engine_at_once(self, world: World) -> None:
+        rows = [{"input": f"q{i}", "output": "a" * (i + 1)} for i in range(4)]
+        async with world.service() as service:
+            await made(service, world.request("scored", examples=rows, temperature=3.3))
+            world.scoring.gate.clear()
+            queued, _ = await service.create("acme", world.request(weighting="gradient", examples=rows))
+            # four mixtures held out; where the path stands, and a probe for each expert
+            await until(lambda: world.scoring.num_waiting == 4 + 1 + 2)
+            world.scoring.gate.set()
+            ready = await service.wait("acme", queued.id, 10)
+            report = await service.report("acme", queued.id)
+        assert ready.status == "ready"
+        # the double's loss is linear in the weights: the path leads away from `nq`, towards `ag-news`, to the end
+        assert [candidate.chosen for candidate in ready.candidates].index(True) == len(ready.candidates) - 1
+        weights = ready.merging_weights
+        assert weights["ag-news"] > 1.0
+        assert weights["nq"] < 0.0
+        assert ready.mixed_loss < min(ready.losses.values())
+        assert ready.chosen.loss == pytest.approx(ready.mixed_loss, abs=0.05)
+        assert ready.entropy is None
+        assert weights["ag-news"] == 1.5
+        assert len(ready.warnings) == 1
+        assert "coefficient of 'ag-news' went as far as it may, 1.5" in ready.warnings[0]
+        assert report.cross_validation is not None
+
+    async def test_the_same_request_gives_the_same_recipe_wherever_it_is_made(self, world: World) -> None:
+        rows = [{"input": f"q{i}", "output": "a" * (i + 1)} for i in range(4)]
+        made_of = []
+        for tenant in ("acme", "other"):
+            async with world.service() as service:
+                made_of.append(await made(service, world.request(weighting="gradient", examples=rows), tenant=tenant))
+        assert made_of[0].recipe == made_of[1].recipe
+        assert made_of[0].candidates == made_of[1].candidates
+
+    async def test_learning_goes_on_where_the_last_process_left_it(self, world: World) -> None:
+        rows = [{"input": f"q{i}", "output": "a" * (i + 1)} for i in range(4)]
+        request = world.request(weighting="gradient", examples=rows)
+        async with world.service() as service:
+            world.scoring.hold_after = 20
+            await service.create("acme", request)
+            await until(lambda: len(world.scoring.visits_to("mixture")) >= 20)
+        before = len(world.scoring.visits_to("mixture"))
+        world.scoring.gate.set()
+        async with world.service() as service:
+            ready = await service.wait("acme", f"films@{request.digest[:8]}", 10.0)
+        assert ready.status == "ready"
+        again = len(world.scoring.visits_to("mixture")) - before
+        async with world.service() as service:
+            await made(service, world.request("whole", weighting="gradient", examples=rows), tenant="other")
+        whole = len(world.scoring.visits_to("mixture")) - before - again
+        assert again <= whole - 20, "what was answered before is not asked again"
+
+    async def test_learning_can_be_cancelled_and_leaves_nothing_at_the_engine(self, world: World) -> None:
+        rows = [{"input": f"q{i}", "output": "a" * (i + 1)} for i in range(4)]
+        async with world.service() as service:
+            await made(service, world.request("scored", examples=rows, temperature=3.3))
+            world.scoring.gate.clear()
+            queued, _ = await service.create("acme", world.request(weighting="gradient", examples=rows))
+            await until(lambda: world.scoring.num_waiting == 7)
+            assert (await service.cancel("acme", queued.id)).status == "cancelled"
+            await until(lambda: world.scoring.num_waiting == 0)
+            assert world.scoring.num_dropped == 7
+
+    async def test_what_stood_in_the_way_of_learning_is_said(self, world: World) -> None:
+        world.scoring = ScoringEngine(world.pools["flan"], {"base": 2.0, "ag-news": 2.0, "nq": 3.0})
+        async with world.service() as service:
+            one = await made(service, world.request("one", weighting="gradient", examples=[A]))
+            idle = await made(service, world.request("idle", weighting="gradient", examples=[A, B, C]))
+        assert any("one example cannot be held out" in warning for warning in one.warnings)
+        assert (one.chosen.temperature, one.chosen.loss) == (one.options.temperature, None)
+        assert any("'ag-news' and the base lose the same" in warning for warning in idle.warnings)
+
     async def test_losses_are_kept_apart_from_those_of_merged_models(self, world: World) -> None:
         async with world.service() as service:
             await made(service, world.request("films"))

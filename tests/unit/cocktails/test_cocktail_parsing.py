@@ -22,6 +22,7 @@ from cocktail_serve.errors import (
     InvalidRequestError,
     MethodNotServedError,
     NotFoundError,
+    WeightingNotServedError,
 )
 from cocktail_serve.pool import Member, Pool
 
@@ -378,6 +379,69 @@ def test_what_a_search_chooses_is_left_open_and_its_options_are_in_the_digest() 
     ]
     assert len({parse({"examples": EXAMPLES, **body}).digest for body in bodies}) == len(bodies)
     assert parse({"examples": EXAMPLES, "weighting": "blackbox", "budget": 40}).digest == boxed.digest
+
+
+UNMERGED = {"flan": replace(POOLS["flan"], mode="unmerged")}
+
+
+def learned(body: Mapping[str, Any]) -> CocktailRequest:
+    """A request for learned coefficients of a pool that serves them."""
+    body = {"name": "films", "pool": "flan", "examples": EXAMPLES, "weighting": "gradient", **body}
+    return parse_request(body, settings=make_settings(), pools=UNMERGED)
+
+
+def test_learned_coefficients_begin_at_a_temperature_and_choose_alpha_themselves() -> None:
+    request = learned({"target": "nq"})
+    assert (request.options.weighting, request.options.temperature) == ("gradient", TEMPERATURES["decoder"])
+    assert (request.options.alpha, request.options.budget) == (None, None)
+    assert request.options.searches
+    assert CocktailOptions.from_json(json.loads(json.dumps(request.options.to_json()))) == request.options
+    bodies: list[dict[str, Any]] = [
+        {},
+        {"temperature": 1.0},
+        {"seed": 1},
+        {"experts": ["nq"]},
+        {"method": "task_arithmetic"},
+        {"weighting": "softmax"},
+    ]
+    assert len({learned(body).digest for body in bodies}) == len(bodies)
+    assert learned({"temperature": TEMPERATURES["decoder"]}).digest == learned({}).digest
+
+
+@pytest.mark.parametrize(
+    ("body", "param", "text"),
+    [
+        ({"alpha": 0.5, "target": "nq"}, "alpha", "chooses alpha itself"),
+        ({"max_experts": 1}, "max_experts", "'gradient' chooses every coefficient itself"),
+        ({"budget": 9}, "budget", "'gradient' takes none"),
+        ({"method": "task_arithmetic", "method_params": {"lambda": 0.5}}, "method_params.lambda", "leave lambda out"),
+        ({"merging_weights": {"nq": 1.0}, "examples": None}, "weighting", "exclude 'weighting'"),
+    ],
+)
+def test_what_learned_coefficients_do_not_go_with(body: dict[str, Any], param: str, text: str) -> None:
+    with pytest.raises(InvalidMixError) as caught:
+        learned(body)
+    assert caught.value.param == param
+    assert text in caught.value.message
+
+
+def test_coefficients_are_learned_of_sums_and_not_in_engines_that_would_merge_each_step() -> None:
+    flan = POOLS["flan"]
+    body: dict[str, Any] = {"examples": EXAMPLES, "weighting": "gradient"}
+    for method in ("ties", "dare_linear", "slerp"):
+        one = {**body, "method": method, "experts": ["nq"]}
+        with pytest.raises(InvalidMixError, match="is none; use 'linear' or 'task_arithmetic'") as caught:
+            parse_inline(one, pool=flan, settings=make_settings(), is_served=False)
+        assert caught.value.param == "cocktail.method"
+    with pytest.raises(WeightingNotServedError) as refused:
+        parse({**body})
+    assert (refused.value.param, refused.value.code) == ("weighting", "weighting_not_served")
+    assert "engine.mode: unmerged" in refused.value.message
+    with pytest.raises(WeightingNotServedError):
+        parse_inline(body, pool=flan, settings=make_settings())
+    parse_inline(body, pool=flan, settings=make_settings(), is_served=False)
+    parse_inline(body, pool=UNMERGED["flan"], settings=make_settings())
+    assert parse({"target": "nq", "weighting": "gradient"}).options.weighting is None, "nothing is weighed"
 
 
 def test_an_unmerged_pool_takes_no_method_that_needs_merged_parameters() -> None:
