@@ -326,7 +326,11 @@ class ServerConfig(_Section):
 
     host: str = Field("127.0.0.1", description="Address to listen on.")
     port: int = Field(8000, ge=0, le=65535, description="Port to listen on; 0 picks a free one.")
-    auth: Literal["auto", "required", "off"] = Field("auto", description="auto: off on loopback, required elsewhere.")
+    auth: Literal["auto", "required", "off"] = Field(
+        "auto",
+        description="Whether requests need a key. auto: not on loopback, unless a proxy forwards them; required "
+        "elsewhere. off: nobody needs one, behind a proxy either. A key that is sent is honoured or refused always.",
+    )
     max_request_bytes: ByteSize = Field(ByteSize(32 * 1024**2), description="Larger bodies are refused with 413.")
     shutdown_grace_s: float = Field(
         30.0, ge=0, le=3600, description="How long open answers may go on after a signal to stop, seconds."
@@ -353,8 +357,20 @@ class ServerConfig(_Section):
     @property
     def requires_key(self) -> bool:
         if self.auth == "auto":
-            return not _is_loopback(self.host)
+            return not self.is_on_loopback
         return self.auth == "required"
+
+    @property
+    def is_on_loopback(self) -> bool:
+        """Whether only this machine reaches the address."""
+        return _is_loopback(self.host)
+
+    @property
+    def reason_open(self) -> str:
+        """Why requests need no key, for who wonders; empty where they need one."""
+        if self.requires_key:
+            return ""
+        return f"server.auth is {self.auth!r}" + (f" and server.host {self.host}" if self.auth == "auto" else "")
 
 
 class RetentionConfig(_Section):

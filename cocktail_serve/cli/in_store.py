@@ -6,7 +6,9 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, TypeVar
 
+from cocktail_serve.cli.terminal import print_warnings, stderr
 from cocktail_serve.config import Settings
+from cocktail_serve.tenants.keys import DEFAULT_TENANT
 
 if TYPE_CHECKING:
     from cocktail_serve.database.database import Database, DatabaseURL
@@ -33,3 +35,13 @@ def in_store(settings: Settings, work: Callable[[Database], Awaitable[_T]]) -> _
 
     with registry_url(settings.store) as url:
         return asyncio.run(run(url))
+
+
+def warn_if_open(settings: Settings, tenant: str) -> None:
+    """Says so where what was just said of a tenant holds only for who sends its keys, since others need none."""
+    if reason := settings.server.reason_open:
+        warning = (
+            f"a server of this configuration asks for no key ({reason}): {tenant!r} is who sends one of its keys, and "
+            f"whoever sends none is answered too, as {DEFAULT_TENANT!r}; set server.auth: required"
+        )
+        print_warnings(stderr(), [warning])

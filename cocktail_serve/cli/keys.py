@@ -5,15 +5,14 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Awaitable, Callable
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 
-from cocktail_serve.cli.in_store import in_store
+from cocktail_serve.cli.in_store import in_store, warn_if_open
 from cocktail_serve.cli.options import AsJSON, Config
 from cocktail_serve.cli.terminal import ResultTable, print_json, stderr, stdout
-from cocktail_serve.config import load_settings
+from cocktail_serve.config import Settings, load_settings
 from cocktail_serve.tenants.keys import DEFAULT_SCOPES, Key, check_scopes
 from cocktail_serve.usage.actor import CLI
 
@@ -61,9 +60,9 @@ def create(
     if lifetime_s == 0:
         raise typer.BadParameter("must be longer than nothing", param_hint="--expires")
     wanted = check_scopes(part.strip() for part in scopes.split(",") if part.strip())
-    _show_created(
-        *_in_store(config, lambda store: store.create_key(tenant, wanted, lifetime_s=lifetime_s, actor=CLI)), as_json
-    )
+    settings = load_settings(config)
+    made = _in_store(settings, lambda store: store.create_key(tenant, wanted, lifetime_s=lifetime_s, actor=CLI))
+    _show_created(settings, *made, as_json)
 
 
 @keys.command("list")
@@ -71,7 +70,7 @@ def list_keys(*, config: Config, tenant: OptionalTenant = None, as_json: AsJSON 
     """List keys without their secrets, those that ended too."""
     from cocktail_serve.gateway.schemas.admin import KeyList, KeyView
 
-    found = _in_store(config, lambda store: store.keys(tenant))
+    found = _in_store(load_settings(config), lambda store: store.keys(tenant))
     if as_json:
         print_json(KeyList(data=[KeyView.of(key) for key in found]).model_dump())
         return
@@ -87,7 +86,9 @@ def revoke(key_id: KeyId, *, config: Config, tenant: OptionalTenant = None, as_j
     """End a key. A running server refuses it within five seconds."""
     from cocktail_serve.gateway.schemas.admin import KeyView
 
-    key = _in_store(config, lambda store: store.revoke(key_id, tenant=tenant, actor=CLI))
+    settings = load_settings(config)
+    key = _in_store(settings, lambda store: store.revoke(key_id, tenant=tenant, actor=CLI))
+    warn_if_open(settings, key.tenant)
     if as_json:
         print_json(KeyView.of(key).model_dump())
     else:
@@ -105,20 +106,21 @@ def rotate(
 ) -> None:
     """Make a key like another, which ends after the overlap."""
     overlap_s = parse_duration(overlap)
-    _show_created(
-        *_in_store(config, lambda store: store.rotate(key_id, overlap_s=overlap_s, tenant=tenant, actor=CLI)), as_json
-    )
+    settings = load_settings(config)
+    made = _in_store(settings, lambda store: store.rotate(key_id, overlap_s=overlap_s, tenant=tenant, actor=CLI))
+    _show_created(settings, *made, as_json)
 
 
-def _in_store(config: Path, work: Callable[[TenantStore], Awaitable[_T]]) -> _T:
+def _in_store(settings: Settings, work: Callable[[TenantStore], Awaitable[_T]]) -> _T:
     from cocktail_serve.tenants.store import TenantStore
 
-    return in_store(load_settings(config), lambda database: work(TenantStore(database)))
+    return in_store(settings, lambda database: work(TenantStore(database)))
 
 
-def _show_created(key: Key, secret: str, as_json: bool) -> None:
+def _show_created(settings: Settings, key: Key, secret: str, as_json: bool) -> None:
     from cocktail_serve.gateway.schemas.admin import CreatedKey
 
+    warn_if_open(settings, key.tenant)
     if as_json:
         print_json(CreatedKey.made(key, secret).model_dump())
         return

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from pydantic import ValidationError
 
-from cocktail_serve.cli.in_store import in_store
+from cocktail_serve.cli.in_store import in_store, warn_if_open
 from cocktail_serve.cli.options import AsJSON, Config
 from cocktail_serve.cli.terminal import ResultTable, print_json, stdout
 from cocktail_serve.config import Limits, Settings, load_settings
 from cocktail_serve.suggestions import did_you_mean
+from cocktail_serve.tenants.keys import DEFAULT_TENANT, check_tenant
 from cocktail_serve.tenants.limits import merged
 from cocktail_serve.usage.actor import CLI
 
@@ -60,10 +60,16 @@ def set_limits(
     *,
     config: Config,
     tenant: TenantName,
+    new: Annotated[bool, typer.Option("--new", help="Of a tenant that has no key yet.")] = False,
     as_json: AsJSON = False,
 ) -> None:
     """Say what a tenant may use instead of what the configuration says. Its other limits stay as they are."""
-    _change(config, tenant, lambda own: {**own, **parse_limits(pairs)}, as_json=as_json)
+    settings, wanted = load_settings(config), parse_limits(pairs)
+    # everybody who sends no key is of that tenant, though nobody made it
+    may_make = new or tenant == DEFAULT_TENANT
+    _change(settings, tenant, lambda own: {**own, **wanted}, as_json=as_json, may_make=may_make)
+    if tenant != DEFAULT_TENANT:
+        warn_if_open(settings, tenant)
 
 
 @limits.command("unset")
@@ -80,11 +86,11 @@ def unset(
     """Go back to what the configuration says."""
     gone = [_known(name) for name in names or NAMES]
     _change(
-        config,
+        load_settings(config),
         tenant,
         lambda own: {name: own[name] for name in own if name not in gone},
         as_json=as_json,
-        makes_tenant=False,
+        may_make=False,
     )
 
 
@@ -119,19 +125,22 @@ def _named(tenant: str, found: Iterable[Tenant]) -> Tenant:
     for each in found:
         if each.name == tenant:
             return each
-    raise NotFoundError(f"there is no tenant {tenant!r}; its first key or limit makes it", param="tenant")
+    raise NotFoundError(
+        f"there is no tenant {tenant!r}; its first key or limit makes it: keys create, or limits set --new",
+        param="tenant",
+    )
 
 
-def _change(config: Path, tenant: str, changed: Changed, *, as_json: bool, makes_tenant: bool = True) -> None:
+def _change(settings: Settings, tenant: str, changed: Changed, *, as_json: bool, may_make: bool) -> None:
     from cocktail_serve.tenants.store import TenantStore
 
     async def change(database: Database) -> Tenant:
         store = TenantStore(database)
-        if not makes_tenant:
+        check_tenant(tenant)
+        if not may_make:
             _named(tenant, await store.tenants())
         return await store.change_limits(tenant, changed, actor=CLI)
 
-    settings = load_settings(config)
     _print(settings, [in_store(settings, change)], as_json=as_json)
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import logging
+import time
 from collections.abc import AsyncIterator, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -27,12 +29,15 @@ from cocktail_serve.gateway.metrics import GatewayMetrics
 from cocktail_serve.gateway.run_dir import own_run_dir, place_of, trim_cache
 from cocktail_serve.library_process import LibraryProcess
 from cocktail_serve.pool import Pool
+from cocktail_serve.tenants.keys import DEFAULT_TENANT
 from cocktail_serve.tenants.limits import Limiter
-from cocktail_serve.tenants.limits_cache import LimitsCache
 from cocktail_serve.tenants.store import TenantStore
+from cocktail_serve.tenants.tenants_cache import TenantsCache
 from cocktail_serve.usage.audit import AuditLog
 from cocktail_serve.usage.ledger import Ledger
 from cocktail_serve.usage.store import UsageStore
+
+logger = logging.getLogger(__name__)
 
 
 def open_pools(settings: Settings) -> dict[str, Pool]:
@@ -71,18 +76,19 @@ async def assembled(
         for engine in engines.values():
             await engine.start()
         tenants = TenantStore(database)
-        limits = await _limits(settings, tenants, stack)
+        await _warn_if_open(settings, tenants)
+        tenants_cache = await _tenants_cache(settings, tenants, stack)
         usage = UsageStore(database)
         ledger = _ledger(usage, stack)
         fine_tuning_jobs = JobStore(database)
-        files = Files(database, limits_of=limits.of)
+        files = Files(database, limits_of=tenants_cache.limits_of)
         audit = AuditLog(database)
         service = CocktailService(
             settings,
             pools,
             engines,
             database=database,
-            limits_of=limits.of,
+            limits_of=tenants_cache.limits_of,
             place=place,
             sweeps=_sweeps(settings, files, fine_tuning_jobs, audit),
             change_hooks=[fine_tuning_jobs],
@@ -109,12 +115,12 @@ async def assembled(
             metrics=metrics,
             lifecycle=lifecycle,
             tenants=tenants,
-            limits=limits,
+            tenants_cache=tenants_cache,
             ledger=ledger,
             usage=usage,
             audit=audit,
-            limiter=Limiter(limits.of),
-            authenticator=_authenticator(settings, tenants),
+            limiter=Limiter(tenants_cache.limits_of),
+            authenticator=_authenticator(settings, tenants, tenants_cache),
         )
 
 
@@ -156,11 +162,22 @@ async def _experts(
     return experts
 
 
-async def _limits(settings: Settings, tenants: TenantStore, stack: AsyncExitStack) -> LimitsCache:
-    limits = LimitsCache(settings.limits, tenants)
-    stack.push_async_callback(limits.stop)
-    await limits.start()
-    return limits
+async def _tenants_cache(settings: Settings, tenants: TenantStore, stack: AsyncExitStack) -> TenantsCache:
+    cache = TenantsCache(settings.limits, tenants)
+    stack.push_async_callback(cache.stop)
+    await cache.start()
+    return cache
+
+
+async def _warn_if_open(settings: Settings, tenants: TenantStore) -> None:
+    """Says so where there are keys and nobody needs one."""
+    reason = settings.server.reason_open
+    if reason and any(key.is_valid(time.time()) for key in await tenants.keys()):
+        logger.warning(
+            "tenants have keys, and who sends none is answered too, as %r (%s): set server.auth: required",
+            DEFAULT_TENANT,
+            reason,
+        )
 
 
 def _ledger(usage: UsageStore, stack: AsyncExitStack) -> Ledger:
@@ -170,12 +187,13 @@ def _ledger(usage: UsageStore, stack: AsyncExitStack) -> Ledger:
     return ledger
 
 
-def _authenticator(settings: Settings, tenants: TenantStore) -> Authenticator:
+def _authenticator(settings: Settings, tenants: TenantStore, cache: TenantsCache) -> Authenticator:
     key = settings.admin_key
     return Authenticator(
         tenants,
-        required=settings.server.requires_key,
+        server=settings.server,
         admin_key=None if key is None else key.get_secret_value(),
+        pools_of=cache.pools_of,
     )
 
 

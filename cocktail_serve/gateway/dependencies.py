@@ -26,10 +26,11 @@ async def caller_of(request: Request, gateway: GatewayDep) -> Caller:
     """Who sent the request; may use models.
 
     Raises:
-        AuthenticationError: a key is required, and there is none, or one that is not valid.
-        PermissionDeniedError: the key lacks the scope `use`.
+        AuthenticationError: a key is required, and there is none; or one was sent that is not valid.
+        PermissionDeniedError: the key lacks the scope `use`; or a proxy opens to others what is this machine's.
     """
-    caller = await gateway.authenticator.caller(request.headers.get("authorization", ""))
+    headers = request.headers
+    caller = await gateway.authenticator.caller(headers.get("authorization", ""), header_names=headers.keys())
     exchange_of(request).tenant = caller.tenant
     caller.require("use")
     return caller

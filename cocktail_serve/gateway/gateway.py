@@ -24,8 +24,8 @@ from cocktail_serve.gateway.metrics import GatewayMetrics
 from cocktail_serve.pool import Pool
 from cocktail_serve.suggestions import did_you_mean
 from cocktail_serve.tenants.limits import Limiter
-from cocktail_serve.tenants.limits_cache import LimitsCache
 from cocktail_serve.tenants.store import TenantStore
+from cocktail_serve.tenants.tenants_cache import TenantsCache
 from cocktail_serve.usage.audit import AuditLog
 from cocktail_serve.usage.ledger import Ledger
 from cocktail_serve.usage.store import UsageStore
@@ -53,7 +53,7 @@ class Gateway:
     lifecycle: Lifecycle
     tenants: TenantStore
     authenticator: Authenticator
-    limits: LimitsCache
+    tenants_cache: TenantsCache
     ledger: Ledger
     usage: UsageStore
     audit: AuditLog

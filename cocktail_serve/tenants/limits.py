@@ -16,7 +16,7 @@ from cocktail_serve.errors import RateLimitError
 MINUTE_S = 60.0
 
 LimitsOf = Callable[[str], Limits]
-"""The limits of a tenant now: `LimitsCache.of` in a gateway."""
+"""The limits of a tenant now: `TenantsCache.limits_of` in a gateway."""
 
 UNLIMITED = Limits()
 

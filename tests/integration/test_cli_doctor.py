@@ -92,6 +92,21 @@ def test_an_open_address_without_a_key_is_a_problem(write_config, monkeypatch, c
     assert (code, checks["keys"]["status"]) == (0, "ok")
 
 
+def test_an_open_server_is_told_of(write_config, tmp_path, capsys):
+    asyncio.run(_make_registry(tmp_path / "cache" / "registry.sqlite", tenants=["default"]))
+    code, checks = run(capsys, write_config())
+    assert (code, checks["keys"]["status"]) == (0, "ok")
+    assert checks["keys"]["detail"] == "not required: server.auth is 'auto' and server.host 127.0.0.1"
+    assert "tenants" not in checks
+    asyncio.run(_make_registry(tmp_path / "cache" / "registry.sqlite", tenants=["acme"]))
+    code, checks = run(capsys, write_config())
+    assert (code, checks["tenants"]["status"]) == (0, "warning")
+    assert checks["tenants"]["detail"].startswith("acme: who sends no key is answered too, as 'default'")
+    _, checks = run(capsys, write_config(server={"port": 0, "host": "0.0.0.0", "auth": "off"}))
+    assert checks["keys"]["status"] == "warning"
+    assert "though 0.0.0.0 is no loopback address" in checks["keys"]["detail"]
+
+
 def test_an_unknown_key_is_a_problem(write_config, capsys):
     code, checks = run(capsys, write_config(sevrer={}))
     assert code == 1
@@ -155,12 +170,15 @@ def test_a_store_that_is_not_there_is_a_problem(write_config, capsys):
     assert (code, checks["registry"]["status"]) == (1, "problem")
 
 
-async def _make_registry(path, *, expert):
+async def _make_registry(path, *, expert=None, tenants=()):
     database = Database(f"sqlite:///{path}")
     await database.open()
     async with database.write() as connection:
         row = {"pool": "bge", "name": "new", "path": str(expert), "fingerprint": "0" * 64, "added_at": 0.0}
-        await connection.execute(insert(tables.experts).values(**row))
+        if expert is not None:
+            await connection.execute(insert(tables.experts).values(**row))
+        for tenant in tenants:
+            await connection.execute(insert(tables.tenants).values(name=tenant, created_at=0.0))
     await database.close()
 
 

@@ -75,7 +75,9 @@ def test_a_key_of_an_earlier_release_is_seen_by_all(
     assert asyncio.run(tenants_of_the_server()) == ["acme"]
 
 
-def test_a_server_moves_it(home: Path, config: Path) -> None:
+def test_a_server_moves_it_and_says_that_nobody_needs_its_keys(
+    home: Path, config: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     former = home / ".cache" / "cocktail-serve" / "registry.sqlite"
     asyncio.run(add_key(former))
     settings = load_settings(config)
@@ -86,6 +88,7 @@ def test_a_server_moves_it(home: Path, config: Path) -> None:
 
     asyncio.run(serve())
     assert not former.exists()
+    assert "tenants have keys, and who sends none is answered too, as 'default' (server.auth is 'auto'" in caplog.text
     assert len(in_store(settings, lambda database: TenantStore(database).keys())) == 1
 
 

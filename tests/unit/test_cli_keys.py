@@ -11,7 +11,7 @@ import pytest
 
 from cocktail_serve.database.database import Database
 from cocktail_serve.tenants.store import TenantStore
-from tests.command_line import answer, exit_code, refusal, write_config
+from tests.command_line import answer, exit_code, refusal, run, write_config
 
 
 @pytest.fixture
@@ -51,6 +51,20 @@ def test_the_key_alone_is_on_stdout(config: Path, capsys: pytest.CaptureFixture[
     out, _ = capsys.readouterr()
     assert "create,use" in out
     assert "active" in out
+
+
+@pytest.mark.parametrize(("auth", "is_told"), [("auto", True), ("off", True), ("required", False)])
+def test_it_says_where_nobody_needs_a_key(
+    tmp_path: Path, config: Path, capsys: pytest.CaptureFixture[str], auth: str, is_told: bool
+) -> None:
+    config = write_config(tmp_path, server={"auth": auth})
+    words: list[tuple[str, ...]] = [("create", "--tenant", "acme")]
+    for _ in range(3):
+        code, out, err = run(capsys, "keys", *words[-1], "--config", config)
+        assert code == 0
+        assert ("a server of this configuration asks for no key (server.auth is " in err) is is_told, words[-1]
+        if out.startswith("ck-"):
+            words.append(("rotate" if len(words) == 1 else "revoke", out.split("-")[1]))
 
 
 def test_it_works_beside_a_server(config: Path, capsys: pytest.CaptureFixture[str]) -> None:

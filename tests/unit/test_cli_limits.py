@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.command_line import answer, exit_code, refusal, write_config
+from tests.command_line import answer, exit_code, refusal, run, write_config
 
 
 @pytest.fixture
@@ -25,7 +25,7 @@ def limits(capsys: pytest.CaptureFixture[str], *words: object) -> list[dict[str,
 
 def test_what_is_set_holds_until_it_is_unset(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
     acme = ("--config", config, "--tenant", "acme")
-    (made,) = limits(capsys, "set", *acme, "requests_per_minute=6000", "example_bytes=50MB", "cocktails=none")
+    (made,) = limits(capsys, "set", *acme, "--new", "requests_per_minute=6000", "example_bytes=50MB", "cocktails=none")
     assert made["own_limits"] == ["cocktails", "example_bytes", "requests_per_minute"]
     assert made["limits"] == {
         "requests_per_minute": 6000,
@@ -50,8 +50,27 @@ def test_a_tenant_that_is_not_there_has_nothing_to_unset(config: Path, capsys: p
     assert limits(capsys, "show", "--config", config) == []
 
 
+def test_everybody_without_a_key_is_a_tenant_that_nobody_has_to_make(
+    config: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, _, err = run(capsys, "limits", "set", "--config", config, "--tenant", "default", "cocktails=1")
+    assert (code, err) == (0, ""), "it holds on an open server too"
+    (default,) = limits(capsys, "show", "--config", config)
+    assert (default["name"], default["limits"]["cocktails"]) == ("default", 1)
+
+
+@pytest.mark.parametrize(("auth", "is_told"), [("auto", True), ("off", True), ("required", False)])
+def test_it_says_where_nobody_needs_a_key(
+    tmp_path: Path, config: Path, capsys: pytest.CaptureFixture[str], auth: str, is_told: bool
+) -> None:
+    config = write_config(tmp_path, server={"auth": auth})
+    code, _, err = run(capsys, "limits", "set", "--config", config, "--tenant", "acme", "--new", "cocktails=1")
+    assert code == 0
+    assert ("answered too, as 'default'; set server.auth: required" in err) is is_told
+
+
 def test_a_table_says_whose_each_limit_is(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert exit_code("limits", "set", "--config", config, "--tenant", "acme", "tokens_per_minute=200000") == 0
+    assert exit_code("limits", "set", "--config", config, "--tenant", "acme", "--new", "tokens_per_minute=200000") == 0
     rows = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert rows[0] == ["tenant", "limit", "value", "said", "by"]
     assert rows[1:4] == [
@@ -75,6 +94,7 @@ def test_a_table_says_whose_each_limit_is(config: Path, capsys: pytest.CaptureFi
         (("set", "--tenant", "acme", "coktails=1"), "'coktails' is none of requests_per_minute, tokens_per_minute"),
         (("set", "--tenant", "Acme", "cocktails=1"), "'Acme' is not a tenant's name: use [a-z0-9]"),
         (("set", "cocktails=1"), "Missing option '--tenant'"),
+        (("set", "--tenant", "typo", "cocktails=1"), "there is no tenant 'typo'; its first key or limit makes it"),
         (("unset", "--tenant", "acme", "coktails"), "'coktails' is none of requests_per_minute, tokens_per_minute"),
         (("show", "--tenant", "nobody"), "there is no tenant 'nobody'; its first key or limit makes it"),
     ],

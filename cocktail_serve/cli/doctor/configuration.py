@@ -7,7 +7,7 @@ import errno
 import os
 import shutil
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,6 +20,7 @@ from cocktail_serve.config import Settings, load_settings
 from cocktail_serve.errors import CocktailError, ConfigError
 from cocktail_serve.pool import Pool
 from cocktail_serve.progress import OnProgress
+from cocktail_serve.tenants.keys import DEFAULT_TENANT
 
 if TYPE_CHECKING:
     from cocktail_serve.database.database import Database
@@ -82,8 +83,12 @@ def _check_address(settings: Settings) -> str:
 
 
 def _check_auth(settings: Settings) -> Check:
-    if not settings.server.requires_key:
-        return Check("keys", "ok", "not required")
+    server = settings.server
+    if not server.requires_key:
+        detail = f"not required: {server.reason_open}"
+        if server.is_on_loopback:
+            return Check("keys", "ok", detail)
+        return Check("keys", "warning", f"{detail}, though {server.host} is no loopback address", "set it to required")
     if settings.admin_key is None:
         return Check("keys", "problem", "required, and none is set", "set COCKTAIL_ADMIN_KEY, or listen on 127.0.0.1")
     return Check("keys", "ok", "required, and COCKTAIL_ADMIN_KEY is set")
@@ -136,7 +141,7 @@ def _check_registry(settings: Settings, pools: dict[str, Pool]) -> list[Check]:
             )
             if database.is_sqlite and not Path(where).exists():
                 return [Check(name, "ok", f"not there yet: made at the first start, in {where}")]
-            left_out = asyncio.run(_added_but_left_out(database, settings, pools))
+            left_out, tenants = asyncio.run(_read_registry(database, settings, pools))
     except CocktailError as error:
         if error.code == "registry_outdated":
             return [Check(name, "warning", error.message, "nothing, once servers of the earlier release have ended")]
@@ -145,6 +150,7 @@ def _check_registry(settings: Settings, pools: dict[str, Pool]) -> list[Check]:
     return [
         Check(name, "ok", f"{where}: reachable, and its tables are this release's"),
         *_registry_in_cache(settings, where),
+        *_tenants_of_an_open_server(settings, tenants),
         *(Check(f"expert {model}", "problem", why, fix) for model, why in left_out.items()),
     ]
 
@@ -160,12 +166,29 @@ def _registry_in_cache(settings: Settings, where: str) -> Iterator[Check]:
         yield Check(name, "warning", f"{where} lies in a cache, which may be cleared", fix)
 
 
-async def _added_but_left_out(database: Database, settings: Settings, pools: dict[str, Pool]) -> Mapping[str, str]:
+def _tenants_of_an_open_server(settings: Settings, tenants: Iterable[str]) -> Iterator[Check]:
+    """Keys and limits that hold only for who sends a key, where nobody has to."""
+    if settings.server.reason_open and (others := sorted(set(tenants) - {DEFAULT_TENANT})):
+        shown = ", ".join(others[:5]) + (f" and {len(others) - 5} more" if len(others) > 5 else "")
+        yield Check(
+            "tenants",
+            "warning",
+            f"{shown}: who sends no key is answered too, as {DEFAULT_TENANT!r} ({settings.server.reason_open})",
+            "set server.auth: required",
+        )
+
+
+async def _read_registry(
+    database: Database, settings: Settings, pools: dict[str, Pool]
+) -> tuple[Mapping[str, str], list[str]]:
+    """Why which added experts are left out, and the tenants' names."""
     from cocktail_serve.cocktails.experts import Experts
+    from cocktail_serve.tenants.store import TenantStore
 
     try:
         await database.open(as_server=False)
         experts = Experts(database, pools, {}, roots=settings.server.expert_roots, cache_dir=settings.store.cache_dir)
-        return await experts.load()
+        left_out = await experts.load()
+        return left_out, [tenant.name for tenant in await TenantStore(database).tenants()]
     finally:
         await database.close()

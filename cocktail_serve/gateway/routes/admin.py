@@ -65,8 +65,9 @@ async def rotate_key(gateway: GatewayDep, admin: AdminDep, key_id: str, body: JS
 @router.get("/tenants", responses=error_responses())
 async def list_tenants(gateway: GatewayDep) -> TenantList:
     """All tenants that have, or had, a key or a limit to certain pools."""
+    limits_of = gateway.tenants_cache.limits_of
     return TenantList(
-        data=[TenantView.of(tenant, gateway.limits.of(tenant.name)) for tenant in await gateway.tenants.tenants()]
+        data=[TenantView.of(tenant, limits_of(tenant.name)) for tenant in await gateway.tenants.tenants()]
     )
 
 
@@ -84,5 +85,5 @@ async def update_tenant(gateway: GatewayDep, admin: AdminDep, name: str, body: J
         )
     tenant = await gateway.tenants.change_tenant(name, **wanted.changes, actor=admin.actor)
     gateway.authenticator.forget_tenant(name)
-    gateway.limits.set(name, tenant.limits)
-    return TenantView.of(tenant, gateway.limits.of(name))
+    gateway.tenants_cache.set(tenant)
+    return TenantView.of(tenant, gateway.tenants_cache.limits_of(name))

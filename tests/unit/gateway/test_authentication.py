@@ -5,14 +5,18 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
+from typing import Literal
 
 import pytest
 
+from cocktail_serve.config import ServerConfig
 from cocktail_serve.database.database import Database
 from cocktail_serve.errors import AuthenticationError, PermissionDeniedError
 from cocktail_serve.gateway.authentication import CACHE_TTL_S, Authenticator
 from cocktail_serve.tenants.keys import Key
 from cocktail_serve.tenants.store import Tenant, TenantStore
+
+Auth = Literal["auto", "required", "off"]
 
 
 class CountingStore(TenantStore):
@@ -27,13 +31,17 @@ class CountingStore(TenantStore):
 class World:
     store: CountingStore
     now: float = 0.0
+    pools: dict[str, frozenset[str]] = field(default_factory=dict)
     authenticator: Authenticator = field(init=False)
 
     def __post_init__(self) -> None:
-        self.authenticator = self.made(required=True)
+        self.authenticator = self.made()
 
-    def made(self, *, required: bool, admin_key: str | None = "root") -> Authenticator:
-        return Authenticator(self.store, required=required, admin_key=admin_key, timer=lambda: self.now)
+    def made(self, auth: Auth = "required", *, admin_key: str | None = "root") -> Authenticator:
+        server = ServerConfig(auth=auth)
+        return Authenticator(
+            self.store, server=server, admin_key=admin_key, pools_of=self.pools.get, timer=lambda: self.now
+        )
 
     async def tenant_of(self, secret: str) -> str:
         return (await self.authenticator.caller(f"Bearer {secret}")).tenant
@@ -164,14 +172,62 @@ async def test_admin_needs_a_key_even_where_nothing_else_does(world: World) -> N
     _, tenants = await world.store.create_key("acme", {"use", "create"})
     _, admins = await world.store.create_key("ops", {"admin"})
     for authenticator in (
-        world.made(required=False),
-        world.made(required=True),
-        world.made(required=False, admin_key=None),
+        world.made("off"),
+        world.made("required"),
+        world.made("auto", admin_key=None),
     ):
         with pytest.raises(AuthenticationError):
             await authenticator.admin("")
         with pytest.raises(PermissionDeniedError):
             await authenticator.admin(f"Bearer {tenants}")
         assert (await authenticator.admin(f"Bearer {admins}")).tenant == "ops"
-    assert (await world.made(required=False).caller("")).tenant == "default"
+    assert (await world.made("off").caller("")).tenant == "default"
     assert (await world.authenticator.admin("Bearer root")).key_id == "admin"
+
+
+@pytest.mark.parametrize("auth", ["auto", "off"])
+class TestOpen:
+    """A server that asks for no key."""
+
+    async def test_a_key_that_is_sent_is_honoured_or_refused(self, world: World, auth: Auth) -> None:
+        authenticator = world.made(auth)
+        key, secret = await world.store.create_key("acme", {"use"})
+        caller = await authenticator.caller(f"Bearer {secret}")
+        assert (caller.tenant, caller.scopes, caller.key_id) == ("acme", {"use"}, key.id)
+        assert (await authenticator.caller("Bearer root")).key_id == "admin"
+        await world.store.revoke(key.id)
+        authenticator.forget(key.id)
+        for header in (f"Bearer {secret}", "Bearer sk-wrong", f"Bearer {secret}x", "Bearer rooot", "bearer  a b"):
+            with pytest.raises(AuthenticationError, match="this server asks for none: leave it out, or send 'none'"):
+                await authenticator.caller(header)
+        with pytest.raises(AuthenticationError, match="send the header 'Authorization: Bearer <key>'"):
+            await authenticator.caller(secret)
+
+    async def test_without_a_key_everybody_is_the_default_tenant(self, world: World, auth: Auth) -> None:
+        authenticator = world.made(auth)
+        for header in ("", "Bearer", "Bearer ", "Bearer none", "Bearer EMPTY", "Bearer x", "Basic cHJveHk6eA=="):
+            caller = await authenticator.caller(header)
+            assert (caller.tenant, caller.key_id, caller.pools) == ("default", None, None)
+        assert world.store.looked_up == 0
+
+    async def test_the_default_tenant_has_the_pools_that_the_operator_said(self, world: World, auth: Auth) -> None:
+        authenticator = world.made(auth)
+        world.pools["default"] = frozenset({"flan"})
+        caller = await authenticator.caller("")
+        assert [caller.sees(pool) for pool in ("flan", "bge")] == [True, False]
+
+
+@pytest.mark.parametrize("name", ["forwarded", "x-forwarded-for", "x-forwarded-proto", "x-real-ip", "via"])
+async def test_what_a_proxy_forwards_is_not_let_in_without_a_key(
+    world: World, name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    names = ["host", name, "accept"]
+    authenticator = world.made("auto")
+    for _ in range(3):
+        with pytest.raises(PermissionDeniedError, match=rf"header '{name}' .*Set server\.auth: required"):
+            await authenticator.caller("", header_names=names)
+    assert len(caplog.records) == 1, "told once, not with every request"
+    _, secret = await world.store.create_key("acme", {"use"})
+    assert (await authenticator.caller(f"Bearer {secret}", header_names=names)).tenant == "acme"
+    assert (await authenticator.caller("", header_names=["host", "x-request-id"])).tenant == "default"
+    assert (await world.made("off").caller("", header_names=names)).tenant == "default"
