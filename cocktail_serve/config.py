@@ -526,9 +526,15 @@ class Settings(_Section):
         return self
 
     def check_servable(self) -> None:
-        """Raises ConfigError for a pool that no engine serves."""
+        """Raises ConfigError for a pool that no engine serves, and where a key is required and none is set."""
         for pool in self.pools:
             _ = pool.served_engine
+        if self.server.requires_key and self.admin_key is None:
+            raise ConfigError(
+                f"with server.auth {self.server.auth!r} and server.host {self.server.host!r} requests need a key, "
+                "and none is set: set COCKTAIL_ADMIN_KEY, or listen on 127.0.0.1",
+                param="server.auth",
+            )
 
     def pool(self, pool_id: str) -> PoolConfig:
         """What the configuration says of a pool; ConfigError where it has none of this id."""

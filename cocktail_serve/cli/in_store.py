@@ -17,17 +17,17 @@ _T = TypeVar("_T")
 
 
 def in_store(settings: Settings, work: Callable[[Database], Awaitable[_T]]) -> _T:
-    """The result of some work on the open store.
+    """The result of some work on the open store, which must be there: a mistyped place is not taken for a new one.
 
     Raises:
-        ConfigError, StorageError: the store cannot be opened or used.
+        ConfigError, StorageError: the store cannot be opened or used, or there is none.
     """
     from cocktail_serve.database.database import Database
     from cocktail_serve.database.registry_file import registry_url
 
     async def run(url: DatabaseURL) -> _T:
         database = Database(url)
-        await database.open(as_server=False)
+        await database.open(as_server=False, may_make=False)
         try:
             return await work(database)
         finally:

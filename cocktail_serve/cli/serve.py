@@ -25,24 +25,26 @@ def serve(
     """Serve the pools of a configuration until interrupted."""
     die_with_owner()
     settings = load_settings(config)
-    settings.check_servable()
     changed = {name: value for name, value in (("host", host), ("port", port)) if value is not None}
     settings = settings.model_copy(update={"server": settings.server.model_copy(update=changed)})
 
+    from cocktail_serve import logs
     from cocktail_serve.engines import check_installed
+    from cocktail_serve.gateway.server import check_start
+    from cocktail_serve.gateway.server import serve as serve_forever
 
+    settings.check_servable()
     for pool in settings.pools:
         check_installed(pool)
+    logs.configure(settings.server.log_format, settings.server.log_level)
+    check_start(settings)  # before gigabytes are read
     if any(pool.is_computed_here for pool in settings.pools):
         from cocktail_serve.engines.in_process.openmp import import_torch_waiting_passively
 
         import_torch_waiting_passively()  # before anything else imports torch
 
-    from cocktail_serve.gateway.server import bind
-    from cocktail_serve.gateway.server import serve as serve_forever
     from cocktail_serve.offline.opened import open_with_progress
 
-    bind(settings.server).close()  # a port in use is told before gigabytes are read
     with progress() as report, LibraryProcess() as libraries:
         pools = {pool.id: open_with_progress(settings, pool, report, call=libraries.call) for pool in settings.pools}
 

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import fcntl
 import functools
 import logging
-import os
 import sqlite3
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
-from contextlib import asynccontextmanager, closing, contextmanager
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any, Concatenate, Literal, ParamSpec, Protocol, TypeVar
 
@@ -19,8 +17,9 @@ from sqlalchemy.engine import URL, RowMapping, make_url
 from sqlalchemy.exc import ArgumentError, NoSuchModuleError, SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 
-from cocktail_serve.database.migrations import migrate, needs_change
+from cocktail_serve.database.migrations import head, migrate, revision_to_change
 from cocktail_serve.database.shield import Shield
+from cocktail_serve.database.sqlite_file import BUSY_S, QUICK_CHECK, SQLiteFile, damage_told
 from cocktail_serve.errors import ConfigError, InvalidRequestError, StorageError
 
 logger = logging.getLogger(__name__)
@@ -29,9 +28,6 @@ _SERVER_LOCK = 0x636F636B
 """Advisory lock of PostgreSQL that every server shares while it works with the database (the bytes of `cock`)."""
 
 _MIGRATION_LOCK = _SERVER_LOCK + 1
-
-_BUSY_S = 10.0
-"""How long a write waits for another process's, before SQLite refuses it."""
 
 _CONNECT_S = 10.0
 _STATEMENT_S = 30.0
@@ -77,30 +73,37 @@ class Database:
             ) from error
         except (ArgumentError, NoSuchModuleError, ValueError) as error:
             raise ConfigError(f"store.url cannot be used: {error}", param="store.url") from error
+        self._file: SQLiteFile | None = None
         if self.is_sqlite:
+            if self.url.database not in (None, "", ":memory:"):
+                self._file = SQLiteFile(Path(str(self.url.database)))
+                event.listen(self._engine.sync_engine, "do_connect", _named_by(self._file.uri))
             event.listen(self._engine.sync_engine, "connect", _set_up_sqlite)
             event.listen(self._engine.sync_engine, "begin", _begin_sqlite)
         self._unbegun = self._engine.execution_options(**{_BEGIN: ""})
         self._writers = self._engine.execution_options(**{_BEGIN: "BEGIN IMMEDIATE"})
         self._writing = asyncio.Lock()
         self._shield = Shield()
-        self._lock_file: int | None = None
         self._lock_holder: AsyncConnection | None = None
 
-    async def open(self, *, as_server: bool = True) -> None:
-        """Connects, and creates or upgrades the tables.
+    async def open(self, *, as_server: bool = True, may_make: bool = True, is_checked: bool = False) -> None:
+        """Connects, and creates or upgrades the tables. Of a file that is upgraded, a copy is left beside it.
 
         Args:
             as_server: as one of the servers that work with the database; only a server that has it alone changes tables
                 that hold something. A command that reads or adds a row changes no such table.
+            may_make: whether a file and tables are made where there are none.
+            is_checked: whether a file is read as a whole first, to find damage.
 
         Raises:
-            StorageError: the database cannot be opened; another release wrote its tables, or works with them.
+            StorageError: the database is missing, damaged, or cannot be opened; another release wrote its tables, or
+                works with them.
         """
         try:
-            if self._path is not None:
-                self._prepare_file(self._path)
-            await self._migrate(as_server=as_server)
+            with _translated(self._place, is_told=False):
+                if self._file is not None:
+                    self._file.open(may_make=may_make)
+                await self._migrate(as_server=as_server, may_make=may_make, is_checked=is_checked)
         except StorageError:
             await self.close()
             raise
@@ -110,9 +113,8 @@ class Database:
         await self._shield.until_done()
         await self._drop_lock_holder()
         await self._engine.dispose()
-        if self._lock_file is not None:
-            os.close(self._lock_file)
-            self._lock_file = None
+        if self._file is not None:
+            self._file.close()
 
     async def hold(self) -> None:
         """Shares the servers' lock again after the database's server was gone, which forgot who held it."""
@@ -120,7 +122,7 @@ class Database:
             return  # the lock is this process's own
         if self._lock_holder is not None:
             try:
-                with _translated():
+                with _translated(self._place):
                     await self._lock_holder.execute(text("SELECT 1"))
                 return
             except StorageError:
@@ -131,10 +133,16 @@ class Database:
     def is_sqlite(self) -> bool:
         return self.url.get_backend_name() == "sqlite"
 
+    def reason_lost(self) -> str:
+        """Why the database that was opened is not there any more, and does not come back by itself; empty: it is, or it
+        is a server's, which may be gone for a while."""
+        return "" if self._file is None else self._file.reason_lost()
+
     @asynccontextmanager
     async def read(self) -> AsyncIterator[AsyncConnection]:
         """A connection to read from."""
-        with _translated():
+        self._check_file()
+        with _translated(self._place):
             async with self._engine.connect() as connection:
                 yield connection
 
@@ -153,7 +161,8 @@ class Database:
         it read locks the rows first.
         """
         async with self._writing:
-            with _translated():
+            self._check_file()
+            with _translated(self._place):
                 async with self._writers.begin() as connection:
                     yield connection
 
@@ -173,56 +182,40 @@ class Database:
             logger.warning("the registry's log could not be truncated: %s", getattr(error, "orig", error))
 
     @property
-    def _path(self) -> Path | None:
-        is_file = self.is_sqlite and self.url.database not in (None, "", ":memory:")
-        return Path(str(self.url.database)) if is_file else None
+    def _place(self) -> str:
+        """How messages name it."""
+        return str(self._file.path) if self._file else self.url.render_as_string(hide_password=True)
 
-    def _prepare_file(self, path: Path) -> None:
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            # examples are their tenants' alone; SQLite gives its log files the mode of the database
-            os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))
-            self._lock_file = os.open(f"{path}.lock", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
-            if not _is_wal(path):
-                # no server works with it yet. SQLite does not wait for another process that does the same
-                fcntl.flock(self._lock_file, fcntl.LOCK_EX)
-                try:
-                    with _translated(), closing(sqlite3.connect(path, timeout=_BUSY_S)) as connection:
-                        connection.execute("PRAGMA journal_mode = WAL")
-                finally:
-                    fcntl.flock(self._lock_file, fcntl.LOCK_UN)
-        except OSError as error:
-            raise StorageError(f"the registry {path} cannot be opened: {error.strerror}; check store.url") from error
+    def _check_file(self) -> None:
+        if self._file is not None:
+            self._file.check()
 
     async def _share_server(self) -> None:
         """Takes a share of the servers' lock: none of them changes tables beneath the others."""
-        if self._lock_file is not None:
-            self._flock(fcntl.LOCK_SH)
-        elif not self.is_sqlite and not await self._advisory_lock("pg_try_advisory_lock_shared"):
+        if self._file is not None:
+            is_ours = self._file.share()
+        else:
+            is_ours = self.is_sqlite or await self._advisory_lock("pg_try_advisory_lock_shared")
+        if not is_ours:
             raise self._in_use()
 
     async def _own_server(self) -> None:
         """Raises StorageError unless no other server works with the database; then none may begin to."""
-        if self._lock_file is not None:
-            self._flock(fcntl.LOCK_EX)
-        elif not self.is_sqlite and not await self._advisory_lock("pg_try_advisory_lock"):
+        if self._file is not None:
+            is_ours = self._file.own()
+        else:
+            is_ours = self.is_sqlite or await self._advisory_lock("pg_try_advisory_lock")
+        if not is_ours:
             raise self._in_use()
 
     async def _release_server(self) -> None:
-        if self._lock_file is not None:
-            fcntl.flock(self._lock_file, fcntl.LOCK_UN)
+        if self._file is not None:
+            self._file.release()
         await self._drop_lock_holder()
-
-    def _flock(self, operation: int) -> None:
-        assert self._lock_file is not None
-        try:
-            fcntl.flock(self._lock_file, operation | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise self._in_use() from None
 
     async def _advisory_lock(self, function: str) -> bool:
         """The lock is the connection's: it goes when this process does."""
-        with _translated():
+        with _translated(self._place):
             if self._lock_holder is None:
                 holder = await self._engine.connect()
                 self._lock_holder = await holder.execution_options(isolation_level="AUTOCOMMIT")
@@ -241,24 +234,42 @@ class Database:
                     raise
 
     def _in_use(self) -> StorageError:
-        place = self._path or self.url.render_as_string(hide_password=True)
         return StorageError(
-            f"the registry {place} needs other tables for this release, or another release is changing them, while "
-            "servers work with it; stop them first"
+            f"the registry {self._place} needs other tables for this release, or another release is changing them, "
+            "while servers work with it; stop them first"
         )
 
-    async def _migrate(self, *, as_server: bool) -> None:
-        with _translated():
-            async with self._unbegun.connect() as connection, self._alone(connection):
-                changes_rows = await connection.run_sync(functools.partial(needs_change, may_change=as_server))
-                if changes_rows:
-                    await self._own_server()
-                await connection.run_sync(migrate)
-                await connection.commit()
-                if changes_rows:
-                    await self._release_server()
-                if as_server:
-                    await self._share_server()
+    async def _migrate(self, *, as_server: bool, may_make: bool, is_checked: bool) -> None:
+        async with self._unbegun.connect() as connection, self._alone(connection):
+            if is_checked and self._file is not None:
+                verdict = (await connection.exec_driver_sql(QUICK_CHECK)).scalar_one()
+                if damage := damage_told(verdict):
+                    raise _damaged(self._place, damage)
+            find = functools.partial(revision_to_change, may_change=as_server, may_make=may_make)
+            revision = await connection.run_sync(find)
+            if revision is not None:
+                await self._own_server()
+                await self._keep_copy(revision)
+            await connection.run_sync(migrate)
+            await connection.commit()
+            if revision is not None:
+                await self._release_server()
+            if as_server:
+                await self._share_server()
+
+    async def _keep_copy(self, revision: str) -> None:
+        """Before tables that hold something are changed."""
+        told = ("the registry %s is upgraded from revision %s to %s; ", self._place, revision, head())
+        if self._file is None:
+            logger.warning(f"{told[0]}no copy of it is made here", *told[1:])
+            return
+        copy = await asyncio.to_thread(self._file.keep_copy, revision)
+        logger.warning(
+            f"{told[0]}as it was, it is in %s: delete that once you do not go back, what is deleted from now on is "
+            "still in it",
+            *told[1:],
+            copy,
+        )
 
     @asynccontextmanager
     async def _alone(self, connection: AsyncConnection) -> AsyncIterator[None]:
@@ -347,7 +358,7 @@ _BEGIN = "cocktail_begin"
 
 def _connect_args(url: URL) -> dict[str, Any]:
     if url.drivername == "sqlite+aiosqlite":
-        return {"isolation_level": None, "timeout": _BUSY_S}  # transactions begin as `_begin_sqlite` says
+        return {"isolation_level": None, "timeout": BUSY_S}  # transactions begin as `_begin_sqlite` says
     if url.drivername == "postgresql+asyncpg":
         idle = {"idle_in_transaction_session_timeout": str(int(_IDLE_IN_TRANSACTION_S * 1000))}
         return {"timeout": _CONNECT_S, "command_timeout": _STATEMENT_S, "server_settings": idle}
@@ -359,16 +370,20 @@ def _begin_sqlite(connection: Connection) -> None:
         connection.exec_driver_sql(statement)
 
 
-def _is_wal(path: Path) -> bool:
-    """Whether the header says so (bytes 18 and 19): looking costs no lock."""
-    with path.open("rb") as file:
-        return file.read(20)[18:] == b"\x02\x02"
+def _named_by(uri: str) -> Callable[..., None]:
+    """Has connections open what a URI of SQLite names: by a path alone they would make the file where it is missing."""
+
+    def name(_dialect: Any, _record: Any, args: list[Any], options: dict[str, Any]) -> None:
+        args[0] = uri
+        options["uri"] = True
+
+    return name
 
 
 def _set_up_sqlite(connection: Any, _record: Any) -> None:
     cursor = connection.cursor()
     for pragma in (
-        f"busy_timeout = {int(_BUSY_S * 1000)}",
+        f"busy_timeout = {int(BUSY_S * 1000)}",
         "synchronous = FULL",  # with NORMAL a power cut may take the last commits, which were announced
         "foreign_keys = ON",
         "secure_delete = ON",  # deleted examples leave the file, not only its index
@@ -378,7 +393,13 @@ def _set_up_sqlite(connection: Any, _record: Any) -> None:
 
 
 @contextmanager
-def _translated() -> Iterator[None]:
+def _translated(place: str, *, is_told: bool = True) -> Iterator[None]:
+    """What the database raises, as errors of ours.
+
+    Args:
+        place: the database, for messages.
+        is_told: whether the log has it too.
+    """
     try:
         yield
     except Exception as error:
@@ -391,7 +412,10 @@ def _translated() -> Iterator[None]:
         # the statement and its parameters, and the second line of PostgreSQL's messages, would carry examples into the
         # message and the log
         cause = str(getattr(error, "orig", None) or f"{type(error).__name__}: {error}").partition("\n")[0]
-        logger.error("the registry refused: %s", cause)
+        if is_told:
+            logger.error("the registry refused: %s", cause)
+        if "image is malformed" in cause or "file is not a database" in cause:
+            raise _damaged(place, cause) from error
         if "disk is full" in cause or "No space left" in cause:
             hint = "its disk is full; free some space and send the request again"
         elif "readonly" in cause or "read-only" in cause:
@@ -399,6 +423,13 @@ def _translated() -> Iterator[None]:
         else:
             hint = f"it refused ({cause})"
         raise StorageError(f"the registry could not be used: {hint}. Nothing was changed.") from error
+
+
+def _damaged(place: str, damage: str) -> StorageError:
+    return StorageError(
+        f"the registry {place} is damaged ({damage}): end the servers that use it, and put a copy in its place "
+        "(docs/how-to/backup.md). Nothing was changed."
+    )
 
 
 def _is_the_databases(error: Exception) -> bool:

@@ -20,14 +20,13 @@ import psutil
 from sqlalchemy.engine import URL
 
 from cocktail_serve.database.database import DatabaseURL
+from cocktail_serve.database.sqlite_file import BUSY_S, damage_of, sync
 from cocktail_serve.errors import StorageError
 
 logger = logging.getLogger(__name__)
 
 _BESIDE = ("-shm", "-wal", "-journal")
 """What SQLite keeps beside a database; the last two may hold what the database does not yet."""
-
-_BUSY_S = 10.0
 
 _GOES_WITH_ITS_CONTAINER = frozenset({"overlay", "aufs", "tmpfs", "ramfs"})
 """File systems that a container, or the machine's memory, takes with it."""
@@ -123,7 +122,7 @@ def _move(former: Path, path: Path) -> None:
         with _held_still(former):
             _copy(former, copy)
             copy.replace(path)
-            _sync(path.parent)
+            sync(path.parent)
             _delete(former)
     except (OSError, sqlite3.Error) as error:
         for each in (copy, *(Path(f"{copy}{suffix}") for suffix in _BESIDE)):
@@ -143,7 +142,7 @@ def _held_still(registry: Path) -> Iterator[None]:
     Raises:
         sqlite3.Error: somebody does not stop writing, or it is no database.
     """
-    with closing(sqlite3.connect(registry, timeout=_BUSY_S, isolation_level=None)) as connection:
+    with closing(sqlite3.connect(registry, timeout=BUSY_S, isolation_level=None)) as connection:
         try:
             connection.execute("BEGIN IMMEDIATE")
         except sqlite3.OperationalError as error:
@@ -163,12 +162,12 @@ def _copy(registry: Path, copy: Path) -> None:
             shutil.copyfile(f"{registry}{suffix}", f"{copy}{suffix}")
     with closing(sqlite3.connect(copy, isolation_level=None)) as connection:
         connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
-        (verdict,) = connection.execute("PRAGMA quick_check(1)").fetchone()
-    if verdict != "ok":
-        raise sqlite3.DatabaseError(f"it is damaged: {verdict}")
+        damage = damage_of(connection)
+    if damage:
+        raise sqlite3.DatabaseError(f"it is damaged: {damage}")
     if any(Path(f"{copy}{suffix}").exists() for suffix in ("-wal", "-journal")):
         raise sqlite3.DatabaseError("its log could not be written into the copy")
-    _sync(copy)
+    sync(copy)
 
 
 def _delete(registry: Path) -> None:
@@ -178,14 +177,6 @@ def _delete(registry: Path) -> None:
             Path(f"{registry}{suffix}").unlink(missing_ok=True)
     except OSError as error:
         logger.warning("%s was moved, and cannot be deleted: %s", registry, error.strerror)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _goes_with_its_container(path: Path) -> bool:

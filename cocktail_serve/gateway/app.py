@@ -11,7 +11,6 @@ from fastapi.middleware.cors import CORSMiddleware
 import cocktail_serve
 from cocktail_serve.config import Settings
 from cocktail_serve.engines.base import AnyEngine
-from cocktail_serve.errors import ConfigError
 from cocktail_serve.gateway.assembly import assembled
 from cocktail_serve.gateway.direct_route import DirectRouting
 from cocktail_serve.gateway.error_handlers import add_error_handlers
@@ -56,12 +55,6 @@ def create_app(
         ConfigError: a key is required and none is set, or no engine serves a pool.
     """
     settings.check_servable()
-    if settings.server.requires_key and settings.admin_key is None:
-        raise ConfigError(
-            f"with server.auth {settings.server.auth!r} and server.host {settings.server.host!r} requests need a key, "
-            "and none is set: set COCKTAIL_ADMIN_KEY, or listen on 127.0.0.1",
-            param="server.auth",
-        )
     metrics, lifecycle = GatewayMetrics(), lifecycle or Lifecycle()
     app = FastAPI(
         title="cocktail-serve",

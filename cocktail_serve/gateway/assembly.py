@@ -105,6 +105,7 @@ async def assembled(
         await asyncio.to_thread(trim_cache, settings)
         yield Gateway(
             settings=settings,
+            database=database,
             pools=pools,
             engines=engines,
             service=service,

@@ -14,6 +14,7 @@ from cocktail_serve.cocktails.options import CocktailRequest
 from cocktail_serve.cocktails.parsing import parse_inline, parse_request
 from cocktail_serve.cocktails.service import CocktailService
 from cocktail_serve.config import Settings
+from cocktail_serve.database.database import Database
 from cocktail_serve.engines.base import AnyEngine, EmbeddingEngine, GenerationEngine, RerankingEngine
 from cocktail_serve.errors import NotFoundError
 from cocktail_serve.finetuning.files import Files
@@ -43,6 +44,7 @@ class Gateway:
     """
 
     settings: Settings
+    database: Database
     pools: Mapping[str, Pool]
     engines: Mapping[str, AnyEngine]
     service: CocktailService

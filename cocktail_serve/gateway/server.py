@@ -15,10 +15,13 @@ import uvicorn
 
 from cocktail_serve import logs
 from cocktail_serve.config import ServerConfig, Settings
-from cocktail_serve.errors import ConfigError, ServerError
+from cocktail_serve.database.database import Database
+from cocktail_serve.database.registry_file import registry_url
+from cocktail_serve.errors import ConfigError, ServerError, StorageError
 from cocktail_serve.gateway.app import create_app
 from cocktail_serve.gateway.assembly import open_pools
 from cocktail_serve.gateway.lifecycle import Lifecycle
+from cocktail_serve.gateway.run_dir import check_unused
 from cocktail_serve.gateway.start_watch import until_all_ready
 from cocktail_serve.pool import Pool
 
@@ -64,6 +67,28 @@ def bind(config: ServerConfig) -> socket.socket:
     return listener
 
 
+def check_start(settings: Settings) -> None:
+    """Finds what would end the start later, before any model is read. Makes or upgrades the registry.
+
+    Raises:
+        ConfigError: a port in use, a key missing.
+        StorageError: the registry is damaged, another release's, or cannot be used; another server uses `cache_dir`.
+    """
+    bind(settings.server).close()
+    settings.check_servable()
+    try:
+        check_unused(settings)
+    except ConfigError as error:
+        raise StorageError(error.message) from error
+    with registry_url(settings.store) as url:
+        asyncio.run(_check_registry(Database(url)))
+
+
+async def _check_registry(database: Database) -> None:
+    await database.open(is_checked=True)
+    await database.close()
+
+
 def serve(
     settings: Settings,
     *,
@@ -77,11 +102,13 @@ def serve(
         pools: opened already; None: opened here.
 
     Raises:
-        ConfigError: a port in use, a key missing; before any model is read.
+        As `check_start`, before any model is read.
         ClientError: a pool that cannot be opened.
         ServerError: the app did not start; the log says why.
     """
     logs.configure(settings.server.log_format, settings.server.log_level)
+    if pools is None:
+        check_start(settings)
     with bind(settings.server) as listener:
         lifecycle = Lifecycle()
         app = create_app(settings, pools=pools or open_pools(settings), lifecycle=lifecycle)

@@ -1,18 +1,26 @@
 """`serve` as a process: it says where it listens, answers, and ends when told to."""
 
+import asyncio
+import fcntl
 import json
 import os
 import re
 import signal
 import socket
+import sqlite3
 import subprocess
 import sys
 import time
+from contextlib import ExitStack, closing
+from pathlib import Path
 
 import httpx
 import pytest
 import yaml
 
+from cocktail_serve.config import load_settings
+from cocktail_serve.database.database import Database
+from cocktail_serve.gateway.run_dir import own_run_dir
 from tests.models import make_encoder_pool, pool_section
 
 
@@ -35,6 +43,70 @@ def start(config, *args: str) -> subprocess.Popen[str]:
         env={name: value for name, value in os.environ.items() if not name.startswith("COCKTAIL_")},
         text=True,
     )
+
+
+@pytest.fixture
+def registry(config):
+    """The place of the configuration's registry, empty before and after."""
+    path = config.parent / "cache" / "registry.sqlite"
+
+    def clear():
+        for each in path.parent.glob("registry.sqlite*"):
+            each.unlink()
+
+    clear()
+    yield path
+    clear()
+
+
+def make_registry(path, *statements: str) -> None:
+    async def make() -> None:
+        database = Database(f"sqlite:///{path}")
+        await database.open()
+        await database.close()
+
+    path.parent.mkdir(exist_ok=True)
+    asyncio.run(make())
+    with closing(sqlite3.connect(path, isolation_level=None)) as connection:
+        for statement in statements:
+            connection.execute(statement)
+
+
+def refused(config) -> str:
+    """The one line of a start that fails before a model is read."""
+    with start(config, "--port", "0") as process:
+        out, err = process.communicate(timeout=60)
+    assert (process.returncode, out) == (1, ""), err
+    (line,) = err.splitlines()
+    return line
+
+
+def test_a_registry_of_a_later_release_is_told_before_a_model_is_read(config, registry):
+    make_registry(registry, "UPDATE alembic_version SET version_num = '9999'")
+    assert "of revision '9999', which this release does not know" in refused(config)
+
+
+@pytest.mark.parametrize("place", ["header", "middle"])
+def test_a_damaged_registry_is_told_before_a_model_is_read(config, registry, place):
+    make_registry(registry)
+    content = bytearray(registry.read_bytes())
+    start = 0 if place == "header" else len(content) // 2 // 4096 * 4096
+    content[start : start + 4096] = b"\xff" * 4096
+    registry.write_bytes(content)
+    told = refused(config)
+    assert told.startswith(f"error: the registry {registry} is damaged (")
+    assert "put a copy in its place" in told
+    assert registry.read_bytes() == content
+
+
+def test_a_registry_in_use_is_told_before_a_model_is_read(config, registry):
+    make_registry(registry, "UPDATE alembic_version SET version_num = '0010'")
+    with Path(f"{registry}.lock").open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_SH)  # as a server of the earlier release does
+        assert "while servers work with it; stop them first" in refused(config)
+    with ExitStack() as stack:
+        own_run_dir(load_settings(config), stack)
+        assert "another server keeps its engines' files in" in refused(config)
 
 
 def read_object(process) -> dict[str, object]:

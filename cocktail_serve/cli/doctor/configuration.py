@@ -17,6 +17,7 @@ from platformdirs import user_cache_path
 from cocktail_serve.cli.doctor.finding import Check, tried
 from cocktail_serve.cli.doctor.pools import check_pool
 from cocktail_serve.config import Settings, load_settings
+from cocktail_serve.database.sqlite_file import NO_REGISTRY, kept_copies
 from cocktail_serve.errors import CocktailError, ConfigError
 from cocktail_serve.pool import Pool
 from cocktail_serve.progress import OnProgress
@@ -139,10 +140,10 @@ def _check_registry(settings: Settings, pools: dict[str, Pool]) -> list[Check]:
             where = (
                 str(database.url.database) if database.is_sqlite else database.url.render_as_string(hide_password=True)
             )
-            if database.is_sqlite and not Path(where).exists():
-                return [Check(name, "ok", f"not there yet: made at the first start, in {where}")]
             left_out, tenants = asyncio.run(_read_registry(database, settings, pools))
     except CocktailError as error:
+        if error.code == NO_REGISTRY:
+            return [Check(name, "ok", f"not there yet: made at the first start, in {where}")]
         if error.code == "registry_outdated":
             return [Check(name, "warning", error.message, "nothing, once servers of the earlier release have ended")]
         return [Check(name, "problem", error.message)]
@@ -150,6 +151,7 @@ def _check_registry(settings: Settings, pools: dict[str, Pool]) -> list[Check]:
     return [
         Check(name, "ok", f"{where}: reachable, and its tables are this release's"),
         *_registry_in_cache(settings, where),
+        *_copies(Path(where)),
         *_tenants_of_an_open_server(settings, tenants),
         *(Check(f"expert {model}", "problem", why, fix) for model, why in left_out.items()),
     ]
@@ -164,6 +166,15 @@ def _registry_in_cache(settings: Settings, where: str) -> Iterator[Check]:
     elif Path(where).is_relative_to(user_cache_path()):
         fix = "end the server, move the file with those beside it, and name it in store.url"
         yield Check(name, "warning", f"{where} lies in a cache, which may be cleared", fix)
+
+
+def _copies(registry: Path) -> Iterator[Check]:
+    """Copies that upgrades left."""
+    copies = kept_copies(registry)
+    if copies:
+        size = sum(copy.stat().st_size for copy in copies)
+        detail = f"{len(copies)} beside it, {size / 1e6:,.1f} MB, of before upgrades: {', '.join(map(str, copies))}"
+        yield Check("registry's copies", "ok", detail, "delete them once you do not go back to an earlier release")
 
 
 def _tenants_of_an_open_server(settings: Settings, tenants: Iterable[str]) -> Iterator[Check]:
@@ -186,7 +197,7 @@ async def _read_registry(
     from cocktail_serve.tenants.store import TenantStore
 
     try:
-        await database.open(as_server=False)
+        await database.open(as_server=False, may_make=False)
         experts = Experts(database, pools, {}, roots=settings.server.expert_roots, cache_dir=settings.store.cache_dir)
         left_out = await experts.load()
         return left_out, [tenant.name for tenant in await TenantStore(database).tenants()]

@@ -26,21 +26,29 @@ async def health() -> Health:
 
 @router.get(
     "/ready",
-    responses={503: {"model": Readiness, "description": "An engine is not ready; the body says which and why."}},
+    responses={
+        503: {
+            "model": Readiness,
+            "description": "An engine is not ready, or the registry is lost; the body says which and why.",
+        }
+    },
 )
 async def ready(gateway: GatewayDep, response: Response) -> Readiness:
-    """Asks each engine itself, all at once, each within `server.ready_deadline_s`."""
+    """Asks each engine itself, all at once, each within `server.ready_deadline_s`; looks whether the registry's file is
+    still there. A database server that is gone for a while is no reason: known models are served meanwhile."""
     # a probe that comes while the server stops is answered at once: engines may be past answering
     deadline_s = 0.1 if gateway.lifecycle.is_stopping else gateway.settings.server.ready_deadline_s
     snapshots = await _snapshots(gateway, deadline_s=deadline_s)
     is_stopping = gateway.lifecycle.is_stopping
-    is_ready = not is_stopping and all(engine.state == "ready" for engine in snapshots.values())
+    lost = gateway.database.reason_lost()
+    is_ready = not is_stopping and not lost and all(engine.state == "ready" for engine in snapshots.values())
     if not is_ready:
         response.status_code = 503
         response.headers["retry-after"] = "5"
     with_log = not gateway.settings.server.requires_key
     return Readiness(
         status="stopping" if is_stopping else "ready" if is_ready else "not_ready",
+        registry=(lost if with_log else "lost: the log says why") if lost else None,
         pools={pool_id: EngineReadiness.of(engine, with_log=with_log) for pool_id, engine in snapshots.items()},
     )
 

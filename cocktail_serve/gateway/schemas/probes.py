@@ -32,4 +32,7 @@ class EngineReadiness(BaseModel):
 
 class Readiness(BaseModel):
     status: Literal["ready", "not_ready", "stopping"]
+    registry: str | None = Field(
+        None, description="Why the registry is lost and does not come back by itself; null: it is not."
+    )
     pools: dict[str, EngineReadiness]

@@ -6,6 +6,7 @@ import asyncio
 import os
 import sqlite3
 import stat
+import threading
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -15,8 +16,9 @@ from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
 from sqlalchemy import Connection, insert, inspect, make_url, select, text
 
-from cocktail_serve.database import migrations, tables
+from cocktail_serve.database import migrations, sqlite_file, tables
 from cocktail_serve.database.database import Database, async_url, insert_missing
+from cocktail_serve.database.sqlite_file import kept_copies
 from cocktail_serve.errors import ConfigError, InvalidRequestError, StorageError
 from tests.postgres import Postgres
 
@@ -89,7 +91,9 @@ class TestMigrations:
         assert await scored_items(again) == ["kept"]
         await again.close()
 
-    async def test_the_first_releases_tables_are_brought_up_to_date(self, tmp_path: Path) -> None:
+    async def test_the_first_releases_tables_are_brought_up_to_date(
+        self, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
         path = tmp_path / "registry.sqlite"
         with sqlite3.connect(path) as old:
             old.executescript(FIRST_RELEASE.read_text())
@@ -108,6 +112,68 @@ class TestMigrations:
             for name, rows in before.items():
                 width = len(rows[0])
                 assert [row[:width] for row in new.execute(f"SELECT * FROM {name}")] == rows, name
+        (copy,) = kept_copies(path)
+        assert stat.S_IMODE(copy.stat().st_mode) == 0o600
+        with sqlite3.connect(copy) as old:
+            assert {name: old.execute(f"SELECT * FROM {name}").fetchall() for name in names} == before
+        (told,) = [record.getMessage() for record in caplog.records if "is upgraded" in record.getMessage()]
+        assert told.startswith(f"the registry {path} is upgraded from revision 0001 to ")
+        assert f"as it was, it is in {copy}" in told
+        again = Database(f"sqlite:///{path}")
+        await again.open()
+        await again.close()
+        assert kept_copies(path) == [copy], "once"
+
+    async def test_tables_that_cannot_be_copied_are_not_changed(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        path = tmp_path / "registry.sqlite"
+        with sqlite3.connect(path) as old:
+            old.executescript(FIRST_RELEASE.read_text())
+        content = path.read_bytes()[100:]
+
+        def full(*_: object) -> None:
+            raise OSError(28, "No space left on device")
+
+        database = Database(f"sqlite:///{path}")
+        with monkeypatch.context() as patch:
+            patch.setattr(sqlite_file, "sync", full)
+            with pytest.raises(StorageError, match=r"cannot be copied to .*: No space left on device"):
+                await database.open()
+        assert path.read_bytes()[100:] == content
+        assert [name for name in os.listdir(tmp_path) if "revision" in name] == []
+        await database.open()
+        assert await differences(database) == []
+        await database.close()
+
+    @ON_A_SERVER
+    async def test_an_upgrade_of_a_server_is_told(
+        self, database: Database, database_url: str, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        scripts = ScriptDirectory(str(Path(migrations.__file__).parent))
+        last = next(iter(scripts.walk_revisions()))
+        await database.close()
+        newer = Database(database_url)
+        async with newer.write() as connection:
+            for name in ("usage", "usage_writers", "audit"):
+                await connection.exec_driver_sql(f"DROP TABLE {name}")
+            await connection.exec_driver_sql(f"UPDATE alembic_version SET version_num = '{last.down_revision}'")
+        await newer.open()
+        assert f"is upgraded from revision {last.down_revision} to {last.revision}; no copy" in caplog.text
+        assert await differences(newer) == []
+        await newer.close()
+
+    async def test_a_command_makes_none(self, database_url: str) -> None:
+        database = Database(database_url)
+        with pytest.raises(StorageError, match="the first start of the server makes it") as caught:
+            await database.open(as_server=False, may_make=False)
+        assert caught.value.code == "registry_missing"
+        if database.is_sqlite:
+            assert not path_of(database).parent.exists()
+        else:
+            async with database.read() as connection:
+                assert not await connection.run_sync(lambda sync: inspect(sync).get_table_names())
+        await database.close()
 
     async def test_tables_of_a_later_release_are_refused(self, database: Database, database_url: str) -> None:
         async with database.write() as connection:
@@ -232,6 +298,23 @@ class TestRefusals:
             await database.open()
         await database.close()
 
+    async def test_damage_inside_a_file_is_found_when_it_is_checked(
+        self, sqlite: Database, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        for number in range(300):
+            await add_score(sqlite, f"{number} {'x' * 200}")
+        await sqlite.close()
+        path = path_of(sqlite)
+        content = bytearray(path.read_bytes())
+        middle = len(content) // 2 // 4096 * 4096
+        content[middle : middle + 4096] = b"\xff" * 4096
+        path.write_bytes(content)
+        caplog.clear()
+        database = Database(f"sqlite:///{path}")
+        with pytest.raises(StorageError, match=r"is damaged \(.*put a copy in its place"):
+            await database.open(is_checked=True)
+        assert caplog.records == [], "told once, by who opens it"
+
     async def test_a_folder_that_cannot_be_made_is_a_storage_error(self, tmp_path: Path) -> None:
         (tmp_path / "file").write_text("")
         database = Database(f"sqlite:///{tmp_path / 'file' / 'registry.sqlite'}")
@@ -256,6 +339,42 @@ class TestSQLite:
             "secure_delete": 1,
             "busy_timeout": 10000,
         }
+
+    async def test_a_file_that_is_gone_or_another_is_missed_and_none_is_made(
+        self, sqlite: Database, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        path = path_of(sqlite)
+        await add_score(sqlite, "before")
+        away = path.with_name("away")
+        path.rename(away)
+        assert sqlite.reason_lost().startswith(f"the registry {path} is gone (No such file or directory): put it back")
+        for use in (lambda: add_score(sqlite, "lost"), lambda: scored_items(sqlite)):
+            with pytest.raises(StorageError, match=r"is gone .*Nothing was changed"):
+                await use()
+        await sqlite._engine.dispose()
+        sqlite._file = None  # even where nobody asks, connections open what is there and make nothing
+        with pytest.raises(StorageError, match="unable to open database file"):
+            await scored_items(sqlite)
+        for thread in threading.enumerate():  # the driver's, which tells this loop that it ended
+            if thread.name.endswith("(_connection_worker_thread)"):
+                thread.join(10)
+        assert not path.exists()
+        assert [record.levelname for record in caplog.records if " is gone " in record.getMessage()] == ["ERROR"]
+
+    async def test_one_that_is_back_goes_on_and_another_in_its_place_does_not(
+        self, sqlite: Database, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        path = path_of(sqlite)
+        away, content = path.with_name("away"), path.read_bytes()
+        path.rename(away)
+        path.write_bytes(content)
+        with pytest.raises(StorageError, match="is another file than was opened"):
+            await add_score(sqlite, "lost")
+        assert path.read_bytes() == content
+        away.rename(path)
+        await add_score(sqlite, "kept")
+        assert await scored_items(sqlite) == ["kept"]
+        assert (sqlite.reason_lost(), f"the registry {path} is back" in caplog.text) == ("", True)
 
     async def test_another_process_holding_the_write_lock_is_waited_for(self, sqlite: Database) -> None:
         other = sqlite3.connect(path_of(sqlite), isolation_level=None, check_same_thread=False)

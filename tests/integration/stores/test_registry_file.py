@@ -271,7 +271,7 @@ def test_a_writer_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     with closing(sqlite3.connect(former, isolation_level=None)) as writer:
         writer.execute("BEGIN IMMEDIATE")
         writer.execute("INSERT INTO cocktails VALUES (5000, 'late')")
-        monkeypatch.setattr(registry_file, "_BUSY_S", 0.05)
+        monkeypatch.setattr(registry_file, "BUSY_S", 0.05)
         with pytest.raises(StorageError, match="database is locked"):
             found(place)
         writer.execute("COMMIT")
