@@ -22,6 +22,9 @@ _FOLDERS_FIELDS = frozenset({"digest", "recipe", "pool", "merging_weights", "fin
 SHOWN = 12
 """Digits of a fingerprint in a message."""
 
+MAX_TOLD = 5
+"""Models that a message names."""
+
 
 @dataclass(frozen=True, slots=True)
 class ImportedRecipe:
@@ -55,10 +58,10 @@ class ImportedRecipe:
             )
         missing = [fingerprint for fingerprint, _ in recipe.coefficients if fingerprint not in members]
         if missing:
+            told = [*map(self._told, missing[:MAX_TOLD]), *([f"{len(missing)} in all"] if missing[MAX_TOLD:] else [])]
             raise InvalidMixError(
-                f"pool {pool.id!r} lacks what the recipe mixes: {', '.join(map(self._told, missing))}; have the "
-                f"operator add the same files as an expert (POST /admin/pools/{pool.id}/experts, or 'experts' of the "
-                "configuration)",
+                f"pool {pool.id!r} lacks what the recipe mixes: {', '.join(told)}; have the operator add the same "
+                f"files as an expert (POST /admin/pools/{pool.id}/experts, or 'experts' of the configuration)",
                 param="recipe.coefficients",
             )
         weights = {members[fingerprint].name: coefficient for fingerprint, coefficient in recipe.coefficients}
@@ -91,7 +94,7 @@ class ImportedRecipe:
     def _told(self, fingerprint: str) -> str:
         """A model as messages name it."""
         name = self.names.get(fingerprint)
-        return fingerprint[:SHOWN] if name is None else f"{name!r} ({fingerprint[:SHOWN]})"
+        return fingerprint[:SHOWN] if name is None else f"{name[:64]!r} ({fingerprint[:SHOWN]})"
 
     def _made_anew(self, weights: Mapping[str, float]) -> str:
         """How to ask for a mixture of the same coefficients and other bits."""

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Histogram, Info, ProcessCollector, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from cocktail_serve.build import versions
 from cocktail_serve.cocktails.cocktail import Status
 from cocktail_serve.engines.snapshot import EngineSnapshot
 from cocktail_serve.engines.stats import Histogram as PlainHistogram
@@ -23,6 +24,10 @@ class GatewayMetrics:
         self._asked = _SnapshotCollector()
         self._registry.register(self._asked)
         ProcessCollector(registry=self._registry)
+        build = Info(
+            "cocktail_build", "1 for what serves: its release, its commit, what computes.", registry=self._registry
+        )
+        build.info({_label(name): found for name, found in versions().items() if found is not None})
         self._requests = Counter(
             "cocktail_requests",
             "Answers by route, status and pool; status 499: the client left first.",
@@ -174,6 +179,11 @@ class _SnapshotCollector(Collector):
                     families[name] = family(name, "As the pool's own server says.", labels=["pool", "model_name"])
                 families[name].add_metric([pool, pool], value)
         yield from families.values()
+
+
+def _label(name: str) -> str:
+    """A label for a distribution's name; our own is the `version`."""
+    return "version" if name == "cocktail-serve" else name.replace("-", "_")
 
 
 def _buckets(histogram: PlainHistogram) -> list[tuple[str, float]]:

@@ -12,6 +12,7 @@ from typing import Any
 
 import httpx
 import pytest
+import torch
 import yaml
 from transformers import AutoTokenizer, LlamaForCausalLM
 
@@ -19,6 +20,7 @@ from bench.server import RunningServer, running_server
 from cocktail_serve.examples import parse_examples
 from cocktail_serve.scoring.decoder import score_with_transformers, tokenize_examples
 from tests.adapters import parameters_of, train_adapter
+from tests.command_line import answer, run
 from tests.e2e.reference import assert_greedy_of, load_reference
 from tests.merging import linear
 from tests.models import make_decoder, pool_section
@@ -114,6 +116,30 @@ def test_losses_are_those_of_transformers_and_a_cocktail_needs_nothing_more(serv
     assert made["recipe"]["form"] == "unmerged"
 
 
+def test_a_recipe_makes_the_same_cocktail_again_and_a_folder(
+    served: Served, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By the command line, which answers as it comes."""
+    weights = {"base": 0.25, "red": 0.5, "green": 0.25}
+    made = served.make("travels", merging_weights=weights)
+    there = ("--server", served.server.url)
+    _, exported, _ = run(capsys, "export", "travels", *there)
+    (tmp_path / "recipe.json").write_text(exported)
+    again = answer(capsys, "create", "again", "--recipe", tmp_path / "recipe.json", *there)
+    assert (again["status"], again["recipe"]) == ("ready", made["recipe"])
+    asked = ("what is the capital", "--max-tokens", 8, "--temperature", 0, *there)
+    streams = [run(capsys, "chat", model, *asked)[1] for model in ("travels", "again")]
+    whole = answer(capsys, "chat", "again", *asked)
+    assert streams == [whole["choices"][0]["message"]["content"] + "\n"] * 2
+    config = served.folders["base"].parent / "config.yaml"
+    words = ("mix", config, "--pool", "pico", "--recipe", tmp_path / "recipe.json", "--out", tmp_path / "mixed")
+    code, _, err = run(capsys, *words)
+    assert (code, "unmerged, and a folder holds merged parameters" in err) == (0, True), err
+    folder = LlamaForCausalLM.from_pretrained(tmp_path / "mixed").state_dict()
+    for name, tensor in served.reference(weights).state_dict().items():
+        torch.testing.assert_close(folder[name], tensor, rtol=1e-6, atol=1e-7)
+
+
 def test_cocktails_experts_and_the_base_answer_at_once_each_as_its_own_model(served: Served) -> None:
     mixtures: dict[str, dict[str, float]] = {"pico": {"base": 1.0}, "pico/red": {"red": 1.0}}
     for number in range(8):
@@ -127,12 +153,12 @@ def test_cocktails_experts_and_the_base_answer_at_once_each_as_its_own_model(ser
             answers = await asyncio.gather(
                 *(http.post("/v1/completions", json=completion(model, prompt)) for model, prompt in asked)
             )
-        return [(*each, answer) for each, answer in zip(asked, answers, strict=True)]
+        return [(*each, response) for each, response in zip(asked, answers, strict=True)]
 
-    for model, prompt, answer in asyncio.run(ask_all()):
-        assert answer.status_code == 200, answer.text
-        assert answer.json()["model"] == model
-        assert_greedy_of(served.reference(mixtures[model]), prompt, answer.json()["choices"][0])
+    for model, prompt, response in asyncio.run(ask_all()):
+        assert response.status_code == 200, response.text
+        assert response.json()["model"] == model
+        assert_greedy_of(served.reference(mixtures[model]), prompt, response.json()["choices"][0])
 
 
 def test_a_search_asks_all_its_candidates(served: Served) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 import random
 import string
 from collections.abc import Iterator
@@ -10,6 +11,7 @@ import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from cocktail_serve.loading import version_of
 from tests.gateways import LiveGateway
 
 WANTED = {
@@ -26,6 +28,7 @@ WANTED = {
     "cocktail_jobs",
     "cocktail_engine_ready",
     "cocktail_queued_requests",
+    "cocktail_build_info",
     "process_resident_memory_bytes",
     "process_cpu_seconds_total",
     "vllm:num_requests_running",
@@ -84,6 +87,13 @@ def test_what_an_engines_server_counts_is_passed_on_by_its_pool(http: httpx.Clie
     """Under vLLM's own names and label, so that what is drawn for vLLM draws it; the encoder has no server."""
     of_servers = {labels for name, labels in samples(http) if name.startswith("vllm:")}
     assert of_servers == {(("model_name", "flan"), ("pool", "flan"))}
+
+
+def test_it_says_which_build_it_is(http: httpx.Client) -> None:
+    (labels,) = (dict(labels) for name, labels in samples(http) if name == "cocktail_build_info")
+    assert labels["version"] == http.get("/health").json()["version"]
+    assert labels["torch"] == version_of("torch")
+    assert labels["python"] == platform.python_version()
 
 
 def test_labels_stay_bounded_whatever_is_asked(http: httpx.Client) -> None:

@@ -17,6 +17,7 @@ from cocktail_serve.config import Settings, load_settings
 from cocktail_serve.errors import ClientError, ConfigError, InvalidExamplesError, InvalidRequestError
 from cocktail_serve.examples import parse_examples, read_jsonl
 from cocktail_serve.finetuning.files import check_jsonl
+from cocktail_serve.imported_recipe import read_recipe
 from cocktail_serve.pool import Kind, Member, Pool
 from cocktail_serve.recipe import Recipe, make_recipe
 
@@ -163,6 +164,9 @@ def test_inline_cocktails(cocktail: Any) -> None:
 @given(changed(make_recipe(POOL, {"base": 0.25, "nq": 0.75}, dtype="bfloat16").to_json()))
 def test_recipes(value: Any) -> None:
     only_raises(ClientError, lambda: Recipe.from_json(value).digest)
+    only_raises(ClientError, lambda: read_recipe(value).weights_in(POOL, dtype="bfloat16"))
+    folders = {"recipe": value, "fingerprints": value, "names": value}
+    only_raises(ClientError, lambda: read_recipe(folders).weights_in(POOL, dtype="bfloat16"))
 
 
 @settings(max_examples=300, deadline=None)

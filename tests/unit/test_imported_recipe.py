@@ -80,6 +80,13 @@ def test_experts_that_the_pool_lacks_are_named_as_they_are_called_there() -> Non
     assert "mixes: aaaaaaaaaaaa;" in refused(RECIPE.to_json(), pool).message
 
 
+def test_of_many_experts_that_are_lacking_a_few_are_named() -> None:
+    coefficients = [[digit * 64, 0.125] for digit in "01234567"]
+    message = refused(RECIPE.to_json() | {"coefficients": coefficients}).message
+    assert "444444444444, 8 in all; have the operator add" in message
+    assert "5" * 12 not in message
+
+
 def test_another_dtype_is_refused_with_the_coefficients_to_give_instead() -> None:
     error = refused(exported(RECIPE), dtype="float16")
     assert error.param == "recipe.dtype"
