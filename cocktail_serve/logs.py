@@ -9,11 +9,12 @@ are known here, never its path, body or headers.
 from __future__ import annotations
 
 import logging
+import sys
 import time
 import traceback
 from contextvars import ContextVar
 from types import TracebackType
-from typing import Any, Literal
+from typing import Any, Literal, TextIO
 
 import orjson
 
@@ -38,7 +39,7 @@ def configure(log_format: LogFormat, log_level: LogLevel = "info") -> None:
         log_level: the least that is written of what cocktail-serve says itself; a request's line is `info`, a probe's
             `debug`.
     """
-    handler = logging.StreamHandler()
+    handler = _StderrHandler()
     handler.setFormatter(JSONFormatter() if log_format == "json" else TextFormatter())
     # by hand: dictConfig closes the handlers of other libraries too, and absl's closes the stream that it writes to
     logging.getLogger().handlers[:] = [handler]
@@ -47,6 +48,17 @@ def configure(log_format: LogFormat, log_level: LogLevel = "info") -> None:
     levels = {"": "WARNING", "cocktail_serve": log_level.upper(), "uvicorn": "INFO", "uvicorn.error": "INFO"}
     for name, level in levels.items():
         logging.getLogger(name).setLevel(level)
+
+
+class _StderrHandler(logging.StreamHandler[TextIO]):
+    """Writes to what is standard error when a line is written: whoever calls a command may have replaced it since."""
+
+    def __init__(self) -> None:
+        logging.Handler.__init__(self)
+
+    @property
+    def stream(self) -> TextIO:
+        return sys.stderr
 
 
 def log_request(

@@ -17,6 +17,7 @@ from cocktail_serve import logs
 from cocktail_serve.config import ServerConfig, Settings
 from cocktail_serve.database.database import Database
 from cocktail_serve.database.registry_file import registry_url
+from cocktail_serve.database.sqlite_file import NO_REGISTRY
 from cocktail_serve.errors import ConfigError, ServerError, StorageError
 from cocktail_serve.gateway.app import create_app
 from cocktail_serve.gateway.assembly import open_pools
@@ -68,7 +69,7 @@ def bind(config: ServerConfig) -> socket.socket:
 
 
 def check_start(settings: Settings) -> None:
-    """Finds what would end the start later, before any model is read. Makes or upgrades the registry.
+    """Finds what would end the start later, before any model is read. Upgrades the registry where there is one.
 
     Raises:
         ConfigError: a port in use, a key missing.
@@ -85,7 +86,11 @@ def check_start(settings: Settings) -> None:
 
 
 async def _check_registry(database: Database) -> None:
-    await database.open(is_checked=True)
+    try:
+        await database.open(may_make=False, is_checked=True)
+    except StorageError as error:
+        if error.code != NO_REGISTRY:  # one is made once the pools are known to be servable
+            raise
     await database.close()
 
 
