@@ -134,7 +134,10 @@ def live_gateway(
     app = create_app(settings, pools=make_pools(folder, settings), engines=engines)
     with socket.create_server(("127.0.0.1", 0)) as listener:
         url = f"http://127.0.0.1:{listener.getsockname()[1]}"
-        config = uvicorn.Config(app, log_level="warning", lifespan="on", timeout_graceful_shutdown=2)
+        # no configuration of its own: to make one, logging closes the handlers of others, and with absl's its stream
+        config = uvicorn.Config(
+            app, log_level="warning", log_config=None, access_log=False, lifespan="on", timeout_graceful_shutdown=2
+        )
         server = uvicorn.Server(config)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, name="gateway", daemon=True)
         thread.start()
