@@ -382,7 +382,7 @@ async def test_a_busy_engine_is_asked_again(pool: Pool, tmp_path: Path, faults: 
 async def test_a_torn_mix_ends_the_processes(
     pool: Pool, tmp_path: Path, faults: Path, fault: Fault, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("cocktail_serve.engines.vllm.parameters.ABORT_S", 0.2)
+    monkeypatch.setattr("cocktail_serve.engines.vllm.server_mixer.ABORT_S", 0.2)
     async with running(pool, tmp_path, swap_timeout_s=0.3) as engine:
         before = processes_of(engine)
         strike(faults, fault)

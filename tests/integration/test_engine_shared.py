@@ -1,6 +1,6 @@
-"""The vLLM engine with other parameters than those it is served with: recipes that are mixed, and then side by side.
+"""The vLLM engine with other turns than those it is served with: recipes that are mixed, and then side by side.
 
-The server holds every recipe that was mixed. The engine, its turns, its supervisor, its scorer and the fence are the
+The server holds every recipe that was mixed. The engine, its slots, its supervisor, its scorer and the fence are the
 ones that serve.
 """
 
@@ -12,19 +12,18 @@ import os
 import signal
 from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 
 from cocktail_serve.config import FakeEngineConfig
 from cocktail_serve.engines.scheduler_snapshot import SchedulerSnapshot
 from cocktail_serve.engines.stats import EngineStats
-from cocktail_serve.engines.turns.base import Turns
+from cocktail_serve.engines.turns.base import Mix, Turns
+from cocktail_serve.engines.turns.lease import Lease
 from cocktail_serve.engines.turns.shared import SharedTurns
 from cocktail_serve.engines.vllm.engine import VLLMEngine
 from cocktail_serve.engines.vllm.fake import fake_loss
-from cocktail_serve.engines.vllm.parameters import Parameters, ResidentParameters
-from cocktail_serve.engines.vllm.server import EngineServer
 from cocktail_serve.errors import InvalidMixError, InvalidRequestError, ModelNotReadyError
 from cocktail_serve.pool import Pool
 from cocktail_serve.recipe import Recipe, one_hot
@@ -44,22 +43,31 @@ from tests.integration.test_engine_fake import (
 from tests.models import make_decoder_tokenizer
 
 
-class SharedParameters(ResidentParameters):
+class MixingTurns(SharedTurns):
     """Each recipe is mixed once in a life of the server, under the first lease for it, and stays."""
 
-    def __init__(self, pool_id: str, *, stats: EngineStats) -> None:
-        super().__init__(pool_id, swap_timeout_s=20.0, stats=stats)
-        self._ready: set[str] = set()
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self._mixed: set[str] = set()
 
-    def begin_life(self, server: EngineServer) -> None:
-        super().begin_life(server)
-        self._ready.clear()
+    async def run(self, resident: str, mix: Mix) -> NoReturn:
+        self._mix = mix
+        self._mixed.clear()
+        await super().run(resident, mix)
 
-    async def until_ready(self, recipe: Recipe, *, since: float) -> float:
-        if recipe.digest not in self._ready:
-            assert await self.mix(recipe)
-            self._ready.add(recipe.digest)
-        return await super().until_ready(recipe, since=since)
+    async def acquire(self, recipe: Recipe, **options: Any) -> Lease:
+        lease = await super().acquire(recipe, **options)
+        try:
+            if recipe.digest not in self._mixed:
+                with lease.interruptible():
+                    seconds = await self._mix(recipe)
+                assert seconds is not None
+                lease.mixing_s = seconds
+                self._mixed.add(recipe.digest)
+        except BaseException:
+            lease.release()
+            raise
+        return lease
 
 
 @pytest.fixture(scope="module")
@@ -74,9 +82,8 @@ async def shared_engine(
     args = {"holds": "all", "faults": str(tmp_path / "faults"), **args}
     config = FakeEngineConfig.model_validate({"queue_timeout_s": 20, "max_model_len": 256, "args": args})
     stats = EngineStats()
-    turns: Turns = SharedTurns(max_in_flight=max_in_flight)
-    parameters: Parameters = SharedParameters(pool.id, stats=stats)
-    engine = VLLMEngine(pool, config, turns=turns, parameters=parameters, stats=stats, run_dir=tmp_path / "run")
+    turns: Turns = MixingTurns(max_in_flight=max_in_flight)
+    engine = VLLMEngine(pool, config, turns=turns, stats=stats, run_dir=tmp_path / "run")
     await engine.start()
     try:
         await eventually(lambda: is_ready(engine))

@@ -17,9 +17,9 @@ import pytest
 from cocktail_serve.engines.scheduler_snapshot import SchedulerSnapshot
 from cocktail_serve.engines.vllm.engine import VLLMEngine
 from cocktail_serve.engines.vllm.fake import fake_loss
-from cocktail_serve.engines.vllm.parameters import UnmergedParameters
+from cocktail_serve.engines.vllm.request_body import recipe_fields
 from cocktail_serve.errors import EngineError, InvalidRequestError, ModelNotReadyError
-from cocktail_serve.pool import Pool
+from cocktail_serve.pool import Mode, Pool
 from cocktail_serve.recipe import Recipe, make_recipe, one_hot
 from cocktail_serve.scoring.decoder import tokenize_examples
 from tests.fakes import make_fake_pool
@@ -105,19 +105,14 @@ async def test_nothing_is_mixed_ahead(pool: Pool, tmp_path: Path, faults: Path) 
         assert (status, body["error"]["code"]) == (400, "invalid_recipe")
 
 
-class _OtherCoefficients(UnmergedParameters):
-    """Sends the coefficients of another recipe than the one that is asked for."""
+async def test_coefficients_of_another_recipe_are_refused(
+    pool: Pool, tmp_path: Path, faults: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def of_another(recipe: Recipe, *, mode: Mode) -> Mapping[str, Any]:
+        return recipe_fields(mixture(pool, 0.7), mode=mode)
 
-    def __init__(self, other: Recipe) -> None:
-        self._other = other
-
-    def request_fields(self, recipe: Recipe) -> Mapping[str, Any]:
-        return super().request_fields(self._other)
-
-
-async def test_coefficients_of_another_recipe_are_refused(pool: Pool, tmp_path: Path, faults: Path) -> None:
     async with unmerged(pool, tmp_path) as engine:
-        engine._parameters = _OtherCoefficients(mixture(pool, 0.7))
+        monkeypatch.setattr("cocktail_serve.engines.vllm.engine.recipe_fields", of_another)
         with pytest.raises(InvalidRequestError, match="brings the coefficients of"):
             await ask(engine, mixture(pool, 0.5), "hello")
         assert await ask(engine, mixture(pool, 0.7), "hello") == expected(mixture(pool, 0.7), "hello")

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import NoReturn, Protocol
 
 from cocktail_serve.engines.scheduler_snapshot import SchedulerSnapshot
 from cocktail_serve.engines.turns.lease import Lease
 from cocktail_serve.errors import CocktailError
 from cocktail_serve.recipe import Recipe
+
+Mix = Callable[[Recipe], Awaitable[float | None]]
+"""Makes a recipe resident in an engine: seconds that it took. None: the engine was still busy and nothing changed.
+
+A `ClientError` means that this recipe cannot be mixed and nothing changed; any other error, that the engine is lost.
+"""
 
 
 class Turns(Protocol):
@@ -60,13 +66,14 @@ class Turns(Protocol):
         """
         ...
 
-    async def run(self, resident: str) -> NoReturn:
+    async def run(self, resident: str, mix: Mix) -> NoReturn:
         """Gives leases during one life of the engine. Cancel it when the engine is gone.
 
         Whoever holds a lease when it ends gets `EngineError`; whoever waits goes on waiting for the next life.
 
         Args:
             resident: digest of the recipe that the engine started with.
+            mix: on the engine of this life; not called where recipes share a batch.
 
         Raises:
             EngineError: nobody knows what the parameters are: kill the engine.

@@ -20,17 +20,18 @@ the task that waits for it wakes up. So no lease is ever held while another reci
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Callable
 from typing import NoReturn
 
 from cocktail_serve.engines.fairness import ServedTokensByTenant
 from cocktail_serve.engines.scheduler_snapshot import Phase, SchedulerSnapshot, WaitReason
 from cocktail_serve.engines.stats import EngineStats
-from cocktail_serve.engines.turns.base import loop_time
+from cocktail_serve.engines.turns.base import Mix, loop_time
 from cocktail_serve.engines.turns.hold import OperatorHold, operator_drains_error, pinned_error
 from cocktail_serve.engines.turns.in_flight import InFlight, engine_lost_error
 from cocktail_serve.engines.turns.lease import Lease
-from cocktail_serve.engines.turns.mixing import Mix, Mixing
+from cocktail_serve.engines.turns.mixing import Mixing
 from cocktail_serve.engines.turns.policy import TurnPolicy
 from cocktail_serve.engines.turns.slots import Slots
 from cocktail_serve.engines.turns.wait_queue import Claim, Waiter, WaitQueues, not_ready_error
@@ -49,7 +50,6 @@ class ExclusiveTurns:
     """`Turns` on an engine that holds one recipe at a time.
 
     Args:
-        mix: makes a recipe resident in the engine.
         slice_s: how long the resident recipe keeps its turn while others wait.
         drain_s: how long a turn's end waits for what is in flight.
         background_delay_s: how much later than it came a background lease counts as having arrived, unless the engine
@@ -62,7 +62,6 @@ class ExclusiveTurns:
 
     def __init__(
         self,
-        mix: Mix,
         *,
         slice_s: float,
         drain_s: float,
@@ -84,10 +83,10 @@ class ExclusiveTurns:
         )
         self._hold = OperatorHold()
         self._queues = WaitQueues()
-        self._mixing = Mixing(mix, queues=self._queues, hold=self._hold)
         self._phase: Phase = "closed"
         self._resident: str | None = None
         self._turn_started = 0.0
+        self._last_mix_s, self._last_mixed_at = 0.0, -math.inf
         self._is_after_background = False
         self._in_flight = InFlight(self._slots)
         self._changed = asyncio.Event()
@@ -150,11 +149,12 @@ class ExclusiveTurns:
         finally:
             self._changed.set()
 
-    async def run(self, resident: str) -> NoReturn:
+    async def run(self, resident: str, mix: Mix) -> NoReturn:
         if self._phase != "closed":
             raise RuntimeError("these turns are given already")
         self._resident = resident
         self._is_after_background = False
+        mixing = Mixing(mix, queues=self._queues, hold=self._hold)
         try:
             while True:
                 self._open_turn()
@@ -162,7 +162,7 @@ class ExclusiveTurns:
                 self._phase = "draining"
                 claim = await self._until_drained()
                 if claim is not None:
-                    await self._swap(claim)
+                    await self._swap(claim, mixing)
         finally:
             self._phase = "closed"
             self._resident = None
@@ -245,7 +245,8 @@ class ExclusiveTurns:
         for waiter in self._queues.background.of(digest):
             self._queues.background.discard(waiter)
             if not waiter.is_answered:
-                waiter.granted.set_result(self._in_flight.admit(self, tenant=None))
+                lease = self._in_flight.admit(self, tenant=None)
+                self._grant(waiter, lease)
         self._fill_slots(digest)
 
     def _fill_slots(self, digest: str) -> None:
@@ -256,7 +257,12 @@ class ExclusiveTurns:
             if not waiter.is_answered:
                 self.stats.wait.observe(now - waiter.made_at)
                 lease = self._in_flight.admit(self, tenant=waiter.tenant, num_tokens=waiter.num_tokens)
-                waiter.granted.set_result(lease)
+                self._grant(waiter, lease)
+
+    def _grant(self, waiter: Waiter, lease: Lease) -> None:
+        if waiter.made_at <= self._last_mixed_at:
+            lease.mixing_s = self._last_mix_s
+        waiter.granted.set_result(lease)
 
     async def _until_turn_ends(self) -> None:
         while True:
@@ -290,13 +296,15 @@ class ExclusiveTurns:
             else:
                 await self._change(until=deadline)
 
-    async def _swap(self, claim: Claim) -> None:
+    async def _swap(self, claim: Claim, mixing: Mixing) -> None:
         before, self._resident = self._resident, None
         self._phase = "mixing"
         started = loop_time()
-        if not await self._mixing.make_resident(claim.recipe):
+        mix_s = await mixing.make_resident(claim.recipe)
+        if mix_s is None:
             self._resident = before
             return
+        self._last_mix_s, self._last_mixed_at = mix_s, loop_time()
         self._resident = claim.recipe.digest
         self._slots.share_anew()
         self._is_after_background = claim.claimant == "background"

@@ -36,10 +36,11 @@ class Lease:
         num_tokens: what was charged when it was granted, an estimate.
 
     Attributes:
+        mixing_s: seconds of the mix that came between its asking and its grant.
         error: why the lease was ended before its release: `DrainedError`, or `EngineError` when the engine was lost.
     """
 
-    __slots__ = ("_num_charged", "_num_emitted", "_on_end", "_owner", "error", "tenant")
+    __slots__ = ("_num_charged", "_num_emitted", "_on_end", "_owner", "error", "mixing_s", "tenant")
 
     def __init__(self, owner: LeaseOwner, *, tenant: str | None = None, num_tokens: int = 0) -> None:
         self._owner = owner
@@ -47,6 +48,7 @@ class Lease:
         self._num_emitted = 0
         self._on_end: Callable[[], object] | None = None
         self.tenant = tenant
+        self.mixing_s = 0.0
         self.error: CocktailError | None = None
 
     @property

@@ -3,18 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
 
+from cocktail_serve.engines.turns.base import Mix
 from cocktail_serve.engines.turns.hold import OperatorHold
 from cocktail_serve.engines.turns.wait_queue import WaitQueues
 from cocktail_serve.errors import ClientError, CocktailError, EngineError
 from cocktail_serve.recipe import Recipe
-
-Mix = Callable[[Recipe], Awaitable[bool]]
-"""Makes a recipe resident. True: done. False: the engine was still busy and nothing changed.
-
-A `ClientError` means that this recipe cannot be mixed and nothing changed; any other error, that the engine is lost.
-"""
 
 MAX_BUSY_MIXES = 3
 """Mixes refused as busy in a row, with nothing in flight on our side, before the engine counts as lost."""
@@ -27,10 +21,9 @@ One is bad luck (a process was killed just then), two look like the recipe's doi
 
 
 class Mixing:
-    """Mixes recipes into one engine, of which nothing is in flight.
+    """Mixes recipes into one engine, of which nothing is in flight, during one life of it.
 
     Args:
-        mix: what the engine does for it: `ResidentParameters.mix` of vLLM's.
         queues: those who wait are sent away where their recipe is refused, or keeps losing the engine.
         hold: so is the operator's pin.
     """
@@ -40,20 +33,21 @@ class Mixing:
         self._queues = queues
         self._hold = hold
 
-    async def make_resident(self, recipe: Recipe) -> bool:
-        """Whether the recipe is resident now; else it was refused, and nothing has changed in the engine.
+    async def make_resident(self, recipe: Recipe) -> float | None:
+        """Seconds that the engine took to mix the recipe, which is resident now; None: it was refused, and nothing has
+        changed in the engine.
 
         Raises:
             EngineError: nobody knows what the parameters are.
         """
         try:
             for _ in range(MAX_BUSY_MIXES):
-                if await self._mix(recipe):
-                    return True
+                if (seconds := await self._mix(recipe)) is not None:
+                    return seconds
             raise EngineError(f"the engine stayed busy with nothing in flight, {MAX_BUSY_MIXES} times in a row")
         except ClientError as error:
             self._refuse(recipe.digest, error)
-            return False
+            return None
         except (CocktailError, asyncio.CancelledError) as error:
             self._count_loss(recipe.digest, error)
             raise

@@ -20,7 +20,7 @@ from typing import NoReturn
 from cocktail_serve.engines.fairness import ServedTokensByTenant
 from cocktail_serve.engines.scheduler_snapshot import SchedulerSnapshot, WaitReason
 from cocktail_serve.engines.stats import EngineStats
-from cocktail_serve.engines.turns.base import loop_time
+from cocktail_serve.engines.turns.base import Mix, loop_time
 from cocktail_serve.engines.turns.hold import OperatorHold, operator_drains_error
 from cocktail_serve.engines.turns.in_flight import InFlight, engine_lost_error
 from cocktail_serve.engines.turns.lease import Lease
@@ -124,7 +124,7 @@ class SharedTurns:
         finally:
             self._admit_waiting()  # who has left the line may be what kept background work out
 
-    async def run(self, resident: str) -> NoReturn:
+    async def run(self, resident: str, mix: Mix) -> NoReturn:
         if self._is_up:
             raise RuntimeError("these turns are given already")
         self._is_up = True

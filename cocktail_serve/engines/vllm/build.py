@@ -1,4 +1,4 @@
-"""The engine of a decoder pool, put together: what of it takes turns, and by which numbers."""
+"""The engine of a decoder pool with its turns: whether its recipes take them, and by which numbers."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from cocktail_serve.engines.turns.base import Turns
 from cocktail_serve.engines.turns.exclusive import PATIENCE_SLICES, ExclusiveTurns
 from cocktail_serve.engines.turns.shared import SharedTurns
 from cocktail_serve.engines.vllm.engine import VLLMEngine
-from cocktail_serve.engines.vllm.parameters import Parameters, ResidentParameters, UnmergedParameters
 from cocktail_serve.errors import ConfigError
 from cocktail_serve.pool import Pool
 from vllm_cocktail.launch import is_cpu_build
@@ -43,14 +42,10 @@ def build_vllm_engine(
     """
     stats = EngineStats()
     turns: Turns
-    parameters: Parameters
     if pool.mode == "unmerged":
-        parameters = UnmergedParameters()
         turns = SharedTurns(max_in_flight=_max_in_flight(config), served_tokens=served_tokens, stats=stats)
     else:
-        parameters = resident = ResidentParameters(pool.id, swap_timeout_s=config.swap_timeout_s, stats=stats)
         turns = ExclusiveTurns(
-            resident.mix,  # what a turn of another recipe begins with
             slice_s=config.slice_s,
             drain_s=config.drain_s,
             background_delay_s=BACKGROUND_DELAY_SLICES * config.slice_s,
@@ -59,7 +54,7 @@ def build_vllm_engine(
             served_tokens=served_tokens,
             stats=stats,
         )
-    return VLLMEngine(pool, config, turns=turns, parameters=parameters, stats=stats, run_dir=run_dir)
+    return VLLMEngine(pool, config, turns=turns, stats=stats, run_dir=run_dir)
 
 
 def _max_in_flight(config: VLLMEngineConfig) -> int:

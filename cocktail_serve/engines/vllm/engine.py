@@ -1,8 +1,8 @@
 """A decoder pool in a vLLM server of its own: requests are passed through once they are let in.
 
-Others keep the server alive (`supervisor`), say how it is started (`launcher`), let requests in (`turns`,
-`ready_leases`), have the server answer by their recipes (`parameters`), write what is sent (`request_body`), read what
-comes back (`responses`) and score examples (`scorer`); here they work together.
+Others keep the server alive (`supervisor`), say how it is started (`launcher`), let requests in (`turns`), tell the
+server what to mix (`server_mixer`), write what is sent (`request_body`), read what comes back (`responses`) and score
+examples (`scorer`); here they work together.
 """
 
 from __future__ import annotations
@@ -24,11 +24,10 @@ from cocktail_serve.engines.vllm import server_metrics
 from cocktail_serve.engines.vllm.connections import EngineResponse
 from cocktail_serve.engines.vllm.errors import engine_error, is_error
 from cocktail_serve.engines.vllm.launcher import Launcher
-from cocktail_serve.engines.vllm.parameters import Parameters
-from cocktail_serve.engines.vllm.ready_leases import ReadyLeases
-from cocktail_serve.engines.vllm.request_body import BodyWriter
+from cocktail_serve.engines.vllm.request_body import BodyWriter, recipe_fields
 from cocktail_serve.engines.vllm.responses import iter_events, read_whole
 from cocktail_serve.engines.vllm.scorer import DecoderScorer
+from cocktail_serve.engines.vllm.server_mixer import ServerMixer
 from cocktail_serve.engines.vllm.supervisor import Supervisor
 from cocktail_serve.errors import CocktailError, EngineError
 from cocktail_serve.examples import ExampleSet
@@ -43,15 +42,13 @@ from vllm_cocktail.replies import STATUS_PATH, StatusReply
 class VLLMEngine:
     """A `GenerationEngine` over vLLM's OpenAI server with the cocktail plugin, or over the fake of it.
 
-    Whether its recipes take turns or share a batch is not known here: turns and parameters, which belong together, come
-    from outside (see `build`).
+    Whether its recipes take turns or share a batch is not known here: its turns come from outside (see `build`).
 
     Args:
         pool: a decoder pool whose members lie in local folders.
         config: `type: fake` starts the fake server instead of vLLM; all else is the same.
-        turns: who is let in, and when.
-        parameters: how the server comes to answer by a recipe.
-        stats: restarts are counted here, beside what turns and parameters count.
+        turns: who is let in, and when; what a turn of another recipe begins with is offered to them.
+        stats: restarts and mixes are counted here, beside what turns count.
         run_dir: folder for the manifest, the server's log and the tokenizer.
 
     Raises:
@@ -66,7 +63,6 @@ class VLLMEngine:
         config: VLLMEngineConfig,
         *,
         turns: Turns,
-        parameters: Parameters,
         stats: EngineStats,
         run_dir: Path,
     ) -> None:
@@ -74,20 +70,20 @@ class VLLMEngine:
         self.dtype = config.dtype_over(pool.base)
         self.stats = stats
         self._turns = turns
-        self._parameters = parameters
+        self._queue_timeout_s = config.queue_timeout_s
+        self._mixer = ServerMixer(pool.id, swap_timeout_s=config.swap_timeout_s, stats=stats)
         self._bodies = BodyWriter(own=pool.base.generation)
         self._launcher = Launcher(pool, config, dtype=self.dtype, run_dir=run_dir)
         self._supervisor = Supervisor(
             pool.id,
             self._launcher,
             turns,
-            parameters,
+            self._mixer,
             start_timeout_s=config.start_timeout_s,
             max_model_len=config.max_model_len,
             stats=stats,
         )
-        self._leases = ReadyLeases(self._supervisor, turns, parameters, queue_timeout_s=config.queue_timeout_s)
-        self._scorer = DecoderScorer(pool, self._supervisor, self._leases, parameters, kept=run_dir / TOKENIZERS)
+        self._scorer = DecoderScorer(pool, self._supervisor, turns, kept=run_dir / TOKENIZERS)
 
     async def start(self) -> None:
         if not self._supervisor.is_started:
@@ -100,7 +96,7 @@ class VLLMEngine:
 
     async def stop(self) -> None:
         await self._supervisor.stop()
-        self._parameters.close()
+        self._mixer.close()
         self._scorer.close()
 
     async def snapshot(self, *, deadline_s: float) -> EngineSnapshot:
@@ -125,7 +121,7 @@ class VLLMEngine:
         return server_metrics.parse_server_metrics(content.decode()) if status == 200 else {}
 
     def name_recipes(self, names_of: NamesOf) -> None:
-        self._parameters.name_recipes(names_of)
+        self._mixer.name_recipes(names_of)
 
     def drain(self, is_drained: bool) -> None:
         self._turns.drain(is_drained)
@@ -145,12 +141,15 @@ class VLLMEngine:
         return await self._scorer.score(recipe, examples)
 
     async def mix_ahead(self, recipe: Recipe) -> MixedAhead:
-        with CallTimer() as timer, await self._leases.acquire_background(recipe, timer):
-            pass  # its turn came, and with it the mix; resident once is enough, since the worker keeps what it merged
+        self._supervisor.check_available()
+        # its turn comes, and with it the mix; resident once is enough, since the worker keeps what it merged
+        with CallTimer() as timer, await self._turns.acquire(recipe, background=True) as lease:
+            timer.add(mixing_s=lease.mixing_s)
         return MixedAhead(timer.time)
 
     def forget(self, recipe_digest: str) -> None:
-        self._parameters.forget(recipe_digest)
+        if self.pool.mode == "merged" and self._supervisor.server is not None:
+            self._mixer.forget(self._supervisor.server, recipe_digest)
 
     @contextlib.asynccontextmanager
     async def forward(
@@ -164,11 +163,14 @@ class VLLMEngine:
     ) -> AsyncIterator[Forwarded]:
         if generation is not None:
             body = self._bodies.complete(body, path, generation, max_model_len=self._supervisor.max_model_len)
-        fields = {"model": self.pool.id, **self._parameters.request_fields(recipe)}
+        fields = {"model": self.pool.id, **recipe_fields(recipe, mode=self.pool.mode)}
         content = self._bodies.write(body, recipe, tenant=tenant, fields=fields)
         headers = {RECIPE_HEADER: recipe.digest}
         num_tokens = expected_tokens(body, num_bytes=len(content))
-        with await self._leases.acquire(recipe, tenant=tenant, num_tokens=num_tokens) as lease:
+        self._supervisor.check_available()
+        with await self._turns.acquire(
+            recipe, tenant=tenant, num_tokens=num_tokens, timeout_s=self._queue_timeout_s
+        ) as lease:
             with lease.interruptible():
                 answer = await self._supervisor.require_server().post(path, content, headers=headers)
             with contextlib.closing(answer):

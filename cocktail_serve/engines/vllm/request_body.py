@@ -10,6 +10,7 @@ from typing import Any
 
 import orjson
 
+from cocktail_serve.digest import canonical_json
 from cocktail_serve.engines.base import CHAT_PATH
 from cocktail_serve.errors import InvalidRequestError
 from cocktail_serve.generation_settings import (
@@ -19,7 +20,20 @@ from cocktail_serve.generation_settings import (
     GenerationSettings,
     sent_stop_token_ids,
 )
+from cocktail_serve.pool import Mode
 from cocktail_serve.recipe import Recipe
+
+
+def recipe_fields(recipe: Recipe, *, mode: Mode) -> Mapping[str, Any]:
+    """What a body says so that the recipe answers it, in place of what its client said.
+
+    Args:
+        mode: of the pool. Unmerged, each request brings the coefficients of its own recipe; merged, the recipe is
+            resident while its lease is held.
+    """
+    if mode == "merged":
+        return {}
+    return {"vllm_xargs": {"cocktail_recipe": canonical_json(recipe.to_json()).decode()}}
 
 
 class BodyWriter:
@@ -78,7 +92,7 @@ class BodyWriter:
         """An OpenAI body (already under the field policy) in JSON.
 
         Args:
-            fields: what it says so that the recipe answers it, in place of what it said.
+            fields: in place of what it said.
 
         Raises:
             InvalidRequestError: an integer beyond 64 bits, or text that is no Unicode.

@@ -13,10 +13,10 @@ from pathlib import Path
 
 from cocktail_serve.engines.base import Scored
 from cocktail_serve.engines.engine_time import CallTimer
+from cocktail_serve.engines.turns.base import Turns
 from cocktail_serve.engines.turns.lease import Lease
 from cocktail_serve.engines.vllm.errors import engine_error
-from cocktail_serve.engines.vllm.parameters import Parameters
-from cocktail_serve.engines.vllm.ready_leases import ReadyLeases
+from cocktail_serve.engines.vllm.request_body import recipe_fields
 from cocktail_serve.engines.vllm.supervisor import Supervisor
 from cocktail_serve.errors import DrainedError, ModelNotReadyError
 from cocktail_serve.examples import ExampleSet
@@ -48,8 +48,7 @@ class DecoderScorer:
     Args:
         pool: its base's tokenizer is used, and its chat template.
         supervisor: keeps the server that computes.
-        leases: under which it answers by a recipe.
-        parameters: say how a request names its recipe.
+        turns: let in what is scored, in the background of requests.
         kept: folder of the tokenizers as they are kept.
     """
 
@@ -57,8 +56,7 @@ class DecoderScorer:
         self,
         pool: Pool,
         supervisor: Supervisor,
-        leases: ReadyLeases,
-        parameters: Parameters,
+        turns: Turns,
         *,
         kept: Path,
     ) -> None:
@@ -66,8 +64,8 @@ class DecoderScorer:
         self._folder = pool.base.path
         self._chat_template = pool.chat_template
         self._supervisor = supervisor
-        self._leases = leases
-        self._parameters = parameters
+        self._turns = turns
+        self._mode = pool.mode
         self._kept = kept
         self._libraries = LibraryProcess()
         self._executor = ThreadPoolExecutor(1, thread_name_prefix=f"tokenizer-{pool.id}")
@@ -146,7 +144,9 @@ class DecoderScorer:
             tokenized = await self.tokenize(examples)
             while len(losses) < len(tokenized):
                 try:
-                    with await self._leases.acquire_background(recipe, timer) as lease, timer.scoring():
+                    self._supervisor.check_available()
+                    with await self._turns.acquire(recipe, background=True) as lease, timer.scoring():
+                        timer.add(mixing_s=lease.mixing_s)
                         losses += await self._score_some(lease, recipe, tokenized[len(losses) :])
                     num_drained = 0
                 except DrainedError:
@@ -167,7 +167,7 @@ class DecoderScorer:
                     status, body = await self._supervisor.require_server().call(
                         "POST",
                         SCORE_PATH,
-                        {**self._parameters.request_fields(recipe), "examples": examples},
+                        {**recipe_fields(recipe, mode=self._mode), "examples": examples},
                         timeout_s=None,
                         headers={RECIPE_HEADER: recipe.digest},
                     )

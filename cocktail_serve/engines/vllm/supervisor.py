@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Sequence
+from functools import partial
 from typing import NoReturn
 
 from cocktail_serve.engines.snapshot import EngineState
@@ -13,8 +14,8 @@ from cocktail_serve.engines.stats import EngineStats
 from cocktail_serve.engines.turns.base import Turns
 from cocktail_serve.engines.vllm.errors import error_message
 from cocktail_serve.engines.vllm.launcher import Launcher
-from cocktail_serve.engines.vllm.parameters import Parameters
 from cocktail_serve.engines.vllm.server import EngineServer
+from cocktail_serve.engines.vllm.server_mixer import ServerMixer
 from cocktail_serve.errors import CocktailError, EngineError, EngineTimeoutError, ModelNotReadyError
 from vllm_cocktail.replies import STATUS_PATH
 
@@ -41,7 +42,7 @@ class Supervisor:
     Args:
         pool_id: names the engine in logs and errors.
         turns: given during each life of the server.
-        parameters: told of each life.
+        mixer: what a turn of another recipe begins with.
         max_model_len: the configured context length; None: known once the server was ready.
         stats: its restarts are counted here.
 
@@ -58,7 +59,7 @@ class Supervisor:
         pool_id: str,
         launcher: Launcher,
         turns: Turns,
-        parameters: Parameters,
+        mixer: ServerMixer,
         *,
         start_timeout_s: float,
         max_model_len: int | None,
@@ -73,7 +74,7 @@ class Supervisor:
         self._pool_id = pool_id
         self._launcher = launcher
         self._turns = turns
-        self._parameters = parameters
+        self._mixer = mixer
         self._start_timeout_s = start_timeout_s
         self._stats = stats
         self._lost: asyncio.Future[NoReturn] | None = None
@@ -177,9 +178,8 @@ class Supervisor:
         self.max_model_len = int(models["data"][0]["max_model_len"])
         self._lost = asyncio.get_running_loop().create_future()
         self.server = server
-        self._parameters.begin_life(server)
         tasks: list[asyncio.Future[NoReturn]] = [
-            asyncio.create_task(self._turns.run(self._launcher.resident)),
+            asyncio.create_task(self._turns.run(self._launcher.resident, partial(self._mixer.mix, server))),
             asyncio.create_task(_until_exit(server)),
             asyncio.create_task(self._until_hung(server)),
             self._lost,
@@ -193,7 +193,6 @@ class Supervisor:
             if self.state == "ready":
                 self.state = "restarting"
             self.server = None
-            self._parameters.end_life()
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)

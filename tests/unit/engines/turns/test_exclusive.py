@@ -42,7 +42,7 @@ class FakeEngine:
 
     def __init__(self, **options: Any) -> None:
         defaults = {"slice_s": SLICE_S, "drain_s": DRAIN_S, "background_delay_s": DELAY_S}
-        self.residency = ExclusiveTurns(self._mix, **{**defaults, **options})
+        self.residency = ExclusiveTurns(**{**defaults, **options})
         self.resident: Recipe | None = BASE
         self.mixed: list[Recipe] = []
         self.users: Counter[str] = Counter()
@@ -60,7 +60,7 @@ class FakeEngine:
 
     def up(self) -> None:
         self.resident = BASE
-        self._task = asyncio.create_task(self.residency.run(BASE.digest))
+        self._task = asyncio.create_task(self.residency.run(BASE.digest, self._mix))
 
     async def down(self) -> BaseException | None:
         assert self._task is not None
@@ -101,7 +101,7 @@ class FakeEngine:
     def ask(self, wanted: Recipe, seconds: float = 1.0, **options: Any) -> asyncio.Task[float]:
         return asyncio.create_task(self.answer(wanted, seconds, **options))
 
-    async def _mix(self, wanted: Recipe) -> bool:
+    async def _mix(self, wanted: Recipe) -> float | None:
         assert not +self.users, f"mixed while in use: {self.users}"
         before, self.resident = self.resident, None
         await asyncio.sleep(self.mix_s)
@@ -113,7 +113,7 @@ class FakeEngine:
             self.resident = before
         if isinstance(outcome, Exception):
             raise outcome
-        return outcome
+        return self.mix_s if outcome else None
 
 
 def test_the_resident_recipe_is_served_at_once_and_side_by_side() -> None:
@@ -298,11 +298,30 @@ def test_losing_the_engine_fails_who_holds_it_and_nobody_else() -> None:
     run(main())
 
 
+def test_a_lease_tells_the_mix_that_its_wait_took() -> None:
+    async def main() -> None:
+        async with FakeEngine() as engine:
+
+            async def mixing_s(wanted: Recipe, seconds: float = 0.0, **options: Any) -> float:
+                with await engine.residency.acquire(wanted, **options) as lease:
+                    await asyncio.sleep(seconds)
+                    return lease.mixing_s
+
+            assert await mixing_s(BASE) == 0.0
+            waited = [mixing_s(A), mixing_s(A, seconds=1.0), mixing_s(A, background=True)]
+            assert await asyncio.gather(*waited) == [MIX_S] * 3
+            assert await mixing_s(A) == 0.0, "it came behind the mix"
+            engine.mix_s = 2 * MIX_S
+            assert await asyncio.gather(mixing_s(B, background=True), mixing_s(A)) == [2 * MIX_S, 0.0]
+
+    run(main())
+
+
 def test_one_life_at_a_time() -> None:
     async def main() -> None:
         async with FakeEngine() as engine:
             with pytest.raises(RuntimeError, match=r"^these turns are given already$"):
-                await engine.residency.run(BASE.digest)
+                await engine.residency.run(BASE.digest, engine._mix)
             assert await engine.answer(BASE, 1) == 0
 
     run(main())

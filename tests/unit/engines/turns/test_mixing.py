@@ -14,6 +14,8 @@ from cocktail_serve.recipe import Recipe
 
 WANTED, OTHER = (Recipe(base="base", coefficients=((name, 1.0),), dtype="float32") for name in ("one", "other"))
 
+MIX_S = 0.5
+
 Outcome = bool | CocktailError | asyncio.CancelledError
 
 
@@ -35,11 +37,11 @@ class World:
         self.queues.holding(waiter).add(waiter)
         return waiter
 
-    async def _mix(self, recipe: Recipe) -> bool:
+    async def _mix(self, recipe: Recipe) -> float | None:
         assert recipe == WANTED
         outcome = self.outcomes.pop(0)
         if isinstance(outcome, bool):
-            return outcome
+            return MIX_S if outcome else None
         raise outcome
 
     def assert_sent_away(self, error: type[CocktailError], message: str) -> None:
@@ -54,7 +56,7 @@ class World:
 @pytest.mark.parametrize("num_busy", [0, 1, 2])
 async def test_a_busy_engine_is_asked_three_times(num_busy: int) -> None:
     world = World(*[False] * num_busy, True)
-    assert await world.mixing.make_resident(WANTED)
+    assert await world.mixing.make_resident(WANTED) == MIX_S
     assert not world.outcomes
 
 
@@ -69,7 +71,7 @@ async def test_an_engine_that_stays_busy_is_lost() -> None:
 @pytest.mark.parametrize(("pinned", "kept"), [(None, None), (WANTED, None), (OTHER, OTHER.digest)])
 async def test_a_refused_recipe(pinned: Recipe | None, kept: str | None) -> None:
     world = World(InvalidMixError("no such model"), pinned=pinned)
-    assert not await world.mixing.make_resident(WANTED)
+    assert await world.mixing.make_resident(WANTED) is None
     world.assert_sent_away(InvalidMixError, "no such model")
     assert world.hold.pinned_digest == kept
 

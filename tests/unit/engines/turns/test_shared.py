@@ -32,6 +32,10 @@ def recipe(name: str) -> Recipe:
 A, B, C = recipe("a"), recipe("b"), recipe("c")
 
 
+async def never_mixed(recipe: Recipe) -> None:
+    raise AssertionError("recipes that share a batch are mixed by nobody")
+
+
 class FakeEngine:
     """An engine that answers by any recipe, as long as it lives, and counts who uses it."""
 
@@ -50,7 +54,7 @@ class FakeEngine:
         await self.down()
 
     def up(self) -> None:
-        self._task = asyncio.create_task(self.turns.run("base"))
+        self._task = asyncio.create_task(self.turns.run("base", never_mixed))
 
     async def down(self) -> None:
         assert self._task is not None
@@ -188,7 +192,7 @@ def test_one_life_at_a_time() -> None:
     async def main() -> None:
         async with FakeEngine() as engine:
             with pytest.raises(RuntimeError, match=r"^these turns are given already$"):
-                await engine.turns.run("base")
+                await engine.turns.run("base", never_mixed)
             assert await engine.answer(A, 1) == 0, "the life that there was goes on"
 
     run(main())
