@@ -164,6 +164,8 @@ def show(report: Report) -> None:
     for title, columns, rows in report.tables_beside():
         console.print()
         console.print(_table(columns, rows, title=title))
+    for note in report.notes:
+        console.print(note, markup=False)
     for (system, task), why in report.run.skipped.items():
         console.print(f"not made: {system}, {task}: {why}", markup=False)
 

@@ -32,6 +32,7 @@ from cocktail_serve.evaluation.metrics import (
     DECODER_METRICS,
     DEPTH,
     ENCODER_METRICS,
+    TIES,
     Metric,
     answer_metrics,
     ranking_metrics,
@@ -93,11 +94,11 @@ class Measurer:
         self, contender: Contender, task: EncoderTask
     ) -> tuple[dict[Metric, list[float]], dict[str, Any]]:
         wanted = self._wanted(ENCODER_METRICS, task)
-        found = self._kept(contender, task, "rankings", {}, lambda: self._rank(contender, task))
+        found = self._kept(contender, task, "rankings", {"ties": TIES}, lambda: self._rank(contender, task))
         return {metric: found[metric] for metric in wanted}, {}
 
     def _rank(self, contender: Contender, task: EncoderTask) -> dict[Metric, list[float]]:
-        queries, documents = list(task.queries), np.array(list(task.corpus))
+        queries, documents = list(task.queries), list(task.corpus)
         scores = np.zeros((len(queries), len(documents)))
         for part in contender.parts:
             of_queries, of_documents = self._embeddings(part.recipe, task)
@@ -105,8 +106,9 @@ class Measurer:
         depth = min(DEPTH, len(documents))
         rankings = {}
         for query, of_query in zip(queries, scores, strict=True):
-            best = np.argpartition(-of_query, depth - 1)[:depth]
-            rankings[query] = {str(documents[index]): float(of_query[index]) for index in best}
+            last = np.partition(of_query, -depth)[-depth]
+            best = np.flatnonzero(of_query >= last)
+            rankings[query] = {documents[index]: float(of_query[index]) for index in best}
         return ranking_metrics(rankings, task.qrels)
 
     def _embeddings(self, recipe: Recipe, task: EncoderTask) -> tuple[np.ndarray, np.ndarray]:

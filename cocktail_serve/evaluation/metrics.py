@@ -2,6 +2,9 @@
 
 Exact match and token F1 are SQuAD's (case, punctuation and articles aside), as in transformers; ROUGE-L is Google's
 `rouge-score` with stemming; NDCG, MRR and recall are `ir-measures`' (trec_eval). Of several references the best counts.
+
+Documents of equal scores are ranked as trec_eval ranks them, for every measure alike: by id, the last in the order of
+characters first. It takes no heed of what is relevant, and figures are those of published scripts.
 """
 
 from __future__ import annotations
@@ -24,6 +27,9 @@ TELLS_MORE: Mapping[Metric, tuple[Metric, ...]] = {"exact_match": ("f1", "loss")
 
 DEPTH = 100
 """Documents of a ranking that are looked at."""
+
+TIES = "by document id, descending"
+"""How documents of equal scores are ranked, as reports say it."""
 
 
 def answer_metrics(answer: str, references: Sequence[str]) -> dict[Metric, float]:
@@ -53,7 +59,7 @@ def ranking_metrics(
     """Measures of each query's ranking, in the order of `rankings`.
 
     Args:
-        rankings: score by document id, by query id: the best `DEPTH` documents at least.
+        rankings: score by document id, by query id: the best `DEPTH` documents, and all that equal the last of them.
         qrels: grade by document id, by query id; grades of 1 and above are relevant.
     """
     try:
@@ -64,13 +70,20 @@ def ranking_metrics(
     measures = {nDCG @ 10: "ndcg@10", RR @ 10: "mrr@10", R @ 10: "recall@10", R @ 100: "recall@100"}
     # a query whose ranking is empty is not reported: it found nothing
     found: dict[Any, dict[str, float]] = {name: dict.fromkeys(rankings, 0.0) for name in measures.values()}
-    for result in ir_measures.iter_calc(list(measures), _plain(qrels), _plain(rankings)):
+    ranked = {query: _without_ties(of_query) for query, of_query in rankings.items()}
+    for result in ir_measures.iter_calc(list(measures), {query: dict(of) for query, of in qrels.items()}, ranked):
         found[measures[result.measure]][result.query_id] = float(result.value)
     return {name: list(of_query.values()) for name, of_query in found.items()}
 
 
-def _plain(values: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-    return {query: dict(of_query) for query, of_query in values.items()}
+def _without_ties(scores: Mapping[str, float]) -> dict[str, float]:
+    """The same ranking by scores that all differ: the library hands measures to programs that order ties their own way.
+
+    With ir-measures 0.4.3 NDCG and recall order them by id descending (pytrec_eval), reciprocal rank at a cut-off by id
+    ascending (MS MARCO's script): terrierteam/ir_measures#18.
+    """
+    worst_first = sorted(scores, key=lambda document: (scores[document], document))
+    return {document: float(place) for place, document in enumerate(worst_first)}
 
 
 def _missing(package: str) -> ConfigError:

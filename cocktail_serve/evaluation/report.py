@@ -14,7 +14,14 @@ from typing import Any
 from cocktail_serve.errors import StorageError
 from cocktail_serve.evaluation.cells import Cell
 from cocktail_serve.evaluation.intervals import Interval, macro_interval, mean_interval, paired_difference
-from cocktail_serve.evaluation.metrics import DECODER_METRICS, SMALLER_IS_BETTER, TELLS_MORE, Metric
+from cocktail_serve.evaluation.metrics import (
+    DECODER_METRICS,
+    ENCODER_METRICS,
+    SMALLER_IS_BETTER,
+    TELLS_MORE,
+    TIES,
+    Metric,
+)
 from cocktail_serve.evaluation.runs import Run
 
 REFERENCE = "base"
@@ -62,6 +69,18 @@ class Report:
     def own_metric(self, task: str) -> Metric:
         """The metric that stands for a task where there is room for one: the first that it has."""
         return next(next(iter(cell.metrics)) for cell in self.run.cells if cell.task == task)
+
+    @property
+    def notes(self) -> list[str]:
+        """What the figures of rankings rest on, in sentences: how ties are ranked, and queries that are left out."""
+        notes = []
+        if set(self.metrics) & set(ENCODER_METRICS):
+            notes.append(f"Documents of equal scores are ranked {TIES}, for every metric, as trec_eval does.")
+        for name, task in self.run.settings["tasks"].items():
+            if number := task.get("num_without_relevant"):
+                who = "1 query is" if number == 1 else f"{number} queries are"
+                notes.append(f"{name}: {who} left out, without a relevant document in the corpus.")
+        return notes
 
     @cached_property
     def summary(self) -> list[Line]:
@@ -111,6 +130,7 @@ class Report:
             "object": "evaluation",
             "settings": dict(self.run.settings),
             "reference": self.reference,
+            "notes": self.notes,
             "summary": [
                 {
                     "system": line.system,
@@ -173,6 +193,7 @@ class Report:
             "0.\n",
             markdown_table(*self._table(self.summary, {task: self.own_metric(task) for task in self.tasks})),
         ]
+        parts += [f"{note}\n" for note in self.notes]
         for metric in self.metrics:
             direction = ", smaller is better" if metric in SMALLER_IS_BETTER else ""
             lines = self.lines(metric)

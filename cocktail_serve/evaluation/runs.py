@@ -14,7 +14,7 @@ from cocktail_serve.evaluation.backend import Backend
 from cocktail_serve.evaluation.cells import Cell, CellStore
 from cocktail_serve.evaluation.measure import Measurer, Measuring, describe
 from cocktail_serve.evaluation.systems import Contender, NotMade, Occasion, System
-from cocktail_serve.evaluation.tasks import Task
+from cocktail_serve.evaluation.tasks import EncoderTask, Task
 from cocktail_serve.examples import ExampleSet
 from cocktail_serve.offline.opened import open_with_progress
 from cocktail_serve.pool import Pool
@@ -197,6 +197,7 @@ def run(
                 "num_examples": 0 if entry.examples is None else len(entry.examples),
                 "target": entry.target,
             }
+            | _left_out(entry.task)
             for entry in entries
         },
         "temperatures": list(temperatures),
@@ -214,6 +215,10 @@ def _rows(systems: Sequence[System], temperatures: Sequence[float]) -> Iterator[
         else:
             for temperature in temperatures:
                 yield f"{system.name} tau={temperature:g}", system, temperature
+
+
+def _left_out(task: Task) -> dict[str, int]:
+    return {"num_without_relevant": task.num_without_relevant} if isinstance(task, EncoderTask) else {}
 
 
 def _pooled(entries: Sequence[RunEntry]) -> ExampleSet | None:

@@ -79,7 +79,9 @@ class EncoderTask:
         corpus: text by document id, the title before it.
         queries: text by query id; every one has a relevant document.
         qrels: grade by document id, by query id; documents without one count as not relevant.
-        num_given: queries in the files, before sampling.
+        num_given: queries in the files that have a relevant document, before sampling.
+        num_without_relevant: queries in the files that have none in the corpus, and are left out: no system can rank
+            what is not there, and 0 for each of them would tell nothing apart.
     """
 
     name: str
@@ -87,6 +89,7 @@ class EncoderTask:
     queries: Mapping[str, str]
     qrels: Mapping[str, Mapping[str, int]]
     num_given: int
+    num_without_relevant: int = 0
 
     def __len__(self) -> int:
         return len(self.queries)
@@ -241,6 +244,7 @@ def _encoder_task(path: Path, name: str | None, limit: int | None, max_documents
         {query: queries[query] for query in taken},
         {query: {doc: grade for doc, grade in qrels[query].items() if doc in corpus} for query in taken},
         num_given=len(judged),
+        num_without_relevant=len(queries) - len(judged),
     )
 
 

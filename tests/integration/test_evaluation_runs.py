@@ -47,7 +47,7 @@ def folder(tmp_path_factory) -> Path:
     _write(folder / "tasks/free/test.jsonl", free)
     _write(folder / "tasks/free/train.jsonl", [{"input": f"who is {i}", "output": "a bird"} for i in range(5)])
     _write(folder / "tasks/web/corpus.jsonl", [{"_id": f"d{i}", "text": f"my card {i}"} for i in range(9)])
-    _write(folder / "tasks/web/queries.jsonl", [{"_id": f"q{i}", "text": f"card {i}"} for i in range(4)])
+    _write(folder / "tasks/web/queries.jsonl", [{"_id": f"q{i}", "text": f"card {i}"} for i in range(5)])
     (folder / "tasks/web/qrels.tsv").write_text("".join(f"q{i}\td{i}\t1\n" for i in range(4)))
     _write(
         folder / "tasks/web/train.jsonl",
@@ -213,6 +213,13 @@ def test_encoder_systems_rank_by_their_own_embeddings(folder):
     cell = next(cell for cell in result.cells if cell.system == "fine-tuned")
     assert cell.metrics["mrr@10"] == pytest.approx([1 / rank for rank in ranks])
     assert list(cell.metrics) == ["ndcg@10", "mrr@10", "recall@10", "recall@100"]
+    report = Report(result)
+    assert report.notes == [
+        "Documents of equal scores are ranked by document id, descending, for every metric, as trec_eval does.",
+        "web: 1 query is left out, without a relevant document in the corpus.",  # q4 is not judged
+    ]
+    assert all(note in report.markdown() for note in report.notes)
+    assert report.to_json()["settings"]["tasks"]["web"]["num_without_relevant"] == 1
 
 
 def test_the_report_says_the_same_in_every_form(everything, tmp_path):

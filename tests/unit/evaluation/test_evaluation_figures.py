@@ -26,6 +26,37 @@ def test_rankings_are_measured_query_by_query_with_grades():
     assert found["ndcg@10"] == pytest.approx([(1 / np.log2(3) + 2 / np.log2(4)) / ideal, 1.0, 0.0])
 
 
+TIED = [
+    ({"z": 1}, 0),  # trec_eval: by id, descending
+    ({"m": 1}, 1),
+    ({"a": 1}, 2),
+]
+
+
+@pytest.mark.parametrize(("judged", "place"), TIED)
+def test_documents_of_equal_scores_are_ranked_alike_by_every_metric(judged, place):
+    found = ranking_metrics({"q": dict.fromkeys("zam", 0.5)}, {"q": judged})
+    assert found["mrr@10"] == [1 / (1 + place)]
+    assert found["ndcg@10"] == pytest.approx([1 / np.log2(2 + place)])
+
+
+def test_ties_at_the_cut_off_are_ranked_alike():
+    tied = dict.fromkeys([f"d{number:02}" for number in range(12)], 0.5)
+    last_ten = {name: 1 for name in list(tied)[2:]}
+    first_two = {name: 1 for name in list(tied)[:2]}
+    found = ranking_metrics({"in": tied, "out": tied}, {"in": last_ten, "out": first_two})
+    assert found["recall@10"] == [1.0, 0.0]
+    assert found["mrr@10"] == [1.0, 0.0]
+    assert found["ndcg@10"] == pytest.approx([1.0, 0.0])
+
+
+def test_scores_come_before_ids():
+    # as near as they are, and as a float32 holds them equal
+    scores = {"z": 0.5, "a": 0.5 + 1e-12}
+    found = ranking_metrics({"q": scores}, {"q": {"a": 1}})
+    assert (found["mrr@10"], found["ndcg@10"]) == ([1.0], [1.0])
+
+
 def test_an_interval_holds_the_mean_and_is_the_seeds():
     values = np.random.default_rng(0).normal(1.0, 1.0, 200).tolist()
     interval = mean_interval(values, seed=1)

@@ -58,6 +58,7 @@ def test_an_encoder_task_keeps_the_queries_that_can_be_answered(tmp_path):
     assert isinstance(task, EncoderTask)
     assert task.name == "shell"
     assert list(task.queries) == ["q0", "q1"]  # q2's document is not there, q3 is not judged
+    assert (task.num_given, task.num_without_relevant) == (2, 2)
     assert task.qrels["q0"] == {"d0": 2, "d1": 0}
     assert task.corpus["d0"] == "t text 0"
 
