@@ -190,16 +190,7 @@ def run(
         "pool": evaluation.pool.id,
         "pool_fingerprint": evaluation.pool.fingerprint,
         "measuring": describe(evaluation.how),
-        "tasks": {
-            entry.task.name: {
-                "num_rows": len(entry.task),
-                "num_given": entry.task.num_given,
-                "num_examples": 0 if entry.examples is None else len(entry.examples),
-                "target": entry.target,
-            }
-            | _left_out(entry.task)
-            for entry in entries
-        },
+        "tasks": {entry.task.name: _described(entry) for entry in entries},
         "temperatures": list(temperatures),
         **options,
     }
@@ -217,8 +208,16 @@ def _rows(systems: Sequence[System], temperatures: Sequence[float]) -> Iterator[
                 yield f"{system.name} tau={temperature:g}", system, temperature
 
 
-def _left_out(task: Task) -> dict[str, int]:
-    return {"num_without_relevant": task.num_without_relevant} if isinstance(task, EncoderTask) else {}
+def _described(entry: RunEntry) -> dict[str, Any]:
+    told = {
+        "num_rows": len(entry.task),
+        "num_given": entry.task.num_given,
+        "num_examples": 0 if entry.examples is None else len(entry.examples),
+        "target": entry.target,
+    }
+    if isinstance(entry.task, EncoderTask):
+        told["num_without_relevant"] = entry.task.num_without_relevant
+    return told
 
 
 def _pooled(entries: Sequence[RunEntry]) -> ExampleSet | None:

@@ -42,8 +42,8 @@ def test_documents_of_equal_scores_are_ranked_alike_by_every_metric(judged, plac
 
 def test_ties_at_the_cut_off_are_ranked_alike():
     tied = dict.fromkeys([f"d{number:02}" for number in range(12)], 0.5)
-    last_ten = {name: 1 for name in list(tied)[2:]}
-    first_two = {name: 1 for name in list(tied)[:2]}
+    last_ten = dict.fromkeys(list(tied)[2:], 1)
+    first_two = dict.fromkeys(list(tied)[:2], 1)
     found = ranking_metrics({"in": tied, "out": tied}, {"in": last_ten, "out": first_two})
     assert found["recall@10"] == [1.0, 0.0]
     assert found["mrr@10"] == [1.0, 0.0]
