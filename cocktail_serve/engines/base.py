@@ -21,6 +21,10 @@ CHAT_PATH = "/v1/chat/completions"
 COMPLETIONS_PATH = "/v1/completions"
 """What a generation engine answers, under the paths of OpenAI's API: the gateway's and the engine's own alike."""
 
+TOKENIZE_PATH = "/tokenize"
+DETOKENIZE_PATH = "/detokenize"
+"""What its tokenizer answers, under the paths of vLLM's API."""
+
 OPERATOR_RETRY_S = 30.0
 """Seconds that a client is told to wait where the operator has drained an engine or pinned another model."""
 
@@ -162,6 +166,23 @@ class GenerationEngine(ScoringEngine, Protocol):
         does not answer in time. Never raises."""
         ...
 
+    async def ask_tokenizer(
+        self, path: str, body: Mapping[str, Any], *, generation: GenerationSettings | None = None
+    ) -> bytes:
+        """The answer of its tokenizer, as its server gives it. No parameters take part, so no turn is waited for.
+
+        Args:
+            path: `TOKENIZE_PATH` or `DETOKENIZE_PATH`.
+            body: vLLM's, already under the field policy.
+            generation: as of `forward`: messages are rendered as they are for answers.
+
+        Raises:
+            ModelNotReadyError: the engine is starting or restarting.
+            EngineError: it failed or died meanwhile.
+            InvalidRequestError: it refused the request.
+        """
+        ...
+
     def forward(
         self,
         recipe: Recipe,
@@ -190,6 +211,48 @@ class GenerationEngine(ScoringEngine, Protocol):
 
 
 @dataclass(frozen=True, slots=True)
+class Tokenized:
+    """A text as a model in this process reads it.
+
+    Attributes:
+        token_ids: in order.
+        tokens: what the vocabulary calls each of them.
+    """
+
+    token_ids: list[int]
+    tokens: list[str]
+
+
+@runtime_checkable
+class TextEngine(Engine, Protocol):
+    """An engine with a tokenizer in this process."""
+
+    @property
+    def max_length(self) -> int:
+        """Tokens of an input (of rerankers: of a pair), special ones included. Raises ModelNotReadyError until the
+        model is loaded."""
+        ...
+
+    async def tokenize(self, text: str, *, add_special_tokens: bool) -> Tokenized:
+        """The tokens of a text, of any length.
+
+        Raises:
+            ModelNotReadyError: the model is not loaded.
+            InvalidRequestError: no tokenizer takes the text.
+        """
+        ...
+
+    async def detokenize(self, token_ids: Sequence[int]) -> str:
+        """The text that tokens stand for, special ones included.
+
+        Raises:
+            ModelNotReadyError: the model is not loaded.
+            InvalidRequestError: an id that the model does not know.
+        """
+        ...
+
+
+@dataclass(frozen=True, slots=True)
 class Embedded:
     """Embeddings of one request.
 
@@ -204,7 +267,7 @@ class Embedded:
 
 
 @runtime_checkable
-class EmbeddingEngine(Engine, Protocol):
+class EmbeddingEngine(TextEngine, Protocol):
     """An encoder in this process; recipes share one module and differ in parameters only."""
 
     @property
@@ -213,11 +276,6 @@ class EmbeddingEngine(Engine, Protocol):
     @property
     def dimension(self) -> int:
         """Size of an embedding. Raises ModelNotReadyError until the model is loaded."""
-        ...
-
-    @property
-    def max_length(self) -> int:
-        """Tokens of an input, special ones included; raises as `dimension` does."""
         ...
 
     async def embed(
@@ -261,16 +319,11 @@ class Reranked:
 
 
 @runtime_checkable
-class RerankingEngine(ScoringEngine, Protocol):
+class RerankingEngine(ScoringEngine, TextEngine, Protocol):
     """A cross-encoder in this process; recipes share one module and differ in parameters only."""
 
     @property
     def kind(self) -> Literal["reranker"]: ...
-
-    @property
-    def max_length(self) -> int:
-        """Tokens of a pair, special ones included. Raises ModelNotReadyError until the model is loaded."""
-        ...
 
     async def rerank(
         self,

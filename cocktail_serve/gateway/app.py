@@ -28,6 +28,7 @@ from cocktail_serve.gateway.routes import (
     models,
     probes,
     reranking,
+    tokenization,
 )
 from cocktail_serve.gateway.routes import engines as engines_routes
 from cocktail_serve.gateway.routes import pools as pools_routes
@@ -68,6 +69,7 @@ def create_app(
         generation,
         embeddings,
         reranking,
+        tokenization,
         models,
         cocktails,
         files,

@@ -121,21 +121,8 @@ def apply_field_policy(body: Mapping[str, Any], *, allow_chat_template: bool) ->
         InvalidRequestError: a refused field, one that beam search does not heed, or one of ours of the wrong type;
             `param` names it.
     """
-    for rule, path in _REFUSED:
-        if _lookup(body, path) is not None and not (rule.allowed_by and allow_chat_template):
-            unless = f" (the operator can allow it with engine.{rule.allowed_by})" if rule.allowed_by else ""
-            raise InvalidRequestError(
-                f"the field {rule.field!r} is not accepted: {rule.why}{unless}",
-                param=rule.field,
-                code="field_not_accepted",
-            )
+    outgoing = passed_on(body, allow_chat_template=allow_chat_template)
     _check_beam_search(body)
-    # a refused field that is null is as good as absent; vLLM takes null for some of them and not for others
-    outgoing = {
-        key: value
-        for key, value in body.items()
-        if key not in ("model", "cocktail") and not (value is None and key in _REFUSED_NAMES)
-    }
     salt = outgoing.get("cache_salt")
     if salt is not None and (not isinstance(salt, str) or not salt):
         raise InvalidRequestError("cache_salt must be a non-empty string", param="cache_salt")
@@ -151,6 +138,28 @@ def apply_field_policy(body: Mapping[str, Any], *, allow_chat_template: bool) ->
     shows_each = shows_usage and _boolean(options, "continuous_usage_stats", "stream_options.continuous_usage_stats")
     outgoing["stream_options"] = {**options, "include_usage": True, "continuous_usage_stats": True}
     return Outgoing(outgoing, shows_usage=shows_usage, shows_usage_in_chunks=shows_each)
+
+
+def passed_on(body: Mapping[str, Any], *, allow_chat_template: bool) -> dict[str, Any]:
+    """What of a request reaches the engine as it is: all but `model` and `cocktail`.
+
+    Raises:
+        InvalidRequestError: a refused field; `param` names it.
+    """
+    for rule, path in _REFUSED:
+        if _lookup(body, path) is not None and not (rule.allowed_by and allow_chat_template):
+            unless = f" (the operator can allow it with engine.{rule.allowed_by})" if rule.allowed_by else ""
+            raise InvalidRequestError(
+                f"the field {rule.field!r} is not accepted: {rule.why}{unless}",
+                param=rule.field,
+                code="field_not_accepted",
+            )
+    # a refused field that is null is as good as absent; vLLM takes null for some of them and not for others
+    return {
+        key: value
+        for key, value in body.items()
+        if key not in ("model", "cocktail") and not (value is None and key in _REFUSED_NAMES)
+    }
 
 
 def _check_beam_search(body: Mapping[str, Any]) -> None:

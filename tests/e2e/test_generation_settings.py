@@ -237,6 +237,24 @@ def test_a_mixture_is_asked_as_its_models_were_scored(
     assert prompt == scored.token_ids[: scored.output_start]
 
 
+@pytest.mark.parametrize("model", ["count", "count/chat"])
+def test_the_tokens_told_of_a_chat_are_those_that_are_read(
+    server: RunningServer, client: openai.OpenAI, model: str
+) -> None:
+    messages = [*QUESTION, {"role": "assistant", "content": "one"}, {"role": "user", "content": "two"}]
+    asked: Any = {"messages": messages, "max_tokens": 1, "extra_body": {"return_token_ids": True}}
+    chat = client.chat.completions.create(model=model, **asked).model_dump()
+    told = server.post("/tokenize", {"model": model, "messages": messages, "return_token_strs": True})
+    assert told["tokens"] == chat["prompt_token_ids"]
+    assert (told["count"], len(told["token_strs"])) == (chat["usage"]["prompt_tokens"],) * 2
+    text = server.post("/detokenize", {"model": model, "tokens": told["tokens"]})["prompt"]
+    assert server.post("/tokenize", {"model": model, "prompt": text, "add_special_tokens": False})["count"] > 0
+    asked = {"prompt": COUNT, "max_tokens": 1, "temperature": 0.0}
+    plain = server.post("/v1/tokenize", {"model": model, "prompt": COUNT})
+    assert plain["count"] == client.completions.create(model=model, **asked).usage.prompt_tokens  # type: ignore[union-attr]
+    assert plain["max_model_len"] == 128
+
+
 def test_what_is_shown_is_what_is_taken(server: RunningServer) -> None:
     (pool,) = server.http.get("/v1/pools").json()["data"]
     shown = {name: member["generation"] for name, member in {"base": pool["base"], **pool["experts"]}.items()}

@@ -11,15 +11,16 @@ import contextlib
 import logging
 import time
 from abc import abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any, Generic, TypeVar
 
 import numpy as np
 import torch
 
 from cocktail_serve.config import PoolConfig, SentenceTransformersEngineConfig
-from cocktail_serve.engines.base import OPERATOR_RETRY_S, MixedAhead
+from cocktail_serve.engines.base import OPERATOR_RETRY_S, MixedAhead, Tokenized
 from cocktail_serve.engines.engine_time import CallTimer
 from cocktail_serve.engines.in_process.batching import PassLimits
 from cocktail_serve.engines.in_process.parameter_cache import CachedMixture, ParameterCache, Params
@@ -186,6 +187,14 @@ class SentenceTransformersEngine(Generic[M]):
             self._cache.release(await self._cache.lease(recipe))
             timer.add(mixing_s=time.monotonic() - started)
         return MixedAhead(timer.time)
+
+    async def tokenize(self, text: str, *, add_special_tokens: bool) -> Tokenized:
+        tokens_of = partial(self._loaded.tokenizer.tokens_of, text, add_special_tokens=add_special_tokens)
+        return Tokenized(*await asyncio.wrap_future(self._pipeline.with_tokenizer(tokens_of)))
+
+    async def detokenize(self, token_ids: Sequence[int]) -> str:
+        text_of = partial(self._loaded.tokenizer.text_of, token_ids)
+        return await asyncio.wrap_future(self._pipeline.with_tokenizer(text_of))
 
     def forget(self, recipe_digest: str) -> None:
         if self._model is not None:

@@ -8,7 +8,7 @@ from typing import Any
 
 from tokenizers import Encoding, Tokenizer
 
-from cocktail_serve.errors import ConfigError, ContextLengthError, InvalidRequestError
+from cocktail_serve.errors import ConfigError, ContextLengthError, InvalidRequestError, params_named
 
 TextPair = tuple[str, str]
 """Two texts that the model reads together, as query and document."""
@@ -71,6 +71,31 @@ class InputTokenizer:
         encodings = self._encode(pairs, truncate_to)
         types = [encoding.type_ids for encoding in encodings] if self.has_token_types else None
         return [encoding.ids for encoding in encodings], types
+
+    def tokens_of(self, text: str, *, add_special_tokens: bool) -> tuple[list[int], list[str]]:
+        """Token ids of a text of any length, and what the vocabulary calls them.
+
+        Raises:
+            InvalidRequestError: a text no tokenizer takes; carries `prompt`.
+        """
+        self._set_truncation(None)
+        with params_named(lambda _: "prompt"):
+            check_encodable([text])
+        encoding = self._tokenizer.encode(text, add_special_tokens=add_special_tokens)
+        return encoding.ids, encoding.tokens
+
+    def text_of(self, token_ids: Sequence[int]) -> str:
+        """The text of tokens, special ones included.
+
+        Raises:
+            InvalidRequestError: an id outside the vocabulary; carries `tokens`.
+        """
+        if token_ids and not 0 <= min(token_ids) <= max(token_ids) < self._vocab_size:
+            raise InvalidRequestError(
+                f"tokens holds an id outside 0 to {self._vocab_size - 1}, which are those the model knows",
+                param="tokens",
+            )
+        return str(self._tokenizer.decode(token_ids, skip_special_tokens=False))
 
     def shorten_pairs(self, pairs: Sequence[TextPair], max_tokens: tuple[int | None, int | None]) -> Sequence[TextPair]:
         """Pairs whose first and second texts have at most so many tokens, special tokens not counted; None: any.

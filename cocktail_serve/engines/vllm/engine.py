@@ -29,7 +29,7 @@ from cocktail_serve.engines.vllm.responses import iter_events, read_whole
 from cocktail_serve.engines.vllm.scorer import DecoderScorer
 from cocktail_serve.engines.vllm.server_mixer import ServerMixer
 from cocktail_serve.engines.vllm.supervisor import Supervisor
-from cocktail_serve.errors import CocktailError, EngineError
+from cocktail_serve.errors import CocktailError, EngineError, ModelNotReadyError
 from cocktail_serve.examples import ExampleSet
 from cocktail_serve.generation_settings import GenerationSettings
 from cocktail_serve.pool import Pool
@@ -150,6 +150,20 @@ class VLLMEngine:
     def forget(self, recipe_digest: str) -> None:
         if self.pool.mode == "merged" and self._supervisor.server is not None:
             self._mixer.forget(self._supervisor.server, recipe_digest)
+
+    async def ask_tokenizer(
+        self, path: str, body: Mapping[str, Any], *, generation: GenerationSettings | None = None
+    ) -> bytes:
+        settings = self.pool.base.generation if generation is None else generation
+        content = self._bodies.write_for_tokenizer(body, settings, fields={"model": self.pool.id})
+        self._supervisor.check_available()
+        if self._supervisor.server is None:
+            raise ModelNotReadyError(f"the engine of pool {self.pool.id!r} is not ready ({self._supervisor.state})")
+        with contextlib.closing(await self._supervisor.server.post(path, content, headers={})) as answer:
+            whole = await read_whole(answer)
+        if answer.status >= 400:
+            raise engine_error(answer.status, whole)
+        return whole
 
     @contextlib.asynccontextmanager
     async def forward(

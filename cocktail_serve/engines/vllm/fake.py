@@ -152,6 +152,8 @@ class FakeServer:
             Route("/v1/models", self._models),
             Route("/v1/chat/completions", self._chat, methods=["POST"]),
             Route("/v1/completions", self._completions, methods=["POST"]),
+            Route("/tokenize", self._tokenize, methods=["POST"]),
+            Route("/detokenize", self._detokenize, methods=["POST"]),
             Route(STATUS_PATH, self._status),
             Route(MIX_PATH, self._mix, methods=["POST"]),
             Route(SCORE_PATH, self._score, methods=["POST"]),
@@ -258,10 +260,9 @@ class FakeServer:
 
     async def _chat(self, request: Request) -> Response:
         body = orjson.loads(await request.body())
-        messages = body.get("messages")
-        if not isinstance(messages, list) or not messages or not all(isinstance(each, dict) for each in messages):
+        prompt = _rendered(body.get("messages"))
+        if prompt is None:
             return _error(400, "invalid_request", "messages: a list with at least one message is needed")
-        prompt = "\n".join(f"{message.get('role')}: {_text_of(message.get('content'))}" for message in messages)
         return await self._answer(_ChatShape(self._name), prompt, body, self._recipe_of(request))
 
     async def _completions(self, request: Request) -> Response:
@@ -269,6 +270,23 @@ class FakeServer:
         if not isinstance(body.get("prompt"), str):
             return _error(400, "invalid_request", "prompt: a string is needed")
         return await self._answer(_CompletionShape(self._name), body["prompt"], body, self._recipe_of(request))
+
+    async def _tokenize(self, request: Request) -> Response:
+        """A token is a byte."""
+        body = orjson.loads(await request.body())
+        text = body["prompt"] if isinstance(body.get("prompt"), str) else _rendered(body.get("messages"))
+        if text is None:
+            return _error(400, "invalid_request", "prompt: a string is needed, or messages")
+        tokens = list(text.encode())
+        strings = [chr(token) for token in tokens] if body.get("return_token_strs") else None
+        reply = {"count": len(tokens), "max_model_len": self._max_model_len, "tokens": tokens, "token_strs": strings}
+        return _json(reply)
+
+    async def _detokenize(self, request: Request) -> Response:
+        tokens = orjson.loads(await request.body()).get("tokens")
+        if not isinstance(tokens, list) or not all(isinstance(token, int) and 0 <= token < 256 for token in tokens):
+            return _error(400, "invalid_request", "tokens: a list of numbers from 0 to 255 is needed")
+        return _json({"prompt": bytes(tokens).decode(errors="replace")})
 
     def _recipe_of(self, request: Request) -> str:
         """Which recipe answers: the resident one, whatever was asked for; where several are held, or each request
@@ -435,6 +453,13 @@ class _KeyMiddleware:
                 await JSONResponse({"error": "Unauthorized"}, 401)(scope, receive, send)
                 return
         await self._app(scope, receive, send)
+
+
+def _rendered(messages: Any) -> str | None:
+    """What chats are answered to; None of what is no chat."""
+    if not isinstance(messages, list) or not messages or not all(isinstance(each, dict) for each in messages):
+        return None
+    return "\n".join(f"{message.get('role')}: {_text_of(message.get('content'))}" for message in messages)
 
 
 def _text_of(content: Any) -> str:

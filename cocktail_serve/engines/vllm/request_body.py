@@ -74,10 +74,7 @@ class BodyWriter:
     def _chat_fields(
         self, body: Mapping[str, Any], settings: GenerationSettings, max_model_len: int | None
     ) -> dict[str, Any]:
-        more: dict[str, Any] = {}
-        template = settings.chat_template
-        if template is not None and template != self._own.chat_template and body.get("chat_template") is None:
-            more["chat_template"] = (template.tool_use if body.get("tools") else None) or template.text
+        more = self._chat_template(body, settings)
         wanted = settings.sampling.get(MAX_TOKENS)
         if wanted != self._own.sampling.get(MAX_TOKENS) and all(
             body.get(name) is None for name in (MAX_TOKENS, "max_completion_tokens")
@@ -87,6 +84,23 @@ class BodyWriter:
             if bounds:
                 more[MAX_TOKENS] = min(bounds)
         return more
+
+    def _chat_template(self, body: Mapping[str, Any], settings: GenerationSettings) -> dict[str, Any]:
+        template = settings.chat_template
+        if template is None or template == self._own.chat_template or body.get("chat_template") is not None:
+            return {}
+        return {"chat_template": (template.tool_use if body.get("tools") else None) or template.text}
+
+    def write_for_tokenizer(
+        self, body: Mapping[str, Any], settings: GenerationSettings, *, fields: Mapping[str, Any]
+    ) -> bytes:
+        """A body for the server's tokenizer: messages are rendered as the model's are. Raises as `write`.
+
+        Args:
+            fields: as of `write`.
+        """
+        rendering = {} if body.get("messages") is None else self._chat_template(body, settings)
+        return _dump({**body, **rendering, **fields})
 
     def write(self, body: Mapping[str, Any], recipe: Recipe, *, tenant: str, fields: Mapping[str, Any]) -> bytes:
         """An OpenAI body (already under the field policy) in JSON.
