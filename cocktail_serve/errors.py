@@ -14,6 +14,7 @@ CocktailError
 │   ├── NotFoundError
 │   ├── ConflictError
 │   ├── PayloadTooLargeError
+│   ├── NotServedError
 │   ├── CheckpointError
 │   ├── ModelChangedError
 │   ├── IncompatibleModelsError
@@ -143,6 +144,12 @@ class PayloadTooLargeError(ClientError):
     """A body or a set of examples over the limit."""
 
     code = "payload_too_large"
+
+
+class NotServedError(ClientError):
+    """A part of an API that is not served here, whatever the request; says what to use instead."""
+
+    code = "not_served"
 
 
 class CheckpointError(ClientError):

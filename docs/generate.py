@@ -28,6 +28,7 @@ from cocktail_serve.finetuning.request import JobBody
 from cocktail_serve.gateway.app import create_app
 from cocktail_serve.gateway.error_handlers import HTTP_ERRORS
 from cocktail_serve.gateway.field_policy import FIELD_POLICY, IGNORED_BY_BEAM_SEARCH
+from cocktail_serve.gateway.response_fields import NOT_SERVED, SERVED_TOOLS
 from cocktail_serve.gateway.schemas.cocktails import CocktailView
 from cocktail_serve.gateway.schemas.embeddings import EmbeddingRequest
 from cocktail_serve.gateway.schemas.neutral import Only
@@ -197,6 +198,27 @@ def http_page() -> str:
     ignored = ", ".join(f"`{name}`" for name in IGNORED_BY_BEAM_SEARCH)
     parts.append(
         f"\nBeside `use_beam_search`, whose answers vLLM does not hold to them, these are refused: {ignored}.\n"
+    )
+    parts.append(
+        "\n## Responses\n\n`POST /v1/responses` is vLLM's own, under the same rules (the length of an answer is "
+        "`max_output_tokens`), and stateless: `store` of every response is false. What leans on what a server keeps is "
+        "501, unless it is null or false:\n\n| field | what to do instead |\n|---|---|\n"
+    )
+    parts += [f"| `{field}` | {instead} |\n" for field, instead in NOT_SERVED.items()]
+    served = ", ".join(f"`{kind}`" for kind in sorted(SERVED_TOOLS))
+    parts.append(
+        f"\nTools run in the client: types {served}; others, and a `tool_choice` of another type, are 501. An answer of "
+        "before that comes back in several parts is 400, as vLLM would read the first alone. Streams are of typed "
+        "events; one that breaks off ends in `event: error`, which OpenAI's clients raise. vLLM says what a stream used "
+        "in its last event alone: one that breaks off is counted as a token for each difference of a text, and its input "
+        "as a quarter of its bytes.\n"
+    )
+    parts.append(
+        "\n## Tokens\n\n`POST /tokenize` (`/v1/tokenize`) and `POST /detokenize` (`/v1/detokenize`) are vLLM's own, for any "
+        "model. Chats are rendered by the template of the model that is asked, as for its answers, and fields are refused "
+        "as above. Encoders and rerankers take texts alone, and tell the tokens of their own tokenizer; a reranker reads "
+        "two texts together, which has more special tokens than each. Requests count against the tenant's limits, and "
+        "in its usage without tokens.\n"
     )
     return "".join(parts)
 

@@ -19,6 +19,7 @@ from cocktail_serve.recipe import Recipe
 
 CHAT_PATH = "/v1/chat/completions"
 COMPLETIONS_PATH = "/v1/completions"
+RESPONSES_PATH = "/v1/responses"
 """What a generation engine answers, under the paths of OpenAI's API: the gateway's and the engine's own alike."""
 
 TOKENIZE_PATH = "/tokenize"

@@ -45,5 +45,5 @@ def expected_tokens(body: Mapping[str, Any], *, num_bytes: int) -> int:
 
 def _most_output_tokens(body: Mapping[str, Any]) -> int | None:
     """Of one answer; None where the request does not say."""
-    most = body.get("max_completion_tokens") or body.get("max_tokens")
+    most = body.get("max_completion_tokens") or body.get("max_tokens") or body.get("max_output_tokens")
     return most if isinstance(most, int) and most > 0 else None

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable
-from typing import Any
+from typing import Any, ClassVar
 
 import orjson
 
 from cocktail_serve.engines.token_estimates import num_choices
-from cocktail_serve.errors import EngineError
+from cocktail_serve.errors import CocktailError, EngineError
+from cocktail_serve.gateway.error_handlers import error_body
 from cocktail_serve.gateway.field_policy import Outgoing
 from cocktail_serve.generation_settings import hidden_stop_reasons
 
@@ -21,6 +22,8 @@ class AnswerRewriter:
     Args:
         end_token_ids: of the model; see `hidden_stop_reasons`.
     """
+
+    last_event: ClassVar[bytes] = b"data: [DONE]\n\n"
 
     __slots__ = (
         "_hidden_stop_reasons",
@@ -70,11 +73,20 @@ class AnswerRewriter:
         Raises:
             EngineError: the answer is no JSON object.
         """
-        answer = _object(body)
+        answer = json_object(body)
         answer["model"] = self._model_id
         self._hide_stop_reasons(answer.get("choices") or ())
         self._totals = _num_tokens(answer.get("usage"))
         return orjson.dumps(answer)
+
+    def event(self, payload: bytes) -> bytes | None:
+        """One event as the client gets it; None: not at all. Raises as `chunk`."""
+        chunk = self.chunk(payload)
+        return None if chunk is None else b"data: %b\n\n" % chunk
+
+    def error_event(self, error: CocktailError) -> bytes:
+        """What ends a stream that broke off, in place of `last_event`."""
+        return b"data: %b\n\n" % orjson.dumps(error_body(error))
 
     def chunk(self, payload: bytes) -> bytes | None:
         """The data of one event; None for the usage chunk that the client did not ask for.
@@ -85,7 +97,7 @@ class AnswerRewriter:
         Raises:
             EngineError: the event is no JSON object.
         """
-        chunk = _object(payload)
+        chunk = json_object(payload)
         chunk["model"] = self._model_id
         choices = chunk.get("choices")
         self._hide_stop_reasons(choices or ())
@@ -115,7 +127,12 @@ def _num_tokens(usage: Any) -> tuple[int, int] | None:
     return usage.get("prompt_tokens") or 0, usage.get("completion_tokens") or 0
 
 
-def _object(raw: bytes) -> dict[str, Any]:
+def json_object(raw: bytes) -> dict[str, Any]:
+    """What the engine said.
+
+    Raises:
+        EngineError: it is no JSON object.
+    """
     try:
         value = orjson.loads(raw)
     except orjson.JSONDecodeError as error:

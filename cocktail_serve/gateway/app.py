@@ -28,6 +28,7 @@ from cocktail_serve.gateway.routes import (
     models,
     probes,
     reranking,
+    responses,
     tokenization,
 )
 from cocktail_serve.gateway.routes import engines as engines_routes
@@ -67,6 +68,7 @@ def create_app(
     )
     for family in (
         generation,
+        responses,
         embeddings,
         reranking,
         tokenization,
@@ -81,6 +83,7 @@ def create_app(
         probes,
     ):
         app.include_router(family.router)
+    app.include_router(responses.stored)
     add_error_handlers(app)
     add_openapi(app)
     # the last added is the outermost

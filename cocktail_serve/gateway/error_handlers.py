@@ -47,6 +47,7 @@ HTTP_ERRORS: Mapping[type[CocktailError], HTTPError] = {
     errors.NotFoundError: HTTPError(404, _INVALID),
     errors.ConflictError: HTTPError(409, _INVALID),
     errors.PayloadTooLargeError: HTTPError(413, _INVALID),
+    errors.NotServedError: HTTPError(501, _INVALID),
     errors.CheckpointError: HTTPError(422, _INVALID),
     errors.ModelChangedError: HTTPError(422, _INVALID),
     errors.IncompatibleModelsError: HTTPError(422, _INVALID),

@@ -127,15 +127,15 @@ def apply_field_policy(body: Mapping[str, Any], *, allow_chat_template: bool) ->
     if salt is not None and (not isinstance(salt, str) or not salt):
         raise InvalidRequestError("cache_salt must be a non-empty string", param="cache_salt")
     # vLLM reads "true" and 1 as true; then it would stream to a gateway that waits for a whole answer
-    stream = _boolean(body, "stream")
+    stream = as_boolean(body, "stream")
     if not stream:
         return Outgoing(outgoing, shows_usage=False)
     options = body.get("stream_options") or {}
     if not isinstance(options, Mapping):
         raise InvalidRequestError("stream_options must be an object", param="stream_options")
-    shows_usage = _boolean(options, "include_usage", "stream_options.include_usage")
+    shows_usage = as_boolean(options, "include_usage", "stream_options.include_usage")
     # vLLM's usage in every chunk counts only beside include_usage
-    shows_each = shows_usage and _boolean(options, "continuous_usage_stats", "stream_options.continuous_usage_stats")
+    shows_each = shows_usage and as_boolean(options, "continuous_usage_stats", "stream_options.continuous_usage_stats")
     outgoing["stream_options"] = {**options, "include_usage": True, "continuous_usage_stats": True}
     return Outgoing(outgoing, shows_usage=shows_usage, shows_usage_in_chunks=shows_each)
 
@@ -183,7 +183,12 @@ def _lookup(body: Mapping[str, Any], path: tuple[str, ...]) -> Any:
     return value
 
 
-def _boolean(body: Mapping[str, Any], key: str, param: str | None = None) -> bool:
+def as_boolean(body: Mapping[str, Any], key: str, param: str | None = None) -> bool:
+    """A field that is true, or false, null or absent.
+
+    Raises:
+        InvalidRequestError: it is anything else, which vLLM may read as true.
+    """
     value = body.get(key)
     if value is None or isinstance(value, bool):
         return bool(value)

@@ -5,19 +5,20 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncIterator
+from typing import ClassVar, Protocol
 
-import orjson
 from fastapi import Response
 from starlette.types import Send
 
 from cocktail_serve.cocktails.cocktail import ServedModel
-from cocktail_serve.engines.base import GenerationEngine
+from cocktail_serve.engines.base import RESPONSES_PATH, GenerationEngine
 from cocktail_serve.errors import CocktailError, EngineError
 from cocktail_serve.gateway.admission import AdmittedRequest
 from cocktail_serve.gateway.answer_rewriter import AnswerRewriter
 from cocktail_serve.gateway.disconnect import ended_with_client
-from cocktail_serve.gateway.error_handlers import error_body, internal_error, stopping_error
+from cocktail_serve.gateway.error_handlers import internal_error, stopping_error
 from cocktail_serve.gateway.field_policy import Outgoing
+from cocktail_serve.gateway.response_rewriter import ResponseRewriter
 
 logger = logging.getLogger(__name__)
 
@@ -28,6 +29,31 @@ _STREAM_HEADERS = [
 ]
 
 
+class Rewriter(Protocol):
+    """Makes what the engine answers ours, and counts its tokens; what the engine has not said is counted by no one.
+
+    Attributes:
+        last_event: what the end of a stream is told by.
+    """
+
+    last_event: ClassVar[bytes]
+
+    @property
+    def is_counted(self) -> bool: ...
+
+    @property
+    def num_prompt_tokens(self) -> int: ...
+
+    @property
+    def num_completion_tokens(self) -> int: ...
+
+    def whole(self, body: bytes) -> bytes: ...
+
+    def event(self, payload: bytes) -> bytes | None: ...
+
+    def error_event(self, error: CocktailError) -> bytes: ...
+
+
 async def forward_generation(
     admitted: AdmittedRequest, engine: GenerationEngine, served: ServedModel, path: str, outgoing: Outgoing
 ) -> None:
@@ -35,7 +61,7 @@ async def forward_generation(
     exactly as long as the answer takes. What limits or books generations belongs here.
 
     An error before the first event is raised, and gets its own status; after it, it becomes the last event of the
-    stream: `data: {"error": ...}`, without `[DONE]`.
+    stream: `data: {"error": ...}`, without `[DONE]`; of responses, `event: error`.
 
     Args:
         path: of the engine's own API, as `/v1/completions`.
@@ -44,7 +70,7 @@ async def forward_generation(
         CocktailError: as `GenerationEngine.forward`, before anything was sent; `DirectRouting` answers it.
         ClientDisconnect: the client has gone; `RequestBoundary` notes it.
     """
-    rewriter = AnswerRewriter(served.model_id, outgoing, end_token_ids=served.generation.end_token_ids)
+    rewriter = _rewriter(path, served, outgoing)
     async with ended_with_client(admitted.request.receive):
         async with engine.forward(
             served.recipe, path, outgoing.body, tenant=admitted.caller.tenant, generation=served.generation
@@ -64,42 +90,46 @@ async def forward_generation(
         await admitted.request.answer(Response(body, media_type="application/json"))
 
 
+def _rewriter(path: str, served: ServedModel, outgoing: Outgoing) -> Rewriter:
+    if path == RESPONSES_PATH:
+        return ResponseRewriter(served.model_id, outgoing)
+    return AnswerRewriter(served.model_id, outgoing, end_token_ids=served.generation.end_token_ids)
+
+
 async def _send_events(
-    admitted: AdmittedRequest, served: ServedModel, rewriter: AnswerRewriter, events: AsyncIterator[bytes]
+    admitted: AdmittedRequest, served: ServedModel, rewriter: Rewriter, events: AsyncIterator[bytes]
 ) -> None:
-    send, is_started = admitted.request.send, False
-    last = b"data: [DONE]\n\n"
+    send, is_started, is_observed = admitted.request.send, False, False
+    last = rewriter.last_event
     try:
         async for payload in events:
-            chunk = rewriter.chunk(payload)
-            if chunk is None:
+            event = rewriter.event(payload)
+            if event is None:
                 continue
+            if not is_observed and rewriter.is_counted:
+                is_observed = True
+                admitted.observe_first_token(served)
             if not is_started:
                 is_started = True
-                admitted.observe_first_token(served)
                 await send({"type": "http.response.start", "status": 200, "headers": list(_STREAM_HEADERS)})
-            await send({"type": "http.response.body", "body": b"data: %b\n\n" % chunk, "more_body": True})
+            await send({"type": "http.response.body", "body": event, "more_body": True})
         if not is_started:
             raise EngineError("the engine ended the stream before its first event")
     except asyncio.CancelledError:
         if is_started:  # the server is stopping; or the client has gone, and nobody reads this
-            await _send_last(send, _error_event(stopping_error()))
+            await _send_last(send, rewriter.error_event(stopping_error()))
         raise
     except CocktailError as error:
         if not is_started:
             raise
-        last = _error_event(error)
+        last = rewriter.error_event(error)
     except Exception:
         if not is_started:
             raise
         logger.exception("a stream of %s failed", served.model_id)
-        last = _error_event(internal_error())
+        last = rewriter.error_event(internal_error())
     await _send_last(send, last)
 
 
 async def _send_last(send: Send, event: bytes) -> None:
     await send({"type": "http.response.body", "body": event, "more_body": False})
-
-
-def _error_event(error: CocktailError) -> bytes:
-    return b"data: %b\n\n" % orjson.dumps(error_body(error))

@@ -24,6 +24,7 @@ ERROR_STATUSES: dict[int, str] = {
     422: "Models that cannot be mixed: names the tensor, both shapes and the fix.",
     429: "Over a limit; see `Retry-After`.",
     500: "An error of the server.",
+    501: "Not served here; says what to use instead.",
     502: "The engine failed while it held the request.",
     503: "Not now: starting, mixing, or too many models in turn; see `Retry-After`.",
     504: "The engine did not answer in time.",

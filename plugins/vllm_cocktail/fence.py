@@ -52,7 +52,7 @@ class Refusal:
 
     Attributes:
         status: 409 where the right recipe can come to be served, 503 where the engine is lost, 400 where the request
-            must change.
+            must change, 501 where no request would do.
     """
 
     status: int
@@ -164,18 +164,27 @@ class FenceMiddleware:
 
     Args:
         bind: where requests bring their recipe with them: gives it to the engine, or keeps the request out.
+        shut: exact paths that nobody may enter: the engine would not do all that a request says there.
     """
 
-    def __init__(self, app: ASGIApp, fence: Fence, bind: Bind | None = None) -> None:
+    def __init__(
+        self, app: ASGIApp, fence: Fence, bind: Bind | None = None, shut: Collection[str] = frozenset()
+    ) -> None:
         self.app = app
         self.fence = fence
         self._bind = bind
+        self._shut = shut
 
     async def __call__(self, scope: ASGIScope, receive: Receive, send: Send) -> None:
         if scope["type"] not in ("http", "websocket"):
             return await self.app(scope, receive, send)
-        if scope["path"].removeprefix(scope.get("root_path", "")) in UNFENCED_PATHS:
+        path = scope["path"].removeprefix(scope.get("root_path", ""))
+        if path in UNFENCED_PATHS:
             return await self.app(scope, receive, send)
+        if path in self._shut:
+            message = f"{path} is not served with this release of vLLM, which reads no chat template there"
+            refusal = Refusal(501, "not_served", message)
+            return await _refuse(scope, receive, send, refusal, resident=self.fence.resident)
         named = _header(scope, RECIPE_HEADER)
         brings_recipe = self._bind is not None and named is None and not self.fence.managed
         refusal = None if brings_recipe else self.fence.refusal(named)

@@ -9,6 +9,9 @@ MIX_PATH = "/v1/cocktail/mix"
 FORGET_PATH = "/v1/cocktail/forget"
 SCORE_PATH = "/v1/cocktail/score"
 
+RESPONSES_PATH = "/v1/responses"
+"""vLLM's own; what it does beyond what its chats do is seen to in `brought_templates`."""
+
 FenceState = Literal["open", "mixing", "poisoned"]
 
 MixingPath = Literal["in_place", "stream", "unmerged"]

@@ -19,11 +19,21 @@ from starlette.datastructures import State
 
 from cocktail_serve.errors import CapacityError, ClientError, CocktailError, ConfigError
 from cocktail_serve.recipe import Recipe
+from vllm_cocktail.brought_templates import take_brought_templates
 from vllm_cocktail.control import EngineControl
 from vllm_cocktail.fence import Fence, FenceMiddleware, error_body
 from vllm_cocktail.launch import WORKER_EXTENSIONS
 from vllm_cocktail.manifest import Manifest
-from vllm_cocktail.replies import FORGET_PATH, MIX_PATH, SCORE_PATH, STATUS_PATH, MixReply, ScoreReply, StatusReply
+from vllm_cocktail.replies import (
+    FORGET_PATH,
+    MIX_PATH,
+    RESPONSES_PATH,
+    SCORE_PATH,
+    STATUS_PATH,
+    MixReply,
+    ScoreReply,
+    StatusReply,
+)
 from vllm_cocktail.scoring import TokenizedExample, mean_losses
 from vllm_cocktail.unmerged.binding import RequestBinder
 from vllm_cocktail.unmerged.control import UnmergedControl
@@ -123,7 +133,8 @@ class CocktailEndpointPlugin:
         app.include_router(router)
         app.add_exception_handler(CocktailError, _answer_error)
         # the first one added is the innermost: vLLM adds its own, authentication among them, afterwards
-        app.add_middleware(FenceMiddleware, fence=fence, bind=_binder(app.state))
+        shut = () if take_brought_templates() else (RESPONSES_PATH,)
+        app.add_middleware(FenceMiddleware, fence=fence, bind=_binder(app.state), shut=shut)
 
     async def init_state(self, engine_client: EngineClient | None, state: State, args: Namespace) -> None:
         """Checks that the fence can hold, probes the workers, warms scoring up, opens the fence.

@@ -255,6 +255,35 @@ def test_the_tokens_told_of_a_chat_are_those_that_are_read(
     assert plain["max_model_len"] == 128
 
 
+@pytest.mark.parametrize("model", ["count", "count/chat", "count/cool"])
+def test_a_response_is_a_chat_in_other_words(server: RunningServer, client: openai.OpenAI, model: str) -> None:
+    """By the template, the end tokens and the sampling of the model that is asked, whole and as a stream."""
+    url = f"{server.url}/v1"
+    strict = openai.OpenAI(base_url=url, api_key="none", max_retries=0, _strict_response_validation=True)
+    messages: Any = [*QUESTION, {"role": "assistant", "content": "one"}, {"role": "user", "content": "two"}]
+    asked: Any = {"messages": messages, "extra_body": {"return_token_ids": True}}
+    chat = client.chat.completions.create(model=model, **asked)
+    content = chat.choices[0].message.content
+    whole = strict.responses.create(model=model, input=messages, extra_body={"enable_response_messages": True})
+    assert (whole.model, whole.output_text) == (model, content)
+    read = whole.model_dump()["input_messages"][0]["tokens"]
+    assert read == chat.model_dump()["prompt_token_ids"], "the template of the model"
+    assert chat.usage is not None
+    assert whole.usage is not None
+    used = (chat.usage.prompt_tokens, chat.usage.completion_tokens)
+    assert (whole.usage.input_tokens, whole.usage.output_tokens) == used
+    assert whole.status == {"stop": "completed", "length": "incomplete"}[chat.choices[0].finish_reason]
+    with strict.responses.stream(model=model, input=messages) as stream:
+        stream.until_done()
+        streamed = stream.get_final_response()
+    assert (streamed.model, streamed.output_text, streamed.usage) == (model, content, whole.usage)
+    instructed = strict.responses.create(model=model, input="eight", instructions="two", max_output_tokens=1)
+    assert (instructed.usage and instructed.usage.output_tokens, instructed.status) == (1, "incomplete")
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.responses.create(model=model, input="one " * 500)
+    assert caught.value.code == "context_length_exceeded"
+
+
 def test_what_is_shown_is_what_is_taken(server: RunningServer) -> None:
     (pool,) = server.http.get("/v1/pools").json()["data"]
     shown = {name: member["generation"] for name, member in {"base": pool["base"], **pool["experts"]}.items()}

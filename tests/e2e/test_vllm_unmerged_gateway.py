@@ -116,6 +116,27 @@ def test_losses_are_those_of_transformers_and_a_cocktail_needs_nothing_more(serv
     assert made["recipe"]["form"] == "unmerged"
 
 
+def test_a_response_goes_by_the_row_of_its_recipe(served: Served) -> None:
+    made = served.make("replied", merging_weights={"base": 0.3, "red": 0.7})
+    asked = {"temperature": 0.0, "ignore_eos": True, "chat_template": None}
+    messages = [{"role": "user", "content": "what is the capital of france"}]
+    with served.http() as http:
+        texts = {}
+        for model in ("pico", "pico/red", made["id"]):
+            chat = http.post(
+                "/v1/chat/completions", json={"model": model, "messages": messages, "max_tokens": 12, **asked}
+            ).json()
+            body = {"model": model, "input": messages, "max_output_tokens": 12, **asked}
+            whole = http.post("/v1/responses", json=body).json()
+            texts[model] = whole["output"][0]["content"][0]["text"]
+            assert texts[model] == chat["choices"][0]["message"]["content"]
+            assert (whole["model"], whole["usage"]["output_tokens"]) == (model, 12)
+            streamed = http.post("/v1/responses", json={**body, "stream": True}).text
+            last = json.loads(streamed.split("\n\n")[-2].partition("\ndata: ")[2])["response"]
+            assert last["output"][0]["content"][0]["text"] == texts[model]
+    assert len(set(texts.values())) == 3
+
+
 def test_a_recipe_makes_the_same_cocktail_again_and_a_folder(
     served: Served, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -314,3 +314,12 @@ async def test_a_websocket_for_another_recipe_is_denied_with_the_same_body() -> 
 async def test_a_websocket_of_an_old_server_is_closed() -> None:
     (sent,) = await call(FenceMiddleware(App(), open_fence()), scope_of(recipe=B, type="websocket"))
     assert sent == {"type": "websocket.close", "code": 1013, "reason": "recipe_not_resident"}
+
+
+async def test_a_shut_path_is_nobodys() -> None:
+    app = App()
+    middleware = FenceMiddleware(app, open_fence(), shut=("/v1/responses",))
+    start, body = await call(middleware, scope_of("/v1/responses", recipe=A))
+    assert (start["status"], json.loads(body["body"])["error"]["code"]) == (501, "not_served")
+    assert app.paths == []
+    assert (await call(middleware, scope_of(recipe=A)))[0]["status"] == 200

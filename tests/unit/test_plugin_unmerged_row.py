@@ -134,7 +134,7 @@ async def received(
     return [await replayed(), await replayed()]
 
 
-@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions", "/v1/cocktail/score"])
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/cocktail/score"])
 async def test_the_engine_reads_the_bound_body_in_place_of_what_was_sent(path: str) -> None:
     content = orjson.dumps(body_of(MIXED))
     scope = scope_of(path, content)
@@ -148,7 +148,8 @@ async def test_the_engine_reads_the_bound_body_in_place_of_what_was_sent(path: s
 @pytest.mark.parametrize(
     ("path", "content", "method"),
     [
-        ("/v1/responses", b"{}", "POST"),
+        ("/v1/responses/resp_1/cancel", b"{}", "POST"),
+        ("/v1/responses", b"{}", "GET"),
         ("/v1/embeddings", b"{}", "POST"),
         ("/inference/v1/generate", b"{}", "POST"),
         ("/v1/completions", b"{}", "GET"),

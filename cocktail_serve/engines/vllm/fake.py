@@ -24,7 +24,7 @@ import secrets
 import signal
 import sys
 import time
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -40,7 +40,16 @@ from cocktail_serve.recipe import Recipe
 from vllm_cocktail.fence import RECIPE_HEADER, ASGIApp, ASGIScope, Fence, FenceMiddleware, Receive, Send
 from vllm_cocktail.lifetime import die_with_owner
 from vllm_cocktail.manifest import Manifest
-from vllm_cocktail.replies import FORGET_PATH, MIX_PATH, SCORE_PATH, STATUS_PATH, MixReply, ParameterSource, StatusReply
+from vllm_cocktail.replies import (
+    FORGET_PATH,
+    MIX_PATH,
+    RESPONSES_PATH,
+    SCORE_PATH,
+    STATUS_PATH,
+    MixReply,
+    ParameterSource,
+    StatusReply,
+)
 from vllm_cocktail.unmerged.binding import RequestBinder
 from vllm_cocktail.unmerged.control import EveryRecipe
 
@@ -67,6 +76,8 @@ WORDS = (
 ).split()
 
 DEFAULT_MAX_TOKENS = 16
+
+_MOST_TOKENS = ("max_completion_tokens", "max_tokens", "max_output_tokens")
 
 MAX_CHOICES = 16_384
 """As vLLM's."""
@@ -152,6 +163,7 @@ class FakeServer:
             Route("/v1/models", self._models),
             Route("/v1/chat/completions", self._chat, methods=["POST"]),
             Route("/v1/completions", self._completions, methods=["POST"]),
+            Route(RESPONSES_PATH, self._responses, methods=["POST"]),
             Route("/tokenize", self._tokenize, methods=["POST"]),
             Route("/detokenize", self._detokenize, methods=["POST"]),
             Route(STATUS_PATH, self._status),
@@ -271,6 +283,16 @@ class FakeServer:
             return _error(400, "invalid_request", "prompt: a string is needed")
         return await self._answer(_CompletionShape(self._name), body["prompt"], body, self._recipe_of(request))
 
+    async def _responses(self, request: Request) -> Response:
+        body = orjson.loads(await request.body())
+        given = body.get("input")
+        prompt = given if isinstance(given, str) else _rendered(given)
+        if prompt is None:
+            return _error(400, "invalid_request", "input: a string is needed, or a list of messages")
+        if body.get("instructions"):
+            prompt = f"system: {body['instructions']}\n{prompt}"
+        return await self._answer(_ResponseShape(self._name), prompt, body, self._recipe_of(request))
+
     async def _tokenize(self, request: Request) -> Response:
         """A token is a byte."""
         body = orjson.loads(await request.body())
@@ -298,7 +320,7 @@ class FakeServer:
             os.kill(os.getpid(), signal.SIGKILL)
         if (error := self._struck("answer_error")) is not None:
             return _vllm_error(error)
-        num_tokens = body.get("max_completion_tokens") or body.get("max_tokens") or DEFAULT_MAX_TOKENS
+        num_tokens = next((body[name] for name in _MOST_TOKENS if body.get(name)), DEFAULT_MAX_TOKENS)
         num_choices = body.get("n") or 1
         # as vLLM does; an engine that tried would never come back from a billion choices
         if not isinstance(num_tokens, int) or num_tokens < 1:
@@ -314,7 +336,8 @@ class FakeServer:
             options = body.get("stream_options") or {}
             is_continuous = options.get("include_usage") and options.get("continuous_usage_stats")
             shape.num_prompt_tokens = num_prompt_tokens if is_continuous else None
-            events = self._events(shape, answers, num_tokens, usage if options.get("include_usage") else None)
+            shape.tells_usage = bool(options.get("include_usage"))
+            events = self._events(shape, answers, num_tokens, usage)
             return StreamingResponse(events, media_type="text/event-stream")
         if self._token_delay_s:
             await asyncio.sleep(self._token_delay_s * num_tokens)
@@ -322,9 +345,11 @@ class FakeServer:
         return _json(shape.whole(texts, usage))
 
     async def _events(
-        self, shape: _Shape, answers: Sequence[Iterator[str]], num_tokens: int, usage: Mapping[str, int] | None
+        self, shape: _Shape, answers: Sequence[Iterator[str]], num_tokens: int, usage: Mapping[str, int]
     ) -> AsyncIterator[bytes]:
         error, is_cut = self._struck("stream_error"), self._strikes("stream_cut")
+        for event in shape.begin():
+            yield event
         for position in range(num_tokens):
             if position == num_tokens // 2:
                 if error is not None:
@@ -335,10 +360,9 @@ class FakeServer:
                 await asyncio.sleep(self._token_delay_s)
             last = position == num_tokens - 1
             for index, answer in enumerate(answers):
-                yield _event(shape.chunk(index, next(answer), position=position, is_last=last))
-        if usage is not None:
-            yield _event(shape.usage_chunk(usage))
-        yield b"data: [DONE]\n\n"
+                yield shape.token(index, next(answer), position=position, is_last=last)
+        for event in shape.end(usage):
+            yield event
 
     async def _require_known(self, recipe: Recipe) -> None:
         self._check(recipe)
@@ -380,6 +404,7 @@ class _Shape(abc.ABC):
 
     Attributes:
         num_prompt_tokens: where every chunk tells the usage of its choice so far; None: none does.
+        tells_usage: whether a chunk of its own does at the end.
     """
 
     prefix: ClassVar[str]
@@ -388,6 +413,7 @@ class _Shape(abc.ABC):
 
     def __init__(self, model: str) -> None:
         self.num_prompt_tokens: int | None = None
+        self.tells_usage = False
         self._head = {"id": f"{self.prefix}-{secrets.token_hex(8)}", "created": int(time.time()), "model": model}
 
     def whole(self, texts: Sequence[str], usage: Mapping[str, int]) -> dict[str, Any]:
@@ -401,6 +427,20 @@ class _Shape(abc.ABC):
         if self.num_prompt_tokens is not None:
             chunk["usage"] = usage_of(self.num_prompt_tokens, position + 1)
         return chunk
+
+    def begin(self) -> Iterable[bytes]:
+        """Events before the first word."""
+        return ()
+
+    def token(self, index: int, token: str, *, position: int, is_last: bool) -> bytes:
+        """The event of one word."""
+        return _event(self.chunk(index, token, position=position, is_last=is_last))
+
+    def end(self, usage: Mapping[str, int]) -> Iterable[bytes]:
+        """Events behind the last word."""
+        if self.tells_usage:
+            yield _event(self.usage_chunk(usage))
+        yield b"data: [DONE]\n\n"
 
     def usage_chunk(self, usage: Mapping[str, int]) -> dict[str, Any]:
         return {**self._head, "object": self.chunk_object, "choices": [], "usage": usage}
@@ -437,6 +477,85 @@ class _CompletionShape(_Shape):
 
     def delta(self, index: int, token: str, *, is_first: bool) -> dict[str, Any]:
         return {"index": index, "text": token, "logprobs": None}
+
+
+class _ResponseShape(_Shape):
+    """Of `/v1/responses`: typed events in place of chunks, and no `[DONE]`."""
+
+    prefix = "resp"
+    object = "response"
+    chunk_object = "response"
+
+    def __init__(self, model: str) -> None:
+        super().__init__(model)
+        self._texts: list[str] = []
+        self._num_events = 0
+        self._item_id = f"msg_{secrets.token_hex(8)}"
+
+    def whole(self, texts: Sequence[str], usage: Mapping[str, int]) -> dict[str, Any]:
+        return self._response("completed", [self._item(texts[0], "completed")], usage)
+
+    def begin(self) -> Iterable[bytes]:
+        for kind in ("response.created", "response.in_progress"):
+            yield self._typed(kind, response=self._response("in_progress", [], None))
+        yield self._typed("response.output_item.added", output_index=0, item=self._item(None, "in_progress"))
+        yield self._in_part("response.content_part.added", part=self._part(""))
+
+    def token(self, index: int, token: str, *, position: int, is_last: bool) -> bytes:
+        self._texts.append(token)
+        return self._in_part("response.output_text.delta", delta=token, logprobs=[])
+
+    def end(self, usage: Mapping[str, int]) -> Iterable[bytes]:
+        text = "".join(self._texts)
+        item = self._item(text, "completed")
+        yield self._in_part("response.output_text.done", text=text, logprobs=[])
+        yield self._in_part("response.content_part.done", part=self._part(text))
+        yield self._typed("response.output_item.done", output_index=0, item=item)
+        yield self._typed("response.completed", response=self._response("completed", [item], usage))
+
+    def choice(self, index: int, text: str) -> dict[str, Any]:
+        raise NotImplementedError("a response has no choices")
+
+    def delta(self, index: int, token: str, *, is_first: bool) -> dict[str, Any]:
+        raise NotImplementedError("a response has no choices")
+
+    def _response(self, status: str, output: list[Any], usage: Mapping[str, int] | None) -> dict[str, Any]:
+        used = None
+        if usage is not None:
+            used = {
+                "input_tokens": usage["prompt_tokens"],
+                "input_tokens_details": {"cached_tokens": 0, "cache_write_tokens": 0},
+                "output_tokens": usage["completion_tokens"],
+                "output_tokens_details": {"reasoning_tokens": 0},
+                "total_tokens": usage["total_tokens"],
+            }
+        head = {name: value for name, value in self._head.items() if name != "created"}
+        return {
+            **head,
+            "created_at": self._head["created"],
+            "object": self.object,
+            "status": status,
+            "output": output,
+            "usage": used,
+            "parallel_tool_calls": True,
+            "tool_choice": "none",
+            "tools": [],
+        }
+
+    def _item(self, text: str | None, status: str) -> dict[str, Any]:
+        content = [] if text is None else [self._part(text)]
+        return {"id": self._item_id, "type": "message", "role": "assistant", "status": status, "content": content}
+
+    def _part(self, text: str) -> dict[str, Any]:
+        return {"type": "output_text", "text": text, "annotations": []}
+
+    def _in_part(self, kind: str, **fields: Any) -> bytes:
+        return self._typed(kind, item_id=self._item_id, output_index=0, content_index=0, **fields)
+
+    def _typed(self, kind: str, **fields: Any) -> bytes:
+        event = {"type": kind, "sequence_number": self._num_events, **fields}
+        self._num_events += 1
+        return b"event: %b\n%b" % (kind.encode(), _event(event))
 
 
 class _KeyMiddleware:

@@ -11,7 +11,7 @@ from typing import Any
 import orjson
 
 from cocktail_serve.digest import canonical_json
-from cocktail_serve.engines.base import CHAT_PATH
+from cocktail_serve.engines.base import CHAT_PATH, RESPONSES_PATH
 from cocktail_serve.errors import InvalidRequestError
 from cocktail_serve.generation_settings import (
     MAX_TOKENS,
@@ -22,6 +22,12 @@ from cocktail_serve.generation_settings import (
 )
 from cocktail_serve.pool import Mode
 from cocktail_serve.recipe import Recipe
+
+MOST_TOKENS: Mapping[str, tuple[str, ...]] = {
+    CHAT_PATH: (MAX_TOKENS, "max_completion_tokens"),
+    RESPONSES_PATH: ("max_output_tokens",),
+}
+"""The fields that bound an answer, of requests whose messages the server renders; the first says a model's default."""
 
 
 def recipe_fields(recipe: Recipe, *, mode: Mode) -> Mapping[str, Any]:
@@ -67,22 +73,20 @@ class BodyWriter:
                 wanted = settings.sampling.get(name, neutral)
                 if body.get(name) is None and wanted != own.sampling.get(name, neutral):
                     more[name] = wanted
-        if path == CHAT_PATH:
-            more |= self._chat_fields(body, settings, max_model_len)
+        if path in MOST_TOKENS:
+            more |= self._chat_fields(body, path, settings, max_model_len)
         return {**body, **more}
 
     def _chat_fields(
-        self, body: Mapping[str, Any], settings: GenerationSettings, max_model_len: int | None
+        self, body: Mapping[str, Any], path: str, settings: GenerationSettings, max_model_len: int | None
     ) -> dict[str, Any]:
         more = self._chat_template(body, settings)
         wanted = settings.sampling.get(MAX_TOKENS)
-        if wanted != self._own.sampling.get(MAX_TOKENS) and all(
-            body.get(name) is None for name in (MAX_TOKENS, "max_completion_tokens")
-        ):
+        if wanted != self._own.sampling.get(MAX_TOKENS) and all(body.get(name) is None for name in MOST_TOKENS[path]):
             # the server cuts this to the room that the prompt leaves, and refuses what is beyond its context
             bounds = [bound for bound in (wanted, max_model_len) if bound is not None]
             if bounds:
-                more[MAX_TOKENS] = min(bounds)
+                more[MOST_TOKENS[path][0]] = min(bounds)
         return more
 
     def _chat_template(self, body: Mapping[str, Any], settings: GenerationSettings) -> dict[str, Any]:

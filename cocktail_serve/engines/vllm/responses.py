@@ -13,6 +13,9 @@ from cocktail_serve.errors import EngineError
 _FINISHED = b'"finish_reason":"'
 _ABORTED = b'"finish_reason":"abort"'
 
+_LAST_EVENTS = (b"event: response.completed", b"event: response.incomplete", b"event: response.failed")
+"""How streams of `/v1/responses` end, which have no `[DONE]`."""
+
 
 async def read_whole(answer: EngineResponse) -> bytes:
     """The body of a plain answer.
@@ -43,15 +46,17 @@ async def iter_events(answer: EngineResponse, lease: Lease) -> AsyncIterator[byt
             *events, rest = (rest + block).split(b"\n\n")
             lease.emitted(len(events))  # about one token each
             for event in events:
-                if not event.startswith(b"data:"):
-                    continue  # a comment that keeps the connection alive
-                payload = event[5:].strip()
+                payload = _payload(event)
+                if payload is None:
+                    continue
                 if payload == b"[DONE]":
                     if not is_finished:
                         raise EngineError("the engine ended the stream before its answer was finished")
-                    with contextlib.suppress(OSError):
-                        await answer.read()  # the end of the body, so that the connection can be used again
-                    lease.release()
+                    await _finish(answer, lease)
+                    return
+                if event.startswith(_LAST_EVENTS):
+                    await _finish(answer, lease)
+                    yield payload
                     return
                 if is_error(payload):
                     raise engine_error(500, payload)  # the stream's own status says nothing
@@ -62,3 +67,17 @@ async def iter_events(answer: EngineResponse, lease: Lease) -> AsyncIterator[byt
     except OSError as error:
         raise lease.error or EngineError(f"the engine's stream broke off: {error!r}") from error
     raise lease.error or EngineError("the engine's stream ended before its answer was finished")
+
+
+def _payload(event: bytes) -> bytes | None:
+    """The data of an event, with a type or without; None of a comment, which keeps the connection alive."""
+    if event.startswith(b"event:"):
+        event = event.partition(b"\n")[2]
+    return event[5:].strip() if event.startswith(b"data:") else None
+
+
+async def _finish(answer: EngineResponse, lease: Lease) -> None:
+    """Reads the end of the body, so that the connection can be used again, and gives the lease back."""
+    with contextlib.suppress(OSError):
+        await answer.read()
+    lease.release()

@@ -19,7 +19,8 @@ class TokenizeRequest(BaseModel):
     model: str = Field(description="Any model id.")
     prompt: str | None = Field(None, description="A text.")
     messages: list[dict[str, Any]] | None = Field(
-        None, description="Instead, a chat, rendered as the model's are with `tools`, `chat_template_kwargs` and the like."
+        None,
+        description="Instead, a chat, rendered as the model's are with `tools`, `chat_template_kwargs` and the like.",
     )
     add_special_tokens: bool | None = Field(None, description="true for a text, false for a chat, if left out.")
     return_token_strs: bool | None = Field(False, description="Whether `token_strs` is sent too.")

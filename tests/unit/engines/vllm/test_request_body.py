@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from cocktail_serve.engines.base import RESPONSES_PATH
 from cocktail_serve.engines.token_estimates import BYTES_PER_TOKEN, EXPECTED_OUTPUT_TOKENS, expected_tokens
 from cocktail_serve.engines.vllm.request_body import (
     BodyWriter,
@@ -127,3 +128,24 @@ def test_a_default_length_never_exceeds_the_context() -> None:
     bodies = BodyWriter(own=OWN)
     assert bodies.complete({}, CHAT, long, max_model_len=None) == {"max_tokens": 10_000}
     assert completed({}, COMPLETION, long) == {}, "a completion's is OpenAI's, 16"
+
+
+def test_a_response_is_completed_as_a_chat_is_under_its_own_name_for_the_length() -> None:
+    template = ChatTemplate("{{ own }}", tool_use="{{ tools }}")
+    settings = GenerationSettings(sampling={"max_tokens": 9, "top_k": 3}, chat_template=template)
+    bodies = BodyWriter()
+    sent = bodies.complete({"input": "hi"}, RESPONSES_PATH, settings, max_model_len=100)
+    assert sent == {"input": "hi", "top_k": 3, "chat_template": "{{ own }}", "max_output_tokens": 9}
+    asked = {"input": "hi", "max_output_tokens": 50, "tools": [{"type": "function"}]}
+    sent = bodies.complete(asked, RESPONSES_PATH, settings, max_model_len=100)
+    assert (sent["max_output_tokens"], sent["chat_template"]) == (50, "{{ tools }}")
+    assert "max_tokens" not in sent
+
+
+def test_a_tokenizer_renders_chats_by_the_models_template() -> None:
+    settings = GenerationSettings(chat_template=ChatTemplate("{{ own }}"), stop_token_ids=(3,))
+    bodies = BodyWriter()
+    chat = json.loads(bodies.write_for_tokenizer({"messages": []}, settings, fields={"model": "flan"}))
+    assert chat == {"messages": [], "model": "flan", "chat_template": "{{ own }}"}
+    text = json.loads(bodies.write_for_tokenizer({"prompt": "a"}, settings, fields={"model": "flan"}))
+    assert text == {"prompt": "a", "model": "flan"}

@@ -66,6 +66,28 @@ async def test_payloads_are_passed_on_however_they_are_cut(size: int) -> None:
     assert owner.num_tokens == 5, "one for each event, about"
 
 
+def typed(*names: str) -> bytes:
+    return b"".join(b'event: %b\ndata: {"type":"%b"}\n\n' % (name.encode(), name.encode()) for name in names)
+
+
+@pytest.mark.parametrize("size", [1, 7, 1000])
+@pytest.mark.parametrize("last", ["response.completed", "response.incomplete", "response.failed"])
+async def test_a_stream_of_typed_events_ends_with_its_last(size: int, last: str) -> None:
+    content = typed("response.created", "response.output_text.delta", last)
+    blocks = [content[start : start + size] for start in range(0, len(content), size)]
+    owner = Owner()
+    payloads = await events(blocks, Lease(owner, tenant="t"))
+    assert payloads == [
+        b'{"type":"%b"}' % name for name in (b"response.created", b"response.output_text.delta", last.encode())
+    ]
+    assert owner.num_released == 1
+
+
+async def test_a_stream_of_typed_events_without_its_last_is_a_failure() -> None:
+    with pytest.raises(EngineError, match="before its answer was finished"):
+        await events([typed("response.created", "response.output_text.delta")], Lease(Owner()))
+
+
 @pytest.mark.parametrize(
     ("payloads", "message"),
     [
