@@ -123,9 +123,6 @@ def apply_field_policy(body: Mapping[str, Any], *, allow_chat_template: bool) ->
     """
     outgoing = passed_on(body, allow_chat_template=allow_chat_template)
     _check_beam_search(body)
-    salt = outgoing.get("cache_salt")
-    if salt is not None and (not isinstance(salt, str) or not salt):
-        raise InvalidRequestError("cache_salt must be a non-empty string", param="cache_salt")
     # vLLM reads "true" and 1 as true; then it would stream to a gateway that waits for a whole answer
     stream = as_boolean(body, "stream")
     if not stream:
@@ -144,7 +141,7 @@ def passed_on(body: Mapping[str, Any], *, allow_chat_template: bool) -> dict[str
     """What of a request reaches the engine as it is: all but `model` and `cocktail`.
 
     Raises:
-        InvalidRequestError: a refused field; `param` names it.
+        InvalidRequestError: a refused field, or a salt that is none; `param` names it.
     """
     for rule, path in _REFUSED:
         if _lookup(body, path) is not None and not (rule.allowed_by and allow_chat_template):
@@ -154,6 +151,9 @@ def passed_on(body: Mapping[str, Any], *, allow_chat_template: bool) -> dict[str
                 param=rule.field,
                 code="field_not_accepted",
             )
+    salt = body.get("cache_salt")
+    if salt is not None and (not isinstance(salt, str) or not salt):
+        raise InvalidRequestError("cache_salt must be a non-empty string", param="cache_salt")
     # a refused field that is null is as good as absent; vLLM takes null for some of them and not for others
     return {
         key: value

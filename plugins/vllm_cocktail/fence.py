@@ -183,8 +183,8 @@ class FenceMiddleware:
             return await self.app(scope, receive, send)
         if path in self._shut:
             message = f"{path} is not served with this release of vLLM, which reads no chat template there"
-            refusal = Refusal(501, "not_served", message)
-            return await _refuse(scope, receive, send, refusal, resident=self.fence.resident)
+            shut = Refusal(501, "not_served", message)
+            return await _refuse(scope, receive, send, shut, resident=self.fence.resident)
         named = _header(scope, RECIPE_HEADER)
         brings_recipe = self._bind is not None and named is None and not self.fence.managed
         refusal = None if brings_recipe else self.fence.refusal(named)

@@ -12,6 +12,7 @@ from fastapi import FastAPI
 
 from cocktail_serve.errors import ConfigError
 from cocktail_serve.pool import Member, Pool
+from vllm_cocktail import routes
 from vllm_cocktail.launch import WORKER_EXTENSIONS
 from vllm_cocktail.manifest import MANIFEST_VARIABLE, Manifest
 from vllm_cocktail.routes import CocktailEndpointPlugin
@@ -25,6 +26,12 @@ def manifest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     path = Manifest.of_pool(pool, dtype="float32", cache_bytes=0, managed=True).write(tmp_path / "pool.json")
     monkeypatch.setenv(MANIFEST_VARIABLE, str(path))
     return path
+
+
+@pytest.fixture(autouse=True)
+def takes_templates(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As of a vLLM that renders responses by the template that they bring, which is not imported here."""
+    monkeypatch.setattr(routes, "take_brought_templates", lambda: True)
 
 
 def config_with(section: str = "", **changes: Any) -> SimpleNamespace:
@@ -99,3 +106,14 @@ async def test_the_fence_is_closed_until_the_server_is_ready() -> None:
     with pytest.raises(ConfigError):
         await plugin.init_state(None, app.state, Namespace())
     assert app.state.cocktail_fence.state == "mixing"
+
+
+@pytest.mark.parametrize("takes", [True, False])
+def test_responses_are_shut_where_their_templates_would_be_left_aside(
+    takes: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(routes, "take_brought_templates", lambda: takes)
+    app = FastAPI()
+    CocktailEndpointPlugin().attach_router(app)
+    (fence,) = app.user_middleware
+    assert fence.kwargs["shut"] == (() if takes else ("/v1/responses",))

@@ -67,7 +67,7 @@ async def _ask(request: DirectRequest, path: str) -> None:
             wanted = _parsed(admitted, path, engine)
             served = await served_model(admitted, target)
             async with ended_with_client(request.receive):
-                answer = await _answer(wanted, engine)
+                answer = (await _answer(wanted, engine)).encode()
         admitted.metered.used(served, num_in=0)
         await request.answer(Response(answer, media_type="application/json"))
 
