@@ -45,19 +45,25 @@ serve: $(STAMP)
 # several processes share the cores in tests: threads that spin while they wait would take them from each other
 test test-unit test-integration test-full: export OMP_WAIT_POLICY ?= passive
 
+# so many processes share the tests: half of the time one waits for a server to start, on one core. 0: this one alone,
+# as engines that want a whole GPU need it. What of a file, or of the session, is started once stays with one of them
+# (tests/conftest.py)
+TEST_WORKERS ?= 2
+PYTEST := $(BIN)/python -m pytest --numprocesses $(TEST_WORKERS) --dist loadgroup --no-loadscope-reorder
+
 test: $(STAMP)
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 # schemathesis, which generates the requests of tests/schema, takes a second to import
 test-unit: $(STAMP)
-	$(BIN)/python -m pytest -p no:schemathesis tests/unit
+	$(PYTEST) -p no:schemathesis tests/unit
 
 test-integration: $(STAMP)
-	$(BIN)/python -m pytest tests/integration
+	$(PYTEST) tests/integration
 
 # an empty -m takes the place of the one in pyproject.toml that leaves the long tests out
 test-full: $(STAMP)
-	$(BIN)/python -m pytest -m ""
+	$(PYTEST) -m ""
 
 # mutmut lies beside the environment and not in it: it would bring a pytest of its own
 MUTMUT := $(VENV)/mutmut

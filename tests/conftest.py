@@ -122,6 +122,14 @@ def pytest_collection() -> Iterator[None]:
         gc.enable()
 
 
+def pytest_itemcollected(item: pytest.Item) -> None:
+    """Where several workers share the tests (`-n`), one of them runs all that need the stack, or the zoo, and all of a
+    file: what they share is started once."""
+    if item.config.pluginmanager.hasplugin("xdist"):
+        shared = {"stack", "zoo"}.intersection(getattr(item, "fixturenames", ()))
+        item.add_marker(pytest.mark.xdist_group(*shared or [item.path.stem]))
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Whoever needs the stack comes last: two idle engines beside the other tests would take their memory and cores."""
     items.sort(key=lambda item: "stack" in getattr(item, "fixturenames", ()))

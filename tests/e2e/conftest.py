@@ -182,14 +182,14 @@ def accepts(uds: Path) -> bool:
         return probe.connect_ex(str(uds)) == 0
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def untied_vllm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[VLLMServer]:
     """Untied embeddings; managed, as under a gateway: every request names its recipe."""
     with running_vllm(tmp_path_factory.mktemp("untied"), tied=False, managed=True) as server:
         yield server
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def tied_vllm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[VLLMServer]:
     """Tied embeddings; plain, as without a gateway."""
     with running_vllm(tmp_path_factory.mktemp("tied"), tied=True, managed=False) as server:

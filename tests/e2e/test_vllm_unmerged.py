@@ -58,7 +58,7 @@ def make_adapters(folder: Path, *, tied: bool) -> dict[str, Path]:
     return {name: folder / name for name in ("base", "red", "green", "blue")}
 
 
-@pytest.fixture(scope="session", params=[False, True], ids=["untied", "tied"])
+@pytest.fixture(scope="module", params=[False, True], ids=["untied", "tied"])
 def server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[VLLMServer]:
     folder = tmp_path_factory.mktemp("unmerged")
     folders = make_adapters(folder, tied=request.param)

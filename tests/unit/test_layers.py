@@ -93,7 +93,7 @@ def test_every_package_has_its_place() -> None:
     assert packages() - {"cli"} <= BELOW.keys()
 
 
-@pytest.mark.parametrize("package", BELOW)
+@pytest.mark.parametrize("package", sorted(BELOW))
 def test_a_package_imports_only_what_lies_below_it(package: str) -> None:
     wrong = [
         (file, ".".join(parts))
