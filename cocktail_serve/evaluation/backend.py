@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Protocol
 
 import numpy as np
 
+from cocktail_serve.digest import digest_of
 from cocktail_serve.dtypes import DType
 from cocktail_serve.examples import ExampleSet
+from cocktail_serve.offline.tuning import VERSION
 from cocktail_serve.pool import Pool
 from cocktail_serve.recipe import Recipe
-from cocktail_serve.scoring.decoder import TokenizedExample
+from cocktail_serve.scoring.decoder import LOSS_VERSION, TokenizedExample
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,11 +31,34 @@ class EvaluatedMixture:
     about: Mapping[str, Any]
 
 
+@dataclass(frozen=True)
+class TunedRecipe:
+    """What an adapter of the base is tuned from (`offline.tuning`): a model that no mixture is.
+
+    Attributes:
+        base: fingerprint of the pool's base.
+        text: the pool's text digest: what makes tokens of the examples.
+        dtype: of the base's parameters; the adapter's are float32.
+    """
+
+    base: str
+    text: str
+    dtype: DType
+    examples: ExampleSet
+    seed: int
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of all that decides the adapter, 64 hex characters."""
+        fields = {"base": self.base, "text": self.text, "dtype": self.dtype, "seed": self.seed}
+        return digest_of({"tuned": VERSION, "losses": LOSS_VERSION, "examples": self.examples.digest, **fields})
+
+
 @dataclass(frozen=True, slots=True)
 class EnsemblePart:
-    """A mixture and its share of the answer: 1 for most systems, several parts for an ensemble."""
+    """A model and its share of the answer: 1 for most systems, several parts for an ensemble."""
 
-    recipe: Recipe
+    recipe: Recipe | TunedRecipe
     share: float
 
 
@@ -68,7 +94,15 @@ class DecoderBackend(Backend, Protocol):
     tokenizer: Any
     max_tokens: int
 
-    def log_probs(self, recipe: Recipe, tokenized: Sequence[TokenizedExample]) -> list[np.ndarray]:
+    def tune(self, examples: ExampleSet, *, seed: int) -> tuple[TunedRecipe, Mapping[str, Any]]:
+        """Tunes an adapter of the base on examples: what it can be asked by, and what is to be said about it.
+
+        Raises:
+            ClientError: peft is not installed, or this backend cannot tune.
+        """
+        ...
+
+    def log_probs(self, recipe: Recipe | TunedRecipe, tokenized: Sequence[TokenizedExample]) -> list[np.ndarray]:
         """Log-probability (nats) of each output token, `[T]` float64 for each example."""
         ...
 

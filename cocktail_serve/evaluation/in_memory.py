@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import numpy as np
@@ -13,12 +14,15 @@ from cocktail_serve.cocktails.parsing import parse_inline
 from cocktail_serve.cocktails.weighting_steps import recipe_of
 from cocktail_serve.config import PoolConfig, Settings
 from cocktail_serve.errors import CheckpointError
-from cocktail_serve.evaluation.backend import EnsemblePart, EvaluatedMixture
+from cocktail_serve.evaluation.backend import EnsemblePart, EvaluatedMixture, TunedRecipe
 from cocktail_serve.evaluation.cells import CellStore
+from cocktail_serve.evaluation.systems import NotMade
 from cocktail_serve.examples import ExampleSet
+from cocktail_serve.offline import tuning
 from cocktail_serve.offline.models import TransformersModels, translated
+from cocktail_serve.offline.tuning import Tuned, applied
 from cocktail_serve.offline.weighing import weigh_by
-from cocktail_serve.pool import Pool
+from cocktail_serve.pool import BASE, Pool
 from cocktail_serve.progress import OnProgress
 from cocktail_serve.recipe import Recipe, one_hot, settings_of
 from cocktail_serve.scoring import contrastive, decoder
@@ -100,13 +104,25 @@ class InMemoryDecoders(_InMemory):
             raise CheckpointError(f"{pool.base.path} does not say its context length; set engine.max_model_len")
         self.tokenizer = self._models.tokenizer
         self.max_tokens = self._models.max_tokens
+        self._last_tuned: tuple[str, Tuned] | None = None
 
     def close(self) -> None:
         pass
 
-    def log_probs(self, recipe: Recipe, tokenized: Sequence[TokenizedExample]) -> list[np.ndarray]:
-        model = self._models.use(recipe)
-        with translated(self.pool):
+    def tune(self, examples: ExampleSet, *, seed: int) -> tuple[TunedRecipe, Mapping[str, Any]]:
+        if not tuning.is_available():
+            raise NotMade(f"tune needs the package peft, which is not installed here: {tuning.INSTALL}")
+        recipe = TunedRecipe(self.pool.base.fingerprint, self.pool.text_digest, self.dtype, examples, seed)
+        key = {"tuned": recipe.digest}
+        about = self._store.get(key)
+        if about is None:
+            tuned = self._tuned(recipe)
+            about = {"num_steps": tuned.num_steps, "held_out": list(tuned.held_out)}
+            self._store.put(key, about)
+        return recipe, about
+
+    def log_probs(self, recipe: Recipe | TunedRecipe, tokenized: Sequence[TokenizedExample]) -> list[np.ndarray]:
+        with translated(self.pool), self._using(recipe) as model:
             return decoder.token_log_probs(model, tokenized)
 
     def generate(
@@ -114,11 +130,11 @@ class InMemoryDecoders(_InMemory):
     ) -> list[str]:
         from cocktail_serve.evaluation.generation import generate_texts
 
-        if len(parts) == 1:
-            models = [self._models.use(parts[0].recipe)]
-        else:
-            models = [self._models.make(part.recipe) for part in parts]
-        with translated(self.pool):
+        with translated(self.pool), ExitStack() as stack:
+            if len(parts) == 1:
+                models = [stack.enter_context(self._using(parts[0].recipe))]
+            else:
+                models = [self._models.make(part.recipe) for part in parts if isinstance(part.recipe, Recipe)]
             return generate_texts(
                 models,
                 [part.share for part in parts],
@@ -130,15 +146,39 @@ class InMemoryDecoders(_InMemory):
             )
 
     def _stop_token_ids(self, parts: Sequence[EnsemblePart]) -> list[int]:
-        settings = [settings_of(part.recipe, self.pool) for part in parts]
+        settings = [settings_of(self._merged(part.recipe), self.pool) for part in parts]
         return sorted({token for each in settings if each is not None for token in each.stop_token_ids})
+
+    @contextmanager
+    def _using(self, recipe: Recipe | TunedRecipe) -> Iterator[Any]:
+        """The model of a recipe, for as long as it is open."""
+        model = self._models.use(self._merged(recipe))
+        with applied(model, self._tuned(recipe).factors if isinstance(recipe, TunedRecipe) else {}):
+            yield model
+
+    def _merged(self, recipe: Recipe | TunedRecipe) -> Recipe:
+        """The recipe of a model's parameters: of a tuned one, the base that its adapter is beside."""
+        return recipe if isinstance(recipe, Recipe) else one_hot(self.pool, BASE, dtype=self.dtype)
+
+    def _tuned(self, recipe: TunedRecipe) -> Tuned:
+        """The adapter of a recipe; the one before it is gone."""
+        if self._last_tuned is None or self._last_tuned[0] != recipe.digest:
+            self._report("tuning", 0, 1)
+            model = self._models.use(self._merged(recipe))
+            with translated(self.pool):
+                tuned = tuning.tune(model, self._tokenized(recipe.examples), seed=recipe.seed)
+            self._last_tuned = recipe.digest, tuned
+            self._report("tuning", 1, 1)
+        return self._last_tuned[1]
+
+    def _tokenized(self, examples: ExampleSet) -> list[TokenizedExample]:
+        return tokenize_examples(
+            self.tokenizer, examples, max_tokens=self.max_tokens - 1, chat_template=self.pool.chat_template
+        )
 
     def _measure(self, recipe: Recipe, examples: ExampleSet, rows: Sequence[int] | None) -> list[float]:
         asked = examples if rows is None else examples.subset(rows)
-        tokenized = tokenize_examples(
-            self.tokenizer, asked, max_tokens=self.max_tokens - 1, chat_template=self.pool.chat_template
-        )
-        return [decoder.mean_loss(of_tokens) for of_tokens in self.log_probs(recipe, tokenized)]
+        return [decoder.mean_loss(of_tokens) for of_tokens in self.log_probs(recipe, self._tokenized(asked))]
 
 
 class InMemoryEncoders(_InMemory):

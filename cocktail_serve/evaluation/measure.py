@@ -101,7 +101,7 @@ class Measurer:
         queries, documents = list(task.queries), list(task.corpus)
         scores = np.zeros((len(queries), len(documents)))
         for part in contender.parts:
-            of_queries, of_documents = self._embeddings(part.recipe, task)
+            of_queries, of_documents = self._embeddings(cast(Recipe, part.recipe), task)
             scores += part.share * (of_queries.astype(np.float64) @ of_documents.astype(np.float64).T)
         depth = min(DEPTH, len(documents))
         rankings = {}

@@ -17,7 +17,7 @@ from cocktail_serve.api_client import ServerClient
 from cocktail_serve.config import PoolConfig
 from cocktail_serve.digest import digest_of
 from cocktail_serve.errors import ConfigError, InvalidRequestError, MethodNotServedError, WeightingNotServedError
-from cocktail_serve.evaluation.backend import EnsemblePart, EvaluatedMixture
+from cocktail_serve.evaluation.backend import EnsemblePart, EvaluatedMixture, TunedRecipe
 from cocktail_serve.evaluation.systems import NotMade
 from cocktail_serve.examples import ExampleSet
 from cocktail_serve.imported_recipe import read_recipe
@@ -103,7 +103,7 @@ class _Served:
         found = self._client.call("POST", "/v1/cocktails", body, params={"dry_run": "true"})["losses"]
         return {name: [found[name]] * len(examples) for name in names}
 
-    def _model_id(self, recipe: Recipe) -> str:
+    def _model_id(self, recipe: Recipe | TunedRecipe) -> str:
         try:
             return self._model_ids[recipe.digest]
         except KeyError:
@@ -129,7 +129,10 @@ class ServedDecoders(_Served):
         self.tokenizer = models.tokenizer
         self.max_tokens = models.max_tokens
 
-    def log_probs(self, recipe: Recipe, tokenized: Sequence[TokenizedExample]) -> list[np.ndarray]:
+    def tune(self, examples: ExampleSet, *, seed: int) -> tuple[TunedRecipe, Mapping[str, Any]]:
+        raise NotMade("no server tunes an adapter for itself: leave --base-url out")
+
+    def log_probs(self, recipe: Recipe | TunedRecipe, tokenized: Sequence[TokenizedExample]) -> list[np.ndarray]:
         model = self._model_id(recipe)
 
         def ask(example: TokenizedExample) -> np.ndarray:

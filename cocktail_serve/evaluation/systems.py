@@ -10,10 +10,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 from cocktail_serve.errors import ClientError, InvalidRequestError
-from cocktail_serve.evaluation.backend import Backend, EnsemblePart, EvaluatedMixture
+from cocktail_serve.evaluation.backend import Backend, DecoderBackend, EnsemblePart, EvaluatedMixture
 from cocktail_serve.examples import ExampleSet, TextExample
 from cocktail_serve.pool import BASE, Kind
 from cocktail_serve.recipe import one_hot
@@ -170,6 +170,11 @@ def _gradient(backend: Backend, occasion: Occasion) -> Contender:
     return _mixture(backend.mix(_softmax(occasion) | {"weighting": "gradient"}))
 
 
+def _tune(backend: Backend, occasion: Occasion) -> Contender:
+    recipe, about = cast(DecoderBackend, backend).tune(occasion.given(), seed=occasion.seed)
+    return Contender((EnsemblePart(recipe, 1.0),), None, about)
+
+
 def _search(backend: Backend, occasion: Occasion) -> Contender:
     return _mixture(backend.mix(_weighed(occasion) | {"weighting": "search"}))
 
@@ -244,6 +249,12 @@ SYSTEMS: Mapping[str, System] = {
             "Any coefficients, learned from those of lm-cocktail on as far as held-out loss falls.",
             _gradient,
             reads_temperature=True,
+        ),
+        System(
+            "tune",
+            "No mixture: a LoRA adapter of the base, tuned on the examples as far as held-out loss falls.",
+            _tune,
+            kinds=("decoder",),
         ),
         System("blackbox", "Any coefficients, searched without gradients (LoraHub).", _blackbox),
         System(

@@ -18,6 +18,7 @@ from cocktail_serve.examples import ChatExample, ExampleSet, RetrievalExample, T
 from cocktail_serve.generation_settings import ChatTemplate
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import PreTrainedModel
 
     from cocktail_serve.scoring.exported_tokenizer import ExampleTokenizer
@@ -90,30 +91,44 @@ def mean_loss(log_probs: np.ndarray) -> float:
 def token_log_probs(model: PreTrainedModel, tokenized: Sequence[TokenizedExample]) -> list[np.ndarray]:
     """Log-probability (nats) of each token of each example's output, `[T]` float64.
 
-    Log-probabilities are taken in float32 whatever the model's dtype. Examples of like length share a batch of at most
-    `MAX_BATCH_TOKENS` tokens, padded on the right, where causal attention cannot see it; so a model needs no pad token.
-    Logits are computed from the first output token of a batch on, where the model can leave out those before it.
+    Examples of like length share a batch of at most `MAX_BATCH_TOKENS` tokens.
+    """
+    import torch
+
+    log_probs: dict[int, np.ndarray] = {}
+    with torch.inference_mode():
+        for batch in batches_by_length([len(example.token_ids) for example in tokenized]):
+            of_batch = batch_log_probs(model, [tokenized[index] for index in batch])
+            log_probs |= {index: of_row.double().cpu().numpy() for index, of_row in zip(batch, of_batch, strict=True)}
+    return [log_probs[index] for index in range(len(tokenized))]
+
+
+def batch_log_probs(model: PreTrainedModel, tokenized: Sequence[TokenizedExample]) -> list[Tensor]:
+    """Log-probability (nats) of each token of each example's output, `[T]` float32, in one forward pass.
+
+    They are taken in float32 whatever the model's dtype, and can be differentiated. Examples are padded on the right,
+    where causal attention cannot see it; so a model needs no pad token. Logits are computed from the first output token
+    of the batch on, where the model can leave out those before it.
     """
     import torch
 
     leaves_out = "logits_to_keep" in inspect.signature(model.forward).parameters
-    log_probs: dict[int, np.ndarray] = {}
-    with torch.inference_mode():
-        for batch in batches_by_length([len(example.token_ids) for example in tokenized]):
-            rows = [torch.tensor(tokenized[index].token_ids, device=model.device) for index in batch]
-            input_ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=0)
-            lengths = torch.tensor([len(row) for row in rows], device=model.device)
-            attention_mask = torch.arange(input_ids.shape[1], device=model.device) < lengths[:, None]
-            first = min(tokenized[index].output_start for index in batch) - 1 if leaves_out else 0
-            kept = {"logits_to_keep": input_ids.shape[1] - first} if leaves_out else {}
-            # [B, T - first, V]; position t predicts token first + t + 1
-            logits = model(input_ids=input_ids, attention_mask=attention_mask.long(), use_cache=False, **kept).logits
-            for position, index in enumerate(batch):
-                start, row = tokenized[index].output_start, rows[position]
-                predicted = logits[position, start - 1 - first : len(row) - 1 - first].float()
-                losses = torch.nn.functional.cross_entropy(predicted, row[start:], reduction="none")
-                log_probs[index] = -losses.double().cpu().numpy()
-    return [log_probs[index] for index in range(len(tokenized))]
+    rows = [torch.tensor(example.token_ids, device=model.device) for example in tokenized]
+    input_ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=0)
+    lengths = torch.tensor([len(row) for row in rows], device=model.device)
+    attention_mask = torch.arange(input_ids.shape[1], device=model.device) < lengths[:, None]
+    first = min(example.output_start for example in tokenized) - 1 if leaves_out else 0
+    kept = {"logits_to_keep": input_ids.shape[1] - first} if leaves_out else {}
+    # [B, T - first, V]; position t predicts token first + t + 1
+    logits = model(input_ids=input_ids, attention_mask=attention_mask.long(), use_cache=False, **kept).logits
+    return [
+        -torch.nn.functional.cross_entropy(
+            of_row[example.output_start - 1 - first : len(row) - 1 - first].float(),
+            row[example.output_start :],
+            reduction="none",
+        )
+        for of_row, example, row in zip(logits, tokenized, rows, strict=True)
+    ]
 
 
 class _Row:

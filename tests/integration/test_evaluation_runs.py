@@ -105,13 +105,43 @@ def test_the_target_is_in_no_mixture_but_its_own(everything):
     weights = {
         cell.system: cell.about["merging_weights"]
         for cell in result.cells
-        if cell.task == "capitals" and cell.system != "icl"
+        if cell.task == "capitals" and cell.system not in ("icl", "tune")
     }
     assert weights["lm-cocktail-2"] == {"base": 0.5, "nq": 0.5}
     assert weights["lm-cocktail-10 tau=5"]["nq"] == 0.5
     for system in ("lm-cocktail tau=5", "soup", "blackbox", "ensemble tau=5", "best-single"):
         assert "nq" not in weights[system]
     assert all("multitask" not in of_system for name, of_system in weights.items() if name != "multitask")
+
+
+def test_a_tuned_base_tells_how_far_it_went_and_is_tuned_once(folder, monkeypatch):
+    from cocktail_serve.offline import tuning
+
+    settings, out, tunings = load_settings(folder / "config.yaml"), folder / "tuned", []
+    tune = tuning.tune
+    monkeypatch.setattr(tuning, "tune", lambda *args, **how: tunings.append(1) or tune(*args, **how))
+    losses = []
+    for _ in range(2):
+        with open_evaluation(settings, "flan", out=out) as evaluation:
+            task = entry(folder, "capitals", target="nq")
+            contender = evaluation.make(SYSTEMS["tune"], evaluation.occasion(task))
+            cell = evaluation.measure("tune", contender, task.task)
+            of_base = evaluation.measure("base", evaluation.make(SYSTEMS["base"], evaluation.occasion(task)), task.task)
+            losses.append(cell.metrics["loss"])
+    assert len(tunings) == 1
+    assert losses[0] == losses[1]
+    held_out = cell.about["held_out"]
+    assert held_out[cell.about["num_steps"]] == min(held_out) <= held_out[0]
+    assert cell.about["num_steps"] > 0
+    assert cell.mean("loss") < of_base.mean("loss")
+
+
+def test_without_peft_nothing_is_tuned_and_the_command_says_how_to_get_it(folder, monkeypatch):
+    monkeypatch.setattr("cocktail_serve.offline.tuning.is_available", lambda: False)
+    with open_evaluation(load_settings(folder / "config.yaml"), "flan") as evaluation:
+        occasion = evaluation.occasion(entry(folder, "capitals"))
+        with pytest.raises(NotMade, match=r"peft.*pip install 'cocktail-serve\[eval\]'"):
+            evaluation.make(SYSTEMS["tune"], occasion)
 
 
 def test_likelihoods_are_those_of_transformers(everything, folder):
