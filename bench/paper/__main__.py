@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.machine import describe_machine
-from bench.paper import alphas, counts, published, show, targets, trials, unseen
+from bench.paper import alphas, counts, published, show, targets, trials, unseen, weightings
 from bench.paper.session import Session, open_session
 from bench.paper.setting import FOLDER, PoolKind, load_setting
 from cocktail_serve.cli.terminal import progress
@@ -81,6 +81,14 @@ def table_of_verdicts(session: Session, out: Path, name: str) -> Mapping[str, An
     return _written(session, out, name, result, show.trials_text(f"The report's verdict, {session.kind}s", result))
 
 
+def table_of_weightings(session: Session, out: Path, name: str) -> Mapping[str, Any]:
+    trials = weightings.measure(session, session.pool.unseen)
+    result = weightings.table(trials)
+    text = show.weightings_text("Weightings, and tuning on the same examples", result)
+    _written(session, out, name, {"examples": result, "trials": weightings.summaries(trials)}, text)
+    return result
+
+
 COMMANDS: Mapping[str, tuple[PoolKind, Callable[[Session, Path, str], Mapping[str, Any]]]] = {
     "fig1": ("decoder", figure1),
     "fig1-encoder": ("encoder", figure1),
@@ -94,6 +102,7 @@ COMMANDS: Mapping[str, tuple[PoolKind, Callable[[Session, Path, str], Mapping[st
     "fig3": ("encoder", figure_of_alphas),
     "table8": ("decoder", table_of_tasks),
     "table9": ("encoder", table_of_tasks),
+    "weightings": ("decoder", table_of_weightings),
     "verdict": ("decoder", table_of_verdicts),
     "verdict-encoder": ("encoder", table_of_verdicts),
 }
@@ -112,7 +121,13 @@ def main() -> None:
             if not wanted:
                 continue
             with open_session(
-                setting, kind, pools=options.pools, data=options.data, work=options.work, report=report
+                setting,
+                kind,
+                pools=options.pools,
+                data=options.data,
+                work=options.work,
+                is_kept_only=options.kept_only,
+                report=report,
             ) as session:
                 for name in wanted:
                     started_at = time.monotonic()
@@ -137,6 +152,9 @@ def _parser() -> argparse.ArgumentParser:
         )
     parser.add_argument("--work", type=Path, default=Path("build/paper"), help="What is measured is kept here.")
     parser.add_argument("--out", type=Path, help="Folder of the results; omitted: results/<setting> beside this file.")
+    parser.add_argument(
+        "--kept-only", action="store_true", help="Of an unmerged pool: tables of what was measured, nothing computed."
+    )
     parser.add_argument(
         "--without-multitask", action="store_true", help="Neither train nor measure the multitask models."
     )

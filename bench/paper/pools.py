@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 from bench.paper.setting import PoolKind, Setting
+from cocktail_serve.examples import read_jsonl
 from cocktail_serve.pool import BASE
 from cocktail_serve.progress import OnProgress
 
@@ -27,7 +28,9 @@ def prepare(setting: Setting, kind: PoolKind, *, pools: Path, data: Path, work: 
     pool = setting.pool(kind)
     base = _packaged_minilm() if pool.base is None else _source(pool.base, pools)
     experts = {
-        name: _folded(kind, base, _source(source, pools), work / kind / "folded" / name)
+        name: _source(source, pools)
+        if pool.unmerged
+        else _folded(kind, base, _source(source, pools), work / kind / "folded" / name)
         for name, source in pool.experts.items()
     }
     if pool.boundaries:
@@ -54,6 +57,40 @@ def prepare(setting: Setting, kind: PoolKind, *, pools: Path, data: Path, work: 
 def multitask_folder(setting: Setting, kind: PoolKind, work: Path) -> Path | None:
     """Where `prepare` put the multitask model, or None where the setting has none."""
     return None if setting.pool(kind).multitask is None else work / kind / "multitask"
+
+
+def task_rows(setting: Setting, kind: PoolKind, *, data: Path, work: Path) -> Path:
+    """Folder of the tasks that are measured: that of the data, or what is made of it where rows are turns of a chat."""
+    pool = setting.pool(kind)
+    if not pool.chat:
+        return data / pool.data
+    from transformers import AutoTokenizer
+
+    config = yaml.safe_load((work / kind / "pool.yaml").read_text())["pools"][0]
+    tokenizer = AutoTokenizer.from_pretrained(config["base"], local_files_only=True)
+    out = work / kind / "tasks"
+    for task in {*pool.targets, *pool.others, *pool.unseen}:
+        folder = data / pool.data / task
+        for name, sources in (("train", ("train.jsonl", "dev.jsonl")), ("test", ("test.jsonl",))):
+            files = [file for source in sources for file in (folder / source, *sorted(folder.glob(f"*/{source}")))]
+            rows = [row for file in files if file.is_file() for row in read_jsonl(file.read_text())]
+            (out / task).mkdir(parents=True, exist_ok=True)
+            (out / task / f"{name}.jsonl").write_text(
+                "".join(json.dumps(_as_turn(tokenizer, row)) + "\n" for row in rows if _fits(row, pool.max_characters))
+            )
+    return out
+
+
+def _fits(row: Mapping[str, Any], max_characters: int | None) -> bool:
+    return max_characters is None or len(row["input"]) + len(row["output"]) <= max_characters
+
+
+def _as_turn(tokenizer: Any, row: Mapping[str, Any]) -> dict[str, str]:
+    """The input as a user's message and what the template puts before an answer: it ends in a line break, so nothing
+    joins it with the output. Choices are left out: an answer of a letter is measured by its loss."""
+    turn = [{"role": "user", "content": row["input"]}]
+    text = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
+    return {"input": text, "output": row["output"]}
 
 
 def _source(source: str, pools: Path) -> str:

@@ -8,10 +8,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from bench.paper.pools import multitask_folder, prepare
+from bench.paper.pools import multitask_folder, prepare, task_rows
 from bench.paper.setting import PoolKind, PoolSetting, Setting
 from cocktail_serve.config import TEMPERATURES, load_settings
 from cocktail_serve.evaluation.measure import Measuring
+from cocktail_serve.evaluation.metrics import Metric
 from cocktail_serve.evaluation.runs import Evaluation, RunEntry, open_evaluation
 from cocktail_serve.evaluation.systems import SYSTEMS, Contender
 from cocktail_serve.evaluation.tasks import DecoderTask, Task, load_task, sample_examples
@@ -57,6 +58,9 @@ class Session:
         pool: of the setting.
         evaluation: of the library.
         default_temperature: the server's, where a request to a pool of this kind names none.
+
+    Args:
+        data: folder of the tasks.
     """
 
     def __init__(
@@ -68,7 +72,7 @@ class Session:
         self.evaluation = evaluation
         self.default_temperature = TEMPERATURES[kind]
         self.report = report
-        self._data = data / self.pool.data
+        self._data = data
         self._tasks: dict[tuple[str, bool], Task] = {}
         self._examples: dict[tuple[str, int, int], ExampleSet] = {}
 
@@ -125,9 +129,10 @@ class Session:
         loss = cell.metrics.get("loss")
         return Scores(list(cell.metrics[metric]), None if loss is None else list(loss), cell.about)
 
-    def metric(self, task: str) -> str:
+    def metric(self, task: str) -> Metric:
         """What stands for a task in a mean."""
-        return self.pool.metrics.get(task, "accuracy" if self.kind == "decoder" else "ndcg@10")
+        usual: Metric = "accuracy" if self.kind == "decoder" else "ndcg@10"
+        return self.pool.metrics.get(task, self.pool.measured[0] if self.pool.measured else usual)
 
     def having(self, systems: Sequence[System]) -> list[System]:
         """Those of the systems that the pool has: no in-context examples for encoders, multitask where there is one."""
@@ -154,17 +159,27 @@ class Session:
 
 @contextmanager
 def open_session(
-    setting: Setting, kind: PoolKind, *, pools: Path, data: Path, work: Path, report: OnProgress
+    setting: Setting,
+    kind: PoolKind,
+    *,
+    pools: Path,
+    data: Path,
+    work: Path,
+    is_kept_only: bool = False,
+    report: OnProgress,
 ) -> Iterator[Session]:
     """Prepares the pool where it is not, and opens it."""
     config = prepare(setting, kind, pools=pools, data=data, work=work, report=report)
-    how = Measuring(max_new_tokens=setting.pool(kind).max_new_tokens)
-    with open_evaluation(
-        load_settings(config, environ={}),
-        kind,
-        out=work / kind,
-        how=how,
-        multitask=multitask_folder(setting, kind, work),
-        report=report,
-    ) as evaluation:
-        yield Session(setting, kind, evaluation, data, report)
+    pool = setting.pool(kind)
+    how = Measuring(metrics=pool.measured, max_new_tokens=pool.max_new_tokens)
+    settings = load_settings(config, environ={})
+    rows = task_rows(setting, kind, data=data, work=work)
+    if pool.unmerged:
+        from bench.paper.unmerged import open_unmerged
+
+        opened = open_unmerged(settings, kind, out=work / kind, how=how, is_kept_only=is_kept_only, report=report)
+    else:
+        multitask = multitask_folder(setting, kind, work)
+        opened = open_evaluation(settings, kind, out=work / kind, how=how, multitask=multitask, report=report)
+    with opened as evaluation:
+        yield Session(setting, kind, evaluation, rows, report)

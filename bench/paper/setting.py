@@ -8,6 +8,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field
 
+from cocktail_serve.errors import ConfigError
 from cocktail_serve.evaluation.metrics import Metric
 
 FOLDER = Path(__file__).parent
@@ -36,6 +37,12 @@ class PoolSetting(_Section):
         metrics: by task, where it is not accuracy (decoders) or NDCG@10 (encoders).
         boundaries: what prompts end with, where a pool was trained with BOS before a text and the space behind these as
             a token of its own, and its tokenizer does neither: it is made to.
+        chat: every row is a turn of a chat, as the chat template of the base writes it; a task without files of its own
+            is the rows of all folders in it.
+        max_characters: rows of decoders that are longer, input and output together, are left out, as rows to be
+            measured and as examples; None: none are.
+        unmerged: the experts are LoRA adapters, and mixtures are made while the base computes.
+        measured: what is measured of a task; None: all that it has.
         multitask: `TrainSettings` and `max_rows` of the multitask model; None: there is none.
     """
 
@@ -53,11 +60,21 @@ class PoolSetting(_Section):
     alpha_targets: list[str]
     metrics: dict[str, Metric] = Field(default_factory=dict)
     boundaries: list[str] = Field(default_factory=list)
+    chat: bool = False
+    max_characters: int | None = None
+    unmerged: bool = False
+    measured: tuple[Metric, ...] | None = None
     multitask: dict[str, Any] | None = None
 
 
 class Setting(_Section):
-    """All of a YAML file; `selective` is the temperature of a second LM-Cocktail 10, beside the paper's."""
+    """All of a YAML file.
+
+    Attributes:
+        selective: the temperature of a second LM-Cocktail 10, beside the paper's.
+        example_counts: numbers of examples that weightings are compared at.
+        decoder: None: the setting has no such pool, as the next.
+    """
 
     seeds: list[int]
     num_examples: int = 5
@@ -65,17 +82,26 @@ class Setting(_Section):
     selective: float
     alphas: list[float]
     table5: list[int | None]
-    decoder: PoolSetting
-    encoder: PoolSetting
+    example_counts: list[int] = Field(default=[5])
+    decoder: PoolSetting | None = None
+    encoder: PoolSetting | None = None
 
     def pool(self, kind: PoolKind) -> PoolSetting:
-        return self.decoder if kind == "decoder" else self.encoder
+        """The pool of a kind.
+
+        Raises:
+            ConfigError: the setting has none.
+        """
+        pool = self.decoder if kind == "decoder" else self.encoder
+        if pool is None:
+            raise ConfigError(f"this setting has no pool of {kind}s: leave out what is made of one")
+        return pool
 
     def without_multitask(self) -> Setting:
         """The same with no multitask models."""
-        bare = {"multitask": None}
+        pools = {"decoder": self.decoder, "encoder": self.encoder}
         return self.model_copy(
-            update={"decoder": self.decoder.model_copy(update=bare), "encoder": self.encoder.model_copy(update=bare)}
+            update={kind: pool and pool.model_copy(update={"multitask": None}) for kind, pool in pools.items()}
         )
 
 

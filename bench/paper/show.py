@@ -97,6 +97,44 @@ def unseen_text(title: str, groups: Mapping[str, Mapping[str, Any]], theirs: Map
     return "".join(parts)
 
 
+def weightings_text(title: str, result: Mapping[str, Any]) -> str:
+    """Weightings beside base, best single expert, softmax at its best and tuning, by number of examples."""
+    parts = [
+        f"# {title}\n\nLoss of the answer in nats per token, mean over tasks, each a mean over draws of its examples; "
+        "95 % paired bootstrap intervals over rows. Below: in how many trials (draws of tasks) a system lost less.\n"
+    ]
+    for num, of_count in result.items():
+        rows, num_trials = of_count["rows"], len(of_count["trials"])
+        references = list(dict.fromkeys(key for row in rows.values() for key in row if key.startswith("less ")))
+        tasks = list(next(iter(rows.values()))["tasks"])
+        parts.append(f"\n## {num} examples\n\n{num_trials} trials of {len(tasks)} tasks.\n\n")
+        parts.append(
+            markdown(
+                ["system", "loss", *references, "below base", "below best single"],
+                [
+                    [
+                        label,
+                        told(row["loss"], 3),
+                        *(told(row[key], 3) if key in row else "" for key in references),
+                        *(f"{row[key]} of {num_trials}" for key in ("below base", "below best single")),
+                    ]
+                    for label, row in rows.items()
+                ],
+            )
+        )
+        by_task = [[label, *(f"{row['tasks'][task]:.3f}" for task in tasks)] for label, row in rows.items()]
+        parts.append(f"\nBy task:\n\n{markdown(['system', *tasks], by_task)}")
+        for rule in of_count["rules"]:
+            lessened = "; ".join(f"{key} {told(rule[key], 3)}" for key in rule if key.startswith("less "))
+            parts.append(
+                f"\nOf the weightings **{rule['rule']}** loses least on {', '.join(rule['chosen on'])}. On "
+                f"{', '.join(rule['reported on'])} it loses {told(rule['loss'], 3)}: {lessened}; below the base in "
+                f"{rule['below base']} of {rule['trials']} trials, below the best single expert in "
+                f"{rule['below best single']}.\n"
+            )
+    return "".join(parts)
+
+
 def counts_text(title: str, groups: Mapping[str, Mapping[str, Any]]) -> str:
     """Table 5."""
     parts = [f"# {title}\n\n{NOTE}\n"]

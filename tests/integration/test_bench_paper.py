@@ -4,13 +4,22 @@ from __future__ import annotations
 
 import json
 import sys
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
 import yaml
 
 from bench.paper import __main__ as paper
-from bench.paper import show
+from bench.paper import show, weightings
+from bench.paper.session import Session, open_session
+from bench.paper.setting import load_setting
+from cocktail_serve.examples import ExampleSet, TextExample
+from cocktail_serve.offline.models import TransformersModels
+from cocktail_serve.progress import silent
+from cocktail_serve.recipe import make_recipe
+from cocktail_serve.scoring.decoder import token_log_probs, tokenize_examples
+from tests.adapters import train_adapter
 from tests.models import make_decoder_pool
 
 LABELS = ("paris", "berlin")
@@ -139,6 +148,87 @@ def test_numbers_of_examples(folders: dict[str, Path], monkeypatch: pytest.Monke
     ]
 
 
+@pytest.fixture(scope="module")
+def adapters(folders: dict[str, Path]) -> dict[str, Path]:
+    """The same tasks as turns of a chat, over a pool of adapters."""
+    root, pools = folders["root"], folders["root"] / "pools" / "decoder"
+    for seed, name in enumerate(("capitals", "cards"), start=1):
+        train_adapter(pools / "base", pools / f"{name}-lora", seed=seed)
+    pool = {
+        "base": "decoder/base",
+        "experts": {"capitals": "decoder/capitals-lora", "cards": "decoder/cards-lora"},
+        "engine": {"type": "vllm", "dtype": "float32"},
+        "data": "decoder",
+        "chat": True,
+        "max_characters": 60,
+        "unmerged": True,
+        "measured": ["loss"],
+        "targets": {},
+        "others": [],
+        "unseen": ["rivers", "cards"],
+        "alpha_targets": [],
+    }
+    setting = {"seeds": [0, 1], "temperatures": [5.0, 0.2], "selective": 0.2, "alphas": [], "table5": []}
+    (root / "chat.yaml").write_text(yaml.safe_dump({**setting, "example_counts": [2], "decoder": pool}))
+    return folders
+
+
+def open_chat(adapters: dict[str, Path], **options: bool) -> AbstractContextManager[Session]:
+    root = adapters["root"]
+    folders = {name: root / name for name in ("pools", "data")}
+    setting = load_setting(str(root / "chat.yaml"))
+    return open_session(setting, "decoder", **folders, work=root / "chat", report=silent, **options)
+
+
+def test_mixtures_of_adapters_lose_what_merged_ones_lose(adapters: dict[str, Path]) -> None:
+    with open_chat(adapters) as session:
+        backend, task = session.evaluation.backend, session.task("rivers")
+        rows = ExampleSet.of(TextExample(row.input, row.output) for row in task.rows)
+        tokenized = tokenize_examples(backend.tokenizer, rows, max_tokens=99)
+        models = TransformersModels(backend.pool, session.evaluation.settings.pool("decoder"))
+        for weights in ({"base": 1.0}, {"capitals": 1.0}, {"base": -0.2, "capitals": 0.7, "cards": 0.5}):
+            recipe = make_recipe(backend.pool, weights, dtype="float32")
+            merged = token_log_probs(models.use(recipe), tokenized)
+            for ours, theirs in zip(backend.log_probs(recipe, tokenized), merged, strict=True):
+                assert ours == pytest.approx(theirs, abs=1e-3)
+
+
+def test_weightings_are_compared_with_tuning_and_goes_on_where_it_was(
+    adapters: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in ("weighting.gradient", "offline.tuning"):
+        monkeypatch.setattr(f"cocktail_serve.{module}.STEPS", 2)
+    with open_chat(adapters, is_kept_only=True) as session:
+        assert weightings.measure(session, ["rivers"]) == []
+    with open_chat(adapters) as session:
+        assert all(row.input.startswith("<s><|user|>") for row in session.task("rivers").rows)
+        trials = weightings.measure(session, ["rivers", "cards"])
+    assert [(trial.seed, trial.task) for trial in trials] == [(0, "rivers"), (0, "cards"), (1, "rivers"), (1, "cards")]
+    with open_chat(adapters, is_kept_only=True) as session:
+        assert weightings.measure(session, ["rivers", "cards"]) == trials
+    result = weightings.table(trials)["2"]
+    rows = result["rows"]
+    assert list(rows) == [
+        "base",
+        "best single expert",
+        "uniform soup",
+        "LM-Cocktail, tau 5",
+        "LM-Cocktail, tau 0.2",
+        "gradient",
+        "tune",
+    ]
+    for label, row in rows.items():
+        assert row["loss"]["mean"] == pytest.approx(sum(row["tasks"].values()) / 2, abs=1e-3)
+        assert row["below base"] == sum(trial.mean(label) < trial.mean("base") - weightings.LEAST for trial in trials)
+    assert rows["tune"]["less base"]["mean"] == pytest.approx(
+        rows["tune"]["loss"]["mean"] - rows["base"]["loss"]["mean"], abs=2e-3
+    )
+    first, second = result["rules"]
+    assert (first["chosen on"], first["reported on"]) == (second["reported on"], second["chosen on"])
+    assert first["rule"] in rows
+    assert "2 examples" in show.weightings_text("Weightings", {"2": result})
+
+
 def test_markdown_rows_are_as_long_as_their_head() -> None:
     text = show.markdown(["a", "b"], [["1", "2"], ["3", "4"]])
     assert [line.count("|") for line in text.splitlines()] == [3, 3, 3, 3]
@@ -148,9 +238,6 @@ def test_text_is_cut_behind_a_prompt_as_in_training(folders: dict[str, Path]) ->
     from transformers import AutoTokenizer
 
     from bench.paper.pools import prepare
-    from bench.paper.setting import load_setting
-    from cocktail_serve.examples import ExampleSet, TextExample
-    from cocktail_serve.scoring.decoder import tokenize_examples
 
     setting = load_setting(str(folders["root"] / "pico.yaml")).without_multitask()
     bounded = setting.decoder.model_copy(update={"boundaries": ["\nis", " a"]})

@@ -5,8 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from bench.paper.chat_pool import MAX_CHARACTERS
 from bench.paper.figures import averaged, difference_of, mean_of, ratio_of
 from bench.paper.setting import FOLDER, load_setting
+from cocktail_serve.errors import ConfigError
 
 
 def test_a_ratio_of_itself_is_one_in_every_draw() -> None:
@@ -37,10 +39,21 @@ def test_means_weigh_tasks_alike_whatever_their_rows() -> None:
 @pytest.mark.parametrize("name", ["small", "paper"])
 def test_shipped_settings_load_and_name_tasks_once(name: str) -> None:
     setting = load_setting(name)
-    for pool in (setting.decoder, setting.encoder):
+    for kind in ("decoder", "encoder"):
+        pool = setting.pool(kind)
         assert set(pool.targets.values()) <= set(pool.experts)
         assert not set(pool.targets) & {*pool.others, *pool.unseen}
         assert set(pool.alpha_targets) <= set(pool.targets)
     assert setting.alphas[0] == 0.0
     assert setting.alphas[-1] == 1.0
-    assert sorted(path.stem for path in FOLDER.glob("*.yaml")) == ["paper", "small"]
+    assert sorted(path.stem for path in FOLDER.glob("*.yaml")) == ["paper", "small", "smollm2"]
+
+
+def test_the_chat_models_setting_is_of_tasks_that_no_expert_saw() -> None:
+    setting = load_setting("smollm2")
+    pool = setting.pool("decoder")
+    assert set(pool.experts) == set(MAX_CHARACTERS)
+    assert len(pool.unseen) >= 10
+    assert not set(pool.unseen) & set(pool.experts)
+    with pytest.raises(ConfigError, match="no pool of encoders"):
+        setting.pool("encoder")
