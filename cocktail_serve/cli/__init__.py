@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import typer
 
 from cocktail_serve.build import versions
+from cocktail_serve.cli.backup import backup as backup_command
 from cocktail_serve.cli.client.chat import chat as chat_command
 from cocktail_serve.cli.client.cocktails import delete as delete_command
 from cocktail_serve.cli.client.cocktails import export as export_command
@@ -49,6 +50,7 @@ app.command("eval")(eval_command)
 app.command("doctor")(doctor_command)
 app.command("demo")(demo_command)
 app.command("usage")(usage_command)
+app.command("backup")(backup_command)
 app.command("list")(list_command)
 app.command("show")(show_command)
 app.command("create")(create_command)

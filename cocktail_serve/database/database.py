@@ -428,7 +428,7 @@ def _translated(place: str, *, is_told: bool = True) -> Iterator[None]:
 def _damaged(place: str, damage: str) -> StorageError:
     return StorageError(
         f"the registry {place} is damaged ({damage}): end the servers that use it, and put a copy in its place "
-        "(docs/how-to/operate.md says how one is made). Nothing was changed."
+        "(docs/how-to/backup-and-upgrade.md says how). Nothing was changed."
     )
 
 

@@ -54,11 +54,7 @@ class SQLiteFile:
         """
         path = self.path
         if not may_make and not path.exists():
-            raise StorageError(
-                f"there is no registry {path}: the first start of the server makes it; if there was one, put it back, "
-                "or a copy of it",
-                code=NO_REGISTRY,
-            )
+            raise no_registry(path)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             if not path.exists():
@@ -143,6 +139,15 @@ class SQLiteFile:
         except BlockingIOError:
             return False
         return True
+
+
+def no_registry(path: Path) -> StorageError:
+    """Of a place where there is none, and none may be made."""
+    return StorageError(
+        f"there is no registry {path}: the first start of the server makes it; if there was one, put it back, "
+        "or a copy of it",
+        code=NO_REGISTRY,
+    )
 
 
 def kept_copies(path: Path) -> list[Path]:

@@ -96,6 +96,8 @@ def test_a_damaged_registry_is_told_before_a_model_is_read(config, registry, pla
     told = refused(config)
     assert told.startswith(f"error: the registry {registry} is damaged (")
     assert "put a copy in its place" in told
+    page = re.search(r"\((docs/\S+\.md) says how\)", told)[1]
+    assert "\n## Restore\n" in (Path(__file__).parents[2] / page).read_text()
     assert registry.read_bytes() == content
 
 

@@ -14,7 +14,9 @@ from sqlalchemy import Connection, inspect, text
 from cocktail_serve.database.sqlite_file import NO_REGISTRY
 from cocktail_serve.errors import StorageError
 
-_BEFORE_ALEMBIC = {1: "0001"}
+FIRST_REVISION = "0001"
+
+_BEFORE_ALEMBIC = {1: FIRST_REVISION}
 """Revision whose tables the first releases had, by the version that they wrote into `schema_info`."""
 
 
@@ -83,7 +85,7 @@ def _before_alembic(connection: Connection) -> str | None:
         return None
     version = connection.execute(text("SELECT version FROM schema_info")).scalar_one()
     if version not in _BEFORE_ALEMBIC:
-        raise _of_another_release(f"version {version}", "0001")
+        raise _of_another_release(f"version {version}", FIRST_REVISION)
     return _BEFORE_ALEMBIC[version]
 
 
