@@ -24,7 +24,7 @@ LogLevel = Literal["debug", "info", "warning", "error"]
 request_id: ContextVar[str] = ContextVar("request_id", default="")
 """Of the request that is being served; tasks it starts, jobs among them, inherit it."""
 
-_FIELDS = ("route", "status", "tenant", "pool", "model", "tokens_in", "tokens_out", "seconds")
+_FIELDS = ("route", "status", "error", "tenant", "pool", "model", "tokens_in", "tokens_out", "seconds")
 """Of the line at a request's end, in their order; see `log_request`."""
 
 _ExcInfo = tuple[type[BaseException], BaseException, TracebackType | None] | tuple[None, None, None]
@@ -66,6 +66,7 @@ def log_request(
     route: str,
     status: int,
     seconds: float,
+    error: str = "",
     tenant: str = "",
     pool: str = "",
     model: str = "",
@@ -76,6 +77,7 @@ def log_request(
     """The line at a request's end.
 
     Args:
+        error: code of the error that the answer is, or that a stream with status 200 ended in; empty: none.
         tenant, pool, model: empty: not known, as where a key is wrong or no such model is there.
         tokens_in, tokens_out: read and generated; None: no model has read anything.
     """
@@ -84,6 +86,7 @@ def log_request(
         fields = {
             "route": route,
             "status": status,
+            "error": error or None,
             "tenant": tenant,
             "pool": pool,
             "model": model,

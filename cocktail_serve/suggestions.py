@@ -14,14 +14,15 @@ MAX_CHARS = 200
 """A longer word is no misspelt name."""
 
 
-def did_you_mean(name: str, known: Iterable[str]) -> str:
+def did_you_mean(name: str, known: Iterable[str], *, max_compared: int | None = MAX_COMPARED) -> str:
     """`. Did you mean 'ag-news'?`, to be put behind a message; empty where no known name is close.
 
     Args:
         name: what was given.
         known: the names that there are for whoever is told, those that matter most first.
+        max_compared: how many of them are looked at; None: all.
     """
-    close = _nearest(name, islice(known, MAX_COMPARED))
+    close = _nearest(name, islice(known, max_compared))
     return "" if close is None else f". Did you mean {close!r}?"
 
 

@@ -11,6 +11,7 @@ import numpy as np
 
 from cocktail_serve.dtypes import DType
 from cocktail_serve.engines.engine_time import EngineTime
+from cocktail_serve.engines.recipe_names import NamesOf
 from cocktail_serve.engines.snapshot import EngineSnapshot
 from cocktail_serve.examples import ExampleSet
 from cocktail_serve.generation_settings import GenerationSettings
@@ -28,10 +29,6 @@ DETOKENIZE_PATH = "/detokenize"
 
 OPERATOR_RETRY_S = 30.0
 """Seconds that a client is told to wait where the operator has drained an engine or pinned another model."""
-
-
-NamesOf = Callable[[str], Sequence[str]]
-"""What a recipe is served as, by its digest: for people, so with whose it is."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,8 +53,15 @@ class Engine(Protocol):
         """What it computes: tells which of `AnyEngine` it is."""
         ...
 
-    def check_start(self) -> None:
+    def name_recipes(self, names_of: NamesOf) -> None:
+        """Has the log of mixtures say what the recipes are served as."""
+        ...
+
+    def check_start(self) -> Sequence[str]:
         """Looks for what would end a start, as far as that can be seen without serving. Blocks; instead of `start`.
+
+        Returns:
+            What ends no start, and is not what was meant.
 
         Raises:
             CocktailError: a start would fail, or everything asked afterwards; says why.
@@ -157,10 +161,6 @@ class GenerationEngine(ScoringEngine, Protocol):
 
     @property
     def kind(self) -> Literal["decoder"]: ...
-
-    def name_recipes(self, names_of: NamesOf) -> None:
-        """Has the log of swaps say what the recipes are served as."""
-        ...
 
     async def server_metrics(self, *, deadline_s: float) -> Mapping[str, float]:
         """What its server counts itself, by the server's names, those of counters ending in `_total`; empty where it

@@ -95,8 +95,7 @@ async def assembled(
             ledger=ledger,
         )
         for engine in engines.values():
-            if engine.kind == "decoder":
-                engine.name_recipes(partial(service.catalog.names_of_recipe, engine.pool.id))
+            engine.name_recipes(partial(service.catalog.names_of_recipe, engine.pool.id))
         stack.push_async_callback(service.stop)
         await service.start()
         parse_executor = stack.enter_context(ThreadPoolExecutor(1, "cocktail-parse"))

@@ -11,6 +11,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from cocktail_serve.errors import CocktailError
 from cocktail_serve.gateway.error_handlers import error_response
+from cocktail_serve.gateway.exchange import note_error
 
 
 class DirectRequest(Request):
@@ -52,4 +53,5 @@ class DirectRouting:
         try:
             await route.endpoint(request)
         except CocktailError as error:
+            note_error(request.scope, error.code)
             await request.answer(error_response(error))

@@ -13,6 +13,7 @@ from starlette.exceptions import HTTPException
 
 from cocktail_serve import errors
 from cocktail_serve.errors import CapacityError, CocktailError, InvalidRequestError, StorageError
+from cocktail_serve.gateway.exchange import note_error
 
 
 class HTTPError(NamedTuple):
@@ -111,16 +112,18 @@ def add_error_handlers(app: FastAPI) -> None:
 # the handlers are coroutines since Starlette runs plain functions on a thread each
 
 
-async def _on_cocktail_error(_: Request, error: Exception) -> Response:
+async def _on_cocktail_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, CocktailError)
+    note_error(request.scope, error.code)
     return error_response(error)
 
 
-async def _on_validation_error(_: Request, error: Exception) -> Response:
+async def _on_validation_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
     first = error.errors()[0]
     where = ".".join(str(part) for part in first["loc"][1:])
-    return error_response(InvalidRequestError(f"{where or first['loc'][0]}: {first['msg']}", param=where or None))
+    invalid = InvalidRequestError(f"{where or first['loc'][0]}: {first['msg']}", param=where or None)
+    return await _on_cocktail_error(request, invalid)
 
 
 async def _on_http_exception(request: Request, error: Exception) -> Response:
@@ -130,6 +133,7 @@ async def _on_http_exception(request: Request, error: Exception) -> Response:
         404: (f"there is no route {path}; /docs lists them", "route_not_found"),
         405: (f"{path} is not allowed; see the Allow header for what is", "method_not_allowed"),
     }.get(error.status_code, (error.detail, None))
+    note_error(request.scope, code or "")
     type_ = _SERVER if error.status_code >= 500 else _INVALID
     return _response(error.status_code, _body(message, type=type_, param=None, code=code), dict(error.headers or {}))
 

@@ -20,6 +20,7 @@ class Exchange:
         tenant: whose request it is, once that is known; empty: nobody's who is known.
         pool_id, model_id: of the model asked for, once that is known: counters and the log line have it.
         num_tokens: read and generated, once a model has; None: none has.
+        error: code of the error that the answer is, or that a stream with status 200 ended in; empty: none.
         headers: that the answer gets, whatever it is.
     """
 
@@ -29,6 +30,7 @@ class Exchange:
     pool_id: str = ""
     model_id: str = ""
     num_tokens: tuple[int, int] | None = None
+    error: str = ""
     headers: tuple[tuple[bytes, bytes], ...] = ()
 
 
@@ -43,3 +45,10 @@ def exchange_of(request: Request) -> Exchange:
     exchange = request.scope["state"][_KEY]
     assert isinstance(exchange, Exchange)
     return exchange
+
+
+def note_error(scope: Scope, code: str) -> None:
+    """The answer is an error, or ends in one; nobody is told where no `RequestBoundary` is around."""
+    exchange = scope.get("state", {}).get(_KEY)
+    if exchange is not None:
+        exchange.error = code

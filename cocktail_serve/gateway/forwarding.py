@@ -117,19 +117,25 @@ async def _send_events(
             raise EngineError("the engine ended the stream before its first event")
     except asyncio.CancelledError:
         if is_started:  # the server is stopping; or the client has gone, and nobody reads this
-            await _send_last(send, rewriter.error_event(stopping_error()))
+            await _send_last(send, _last_event(admitted, rewriter, stopping_error()))
         raise
     except CocktailError as error:
         if not is_started:
             raise
-        last = rewriter.error_event(error)
+        last = _last_event(admitted, rewriter, error)
     except Exception:
         if not is_started:
             raise
         logger.exception("a stream of %s failed", served.model_id)
-        last = rewriter.error_event(internal_error())
+        last = _last_event(admitted, rewriter, internal_error())
     await _send_last(send, last)
 
 
 async def _send_last(send: Send, event: bytes) -> None:
     await send({"type": "http.response.body", "body": event, "more_body": False})
+
+
+def _last_event(admitted: AdmittedRequest, rewriter: Rewriter, error: CocktailError) -> bytes:
+    """The end of a stream that broke off, whose status says nothing of it."""
+    admitted.exchange.error = error.code
+    return rewriter.error_event(error)

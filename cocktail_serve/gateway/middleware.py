@@ -10,16 +10,20 @@ import time
 import zlib
 
 from starlette.requests import ClientDisconnect
+from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from cocktail_serve import logs
-from cocktail_serve.errors import InvalidRequestError, PayloadTooLargeError
+from cocktail_serve.errors import CocktailError, InvalidRequestError, PayloadTooLargeError
 from cocktail_serve.gateway.error_handlers import error_response, internal_error, stopping_error
 from cocktail_serve.gateway.exchange import Exchange, begin_exchange
 from cocktail_serve.gateway.lifecycle import PROBE_PATHS, Lifecycle
 from cocktail_serve.gateway.metrics import GatewayMetrics
 
 logger = logging.getLogger(__name__)
+
+CLIENT_DISCONNECTED = "client_disconnected"
+"""What the log calls an answer that its client did not wait for the end of."""
 
 CLIENT_GONE = 499
 """Status that metrics show for a request whose client left before an answer; never sent (nginx's convention)."""
@@ -66,20 +70,27 @@ class RequestBoundary:
         self._lifecycle.num_open += is_work
         try:
             if is_work and self._lifecycle.is_stopping:
-                await error_response(stopping_error())(scope, receive, send_named)
+                await self._refuse(stopping_error(), exchange)(scope, receive, send_named)
             elif is_work and _holds_nul(scope):
-                await error_response(_no_text())(scope, receive, send_named)
+                await self._refuse(_no_text(), exchange)(scope, receive, send_named)
             else:
                 await self._app(scope, receive, send_named)
         except ClientDisconnect:
+            exchange.error = CLIENT_DISCONNECTED
             logger.debug("request %s: the client left before its answer was complete", exchange.request_id)
         except Exception:
             logger.exception("request %s: %s %s failed", exchange.request_id, scope["method"], _route(scope))
+            response = self._refuse(internal_error(), exchange)
             if status is None:
-                await error_response(internal_error())(scope, receive, send_named)
+                await response(scope, receive, send_named)
         finally:
             self._lifecycle.num_open -= is_work
             self._tell(scope, exchange, CLIENT_GONE if status is None else status)
+
+    @staticmethod
+    def _refuse(error: CocktailError, exchange: Exchange) -> Response:
+        exchange.error = error.code
+        return error_response(error)
 
     def _tell(self, scope: Scope, exchange: Exchange, status: int) -> None:
         """The counters and the log line of a request at its end."""
@@ -90,6 +101,7 @@ class RequestBoundary:
             route=route,
             status=status,
             seconds=seconds,
+            error=exchange.error,
             tenant=exchange.tenant,
             pool=pool,
             model=exchange.model_id,

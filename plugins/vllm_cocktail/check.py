@@ -2,27 +2,30 @@
 
 The arguments are those of vLLM's OpenAI server, the environment the server's own. They are taken through the same
 steps: parsed, made a configuration, which finds the model's class, and given a tokenizer. The last line of the output
-is a JSON object with `reason`: null where vLLM would go on and load the model.
+is a JSON object: `reason`, null where vLLM would go on and load the model; `warnings`, of what it would not speak of.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NoReturn
 
 from pydantic import ValidationError
 
 from cocktail_serve.errors import ConfigError
 from cocktail_serve.loading import require_words
-from cocktail_serve.suggestions import with_options_meant
+from cocktail_serve.suggestions import did_you_mean, with_options_meant
 from vllm_cocktail.manifest import Manifest
 from vllm_cocktail.unmerged.worker import require_unmergeable
 from vllm_cocktail.worker import require_mixable
 
 GIB = 1024**3
+
+_OWN_PREFIX = "VLLM_COCKTAIL_"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -36,8 +39,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         reason = "; ".join(str(found["msg"]).removeprefix("Value error, ") for found in error.errors())
     except Exception as error:  # noqa: BLE001  # whatever vLLM raises is its reason
         reason = f"{type(error).__name__}: {str(error).strip()}"
-    print(f"\n{json.dumps({'reason': reason})}", flush=True)
+    print(f"\n{json.dumps({'reason': reason, 'warnings': list(unknown_variables(os.environ))})}", flush=True)
     return 0
+
+
+def unknown_variables(names: Iterable[str]) -> Iterator[str]:
+    """What to say of variables that look like vLLM's and that vLLM, which says nothing of them, does not read."""
+    from vllm import envs
+
+    known = list(envs.environment_variables)
+    for name in sorted(names):
+        if name.startswith("VLLM_") and name not in known and not name.startswith(_OWN_PREFIX):
+            meant = did_you_mean(name, known, max_compared=None)
+            yield f"vLLM reads no variable {name!r} (engine.env, or the environment of the server){meant}"
 
 
 def _check(argv: Sequence[str]) -> None:

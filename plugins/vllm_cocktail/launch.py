@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, distribution, entry_points
@@ -31,6 +32,7 @@ OWN_ARGS = frozenset(
     {
         "api-key",
         "api-server-count",
+        "config",
         "data-parallel-size",
         "dtype",
         "enable-log-requests",
@@ -107,9 +109,10 @@ def server_args(
     """
     extra = _normalised(extra)
     for name in extra:
-        if name in OWN_ARGS:
+        if (own := _own_arg(name)) is not None:
+            meant = "" if own == name else f", which vLLM reads as {own!r}"
             raise ConfigError(
-                f"engine.args may not set {name!r}: cocktail-serve sets it itself or cannot work with it",
+                f"engine.args may not set {name!r}{meant}: cocktail-serve sets it itself or cannot work with it",
                 param=f"engine.args.{name}",
             )
     if expert_bytes and not is_cpu_build() and not extra.keys() & _KV_CACHE_BOUNDS:
@@ -205,6 +208,15 @@ def plugin_allowlist(current: str | None) -> str:
 def _normalised(args: Mapping[str, Any] | None) -> dict[str, Any]:
     """Arguments by the name that vLLM's own help gives them."""
     return {name.lstrip("-").replace("_", "-"): value for name, value in (args or {}).items()}
+
+
+def _own_arg(name: str) -> str | None:
+    """The argument of `OWN_ARGS` that vLLM's parser takes a name for: itself, what begins with it where no other does,
+    and `name=value` or `name.key` in one word."""
+    word = re.split("[=.]", name, maxsplit=1)[0]
+    if word in OWN_ARGS:
+        return word
+    return next((own for own in sorted(OWN_ARGS) if word and own.startswith(word)), None)
 
 
 def _is_eager(args: Mapping[str, Any]) -> bool:

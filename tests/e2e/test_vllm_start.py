@@ -62,7 +62,7 @@ class World:
 
 
 def nothing(world: World) -> None:
-    pass
+    world.engine["env"] = {"VLLM_CPU_KV_CACHE_SPACE": "1"}  # which vLLM does not read
 
 
 def unknown_argument(world: World) -> None:
@@ -126,8 +126,12 @@ BREAKS: dict[Callable[[World], None], tuple[str, str] | None] = {
 """What `doctor` says, and what the engine does."""
 
 
+def told(config: Path, status: str) -> str:
+    return "\n".join(f"{c.name}: {c.detail}" for c in check_config(config, silent) if c.status == status)
+
+
 def problems(config: Path) -> str:
-    return "\n".join(f"{c.name}: {c.detail}" for c in check_config(config, silent) if c.status == "problem")
+    return told(config, "problem")
 
 
 async def why_not_started(config: Path) -> str:
@@ -173,3 +177,10 @@ def test_doctor_asks_vllm(tmp_path: Path) -> None:
     assert f"vLLM does not start on {world.base}: unrecognized arguments: --no-such-flag" in found
     assert "--tokeniser-mode (did you mean --tokenizer-mode?)" in found
     assert "mend the pool's 'engine' section" in found
+
+
+@pytest.mark.full
+def test_doctor_warns_of_variables_that_vllm_does_not_read(tmp_path: Path) -> None:
+    world = World(tmp_path)
+    nothing(world)
+    assert "Did you mean 'VLLM_CPU_KVCACHE_SPACE'?" in told(world.write(), "warning")

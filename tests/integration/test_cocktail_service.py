@@ -30,8 +30,9 @@ from cocktail_serve.cocktails.store import ChangeHook, Store
 from cocktail_serve.config import Settings
 from cocktail_serve.database.database import Database
 from cocktail_serve.dtypes import DType
-from cocktail_serve.engines.base import Embedded, Forwarded, MixedAhead, NamesOf, Scored
+from cocktail_serve.engines.base import Embedded, Forwarded, MixedAhead, Scored
 from cocktail_serve.engines.engine_time import CallTimer
+from cocktail_serve.engines.recipe_names import NamesOf
 from cocktail_serve.engines.snapshot import EngineSnapshot
 from cocktail_serve.errors import (
     CocktailError,
@@ -101,6 +102,8 @@ class DoubleEngine:
     def forget(self, recipe_digest: str) -> None:
         self.forgotten.append(recipe_digest)
 
+    def name_recipes(self, names_of: NamesOf) -> None: ...
+
     async def _answer(self) -> None:
         if self.errors:
             raise self.errors.pop(0)
@@ -125,8 +128,6 @@ class ScoringEngine(DoubleEngine):
         self.visits: list[tuple[str, tuple[str, ...]]] = []
         self.tried: list[str] = []
         self.hold_after = math.inf
-
-    def name_recipes(self, names_of: NamesOf) -> None: ...
 
     async def server_metrics(self, *, deadline_s: float) -> Mapping[str, float]:
         return {}

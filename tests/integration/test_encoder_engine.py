@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import json
+import logging
 import pickle
 import random
 import threading
@@ -205,6 +206,18 @@ class TestRequests:
             snapshot = await engine.snapshot(deadline_s=10)
             assert pickle.loads(pickle.dumps(snapshot)) == snapshot
             assert (engine.dimension, engine.max_length) == (32, 128)
+
+    async def test_a_mixture_is_named_in_the_log(
+        self, folders: dict[str, Path], caplog: pytest.LogCaptureFixture
+    ) -> None:
+        caplog.set_level(logging.INFO, "cocktail_serve.engines")
+        async with self.base(folders) as (engine, _):
+            recipe = recipe_of(engine, {"base": 0.5, "quora": 0.5})
+            engine.name_recipes(lambda digest: ["faq@1a2b3c4d of acme"] if digest == recipe.digest else [])
+            await engine.mix_ahead(recipe)
+            await engine.mix_ahead(recipe)
+        (told,) = [record.getMessage() for record in caplog.records]
+        assert told.startswith(f"mini: recipe {recipe.digest[:8]} (faq@1a2b3c4d of acme) from files in ")
 
     async def test_a_large_request_is_split_and_put_together_in_order(
         self, folders: dict[str, Path], reference: SentenceTransformer

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import logging
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -63,6 +65,31 @@ def test_whole_and_inside_a_stream_alike(
     assert (told["type"], told["code"]) == ("server_error" if status >= 500 else "invalid_request_error", code)
     assert engine_says[4:] in told["message"]
     assert [json.loads(last), refused.json(), at_once.json()] == [whole.json()] * 3
+
+
+def test_the_log_tells_a_stream_that_broke_off(
+    live: LiveGateway, http: httpx.Client, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its status is 200, like that of one that did not."""
+    caplog.set_level(logging.INFO, "cocktail_serve.requests")
+    assert "[DONE]" in http.post("/v1/chat/completions", json=BODY | {"stream": True}).text
+    (live.faults / "answer_error").write_text("500 EngineCore died")
+    http.post("/v1/chat/completions", json=BODY)
+    (live.faults / "stream_error").write_text("500 EngineCore died")
+    assert "[DONE]" not in http.post("/v1/chat/completions", json=BODY | {"stream": True}).text
+    http.get("/v1/models/none")
+    http.post("/v1/chat/completions", json={"model": 5})
+    deadline = time.monotonic() + 20
+    while len(caplog.records) < 5:  # an answer's line is written behind its end
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    assert [(record.__dict__["status"], record.__dict__.get("error")) for record in caplog.records] == [
+        (200, None),
+        (502, "engine_error"),
+        (200, "engine_error"),
+        (404, "model_not_found"),
+        (400, "invalid_request"),
+    ]
 
 
 def test_a_loss_that_is_not_finite_is_the_callers_and_final(live: LiveGateway, http: httpx.Client) -> None:

@@ -70,7 +70,14 @@ def test_further_arguments_become_flags(value: Any, words: list[str]) -> None:
     assert [word for word in args_with(flag=value) if word not in args_with()] == words
 
 
-@pytest.mark.parametrize("name", ["uds", "--uds", "worker_extension_cls", "data-parallel-size", "enable-lora"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("uds", "--uds", "worker_extension_cls", "data-parallel-size", "enable-lora", "config"),
+        # as vLLM's parser reads them
+        *("max-mod", "api_serv", "worker-ext", "port=8000", "max-model-len=8", "quantization.x", "-data-par"),
+    ],
+)
 def test_arguments_that_are_ours_are_refused(name: str) -> None:
     with pytest.raises(ConfigError, match=r"engine\.args"):
         server_args(model=Path("m"), uds=Path("s"), served_model_name="n", dtype="float32", extra={name: "x"})

@@ -19,9 +19,10 @@ def check_pool(settings: Settings, config: PoolConfig, report: OnProgress, pools
         pools: the pool is put here, where it can be opened.
     """
     name = f"pool {config.id}"
-    yield tried(name, lambda: _check(settings, config, report, pools))
+    warnings: list[str] = []
+    yield tried(name, lambda: _check(settings, config, report, pools, warnings))
     pool = pools.get(config.id)
-    for warning in () if pool is None else pool.warnings:
+    for warning in (*(() if pool is None else pool.warnings), *warnings):
         yield Check(name, "warning", warning)
     if pool is not None and (reason := config.engine.reason_of_mode(pool)) is not None:
         yield Check(f"{name}: mode", "ok", f"{pool.mode}: {reason}{_held(pool)}")
@@ -31,7 +32,9 @@ def check_pool(settings: Settings, config: PoolConfig, report: OnProgress, pools
             yield scored
 
 
-def _check(settings: Settings, config: PoolConfig, report: OnProgress, pools: dict[str, Pool]) -> str:
+def _check(
+    settings: Settings, config: PoolConfig, report: OnProgress, pools: dict[str, Pool], warnings: list[str]
+) -> str:
     from cocktail_serve.engines import build_engine, check_installed
     from cocktail_serve.offline.models import check_loads
     from cocktail_serve.offline.opened import open_with_progress
@@ -43,7 +46,7 @@ def _check(settings: Settings, config: PoolConfig, report: OnProgress, pools: di
         if config.engine.type == "vllm":
             check_loads(pool)
         report(f"{config.id}: trying the start", 0, 1)
-        engine.check_start()
+        warnings += engine.check_start()
         report(f"{config.id}: trying the start", 1, 1)
     size = sum(member.num_bytes for member in pool)
     base = "base" if pool.base.quantisation is None else f"base (quantised, {pool.base.quantisation})"

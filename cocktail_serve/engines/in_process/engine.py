@@ -26,6 +26,7 @@ from cocktail_serve.engines.in_process.batching import PassLimits
 from cocktail_serve.engines.in_process.parameter_cache import CachedMixture, ParameterCache, Params
 from cocktail_serve.engines.in_process.pipeline import ModelJob, Pipeline, give_way
 from cocktail_serve.engines.in_process.swappable import SwappableModel
+from cocktail_serve.engines.recipe_names import NamesOf, named_recipe, no_names
 from cocktail_serve.engines.scheduler_snapshot import SchedulerSnapshot
 from cocktail_serve.engines.snapshot import EngineDetail, EngineSnapshot, EngineState
 from cocktail_serve.engines.start_failures import REMEDY
@@ -111,6 +112,7 @@ class SentenceTransformersEngine(Generic[M]):
             initializer=_prepare_to_mix,
             initargs=(overtakes,),
         )
+        self._names_of: NamesOf = no_names
         self._state: EngineState = "stopped"
         self._failure: BaseException | None = None  # of the start; while it is tried again, of the last try
         self._is_settled = asyncio.Event()  # no longer starting
@@ -126,6 +128,9 @@ class SentenceTransformersEngine(Generic[M]):
     def max_length(self) -> int:
         """Tokens of an input, special ones included. Raises ModelNotReadyError until the model is loaded."""
         return self._loaded.max_length
+
+    def name_recipes(self, names_of: NamesOf) -> None:
+        self._names_of = names_of
 
     async def start(self) -> None:
         self._loop = asyncio.get_running_loop()
@@ -336,6 +341,8 @@ class SentenceTransformersEngine(Generic[M]):
         seconds = time.monotonic() - started_at
         self.stats.observe_swap(seconds)
         self.stats.observe_mix(seconds, source="files")
+        named = named_recipe(recipe.digest, self._names_of)
+        logger.info("%s: recipe %s from files in %.3f s", self.pool.id, named, seconds)
         return params
 
     async def _unbind(self, params: Params) -> None:
@@ -366,8 +373,9 @@ class SentenceTransformersEngine(Generic[M]):
             CocktailError: no request could be answered, or none that uses the setting.
         """
 
-    def check_start(self) -> None:
+    def check_start(self) -> Sequence[str]:
         self._load()
+        return ()
 
     def _check_rows(self, rows: np.ndarray) -> None:
         """Raises ConfigError for numbers computed of plain texts that are none."""

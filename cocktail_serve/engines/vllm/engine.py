@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from cocktail_serve.config import VLLMEngineConfig
-from cocktail_serve.engines.base import Forwarded, MixedAhead, NamesOf, Scored
+from cocktail_serve.engines.base import Forwarded, MixedAhead, Scored
 from cocktail_serve.engines.engine_time import CallTimer
+from cocktail_serve.engines.recipe_names import NamesOf
 from cocktail_serve.engines.snapshot import EngineDetail, EngineSnapshot, EngineState
 from cocktail_serve.engines.stats import EngineStats
 from cocktail_serve.engines.token_estimates import expected_tokens
@@ -91,8 +92,8 @@ class VLLMEngine:
             self._supervisor.start()
             self._scorer.prepare_tokenizer()
 
-    def check_start(self) -> None:
-        self._launcher.check(self.pool)
+    def check_start(self) -> Sequence[str]:
+        return self._launcher.check(self.pool)
 
     async def stop(self) -> None:
         await self._supervisor.stop()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from http import HTTPStatus
 from typing import Any
@@ -28,6 +29,9 @@ KINDS: Mapping[int, type[CocktailError]] = {
 
 _TOO_LONG = ("maximum context length", "maximum model length")
 """How vLLM says that a prompt does not fit; its `code` is only the status."""
+
+_OPTION = re.compile(r"(?<![\w-])--([a-z][a-z-]+)")
+"""How vLLM names an argument of its command line, to who asks what it was not started for: tools, say."""
 
 _ERROR = b'{"error"'
 """How every body and every event begins that holds an error."""
@@ -64,7 +68,7 @@ def engine_error(
     if isinstance(code, str) or not isinstance(param, str):
         param = None  # the plugin's names a field of its own routes
     is_too_long = code == ContextLengthError.code or any(words in message for words in _TOO_LONG)
-    return (ContextLengthError if is_too_long else unfit)(message, param=param)
+    return (ContextLengthError if is_too_long else unfit)(_with_setting(message), param=param)
 
 
 def error_message(content: Any) -> str:
@@ -82,6 +86,12 @@ def error_message(content: Any) -> str:
             return str(error["message"])
     raw = content if isinstance(content, bytes) else orjson.dumps(content)
     return raw[:200].decode(errors="replace")
+
+
+def _with_setting(message: str) -> str:
+    """With what sets the arguments that a message names: nobody here types vLLM's command line."""
+    options = ", ".join(dict.fromkeys(_OPTION.findall(message)))
+    return f"{message}; the operator sets {options} in the pool's engine.args" if options else message
 
 
 def _detail(content: Any) -> Mapping[str, Any]:

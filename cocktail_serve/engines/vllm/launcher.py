@@ -103,15 +103,18 @@ class Launcher:
         )
         return command, env
 
-    def check(self, pool: Pool) -> None:
+    def check(self, pool: Pool) -> list[str]:
         """Has vLLM say what it makes of the command line, in a process of its own. Blocks, some ten seconds.
+
+        Returns:
+            What vLLM would start with, and would not heed.
 
         Raises:
             ConfigError: a server would not start; says why.
             StorageError: as `write_manifest`.
         """
         if self._config.type != "vllm":
-            return
+            return []
         self.write_manifest(pool)
         command, env = self.command_and_env(Path("engine.sock"), "")
         try:
@@ -120,8 +123,10 @@ class Launcher:
             )
         except subprocess.TimeoutExpired as error:
             raise ConfigError(f"vLLM did not say within {CHECK_TIMEOUT_S:g} s whether it would start") from error
+        warnings: list[str] = []
         try:
-            reason = json.loads(checked.stdout.splitlines()[-1])["reason"]
+            told = json.loads(checked.stdout.splitlines()[-1])
+            reason, warnings = told["reason"], told["warnings"]
         except (IndexError, ValueError, TypeError, KeyError):
             lines = checked.stderr.splitlines()
             reason = reason_in(lines) or f"its process ended with code {checked.returncode}: {' '.join(lines[-1:])}"
@@ -129,6 +134,7 @@ class Launcher:
             raise ConfigError(
                 f"vLLM does not start on {self._base.path}: {reason}; mend the pool's 'engine' section, or its base"
             )
+        return warnings
 
     def _manifest_of(self, pool: Pool) -> Manifest:
         return Manifest.of_pool(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 
-from cocktail_serve.engines.base import NamesOf
+from cocktail_serve.engines.recipe_names import NamesOf, named_recipe, no_names
 from cocktail_serve.engines.stats import EngineStats
 from cocktail_serve.engines.vllm.errors import engine_error
 from cocktail_serve.engines.vllm.server import EngineServer
@@ -19,9 +19,6 @@ ABORT_S = 10.0
 """How long the engine may take to abort what we have given up, before a mix comes back as busy."""
 
 FORGET_TIMEOUT_S = 120.0
-
-MAX_LOGGED_NAMES = 3
-"""Of what a recipe is served as, in a line of the log: tenants with the same examples have the same mixture."""
 
 
 class ServerMixer:
@@ -38,7 +35,7 @@ class ServerMixer:
         self._swap_timeout_s = swap_timeout_s
         self._stats = stats
         self._forgetting: set[asyncio.Task[None]] = set()
-        self._names_of: NamesOf = lambda _: ()
+        self._names_of: NamesOf = no_names
 
     async def mix(self, server: EngineServer, recipe: Recipe) -> float | None:
         """Makes a recipe resident, as `turns.base.Mix` says.
@@ -85,14 +82,8 @@ class ServerMixer:
         stats.observe_mix(seconds, source=source)
         stats.num_cache_hits += source == "cache"
         stats.num_cache_misses += source == "files"
-        named = self._named(recipe.digest)
+        named = named_recipe(recipe.digest, self._names_of)
         logger.info("%s: recipe %s from %s in %.3f s", self._pool_id, named, source, seconds)
-
-    def _named(self, digest: str) -> str:
-        """A recipe for the log: the beginning of its digest, and what it is served as."""
-        names = sorted(self._names_of(digest))
-        shown = [*names[:MAX_LOGGED_NAMES], *(["..."] if len(names) > MAX_LOGGED_NAMES else [])]
-        return f"{digest[:8]} ({', '.join(shown)})" if shown else digest[:8]
 
     async def _forget(self, server: EngineServer, recipe_digest: str) -> None:
         try:

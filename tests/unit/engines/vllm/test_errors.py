@@ -86,6 +86,15 @@ def test_models_that_cannot_be_mixed_keep_their_error(kind: type[ClientError]) -
     assert (type(error), error.message, error.param) == (kind, "tensor x", None)
 
 
+def test_an_argument_that_vllm_names_is_said_with_its_setting() -> None:
+    says = '"auto" tool choice requires --enable-auto-tool-choice and --tool-call-parser to be set'
+    error = engine_error(400, error_body(says, 400))
+    assert error.message == (
+        f"{says}; the operator sets enable-auto-tool-choice, tool-call-parser in the pool's engine.args"
+    )
+    assert engine_error(400, error_body("a -- b --1 x--y", 400)).message == "a -- b --1 x--y"
+
+
 def test_who_asks_names_what_failed_and_what_a_fault_of_the_request_is_called() -> None:
     refused = engine_error(400, error_body("no such model", "invalid_recipe", "recipe"), unfit=InvalidMixError)
     assert (type(refused), refused.message, refused.param) == (InvalidMixError, "no such model", None)
