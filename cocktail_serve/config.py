@@ -302,6 +302,11 @@ class PoolConfig(_Section):
         return isinstance(self.engine, SentenceTransformersEngineConfig)
 
     @property
+    def calls_tools(self) -> bool:
+        """Whether its models decide by themselves to call the tools of a request."""
+        return isinstance(self.engine, VLLMEngineConfig) and bool(self.engine.argument("enable-auto-tool-choice"))
+
+    @property
     def allow_chat_template(self) -> bool:
         """Whether requests may bring a chat template of their own."""
         return isinstance(self.engine, VLLMEngineConfig) and self.engine.allow_chat_template

@@ -21,6 +21,7 @@ from cocktail_serve.gateway.openapi import add_openapi
 from cocktail_serve.gateway.routes import (
     admin,
     cocktails,
+    docs_page,
     embeddings,
     files,
     fine_tuning,
@@ -63,6 +64,7 @@ def create_app(
         version=cocktail_serve.__version__,
         summary="Task models mixed from fine-tuned models you own, behind the OpenAI API.",
         lifespan=_lifespan(settings, pools, engines, metrics, lifecycle),
+        docs_url=None,  # `docs_page`, which asks no other host
         redoc_url=None,
         redirect_slashes=False,  # a path that is not there gets the error that every other gets
     )
@@ -81,6 +83,7 @@ def create_app(
         admin,
         engines_routes,
         probes,
+        docs_page,
     ):
         app.include_router(family.router)
     app.include_router(responses.stored)

@@ -140,6 +140,10 @@ def test_models(client: OpenAI) -> None:
     assert {"flan", "flan/ag-news", "flan/nq", "bge", "bge/hotpotqa", "bge/quora"} <= set(ids)
     expert = client.models.retrieve("flan/nq")
     assert (expert.id, expert.object, expert.owned_by) == ("flan/nq", "model", "operator")
+    # what clients that list models of many kinds look for
+    told = {model.id: (model.type, model.capabilities) for model in client.models.list()}  # type: ignore[attr-defined]
+    assert told["flan/nq"] == ("chat", ["completion"])
+    assert told["bge/quora"] == ("embedding", ["embedding"])
     with pytest.raises(openai.NotFoundError) as missing:
         client.models.retrieve("flan/none")
     assert missing.value.code == "model_not_found"

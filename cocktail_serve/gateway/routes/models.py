@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 from fastapi import APIRouter, Response
 
 from cocktail_serve.cocktails.cocktail import ModelEntry
@@ -13,8 +11,7 @@ from cocktail_serve.gateway.dependencies import CallerDep, CreatorDep, GatewayDe
 from cocktail_serve.gateway.gateway import Gateway
 from cocktail_serve.gateway.listing import list_response
 from cocktail_serve.gateway.openapi import error_responses
-from cocktail_serve.gateway.schemas.models import Model, ModelDeleted, ModelList
-from cocktail_serve.pool import Pool
+from cocktail_serve.gateway.schemas.models import OF_KIND, Model, ModelDeleted, ModelList
 
 router = APIRouter(tags=["models"])
 
@@ -23,14 +20,14 @@ router = APIRouter(tags=["models"])
 async def list_models(gateway: GatewayDep, caller: CallerDep) -> Response:
     """Pools, experts, current names and ready versions."""
     entries = gateway.service.catalog.models(caller.tenant).values()
-    views = (_view(entry, caller.tenant, gateway.pools) for entry in entries if caller.sees(entry.pool))
+    views = (_view(entry, caller.tenant, gateway) for entry in entries if caller.sees(entry.pool))
     return await list_response(ModelList(data=[]), views, every=25)
 
 
 @router.get("/v1/models/{model_id:path}", responses=error_responses(404))
 async def retrieve_model(gateway: GatewayDep, caller: CallerDep, model_id: str) -> Model:
     """One model."""
-    return _view(await _entry(gateway, caller, model_id), caller.tenant, gateway.pools)
+    return _view(await _entry(gateway, caller, model_id), caller.tenant, gateway)
 
 
 @router.delete("/v1/models/{model_id:path}", responses=error_responses(404, 429))
@@ -48,12 +45,16 @@ async def _entry(gateway: Gateway, caller: Caller, model_id: str) -> ModelEntry:
     return entry
 
 
-def _view(entry: ModelEntry, tenant: str, pools: Mapping[str, Pool]) -> Model:
-    is_operators = "@" not in entry.id and entry.id.partition("/")[0] in pools
+def _view(entry: ModelEntry, tenant: str, gateway: Gateway) -> Model:
+    is_operators = "@" not in entry.id and entry.id.partition("/")[0] in gateway.pools
+    model_type, capability = OF_KIND[entry.kind]
+    calls_tools = gateway.settings.pool(entry.pool).calls_tools
     return Model(
         id=entry.id,
         created=entry.created,
         owned_by="operator" if is_operators else tenant,
         kind=entry.kind,
+        type=model_type,
+        capabilities=[capability, "tools"] if calls_tools else [capability],
         pool=entry.pool,
     )
