@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 
 from docs import generate
+from tests.docs import pages as written
+from tests.docs.journeys import JOURNEYS, NOT_WALKED
 
 ROOT = Path(generate.__file__).parent.parent
 
@@ -59,3 +61,23 @@ def test_a_page_of_promises_names_tests_that_are_there(page: str, least: int) ->
     assert len(named) >= least
     for path, test in named:
         assert re.search(rf"def {test}\(", (ROOT / path).read_text()), f"{path} has no {test}"
+
+
+WALKED = {page: journey for journey in JOURNEYS.values() for page in journey.pages}
+TYPED = re.compile(r"(cocktail-serve|curl|docker|lm_eval|make|pip|python|vllm) ")
+
+
+@pytest.mark.parametrize("page", written.pages())
+def test_every_command_of_a_page_is_typed_or_says_why_not(page: str) -> None:
+    """`tests/docs` types them."""
+    found = [block for block in written.blocks(page) if block.language in written.RUN]
+    assert (page in WALKED) + (page in NOT_WALKED) == bool(found), "say in tests/docs/journeys.py what becomes of it"
+    untold = [line for block in written.blocks(page) if not block.language for line in block.text.splitlines()]
+    assert [line for line in untold if TYPED.match(line)] == [], "commands are ```bash"
+
+
+def test_what_journeys_say_of_pages_is_in_them() -> None:
+    for name, journey in JOURNEYS.items():
+        commands = [command for page in journey.pages for block in written.blocks(page) for command in block.commands]
+        for text in (*journey.changes, *journey.before, *journey.prints, *journey.not_run):
+            assert any(text in command for command in commands), f"{name}: no command holds {text!r}"
