@@ -24,7 +24,7 @@ from cocktail_serve.offline.weighing import weigh_by
 from cocktail_serve.pool import BASE
 from cocktail_serve.recipe import Recipe, one_hot
 from cocktail_serve.weighting.candidates import Trial
-from cocktail_serve.weighting.verdict import MIN_ERRORS, MIN_GAIN
+from cocktail_serve.weighting.verdict import MIN_ERRORS, MIN_GAIN, min_gain_of
 
 SIZES = (5, 20)
 
@@ -95,7 +95,7 @@ def judge(
         return backend.losses_of(recipe, given, rows)
 
     weighing, losses = weigh_by(backend.pool, request.options, losses_of, backend.dtype, lambda *_, **__: None)
-    trials = cross_validate(request.options, losses, weighing.chosen)
+    trials = cross_validate(request.options, losses, weighing.chosen, kind=backend.pool.kind)
     held_out: dict[int, float] = {}
     step = advance(trials, None)
     while isinstance(step, Trial):
@@ -167,8 +167,8 @@ def trials(session: Session, seeds: Sequence[int], options: dict[str, Any]) -> d
         "options": options,
         "summary": summary(judged),
         "thresholds": {
-            "by loss or NDCG@10": thresholds(judged, _is_better),
-            "by score": thresholds(judged, _is_no_worse),
+            "by loss or NDCG@10": thresholds(judged, _is_better, min_gain=min_gain_of(session.kind)),
+            "by score": thresholds(judged, _is_no_worse, min_gain=min_gain_of(session.kind)),
         },
         "trials": [_rounded(one) for one in judged],
     }
@@ -186,7 +186,9 @@ def summary(judged: Sequence[Judged]) -> dict[str, Any]:
     return {name: _counted(group) for name, group in groups.items() if group}
 
 
-def thresholds(judged: Sequence[Judged], is_right: Callable[[Judged], bool]) -> dict[str, Any]:
+def thresholds(
+    judged: Sequence[Judged], is_right: Callable[[Judged], bool], *, min_gain: float = MIN_GAIN
+) -> dict[str, Any]:
     """How often a mixture said to be better than the base is: as shipped, and with thresholds picked on other tasks.
 
     For each task the thresholds are those that let most trials of all other tasks through with at least `AIM` of them
@@ -202,7 +204,7 @@ def thresholds(judged: Sequence[Judged], is_right: Callable[[Judged], bool]) -> 
         best = picked[task] = max(good, key=lambda pair: len(found[pair]), default=None)
         if best is not None:
             let_through += _passing([one for one in judged if one.task == task], *best)
-    shipped = _passing(judged, MIN_GAIN, MIN_ERRORS)
+    shipped = _passing(judged, min_gain, MIN_ERRORS)
     return {
         "shipped": {"given": len(shipped), "right": sum(map(is_right, shipped))},
         "picked on the other tasks": {"given": len(let_through), "right": sum(map(is_right, let_through))},

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 
 from cocktail_serve.cocktails.cocktail import CrossValidation
 from cocktail_serve.cocktails.options import CocktailOptions
+from cocktail_serve.pool import Kind
 from cocktail_serve.weighting.candidates import Candidate, Trial, Trials, foreseen
 from cocktail_serve.weighting.search import deal
 from cocktail_serve.weighting.softmax import weights_from_losses
@@ -20,7 +21,7 @@ PENDING = CrossValidation("pending")
 
 
 def cross_validate(
-    options: CocktailOptions, losses: Mapping[str, Sequence[float]], chosen: Candidate | None
+    options: CocktailOptions, losses: Mapping[str, Sequence[float]], chosen: Candidate | None, *, kind: Kind
 ) -> Trials[CrossValidation]:
     """Cross-validates a mixture that is weighed already, by the setting it was weighed with.
 
@@ -31,6 +32,7 @@ def cross_validate(
     Args:
         losses: loss (nats) of each example by model in `options.scored`; empty without examples.
         chosen: the candidate that the mixture is; None where nothing was weighed.
+        kind: of the pool.
 
     Returns:
         Generator of at most five trials.
@@ -44,7 +46,7 @@ def cross_validate(
     if not folds:
         return no_findings("one example cannot be held out; give more")
     if chosen.held_out:
-        return _found(chosen.held_out, losses, folds)
+        return _found(chosen.held_out, losses, folds, kind)
     peer_losses = {name: losses[name] for name in options.peers}
     trials = []
     for number, fold in enumerate(folds):
@@ -62,13 +64,13 @@ def cross_validate(
     for trial in foreseen(trials):
         fold_losses = yield trial
         held_out.update(zip(trial.rows, fold_losses, strict=True))
-    return _found([held_out[row] for row in range(num_examples)], losses, folds)
+    return _found([held_out[row] for row in range(num_examples)], losses, folds, kind)
 
 
 def _found(
-    held_out: Sequence[float], losses: Mapping[str, Sequence[float]], folds: Sequence[Sequence[int]]
+    held_out: Sequence[float], losses: Mapping[str, Sequence[float]], folds: Sequence[Sequence[int]], kind: Kind
 ) -> CrossValidation:
-    told = verdict(held_out, losses, folds)
+    told = verdict(held_out, losses, folds, kind=kind)
     return CrossValidation(
         "ready",
         told.advice,

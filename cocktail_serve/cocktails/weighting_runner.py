@@ -96,7 +96,8 @@ class WeightingRunner:
         losses: Mapping[str, Sequence[float]] = {}
         if examples is not None:
             losses = await self.scores.model_losses(engine, options.scored, examples, score_scope)
-        return await self._answer_all(cross_validate(options, losses, chosen), engine, options, examples, score_scope)
+        trials = cross_validate(options, losses, chosen, kind=engine.kind)
+        return await self._answer_all(trials, engine, options, examples, score_scope)
 
     async def _answer_all(
         self,

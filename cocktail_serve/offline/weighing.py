@@ -89,7 +89,7 @@ def weigh_offline(
         report("scoring the mixture", 1, 1)
         found = None
         if judge:
-            trials = cross_validate(request.options, losses, weighing.chosen)
+            trials = cross_validate(request.options, losses, weighing.chosen, kind=pool.kind)
             found = _answered(trials, pool, request.options, losses_of, dtype=dtype, report=report, what="judging")
     warnings += warnings_of_losses(request.options, weighing.losses, weighing.merging_weights, mixed_loss)
     return OfflineWeighing(pool, request, weighing, dtype, mixed_loss, warnings, found)

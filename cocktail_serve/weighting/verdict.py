@@ -7,13 +7,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from cocktail_serve.pool import BASE
+from cocktail_serve.pool import BASE, Kind
 from cocktail_serve.weighting.candidates import mean
 
 Advice = Literal["use", "use_expert", "unsure", "no_gain"]
 
 MIN_GAIN = 0.02
 """Share of a loss that an improvement must take off to count."""
+
+MIN_GAIN_OF_RETRIEVAL = 0.1
+"""The same of encoders, whose losses on a few passages move by more than what they find (docs/results.md)."""
 
 MIN_ERRORS = 1.0
 """Standard errors (of the paired differences, over examples) that an improvement must be large."""
@@ -25,8 +28,8 @@ class Verdict:
 
     Attributes:
         advice: `use`: the mixture beats the base, whatever an expert alone does; `use_expert`: an expert alone beats
-            the base and the mixture, which does not; `unsure`: better than the base by less than what chance does;
-            `no_gain`: not better than the base.
+            the base and the mixture, which does not; `unsure`: better than the base by less than what chance does, or
+            an encoder's, whose examples do not tell; `no_gain`: not better than the base.
         text: the same in a sentence with the figures, all of them held out.
         mixed: mean held-out loss of the mixture (nats), as the following.
         best_expert: the expert of least loss on all examples; None where there is none.
@@ -44,7 +47,9 @@ class Verdict:
     base: float
 
 
-def verdict(mixed: Sequence[float], losses: Mapping[str, Sequence[float]], folds: Sequence[Sequence[int]]) -> Verdict:
+def verdict(
+    mixed: Sequence[float], losses: Mapping[str, Sequence[float]], folds: Sequence[Sequence[int]], *, kind: Kind
+) -> Verdict:
     """Judges a mixture by what it loses on each example, held out, beside what base and best expert lose on the same.
 
     The best expert is held out as the mixture is: for the examples of a fold it is the one that loses least on the
@@ -56,11 +61,17 @@ def verdict(mixed: Sequence[float], losses: Mapping[str, Sequence[float]], folds
     the examples, and then it looks better than it is; the mixture does less. So an expert's lead over a mixture that
     beats the base is told, and changes nothing: on test rows it was seldom there (docs/results.md).
 
+    An encoder's examples are told apart from each other's passages alone, which says little about a corpus: a gain
+    counts from `MIN_GAIN_OF_RETRIEVAL` on, and where there is none nothing is claimed, neither for the base nor for an
+    expert.
+
     Args:
         mixed: loss (nats) of each example under a mixture whose weights it had no part in.
         losses: of each example, in the same order, by model name, `base` among them.
         folds: indices of the examples that were held out together; every example is in one.
+        kind: of the pool.
     """
+    min_gain = min_gain_of(kind)
     mixed_loss, base_loss = mean(mixed), mean(losses[BASE])
     experts = {name: of_model for name, of_model in losses.items() if name != BASE}
     best = _best(experts, range(len(mixed)))
@@ -73,11 +84,13 @@ def verdict(mixed: Sequence[float], losses: Mapping[str, Sequence[float]], folds
         figures += f"best expert {mean(alone):.2f} ({names}), "
     figures += f"base {base_loss:.2f}: "
     is_behind = alone is not None and is_better(alone, mixed)
-    if is_better(mixed, losses[BASE]):
+    if is_better(mixed, losses[BASE], min_gain=min_gain):
         advice: Advice = "use"
         text = "use it"
         if is_behind:
             text += f"; {best} alone loses less here, which says little if it knows the examples"
+    elif kind == "encoder":
+        advice, text = "unsure", "a few passages do not tell what it finds in a corpus; measure it on a test set"
     elif alone is not None and is_behind and is_better(alone, losses[BASE]):
         advice, text = "use_expert", f"{best} alone is better; lower the temperature, or use it as it is"
     elif mixed_loss < base_loss:
@@ -106,10 +119,15 @@ def _others(fold: Sequence[int], num_examples: int) -> list[int]:
     return [row for row in range(num_examples) if row not in fold]
 
 
-def is_better(ours: Sequence[float], theirs: Sequence[float]) -> bool:
+def min_gain_of(kind: Kind) -> float:
+    """Share of a loss that an improvement must take off to count, by kind of pool."""
+    return MIN_GAIN_OF_RETRIEVAL if kind == "encoder" else MIN_GAIN
+
+
+def is_better(ours: Sequence[float], theirs: Sequence[float], *, min_gain: float = MIN_GAIN) -> bool:
     """Whether the first losses are less than the second, example by example, by more than chance; see `verdict`."""
     gain = mean(theirs) - mean(ours)
-    if not math.isfinite(gain) or gain <= 0.0 or gain < MIN_GAIN * mean(theirs):
+    if not math.isfinite(gain) or gain <= 0.0 or gain < min_gain * mean(theirs):
         return False
     differences = [their - our for our, their in zip(ours, theirs, strict=True)]
     count = len(differences)

@@ -19,7 +19,7 @@ def options(**changes) -> CocktailOptions:
 
 def asked(chosen: Candidate, losses=LOSSES, **changes):
     """All trials, each answered with 0.5, and the findings."""
-    trials, generator, answer = [], cross_validate(options(**changes), losses, chosen), None
+    trials, generator, answer = [], cross_validate(options(**changes), losses, chosen, kind="decoder"), None
     while isinstance(step := advance(generator, answer), Trial):
         trials.append(step)
         answer = [0.5] * len(step.rows)

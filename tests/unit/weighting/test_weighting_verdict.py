@@ -6,9 +6,9 @@ from cocktail_serve.weighting.verdict import is_better
 from cocktail_serve.weighting.verdict import verdict as judged
 
 
-def verdict(mixed, losses, folds=None):
+def verdict(mixed, losses, folds=None, kind="decoder"):
     """Each example a fold of its own, unless others are given."""
-    return judged(mixed, losses, folds or [[row] for row in range(len(mixed))])
+    return judged(mixed, losses, folds or [[row] for row in range(len(mixed))], kind=kind)
 
 
 @pytest.mark.parametrize(
@@ -91,3 +91,19 @@ def test_the_best_expert_is_held_out_as_the_mixture_is():
 def test_without_other_folds_the_best_expert_is_that_of_all():
     told = verdict([1.0], {"base": [2.0], "one": [1.5]})
     assert (told.best_expert, told.best_expert_held_out) == ("one", 1.5)
+
+
+@pytest.mark.parametrize(
+    ("mixed", "advice"),
+    [
+        ([1.8, 1.81], "use"),
+        ([1.85, 1.86], "unsure"),  # a gain that would do for a decoder
+        ([2.4, 2.42], "unsure"),  # neither the expert that leads nor the base is advised
+    ],
+)
+def test_an_encoders_few_passages_tell_large_gains_alone(mixed, advice):
+    losses = {"base": [2.0, 2.02], "quora": [1.2, 1.21]}
+    assert verdict(mixed, losses).advice != "unsure"
+    told = verdict(mixed, losses, kind="encoder")
+    assert told.advice == advice
+    assert ("measure it on a test set" in told.text) == (advice == "unsure")
