@@ -28,6 +28,10 @@ DIFFERENCE = 0.1
 """How far a coefficient is moved to see what the losses do. Engines compute in bfloat16, whose rounding moves a loss by
 some thousandths of a nat, so it is no smaller."""
 
+MEASURED_EVERY = 2
+"""Steps from one measurement of the slopes to the next. In between they follow from the losses at each step (Broyden):
+hardly a higher loss for half of the rows (docs/adr/0022-learned-coefficients.md)."""
+
 GRID = 1024
 """Coefficients are multiples of a 1024th: what rounding does to losses seldom reaches the recipe, sums are exact."""
 
@@ -45,8 +49,10 @@ def gradient(losses: Mapping[str, Sequence[float]], *, temperature: float, seed:
     How many steps are taken is chosen by what mixtures lose on examples they were not learned from. The examples are
     dealt into at most five folds, and for each fold a path of its own is followed from the softmax weights of the
     others, by the slopes of the others. Slopes are measured once for all paths, where the path of all examples stands:
-    the paths are near each other, and so a step costs as much as one of a single path. The base, the expert that is
-    best alone and the start are candidates as well, judged by the same folds; of equals the first is chosen.
+    the paths are near each other, and so a step costs as much as one of a single path. They are measured at one step of
+    `MEASURED_EVERY`, and in between corrected along the step by the losses that it led to (Broyden 1965, of each
+    example). The base, the expert that is best alone and the start are candidates as well, judged by the same folds; of
+    equals the first is chosen.
 
     An expert that loses exactly what the base loses on every example has no slope, and keeps out of the steps. A step
     whose losses are not finite is the last. One example leaves nothing to hold out: no step is taken, and the start is
@@ -86,14 +92,26 @@ def gradient(losses: Mapping[str, Sequence[float]], *, temperature: float, seed:
     path = Descent.beginning_at(softmax(rows), moving)
     fold_paths = [Descent.beginning_at(softmax(rest), moving) for rest in others]
     reached, held_out_by = start, [softmax(rest) for rest in others]
+    slopes: list[dict[str, float]] = []
+    before: tuple[dict[str, float], Sequence[float]] = ({}, ())
     for step in range(STEPS + 1):
         held_out = [Trial(weights, fold, 0.0) for weights, fold in zip(held_out_by, folds, strict=True)]
-        probes = _probes(names, path, rows) if moving and step < STEPS else []
+        # forwards and backwards in turn: what either is off by, the descent's memory evens out
+        difference = DIFFERENCE if step // MEASURED_EVERY % 2 == 0 else -DIFFERENCE
+        probes = _probes(names, path, rows, difference)[: None if step % MEASURED_EVERY == 0 else 1]
+        if not moving or step == STEPS:
+            probes = []
         answers = yield from _ask([*held_out, *probes], begun=step / (STEPS + 1), share=1 / (STEPS + 1))
         by_row = dict(zip(chain(*folds), chain(*answers[: len(folds)]), strict=True))
         candidates.append(_judged(reached, [by_row[row] for row in rows]))
-        slopes = _slopes(path, answers[len(folds) :]) if probes else []
-        if not probes or not all(math.isfinite(slope) for of_row in slopes for slope in of_row.values()):
+        if not probes:
+            break
+        here, *moved = answers[len(folds) :]
+        slopes = (
+            _slopes(path, here, moved, difference) if moved else _corrected(slopes, *before, path.coefficients, here)
+        )
+        before = dict(path.coefficients), here
+        if not all(math.isfinite(slope) for of_row in slopes for slope in of_row.values()):
             break
         path.descend(slopes)
         for fold_path, rest in zip(fold_paths, others, strict=True):
@@ -153,26 +171,52 @@ class Descent:
             self.coefficients[name] = round(min(max(moved, -BOUND), BOUND) * GRID) / GRID
 
 
-def _probes(names: Sequence[str], path: Descent, rows: Sequence[int]) -> list[Trial]:
+def _probes(names: Sequence[str], path: Descent, rows: Sequence[int], difference: float) -> list[Trial]:
     """Where the path stands, and a little further along each coefficient in turn."""
     here = path.coefficients
-    points = [here, *({**here, name: value + _difference(value)} for name, value in here.items())]
+    points = [here, *({**here, name: value + _inwards(value, difference)} for name, value in here.items())]
     return [Trial(replace(path, coefficients=point).weights(names), tuple(rows), 0.0) for point in points]
 
 
-def _slopes(path: Descent, answers: Sequence[Sequence[float]]) -> list[dict[str, float]]:
+def _slopes(
+    path: Descent, here: Sequence[float], moved: Sequence[Sequence[float]], difference: float
+) -> list[dict[str, float]]:
     """The slopes of each example's loss, from the losses of `_probes`."""
-    here, *moved = answers
     along = list(zip(path.coefficients.items(), moved, strict=True))
     return [
-        {name: (there[row] - loss) / _difference(value) for (name, value), there in along}
+        {name: (there[row] - loss) / _inwards(value, difference) for (name, value), there in along}
         for row, loss in enumerate(here)
     ]
 
 
-def _difference(value: float) -> float:
-    """Inwards where the bound is near."""
-    return DIFFERENCE if value + DIFFERENCE <= BOUND else -DIFFERENCE
+def _corrected(
+    slopes: Sequence[Mapping[str, float]],
+    start: Mapping[str, float],
+    losses_before: Sequence[float],
+    end: Mapping[str, float],
+    losses: Sequence[float],
+) -> list[dict[str, float]]:
+    """Slopes that are true along a step: the least change to each example's that explains its loss after the step.
+
+    Args:
+        slopes: as they were taken to be at the start of the step.
+        start: coefficients there, with the losses of each example; `end` and `losses` behind the step.
+    """
+    step = {name: end[name] - start[name] for name in end}
+    length = math.fsum(moved**2 for moved in step.values())
+    if length == 0.0:
+        return [dict(of_row) for of_row in slopes]
+    corrected = []
+    for of_row, loss_before, loss in zip(slopes, losses_before, losses, strict=True):
+        foreseen_change = math.fsum(of_row[name] * moved for name, moved in step.items())
+        missed = (loss - loss_before - foreseen_change) / length
+        corrected.append({name: slope + missed * step[name] for name, slope in of_row.items()})
+    return corrected
+
+
+def _inwards(value: float, difference: float) -> float:
+    """Turned round where the bound is near."""
+    return difference if abs(value + difference) <= BOUND else -difference
 
 
 def _ask(trials: Sequence[Trial], *, begun: float, share: float) -> Trials[list[Sequence[float]]]:

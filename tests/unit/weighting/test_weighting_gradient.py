@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from cocktail_serve.weighting.candidates import Candidate, Trial, chosen_of, mean
-from cocktail_serve.weighting.gradient import BOUND, STEPS, at_bounds, gradient
+from cocktail_serve.weighting.gradient import BOUND, DIFFERENCE, MEASURED_EVERY, STEPS, _corrected, at_bounds, gradient
 from cocktail_serve.weighting.search import deal
 from cocktail_serve.weighting.softmax import weights_from_losses
 
@@ -190,13 +190,48 @@ def test_an_example_that_is_held_out_does_not_move_its_own_path() -> None:
 def test_what_can_be_asked_at_once_is_known_ahead() -> None:
     pool = noisy_task(0)
     _, asked = run(pool.losses, pool.score)
-    # five held-out mixtures, the path itself and one probe for each expert; the last step has no probes
-    assert len(asked) == STEPS * (5 + 1 + 3) + 5
-    assert [len(trial.ahead) for trial in asked[:10]] == [8, 7, 6, 5, 4, 3, 2, 1, 0, 8]
+    # five held-out mixtures, the path itself, and at every second step one probe for each expert; at the last none
+    assert len(asked) == STEPS * (5 + 1) + STEPS // MEASURED_EVERY * 3 + 5
+    assert [len(trial.ahead) for trial in asked[:10]] == [8, 7, 6, 5, 4, 3, 2, 1, 0, 5]
     assert asked[0].ahead[0] == replace(asked[1], ahead=())
     progress = [trial.progress for trial in asked]
     assert progress == sorted(progress)
     assert 0.0 == progress[0] <= progress[-1] < 1.0
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_slopes_that_are_corrected_lead_nearly_as_far_as_slopes_that_are_measured(
+    seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pool = noisy_task(seed)
+
+    def reached() -> tuple[float, float]:
+        start, *_, end = run(pool.losses, pool.score)[0][2:]
+        return tuple(mean([pool.score(of.merging_weights, row) for row in range(5)]) for of in (start, end))
+
+    start, corrected = reached()
+    monkeypatch.setattr("cocktail_serve.weighting.gradient.MEASURED_EVERY", 1)
+    _, measured = reached()
+    monkeypatch.setattr("cocktail_serve.weighting.gradient.MEASURED_EVERY", STEPS)
+    _, measured_once = reached()
+    assert start - corrected > 0.7 * (start - measured) > 0.0
+    assert measured_once > corrected or start - measured < 0.1
+
+
+def test_differences_point_forwards_and_backwards_in_turn() -> None:
+    _, asked = run(noisy_task(0).losses, noisy_task(0).score)
+    of_all = [trial.shares for trial in asked if len(trial.rows) == 5]
+    # the path, three probes, the path alone; then the same the other way
+    for difference, (here, *moved) in ((DIFFERENCE, of_all[:4]), (-DIFFERENCE, of_all[5:9])):
+        probed = [there[name] - here[name] for name, there in zip(NAMES[1:], moved, strict=True)]
+        assert probed == pytest.approx([difference] * 3)
+
+
+def test_a_correction_explains_the_step_and_leaves_what_is_beside_it() -> None:
+    (corrected,) = _corrected([{"a": 1.0, "b": 2.0}], {"a": 0.0, "b": 0.0}, [5.0], {"a": 0.5, "b": 0.0}, [5.25])
+    assert corrected == {"a": 0.5, "b": 2.0}
+    stood = _corrected([{"a": 1.0}], {"a": 0.5}, [5.0], {"a": 0.5}, [5.0])
+    assert stood == [{"a": 1.0}]
 
 
 def test_coefficients_stay_in_bounds_and_those_at_them_are_named() -> None:
@@ -213,7 +248,7 @@ def test_an_expert_that_is_the_base_keeps_out_of_the_steps() -> None:
     pool = Planted({"a": [0.5, 0.0], "same": [0.0, 0.0]}, [1.0, 0.0])
     candidates, asked = run(pool.losses, pool.score)
     assert {candidate.merging_weights["same"] for candidate in candidates[3:]} == {0.0}
-    assert len(asked) == STEPS * (5 + 1 + 1) + 5
+    assert len(asked) == STEPS * (5 + 1) + STEPS // MEASURED_EVERY + 5
     alone = Planted({"same": [0.0, 0.0]}, [1.0, 0.0])
     candidates, asked = run(alone.losses, alone.score)
     assert len(candidates) == 3, "there is nowhere to go"
