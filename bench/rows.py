@@ -6,6 +6,7 @@ answers of 48 tokens, 16 clients. Parts, each of a few minutes:
     throughput    cocktails of 5 of 8 experts, of 8 tenants and of 64, over the plain base as vLLM serves it
     base          base requests in a pool with adapters over those in a pool without
     turns         the same cocktails over `engine.mode: merged`, where they take turns
+    few           one, two and four hot recipes, answers of 48 tokens, and one under long prompts: over `merged`
     lora          the same over vLLM's own LoRA, one adapter a recipe, slots for all
     fairness      p95 of a tenant with one client beside one with 32, over alone
     first-token   recipe to first token of a cocktail never asked before, over the base's
@@ -120,10 +121,13 @@ class Bench:
         async with tenants(server.url, self.admin_key, [f"tenant-{number}" for number in range(count)]) as made:
             yield made
 
-    def tokens_per_s(self, askers: Sequence[tuple[Tenant, Ask]], *, seconds: float | None = None) -> Run:
+    def tokens_per_s(
+        self, askers: Sequence[tuple[Tenant, Ask]], *, seconds: float | None = None, max_tokens: int | None = None
+    ) -> Run:
         """One run of the load, the askers dealt out among the clients."""
         arguments = self.arguments
         seconds = seconds or arguments.seconds
+        answer = max_tokens or arguments.max_tokens
 
         async def client(number: int, until: float) -> int:
             own = askers[number % len(askers) :: arguments.clients]
@@ -137,7 +141,7 @@ class Bench:
             started = time.perf_counter()
             until = started + seconds
             answers = sum(await asyncio.gather(*(client(number, until) for number in range(arguments.clients))))
-            return answers * arguments.max_tokens / (time.perf_counter() - started)
+            return answers * answer / (time.perf_counter() - started)
 
         return run
 
@@ -162,13 +166,15 @@ def mixture(seed: int) -> dict[str, float]:
     return {name: share / sum(shares) for name, share in zip(names, shares, strict=True)}
 
 
-async def cocktails(bench: Bench, pool: str, owners: Sequence[Tenant]) -> list[tuple[Tenant, Ask]]:
-    """One cocktail of each tenant, ready."""
+async def cocktails(
+    bench: Bench, pool: str, owners: Sequence[Tenant], chat: Callable[..., Ask] | None = None
+) -> list[tuple[Tenant, Ask]]:
+    """One cocktail of each tenant, ready, and what is asked of it."""
     made = [
         await owner.make({"name": f"{pool}-own", "pool": pool, "merging_weights": mixture(seed)})
         for seed, owner in enumerate(owners)
     ]
-    return [(owner, bench.chat(each["id"])) for owner, each in zip(owners, made, strict=True)]
+    return [(owner, (chat or bench.chat)(each["id"])) for owner, each in zip(owners, made, strict=True)]
 
 
 def ratio(runs: Mapping[str, Sequence[float]], what: str, over: str) -> float:
@@ -229,6 +235,35 @@ async def turns(bench: Bench) -> dict[str, Any]:
             "over turns, 64 tenants": (ratio(found, "unmerged 64", "merged 64"), ">= 8"),
         },
     }
+
+
+async def few(bench: Bench) -> dict[str, Any]:
+    """Where merged parameters, which a recipe has to itself, may be the faster: few recipes, many tokens a step.
+
+    The long questions are too many for the prefix cache to have met them, and answered with four tokens.
+    """
+    shapes: dict[str, dict[str, Any]] = {
+        "": {"max_tokens": bench.arguments.max_tokens},
+        ", long prompts": {"max_tokens": 4, "num_words": 55, "num_questions": 2000},
+    }
+    asked = [(1, ""), (2, ""), (4, ""), (1, ", long prompts")]
+    with bench.gateway("unmerged", "merged") as server:
+        async with bench.tenants(server, 4) as owners:
+            runs = {}
+            for pool in ("unmerged", "merged"):
+                for count, shape in asked:
+                    chat = partial(bench.chat, **shapes[shape])
+                    own = await cocktails(bench, pool, owners[:count], chat)
+                    runs[f"{pool} {count}{shape}"] = bench.tokens_per_s(own, max_tokens=shapes[shape]["max_tokens"])
+            found = await bench.in_turn(runs)
+    ratios = {
+        f"over merged, {count} recipes{shape}": (
+            ratio(found, f"unmerged {count}{shape}", f"merged {count}{shape}"),
+            None,
+        )
+        for count, shape in asked
+    }
+    return {"tokens_per_s": found, "ratios": ratios}
 
 
 async def lora(bench: Bench) -> dict[str, Any]:
@@ -402,6 +437,7 @@ PARTS: Mapping[str, Callable[[Bench], Awaitable[dict[str, Any]]]] = {
     "throughput": throughput,
     "base": base,
     "turns": turns,
+    "few": few,
     "lora": lora,
     "fairness": fairness,
     "first-token": first_token,

@@ -30,10 +30,10 @@ class Ask:
     pause_s: tuple[float, float] = (0.0, 0.0)
 
     @classmethod
-    def chat(cls, model: str, *, max_tokens: int, **options: Any) -> Ask:
-        """Questions that are answered with exactly so many tokens."""
+    def chat(cls, model: str, *, max_tokens: int, num_words: int = 8, num_questions: int = 50, **options: Any) -> Ask:
+        """So many questions of so many words, each answered with exactly so many tokens."""
         body = {"model": model, "temperature": 0, "max_tokens": max_tokens, "ignore_eos": True, **options}
-        messages = [[{"role": "user", "content": words(number, 8)}] for number in range(50)]
+        messages = [[{"role": "user", "content": words(number, num_words)}] for number in range(num_questions)]
         return cls("/v1/chat/completions", [json.dumps({**body, "messages": each}).encode() for each in messages])
 
     @classmethod
