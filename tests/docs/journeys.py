@@ -42,6 +42,7 @@ class Journey:
 
 
 NOT_WALKED: Mapping[str, str] = {
+    "docs/how-to/container.md": "tests/container builds and runs the image, without Docker",
     "docs/how-to/gpu.md": "needs a GPU",
     "docs/how-to/litellm.md": "tests/integration/test_litellm.py runs it, in an environment of its own",
     "docs/how-to/langchain-llamaindex.md": "tests/e2e/test_clients.py makes its calls",
