@@ -11,6 +11,7 @@ answers of 48 tokens, 16 clients. Parts, each of a few minutes:
     fairness      p95 of a tenant with one client beside one with 32, over alone
     first-token   recipe to first token of a cocktail never asked before, over the base's
     examples      five examples to first token of a new cocktail
+    learned       five examples to a `gradient` cocktail, alone and beside traffic, and the traffic's p99
     memory        the vLLM worker's resident memory over that of the plain base, with all experts and 10,000 cocktails
 
     python -m bench.rows
@@ -364,6 +365,51 @@ async def examples(bench: Bench) -> dict[str, Any]:
     return {**found, "ratios": {"examples to first token, seconds": (seconds, f"<= {target}")}}
 
 
+async def learned(bench: Bench) -> dict[str, Any]:
+    """Examples as of `examples`, coefficients learned from them; the traffic is four clients of the base."""
+    seconds: dict[str, list[float]] = {"alone": [], "beside traffic": []}
+    latencies: dict[str, list[float]] = {"without": [], "beside": []}
+    with bench.gateway("unmerged") as server:
+        async with bench.tenants(server, 2) as (maker, busy):
+            ask = bench.chat("unmerged", max_tokens=16)
+
+            async def learn(number: int) -> float:
+                rows = [{"input": words(10 * number + n, 7), "output": words(10 * number + n, 2)} for n in range(5)]
+                body = {"name": f"learned{number}", "pool": "unmerged", "examples": rows, "weighting": "gradient"}
+                started = time.perf_counter()
+                await maker.make(body)
+                return time.perf_counter() - started
+
+            async def client(goes_on: Callable[[], bool], into: list[float]) -> None:
+                for number in itertools.count():
+                    if not goes_on():
+                        return
+                    into.append((await busy.ask(ask, number))[1])
+
+            await learn(0)
+            for number in range(1, bench.arguments.runs + 1):
+                seconds["alone"].append(await learn(2 * number))
+                making = asyncio.create_task(learn(2 * number + 1))
+                goes_on = lambda making=making: not making.done()  # noqa: E731
+                await asyncio.gather(*(client(goes_on, latencies["beside"]) for _ in range(4)))
+                seconds["beside traffic"].append(await making)
+                until = time.perf_counter() + seconds["beside traffic"][-1]
+                goes_on = lambda until=until: time.perf_counter() < until  # noqa: E731
+                await asyncio.gather(*(client(goes_on, latencies["without"]) for _ in range(4)))
+    p99 = {name: statistics.quantiles(values, n=100, method="inclusive")[98] for name, values in latencies.items()}
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    return {
+        "seconds": {name: [round(value, 2) for value in values] for name, values in seconds.items()},
+        "p99_s": {name: round(value, 3) for name, value in p99.items()},
+        "answers": {name: len(values) for name, values in latencies.items()},
+        "ratios": {
+            "learned from five examples, seconds": (medians["alone"], "<= 10"),
+            "the same beside traffic, seconds": (medians["beside traffic"], "<= 30"),
+            "p99 of traffic beside learning, over without": (p99["beside"] / p99["without"], "<= 1.2"),
+        },
+    }
+
+
 async def memory(bench: Bench) -> dict[str, Any]:
     """As many requests of one token on both sides, each with KV blocks of its own: what serving takes is on both.
 
@@ -442,6 +488,7 @@ PARTS: Mapping[str, Callable[[Bench], Awaitable[dict[str, Any]]]] = {
     "fairness": fairness,
     "first-token": first_token,
     "examples": examples,
+    "learned": learned,
     "memory": memory,
 }
 
