@@ -175,6 +175,18 @@ def prepare_plain_vllm(shell: Shell) -> None:
 
 _FUNCTIONS = r"""
 id_of() { cocktail-serve show "$1" --json | python -c 'import json, sys; print(json.load(sys.stdin)["id"])'; }
+start_printed() {
+  echo "export VLLM_API_KEY=$KEY" > start.sh
+  sed -n '/^VLLM_COCKTAIL_MANIFEST/,$p' printed.txt | sed "1 s/^/exec env /; \$ s/\$/ --port $WALK_PORT/" >> start.sh
+  bash start.sh > "$WALK/server.log" 2>&1 &
+  echo $! > "$WALK/server.pid"
+  for _ in $(seq 600); do
+    curl -s localhost:8000/health > /dev/null 2>&1 && return
+    sleep 0.5
+  done
+  tail -40 "$WALK/server.log"
+  return 1
+}
 key_id() { cocktail-serve keys list --config config.yaml --tenant acme --json \
   | python -c 'import json, sys; print(json.load(sys.stdin)["data"][0]["id"])'; }
 """
@@ -293,7 +305,15 @@ JOURNEYS: Mapping[str, Journey] = {
         pages=("docs/how-to/plain-vllm.md",),
         prepare=prepare_plain_vllm,
         first=("export KEY=secret",),
-        changes={"--out pool.json": "--out pool.json | tee printed.txt"},
+        changes={
+            "--out pool.json": "--out pool.json | tee printed.txt",
+            # the CPU's line is another, which the page says: the one that was printed is typed
+            "VLLM_API_KEY=$KEY VLLM_COCKTAIL_MANIFEST=pool.json VLLM_PLUGINS=... vllm serve models/base "
+            "--dtype bfloat16 \\\n    --worker-extension-cls vllm_cocktail.worker.CocktailWorkerExtension": (
+                "start_printed"
+            ),
+        },
+        prints={"localhost:8000/v1/cocktail/mix": '"source":"files"'},
         not_run={
             "pip install": CHECKOUT,
             "make install": CHECKOUT,
