@@ -389,7 +389,8 @@ class RetentionConfig(_Section):
     jobs_days: float | None = Field(
         90.0,
         gt=0,
-        description="Fine-tuning jobs and their events, since they ended; what they made stays; null: always.",
+        description="Fine-tuning jobs and their events, and batches, since they ended; what they made stays; null: "
+        "always.",
     )
     audit_days: float | None = Field(
         400.0, gt=0, description="Lines of the audit log; null: always. Usage is a sum by day and stays."

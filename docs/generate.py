@@ -18,6 +18,15 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from cocktail_serve import errors
+from cocktail_serve.batches.request import MAX_LINES, BatchBody
+from cocktail_serve.batches.runner import (
+    LINES_AT_ONCE,
+    LINES_OF_TENANT,
+    MAX_ENGINE_FAILURES,
+    MAX_GIVEN_WAY,
+    MAX_OUTPUT_BYTES,
+)
+from cocktail_serve.batches.store import MAX_UNFINISHED
 from cocktail_serve.checkpoints.adapters.config import FIELDS, INITS
 from cocktail_serve.cli import app as cli_app
 from cocktail_serve.cocktails.parsing import CocktailBody
@@ -179,6 +188,29 @@ def http_page() -> str:
         "[how to fine-tune](../how-to/fine-tuning.md).\n\n| field | meaning |\n|---|---|\n"
     )
     parts += _body_rows(JobBody)
+    parts.append(
+        "\n## Body of a batch\n\nOf `POST /v1/batches`, from a file that was uploaded with the purpose `batch`: on each "
+        'line `{"custom_id": "...", "method": "POST", "url": "<endpoint>", "body": {...}}`.\n\n'
+        "| field | meaning |\n|---|---|\n"
+    )
+    parts += _body_rows(BatchBody)
+    parts.append(
+        f"\nA file may have {MAX_LINES:,} lines and as many bytes as one upload may be "
+        "(`server.max_request_bytes`); lines may name several models, and those of one are asked together. A file that "
+        "cannot be read fails its batch, with `errors` that name the line: `empty_file`, `too_many_tasks`, "
+        "`invalid_json_line`, `invalid_request`, `invalid_method`, `mismatched_url`, `duplicate_custom_id`, "
+        f"`invalid_file`. Answers are kept up to {MAX_OUTPUT_BYTES // 1024**2} MiB a batch; further lines fail with "
+        "`output_too_large`. Lines without an answer at the end are in the error file: those refused with the answer "
+        "that they got, those given up with `batch_expired` or `batch_cancelled`.\n\n"
+        f"A line is asked as its tenant would ask it, under the same rules and limits, and counted in its usage. It "
+        f"gives way: a gateway asks {LINES_AT_ONCE} lines at once, {LINES_OF_TENANT} of one tenant, and begins no second "
+        "one on an engine while tenants ask there; a line is broken off, and asked again later, when requests wait for "
+        f"its turn or its slot ({MAX_GIVEN_WAY} times at most); and half of each limit of the tenant is left to what it "
+        f"asks itself. 429 and 503 are tried again until the window ends, other errors of the server "
+        f"{MAX_ENGINE_FAILURES} times. One gateway works on a batch; when it ends, another or the next goes on with the "
+        f"lines that have no answer. A tenant may have {MAX_UNFINISHED} unfinished batches. A batch goes on when the key "
+        "that made it ends: cancel it.\n"
+    )
     for title, body in (("a rerank request", RerankRequest), ("an embedding request", EmbeddingRequest)):
         parts.append(
             f"\n## Body of {title}\n\nFields of other servers' clients are accepted where they ask for what is done here; "

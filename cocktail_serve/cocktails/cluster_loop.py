@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from math import inf
 
 from cocktail_serve.cocktails.cocktail import Cocktail
@@ -21,6 +21,9 @@ logger = logging.getLogger(__name__)
 Sweep = Callable[[], Awaitable[object]]
 """Removes what has been kept long enough."""
 
+Adopt = Callable[[str, frozenset[str]], Awaitable[object]]
+"""Goes on with other work that nobody does, given the id of this gateway and those of all that are there."""
+
 SWEEP_S = 600.0
 """Between two sweeps of all that is kept for a time only."""
 
@@ -31,6 +34,7 @@ class ClusterLoop:
     Args:
         report: begins the report of a ready cocktail, where there is none yet.
         sweep: done now and then by one of the gateways.
+        adopters: what else is taken over from the dead.
         poll_s: between two looks for what others changed.
     """
 
@@ -45,6 +49,7 @@ class ClusterLoop:
         report: Callable[[Cocktail], None],
         sweep: Sweep,
         poll_s: float,
+        adopters: Sequence[Adopt] = (),
     ) -> None:
         self._database = database
         self._heartbeats = heartbeats
@@ -53,6 +58,7 @@ class ClusterLoop:
         self._pools = pools
         self._report = report
         self._sweep = sweep
+        self._adopters = adopters
         self._poll_s = poll_s
         self._swept_at = -inf
         self._task: asyncio.Task[None] | None = None
@@ -137,3 +143,5 @@ class ClusterLoop:
         async for cocktail in paced(self._registry.catalog.unreported(), every=500):
             if cocktail.owner not in alive or cocktail.owner == self._heartbeats.me:
                 self._report(cocktail)
+        for adopt in self._adopters:
+            await adopt(self._heartbeats.me, alive)

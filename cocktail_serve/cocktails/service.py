@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 from cocktail_serve.cocktails.catalog import Catalog
-from cocktail_serve.cocktails.cluster_loop import ClusterLoop, Sweep
+from cocktail_serve.cocktails.cluster_loop import Adopt, ClusterLoop, Sweep
 from cocktail_serve.cocktails.cocktail import Cocktail, ModelEntry, ServedModel, WeightingResult
 from cocktail_serve.cocktails.engine_use import EngineUse
 from cocktail_serve.cocktails.gateway_heartbeats import GatewayHeartbeats
@@ -53,6 +53,7 @@ class CocktailService:
         limits_of: limits of a tenant.
         retry_policy: how long jobs bear with failing engines.
         change_hooks: write down what changes of cocktails mean elsewhere.
+        adopters: as of `ClusterLoop`.
         ledger: counts what jobs use; None: nobody does.
 
     Attributes:
@@ -71,6 +72,7 @@ class CocktailService:
         place: str | None = None,
         sweeps: Sequence[Sweep] = (),
         change_hooks: Sequence[ChangeHook] = (),
+        adopters: Sequence[Adopt] = (),
         ledger: Ledger | None = None,
     ) -> None:
         self._store = Store(database, change_hooks=change_hooks)
@@ -116,6 +118,7 @@ class CocktailService:
             report=self._reports.submit,
             sweep=self._sweep,
             poll_s=settings.store.poll_s,
+            adopters=adopters,
         )
 
     async def start(self) -> None:

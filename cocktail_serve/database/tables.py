@@ -121,6 +121,7 @@ files = Table(
     Column("digest", DIGEST, nullable=False),
     Column("created_at", Float(53), nullable=False),
     Column("expires_at", Float(53)),
+    Column("purpose", String(32), nullable=False, server_default="fine-tune"),
     Index("ix_files_tenant_digest", "tenant", "digest"),
 )
 
@@ -174,6 +175,51 @@ fine_tuning_events = Table(
     Column("data", JSON(none_as_null=True)),
     Column("is_metrics", Boolean, nullable=False),
 )
+
+batches = Table(
+    "batches",
+    metadata,
+    Column("id", String(40), primary_key=True),
+    Column("tenant", TENANT, nullable=False),
+    Column("key_id", KEY_ID),
+    Column("endpoint", String(64), nullable=False),
+    Column("input_file_id", String(40), nullable=False),
+    Column("completion_window", String(8), nullable=False),
+    Column("metadata", JSON(none_as_null=True)),
+    Column("output_expires_after_s", Integer),
+    Column("status", String(16), nullable=False),
+    Column("created_at", Float(53), nullable=False),
+    Column("expires_at", Float(53), nullable=False),
+    Column("in_progress_at", Float(53)),
+    Column("finalizing_at", Float(53)),
+    Column("completed_at", Float(53)),
+    Column("failed_at", Float(53)),
+    Column("expired_at", Float(53)),
+    Column("cancelling_at", Float(53)),
+    Column("cancelled_at", Float(53)),
+    Column("num_total", Integer, nullable=False, server_default="0"),
+    Column("num_completed", Integer, nullable=False, server_default="0"),
+    Column("num_failed", Integer, nullable=False, server_default="0"),
+    Column("output_file_id", String(40)),
+    Column("error_file_id", String(40)),
+    Column("errors", JSON(none_as_null=True)),
+    Column("owner", GATEWAY),
+    Column("epoch", BigInteger, nullable=False, server_default="0"),
+    Index("ix_batches_tenant", "tenant", "id"),
+    Index("ix_batches_status", "status"),
+)
+
+batch_lines = Table(
+    "batch_lines",
+    metadata,
+    Column("batch_id", String(40), ForeignKey("batches.id", ondelete="CASCADE"), primary_key=True),
+    Column("position", Integer, primary_key=True, autoincrement=False),
+    Column("model", DIGEST, nullable=False),
+    Column("request", LargeBinary),
+    Column("answer", LargeBinary),
+    Column("is_error", Boolean),
+)
+"""While a batch is worked on: each line has its request until it has its answer. Then they are in its output files."""
 
 tenants = Table(
     "tenants",

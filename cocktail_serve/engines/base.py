@@ -114,6 +114,18 @@ class Engine(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
+class Background:
+    """How a request gives way that nobody waits for.
+
+    Attributes:
+        is_broken_off: whether it ends with `DrainedError` as soon as requests wait for the turn, or the slot, that it
+            takes; else it may finish as those may.
+    """
+
+    is_broken_off: bool = True
+
+
+@dataclass(frozen=True, slots=True)
 class Forwarded:
     """An answer of a generation engine on its way back; its errors are raised instead.
 
@@ -192,6 +204,7 @@ class GenerationEngine(ScoringEngine, Protocol):
         *,
         tenant: str,
         generation: GenerationSettings | None = None,
+        background: Background | None = None,
     ) -> AbstractAsyncContextManager[Forwarded]:
         """Sends an OpenAI body (already under the field policy) when it is `recipe`'s turn.
 
@@ -200,6 +213,8 @@ class GenerationEngine(ScoringEngine, Protocol):
         Args:
             generation: what the model takes where the body does not say; None: what the engine itself takes, which is
                 the base's.
+            background: of what gives way to requests: it waits as long as it takes, and is charged to nobody's turn.
+                While tenants ask, no more than one such request is begun.
 
         Raises:
             QueueTimeoutError: its turn did not come within `queue_timeout_s`.

@@ -1,4 +1,4 @@
-"""Uploaded files of examples: checked line by line, kept in the database once per content, each tenant its own."""
+"""Files of examples and of batches: kept in the database once per content, each tenant its own."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import hashlib
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 from sqlalchemy import ColumnElement, delete, exists, insert, or_, select
 from sqlalchemy.ext.asyncio import AsyncConnection
@@ -20,8 +20,14 @@ from cocktail_serve.pool import Kind
 from cocktail_serve.tenants.example_quota import check_example_bytes
 from cocktail_serve.tenants.limits import LimitsOf, unlimited
 
+Purpose = Literal["fine-tune", "batch", "batch_output"]
+"""What files are for: examples, requests of a batch, and what became of those."""
+
 PURPOSE: Final = "fine-tune"
-"""The one purpose that files have here."""
+"""Of files whose every line is an example."""
+
+UPLOADED: tuple[Purpose, ...] = ("fine-tune", "batch")
+"""What uploads may be for."""
 
 PREFIX = "file"
 
@@ -31,7 +37,7 @@ MAX_ERRORS = 5
 
 @dataclass(frozen=True, slots=True)
 class File:
-    """An uploaded file.
+    """A file.
 
     Attributes:
         digest: SHA-256 of the content, 64 hex characters.
@@ -45,6 +51,7 @@ class File:
     digest: str
     created_at: float
     expires_at: float | None = None
+    purpose: Purpose = PURPOSE
 
 
 def check_jsonl(content: bytes) -> None:
@@ -114,12 +121,36 @@ class Files:
         self._clock = clock
 
     @shielded
-    async def add(self, tenant: str, filename: str, content: bytes, *, expires_after_s: int | None = None) -> File:
+    async def add(
+        self,
+        tenant: str,
+        filename: str,
+        content: bytes,
+        *,
+        expires_after_s: int | None = None,
+        purpose: Purpose = PURPOSE,
+    ) -> File:
         """Keeps a file; equal contents of one tenant are kept once.
 
         Raises:
             QuotaExceededError: the tenant would keep more bytes of examples than it may.
         """
+        async with self._database.write() as connection:
+            return await self.write(
+                connection, tenant, filename, content, expires_after_s=expires_after_s, purpose=purpose
+            )
+
+    async def write(
+        self,
+        connection: AsyncConnection,
+        tenant: str,
+        filename: str,
+        content: bytes,
+        *,
+        expires_after_s: int | None,
+        purpose: Purpose,
+    ) -> File:
+        """As `add`, in a transaction of the caller's. What a batch made is kept whatever the tenant keeps already."""
         now = self._clock()
         file = File(
             id=new_id(PREFIX),
@@ -129,16 +160,16 @@ class Files:
             digest=hashlib.sha256(content).hexdigest(),
             created_at=now,
             expires_at=None if expires_after_s is None else now + expires_after_s,
+            purpose=purpose,
         )
         contents = tables.file_contents
-        async with self._database.write() as connection:
-            known = select(contents.c.digest).where(contents.c.tenant == tenant, contents.c.digest == file.digest)
-            if (await connection.execute(known)).first() is None:
-                limit = self._limits_of(tenant).example_bytes
-                await check_example_bytes(connection, tenant, len(content), limit, now=now)
-                row = {"tenant": tenant, "digest": file.digest, "content": content}
-                await connection.execute(insert_missing(connection, contents).values(row))
-            await connection.execute(insert(tables.files).values(_row(file)))
+        known = select(contents.c.digest).where(contents.c.tenant == tenant, contents.c.digest == file.digest)
+        if (await connection.execute(known)).first() is None:
+            limit = None if purpose == "batch_output" else self._limits_of(tenant).example_bytes
+            await check_example_bytes(connection, tenant, len(content), limit, now=now)
+            row = {"tenant": tenant, "digest": file.digest, "content": content}
+            await connection.execute(insert_missing(connection, contents).values(row))
+        await connection.execute(insert(tables.files).values(_row(file)))
         return file
 
     @shielded
@@ -160,17 +191,28 @@ class Files:
         return File(**row)
 
     @shielded
-    async def content(self, tenant: str, file_id: str, *, param: str | None = None) -> bytes:
-        """What was uploaded, byte for byte; raises as `get`."""
+    async def content(
+        self, tenant: str, file_id: str, *, param: str | None = None, purpose: Purpose | None = None
+    ) -> bytes:
+        """What was uploaded, byte for byte; raises as `get`.
+
+        Args:
+            purpose: what it has to be for; None: anything.
+
+        Raises:
+            InvalidRequestError: it is for something else.
+        """
         _check_id(file_id, param)
         contents = tables.file_contents
         same = (contents.c.tenant == tables.files.c.tenant) & (contents.c.digest == tables.files.c.digest)
-        query = select(contents.c.content).join(tables.files, same).where(*self._of(tenant))
+        query = select(contents.c.content, tables.files.c.purpose).join(tables.files, same).where(*self._of(tenant))
         async with self._database.read() as connection:
-            content = (await connection.execute(query.where(tables.files.c.id == file_id))).scalar_one_or_none()
-        if content is None:
+            found = (await connection.execute(query.where(tables.files.c.id == file_id))).first()
+        if found is None:
             raise _no_file(file_id, param)
-        return bytes(content)
+        if purpose is not None:
+            check_purpose(file_id, found.purpose, purpose, param=param)
+        return bytes(found.content)
 
     @shielded
     async def list(
@@ -178,9 +220,9 @@ class Files:
     ) -> Page[File]:
         """The tenant's files by the moment they came, from behind `after` on."""
         check_cursor(after, PREFIX)
-        if purpose not in (None, PURPOSE):
-            return Page(data=(), has_more=False)
         of_tenant = select(tables.files).where(*self._of(tenant))
+        if purpose is not None:
+            of_tenant = of_tenant.where(tables.files.c.purpose == purpose)
         query = page_of(of_tenant, tables.files.c.id, after=after, limit=limit, order=order)
         return Page.of([File(**row) for row in await self._database.rows(query)], limit)
 
@@ -216,6 +258,16 @@ class Files:
                 delete(contents).where(contents.c.tenant == tenant, contents.c.digest == digest, ~still)
             )
         return bool(gone)
+
+
+def check_purpose(file_id: str, purpose: str, wanted: Purpose, *, param: str | None) -> None:
+    """Raises InvalidRequestError for a file that is for something else."""
+    if purpose != wanted:
+        raise InvalidRequestError(
+            f"the file {file_id} was uploaded with the purpose {purpose!r}, and this takes one of {wanted!r}: upload "
+            "it again",
+            param=param,
+        )
 
 
 def _check_id(file_id: str, param: str | None) -> None:

@@ -18,7 +18,7 @@ from cocktail_serve.cocktails.service import CocktailService
 from cocktail_serve.config import Settings
 from cocktail_serve.errors import InvalidRequestError, NotFoundError, params_named
 from cocktail_serve.examples import read_jsonl
-from cocktail_serve.finetuning.files import Files
+from cocktail_serve.finetuning.files import PURPOSE, Files
 from cocktail_serve.finetuning.job import Job, ListedEvent
 from cocktail_serve.finetuning.jobs import JobStore
 from cocktail_serve.finetuning.request import JobBody, JobRequest, param_of_job
@@ -66,10 +66,12 @@ class FineTuning:
         if known is not None:
             return known
         asked = request.cocktail(self.pools, visible=visible)
-        training = await self.files.content(tenant, request.training_file, param="training_file")
+        training = await self.files.content(tenant, request.training_file, param="training_file", purpose=PURPOSE)
         validation = None
         if request.validation_file is not None:
-            validation = await self.files.content(tenant, request.validation_file, param="validation_file")
+            validation = await self.files.content(
+                tenant, request.validation_file, param="validation_file", purpose=PURPOSE
+            )
         made: list[Job] = []
 
         async def enlist(connection: AsyncConnection, cocktail: Cocktail) -> None:

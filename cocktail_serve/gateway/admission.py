@@ -9,12 +9,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from cocktail_serve.cocktails.cocktail import ServedModel
+from cocktail_serve.engines.base import Background
 from cocktail_serve.engines.token_estimates import reserved_tokens
 from cocktail_serve.gateway.authentication import Caller
 from cocktail_serve.gateway.dependencies import caller_of, gateway_of
 from cocktail_serve.gateway.direct_route import DirectRequest
 from cocktail_serve.gateway.exchange import Exchange, exchange_of
 from cocktail_serve.gateway.gateway import Gateway
+from cocktail_serve.gateway.inside_request import inside_request_of
 from cocktail_serve.gateway.json_body import read_json_object
 from cocktail_serve.gateway.metering import MeteredRequest
 from cocktail_serve.gateway.rate_limits import enforce_limits
@@ -22,7 +24,11 @@ from cocktail_serve.gateway.rate_limits import enforce_limits
 
 @dataclass(frozen=True, slots=True)
 class AdmittedRequest:
-    """A request to a model, let in."""
+    """A request to a model, let in.
+
+    Attributes:
+        background: how it gives way; None: somebody waits for it.
+    """
 
     request: DirectRequest
     exchange: Exchange
@@ -30,6 +36,7 @@ class AdmittedRequest:
     caller: Caller
     body: dict[str, Any]
     metered: MeteredRequest
+    background: Background | None = None
 
     def observe_first_token(self, served: ServedModel) -> None:
         """The first of the answer is there: the time that it took goes into the metrics."""
@@ -52,7 +59,9 @@ async def admit(request: DirectRequest) -> AsyncIterator[AdmittedRequest]:
     exchange = exchange_of(request)
     # before any work is done for it
     num_tokens = reserved_tokens(body, num_bytes=num_bytes)
-    admission = gateway.limiter.admit_model_request(caller.tenant, num_tokens=num_tokens)
+    inside = inside_request_of(request.scope)
+    admission = gateway.limiter.admit_model_request(caller.tenant, num_tokens=num_tokens, is_batch=inside is not None)
     with MeteredRequest(caller, exchange, admission, gateway.ledger, gateway.metrics) as metered:
         enforce_limits(exchange, admission)
-        yield AdmittedRequest(request, exchange, gateway, caller, body, metered)
+        background = None if inside is None else inside.background
+        yield AdmittedRequest(request, exchange, gateway, caller, body, metered, background)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from functools import partial
 
 from fastapi import FastAPI
 from fastapi.middleware.cors import CORSMiddleware
@@ -12,6 +13,7 @@ import cocktail_serve
 from cocktail_serve.config import Settings
 from cocktail_serve.engines.base import AnyEngine
 from cocktail_serve.gateway.assembly import assembled
+from cocktail_serve.gateway.batch_lines import ask_line
 from cocktail_serve.gateway.direct_route import DirectRouting
 from cocktail_serve.gateway.error_handlers import add_error_handlers
 from cocktail_serve.gateway.lifecycle import Lifecycle
@@ -20,6 +22,7 @@ from cocktail_serve.gateway.middleware import BodyLimit, ContentDecoding, HeadAs
 from cocktail_serve.gateway.openapi import add_openapi
 from cocktail_serve.gateway.routes import (
     admin,
+    batches,
     cocktails,
     docs_page,
     embeddings,
@@ -78,6 +81,7 @@ def create_app(
         cocktails,
         files,
         fine_tuning,
+        batches,
         usage_routes,
         pools_routes,
         admin,
@@ -127,6 +131,10 @@ def _lifespan(
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         async with assembled(settings, pools, engines, metrics, lifecycle) as gateway:
             app.state.gateway = gateway
-            yield
+            gateway.batches.runner.start(partial(ask_line, app))
+            try:
+                yield
+            finally:
+                await gateway.batches.runner.stop()
 
     return lifespan

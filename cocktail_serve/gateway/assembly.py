@@ -10,6 +10,9 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, asynccontextmanager
 from functools import partial
 
+from cocktail_serve.batches.runner import BatchRunner
+from cocktail_serve.batches.service import Batches
+from cocktail_serve.batches.store import BatchStore
 from cocktail_serve.checkpoints.opening import open_pool
 from cocktail_serve.cocktails.cluster_loop import Sweep
 from cocktail_serve.cocktails.experts import Experts
@@ -83,6 +86,9 @@ async def assembled(
         fine_tuning_jobs = JobStore(database)
         files = Files(database, limits_of=tenants_cache.limits_of)
         audit = AuditLog(database)
+        parse_executor = stack.enter_context(ThreadPoolExecutor(1, "cocktail-parse"))
+        batch_store = BatchStore(database, files)
+        batches = Batches(batch_store, files, BatchRunner(batch_store, files, parse_executor))
         service = CocktailService(
             settings,
             pools,
@@ -90,15 +96,15 @@ async def assembled(
             database=database,
             limits_of=tenants_cache.limits_of,
             place=place,
-            sweeps=_sweeps(settings, files, fine_tuning_jobs, audit),
+            sweeps=_sweeps(settings, files, fine_tuning_jobs, batch_store, audit),
             change_hooks=[fine_tuning_jobs],
+            adopters=[batches.runner.adopt],
             ledger=ledger,
         )
         for engine in engines.values():
             engine.name_recipes(partial(service.catalog.names_of_recipe, engine.pool.id))
         stack.push_async_callback(service.stop)
         await service.start()
-        parse_executor = stack.enter_context(ThreadPoolExecutor(1, "cocktail-parse"))
         stack.push_async_callback(experts.stop)
         experts.start(service.catalog)
         await asyncio.to_thread(trim_cache, settings)
@@ -111,6 +117,7 @@ async def assembled(
             experts=experts,
             files=files,
             fine_tuning=FineTuning(settings, pools, service, files, fine_tuning_jobs, parse_executor),
+            batches=batches,
             parse_executor=parse_executor,
             metrics=metrics,
             lifecycle=lifecycle,
@@ -197,10 +204,14 @@ def _authenticator(settings: Settings, tenants: TenantStore, cache: TenantsCache
     )
 
 
-def _sweeps(settings: Settings, files: Files, jobs: JobStore, audit: AuditLog) -> list[Sweep]:
+def _sweeps(settings: Settings, files: Files, jobs: JobStore, batches: BatchStore, audit: AuditLog) -> list[Sweep]:
     retention = settings.store.retention
     sweeps: list[Sweep] = [files.sweep]
-    for sweep, days in ((jobs.sweep, retention.jobs_days), (audit.sweep, retention.audit_days)):
+    for sweep, days in (
+        (jobs.sweep, retention.jobs_days),
+        (batches.sweep, retention.jobs_days),
+        (audit.sweep, retention.audit_days),
+    ):
         if days is not None:
             sweeps.append(partial(sweep, older_than_s=days * 86_400))
     return sweeps

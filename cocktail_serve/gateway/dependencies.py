@@ -9,6 +9,7 @@ from fastapi import Depends, Request
 from cocktail_serve.gateway.authentication import Caller
 from cocktail_serve.gateway.exchange import exchange_of
 from cocktail_serve.gateway.gateway import Gateway
+from cocktail_serve.gateway.inside_request import inside_request_of
 from cocktail_serve.gateway.rate_limits import enforce_limits
 
 
@@ -29,6 +30,10 @@ async def caller_of(request: Request, gateway: GatewayDep) -> Caller:
         AuthenticationError: a key is required, and there is none; or one was sent that is not valid.
         PermissionDeniedError: the key lacks the scope `use`; or a proxy opens to others what is this machine's.
     """
+    inside = inside_request_of(request.scope)
+    if inside is not None:
+        exchange_of(request).tenant = inside.caller.tenant
+        return inside.caller
     headers = request.headers
     caller = await gateway.authenticator.caller(headers.get("authorization", ""), header_names=headers.keys())
     exchange_of(request).tenant = caller.tenant

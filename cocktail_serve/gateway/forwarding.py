@@ -73,7 +73,12 @@ async def forward_generation(
     rewriter = _rewriter(path, served, outgoing)
     async with ended_with_client(admitted.request.receive):
         async with engine.forward(
-            served.recipe, path, outgoing.body, tenant=admitted.caller.tenant, generation=served.generation
+            served.recipe,
+            path,
+            outgoing.body,
+            tenant=admitted.caller.tenant,
+            generation=served.generation,
+            background=admitted.background,
         ) as forwarded:
             try:
                 if forwarded.events is not None:

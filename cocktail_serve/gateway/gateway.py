@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any, TypeVar
 
+from cocktail_serve.batches.service import Batches
 from cocktail_serve.cocktails.experts import Experts
 from cocktail_serve.cocktails.options import CocktailRequest
 from cocktail_serve.cocktails.parsing import parse_inline, parse_request
@@ -51,6 +52,7 @@ class Gateway:
     experts: Experts
     files: Files
     fine_tuning: FineTuning
+    batches: Batches
     metrics: GatewayMetrics
     lifecycle: Lifecycle
     tenants: TenantStore

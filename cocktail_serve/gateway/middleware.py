@@ -17,6 +17,7 @@ from cocktail_serve import logs
 from cocktail_serve.errors import CocktailError, InvalidRequestError, PayloadTooLargeError
 from cocktail_serve.gateway.error_handlers import error_response, internal_error, stopping_error
 from cocktail_serve.gateway.exchange import Exchange, begin_exchange
+from cocktail_serve.gateway.inside_request import inside_request_of
 from cocktail_serve.gateway.lifecycle import PROBE_PATHS, Lifecycle
 from cocktail_serve.gateway.metrics import GatewayMetrics
 
@@ -67,7 +68,9 @@ class RequestBoundary:
                 ]
             await send(message)
 
-        self._lifecycle.num_open += is_work
+        # a line of a batch goes on in the next process: the end of this one does not wait for it
+        counts = is_work and inside_request_of(scope) is None
+        self._lifecycle.num_open += counts
         try:
             if is_work and self._lifecycle.is_stopping:
                 await self._refuse(stopping_error(), exchange)(scope, receive, send_named)
@@ -84,7 +87,7 @@ class RequestBoundary:
             if status is None:
                 await response(scope, receive, send_named)
         finally:
-            self._lifecycle.num_open -= is_work
+            self._lifecycle.num_open -= counts
             self._tell(scope, exchange, CLIENT_GONE if status is None else status)
 
     @staticmethod

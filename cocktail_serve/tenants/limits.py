@@ -161,19 +161,20 @@ class Limiter:
         self._timer = timer
         self._uses: dict[str, _Use] = {}
 
-    def admit_model_request(self, tenant: str, *, num_tokens: int) -> Admission:
+    def admit_model_request(self, tenant: str, *, num_tokens: int, is_batch: bool = False) -> Admission:
         """A request to a model: takes one request, reserves tokens, and holds a place until its end.
 
         It is admitted while any tokens are left, so that one larger than the limit is not refused for ever.
 
         Args:
             num_tokens: an estimate of what it will read and generate.
+            is_batch: whether it is a line of a batch, which leaves half of each limit to what the tenant asks itself.
         """
         limits = self._limits_of(tenant)
         if limits.requests_per_minute is limits.tokens_per_minute is limits.concurrent_requests is None:
             return _FREE
         use = self._refilled(tenant, limits)
-        refusal = self._refusal(use, limits)
+        refusal = self._refusal_of_batch(use, limits) if is_batch else self._refusal(use, limits)
         if refusal is not None:
             return Admission(use.rate_status(), refusal=refusal)
         use.in_flight += 1
@@ -204,6 +205,20 @@ class Limiter:
         use.requests = _refilled(use.requests, limits.requests_per_minute, now)
         use.tokens = _refilled(use.tokens, limits.tokens_per_minute, now)
         return use
+
+    def _refusal_of_batch(self, use: _Use, limits: Limits) -> RateLimitError | None:
+        most, requests, tokens = limits.concurrent_requests, use.requests, use.tokens
+        waits_s = []
+        if most is not None and use.in_flight >= max(1, most // 2):
+            waits_s.append(1.0)
+        # this one, and half: but a limit of one is no reason never to ask
+        if requests is not None and requests.level < (least := min(requests.capacity, 1 + requests.capacity / 2)):
+            waits_s.append(requests.seconds_until(least))
+        if tokens is not None and tokens.level < (half := tokens.capacity / 2):
+            waits_s.append(tokens.seconds_until(half))
+        if not waits_s:
+            return None
+        return RateLimitError("half of the tenant's limits is left to what it asks itself", retry_after_s=max(waits_s))
 
     def _refusal(self, use: _Use, limits: Limits) -> RateLimitError | None:
         most = limits.concurrent_requests

@@ -29,6 +29,8 @@ Action = Literal[
     "tenant.changed",
     "expert.added",
     "expert.removed",
+    "batch.created",
+    "batch.cancelled",
 ]
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -282,6 +284,25 @@ def test_a_response_is_a_chat_in_other_words(server: RunningServer, client: open
     with pytest.raises(openai.BadRequestError) as caught:
         client.responses.create(model=model, input="one " * 500)
     assert caught.value.code == "context_length_exceeded"
+
+
+def test_a_batch_answers_as_its_lines_alone(server: RunningServer, client: openai.OpenAI) -> None:
+    models = ["count", "count/chat", mixed(server, base=0.5, chat=0.5)["id"]]
+    asked = [{"model": model, "messages": QUESTION, "max_tokens": 8, "temperature": 0.0} for model in models]
+    path: Any = "/v1/chat/completions"
+    lines = [{"custom_id": body["model"], "method": "POST", "url": path, "body": body} for body in asked]
+    file = client.files.create(file="\n".join(map(json.dumps, lines)).encode(), purpose="batch")
+    batch = client.batches.create(input_file_id=file.id, endpoint=path, completion_window="24h")
+    deadline = time.monotonic() + 120
+    while (batch := client.batches.retrieve(batch.id)).status != "completed":
+        assert time.monotonic() < deadline, batch
+        time.sleep(0.1)
+    assert batch.output_file_id is not None
+    for line, body in zip(client.files.content(batch.output_file_id).text.splitlines(), asked, strict=True):
+        answer = json.loads(line)
+        alone = client.chat.completions.create(**body)  # type: ignore[call-overload]
+        assert (answer["custom_id"], answer["response"]["body"]["model"]) == (body["model"], body["model"])
+        assert answer["response"]["body"]["choices"][0]["message"]["content"] == alone.choices[0].message.content
 
 
 def test_what_is_shown_is_what_is_taken(server: RunningServer) -> None:

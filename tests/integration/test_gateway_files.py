@@ -138,7 +138,7 @@ def test_rows_of_other_tools(client: OpenAI) -> None:
 
 def test_only_fine_tune(client: OpenAI) -> None:
     with pytest.raises(openai.BadRequestError) as caught:
-        client.files.create(file=jsonl(*EXAMPLES), purpose="batch")
+        client.files.create(file=jsonl(*EXAMPLES), purpose="vision")
     assert caught.value.param == "purpose"
 
 

@@ -7,6 +7,7 @@ are replaced by one that is there, since a random name only ever finds the 404.
 from __future__ import annotations
 
 import json
+import time
 import zlib
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
@@ -62,6 +63,13 @@ EXPERTS = {"flan": "decoder-new", "bge": "encoder-new"}
 ADDED = "added"
 """Name of an expert that is there to be removed."""
 
+BATCH_LINES = b"\n".join(
+    json.dumps(
+        {"custom_id": str(number), "method": "POST", "url": "/v1/completions", "body": {"model": "flan", "prompt": "a"}}
+    ).encode()
+    for number in range(20)
+)
+
 JSONL = "\n".join(map(json.dumps, EXAMPLES)).encode()
 
 KINDS = {
@@ -74,6 +82,8 @@ KINDS = {
     "engine_id": "pool",
     "file_id": "file",
     "training_file": "file",
+    "input_file_id": "batch_file",
+    "batch_id": "batch",
     "key_id": "key",
     "job_id": "job",
     "path": "folder",
@@ -130,21 +140,36 @@ class Api:
             for pool, rows in self.examples.items()
         ]
         file = self.post("/v1/files", data={"purpose": "fine-tune"}, files={"file": ("f.jsonl", JSONL)})
+        lines = self.post("/v1/files", data={"purpose": "batch"}, files={"file": ("b.jsonl", BATCH_LINES)})
         spare = self.post("/admin/keys", json={"tenant": "spare"})
         self.known = {
             "model": [*self.examples, *(f"known-{pool}" for pool in self.examples), *made],
             "pool": list(self.examples),
             "file": [file["id"]],
+            "batch_file": [lines["id"]],
             "key": [spare["id"]],
             "folder": list(EXPERTS.values()),
         }
         self.known["job"] = [self.make_job()]
+        self.known["batch"] = [self.make_batch()]
 
     def make_job(self) -> str:
         """Id of a job that has just begun."""
         self.num_jobs += 1
         body = {"model": "flan", "training_file": self.known["file"][0], "seed": self.num_jobs}
         return str(self.post("/v1/fine_tuning/jobs", json=body)["id"])
+
+    def make_batch(self) -> str:
+        """Id of a batch that has just begun, once a tenant's number of them leaves room for it."""
+        body = {"input_file_id": self.known["batch_file"][0], "endpoint": "/v1/completions", "completion_window": "24h"}
+        headers = {"authorization": f"Bearer {self.key}"}
+        for _ in range(100):
+            response = httpx.post(f"{self.url}/v1/batches", headers=headers, timeout=60, json=body)
+            if response.status_code == 200:
+                return str(response.json()["id"])
+            assert response.status_code == 429, response.text
+            time.sleep(0.2)
+        raise AssertionError("no batch has ended in twenty seconds")
 
 
 @pytest.fixture(scope="module", params=["encoder", "reranker"])
@@ -171,8 +196,10 @@ def make_it_fit(case: Any, api: Api) -> None:
     turn = zlib.crc32(repr((case.path_parameters, case.body)).encode())
     if turn % 2:
         return
-    if case.operation.label.endswith("/cancel"):
+    if case.operation.label == "POST /v1/fine_tuning/jobs/{job_id}/cancel":
         api.known["job"] = [api.make_job()]
+    if case.operation.label == "POST /v1/batches/{batch_id}/cancel":
+        api.known["batch"] = [api.make_batch()]
     for parameters in (case.path_parameters, case.body):
         if not isinstance(parameters, dict):
             continue

@@ -46,10 +46,11 @@ BELOW: dict[str, set[str]] = {
     "tenants": NOUNS | {"config", "database", "usage"},
     "cocktails": NOUNS | MATHS | BYTES | STORED | {"config", "engines"},
     "finetuning": NOUNS | STORED | {"config", "cocktails"},
+    "batches": NOUNS | STORED | {"finetuning"},
     "offline": NOUNS | MATHS | BYTES | {"config", "engines", "cocktails"},
     "api_client": {"errors"},
     "evaluation": NOUNS | MATHS | BYTES | {"api_client", "config", "engines", "cocktails", "offline"},
-    "gateway": NOUNS | MATHS | BYTES | STORED | {"config", "engines", "cocktails", "finetuning", "logs"},
+    "gateway": NOUNS | MATHS | BYTES | STORED | {"config", "engines", "cocktails", "finetuning", "batches", "logs"},
     # the maths of a recipe, and the errors and bounds that both sides name
     "vllm_cocktail": NOUNS | {"merging", "checkpoints", "config"},
 }
@@ -60,7 +61,7 @@ AT_HOME: dict[str, set[str]] = {
     "vllm": {"vllm_cocktail"},
     "sentence_transformers": {"engines"},
     "transformers": {"checkpoints", "engines", "scoring", "offline", "evaluation"},
-    "sqlalchemy": {"database", "cocktails", "finetuning", "tenants", "usage"},
+    "sqlalchemy": {"database", "cocktails", "finetuning", "batches", "tenants", "usage"},
     "typer": {"cli"},
 }
 """Where a framework may be imported."""

@@ -36,6 +36,11 @@ class Turns(Protocol):
         ...
 
     @property
+    def num_asked(self) -> int:
+        """Requests in line or in flight, background work left out."""
+        ...
+
+    @property
     def is_mixing(self) -> bool:
         """Whether the engine is busy with its parameters, so that its own answers may be late."""
         ...

@@ -91,6 +91,10 @@ class SharedTurns:
     def num_waiting(self) -> int:
         return len(self._queues.requests)
 
+    @property
+    def num_asked(self) -> int:
+        return len(self._queues.requests) + self._slots.num_taken
+
     async def acquire(
         self,
         recipe: Recipe,

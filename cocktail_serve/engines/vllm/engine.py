@@ -14,13 +14,14 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from cocktail_serve.config import VLLMEngineConfig
-from cocktail_serve.engines.base import Forwarded, MixedAhead, Scored
+from cocktail_serve.engines.base import Background, Forwarded, MixedAhead, Scored
 from cocktail_serve.engines.engine_time import CallTimer
 from cocktail_serve.engines.recipe_names import NamesOf
 from cocktail_serve.engines.snapshot import EngineDetail, EngineSnapshot, EngineState
 from cocktail_serve.engines.stats import EngineStats
 from cocktail_serve.engines.token_estimates import expected_tokens
 from cocktail_serve.engines.turns.base import Turns
+from cocktail_serve.engines.turns.lease import Lease
 from cocktail_serve.engines.vllm import server_metrics
 from cocktail_serve.engines.vllm.connections import EngineResponse
 from cocktail_serve.engines.vllm.errors import engine_error, is_error
@@ -30,7 +31,7 @@ from cocktail_serve.engines.vllm.responses import iter_events, read_whole
 from cocktail_serve.engines.vllm.scorer import DecoderScorer
 from cocktail_serve.engines.vllm.server_mixer import ServerMixer
 from cocktail_serve.engines.vllm.supervisor import Supervisor
-from cocktail_serve.errors import CocktailError, EngineError, ModelNotReadyError
+from cocktail_serve.errors import CocktailError, DrainedError, EngineError, ModelNotReadyError
 from cocktail_serve.examples import ExampleSet
 from cocktail_serve.generation_settings import GenerationSettings
 from cocktail_serve.pool import Pool
@@ -38,6 +39,9 @@ from cocktail_serve.recipe import Recipe
 from cocktail_serve.scoring.tokenizer_cache import TOKENIZERS
 from vllm_cocktail.fence import RECIPE_HEADER
 from vllm_cocktail.replies import STATUS_PATH, StatusReply
+
+LOOK_S = 0.05
+"""Between two looks of background work for whether it should begin, or give way."""
 
 
 class VLLMEngine:
@@ -74,6 +78,7 @@ class VLLMEngine:
         self._queue_timeout_s = config.queue_timeout_s
         self._mixer = ServerMixer(pool.id, swap_timeout_s=config.swap_timeout_s, stats=stats)
         self._bodies = BodyWriter(own=pool.base.generation)
+        self._num_background = 0
         self._launcher = Launcher(pool, config, dtype=self.dtype, run_dir=run_dir)
         self._supervisor = Supervisor(
             pool.id,
@@ -175,6 +180,7 @@ class VLLMEngine:
         *,
         tenant: str,
         generation: GenerationSettings | None = None,
+        background: Background | None = None,
     ) -> AsyncIterator[Forwarded]:
         if generation is not None:
             body = self._bodies.complete(body, path, generation, max_model_len=self._supervisor.max_model_len)
@@ -183,9 +189,15 @@ class VLLMEngine:
         headers = {RECIPE_HEADER: recipe.digest}
         num_tokens = expected_tokens(body, num_bytes=len(content))
         self._supervisor.check_available()
-        with await self._turns.acquire(
-            recipe, tenant=tenant, num_tokens=num_tokens, timeout_s=self._queue_timeout_s
-        ) as lease:
+        with contextlib.ExitStack() as held:
+            if background is None:
+                lease = held.enter_context(
+                    await self._turns.acquire(
+                        recipe, tenant=tenant, num_tokens=num_tokens, timeout_s=self._queue_timeout_s
+                    )
+                )
+            else:
+                lease = await self._background_lease(recipe, background, held)
             with lease.interruptible():
                 answer = await self._supervisor.require_server().post(path, content, headers=headers)
             with contextlib.closing(answer):
@@ -202,6 +214,25 @@ class VLLMEngine:
                 raise engine_error(answer.status, whole)
         # the turn is over: the engine has done its part
         yield Forwarded(whole, None, lease.settle)
+
+    async def _background_lease(self, recipe: Recipe, background: Background, held: contextlib.ExitStack) -> Lease:
+        while self._num_background and self._turns.num_asked:  # noqa: ASYNC110  # whoever asks knows nothing of this
+            await asyncio.sleep(LOOK_S)
+        self._num_background += 1
+        held.callback(self._end_background)
+        lease = held.enter_context(await self._turns.acquire(recipe, background=True))
+        if background.is_broken_off:
+            held.callback(asyncio.create_task(self._give_way(lease)).cancel)
+        return lease
+
+    def _end_background(self) -> None:
+        self._num_background -= 1
+
+    async def _give_way(self, lease: Lease) -> None:
+        """Ends a lease once requests wait for it."""
+        while not (lease.should_yield and self._turns.num_waiting):  # noqa: ASYNC110
+            await asyncio.sleep(LOOK_S)
+        lease.end(DrainedError("the request gave way to others; ask again", retry_after_s=1.0))
 
     async def _ask(self, deadline_s: float) -> tuple[EngineState, str | None, EngineDetail]:
         """State, resident recipe and details, as the server says them itself."""

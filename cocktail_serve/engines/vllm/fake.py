@@ -275,13 +275,13 @@ class FakeServer:
         prompt = _rendered(body.get("messages"))
         if prompt is None:
             return _error(400, "invalid_request", "messages: a list with at least one message is needed")
-        return await self._answer(_ChatShape(self._name), prompt, body, self._recipe_of(request))
+        return await self._answer(_ChatShape(self._name), prompt, body, request)
 
     async def _completions(self, request: Request) -> Response:
         body = orjson.loads(await request.body())
         if not isinstance(body.get("prompt"), str):
             return _error(400, "invalid_request", "prompt: a string is needed")
-        return await self._answer(_CompletionShape(self._name), body["prompt"], body, self._recipe_of(request))
+        return await self._answer(_CompletionShape(self._name), body["prompt"], body, request)
 
     async def _responses(self, request: Request) -> Response:
         body = orjson.loads(await request.body())
@@ -291,7 +291,7 @@ class FakeServer:
             return _error(400, "invalid_request", "input: a string is needed, or a list of messages")
         if body.get("instructions"):
             prompt = f"system: {body['instructions']}\n{prompt}"
-        return await self._answer(_ResponseShape(self._name), prompt, body, self._recipe_of(request))
+        return await self._answer(_ResponseShape(self._name), prompt, body, request)
 
     async def _tokenize(self, request: Request) -> Response:
         """A token is a byte."""
@@ -315,7 +315,8 @@ class FakeServer:
         brings its own, the one that was asked for."""
         return self.fence.resident or request.headers[RECIPE_HEADER]
 
-    async def _answer(self, shape: _Shape, prompt: str, body: Mapping[str, Any], digest: str) -> Response:
+    async def _answer(self, shape: _Shape, prompt: str, body: Mapping[str, Any], request: Request) -> Response:
+        digest = self._recipe_of(request)
         if self._strikes("die"):
             os.kill(os.getpid(), signal.SIGKILL)
         if (error := self._struck("answer_error")) is not None:
@@ -339,10 +340,16 @@ class FakeServer:
             shape.tells_usage = bool(options.get("include_usage"))
             events = self._events(shape, answers, num_tokens, usage)
             return StreamingResponse(events, media_type="text/event-stream")
-        if self._token_delay_s:
-            await asyncio.sleep(self._token_delay_s * num_tokens)
+        await self._take_time(num_tokens, request)
         texts = ["".join(itertools.islice(answer, num_tokens)) for answer in answers]
         return _json(shape.whole(texts, usage))
+
+    async def _take_time(self, num_tokens: int, request: Request) -> None:
+        """As long as so many words take; ends where nobody waits for them any more, as vLLM does."""
+        for _ in range(num_tokens if self._token_delay_s else 0):
+            await asyncio.sleep(self._token_delay_s)
+            if await request.is_disconnected():
+                return
 
     async def _events(
         self, shape: _Shape, answers: Sequence[Iterator[str]], num_tokens: int, usage: Mapping[str, int]

@@ -58,6 +58,7 @@ async def create_embeddings(request: DirectRequest) -> None:
                 prompt=prompt,
                 truncate_to=truncate_to,
                 dimensions=dimensions,
+                background=admitted.background is not None,
                 tenant=admitted.caller.tenant,
             )
         admitted.metered.used(served, num_in=embedded.num_tokens)

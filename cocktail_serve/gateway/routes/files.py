@@ -1,4 +1,4 @@
-"""`/v1/files`: examples to fine-tune with, uploaded once and used by name. Each tenant its own."""
+"""`/v1/files`: examples to fine-tune with and requests of batches, used by name. Each tenant its own."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 
 from cocktail_serve.errors import InvalidRequestError
-from cocktail_serve.finetuning.files import PURPOSE, check_jsonl
+from cocktail_serve.finetuning.files import PURPOSE, UPLOADED, check_jsonl
 from cocktail_serve.gateway.dependencies import CreatorDep, GatewayDep, TenantDep
 from cocktail_serve.gateway.openapi import error_responses, form_request
 from cocktail_serve.gateway.schemas.files import FileDeleted, FileList, FileUpload, FileView
@@ -30,15 +30,17 @@ MAX_FILENAME = 255
 
 @router.post("/v1/files", responses=error_responses(413, 429), openapi_extra=form_request(FileUpload))
 async def upload_file(gateway: GatewayDep, creator: CreatorDep, request: Request) -> FileView:
-    """Keeps a JSONL file of examples, once every line of it is one."""
+    """Keeps a JSONL file of examples, once every line of it is one; or the requests of a batch."""
     form = await _form(request)
     try:
         upload = parse_as(FileUpload, form)
         if not isinstance(upload.file, UploadFile):
             raise InvalidRequestError("file: must be an uploaded file, with a file name", param="file")
-        if upload.purpose != PURPOSE:
+        purpose = next((purpose for purpose in UPLOADED if purpose == upload.purpose), None)
+        if purpose is None:
             raise InvalidRequestError(
-                f"purpose: must be {PURPOSE!r}, got {upload.purpose!r}: files are examples to fine-tune with here",
+                f"purpose: must be 'fine-tune' or 'batch', got {upload.purpose!r}: files are examples to fine-tune "
+                "with, or requests of a batch, here",
                 param="purpose",
             )
         content = await upload.file.read()
@@ -46,10 +48,13 @@ async def upload_file(gateway: GatewayDep, creator: CreatorDep, request: Request
         for part in form.values():
             if isinstance(part, UploadFile):
                 await part.close()
-    await gateway.off_loop(partial(check_jsonl, content))
+    if purpose == PURPOSE:
+        await gateway.off_loop(partial(check_jsonl, content))  # the lines of a batch are checked with it
     filename = check_text((upload.file.filename or "examples.jsonl")[:MAX_FILENAME], param="file")
     return FileView.of(
-        await gateway.files.add(creator.tenant, filename, content, expires_after_s=upload.expires_after_s)
+        await gateway.files.add(
+            creator.tenant, filename, content, expires_after_s=upload.expires_after_s, purpose=purpose
+        )
     )
 
 

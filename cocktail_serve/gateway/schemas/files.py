@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, StrictStr, WithJsonSchema
 
-from cocktail_serve.finetuning.files import File
+from cocktail_serve.finetuning.files import File, Purpose
 from cocktail_serve.gateway.schemas.pages import Listed, PageView
 
 MIN_EXPIRY_S = 3600
@@ -20,9 +20,9 @@ class FileUpload(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     file: Annotated[Any, WithJsonSchema({"type": "string", "format": "binary"})] = Field(
-        description="JSONL: an example on each line, in a form that a pool takes."
+        description="JSONL: an example on each line, in a form that a pool takes; or a request of a batch."
     )
-    purpose: StrictStr = Field(description="`fine-tune`; no other is served.")
+    purpose: StrictStr = Field(description="`fine-tune` or `batch`; no other is served.")
     expires_after_anchor: Literal["created_at"] | None = Field(None, alias="expires_after[anchor]")
     expires_after_s: int | None = Field(
         None,
@@ -41,7 +41,7 @@ class FileView(Listed):
     created_at: int = Field(description="Unix time, seconds.")
     expires_at: int | None
     filename: str
-    purpose: Literal["fine-tune"] = "fine-tune"
+    purpose: Purpose
     status: Literal["processed"] = "processed"
     status_details: None = None
 
@@ -53,6 +53,7 @@ class FileView(Listed):
             created_at=int(file.created_at),
             expires_at=None if file.expires_at is None else int(file.expires_at),
             filename=file.filename,
+            purpose=file.purpose,
         )
 
 

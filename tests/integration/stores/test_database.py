@@ -155,8 +155,9 @@ class TestMigrations:
         await database.close()
         newer = Database(database_url)
         async with newer.write() as connection:
-            for name in ("usage", "usage_writers", "audit"):
+            for name in ("batch_lines", "batches"):
                 await connection.exec_driver_sql(f"DROP TABLE {name}")
+            await connection.exec_driver_sql("ALTER TABLE files DROP COLUMN purpose")
             await connection.exec_driver_sql(f"UPDATE alembic_version SET version_num = '{last.down_revision}'")
         await newer.open()
         assert f"is upgraded from revision {last.down_revision} to {last.revision}; no copy" in caplog.text

@@ -19,8 +19,8 @@ class World:
     def __post_init__(self) -> None:
         self.limiter = Limiter(lambda tenant: self.limits, timer=lambda: self.now)
 
-    def ask(self, num_tokens: int = 0, *, tenant: str = "acme") -> Admission:
-        return self.limiter.admit_model_request(tenant, num_tokens=num_tokens)
+    def ask(self, num_tokens: int = 0, *, tenant: str = "acme", is_batch: bool = False) -> Admission:
+        return self.limiter.admit_model_request(tenant, num_tokens=num_tokens, is_batch=is_batch)
 
     def num_admitted(self, tries: int) -> int:
         return sum(self.ask().refusal is None for _ in range(tries))
@@ -218,3 +218,28 @@ class TestConcurrency:
         assert world.ask().refusal is not None, "a refused request holds no place that it could free"
         held[0].end(None)
         assert world.ask().refusal is None
+
+
+class TestBatches:
+    @pytest.mark.parametrize(("limit", "admitted"), [(1, 1), (2, 1), (5, 2), (20, 10)])
+    def test_half_of_the_requests_is_left(self, limit: int, admitted: int) -> None:
+        world = World(Limits(requests_per_minute=limit))
+        answers = [world.ask(is_batch=True) for _ in range(limit + 1)]
+        assert sum(answer.refusal is None for answer in answers) == admitted
+        assert 1 <= retry_after_s(answers[-1]) <= 60
+        assert world.num_admitted(limit) == limit - admitted
+
+    def test_half_of_the_tokens_is_left(self) -> None:
+        world = World(Limits(tokens_per_minute=1000))
+        world.ask(400, is_batch=True)
+        world.ask(200, is_batch=True)
+        refused = world.ask(1, is_batch=True)
+        assert refused.refusal is not None
+        assert retry_after_s(refused) == pytest.approx(6.0), "100 of 1000 a minute"
+        assert world.ask(400).refusal is None
+
+    @pytest.mark.parametrize(("limit", "places"), [(1, 1), (2, 1), (8, 4)])
+    def test_half_of_the_places_is_left(self, limit: int, places: int) -> None:
+        world = World(Limits(concurrent_requests=limit))
+        taken = [world.ask(is_batch=True) for _ in range(limit + 1)]
+        assert [admission.refusal is None for admission in taken] == [True] * places + [False] * (limit + 1 - places)
