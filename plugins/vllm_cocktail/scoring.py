@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import BaseModel, ConfigDict
 
 from cocktail_serve.errors import EngineError, InvalidExamplesError
+from vllm_cocktail.output_logprobs import OUTPUT_START_ARG
 
 if TYPE_CHECKING:
     from vllm.engine.protocol import EngineClient
@@ -86,13 +87,15 @@ async def _mean_loss(engine: EngineClient, example: TokenizedExample, xargs: Map
         prompt_logprobs=0,  # of the prompt's own tokens only
         detokenize=False,
         output_kind=RequestOutputKind.FINAL_ONLY,
-        extra_args=dict(xargs or {}),
+        extra_args={**(xargs or {}), OUTPUT_START_ARG: example.output_start},
     )
     final: RequestOutput | None = None
     async for output in engine.generate(prompt, params, request_id):
         final = output
     if final is None or not final.prompt_logprobs:
         raise EngineError("the engine gave no log-probabilities for an example")
-    positions = range(example.output_start, len(example.token_ids))
-    log_probs = [final.prompt_logprobs[i][example.token_ids[i]].logprob for i in positions]
+    output = example.token_ids[example.output_start :]
+    # of the whole prompt where the workers do not leave out what is before its output
+    of_output = final.prompt_logprobs[-len(output) :]
+    log_probs = [logprobs[token].logprob for token, logprobs in zip(output, of_output, strict=True)]
     return -math.fsum(log_probs) / len(log_probs)

@@ -24,6 +24,7 @@ from vllm_cocktail.captured import CapturedExperts, capture
 from vllm_cocktail.launch import is_cpu_build
 from vllm_cocktail.manifest import Manifest
 from vllm_cocktail.mixer import Mixer
+from vllm_cocktail.output_logprobs import OutputLogprobs
 from vllm_cocktail.replies import CapturedWorker, MixedWorker, ParameterSource, ProbedWorker, WorkerDigest
 
 if TYPE_CHECKING:
@@ -65,6 +66,8 @@ class CocktailWorkerExtension:
             manifest, cache_bytes=manifest.cache_bytes // world_size, reread=Manifest.from_environ
         )
         self.cocktail_resident = manifest.resident
+        if hasattr(self.model_runner, "_get_prompt_logprobs_dict"):  # of V1: V2 computes them of the whole prompt
+            OutputLogprobs(self.model_runner).install()
         return {"digest": self.cocktail_resident}
 
     @rpc_method

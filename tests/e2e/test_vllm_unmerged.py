@@ -34,6 +34,9 @@ PROMPTS = [
     [1, *range(10, 90)],  # more than two KV blocks, so that prefix caching has something to find
 ]
 LONG = PROMPTS[-1]
+ROUNDING = 1e-5
+"""Of a loss in float32, by how many rows are multiplied at once."""
+
 MIXTURES: list[dict[str, float]] = [
     {"base": 1.0},
     {"red": 1.0},
@@ -142,8 +145,8 @@ def test_beam_search_answers_by_the_requests_own_row(server: VLLMServer) -> None
         assert_greedy_of(reference(server, weights), prompt, answer.json()["choices"][0])
 
 
-def test_losses_are_of_each_requests_own_row(server: VLLMServer) -> None:
-    """Also where the output head is adapted: vLLM computes a prompt's logits request by request."""
+def assert_losses_right(server: VLLMServer) -> None:
+    """Of every mixture on every prompt, all at once, and beside them clients that ask for their prompts' own."""
     examples = [{"token_ids": prompt, "output_start": 2} for prompt in PROMPTS]
 
     def request(weights: dict[str, float]) -> dict[str, Any]:
@@ -152,15 +155,27 @@ def test_losses_are_of_each_requests_own_row(server: VLLMServer) -> None:
         headers = {"x-cocktail-recipe": recipe.digest}
         return {"url": SCORE_PATH, "json": {"examples": examples, "vllm_xargs": xargs}, "headers": headers}
 
-    for weights, answer in zip(MIXTURES, post_all(server, [request(weights) for weights in MIXTURES]), strict=True):
-        assert answer.status_code == 200, answer.text
-        model = reference(server, weights)
-        for prompt, loss in zip(PROMPTS, answer.json()["losses"], strict=True):
-            tokens = torch.tensor([prompt])
-            with torch.inference_mode():
-                log_probs = model(tokens).logits[0, :-1].double().log_softmax(-1)
-            wanted = -log_probs.gather(1, tokens[0, 1:, None])[1:].mean()
-            assert loss == pytest.approx(float(wanted), abs=LOGPROB_TOLERANCE)
+    asked = [(weights, prompt) for weights in MIXTURES for prompt in PROMPTS]
+    prompts = [request_of(server, server.recipe(**w), p, prompt_logprobs=0, max_tokens=1) for w, p in asked]
+    answers = post_all(server, [*(request(weights) for weights in MIXTURES), *prompts])
+    assert [answer.status_code for answer in answers] == [200] * len(answers), answers[-1].text
+    losses = [loss for answer in answers[: len(MIXTURES)] for loss in answer.json()["losses"]]
+    for (weights, prompt), loss, answer in zip(asked, losses, answers[len(MIXTURES) :], strict=True):
+        tokens = torch.tensor([prompt])
+        with torch.inference_mode():
+            log_probs = reference(server, weights)(tokens).logits[0, :-1].double().log_softmax(-1)
+        wanted = log_probs.gather(1, tokens[0, 1:, None])[:, 0].tolist()
+        none, *of_tokens = answer.json()["choices"][0]["prompt_logprobs"]
+        assert none is None
+        found = [each[str(token)]["logprob"] for each, token in zip(of_tokens, prompt[1:], strict=True)]
+        assert found == pytest.approx(wanted, abs=LOGPROB_TOLERANCE)
+        # the same numbers, of the output's tokens alone
+        assert loss == pytest.approx(-sum(found[1:]) / len(found[1:]), abs=ROUNDING)
+
+
+def test_losses_are_of_each_requests_own_row(server: VLLMServer) -> None:
+    """Also where the output head is adapted: it computes the rows of several requests at once."""
+    assert_losses_right(server)
 
 
 def test_only_what_is_bound_to_its_recipe_comes_in(server: VLLMServer) -> None:
@@ -209,6 +224,7 @@ def test_chunks_of_prompts_and_preempted_requests_keep_their_rows(tmp_path: Path
     folders = make_adapters(tmp_path, tied=False)
     with running_vllm(tmp_path, tied=False, managed=True, folders=folders, mode="unmerged", args=args) as running:
         assert_right(running, repeats=3)
+        assert_losses_right(running)
         metrics = running.client.get("/metrics").text
     preempted = [line for line in metrics.splitlines() if line.startswith("vllm:num_preemptions_total")]
     assert float(preempted[0].rpartition(" ")[2]) > 0

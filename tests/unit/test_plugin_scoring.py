@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from cocktail_serve.errors import EngineError, InvalidExamplesError
+from vllm_cocktail.output_logprobs import OUTPUT_START_ARG
 from vllm_cocktail.scoring import TokenizedExample, mean_losses
 
 # before a test runs: vLLM asks the machine by processes while it is imported
@@ -27,6 +28,7 @@ class Engine:
         self.asked: list[tuple[dict[str, Any], Any, str]] = []
         self.logprob = logprob
         self.is_silent = False
+        self.leaves_out_inputs = False
 
     async def generate(self, prompt: dict[str, Any], params: Any, request_id: str) -> AsyncIterator[Any]:
         self.asked.append((prompt, params, request_id))
@@ -35,6 +37,8 @@ class Engine:
         for place, token in enumerate(tokens[1:], start=1):
             value = -(token + place / 10) if self.logprob is None else self.logprob
             logprobs.append({token: SimpleNamespace(logprob=value)})
+        if self.leaves_out_inputs:
+            logprobs = [None, *logprobs[params.extra_args[OUTPUT_START_ARG] :]]
         yield SimpleNamespace(prompt_logprobs=[] if self.is_silent else logprobs)
 
 
@@ -46,8 +50,10 @@ async def losses(engine: Any, *examples: TokenizedExample) -> list[float]:
     return await mean_losses(engine, examples)
 
 
-async def test_the_mean_over_the_outputs_tokens_alone() -> None:
+@pytest.mark.parametrize("leaves_out_inputs", [False, True])
+async def test_the_mean_over_the_outputs_tokens_alone(leaves_out_inputs: bool) -> None:
     engine = Engine()
+    engine.leaves_out_inputs = leaves_out_inputs
     assert await losses(engine, example([9, 1, 2, 3], 2), example([5, 7], 1)) == pytest.approx([2.75, 7.1])
 
 
@@ -57,6 +63,7 @@ async def test_what_the_engine_is_asked_for() -> None:
     for prompt, params, _ in engine.asked:
         assert prompt["prompt_token_ids"] == [1, 2]
         assert (params.max_tokens, params.prompt_logprobs, params.detokenize) == (1, 0, False)
+        assert params.extra_args == {OUTPUT_START_ARG: 1}
     salts = {prompt["cache_salt"] for prompt, _, _ in engine.asked}
     assert len(salts) == len({request_id for _, _, request_id in engine.asked}) == 2
     assert all(len(salt) <= 128 and salt.isalnum() for salt in salts)

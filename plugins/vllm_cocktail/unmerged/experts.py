@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from cocktail_serve.checkpoints.unchanged import open_base
 from cocktail_serve.errors import ConfigError, InvalidMixError
 from vllm_cocktail.manifest import Manifest
+from vllm_cocktail.output_logprobs import OutputLogprobs
 from vllm_cocktail.unmerged.factors import read_factors
 from vllm_cocktail.unmerged.kernel import Limits, load_kernel
 from vllm_cocktail.unmerged.layers import AdaptedLayers, Steps
@@ -50,7 +51,9 @@ class UnmergedExperts:
         steps = Steps(self.kernel)
         self._layers = AdaptedLayers(model, steps, dtype=getattr(torch, manifest.dtype))
         self._load(member for member in manifest.members.values() if member.fingerprint != manifest.base)
-        StepRows(runner, steps, self._columns).install()
+        rows = StepRows(runner, steps, self._columns)
+        rows.install()
+        OutputLogprobs(runner, rows.lay_out_samples).install()
 
     @property
     def fingerprints(self) -> list[str]:

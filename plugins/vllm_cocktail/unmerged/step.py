@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from vllm_cocktail.unmerged.row import ROW_ARG, coefficients_of
 
@@ -47,6 +48,15 @@ class StepRows:
         model = runner.get_model()
         model.compute_logits = self._around_compute_logits(model.compute_logits)
 
+    def lay_out_samples(self, places: NDArray[np.int64], num_rows: NDArray[np.int32]) -> None:
+        """Lays out rows of some of the step's requests, which the output head is to compute next.
+
+        Args:
+            places: `[num_requests]`, of the requests in the step.
+            num_rows: `[num_requests]`, of each.
+        """
+        self._steps.set_samples(self._coefficients[places], num_rows)
+
     def _around_prepare_inputs(self, prepare_inputs: Callable[..., Any]) -> Callable[..., Any]:
         def prepare(scheduler_output: Any, num_scheduled_tokens: np.ndarray, *args: Any, **kwargs: Any) -> Any:
             prepared = prepare_inputs(scheduler_output, num_scheduled_tokens, *args, **kwargs)
@@ -70,8 +80,7 @@ class StepRows:
         def compute(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
             if self._prompts is not None:
                 request = self._request_at(_first_row(hidden_states, self._prompts))
-                num_rows = np.array([hidden_states.shape[0]], dtype=np.int32)
-                self._steps.set_samples(self._coefficients[request : request + 1], num_rows)
+                self.lay_out_samples(np.array([request]), np.array([hidden_states.shape[0]], dtype=np.int32))
             return compute_logits(hidden_states, *args, **kwargs)
 
         return compute
