@@ -127,6 +127,13 @@ class VLLMEngineConfig(_EngineBase):
         description="Requests inside the engine at once; more wait in the gateway, where tenants take turns. Omitted: "
         "args.max_num_seqs, else 32 on a CPU and 256 on a GPU.",
     )
+    max_concurrency_beside: int | None = Field(
+        None,
+        ge=1,
+        description="Of these, requests of one tenant while other tenants have fewer inside, in an unmerged pool: "
+        "lower keeps the others' answers faster beside a tenant that floods, and the engine emptier. Omitted: 5 on a "
+        "CPU, no bound but an equal share on a GPU.",
+    )
     cache_bytes: ByteSize = Field(
         ByteSize(2 * 1024**3),
         description="Merged parameters kept in memory by the worker, least recently used go first.",

@@ -1,7 +1,8 @@
 """An engine whose recipes share a batch: nobody waits for another recipe, and tenants share the slots alone.
 
 1. A request is admitted at once while the engine has a slot for its tenant (`slots`), whatever its recipe. Half of the
-   slots are anybody's; beyond them each tenant has its share.
+   slots are anybody's; beyond them each tenant has its share. While others ask for less, a tenant has no more than
+   `max_beside`: each row of a step slows all the others.
 2. A slot that gets free goes to the tenant that was served least lately, of those in line that may have one more; of
    its requests to the first.
 3. Background leases (scoring) take no slot and are charged to nobody. They are bounded; and while requests are in line
@@ -49,6 +50,7 @@ class SharedTurns:
 
     Args:
         max_in_flight: requests in the engine at once, background work left out.
+        max_beside: of these, of a tenant beside others that ask for less; see `Slots`. None: no bound but its share.
         max_background: background leases at once, while no request is in line; None: by `BACKGROUND_PART`.
         served_tokens: what tenants were served: shared by engines among which they are to be treated alike.
         stats: waits and what was sent away are counted here.
@@ -60,6 +62,7 @@ class SharedTurns:
         self,
         *,
         max_in_flight: int,
+        max_beside: int | None = None,
         max_background: int | None = None,
         served_tokens: ServedTokensByTenant | None = None,
         stats: EngineStats | None = None,
@@ -71,6 +74,7 @@ class SharedTurns:
             max_in_flight=max_in_flight,
             gap_s=SHARE_GAP_S,
             num_unshared=max_in_flight // 2,
+            max_beside=max_beside,
         )
         self._hold = OperatorHold()
         self._queues = WaitQueues()

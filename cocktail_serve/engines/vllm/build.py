@@ -26,6 +26,10 @@ MAX_IN_FLIGHT_CPU = 32
 """Requests inside the engine at once where the configuration does not say. A GPU decodes hundreds in the time of one;
 on a CPU each more makes the step longer for all, and in vLLM's own queue no tenant could go before another."""
 
+MAX_BESIDE_CPU = 5
+"""Requests of one tenant inside the engine beside others that ask for less, on a CPU, where each makes the step longer
+for all: with five more rows an answer of a small pool takes one and a half times as long."""
+
 
 def build_vllm_engine(
     pool: Pool, config: VLLMEngineConfig, *, run_dir: Path, served_tokens: ServedTokensByTenant | None = None
@@ -43,7 +47,12 @@ def build_vllm_engine(
     stats = EngineStats()
     turns: Turns
     if pool.mode == "unmerged":
-        turns = SharedTurns(max_in_flight=_max_in_flight(config), served_tokens=served_tokens, stats=stats)
+        turns = SharedTurns(
+            max_in_flight=_max_in_flight(config),
+            max_beside=_max_beside(config),
+            served_tokens=served_tokens,
+            stats=stats,
+        )
     else:
         turns = ExclusiveTurns(
             slice_s=config.slice_s,
@@ -69,4 +78,14 @@ def _max_in_flight(config: VLLMEngineConfig) -> int:
                 f"engine.args.max-num-seqs must be a number of requests, got {max_num_seqs!r}",
                 param="engine.args.max-num-seqs",
             ) from None
-    return MAX_IN_FLIGHT_CPU if config.type == "vllm" and is_cpu_build() else MAX_IN_FLIGHT
+    return MAX_IN_FLIGHT_CPU if _is_on_cpu(config) else MAX_IN_FLIGHT
+
+
+def _max_beside(config: VLLMEngineConfig) -> int | None:
+    if config.max_concurrency_beside is not None:
+        return config.max_concurrency_beside
+    return MAX_BESIDE_CPU if _is_on_cpu(config) else None
+
+
+def _is_on_cpu(config: VLLMEngineConfig) -> bool:
+    return config.type == "vllm" and is_cpu_build()

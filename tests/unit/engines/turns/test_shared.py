@@ -314,6 +314,44 @@ class TestTenants:
 
         run(main())
 
+    def test_a_flood_has_few_slots_beside_a_tenant_that_asks_one_thing_after_the_other(self) -> None:
+        """And all of them again once that has gone."""
+
+        async def main() -> None:
+            most_beside, most_after = [], []
+            async with FakeEngine(max_in_flight=16, max_beside=5) as engine:
+                flood = [asyncio.create_task(_flood(engine, A, tenant="flood", until=60)) for _ in range(40)]
+                await pause(1)
+                assert engine.turns.num_in_flight == 16, "alone, it has them all"
+                while asyncio.get_running_loop().time() < 30:
+                    await engine.answer(C, 0.3, tenant="lone", tokens=30)
+                    most_beside.append(engine.turns.num_in_flight)
+                    await pause(0.01)
+                while asyncio.get_running_loop().time() < 50:
+                    most_after.append(engine.turns.num_in_flight)
+                    await pause(0.3)
+                await asyncio.gather(*flood)
+            assert set(most_beside[20:]) == {5}
+            assert set(most_after[20:]) == {16}
+
+        run(main())
+
+    def test_two_floods_leave_no_slot_unused(self) -> None:
+        async def main() -> None:
+            served: Counter[str] = Counter()
+            async with FakeEngine(max_in_flight=16, max_beside=5) as engine:
+                floods = [
+                    asyncio.create_task(_flood(engine, A, tenant=name, until=60, served=served))
+                    for name in "ab"
+                    for _ in range(20)
+                ]
+                await pause(20.1)
+                assert engine.turns.num_in_flight == 16
+                await asyncio.gather(*floods)
+            assert served["a"] / served["b"] == pytest.approx(1.0, abs=0.1)
+
+        run(main())
+
     def test_slots_are_shared_out_by_tenants_and_not_by_recipes_or_requests(self) -> None:
         async def main() -> None:
             served: Counter[str] = Counter()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from cocktail_serve.engines.fairness import HALF_LIFE_S, MAX_KEPT, ServedTokensByTenant
-from cocktail_serve.engines.turns.slots import Slots
+from cocktail_serve.engines.turns.slots import RETURN_S, Slots
 from cocktail_serve.engines.turns.wait_queue import Claim
 from cocktail_serve.recipe import Recipe
 
@@ -13,9 +13,15 @@ GAP_S = 2.0
 
 
 def slots_of(
-    max_in_flight: int | None, *, served_tokens: ServedTokensByTenant | None = None, **in_flight: int
+    max_in_flight: int | None,
+    *,
+    served_tokens: ServedTokensByTenant | None = None,
+    max_beside: int | None = None,
+    **in_flight: int,
 ) -> Slots:
-    slots = Slots(served_tokens or ServedTokensByTenant(), max_in_flight=max_in_flight, gap_s=GAP_S)
+    slots = Slots(
+        served_tokens or ServedTokensByTenant(), max_in_flight=max_in_flight, gap_s=GAP_S, max_beside=max_beside
+    )
     for tenant, number in in_flight.items():
         for _ in range(number):
             slots.take(tenant, 1, 0.0)
@@ -57,6 +63,53 @@ def test_the_share_of_who_has_left_is_kept_for_a_moment(since_s: float, expected
     slots = slots_of(4, a=2, b=1)
     slots.leave("b", 10.0)
     assert slots.has_one_for("a", 10.0 + since_s) is expected
+
+
+@pytest.mark.parametrize(
+    ("in_flight", "tenant", "expected"),
+    [
+        pytest.param({"a": 15}, "a", True, id="alone, all"),
+        pytest.param({"a": 4, "b": 1}, "a", True, id="as many as that beside another"),
+        pytest.param({"a": 5, "b": 1}, "a", False, id="no more"),
+        pytest.param({"a": 15, "b": 0}, "b", True, id="the other has its own"),
+        pytest.param({"a": 5, "b": 4}, "a", False, id="one more than the other has"),
+        pytest.param({"a": 5, "b": 5}, "a", True, id="two that flood go on in turn"),
+        pytest.param({"a": 6, "b": 5}, "a", False, id="and never one alone"),
+        pytest.param({"a": 6, "b": 5}, "b", True, id="but the other"),
+        pytest.param({"a": 8, "b": 7}, "b", True, id="up to their shares"),
+        pytest.param({"a": 8, "b": 8}, "b", False, id="as far as there are slots"),
+        pytest.param({"a": 5, "b": 1, "c": 4}, "a", False, id="an equal share of three is no more"),
+        pytest.param(dict.fromkeys("abcdefgh", 1), "a", True, id="many who ask a little"),
+    ],
+)
+def test_a_tenant_that_floods_beside_others_that_ask_for_little(
+    in_flight: dict[str, int], tenant: str, expected: bool
+) -> None:
+    assert slots_of(16, max_beside=5, **in_flight).has_one_for(tenant, 0.0) is expected
+
+
+@pytest.mark.parametrize(
+    ("came_s", "since_s", "expected"),
+    [
+        pytest.param(RETURN_S / 2, RETURN_S / 2, False, id="between two of its requests"),
+        pytest.param(RETURN_S / 2, RETURN_S, True, id="it has not come back"),
+        pytest.param(RETURN_S, 0.0, True, id="it asks now and then"),
+    ],
+)
+def test_who_asks_one_thing_after_the_other_is_expected_back(came_s: float, since_s: float, expected: bool) -> None:
+    slots = slots_of(16, max_beside=5, a=5, b=1)
+    slots.leave("b", 10.0)
+    slots.take("b", 1, 10.0 + came_s)
+    slots.leave("b", 20.0)
+    assert slots.has_one_for("a", 20.0 + since_s) is expected
+
+
+def test_who_came_once_is_not_expected_back() -> None:
+    slots = slots_of(16, max_beside=5, a=5, b=2)
+    slots.take("b", 1, 0.1)
+    for _ in range(3):
+        slots.leave("b", 0.1)
+    assert slots.has_one_for("a", 0.1)
 
 
 def test_more_tenants_than_slots_have_a_first_one_each() -> None:
