@@ -220,34 +220,34 @@ class Jobs:
 
         weighting = await self._runner.weigh(engine, options, examples, score_scope, on_progress=on_progress)
         recipe = recipe_of(options, pool, weighting.merging_weights, dtype=engine.dtype)
-        await self._update(
-            cocktail,
-            status="mixing",
-            progress=SCORED,
-            losses=weighting.losses,
-            merging_weights=weighting.merging_weights,
-            entropy=weighting.entropy,
-            recipe=recipe,
-            candidates=weighting.candidates,
-        )
+        changes: CocktailChanges = {
+            "status": "mixing",
+            "progress": SCORED,
+            "losses": weighting.losses,
+            "merging_weights": weighting.merging_weights,
+            "entropy": weighting.entropy,
+            "recipe": recipe,
+            "candidates": weighting.candidates,
+        }
+        is_merged = pool.mode == "merged"
+        if is_merged or examples is not None:  # else nothing is left to do: it is ready with the next write
+            await self._update(cocktail, **changes)
         await self._retry(lambda: spent.of(engine.mix_ahead(recipe)))
-        await self._update(cocktail, progress=MIXED)
+        if is_merged:
+            await self._update(cocktail, progress=MIXED)
         mixed_loss = await self._mixed_loss(engine, recipe, examples, score_scope)
-        validation_loss = await self._mixed_loss(engine, recipe, validation, score_scope)
-        ready = await self._update(
-            cocktail,
-            status="ready",
-            progress=1.0,
-            ready_at=self._registry.catalog.now(),
-            mixed_loss=mixed_loss,
-            validation_loss=validation_loss,
-            candidates=_judged(options, weighting.candidates, mixed_loss),
-            warnings=(
-                *cocktail.warnings,
-                *warnings_of_losses(options, weighting.losses, weighting.merging_weights, mixed_loss),
-            ),
-            cross_validation=None if cocktail.inline or self._reports is None else PENDING,
-        )
+        of_losses = warnings_of_losses(options, weighting.losses, weighting.merging_weights, mixed_loss)
+        changes |= {
+            "status": "ready",
+            "progress": 1.0,
+            "mixed_loss": mixed_loss,
+            "validation_loss": await self._mixed_loss(engine, recipe, validation, score_scope),
+            "candidates": _judged(options, weighting.candidates, mixed_loss),
+            "warnings": (*cocktail.warnings, *of_losses),
+            "cross_validation": None if cocktail.inline or self._reports is None else PENDING,
+            "ready_at": self._registry.catalog.now(),
+        }
+        ready = await self._update(cocktail, **changes)
         if self._reports is not None and not cocktail.inline:
             self._reports.submit(ready, pause_s=REPORT_PAUSE_S)
 

@@ -138,7 +138,7 @@ class OutputLogprobs:
             logits = model.compute_logits(hidden_states[rows[chunk].to(hidden_states.device)])
             logprobs = sampler.compute_logprobs(logits)
             found.append(logprobs.gather(-1, token_ids[chunk, None].to(logprobs.device))[:, 0].cpu())
-        for part, logprobs in zip(parts, torch.cat(found).split(lengths), strict=True):
+        for part, logprobs in zip(parts, torch.split(torch.cat(found), lengths), strict=True):
             part.logprobs.copy_(logprobs)
 
 

@@ -968,6 +968,23 @@ class TestUnmerged:
         world.scoring = ScoringEngine(world.pools["flan"], {"base": 2.0, "ag-news": 1.0, "nq": 3.0})
         return world
 
+    async def test_no_step_is_written_in_which_nothing_happens(
+        self, world: World, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Nothing is mixed, and of weights that are given nothing is scored."""
+        monkeypatch.setattr(jobs, "PROGRESS_EVERY_S", 60.0)
+        notes = Notes()
+        async with world.service(change_hooks=[notes]) as service:
+            given = await made(service, world.request("given", merging_weights={"base": 0.25, "nq": 0.75}))
+            assert notes.changes == [("queued", "ready")]
+            assert given.progress == 1.0
+            assert given.merging_weights == {"base": 0.25, "nq": 0.75}
+            assert service.catalog.resolve("acme", "given").recipe == given.recipe
+            notes.changes.clear()
+            weighed = await made(service, world.request())
+            assert notes.changes == [("queued", "scoring"), ("scoring", "mixing"), ("mixing", "ready")]
+            assert set(weighed.losses) == {"base", "ag-news", "nq"}
+
     async def test_all_candidates_of_a_search_are_at_the_engine_at_once(self, world: World) -> None:
         rows = [{"input": f"q{i}", "output": "a" * (i + 1)} for i in range(4)]
         merged = World(world.path.parent / "merged")
