@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import defaultdict
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from dataclasses import dataclass, replace
-from typing import TypeVar, Unpack
+from typing import Any, TypeVar, Unpack
 
 from cocktail_serve.cocktails.cocktail import Cocktail, CocktailChanges, Failure
 from cocktail_serve.cocktails.cross_validation import PENDING
@@ -52,6 +52,7 @@ MAX_RUNNING = 32
 and apart by pool, so that an engine that is down holds up nobody else's jobs."""
 
 _T = TypeVar("_T")
+_S = TypeVar("_S")
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,7 +215,7 @@ class Jobs:
 
         async def on_progress(losses: Mapping[str, float], share: float) -> None:
             nonlocal written_at
-            if clock() - written_at >= PROGRESS_EVERY_S:
+            if share < 1.0 and clock() - written_at >= PROGRESS_EVERY_S:
                 written_at = clock()
                 await self._update(cocktail, losses=losses, progress=SCORED * share)
 
@@ -229,13 +230,18 @@ class Jobs:
             "recipe": recipe,
             "candidates": weighting.candidates,
         }
-        is_merged = pool.mode == "merged"
-        if is_merged or examples is not None:  # else nothing is left to do: it is ready with the next write
+        if pool.mode == "merged":
             await self._update(cocktail, **changes)
-        await self._retry(lambda: spent.of(engine.mix_ahead(recipe)))
-        if is_merged:
+            await self._retry(lambda: spent.of(engine.mix_ahead(recipe)))
             await self._update(cocktail, progress=MIXED)
-        mixed_loss = await self._mixed_loss(engine, recipe, examples, score_scope)
+            mixed_loss = await self._mixed_loss(engine, recipe, examples, score_scope)
+        elif examples is None:  # nothing is left to do: it is ready with the next write
+            await self._retry(lambda: spent.of(engine.mix_ahead(recipe)))
+            mixed_loss = None
+        else:  # nothing is mixed: the engine need not wait for the write
+            mixed_loss, _ = await _side_by_side(
+                self._mixed_loss(engine, recipe, examples, score_scope), self._update(cocktail, **changes)
+            )
         of_losses = warnings_of_losses(options, weighting.losses, weighting.merging_weights, mixed_loss)
         changes |= {
             "status": "ready",
@@ -272,6 +278,16 @@ class Jobs:
         except StorageError:
             logger.exception("the failure of cocktail %s could not be kept", cocktail.id)
             self._registry.fail_in_memory(cocktail.uid, failure)
+
+
+async def _side_by_side(one: Coroutine[Any, Any, _T], other: Coroutine[Any, Any, _S]) -> tuple[_T, _S]:
+    """Both results; where one fails, the other is ended, and the error is that one's own."""
+    try:
+        async with asyncio.TaskGroup() as group:
+            tasks = group.create_task(one), group.create_task(other)
+    except ExceptionGroup as failed:
+        raise failed.exceptions[0] from None
+    return tasks[0].result(), tasks[1].result()
 
 
 def _judged(
