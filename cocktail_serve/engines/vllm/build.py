@@ -28,7 +28,7 @@ on a CPU each more makes the step longer for all, and in vLLM's own queue no ten
 
 MAX_BESIDE_CPU = 5
 """Requests of one tenant inside the engine beside others that ask for less, on a CPU, where each makes the step longer
-for all: with five more rows an answer of a small pool takes one and a half times as long."""
+for all; `bench.rows` measures what more and fewer cost (docs/benchmarks.md)."""
 
 
 def build_vllm_engine(
