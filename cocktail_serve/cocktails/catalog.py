@@ -36,6 +36,7 @@ class Catalog:
 
     Attributes:
         pools: by id, as they are now.
+        pool_models: the models of the pools, and what a cocktail is answered by under them.
         inline: inline cocktails of all tenants by uid, the least recently used first.
         used: when inline cocktails were used, by uid, as far as it is only noted here.
     """
@@ -45,7 +46,7 @@ class Catalog:
     ) -> None:
         self._clock = clock
         self._started_at = int(clock())
-        self._pool_models = PoolModels(pools, dtypes)
+        self.pool_models = PoolModels(pools, dtypes)
         self.pools = pools
         self._by_uid: dict[str, Entry] = {}
         self._tenants: dict[str, TenantEntries] = {}
@@ -71,7 +72,7 @@ class Catalog:
             NotFoundError: unknown, another tenant's, failed, or made of models its pool no longer has.
             ModelNotReadyError: its job has not ended.
         """
-        served = self._pool_models.by_id.get(model_id)
+        served = self.pool_models.by_id.get(model_id)
         entry = None
         if served is None and (entry := self.find_entry(tenant, model_id)) is not None:
             served = self._served(entry)
@@ -92,13 +93,9 @@ class Catalog:
             current = versions.current
             if current is not None and (visible is None or current.cocktail.pool_id in visible):
                 yield name
-        for model_id, served in self._pool_models.by_id.items():
+        for model_id, served in self.pool_models.by_id.items():
             if visible is None or served.pool.id in visible:
                 yield model_id
-
-    def served_model(self, cocktail: Cocktail) -> ServedModel:
-        """What a snapshot is answered by, though it may be gone by now; raises as `resolve`."""
-        return self._pool_models.served_model(cocktail)
 
     def get(self, tenant: str, ref: str) -> Cocktail:
         """A snapshot by `name@digest8`; by name, of the current version, or of the newest where none is ready yet.
@@ -182,14 +179,14 @@ class Catalog:
 
     def uses(self, pool_id: str, recipe_digest: str) -> bool:
         """Whether a model of a pool, or a cocktail of any tenant, is this recipe."""
-        return (pool_id, recipe_digest) in self._by_recipe or bool(self._pool_models.ids(pool_id, recipe_digest))
+        return (pool_id, recipe_digest) in self._by_recipe or bool(self.pool_models.ids(pool_id, recipe_digest))
 
     def named(self, pool_id: str, recipe_digests: Collection[str]) -> Mapping[str, Sequence[tuple[str | None, str]]]:
         """Tenant (None: a model of the pool itself) and model id of all that each recipe is served as."""
         found: dict[str, list[tuple[str | None, str]]] = {}
         for digest in recipe_digests:
             cocktails = (entry.cocktail for entry in self._by_recipe.get((pool_id, digest), {}).values())
-            found[digest] = [(None, model_id) for model_id in self._pool_models.ids(pool_id, digest)]
+            found[digest] = [(None, model_id) for model_id in self.pool_models.ids(pool_id, digest)]
             found[digest] += [(cocktail.tenant, cocktail.id) for cocktail in cocktails]
         return found
 
@@ -219,19 +216,11 @@ class Catalog:
             pass
         return self.by_uid(uid)
 
-    def is_model(self, model_id: str) -> bool:
-        """Whether it is the operator's: a pool or an expert."""
-        return model_id in self._pool_models.by_id
-
     def reread_pools(self) -> None:
         """A pool has other experts now; cocktails made of those that are gone are no longer served."""
-        self._pool_models.reread()
+        self.pool_models.reread()
         for entries in self._tenants.values():
             entries.models = None
-
-    def as_configured(self, cocktail: Cocktail) -> Cocktail:
-        """A cocktail of the store as this configuration serves it."""
-        return self._pool_models.as_configured(cocktail)
 
     def uids(self) -> set[str]:
         """Of all versions of all tenants."""
@@ -342,7 +331,7 @@ class Catalog:
         served = entry.served
         # `Experts` puts another pool in the place of one whose experts change
         if served is None or served.pool is not self.pools.get(served.pool.id):
-            served = entry.served = self._pool_models.served_model(entry.cocktail)
+            served = entry.served = self.pool_models.served_model(entry.cocktail)
         return served
 
     def _is_served(self, entry: Entry) -> bool:
@@ -355,7 +344,7 @@ class Catalog:
         return True
 
     def _models_of_pools(self) -> Iterator[ModelEntry]:
-        for model_id, served in self._pool_models.by_id.items():
+        for model_id, served in self.pool_models.by_id.items():
             yield ModelEntry(id=model_id, created=self._started_at, kind=served.pool.kind, pool=served.pool.id)
 
     def _models_of_tenant(self, entries: TenantEntries) -> Iterator[ModelEntry]:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 
 from cocktail_serve.cocktails.cocktail import Cocktail
-from cocktail_serve.engines.engine_time import EngineTime, EngineTimeTotal, totalled
+from cocktail_serve.engines.engine_time import EngineTime, EngineTimeTotal
 from cocktail_serve.usage.amounts import UsageAmount
 from cocktail_serve.usage.ledger import Ledger
 
@@ -16,17 +17,16 @@ class EngineUse:
     def __init__(self, ledger: Ledger | None) -> None:
         self._ledger = ledger
 
-    def counted(
-        self, tenant: str, key_id: str | None, *, model: str, pool_id: str
-    ) -> AbstractContextManager[EngineTimeTotal]:
-        """A total for the calls inside, which is counted at their end, however that comes."""
-
-        def count(time: EngineTime) -> None:
-            if self._ledger is not None:
-                use = UsageAmount(scoring_s=time.scoring_s, mixing_s=time.mixing_s)
+    @contextmanager
+    def counted(self, tenant: str, key_id: str | None, *, model: str, pool_id: str) -> Iterator[EngineTimeTotal]:
+        """A total for the calls inside, which is counted at their end, however that comes, if there is any."""
+        total = EngineTimeTotal()
+        try:
+            yield total
+        finally:
+            if self._ledger is not None and total.time != EngineTime():
+                use = UsageAmount(scoring_s=total.time.scoring_s, mixing_s=total.time.mixing_s)
                 self._ledger.add(tenant, key_id, model, pool_id, use)
-
-        return totalled(count)
 
     def counted_for(self, cocktail: Cocktail) -> AbstractContextManager[EngineTimeTotal]:
         """As `counted`, for who asked for a cocktail first."""

@@ -26,8 +26,9 @@ from cocktail_serve.usage.actor import SERVER, Actor
 CreateOutcome = Literal["new", "again", "existing"]
 """A version that was not there; one that failed or was cancelled and is queued again; one that is there."""
 
-OnRemoteChange = Callable[[Sequence[Cocktail], Sequence[Cocktail]], None]
-"""Told of cocktails that other gateways changed, and of those that they removed (unfinished ones as cancelled)."""
+OnChange = Callable[[Sequence[Cocktail], Sequence[Cocktail]], None]
+"""Told of cocktails that other gateways changed, and of those that are gone, whoever removed them (unfinished ones as
+cancelled)."""
 
 _T = TypeVar("_T")
 
@@ -43,12 +44,10 @@ class Registry:
 
     Attributes:
         catalog: what the store holds, as far as known here.
-        on_remote_change: called, at once, when other gateways have changed something.
+        on_change: called in the moment in which the catalog has changed.
     """
 
-    def __init__(
-        self, catalog: Catalog, store: Store, *, max_inline: int, on_remote_change: OnRemoteChange | None = None
-    ) -> None:
+    def __init__(self, catalog: Catalog, store: Store, *, max_inline: int, on_change: OnChange | None = None) -> None:
         self.catalog = catalog
         self._store = store
         self._max_inline = max_inline
@@ -58,7 +57,7 @@ class Registry:
         self._unsaved: dict[str, Cocktail] = {}
         self._dry_runs: Counter[str] = Counter()
         self._owner: str | None = None
-        self._on_remote_change = on_remote_change or _ignored
+        self._on_change = on_change or _ignored
 
     def join_as(self, gateway: str) -> None:
         """Jobs that begin here are this gateway's from now on, by the id that `GatewayHeartbeats` gave it."""
@@ -67,7 +66,7 @@ class Registry:
     async def load(self) -> None:
         """Reads the store into memory."""
         async with self._changing:
-            await self._apply_changes(await self._store.load(), _ignored)
+            await self._apply_changes(await self._store.load())
             self.catalog.order_inline()
 
     async def sync(self) -> None:
@@ -107,7 +106,7 @@ class Registry:
         limits: Limits = UNLIMITED,
         actor: Actor = SERVER,
         extra_writes: ExtraWrites | None = None,
-    ) -> tuple[Cocktail, CreateOutcome, list[Cocktail]]:
+    ) -> tuple[Cocktail, CreateOutcome]:
         """Finds the version that a request names, or adds it as queued.
 
         A version asked for again is the newest again, so it becomes current once ready; a pin stands.
@@ -119,7 +118,7 @@ class Registry:
             extra_writes: writes rows of its own in the transaction that this is done in.
 
         Returns:
-            A snapshot, how it was found, and the inline cocktails that had to go for it.
+            A snapshot, and how it was found.
 
         Raises:
             ConflictError: another request of the same name has the same first eight digits of its digest.
@@ -127,19 +126,20 @@ class Registry:
             RateLimitError: as many of its jobs as may be have not ended.
         """
 
-        async def decide() -> tuple[Cocktail, CreateOutcome, list[Cocktail]]:
+        async def decide() -> tuple[Cocktail, CreateOutcome]:
             entry = self.catalog.find_version(tenant, request)
             if entry is not None:
                 again = entry.cocktail.status in ("failed", "cancelled")
                 if again:
                     self._check_jobs(tenant, limits)
                 await self._ask_again(entry, warnings if again else None, extra_writes)
-                return entry.cocktail, "again" if again else "existing", []
+                return entry.cocktail, "again" if again else "existing"
             self._check_jobs(tenant, limits)
             # inline ones make room for each other, where there is room for any
             num_kept = 0 if request.options.inline else self.catalog.of_tenant(tenant).num_listed
             check_cocktails(num_kept, limits)
-            gone = await self._make_room(tenant, limits.cocktails, actor) if request.options.inline else []
+            if request.options.inline:
+                await self._make_room(tenant, limits.cocktails, actor)
             queued = self._queued(tenant, request, warnings=warnings, key_id=actor.key_id)
             cocktail = await self._store.add(
                 queued,
@@ -151,7 +151,7 @@ class Registry:
                 extra_writes=extra_writes,
             )
             entry = self.catalog.insert(cocktail)
-            return entry.cocktail, "new", gone  # as the catalog shows it: `current` is settled there
+            return entry.cocktail, "new"  # as the catalog shows it: `current` is settled there
 
         async with self._changing:
             await self._sync()
@@ -241,7 +241,7 @@ class Registry:
             NotFoundError: unknown or another tenant's.
             PermissionDeniedError: a pool or an expert.
         """
-        if self.catalog.is_model(ref):
+        if ref in self.catalog.pool_models.by_id:
             raise PermissionDeniedError(f"{ref!r} is the operator's; it can only be taken out of the configuration")
         async with self._changing:
             await self._sync()
@@ -255,16 +255,14 @@ class Registry:
                 raise self.catalog.no_cocktail(tenant, ref)
             return await self._remove(tenant, entries, actor)
 
-    async def remove_failed(self, *, older_than_s: float) -> list[Cocktail]:
-        """Deletes the versions that failed or were cancelled and have not been asked for since; the last snapshots."""
+    async def remove_failed(self, *, older_than_s: float) -> None:
+        """Deletes the versions that failed or were cancelled and have not been asked for since."""
         before = self.catalog.now() - older_than_s
         async with self._changing:
             await self._sync()
-            removed = []
             async for entry in paced(self.catalog.in_state("failed", "cancelled"), every=500):
                 if entry.cocktail.used_at < before and entry.cocktail.uid not in self._unsaved:
-                    removed += await self._remove(entry.cocktail.tenant, [entry], SERVER)
-            return removed
+                    await self._remove(entry.cocktail.tenant, [entry], SERVER)
 
     @asynccontextmanager
     async def dry_run(self, tenant: str, limits: Limits) -> AsyncIterator[None]:
@@ -298,9 +296,9 @@ class Registry:
         self._num_syncs += 1
         changes = await self._store.changes_since(self._last_change)
         if changes is not None:
-            await self._apply_changes(changes, self._on_remote_change)
+            await self._apply_changes(changes)
 
-    async def _apply_changes(self, changes: RemoteChanges, on_change: OnRemoteChange) -> None:
+    async def _apply_changes(self, changes: RemoteChanges) -> None:
         """Brings what changed in the store into memory name by name, each as it was at one moment."""
         removed = set(changes.removed)
         if changes.is_all:
@@ -321,7 +319,7 @@ class Registry:
             if cocktails:
                 self.catalog.pin(tenant, name, self.catalog.entry(changes.pins.get((tenant, name), "")))
             # before the loop goes on to others: a caller who leaves meanwhile takes no change with it
-            on_change(changed, dropped)
+            self._on_change(changed, dropped)
         self._last_change = changes.last
 
     def _take_in(self, stored: Cocktail) -> Cocktail | None:
@@ -329,7 +327,7 @@ class Registry:
         entry = self.catalog.entry(stored.uid)
         if entry is not None and entry.cocktail.change >= stored.change:
             return None
-        cocktail = self.catalog.as_configured(stored)
+        cocktail = self.catalog.pool_models.as_configured(stored)
         if entry is None:
             self.catalog.insert(cocktail)
         else:
@@ -414,9 +412,11 @@ class Registry:
 
     async def _remove(self, tenant: str, entries: list[Entry], actor: Actor) -> list[Cocktail]:
         await self._store.delete(tenant, [entry.cocktail.uid for entry in entries], actor=actor)
-        return [self.catalog.drop(entry) for entry in entries]
+        dropped = [self.catalog.drop(entry) for entry in entries]
+        self._on_change((), dropped)
+        return dropped
 
-    async def _make_room(self, tenant: str, most: int | None, actor: Actor) -> list[Cocktail]:
+    async def _make_room(self, tenant: str, most: int | None, actor: Actor) -> None:
         """Inline cocktails go, least recently used first; one whose job runs has a caller waiting and stays.
 
         Args:
@@ -430,10 +430,8 @@ class Registry:
             (uid, entry) for uid, entry in self.catalog.inline.items() if entry.cocktail.is_final and uid not in going
         )
         going |= islice(others, surplus)
-        gone: list[Cocktail] = []
         for entry in going.values():
-            gone += await self._remove(entry.cocktail.tenant, [entry], actor)
-        return gone
+            await self._remove(entry.cocktail.tenant, [entry], actor)
 
     def _check_jobs(self, tenant: str, limits: Limits) -> None:
         check_jobs(self.catalog.of_tenant(tenant).num_unfinished + self._dry_runs[tenant], limits)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
@@ -81,7 +81,7 @@ class CocktailService:
             self.catalog,
             self._store,
             max_inline=settings.max_inline_cocktails,
-            on_remote_change=self._changed_remotely,  # first called by `start`, once jobs and reports are there
+            on_change=self._changed,  # first called by `start`, once jobs and reports are there
         )
         self._engine_use = EngineUse(ledger)
         self._settings = settings
@@ -280,7 +280,7 @@ class CocktailService:
         if made.status == "failed" and made.error is not None:
             raise made.error.exception()
         # from the snapshot: under load the least recently used may be gone again by now
-        return self.catalog.served_model(made)
+        return self.catalog.pool_models.served_model(made)
 
     async def report(self, tenant: str, ref: str) -> Cocktail:
         """As `find_cocktail`; of a ready cocktail the cross-validation is there or in the making.
@@ -316,14 +316,14 @@ class CocktailService:
             NotFoundError: unknown, or another tenant's.
             PermissionDeniedError: a pool or an expert.
         """
-        return await self._shield.run(self._delete(tenant, ref, actor))
+        return await self._shield.run(self._registry.remove(tenant, ref, actor=actor))
 
     async def _create(
         self, tenant: str, request: CocktailRequest, actor: Actor, extra_writes: ExtraWrites | None
     ) -> tuple[Cocktail, bool]:
         pool = self._pools[request.options.pool]
         items = score_items(request.examples, pool.kind) + score_items(request.validation, pool.kind)
-        cocktail, outcome, gone = await self._registry.find_or_add(
+        cocktail, outcome = await self._registry.find_or_add(
             tenant,
             request,
             score_items=items,
@@ -332,7 +332,6 @@ class CocktailService:
             actor=actor,
             extra_writes=extra_writes,
         )
-        self._release(gone)
         if outcome != "existing":
             self._jobs.submit(cocktail, request.examples, request.validation)
         return cocktail, outcome == "existing"
@@ -342,26 +341,13 @@ class CocktailService:
         await self._store.forget_removals(keep=REMOVALS_KEPT)
         days = self._settings.store.retention.failed_days
         if days is not None:
-            self._release(await self._registry.remove_failed(older_than_s=days * 86_400))
+            await self._registry.remove_failed(older_than_s=days * 86_400)
         for sweep in self._sweeps:
             await sweep()
 
-    def _changed_remotely(self, changed: Sequence[Cocktail], removed: Sequence[Cocktail]) -> None:
+    def _changed(self, changed: Sequence[Cocktail], removed: Sequence[Cocktail]) -> None:
         for cocktail in changed:
             self._jobs.changed_remotely(cocktail)
-        self._release(removed)
-
-    async def _cancel(self, cocktail: Cocktail) -> Cocktail:
-        cancelled = await self._registry.update(cocktail.uid, status="cancelled")
-        self._jobs.cancel(cocktail.uid)
-        return cancelled or self.catalog.by_uid(cocktail.uid) or cocktail
-
-    async def _delete(self, tenant: str, ref: str, actor: Actor) -> Sequence[Cocktail]:
-        removed = await self._registry.remove(tenant, ref, actor=actor)
-        self._release(removed)
-        return removed
-
-    def _release(self, removed: Iterable[Cocktail]) -> None:
         for cocktail in removed:
             self._jobs.cancel(cocktail.uid)
             self._reports.cancel(cocktail.uid)
@@ -370,6 +356,11 @@ class CocktailService:
                 continue
             if not self.catalog.uses(cocktail.pool_id, cocktail.recipe.digest):
                 engine.forget(cocktail.recipe.digest)
+
+    async def _cancel(self, cocktail: Cocktail) -> Cocktail:
+        cancelled = await self._registry.update(cocktail.uid, status="cancelled")
+        self._jobs.cancel(cocktail.uid)
+        return cancelled or self.catalog.by_uid(cocktail.uid) or cocktail
 
     async def _check_examples(self, request: CocktailRequest) -> None:
         try:

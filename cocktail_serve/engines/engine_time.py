@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import TracebackType
@@ -103,14 +103,3 @@ def engine_time_of(error: BaseException) -> EngineTime:
     """How long engines worked for the call that has just ended in this error."""
     carried: EngineTime = error.__dict__.get(_CARRIED, EngineTime())
     return carried
-
-
-@contextmanager
-def totalled(on_total: Callable[[EngineTime], object]) -> Iterator[EngineTimeTotal]:
-    """A total for the calls inside; told at the end, however that comes, if there is any."""
-    total = EngineTimeTotal()
-    try:
-        yield total
-    finally:
-        if total.time != EngineTime():
-            on_total(total.time)

@@ -19,7 +19,7 @@ import httpx
 import psutil
 import yaml
 
-from tests.models import make_decoder_pool, make_encoder_pool
+from tests.models import make_decoder_pool, make_encoder_pool, pool_section
 
 ADMIN_KEY = "admin-key-s3cret-0001"
 MARK = "s3cret"
@@ -53,11 +53,15 @@ class Served:
 
 
 @contextmanager
-def served(folder: Path, *, engine: dict[str, Any], **server: Any) -> Iterator[Served]:
-    models, encoders = folder / "models", folder / "encoders"
+def served(folder: Path, *, engine: dict[str, Any], encoders: bool = False, **server: Any) -> Iterator[Served]:
+    """A server of a decoder pool on the fake engine.
+
+    Args:
+        encoders: a pool of encoders too, whose libraries take most of a start.
+    """
+    models = folder / "models"
     if not models.exists():
         make_decoder_pool(models, ("nq",))
-        make_encoder_pool(encoders, ("quora",))
     pools = [
         {
             "id": "flan",
@@ -65,15 +69,11 @@ def served(folder: Path, *, engine: dict[str, Any], **server: Any) -> Iterator[S
             "base": str(models / "base"),
             "experts": {"nq": str(models / "nq")},
             "engine": {"type": "fake", "max_model_len": 2048, "slice_s": 0.05, "args": engine},
-        },
-        {
-            "id": "bge",
-            "kind": "encoder",
-            "base": str(encoders / "base"),
-            "experts": {"quora": str(encoders / "quora")},
-            "engine": {"type": "sentence_transformers"},
-        },
+        }
     ]
+    if encoders:
+        of_pool = make_encoder_pool(folder / "encoders", ("quora",))
+        pools.append(pool_section("bge", "encoder", of_pool, {"type": "sentence_transformers"}))
     config = folder / "config.yaml"
     section = {"port": 0, "auth": "required", "shutdown_grace_s": GRACE_S, "log_format": "json", **server}
     config.write_text(yaml.safe_dump({"server": section, "store": {"cache_dir": "cache"}, "pools": pools}))
@@ -127,7 +127,7 @@ class Stream(threading.Thread):
 
 def test_told_to_end_it_finishes_what_it_can_and_begins_nothing(tmp_path: Path) -> None:
     engine = {"token-delay-ms": TOKEN_MS, "score-ms": 2000}
-    with served(tmp_path, engine=engine) as server:
+    with served(tmp_path, engine=engine, encoders=True) as server:
         children = psutil.Process(server.process.pid).children(recursive=True)
         assert children
         examples = [{"input": "is it a fruit?", "output": "yes"}]
@@ -179,7 +179,7 @@ def test_no_log_holds_what_was_asked_or_a_key(tmp_path: Path) -> None:
     """Marked texts through every route, well-formed and not; then all logs are searched."""
     faults = tmp_path / "faults"
     faults.mkdir()
-    with served(tmp_path, engine={"faults": str(faults)}, expert_roots=[str(tmp_path)]) as server:
+    with served(tmp_path, engine={"faults": str(faults)}, encoders=True, expert_roots=[str(tmp_path)]) as server:
         http, pick = server.http, random.Random(0)
 
         def secret() -> str:

@@ -73,10 +73,16 @@ def catalog() -> Catalog:
 
 
 @pytest.fixture
-async def registry(catalog: Catalog) -> AsyncIterator[Registry]:
+def gone() -> list[Cocktail]:
+    """What the registry has said is gone."""
+    return []
+
+
+@pytest.fixture
+async def registry(catalog: Catalog, gone: list[Cocktail]) -> AsyncIterator[Registry]:
     database = Database("sqlite:///:memory:")
     await database.open()
-    yield Registry(catalog, Store(database), max_inline=100)
+    yield Registry(catalog, Store(database), max_inline=100, on_change=lambda _, removed: gone.extend(removed))
     await database.close()
 
 
@@ -154,7 +160,9 @@ async def test_what_is_asked_of_all_tenants_touches_only_what_it_is_about(catalo
     assert [len(catalog.unfinished()), len(catalog.unreported())] == [3, 3]
 
 
-async def test_what_a_tenant_changes_touches_only_its_own(catalog: Catalog, registry: Registry) -> None:
+async def test_what_a_tenant_changes_touches_only_its_own(
+    catalog: Catalog, registry: Registry, gone: list[Cocktail]
+) -> None:
     strangers = Strangers(catalog)
     limits = Limits(cocktails=2, scoring_jobs=2)
     made = [
@@ -166,22 +174,23 @@ async def test_what_a_tenant_changes_touches_only_its_own(catalog: Catalog, regi
         assert ready is not None
     assert (await registry.pin("acme", "films", made[0].id)).id == made[0].id
     assert catalog.resolve("acme", "films").recipe == recipe(0.1)
-    again, admission, _ = await registry.find_or_add(
+    again, admission = await registry.find_or_add(
         "acme", request("films", 2), score_items=(), warnings=(), limits=limits
     )
     assert (again.uid, admission) == (made[1].uid, "existing")
-    inline, _, gone = await registry.find_or_add("acme", request("flan", 9, inline=True), score_items=(), warnings=())
+    inline, _ = await registry.find_or_add("acme", request("flan", 9, inline=True), score_items=(), warnings=())
     assert (inline.inline, gone) == (True, [])
     await registry.sync()
     removed = await registry.remove("acme", made[0].id)
     assert [cocktail.uid for cocktail in removed] == [made[0].uid]
+    assert gone == removed, "who has something to let go of is told"
     assert not catalog.uses("flan", recipe(0.1).digest)
     assert catalog.resolve("acme", "films").recipe == recipe(0.2)
     assert strangers.num_touched == 0
 
 
 async def test_counts_follow_what_a_version_becomes(catalog: Catalog, registry: Registry) -> None:
-    queued, _, _ = await registry.find_or_add("acme", request("films"), score_items=(), warnings=())
+    queued, _ = await registry.find_or_add("acme", request("films"), score_items=(), warnings=())
     assert [one.uid for one in catalog.unfinished()] == [queued.uid]
     assert (catalog.statuses(), catalog.of_tenant("acme").num_unfinished) == ({"queued": 1}, 1)
     await registry.update(queued.uid, status="mixing", recipe=recipe(0.3))
@@ -369,12 +378,12 @@ async def test_news_of_others_are_told_once_though_a_caller_leaves_in_the_middle
                 catalog,
                 Store(database),
                 max_inline=3,
-                on_remote_change=lambda changed, removed: told.extend(one.uid for one in (*changed, *removed)),
+                on_change=lambda changed, removed: told.extend(one.uid for one in (*changed, *removed)),
             )
         )
         await registries[-1].load()
     one, other = registries
-    gone, _, _ = await one.find_or_add("acme", request("gone"), score_items=(), warnings=())
+    gone, _ = await one.find_or_add("acme", request("gone"), score_items=(), warnings=())
     made = {
         (await other.find_or_add("acme", request(f"films-{number}"), score_items=(), warnings=()))[0].uid
         for number in range(12)
@@ -406,23 +415,23 @@ class TestMode:
 
     def test_a_sum_is_served_in_the_form_of_now_with_a_warning(self, catalog: Catalog, unmerged: Catalog) -> None:
         made = cocktail("acme", 1)
-        adopted = unmerged.as_configured(made)
+        adopted = unmerged.pool_models.as_configured(made)
         assert adopted.recipe == replace(recipe(0.001), mode="unmerged")
         assert adopted.warnings == (
             "made for float32; the engine runs unmerged float32 now, so the mixture rounds differently",
         )
-        assert unmerged.served_model(adopted).recipe == adopted.recipe
-        assert unmerged.as_configured(adopted) is adopted
-        back = catalog.as_configured(adopted)
+        assert unmerged.pool_models.served_model(adopted).recipe == adopted.recipe
+        assert unmerged.pool_models.as_configured(adopted) is adopted
+        back = catalog.pool_models.as_configured(adopted)
         assert back.recipe == made.recipe
         assert "made for unmerged float32; the engine runs float32 now" in back.warnings[-1]
 
     def test_what_needs_merged_parameters_is_kept_and_not_served(self, catalog: Catalog, unmerged: Catalog) -> None:
         ties = make_recipe(POOL, {"nq": 0.5}, dtype="float32", method="ties")
-        made = unmerged.insert(unmerged.as_configured(cocktail("acme", 1, recipe=ties))).cocktail
+        made = unmerged.insert(unmerged.pool_models.as_configured(cocktail("acme", 1, recipe=ties))).cocktail
         assert made.recipe == ties
         with pytest.raises(MethodNotServedError, match="method 'ties', which needs merged parameters") as caught:
             unmerged.resolve("acme", "films")
         assert caught.value.param == "model"
         assert list(unmerged.models("acme")) == ["flan", "flan/nq"]
-        assert catalog.served_model(made).recipe == ties
+        assert catalog.pool_models.served_model(made).recipe == ties

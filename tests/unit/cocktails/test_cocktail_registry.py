@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from cocktail_serve import errors
 from cocktail_serve.cocktails.catalog import Catalog
-from cocktail_serve.cocktails.cocktail import Failure
+from cocktail_serve.cocktails.cocktail import Cocktail, Failure
 from cocktail_serve.cocktails.options import CocktailOptions, CocktailRequest
 from cocktail_serve.cocktails.registry import Registry
 from cocktail_serve.cocktails.store import Store
 from cocktail_serve.database.database import Database
-from cocktail_serve.errors import CocktailError, ConflictError, NotFoundError, PermissionDeniedError
+from cocktail_serve.errors import CocktailError, ConflictError, NotFoundError, PermissionDeniedError, StorageError
 from cocktail_serve.pool import Member, Pool
 from cocktail_serve.recipe import one_hot
 
@@ -34,19 +35,25 @@ def request(seed: int = 0, name: str = "films", *, inline: bool = False) -> Cock
 
 
 @pytest.fixture
-async def registry() -> AsyncIterator[Registry]:
+def gone() -> list[Cocktail]:
+    """What the registry has said is gone."""
+    return []
+
+
+@pytest.fixture
+async def registry(gone: list[Cocktail]) -> AsyncIterator[Registry]:
     database = Database("sqlite:///:memory:")
     await database.open()
     store = Store(database)
     catalog = Catalog({"flan": POOL}, {"flan": "float32"}, clock=lambda: 1700000000.0)
-    registry = Registry(catalog, store, max_inline=3)
+    registry = Registry(catalog, store, max_inline=3, on_change=lambda _, removed: gone.extend(removed))
     await registry.load()
     yield registry
     await database.close()
 
 
 async def ready(registry: Registry, wanted: CocktailRequest) -> str:
-    cocktail, _, _ = await registry.find_or_add("acme", wanted, score_items=(), warnings=())
+    cocktail, _ = await registry.find_or_add("acme", wanted, score_items=(), warnings=())
     await registry.update(cocktail.uid, status="ready", recipe=one_hot(POOL, "base", dtype="float32"))
     return cocktail.id
 
@@ -73,7 +80,7 @@ async def test_two_requests_whose_digests_begin_alike_never_share_an_id(registry
     assert caught.value.param == "seed"
     assert registry.catalog.get("acme", f"films@{digit}").digest == by_digit[digit].digest
     assert len(registry.catalog.list("acme")) == len(by_digit)
-    _, admission, _ = await registry.find_or_add("other", wanted, score_items=(), warnings=())
+    _, admission = await registry.find_or_add("other", wanted, score_items=(), warnings=())
     assert admission == "new", "another tenant's ids are its own"
 
 
@@ -104,12 +111,26 @@ async def test_an_update_of_a_final_version_changes_nothing(registry: Registry) 
     assert registry.catalog.get("acme", version).status == "ready"
 
 
-async def test_an_inline_cocktail_at_work_is_not_the_one_to_go(registry: Registry) -> None:
-    working, _, _ = await registry.find_or_add("acme", request(0, "flan", inline=True), score_items=(), warnings=())
+async def test_an_inline_cocktail_at_work_is_not_the_one_to_go(registry: Registry, gone: list[Cocktail]) -> None:
+    working, _ = await registry.find_or_add("acme", request(0, "flan", inline=True), score_items=(), warnings=())
     versions = [await ready(registry, request(seed, "flan", inline=True)) for seed in (1, 2)]
-    _, _, gone = await registry.find_or_add("acme", request(3, "flan", inline=True), score_items=(), warnings=())
+    await registry.find_or_add("acme", request(3, "flan", inline=True), score_items=(), warnings=())
     assert [cocktail.id for cocktail in gone] == versions[:1]
     assert registry.catalog.by_uid(working.uid) is not None
+
+
+async def test_what_had_to_go_is_told_though_nothing_takes_its_place(
+    registry: Registry, gone: list[Cocktail], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    versions = [await ready(registry, request(seed, "flan", inline=True)) for seed in (0, 1, 2)]
+
+    async def refuse(store: Store, *args: Any, **options: Any) -> Cocktail:
+        raise StorageError("the disk is full")
+
+    monkeypatch.setattr(Store, "add", refuse)
+    with pytest.raises(StorageError):
+        await registry.find_or_add("acme", request(3, "flan", inline=True), score_items=(), warnings=())
+    assert [cocktail.id for cocktail in gone] == versions[:1]
 
 
 async def test_names_of_inline_cocktails_are_no_names(registry: Registry) -> None:
