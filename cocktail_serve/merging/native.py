@@ -104,6 +104,8 @@ def load_library(source: Path, flags: Sequence[str] = ()) -> ctypes.CDLL | str:
                 built = Path(folder) / name
                 build(compiler, source, built, flags)
                 return ctypes.CDLL(str(built))
+    except subprocess.TimeoutExpired:
+        return f"{shlex.join(compiler)} did not build it within {_BUILD_TIMEOUT_S:g} s"
     except (OSError, subprocess.SubprocessError) as error:
         reason = getattr(error, "stderr", None) or error
         return f"{shlex.join(compiler)} cannot build it: {str(reason).strip()[:300]}"

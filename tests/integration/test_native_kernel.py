@@ -20,6 +20,7 @@ from vllm_cocktail.unmerged.native_kernel import NativeKernel, load_native
 @pytest.fixture(autouse=True)
 def anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(native, "_BUILD_TIMEOUT_S", 500.0)  # other tests may have the cores
     load_kernel.cache_clear()
     yield
     load_kernel.cache_clear()
@@ -75,6 +76,15 @@ def test_a_compiler_that_fails_is_quoted(tmp_path: Path, monkeypatch: pytest.Mon
     broken.chmod(0o755)
     monkeypatch.setenv("CC", str(broken))
     assert load_kernel() == f"{broken} cannot build it: no such header"
+
+
+def test_a_compiler_that_takes_too_long_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    slow = tmp_path / "slow-cc"
+    slow.write_text("#!/bin/sh\necho 'a warning' >&2\nexec sleep 600\n")
+    slow.chmod(0o755)
+    monkeypatch.setenv("CC", str(slow))
+    monkeypatch.setattr(native, "_BUILD_TIMEOUT_S", 0.5)
+    assert load_kernel() == f"{slow} did not build it within 0.5 s"
 
 
 @pytest.mark.usefixtures("compiler")
