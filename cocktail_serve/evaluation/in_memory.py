@@ -55,7 +55,12 @@ class _InMemory(ABC):
             assert examples is not None
             return self.losses_of(recipe, examples, rows)
 
-        weighing, _ = weigh_by(self.pool, options, None if examples is None else losses_of, self.dtype, self._report)
+        def foresee(asked: Sequence[tuple[Recipe, Sequence[int]]]) -> None:
+            assert examples is not None
+            self.foresee(asked, examples)
+
+        losses = None if examples is None else losses_of
+        weighing, _ = weigh_by(self.pool, options, losses, self.dtype, self._report, foresee=foresee)
         recipe = recipe_of(options, self.pool, weighing.merging_weights, dtype=self.dtype)
         chosen = weighing.chosen
         about = {
@@ -72,18 +77,25 @@ class _InMemory(ABC):
 
     def losses_of(self, recipe: Recipe, examples: ExampleSet, rows: Sequence[int] | None) -> list[float]:
         """Loss (nats) of each example under a mixture, or of those at the given indices; kept once measured."""
-        key = {
+        key = self._key(recipe, examples, rows)
+        kept = self._store.get(key)
+        if kept is None:
+            kept = self._measure(recipe, examples, rows)
+            self._store.put(key, kept)
+        return [float(loss) for loss in kept]
+
+    def foresee(self, asked: Sequence[tuple[Recipe, Sequence[int]]], examples: ExampleSet) -> None:  # noqa: B027
+        """Told which losses will be asked for next; here they are measured as they are asked for."""
+
+    def _key(self, recipe: Recipe, examples: ExampleSet, rows: Sequence[int] | None) -> dict[str, Any]:
+        """What losses are kept under."""
+        return {
             "losses": self.loss_version,
             "text": self.pool.text_digest,
             "recipe": recipe.digest,
             "examples": examples.digest,
             "rows": None if rows is None else list(rows),
         }
-        kept = self._store.get(key)
-        if kept is None:
-            kept = self._measure(recipe, examples, rows)
-            self._store.put(key, kept)
-        return [float(loss) for loss in kept]
 
     @abstractmethod
     def _measure(self, recipe: Recipe, examples: ExampleSet, rows: Sequence[int] | None) -> list[float]:

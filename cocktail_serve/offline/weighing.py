@@ -98,9 +98,18 @@ def weigh_offline(
 LossesOf = Callable[[Recipe, Sequence[int] | None], list[float]]
 """Loss (nats) of each example under a recipe, or of those at the given indices."""
 
+Foresee = Callable[[Sequence[tuple[Recipe, Sequence[int]]]], None]
+"""Told which losses will be asked for next, in order: for who measures several at once."""
+
 
 def weigh_by(
-    pool: Pool, options: CocktailOptions, losses_of: LossesOf | None, dtype: DType, report: OnProgress
+    pool: Pool,
+    options: CocktailOptions,
+    losses_of: LossesOf | None,
+    dtype: DType,
+    report: OnProgress,
+    *,
+    foresee: Foresee | None = None,
 ) -> tuple[WeightingResult, dict[str, list[float]]]:
     """Weighs a request by asking for losses, of the models and of whatever mixtures its weighting tries.
 
@@ -121,7 +130,10 @@ def weigh_by(
             require_finite(losses[name], repr(name), dtype)
         report("scoring", len(losses), len(options.scored))
     trials = weighting_steps(options, losses)
-    return _answered(trials, pool, options, losses_of, dtype=dtype, report=report, what="searching"), losses
+    weighing = _answered(
+        trials, pool, options, losses_of, dtype=dtype, report=report, what="searching", foresee=foresee
+    )
+    return weighing, losses
 
 
 def _answered(
@@ -133,12 +145,19 @@ def _answered(
     dtype: DType,
     report: OnProgress,
     what: str,
+    foresee: Foresee | None = None,
 ) -> _T:
     """Mixes and scores what is asked for until the asker has its result."""
     answer: Sequence[float] | None = None
+    num_foreseen = 0
     while isinstance(step := advance(trials, answer), Trial):
         assert losses_of is not None
         report(what, round(100 * step.progress), 100)
+        if foresee is not None and not num_foreseen:
+            coming = (step, *step.ahead)
+            foresee([(recipe_of_trial(options, pool, trial, dtype=dtype), trial.rows) for trial in coming])
+            num_foreseen = len(coming)
+        num_foreseen -= 1
         answer = losses_of(recipe_of_trial(options, pool, step, dtype=dtype), step.rows)
         require_finite(answer, "the mixture", dtype, step.rows)
     if answer is not None:
