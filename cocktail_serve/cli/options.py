@@ -86,6 +86,13 @@ Judge = Annotated[
         help="Find out by cross-validation whether the mixture is worth using: at most five mixtures more.",
     ),
 ]
+Tune = Annotated[
+    bool,
+    typer.Option(
+        "--tune",
+        help="Tell too what tuning a LoRA adapter of the base on the same examples comes to; decoders, needs peft.",
+    ),
+]
 AsJSON = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
 

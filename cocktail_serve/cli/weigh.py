@@ -14,6 +14,7 @@ from cocktail_serve.cli.options import (
     Judge,
     MixtureOptions,
     PoolId,
+    Tune,
     with_options,
 )
 from cocktail_serve.cli.terminal import candidates_table, print_json, print_warnings, progress, stdout, weighing_table
@@ -23,6 +24,7 @@ from cocktail_serve.weighting.candidates import Candidate
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from cocktail_serve.offline.tuning import Tuned
     from cocktail_serve.offline.weighing import OfflineWeighing
 
 
@@ -34,6 +36,7 @@ def weigh(
     examples: ExamplesFile,
     options: MixtureOptions,
     judge: Judge = True,
+    tune: Tune = False,
     as_json: AsJSON = False,
 ) -> None:
     """Measure each model's loss on the examples and show the merging weights that follow. Nothing is mixed."""
@@ -42,7 +45,7 @@ def weigh(
     settings = load_settings(config)
     body = options.body(examples=examples)
     with progress() as report:
-        weighed = weigh_offline(settings, pool, body, report, judge=judge)
+        weighed = weigh_offline(settings, pool, body, report, judge=judge, tune=tune)
     if as_json:
         print_json(weighing_json(weighed))
         return
@@ -65,6 +68,8 @@ def show(console: Console, weighing: Mapping[str, Any], *more: str) -> None:
     print_warnings(console, weighing["warnings"])
     if weighing.get("findings") is not None:
         console.print(weighing["findings"]["text"], style="bold", markup=False)
+    if weighing.get("tuning") is not None:
+        console.print(_tuning_text(weighing["tuning"]), markup=False)
 
 
 def weighing_json(weighed: OfflineWeighing) -> dict[str, Any]:
@@ -79,6 +84,7 @@ def weighing_json(weighed: OfflineWeighing) -> dict[str, Any]:
         "entropy": weighed.weighing.entropy,
         "mixed_loss": weighed.mixed_loss,
         "findings": None if weighed.cross_validation is None else weighed.cross_validation.to_json(),
+        "tuning": None if weighed.tuned is None else _tuning_json(weighed.tuned),
         "candidates": [asdict(candidate) for candidate in weighed.weighing.candidates],
         "weighting": options.weighting,
         "temperature": options.temperature if chosen is None else chosen.temperature,
@@ -90,6 +96,25 @@ def weighing_json(weighed: OfflineWeighing) -> dict[str, Any]:
         "warnings": list(weighed.warnings),
         "dtype": weighed.dtype,
     }
+
+
+def _tuning_json(tuned: Tuned) -> dict[str, Any]:
+    held_out = tuned.held_out
+    return {
+        "num_steps": tuned.num_steps,
+        "held_out_loss": held_out[tuned.num_steps] if held_out else None,
+        "base_loss": held_out[0] if held_out else None,
+    }
+
+
+def _tuning_text(tuning: Mapping[str, Any]) -> str:
+    begin = "a LoRA adapter tuned on these examples instead: "
+    if tuning["held_out_loss"] is None:
+        return f"{begin}one example leaves nothing to hold out, so nothing can be told"
+    if not tuning["num_steps"]:
+        return f"{begin}no step lowers the held-out loss of the base, {tuning['base_loss']:.2f}"
+    loss, steps = f"{tuning['held_out_loss']:.2f}", tuning["num_steps"]
+    return f"{begin}held-out loss {loss} after {steps} steps, base {tuning['base_loss']:.2f}"
 
 
 def _summary(weighing: Mapping[str, Any]) -> list[str]:

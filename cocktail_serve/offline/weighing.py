@@ -16,11 +16,14 @@ from cocktail_serve.cocktails.warnings import warnings_of_losses, warnings_of_re
 from cocktail_serve.cocktails.weighting_steps import advance, recipe_of, recipe_of_trial, weighting_steps
 from cocktail_serve.config import PoolConfig, Settings
 from cocktail_serve.dtypes import DType
+from cocktail_serve.errors import ConfigError, InvalidRequestError
 from cocktail_serve.examples import ExampleSet, parse_examples
 from cocktail_serve.imported_recipe import read_recipe
+from cocktail_serve.offline import tuning
 from cocktail_serve.offline.models import TransformersModels, translated
 from cocktail_serve.offline.opened import open_with_progress
-from cocktail_serve.pool import Pool
+from cocktail_serve.offline.tuning import Tuned
+from cocktail_serve.pool import BASE, Pool
 from cocktail_serve.progress import OnProgress
 from cocktail_serve.recipe import Recipe, one_hot
 from cocktail_serve.scoring.finite import require_finite
@@ -38,6 +41,7 @@ class OfflineWeighing:
         mixed_loss: mean loss (nats) of the mixture on the examples; None without examples.
         warnings: what the request and the losses give cause for.
         cross_validation: whether the mixture is worth using, by cross-validation; None where that was not asked for.
+        tuned: an adapter of the base that was tuned on the examples; None where that was not asked for.
     """
 
     pool: Pool
@@ -47,10 +51,17 @@ class OfflineWeighing:
     mixed_loss: float | None
     warnings: tuple[str, ...]
     cross_validation: CrossValidation | None = None
+    tuned: Tuned | None = None
 
 
 def weigh_offline(
-    settings: Settings, pool_id: str, body: Mapping[str, Any], report: OnProgress, *, judge: bool = False
+    settings: Settings,
+    pool_id: str,
+    body: Mapping[str, Any],
+    report: OnProgress,
+    *,
+    judge: bool = False,
+    tune: bool = False,
 ) -> OfflineWeighing:
     """Does what `POST /v1/cocktails` would, up to the merging weights.
 
@@ -59,12 +70,15 @@ def weigh_offline(
     Args:
         body: the fields of the request, without name and pool.
         judge: whether to find out what the mixture can be expected to do, at the cost of at most five mixtures more.
+        tune: whether to find out too what an adapter that is tuned on the same examples would come to.
 
     Raises:
         ClientError: as the server.
         EngineError: a model that transformers cannot load or run.
     """
     config = settings.pool(pool_id)
+    if tune:
+        _check_tunes(config, body)
     if body.get("examples") is not None:
         # opening a pool may read gigabytes: what can be refused before is
         parse_examples(body["examples"], config.kind, max_examples=config.max_examples)
@@ -91,8 +105,38 @@ def weigh_offline(
         if judge:
             trials = cross_validate(request.options, losses, weighing.chosen, kind=pool.kind)
             found = _answered(trials, pool, request.options, losses_of, dtype=dtype, report=report, what="judging")
+    del losses_of  # the models go before another is loaded
+    tuned = _tuned(pool, config, request, dtype, report) if tune else None
     warnings += warnings_of_losses(request.options, weighing.losses, weighing.merging_weights, mixed_loss)
-    return OfflineWeighing(pool, request, weighing, dtype, mixed_loss, warnings, found)
+    return OfflineWeighing(pool, request, weighing, dtype, mixed_loss, warnings, found, tuned)
+
+
+def _check_tunes(config: PoolConfig, body: Mapping[str, Any]) -> None:
+    if config.kind != "decoder":
+        raise InvalidRequestError(
+            f"pool {config.id!r} is of kind {config.kind}, and only decoders are tuned for comparison", param="tune"
+        )
+    if body.get("examples") is None:
+        raise InvalidRequestError("there are no examples to tune on", param="tune")
+    if not tuning.is_available():
+        raise ConfigError(f"tuning needs the package peft, which is not installed here: {tuning.INSTALL}")
+
+
+def _tuned(pool: Pool, config: PoolConfig, request: CocktailRequest, dtype: DType, report: OnProgress) -> Tuned:
+    """An adapter of the base, tuned on the request's examples."""
+    from cocktail_serve.scoring.decoder import tokenize_examples
+
+    assert request.examples is not None
+    report("tuning", 0, 1)
+    models = TransformersModels(pool, config)
+    assert models.max_tokens is not None
+    with translated(pool):
+        tokenized = tokenize_examples(
+            models.tokenizer, request.examples, max_tokens=models.max_tokens - 1, chat_template=pool.chat_template
+        )
+        tuned = tuning.tune(models.use(one_hot(pool, BASE, dtype=dtype)), tokenized, seed=request.options.seed)
+    report("tuning", 1, 1)
+    return tuned
 
 
 LossesOf = Callable[[Recipe, Sequence[int] | None], list[float]]

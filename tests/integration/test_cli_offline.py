@@ -480,6 +480,27 @@ def test_weigh_tells_whether_the_mixture_is_worth_using(config, examples, capsys
     assert findings["held_out_loss"] != pytest.approx(told["mixed_loss"], rel=1e-6)
 
 
+def test_weigh_tells_what_tuning_on_the_examples_would_come_to(config, examples, capsys):
+    words = ["weigh", config, "--pool", "flan", "--examples", examples(THREE_ROWS), "--no-judge", "--tune"]
+    told = json.loads(run(capsys, *words, "--json")[1])
+    tuning = told["tuning"]
+    assert tuning["base_loss"] == pytest.approx(told["losses"]["base"], rel=1e-5), "no step is the base"
+    assert tuning["held_out_loss"] <= tuning["base_loss"]
+    _, shown, _ = run(capsys, *words)
+    assert "a LoRA adapter tuned on these examples instead: " in " ".join(shown.split())
+
+
+def test_tuning_says_why_it_is_not_done(config, examples, capsys, monkeypatch):
+    words = ["weigh", config, "--tune", "--examples"]
+    code, _, said = run(capsys, *words, examples(PAIR_ROWS), "--pool", "bge")
+    assert code == 2
+    assert "only decoders are tuned" in " ".join(said.split())
+    monkeypatch.setattr("cocktail_serve.offline.tuning.is_available", lambda: False)
+    code, _, said = run(capsys, *words, examples(THREE_ROWS), "--pool", "flan")
+    assert code == 2
+    assert "pip install 'cocktail-serve[eval]'" in " ".join(said.split())
+
+
 def test_held_out_losses_are_those_of_mixtures_weighed_without_them(config, examples, capsys):
     words = ["--pool", "flan", "--temperature", 0.5, "--json", "--no-judge"]
     held_out = []
