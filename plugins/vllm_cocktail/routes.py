@@ -151,7 +151,7 @@ class CocktailEndpointPlugin:
         control_of = UnmergedControl if manifest.mode == "unmerged" else EngineControl
         state.cocktail_control = control_of(engine_client, fence, manifest)
         started = time.perf_counter()
-        # the first log-probabilities of a prompt compile a kernel; nobody's first scores should wait for that
+        # the first log-probabilities of a prompt take longer; nobody's first scores should
         await mean_losses(engine_client, [TokenizedExample(token_ids=[0, 1, 2, 3], output_start=1)], xargs=BASE_ROW)
         logger.info("cocktail: scoring warmed up in %.1f s", time.perf_counter() - started)
         await state.cocktail_control.start()
