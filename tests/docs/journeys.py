@@ -87,6 +87,7 @@ def prepare_support(shell: Shell) -> None:
     """The pool of the README, of which its own configuration is written."""
     make_decoders(shell.folder / "models", "llama-base", "llama-billing", "llama-returns")
     write_rows(shell.folder / "task.jsonl", REFUND_ROWS)
+    write_config(shell, "cocktail.yaml", yaml_of("README.md"))
 
 
 def prepare_guarded(shell: Shell) -> None:

@@ -35,7 +35,7 @@ with open(f"{{walk}}/server.log", "wb") as log:
     )
 with open(f"{{walk}}/server.pid", "w") as file:
     file.write(str(server.pid))
-end = time.monotonic() + 240
+end = time.monotonic() + 540
 while server.poll() is None and time.monotonic() < end:
     time.sleep(0.2)
     log = open(f"{{walk}}/server.log", errors="replace").read()
