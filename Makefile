@@ -14,7 +14,7 @@ help:
 	@echo "make serve    the demo's server, left running"
 	@echo "make test     unit, integration and end-to-end tests (real vLLM on CPU)"
 	@echo "make test-unit  unit tests alone, in about a minute; test-integration: those with servers and databases"
-	@echo "make test-full  all of make test and the long ones: faults, generated requests, a short soak"
+	@echo "make test-full  all of make test and the long ones: faults, generated requests, commands of all pages, a short soak"
 	@echo "make mutants  which changes of the rules that matter most the unit tests do not notice (long)"
 	@echo "make check    lint, format and types"
 	@echo "make docs     regenerate the generated pages of docs/reference"
