@@ -102,6 +102,7 @@ class Shell:
             "OMP_WAIT_POLICY": "passive",
             "WALK": str(self.walk),
             "WALK_PORT": str(self.port),
+            "COCKTAIL_BASE_URL": f"http://127.0.0.1:{self.port}",  # of commands that name no server
         }
 
     def __enter__(self) -> Self:
