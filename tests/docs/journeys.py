@@ -209,8 +209,8 @@ JOURNEYS: Mapping[str, Journey] = {
         prepare=prepare_support,
         changes={
             "capitals-and-languages@<digest of the first>": "'\"$(id_of capitals-and-languages)\"'",
-            "adapters/ ": "adapters ",
         },
+        before={"cocktail-serve mix cocktail.yaml": "rm -r mixed"},  # of the tutorial
         prints={
             'print(chunk.choices[0].delta.content or "", end="")': "Rabat, Arabic",
             "print(answer.choices[0].message.content)  # Stockholm, Swedish": "Stockholm, Swedish",
