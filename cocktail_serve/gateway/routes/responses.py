@@ -54,25 +54,25 @@ async def compact_response(tenant: TenantDep) -> None:
     raise NotServedError("conversations are not compacted here: leave out of `input` what is too long")
 
 
-@stored.get("/v1/responses/{response_id}", responses=error_responses(501))
+@stored.get("/v1/responses/{response_id}", responses=error_responses(404, 501))
 async def retrieve_response(tenant: TenantDep, response_id: str) -> None:
     """Not served: 501. Nothing is kept of a response."""
     _refuse_stored()
 
 
-@stored.delete("/v1/responses/{response_id}", responses=error_responses(501))
+@stored.delete("/v1/responses/{response_id}", responses=error_responses(404, 501))
 async def delete_response(tenant: TenantDep, response_id: str) -> None:
     """Not served: 501. There is nothing to delete."""
     _refuse_stored()
 
 
-@stored.get("/v1/responses/{response_id}/input_items", responses=error_responses(501))
+@stored.get("/v1/responses/{response_id}/input_items", responses=error_responses(404, 501))
 async def list_input_items(tenant: TenantDep, response_id: str) -> None:
     """Not served: 501. Nothing is kept of a response."""
     _refuse_stored()
 
 
-@stored.post("/v1/responses/{response_id}/cancel", responses=error_responses(501))
+@stored.post("/v1/responses/{response_id}/cancel", responses=error_responses(404, 501))
 async def cancel_response(tenant: TenantDep, response_id: str) -> None:
     """Not served: 501. A response ends when its client closes the connection."""
     raise NotServedError("no response runs in the background here; close the connection to end one")
