@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
@@ -11,6 +12,12 @@ import pytest
 from vllm_cocktail.brought_templates import take_brought_templates
 
 NAME = "vllm.entrypoints.openai.responses.protocol"
+
+
+@dataclass(frozen=True)
+class TokenizeParams:
+    max_total_tokens: int
+    add_special_tokens: bool = True
 
 
 class Request:
@@ -22,11 +29,14 @@ class Request:
     def build_chat_params(self, default_template: str | None, default_format: str) -> tuple[str | None, str]:
         return default_template, default_format
 
+    def build_tok_params(self, max_total_tokens: int) -> TokenizeParams:
+        return TokenizeParams(max_total_tokens)
+
 
 @pytest.fixture
 def request_type(monkeypatch: pytest.MonkeyPatch) -> type[Request]:
     module: Any = ModuleType(NAME)
-    module.ResponsesRequest = type("ResponsesRequest", (Request,), {"build_chat_params": Request.build_chat_params})
+    module.ResponsesRequest = type("ResponsesRequest", (Request,), {})
     parts = NAME.split(".")
     for index in range(1, len(parts)):
         monkeypatch.setitem(sys.modules, ".".join(parts[:index]), ModuleType(parts[index - 1]))
@@ -44,8 +54,12 @@ def test_what_a_request_brings_goes_before_the_servers_own(request_type: type[Re
     assert request_type(other=1).build_chat_params(None, "auto") == (None, "auto")
 
 
+def test_the_tokenizer_adds_nothing_to_what_a_template_made(request_type: type[Request]) -> None:
+    assert take_brought_templates()
+    assert request_type().build_tok_params(128) == TokenizeParams(128, add_special_tokens=False)
+
+
 def test_a_vllm_that_renders_otherwise_is_told_apart(request_type: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    del request_type.build_chat_params
     monkeypatch.delattr(Request, "build_chat_params")
     assert not take_brought_templates()
     monkeypatch.setitem(sys.modules, NAME, None)
