@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
@@ -100,7 +101,8 @@ def read_lines(content: bytes, endpoint: str) -> tuple[list[BatchLine], list[str
 
 
 def _lines(content: bytes) -> Iterator[tuple[int, bytes]]:
-    lines = enumerate(content.removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1)
+    # one by one: a list of all would be many times as large as a file of short ones
+    lines = enumerate(io.BytesIO(content.removeprefix(b"\xef\xbb\xbf")), start=1)
     return ((number, line.strip()) for number, line in lines if line.strip())
 
 
@@ -126,9 +128,20 @@ def _check(line: bytes, number: int, endpoint: str, seen: dict[str, int]) -> dic
         wrong = BatchError("mismatched_url", message, number, "url")
     elif not isinstance(body, dict):
         wrong = BatchError("invalid_request", "body must be the request, a JSON object", number, "body")
+    elif not _can_be_written(body):
+        wrong = BatchError("invalid_json_line", "the body is nested too deeply", number, "body")
     elif body.get("stream"):
         wrong = BatchError("invalid_request", "nobody reads a stream here: leave stream out", number, "body.stream")
     else:
         found: dict[str, Any] = body
         return found
     return wrong
+
+
+def _can_be_written(body: Any) -> bool:
+    """Whether the server can be asked with it: JSON is read at more levels than it is written at."""
+    try:
+        orjson.dumps(body)
+    except orjson.JSONEncodeError:
+        return False
+    return True

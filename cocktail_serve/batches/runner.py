@@ -247,7 +247,11 @@ class _Work:
 
 def _end_of(batch: Batch) -> BatchStatus | None:
     """How a batch ends whose end another process had begun."""
-    ends: dict[BatchStatus, BatchStatus] = {"cancelling": "cancelled", "finalizing": "completed"}
+    is_answered = batch.num_completed + batch.num_failed >= batch.num_total
+    ends: dict[BatchStatus, BatchStatus] = {
+        "cancelling": "cancelled",
+        "finalizing": "completed" if is_answered else "expired",
+    }
     return ends.get(batch.status)
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import orjson
-from sqlalchemy import ColumnElement, delete, func, insert, select, update
+from sqlalchemy import ColumnElement, Delete, Insert, delete, func, insert, select, update
 from sqlalchemy.engine import RowMapping
 from sqlalchemy.ext.asyncio import AsyncConnection
 
@@ -171,13 +172,15 @@ class BatchStore:
         Returns:
             The batch; None: it is not this gateway's to begin any more.
         """
-        await self._clear(batch)
+        if not await self._write_lines(batch, delete(_lines).where(_lines.c.batch_id == batch.id)):
+            return None
         rows = [
             {"batch_id": batch.id, "position": line.position, "model": model, "request": line.content}
             for line, model in zip(lines, models, strict=True)
         ]
         for start in range(0, len(rows), _ROWS):
-            await self._insert(rows[start : start + _ROWS])
+            if not await self._write_lines(batch, insert(_lines), rows[start : start + _ROWS]):
+                return None
         return await self._begin(batch, len(rows))
 
     @shielded
@@ -218,26 +221,30 @@ class BatchStore:
 
         Args:
             status: of the end.
-            unanswered: what is said of a line that was not.
+            unanswered: what is said of a line that was not; called in a thread.
         """
-        if status == "completed":
+        if status in ("completed", "expired"):  # an answer that comes from now on is not counted
             finalizing = {"status": "finalizing", "finalizing_at": self.clock()}
             await self._change(batch, _batches.c.status.in_(("in_progress", "finalizing")), **finalizing)
-        num_unanswered = 0
         async with self._database.read() as connection:
             answers = await self._answers(connection, batch, is_error=False)
             errors = await self._answers(connection, batch, is_error=True)
             left = select(_lines.c.position, _lines.c.request).where(
                 _lines.c.batch_id == batch.id, _lines.c.answer.is_(None)
             )
-            for row in await connection.execute(left):
-                errors[row.position] = unanswered(BatchLine(row.position, bytes(row.request))).content
-                num_unanswered += 1
-        contents = {
-            name: b"".join(line + b"\n" for _, line in sorted(lines.items()))
-            for name, lines in (("output", answers), ("error", errors))
-            if lines
-        }
+            found = (await connection.execute(left)).all()
+
+        def contents_of_files() -> dict[str, bytes]:
+            for position, request in found:
+                errors[position] = unanswered(BatchLine(position, bytes(request))).content
+            return {
+                name: b"".join(line + b"\n" for _, line in sorted(lines.items()))
+                for name, lines in (("output", answers), ("error", errors))
+                if lines
+            }
+
+        num_unanswered = len(found)
+        contents = await asyncio.to_thread(contents_of_files)  # up to 50,000 lines, away from the event loop
         async with self._database.write() as connection:
             mine = (_batches.c.id == batch.id, _batches.c.epoch == batch.epoch, _batches.c.status.in_(UNFINISHED))
             values: dict[str, Any] = {"status": status, ENDED_AT[status]: self.clock()}
@@ -270,14 +277,16 @@ class BatchStore:
             await connection.execute(delete(_batches).where(ended_at <= self.clock() - older_than_s))
 
     @shielded
-    async def _clear(self, batch: Batch) -> None:
+    async def _write_lines(
+        self, batch: Batch, statement: Delete | Insert, rows: Sequence[Mapping[str, Any]] | None = None
+    ) -> bool:
+        """Changes lines of a batch that nobody has begun with; False: it is another gateway's, which may have."""
+        mine = select(_batches.c.id).where(_batches.c.id == batch.id, _batches.c.epoch == batch.epoch)
         async with self._database.write() as connection:
-            await connection.execute(delete(_lines).where(_lines.c.batch_id == batch.id))
-
-    @shielded
-    async def _insert(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        async with self._database.write() as connection:
-            await connection.execute(insert(_lines), list(rows))
+            if (await connection.execute(mine.with_for_update())).first() is None:
+                return False
+            await connection.execute(statement, rows)
+        return True
 
     @shielded
     async def _begin(self, batch: Batch, num_total: int) -> Batch | None:

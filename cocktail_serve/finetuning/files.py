@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import time
 from collections.abc import Callable
@@ -157,7 +158,7 @@ class Files:
             tenant=tenant,
             filename=filename,
             num_bytes=len(content),
-            digest=hashlib.sha256(content).hexdigest(),
+            digest=(await asyncio.to_thread(hashlib.sha256, content)).hexdigest(),
             created_at=now,
             expires_at=None if expires_after_s is None else now + expires_after_s,
             purpose=purpose,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import tracemalloc
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
@@ -12,10 +13,11 @@ from typing import Any
 import pytest
 
 from cocktail_serve.batches import runner as runners
-from cocktail_serve.batches.batch import Batch
+from cocktail_serve.batches.batch import Batch, BatchLine, LineAnswer
 from cocktail_serve.batches.request import MAX_ERRORS, MAX_LINES, BatchBody, read_lines
 from cocktail_serve.batches.runner import BatchRunner, LineReply, LineRequest
 from cocktail_serve.batches.store import MAX_UNFINISHED, BatchStore
+from cocktail_serve.database import tables
 from cocktail_serve.database.database import Database
 from cocktail_serve.errors import ConflictError, NotFoundError, RateLimitError
 from cocktail_serve.finetuning.files import Files
@@ -134,9 +136,27 @@ async def test_another_gateway_goes_on_where_a_dead_one_was(world: World) -> Non
     assert (done.status, done.num_completed, done.owner) == ("completed", 12, OTHER)
     assert len(world.server.asked) == 12, "none that was answered is asked again"
     # the first was only slow: what it writes changes nothing any more
-    answer = runners._not_answered(runners.BatchLine(1, b'{"custom_id": "c0"}'), "expired")
+    answer = runners._not_answered(BatchLine(1, b'{"custom_id": "c0"}'), "expired")
     assert not await world.store.answered(batch, answer)
     assert await world.store.get("acme", batch.id) == done
+
+
+async def test_a_slow_gateway_writes_no_lines_over_those_of_another(world: World) -> None:
+    batch = await world.add(4)
+    lines, models, _ = read_lines(await world.files.content("acme", batch.input_file_id), PATH)
+
+    async def two(request: LineRequest) -> LineReply:
+        if len(world.server.asked) >= 2:
+            world.server.may_answer.clear()
+        return await world.server(request)
+
+    await world.gateway(OTHER, two).adopt(OTHER, frozenset({OTHER}))
+    await world.until(batch, lambda batch: batch.num_completed == 2)
+    assert await world.store.begin(batch, lines, models) is None
+    world.server.may_answer.set()
+    done = await world.until(batch, lambda batch: batch.is_final)
+    assert (done.num_total, done.num_completed, done.error_file_id) == (4, 4, None)
+    assert len(await world.read(done, done.output_file_id)) == 4
 
 
 async def test_a_gateway_takes_its_own_up_again(world: World) -> None:
@@ -165,6 +185,43 @@ async def test_what_is_not_answered_in_its_window_is_given_up(world: World) -> N
     errors = await world.read(done, done.error_file_id)
     assert {(each["response"], each["error"]["code"]) for each in errors} == {(None, "batch_expired")}
     assert len(await world.read(done, done.output_file_id)) == 1
+
+
+@pytest.mark.parametrize("num_answered", [0, 2])
+async def test_what_ends_in_another_process_ends_as_it_would_have(world: World, num_answered: int) -> None:
+    batch = await world.add(2)
+    lines, models, _ = read_lines(await world.files.content("acme", batch.input_file_id), PATH)
+    begun = await world.store.begin(batch, lines, models)
+    assert begun is not None
+    for line in lines[:num_answered]:
+        assert await world.store.answered(begun, LineAnswer(line.position, b"{}", is_error=False))
+    await world.store._change(begun, tables.batches.c.status == "in_progress", status="finalizing")
+    await world.gateway().adopt(ME, frozenset({ME}))
+    done = await world.until(batch, lambda batch: batch.is_final)
+    assert done.status == ("completed" if num_answered else "expired")
+    assert (done.num_completed, done.num_failed, world.server.asked) == (num_answered, 2 - num_answered, [])
+
+
+async def test_an_answer_that_comes_while_a_batch_ends_is_not_counted_twice(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batch = await world.add(2)
+    lines, models, _ = read_lines(await world.files.content("acme", batch.input_file_id), PATH)
+    begun = await world.store.begin(batch, lines, models)
+    assert begun is not None
+    read = world.store._answers
+    kept: list[bool] = []
+
+    async def slowly(*args: Any, **options: Any) -> Any:
+        found = await read(*args, **options)
+        kept.append(await world.store.answered(begun, LineAnswer(len(kept) + 1, b"{}", is_error=False)))
+        return found
+
+    monkeypatch.setattr(world.store, "_answers", slowly)
+    await world.store.finish(begun, "expired", lambda line: runners._not_answered(line, "expired"))
+    done = await world.store.get("acme", batch.id)
+    assert (done.status, done.num_completed, done.num_failed, kept) == ("expired", 0, 2, [False, False])
+    assert len(await world.read(done, done.error_file_id)) == 2
 
 
 async def test_what_may_pass_is_tried_again_and_what_fails_thrice_has_failed(
@@ -281,6 +338,28 @@ async def test_old_ones_are_swept_and_their_files_stay(world: World) -> None:
     with pytest.raises(NotFoundError):
         await world.store.get("acme", batch.id)
     assert len(await world.read(done, done.output_file_id)) == 1
+
+
+def test_a_request_that_could_not_be_written_again_is_told_and_not_asked() -> None:
+    def line(depth: int) -> bytes:
+        body = b'{"model":"m","prompt":' + b"[" * depth + b"]" * depth + b"}"
+        return b'{"custom_id":"a","method":"POST","url":"%b","body":%b}' % (PATH.encode(), body)
+
+    lines, _, errors = read_lines(line(150), PATH)
+    assert (len(lines), errors) == (1, []), "the server says of it what it says of one alone"
+    for depth in (300, 900, 5000):
+        lines, _, (error,) = read_lines(line(depth), PATH)
+        assert (lines, error.code, error.line) == ([], "invalid_json_line", 1)
+
+
+def test_a_file_of_short_lines_takes_little_memory() -> None:
+    content = b"ab\n" * 1_000_000
+    tracemalloc.start()
+    _, _, errors = read_lines(content, PATH)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert len(errors) == MAX_ERRORS
+    assert peak < 2 * len(content)
 
 
 def test_a_file_is_bounded_in_lines_and_in_errors() -> None:
