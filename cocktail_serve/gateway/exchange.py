@@ -21,6 +21,8 @@ class Exchange:
         pool_id, model_id: of the model asked for, once that is known: counters and the log line have it.
         num_tokens: read and generated, once a model has; None: none has.
         error: code of the error that the answer is, or that a stream with status 200 ended in; empty: none.
+        broken_status: what counters have in place of the status that was sent, where the answer did not come to its
+            end; None: it did.
         headers: that the answer gets, whatever it is.
     """
 
@@ -31,6 +33,7 @@ class Exchange:
     model_id: str = ""
     num_tokens: tuple[int, int] | None = None
     error: str = ""
+    broken_status: int | None = None
     headers: tuple[tuple[bytes, bytes], ...] = ()
 
 

@@ -16,7 +16,7 @@ from cocktail_serve.errors import CocktailError, EngineError
 from cocktail_serve.gateway.admission import AdmittedRequest
 from cocktail_serve.gateway.answer_rewriter import AnswerRewriter
 from cocktail_serve.gateway.disconnect import ended_with_client
-from cocktail_serve.gateway.error_handlers import internal_error, stopping_error
+from cocktail_serve.gateway.error_handlers import http_error, internal_error, stopping_error
 from cocktail_serve.gateway.field_policy import Outgoing
 from cocktail_serve.gateway.response_rewriter import ResponseRewriter
 
@@ -142,5 +142,5 @@ async def _send_last(send: Send, event: bytes) -> None:
 
 def _last_event(admitted: AdmittedRequest, rewriter: Rewriter, error: CocktailError) -> bytes:
     """The end of a stream that broke off, whose status says nothing of it."""
-    admitted.exchange.error = error.code
+    admitted.exchange.error, admitted.exchange.broken_status = error.code, http_error(error).status
     return rewriter.error_event(error)

@@ -30,7 +30,7 @@ class GatewayMetrics:
         build.info({_label(name): found for name, found in versions().items() if found is not None})
         self._requests = Counter(
             "cocktail_requests",
-            "Answers by route, status and pool; status 499: the client left first.",
+            "Answers by route, status at their end and pool; status 499: the client left first.",
             ["route", "status", "pool"],
             registry=self._registry,
         )
@@ -46,7 +46,7 @@ class GatewayMetrics:
         )
         self._latency = Histogram(
             "cocktail_request_latency_seconds",
-            "From the arrival of a request to a model to the end of its answer, where that has status 200.",
+            "From the arrival of a request to a model to the end of its answer, where that is whole and has status 200.",
             ["pool"],
             buckets=_SECONDS,
             registry=self._registry,
@@ -56,6 +56,7 @@ class GatewayMetrics:
         """An answer that has ended.
 
         Args:
+            status: of the error that it broke off with, where it did.
             pool: of the model asked for; empty: none was, or none that is known.
             seconds: since the request arrived.
         """

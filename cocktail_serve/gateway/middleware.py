@@ -27,7 +27,7 @@ CLIENT_DISCONNECTED = "client_disconnected"
 """What the log calls an answer that its client did not wait for the end of."""
 
 CLIENT_GONE = 499
-"""Status that metrics show for a request whose client left before an answer; never sent (nginx's convention)."""
+"""Status that metrics show for a request whose client left before its answer's end; never sent (nginx's convention)."""
 
 _REQUEST_ID = re.compile(rb"[\x21-\x7e]{1,128}")
 
@@ -79,11 +79,12 @@ class RequestBoundary:
             else:
                 await self._app(scope, receive, send_named)
         except ClientDisconnect:
-            exchange.error = CLIENT_DISCONNECTED
+            exchange.error, exchange.broken_status = CLIENT_DISCONNECTED, CLIENT_GONE
             logger.debug("request %s: the client left before its answer was complete", exchange.request_id)
         except Exception:
             logger.exception("request %s: %s %s failed", exchange.request_id, scope["method"], _route(scope))
             response = self._refuse(internal_error(), exchange)
+            exchange.broken_status = response.status_code
             if status is None:
                 await response(scope, receive, send_named)
         finally:
@@ -98,7 +99,7 @@ class RequestBoundary:
     def _tell(self, scope: Scope, exchange: Exchange, status: int) -> None:
         """The counters and the log line of a request at its end."""
         route, pool, seconds = _route(scope), exchange.pool_id, time.perf_counter() - exchange.started_at
-        self._metrics.count_request(route=route, status=status, pool=pool, seconds=seconds)
+        self._metrics.count_request(route=route, status=exchange.broken_status or status, pool=pool, seconds=seconds)
         num_in, num_out = exchange.num_tokens or (None, None)
         logs.log_request(
             route=route,

@@ -54,6 +54,13 @@ def http(slow: LiveGateway) -> Iterator[httpx.Client]:
         yield client
 
 
+def counted(http: httpx.Client, status: int, *, route: str = "/v1/chat/completions") -> float:
+    """How many answers of the decoder pool ended so."""
+    sample = f'cocktail_requests_total{{pool="flan",route="{route}",status="{status}"}} '
+    lines = http.get("/metrics").text.splitlines()
+    return sum(float(line.removeprefix(sample)) for line in lines if line.startswith(sample))
+
+
 def num_in_flight(http: httpx.Client) -> int:
     number: int = http.get("/ready").json()["pools"]["flan"]["detail"].get("in_flight", -1)
     return number
@@ -70,6 +77,7 @@ def events_of(response: httpx.Response) -> list[str]:
 @pytest.mark.parametrize("fault", ["stream_error", "stream_cut"])
 def test_a_broken_stream_ends_in_an_error(slow: LiveGateway, http: httpx.Client, fault: str) -> None:
     (slow.faults / fault).touch()
+    failed, whole = counted(http, 502), counted(http, 200)
     with http.stream("POST", "/v1/chat/completions", json=BODY | {"stream": True, "max_tokens": 6}) as response:
         assert response.status_code == 200
         assert response.headers["content-type"].startswith("text/event-stream")
@@ -77,6 +85,8 @@ def test_a_broken_stream_ends_in_an_error(slow: LiveGateway, http: httpx.Client,
     assert len(chunks) == 3
     assert json.loads(last)["error"]["code"] == "engine_error"
     assert set(json.loads(last)["error"]) == {"message", "type", "param", "code"}
+    eventually(lambda: counted(http, 502) == failed + 1, "its count under the error's status")
+    assert counted(http, 200) == whole, "an answer is counted once"
 
 
 def test_the_official_client_raises_on_it(slow: LiveGateway) -> None:
@@ -90,11 +100,14 @@ def test_the_official_client_raises_on_it(slow: LiveGateway) -> None:
 
 def test_a_client_that_leaves_ends_its_stream_in_the_engine(http: httpx.Client) -> None:
     eventually(lambda: num_in_flight(http) == 0, "an idle engine")
+    left, whole = counted(http, 499), counted(http, 200)
     with httpx.stream("POST", http.base_url.join("/v1/chat/completions"), json=BODY | {"stream": True}) as response:
         lines = response.iter_lines()
         assert next(lines).startswith("data: ")
         assert num_in_flight(http) == 1
     eventually(lambda: num_in_flight(http) == 0, "the end of the request inside the engine")
+    eventually(lambda: counted(http, 499) == left + 1, "the count of a client that left")
+    assert counted(http, 200) == whole
     # the turn is free too: nobody has to be drained for another recipe's sake
     answer = http.post("/v1/chat/completions", json=BODY | {"model": "flan/ag-news", "max_tokens": 1})
     assert answer.status_code == 200
