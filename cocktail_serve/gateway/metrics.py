@@ -46,7 +46,7 @@ class GatewayMetrics:
         )
         self._latency = Histogram(
             "cocktail_request_latency_seconds",
-            "From the arrival of a request to a model to the end of its answer, where that is whole and has status 200.",
+            "From the arrival of a request to a model to the end of its answer, where that is whole, with status 200.",
             ["pool"],
             buckets=_SECONDS,
             registry=self._registry,

@@ -37,6 +37,7 @@ class StatusReply(TypedDict):
         cached: digests of the merged parameters kept in memory, `cached_bytes` of them, `cache_bytes` at most.
         weight_version: what vLLM calls the parameters: the resident recipe's digest.
         managed: whether every request must name its recipe.
+        warnings: of what the server was started with, and does not heed.
     """
 
     resident: str | None
@@ -54,6 +55,7 @@ class StatusReply(TypedDict):
     weight_version: str | None
     model_dtype: str
     managed: bool
+    warnings: NotRequired[list[str]]
 
 
 class MixReply(TypedDict):

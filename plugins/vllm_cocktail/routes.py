@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import time
 from argparse import Namespace
 from typing import TYPE_CHECKING, Any
@@ -20,6 +21,7 @@ from starlette.datastructures import State
 from cocktail_serve.errors import CapacityError, ClientError, CocktailError, ConfigError
 from cocktail_serve.recipe import Recipe
 from vllm_cocktail.brought_templates import take_brought_templates
+from vllm_cocktail.check import unknown_variables
 from vllm_cocktail.control import EngineControl
 from vllm_cocktail.fence import Fence, FenceMiddleware, error_body
 from vllm_cocktail.launch import WORKER_EXTENSIONS
@@ -90,7 +92,9 @@ router = APIRouter(tags=["cocktail"])
 @router.get(STATUS_PATH, response_model=None)
 async def status(request: Request) -> StatusReply:
     """What the engine holds, asked of the engine itself."""
-    return await _control(request).status()
+    reply = await _control(request).status()
+    reply["warnings"] = request.app.state.cocktail_warnings
+    return reply
 
 
 @router.post(MIX_PATH, response_model=None)
@@ -148,6 +152,7 @@ class CocktailEndpointPlugin:
         _require_fenceable(engine_client.vllm_config, args, WORKER_EXTENSIONS[manifest.mode])
         fence: Fence = state.cocktail_fence
         fence.managed = manifest.managed
+        state.cocktail_warnings = list(unknown_variables(os.environ))
         control_of = UnmergedControl if manifest.mode == "unmerged" else EngineControl
         state.cocktail_control = control_of(engine_client, fence, manifest)
         started = time.perf_counter()

@@ -156,7 +156,9 @@ async def why_not_started(config: Path) -> str:
 
 @pytest.mark.full
 @pytest.mark.parametrize("broken", BREAKS, ids=lambda broken: broken.__name__)
-async def test_doctor_and_the_start_agree(tmp_path: Path, broken: Callable[[World], None]) -> None:
+async def test_doctor_and_the_start_agree(
+    tmp_path: Path, broken: Callable[[World], None], caplog: pytest.LogCaptureFixture
+) -> None:
     world = World(tmp_path)
     broken(world)
     config, expected = world.write(), BREAKS[broken]
@@ -167,6 +169,10 @@ async def test_doctor_and_the_start_agree(tmp_path: Path, broken: Callable[[Worl
         assert expected[0] in found, found
         # the line that anybody may ask for
         assert expected[1] in why.partition("\n")[0], why
+    if broken is nothing:
+        (warning,) = [record.getMessage() for record in caplog.records if "reads no variable" in record.getMessage()]
+        assert warning.startswith("p: vLLM reads no variable 'VLLM_CPU_KV_CACHE_SPACE'")
+        assert "Did you mean 'VLLM_CPU_KVCACHE_SPACE'?" in warning
 
 
 def test_doctor_asks_vllm(tmp_path: Path) -> None:

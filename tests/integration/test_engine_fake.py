@@ -484,6 +484,14 @@ async def test_an_engine_whose_arguments_are_refused_is_given_up(
     assert (await engine.snapshot(deadline_s=1)).state == "stopped"
 
 
+async def test_what_a_server_does_not_heed_is_in_the_log_of_its_start(
+    pool: Pool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with running(pool, tmp_path, args={"warning": "vLLM reads no variable 'VLLM_X'"}):
+        told = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert told == [f"{pool.id}: vLLM reads no variable 'VLLM_X'"]
+
+
 @pytest.mark.parametrize("raised", ["ValueError('of the model')", "OSError('of the disk')"])
 async def test_a_server_that_ends_the_same_way_at_every_start(
     pool: Pool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, raised: str

@@ -123,6 +123,7 @@ class FakeServer:
         mix_s: time that one mix takes.
         holds: how many recipes at a time.
         faults: folder of fault files.
+        warnings: of the status.
     """
 
     def __init__(
@@ -136,6 +137,7 @@ class FakeServer:
         mix_s: float = 0.0,
         holds: Holds = "one",
         faults: Path | None = None,
+        warnings: Sequence[str] = (),
     ) -> None:
         self._manifest = manifest
         self._name = served_model_name
@@ -145,6 +147,7 @@ class FakeServer:
         self._mix_s = mix_s
         self._holds = holds
         self._faults = faults
+        self._warnings = warnings
         self._mix_lock = asyncio.Lock()
         self._cached: list[str] = []
         self.fence = Fence(managed=manifest.managed)
@@ -216,6 +219,7 @@ class FakeServer:
             "weight_version": self.fence.resident,
             "model_dtype": self._manifest.dtype,
             "managed": self._manifest.managed,
+            "warnings": list(self._warnings),
         }
         return _json(reply)
 
@@ -629,6 +633,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--mix-ms", type=float, default=0.0, help="time that one mix takes")
     parser.add_argument("--holds", choices=["one", "all"], default="one", help="recipes at a time, of those mixed")
     parser.add_argument("--faults", type=Path, help="folder of fault files")
+    parser.add_argument("--warning", action="append", default=[], help="what its status warns of")
     parser.add_argument("--chat-template", help="vLLM's; nothing is rendered here")
     arguments = parser.parse_args(argv)
     die_with_owner()
@@ -641,6 +646,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         mix_s=arguments.mix_ms / 1000,
         holds=arguments.holds,
         faults=arguments.faults,
+        warnings=arguments.warning,
     )
     app = server.app(api_key=os.environ.get("VLLM_API_KEY"))
     uvicorn.run(

@@ -56,6 +56,7 @@ class EngineServer:
 
     Attributes:
         failed_start: how the server ended, where it did before it was ready.
+        warnings: what the server, once it is ready, says that it was started with and does not heed.
     """
 
     def __init__(self, launch: Launch, *, log: Path, start_timeout_s: float) -> None:
@@ -63,6 +64,7 @@ class EngineServer:
         self._log = log
         self._start_timeout_s = start_timeout_s
         self.failed_start: Exit | None = None
+        self.warnings: list[str] = []
         self._folder: Path | None = None
         self._group: ProcessGroup | None = None
         self._connections: Connections | None = None
@@ -196,6 +198,7 @@ class EngineServer:
         except (EngineError, EngineTimeoutError):
             return False  # not listening yet, or still loading; an exit is seen by the caller
         if status == 200:
+            self.warnings = body.get("warnings", [])
             return True
         if status == 404:
             why = "came up without the cocktail plugin: is cocktail-serve installed in the environment that runs it?"

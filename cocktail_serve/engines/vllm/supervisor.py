@@ -138,6 +138,8 @@ class Supervisor:
                 await asyncio.to_thread(self._launcher.check_base)
                 async with server:
                     ready_at = loop.time()
+                    for warning in server.warnings:
+                        logger.warning("%s: %s", self._pool_id, warning)
                     await self._live(server)
             except CocktailError as error:
                 self.failure = error.message
