@@ -25,7 +25,7 @@ from cocktail_serve.batches.request import WINDOW_S, BatchBody
 from cocktail_serve.database import tables
 from cocktail_serve.database.database import Database, page_of, shielded
 from cocktail_serve.errors import ConflictError, NotFoundError, RateLimitError
-from cocktail_serve.finetuning.files import Files
+from cocktail_serve.finetuning.files import Files, content_digest
 from cocktail_serve.ids import Page, check_cursor, is_id, new_id
 from cocktail_serve.usage.actor import Actor
 from cocktail_serve.usage.audit import record
@@ -234,14 +234,15 @@ class BatchStore:
             )
             found = (await connection.execute(left)).all()
 
-        def contents_of_files() -> dict[str, bytes]:
+        def contents_of_files() -> dict[str, tuple[bytes, str]]:
             for position, request in found:
                 errors[position] = unanswered(BatchLine(position, bytes(request))).content
-            return {
+            contents = {
                 name: b"".join(line + b"\n" for _, line in sorted(lines.items()))
                 for name, lines in (("output", answers), ("error", errors))
                 if lines
             }
+            return {name: (content, content_digest(content)) for name, content in contents.items()}
 
         num_unanswered = len(found)
         contents = await asyncio.to_thread(contents_of_files)  # up to 50,000 lines, away from the event loop
@@ -254,12 +255,13 @@ class BatchStore:
             if not (await connection.execute(update(_batches).where(*mine).values(values))).rowcount:
                 return
             ids: dict[str, str] = {}
-            for name, content in contents.items():
+            for name, (content, digest) in contents.items():
                 file = await self._files.write(
                     connection,
                     batch.tenant,
                     f"{batch.id}_{name}.jsonl",
                     content,
+                    digest,
                     expires_after_s=batch.output_expires_after_s,
                     purpose="batch_output",
                 )

@@ -55,6 +55,11 @@ class File:
     purpose: Purpose = PURPOSE
 
 
+def content_digest(content: bytes) -> str:
+    """SHA-256, 64 hex characters. Bound by the CPU."""
+    return hashlib.sha256(content).hexdigest()
+
+
 def check_jsonl(content: bytes) -> None:
     """Checks that every line is an example of some kind of pool; which, the job decides. Bound by the CPU.
 
@@ -136,9 +141,10 @@ class Files:
         Raises:
             QuotaExceededError: the tenant would keep more bytes of examples than it may.
         """
+        digest = await asyncio.to_thread(content_digest, content)
         async with self._database.write() as connection:
             return await self.write(
-                connection, tenant, filename, content, expires_after_s=expires_after_s, purpose=purpose
+                connection, tenant, filename, content, digest, expires_after_s=expires_after_s, purpose=purpose
             )
 
     async def write(
@@ -147,18 +153,23 @@ class Files:
         tenant: str,
         filename: str,
         content: bytes,
+        digest: str,
         *,
         expires_after_s: int | None,
         purpose: Purpose,
     ) -> File:
-        """As `add`, in a transaction of the caller's. What a batch made is kept whatever the tenant keeps already."""
+        """As `add`, in a transaction of the caller's. What a batch made is kept whatever the tenant keeps already.
+
+        Args:
+            digest: `content_digest` of the content.
+        """
         now = self._clock()
         file = File(
             id=new_id(PREFIX),
             tenant=tenant,
             filename=filename,
             num_bytes=len(content),
-            digest=(await asyncio.to_thread(hashlib.sha256, content)).hexdigest(),
+            digest=digest,
             created_at=now,
             expires_at=None if expires_after_s is None else now + expires_after_s,
             purpose=purpose,
