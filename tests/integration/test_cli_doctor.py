@@ -82,6 +82,15 @@ def test_an_expert_that_does_not_fit_is_a_problem(write_config, tmp_path, capsys
     assert "embed_tokens" in checks["pool p"]["detail"]
 
 
+def test_a_folder_that_is_not_there_is_named_by_its_whole_path(write_config, tmp_path, capsys):
+    """Which says where it was looked for: beside the configuration, whatever the current folder is."""
+    section = pool_section("bge", "encoder", {"base": "./bge/bas"}, {"type": "sentence_transformers"})
+    code, checks = run(capsys, write_config(pools=[section]))
+    assert (code, checks["pool bge"]["status"]) == (1, "problem")
+    whole = tmp_path / "bge" / "bas"
+    assert f"there is no model folder {whole}. Did you mean 'base'?" in checks["pool bge"]["detail"]
+
+
 def test_an_open_address_without_a_key_is_a_problem(write_config, monkeypatch, capsys):
     monkeypatch.delenv("COCKTAIL_ADMIN_KEY", raising=False)
     path = write_config(server={"host": "0.0.0.0", "port": 0})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
+from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,17 @@ from tests.models import pool_section
 
 UNMERGED = {"mode": "unmerged", "max_concurrency": 4}
 
+TEXT_BY_TEXT = {"type": "sentence_transformers", "dtype": "float32", "max_batch_tokens": 64}
+"""An engine in whose passes no text of `LONG_PAIRS` shares its rounding with another: each has 38 tokens or more."""
+
+LONG_PAIRS = [
+    {
+        "query": " ".join(islice(cycle(row["query"].split()), 36)),
+        **{side: [" ".join(islice(cycle(text.split()), 36)) for text in row[side]] for side in ("pos", "neg")},
+    }
+    for row in PAIRS
+]
+
 
 @pytest.fixture(scope="module")
 def unmerged(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveGateway]:
@@ -36,7 +48,7 @@ def unmerged_too(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveGatew
 
 @pytest.fixture(scope="module")
 def merged(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveGateway]:
-    with live_gateway(tmp_path_factory.mktemp("merged")) as live:
+    with live_gateway(tmp_path_factory.mktemp("merged"), encoder={"engine": TEXT_BY_TEXT}) as live:
         yield live
 
 
@@ -116,9 +128,9 @@ def test_a_recipe_excludes_all_else_that_decides(gateway: LiveGateway, other: Ma
     assert "excludes" in error["message"]
 
 
-def write_config(path: Path, folders: Mapping[str, Path]) -> Path:
-    """Of the pool `bge` alone, in whatever dtype its base is stored."""
-    section = pool_section("bge", "encoder", folders, {"type": "sentence_transformers"})
+def write_config(path: Path, folders: Mapping[str, Path], **engine: Any) -> Path:
+    """Of the pool `bge` alone, in whatever dtype its base is stored unless `engine` says."""
+    section = pool_section("bge", "encoder", folders, {"type": "sentence_transformers", **engine})
     path.write_text(yaml.safe_dump({"store": {"cache_dir": "cache"}, "pools": [section]}))
     return path
 
@@ -147,6 +159,28 @@ def test_a_folder_holds_what_the_server_computes_with(
     # and back: the folder's own file makes the same mixture
     back = make(gateway, name="back", pool="bge", recipe=json.loads((out / "recipe.json").read_text()))
     assert back["recipe"] == recipe
+
+
+@pytest.mark.parametrize("temperature", [0.5, 2.0])
+def test_the_same_examples_give_one_digest_with_a_server_and_without(
+    merged: LiveGateway, tmp_path: Path, capsys: pytest.CaptureFixture[str], temperature: float
+) -> None:
+    made = make(merged, name="served", pool="bge", examples=LONG_PAIRS, temperature=temperature)
+    section = merged.settings.pool("bge")
+    folders = {"base": Path(section.base.path), **{name: Path(e.path) for name, e in section.experts.items()}}
+    config = write_config(tmp_path / "config.yaml", folders, **TEXT_BY_TEXT)
+    examples = tmp_path / "examples.jsonl"
+    examples.write_text("".join(f"{json.dumps(row)}\n" for row in LONG_PAIRS))
+    asked = ("--pool", "bge", "--examples", examples, "--temperature", temperature)
+    told = answer(capsys, "weigh", config, *asked)
+    assert (told["losses"], told["merging_weights"]) == (made["losses"], made["merging_weights"])
+    assert len(set(made["losses"].values())) == 3, "weights that say something"
+    mixed = answer(capsys, "mix", config, *asked, "--out", tmp_path / "mixed")
+    assert mixed["recipe"]["digest"] == exported(merged, made["id"])["digest"]
+    # and by the weights alone, where something else scored the examples
+    weights = ",".join(f"{name}={weight!r}" for name, weight in made["merging_weights"].items())
+    by_hand = answer(capsys, "mix", config, "--pool", "bge", "--weights", weights, "--out", tmp_path / "by-hand")
+    assert by_hand["recipe"] == mixed["recipe"]
 
 
 def test_a_folder_is_of_the_recipes_dtype_and_lacks_no_model(
