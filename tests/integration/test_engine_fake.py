@@ -18,7 +18,7 @@ import psutil
 import pytest
 
 from cocktail_serve.config import FakeEngineConfig
-from cocktail_serve.engines.base import GenerationEngine
+from cocktail_serve.engines.base import Background, GenerationEngine
 from cocktail_serve.engines.engine_time import EngineTimeTotal
 from cocktail_serve.engines.vllm.build import build_vllm_engine
 from cocktail_serve.engines.vllm.engine import VLLMEngine
@@ -348,6 +348,29 @@ async def test_a_turn_that_does_not_come_in_time(pool: Pool, tmp_path: Path, fau
         with pytest.raises(QueueTimeoutError, match="queue_timeout_s"):
             await ask(engine, mixture(pool, 0.9), "hello")
         assert len((await long).split()) == 60
+
+
+async def test_work_in_the_background_is_sent_away_where_it_would_wait_for_long(
+    pool: Pool, tmp_path: Path, faults: Path
+) -> None:
+    """What waits holds a place that a line of a batch for another engine could have."""
+    body, background = question("hello", max_tokens=1), Background(is_broken_off=True)
+
+    async def ask_in_background() -> None:
+        async with (
+            asyncio.timeout(10),
+            engine.forward(mixture(pool, 0.1), CHAT, body, tenant="t", background=background),
+        ):
+            pass
+
+    async with running(pool, tmp_path, queue_timeout_s=0.3) as engine:
+        await ask_in_background()
+        engine.drain(True)
+        outcomes = await asyncio.gather(*(ask_in_background() for _ in range(3)), return_exceptions=True)
+        assert [type(outcome) for outcome in outcomes] == [ModelNotReadyError] * 3
+        assert engine.stats.num_queue_timeouts == 0, "nobody waited for them"
+        engine.drain(False)
+        await ask_in_background()
 
 
 @pytest.mark.parametrize("fault", ["stream_error", "stream_cut"])

@@ -216,11 +216,19 @@ class VLLMEngine:
         yield Forwarded(whole, None, lease.settle)
 
     async def _background_lease(self, recipe: Recipe, background: Background, held: contextlib.ExitStack) -> Lease:
-        while self._num_background and self._turns.num_asked:  # noqa: ASYNC110  # whoever asks knows nothing of this
-            await asyncio.sleep(LOOK_S)
-        self._num_background += 1
-        held.callback(self._end_background)
-        lease = held.enter_context(await self._turns.acquire(recipe, background=True))
+        try:
+            async with asyncio.timeout(self._queue_timeout_s):
+                # whoever asks knows nothing of this
+                while self._num_background and self._turns.num_asked:  # noqa: ASYNC110
+                    await asyncio.sleep(LOOK_S)
+                self._num_background += 1
+                held.callback(self._end_background)
+                lease = held.enter_context(await self._turns.acquire(recipe, background=True))
+        except TimeoutError:
+            # elsewhere there may be time for others, whose place it holds
+            raise ModelNotReadyError(
+                f"the engine of pool {self.pool.id!r} has no time for work in the background"
+            ) from None
         if background.is_broken_off:
             held.callback(asyncio.create_task(self._give_way(lease)).cancel)
         return lease
