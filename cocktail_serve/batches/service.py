@@ -32,6 +32,7 @@ class Batches:
             InvalidRequestError: what is not served, or a file that is for something else.
             NotFoundError: no such file for this tenant.
             RateLimitError: the tenant has too many that are unfinished.
+            QuotaExceededError: it keeps as many bytes of examples and files as it may.
             StorageError: nothing was kept.
         """
         body.check()

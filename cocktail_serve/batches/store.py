@@ -63,6 +63,7 @@ class BatchStore:
 
         Raises:
             RateLimitError: the tenant has too many that are unfinished.
+            QuotaExceededError: it keeps as many bytes of examples and files as it may.
         """
         now = self.clock()
         batch = Batch(
@@ -87,6 +88,7 @@ class BatchStore:
                     "cancel it",
                     retry_after_s=60.0,
                 )
+            await self._files.check_room(connection, tenant)
             row = {column.name: getattr(batch, column.name) for column in _batches.columns}
             await connection.execute(insert(_batches).values({**row, "errors": None}))
             await record(

@@ -184,6 +184,14 @@ class Files:
         await connection.execute(insert(tables.files).values(_row(file)))
         return file
 
+    async def check_room(self, connection: AsyncConnection, tenant: str) -> None:
+        """Checks that a tenant keeps fewer bytes than it may: before what is not refused once it is made.
+
+        Raises:
+            QuotaExceededError: it keeps as many, or more.
+        """
+        await check_example_bytes(connection, tenant, 1, self._limits_of(tenant).example_bytes, now=self._clock())
+
     @shielded
     async def get(self, tenant: str, file_id: str, *, param: str | None = None) -> File:
         """A file of a tenant.

@@ -11,15 +11,17 @@ from itertools import pairwise
 from typing import Any
 
 import pytest
+from pydantic import ByteSize
 
 from cocktail_serve.batches import runner as runners
 from cocktail_serve.batches.batch import Batch, BatchLine, LineAnswer
 from cocktail_serve.batches.request import MAX_ERRORS, MAX_LINES, BatchBody, read_lines
 from cocktail_serve.batches.runner import BatchRunner, LineReply, LineRequest
 from cocktail_serve.batches.store import MAX_UNFINISHED, BatchStore
+from cocktail_serve.config import Limits
 from cocktail_serve.database import tables
 from cocktail_serve.database.database import Database
-from cocktail_serve.errors import ConflictError, NotFoundError, RateLimitError
+from cocktail_serve.errors import ConflictError, NotFoundError, QuotaExceededError, RateLimitError
 from cocktail_serve.finetuning.files import Files
 from cocktail_serve.usage.actor import SERVER
 
@@ -325,6 +327,21 @@ async def test_a_tenant_has_so_many_unfinished(world: World) -> None:
     with pytest.raises(RateLimitError, match="unfinished"):
         await world.add(1)
     await world.add(1, tenant="other")
+
+
+async def test_no_batch_begins_for_a_tenant_that_keeps_all_it_may(world: World) -> None:
+    batch = await world.add(5)
+    limits = Limits(example_bytes=ByteSize(1000))
+    world.files._limits_of = lambda _: limits
+    world.gateway().submit(batch)
+    done = await world.until(batch, lambda batch: batch.is_final)
+    assert done.output_file_id is not None
+    assert (await world.files.get("acme", done.output_file_id)).num_bytes > 500, "never refused"
+    body = BatchBody(input_file_id=batch.input_file_id, endpoint=PATH, completion_window="24h")
+    with pytest.raises(QuotaExceededError, match="delete"):
+        await world.store.add("acme", body, owner=ME, actor=SERVER)
+    await world.files.delete("acme", done.output_file_id)
+    await world.store.add("acme", body, owner=ME, actor=SERVER)
 
 
 async def test_old_ones_are_swept_and_their_files_stay(world: World) -> None:
