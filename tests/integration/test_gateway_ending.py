@@ -201,10 +201,10 @@ def test_no_log_holds_what_was_asked_or_a_key(tmp_path: Path) -> None:
             (faults / fault).touch()
             body = {"name": f"f-{fault.replace('_', '-')}", "pool": "flan", "examples": examples, "alpha": None}
             body["merging_weights"] = {"base": 0.1 + pick.random() / 2}
-            http.post("/v1/cocktails?wait=5", json=body)
+            http.post("/v1/cocktails?wait=30", json=body)
             weights = {"base": 0.5 - pick.random() / 4}
             weights["nq"] = 1 - weights["base"]
-            http.post("/v1/cocktails?wait=5", json={"name": "w", "pool": "flan", "merging_weights": weights})
+            http.post("/v1/cocktails?wait=30", json={"name": "w", "pool": "flan", "merging_weights": weights})
             with http.stream("POST", "/v1/chat/completions", json=chat | {"stream": True}) as response:
                 response.read()
         until(lambda: http.get("/ready").status_code == 200)

@@ -22,7 +22,7 @@ from cocktail_serve.cli.terminal import stderr
 from cocktail_serve.errors import ServerError
 from vllm_cocktail.manifest import OWNER_VARIABLE
 
-START_TIMEOUT_S = 300.0
+START_TIMEOUT_S = 600.0
 STOP_TIMEOUT_S = 20.0
 POLL_S = 0.25
 
