@@ -187,7 +187,7 @@ def test_only_what_is_bound_to_its_recipe_comes_in(server: VLLMServer) -> None:
         "another recipe's": ({**right, "headers": {"x-cocktail-recipe": green.digest}}, 400),
         "no recipe": ({**right, "json": completion_body(PROMPTS[0])}, 400),
         "a row": ({**right, "json": completion_body(PROMPTS[0], vllm_xargs={"cocktail_row": []})}, 400),
-        "another path": ({**right, "url": "/v1/responses"}, 400),
+        "another path": ({**right, "url": "/inference/v1/generate"}, 400),
     }
     for case, (request, status) in refused.items():
         answer = server.client.post(**request)
