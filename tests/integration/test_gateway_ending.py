@@ -208,6 +208,18 @@ def test_no_log_holds_what_was_asked_or_a_key(tmp_path: Path) -> None:
             with http.stream("POST", "/v1/chat/completions", json=chat | {"stream": True}) as response:
                 response.read()
         until(lambda: http.get("/ready").status_code == 200)
+
+        def a_job_failed() -> bool:
+            """Tried again where something else, as a report in the background, met the fault."""
+            if " failed: invalid_mix" in server.log.read_text():
+                return True
+            (faults / "mix_invalid").touch()
+            base = 0.1 + pick.random() / 2
+            body = {"name": "failing", "pool": "flan", "merging_weights": {"base": base, "nq": 1 - base}}
+            http.post("/v1/cocktails?wait=30", json=body)
+            return False
+
+        until(a_job_failed)
         document = http.get("/openapi.json").json()
         bodies: list[Any] = [
             {"model": secret(), "messages": messages, "prompt": secret(), "input": secret(), "name": secret()},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import tracemalloc
 from collections.abc import Awaitable, Callable
@@ -147,15 +148,17 @@ async def test_a_slow_gateway_writes_no_lines_over_those_of_another(world: World
     batch = await world.add(4)
     lines, models, _ = read_lines(await world.files.content("acme", batch.input_file_id), PATH)
 
+    asked, may_go_on = itertools.count(), asyncio.Event()
+
     async def two(request: LineRequest) -> LineReply:
-        if len(world.server.asked) >= 2:
-            world.server.may_answer.clear()
+        if next(asked) >= 2:
+            await may_go_on.wait()
         return await world.server(request)
 
     await world.gateway(OTHER, two).adopt(OTHER, frozenset({OTHER}))
     await world.until(batch, lambda batch: batch.num_completed == 2)
     assert await world.store.begin(batch, lines, models) is None
-    world.server.may_answer.set()
+    may_go_on.set()
     done = await world.until(batch, lambda batch: batch.is_final)
     assert (done.num_total, done.num_completed, done.error_file_id) == (4, 4, None)
     assert len(await world.read(done, done.output_file_id)) == 4
