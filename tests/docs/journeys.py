@@ -210,7 +210,10 @@ JOURNEYS: Mapping[str, Journey] = {
         changes={
             "capitals-and-languages@<digest of the first>": "'\"$(id_of capitals-and-languages)\"'",
         },
-        before={"cocktail-serve mix cocktail.yaml": "rm -r mixed"},  # of the tutorial
+        before={
+            "cocktail-serve mix cocktail.yaml": "rm -r mixed",  # of the tutorial
+            "cocktail-serve doctor support-adapters": "stop-server",  # of the README: it keeps the same folder
+        },
         prints={
             'print(chunk.choices[0].delta.content or "", end="")': "Rabat, Arabic",
             "print(answer.choices[0].message.content)  # Stockholm, Swedish": "Stockholm, Swedish",

@@ -420,41 +420,53 @@ class _Shape(abc.ABC):
 
     prefix: ClassVar[str]
     object: ClassVar[str]
-    chunk_object: ClassVar[str]
 
     def __init__(self, model: str) -> None:
         self.num_prompt_tokens: int | None = None
         self.tells_usage = False
         self._head = {"id": f"{self.prefix}-{secrets.token_hex(8)}", "created": int(time.time()), "model": model}
 
+    @abc.abstractmethod
+    def whole(self, texts: Sequence[str], usage: Mapping[str, int]) -> dict[str, Any]:
+        """The body of an answer that is not streamed, with a text for each choice."""
+
+    @abc.abstractmethod
+    def begin(self) -> Iterable[bytes]:
+        """Events before the first word."""
+
+    @abc.abstractmethod
+    def token(self, index: int, token: str, *, position: int, is_last: bool) -> bytes:
+        """The event of one word."""
+
+    @abc.abstractmethod
+    def end(self, usage: Mapping[str, int]) -> Iterable[bytes]:
+        """Events behind the last word."""
+
+
+class _ChunkedShape(_Shape):
+    """Of choices, whose words come in chunks, `[DONE]` behind them."""
+
+    chunk_object: ClassVar[str]
+
     def whole(self, texts: Sequence[str], usage: Mapping[str, int]) -> dict[str, Any]:
         choices = [self.choice(index, text) for index, text in enumerate(texts)]
         return {**self._head, "object": self.object, "choices": choices, "usage": usage}
 
-    def chunk(self, index: int, token: str, *, position: int, is_last: bool) -> dict[str, Any]:
+    def begin(self) -> Iterable[bytes]:
+        return ()
+
+    def token(self, index: int, token: str, *, position: int, is_last: bool) -> bytes:
         choice = self.delta(index, token, is_first=position == 0)
         choice["finish_reason"] = "length" if is_last else None
         chunk = {**self._head, "object": self.chunk_object, "choices": [choice]}
         if self.num_prompt_tokens is not None:
             chunk["usage"] = usage_of(self.num_prompt_tokens, position + 1)
-        return chunk
-
-    def begin(self) -> Iterable[bytes]:
-        """Events before the first word."""
-        return ()
-
-    def token(self, index: int, token: str, *, position: int, is_last: bool) -> bytes:
-        """The event of one word."""
-        return _event(self.chunk(index, token, position=position, is_last=is_last))
+        return _event(chunk)
 
     def end(self, usage: Mapping[str, int]) -> Iterable[bytes]:
-        """Events behind the last word."""
         if self.tells_usage:
-            yield _event(self.usage_chunk(usage))
+            yield _event({**self._head, "object": self.chunk_object, "choices": [], "usage": usage})
         yield b"data: [DONE]\n\n"
-
-    def usage_chunk(self, usage: Mapping[str, int]) -> dict[str, Any]:
-        return {**self._head, "object": self.chunk_object, "choices": [], "usage": usage}
 
     @abc.abstractmethod
     def choice(self, index: int, text: str) -> dict[str, Any]:
@@ -465,7 +477,7 @@ class _Shape(abc.ABC):
         """One word of a choice."""
 
 
-class _ChatShape(_Shape):
+class _ChatShape(_ChunkedShape):
     prefix = "chatcmpl"
     object = "chat.completion"
     chunk_object = "chat.completion.chunk"
@@ -478,7 +490,7 @@ class _ChatShape(_Shape):
         return {"index": index, "delta": {**({"role": "assistant"} if is_first else {}), "content": token}}
 
 
-class _CompletionShape(_Shape):
+class _CompletionShape(_ChunkedShape):
     prefix = "cmpl"
     object = "text_completion"
     chunk_object = "text_completion"
@@ -495,7 +507,6 @@ class _ResponseShape(_Shape):
 
     prefix = "resp"
     object = "response"
-    chunk_object = "response"
 
     def __init__(self, model: str) -> None:
         super().__init__(model)
@@ -523,12 +534,6 @@ class _ResponseShape(_Shape):
         yield self._in_part("response.content_part.done", part=self._part(text))
         yield self._typed("response.output_item.done", output_index=0, item=item)
         yield self._typed("response.completed", response=self._response("completed", [item], usage))
-
-    def choice(self, index: int, text: str) -> dict[str, Any]:
-        raise NotImplementedError("a response has no choices")
-
-    def delta(self, index: int, token: str, *, is_first: bool) -> dict[str, Any]:
-        raise NotImplementedError("a response has no choices")
 
     def _response(self, status: str, output: list[Any], usage: Mapping[str, int] | None) -> dict[str, Any]:
         used = None
