@@ -249,9 +249,9 @@ class TestMetering:
         eventually(lambda: num_in_flight() == 0, "an idle engine")
         body = {"model": "flan", "input": QUESTION, "max_output_tokens": 200, "stream": True}
         with http.stream("POST", "/v1/responses", json=body) as answer:
-            for line in answer.iter_lines():
-                if "output_text.delta" in line:
-                    break
+            lines = answer.iter_lines()  # kept: httpx leaves where the iterator ends
+            while "output_text.delta" not in next(lines):
+                pass
             eventually(lambda: num_in_flight() == 1, "the request inside the engine")
         eventually(lambda: num_in_flight() == 0, "the end of the request inside the engine")
         eventually(lambda: bool(http.get("/v1/usage").json()["data"]), "the count of what it saw")
