@@ -6,7 +6,7 @@ import base64
 import socket
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -167,6 +167,14 @@ def assert_same_embeddings(answer: Any, other: Any) -> None:
 def vector_of(embedding: Any) -> Any:
     """Numbers, or the base64 of float32."""
     return np.frombuffer(base64.b64decode(embedding), "<f4") if isinstance(embedding, str) else embedding
+
+
+def eventually(condition: Callable[[], bool], what: str, *, within_s: float = DEADLINE_S) -> None:
+    """Waits for what a gateway does behind its answers."""
+    deadline = time.monotonic() + within_s
+    while not condition():
+        assert time.monotonic() < deadline, f"{what} did not happen in time"
+        time.sleep(0.02)
 
 
 def until_ready(url: str, thread: threading.Thread) -> None:

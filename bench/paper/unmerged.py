@@ -6,7 +6,6 @@ import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,7 @@ from cocktail_serve.evaluation.measure import Measuring
 from cocktail_serve.evaluation.runs import CELLS, Evaluation
 from cocktail_serve.examples import ExampleSet
 from cocktail_serve.offline.opened import open_with_progress
-from cocktail_serve.offline.tuning import Factors, Tuned
+from cocktail_serve.offline.tuning import Factors, Tuned, applied
 from cocktail_serve.pool import BASE, Member
 from cocktail_serve.progress import OnProgress
 from cocktail_serve.recipe import Recipe, one_hot
@@ -85,7 +84,7 @@ class UnmergedDecoders(InMemoryDecoders):
         ).repeat_interleave(self._rank, dim=1)  # [mixtures, experts * rank]
         with self._using(one_hot(self.pool, BASE, dtype=self.dtype)) as model, torch.inference_mode():
             return log_probs_behind_prefix(
-                model, rows, lambda mixtures: applied_by_row(model, self._factors, coefficients[mixtures])
+                model, rows, lambda mixtures: applied(model, self._factors, coefficients[mixtures])
             )
 
     def _tuned(self, recipe: TunedRecipe) -> Tuned:
@@ -120,28 +119,6 @@ def joined(experts: Sequence[Mapping[str, Factors]]) -> dict[str, Factors]:
         )
         for layer in experts[0]
     }
-
-
-@contextmanager
-def applied_by_row(model: Any, factors: Mapping[str, Factors], coefficients: torch.Tensor) -> Iterator[None]:
-    """Adds the products of factors to what layers put out, each row's by its own coefficients, while it is open.
-
-    Args:
-        coefficients: `[rows, rank]`, of the middle of the products.
-    """
-
-    def add(down: torch.Tensor, up: torch.Tensor, layer: Any, inputs: Any, output: torch.Tensor) -> torch.Tensor:
-        middle = (inputs[0].to(down.dtype) @ down.T) * coefficients[:, None]
-        return output + (middle @ up.T).to(output.dtype)
-
-    handles = [
-        model.get_submodule(name).register_forward_hook(partial(add, *of_layer)) for name, of_layer in factors.items()
-    ]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 Row = tuple[int, TokenizedExample]

@@ -158,11 +158,18 @@ def _slopes(model: Any, live: Sequence[Tensor], tokenized: Sequence[TokenizedExa
 
 
 @contextmanager
-def applied(model: Any, factors: Mapping[str, Factors]) -> Iterator[None]:
-    """Adds the products of factors to what layers of a model put out, for as long as it is open."""
+def applied(model: Any, factors: Mapping[str, Factors], coefficients: Tensor | None = None) -> Iterator[None]:
+    """Adds the products of factors to what layers of a model put out, for as long as it is open.
+
+    Args:
+        coefficients: `[batch, rank]`, of the middle of the products, where rows of a batch have their own; None: 1.
+    """
 
     def add(down: Tensor, up: Tensor, layer: Any, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        return output + (inputs[0].to(down.dtype) @ down.T @ up.T).to(output.dtype)
+        middle = inputs[0].to(down.dtype) @ down.T
+        if coefficients is not None:
+            middle = middle * coefficients[:, None]
+        return output + (middle @ up.T).to(output.dtype)
 
     handles = [
         model.get_submodule(name).register_forward_hook(partial(add, *of_layer)) for name, of_layer in factors.items()

@@ -110,7 +110,7 @@ def server_args(
     extra = _normalised(extra)
     for name in extra:
         if (own := _own_arg(name)) is not None:
-            meant = "" if own == name else f", which vLLM reads as {own!r}"
+            meant = "" if own == name else f", which may be read as {own!r}"
             raise ConfigError(
                 f"engine.args may not set {name!r}{meant}: cocktail-serve sets it itself or cannot work with it",
                 param=f"engine.args.{name}",
@@ -211,8 +211,8 @@ def _normalised(args: Mapping[str, Any] | None) -> dict[str, Any]:
 
 
 def _own_arg(name: str) -> str | None:
-    """The argument of `OWN_ARGS` that vLLM's parser takes a name for: itself, what begins with it where no other does,
-    and `name=value` or `name.key` in one word."""
+    """The argument of `OWN_ARGS` that vLLM's parser may take a name for, which may be cut short, and be `name=value` or
+    `name.key` in one word."""
     word = re.split("[=.]", name, maxsplit=1)[0]
     if word in OWN_ARGS:
         return word

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import httpx
@@ -14,11 +13,14 @@ import pytest
 from openai import AsyncOpenAI, OpenAI
 
 from cocktail_serve.engines.vllm.fake import fake_text
-from tests.gateways import EXAMPLES, LiveGateway, live_gateway
+from tests.gateways import EXAMPLES, LiveGateway, eventually, live_gateway
 from tests.tenants import Tenants, code_of, guarded_gateway, make
 
 QUESTION = "what is the capital of france"
 SLOW_MS = 100
+
+BEFORE_ITS_END_S = 15.0
+"""What ended by then was ended: an answer of 200 slow words lasts 20 s."""
 
 
 @pytest.fixture(scope="module", params=["merged", "unmerged"])
@@ -204,13 +206,6 @@ def test_a_broken_stream_raises_in_the_client(
     assert event["sequence_number"] > 3
 
 
-def eventually(condition: Callable[[], bool], what: str) -> None:
-    deadline = time.monotonic() + 15
-    while not condition():
-        assert time.monotonic() < deadline, f"{what} did not happen in time"
-        time.sleep(0.02)
-
-
 @pytest.fixture(scope="module")
 def tenants(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tenants]:
     folder = tmp_path_factory.mktemp("metered")
@@ -253,8 +248,10 @@ class TestMetering:
             while "output_text.delta" not in next(lines):
                 pass
             eventually(lambda: num_in_flight() == 1, "the request inside the engine")
-        eventually(lambda: num_in_flight() == 0, "the end of the request inside the engine")
-        eventually(lambda: bool(http.get("/v1/usage").json()["data"]), "the count of what it saw")
+        eventually(lambda: num_in_flight() == 0, "the end of the request inside the engine", within_s=BEFORE_ITS_END_S)
+        eventually(
+            lambda: bool(http.get("/v1/usage").json()["data"]), "the count of what it saw", within_s=BEFORE_ITS_END_S
+        )
         (row,) = http.get("/v1/usage").json()["data"]
         assert row["requests"] == 1
         assert 1 <= row["tokens_out"] < 50

@@ -10,7 +10,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,21 +23,17 @@ import yaml
 from cocktail_serve.config import ServerConfig
 from cocktail_serve.errors import ConfigError
 from cocktail_serve.gateway.server import bind
-from tests.gateways import LiveGateway, live_gateway
+from tests.gateways import LiveGateway, eventually, live_gateway
 from tests.models import make_decoder_pool
 
 DEADLINE_S = 30.0
 SLOW_MS = 150
 """Between two words of the slow engine: an answer of 200 of them lasts as long as `DEADLINE_S`."""
 
+BEFORE_ITS_END_S = DEADLINE_S / 2
+"""What ended by then was ended."""
+
 BODY: dict[str, Any] = {"model": "flan/nq", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 200}
-
-
-def eventually(condition: Callable[[], bool], what: str) -> None:
-    deadline = time.monotonic() + DEADLINE_S / 2
-    while not condition():
-        assert time.monotonic() < deadline, f"{what} did not happen in time"
-        time.sleep(0.02)
 
 
 @pytest.fixture(scope="module")
@@ -105,8 +101,8 @@ def test_a_client_that_leaves_ends_its_stream_in_the_engine(http: httpx.Client) 
         lines = response.iter_lines()
         assert next(lines).startswith("data: ")
         assert num_in_flight(http) == 1
-    eventually(lambda: num_in_flight(http) == 0, "the end of the request inside the engine")
-    eventually(lambda: counted(http, 499) == left + 1, "the count of a client that left")
+    eventually(lambda: num_in_flight(http) == 0, "the end of the request inside the engine", within_s=BEFORE_ITS_END_S)
+    eventually(lambda: counted(http, 499) == left + 1, "the count of a client that left", within_s=BEFORE_ITS_END_S)
     assert counted(http, 200) == whole
     # the turn is free too: nobody has to be drained for another recipe's sake
     answer = http.post("/v1/chat/completions", json=BODY | {"model": "flan/ag-news", "max_tokens": 1})
@@ -120,7 +116,7 @@ def test_a_client_that_leaves_shows_in_the_metrics(http: httpx.Client) -> None:
 
     with httpx.Client(base_url=http.base_url) as leaving, pytest.raises(httpx.ReadTimeout):
         leaving.post("/v1/chat/completions", json=BODY | {"max_tokens": 20}, timeout=1.0)
-    eventually(num_gone, "the count of a client that left")
+    eventually(num_gone, "the count of a client that left", within_s=BEFORE_ITS_END_S)
 
 
 def test_an_engine_that_dies_is_502_then_comes_back(slow: LiveGateway, http: httpx.Client) -> None:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ import httpx
 import psutil
 import pytest
 
-from tests.gateways import EXAMPLES, PAIRS
+from tests.gateways import EXAMPLES, PAIRS, eventually
 from tests.tenants import MESSAGES, Tenants, ask, guarded_gateway, make
 
 TOKEN_MS = 20
@@ -42,13 +41,6 @@ def usage(http: httpx.Client, path: str = "/v1/usage", **params: Any) -> list[di
 def total(http: httpx.Client) -> dict[str, Any]:
     rows = usage(http, group_by=["pool"])
     return {amount: sum(row[amount] for row in rows) for amount in ("requests", "tokens_in", "tokens_out")}
-
-
-def eventually(condition: Callable[[], bool], what: str) -> None:
-    deadline = time.monotonic() + DEADLINE_S
-    while not condition():
-        assert time.monotonic() < deadline, f"{what} did not happen in time"
-        time.sleep(0.05)
 
 
 def stream(http: httpx.Client, **fields: Any) -> Any:
