@@ -124,10 +124,10 @@ def add_openapi(app: FastAPI) -> None:
             for path, operations in document["paths"].items():
                 for operation in operations.values():
                     _without_validation_error(operation["responses"])
-                    if path.startswith("/v1/"):
-                        operation["security"] = [{"APIKey": []}, {}]
-                    elif path.startswith("/admin/"):
-                        operation["security"] = [{"APIKey": []}]
+                    if "401" in operation["responses"]:
+                        # a server may do without keys, but not what is the operator's
+                        optional: list[dict[str, list[str]]] = [] if path.startswith("/admin/") else [{}]
+                        operation["security"] = [{"APIKey": []}, *optional]
             app.openapi_schema = document
         return app.openapi_schema
 

@@ -545,6 +545,18 @@ class TestLimitsAndKeys:
             assert http.get("/health").status_code == 200
             assert http.get("/metrics").status_code == 200
 
+    def test_the_document_says_what_needs_a_key(self, guarded: LiveGateway) -> None:
+        needs, asks = {}, {}
+        with httpx.Client(base_url=guarded.url) as http:
+            for path, operations in http.get("/openapi.json").json()["paths"].items():
+                for method, operation in operations.items():
+                    needs[method, path] = bool(operation.get("security"))
+                    answer = http.request(method, re.sub(r"\{[^}]*\}", "some", path), json={})
+                    asks[method, path] = answer.status_code == 401
+        assert needs == asks
+        assert needs["post", "/tokenize"]
+        assert not needs["get", "/health"]
+
     def test_a_key_is_checked_before_the_body_is_read(self, guarded: LiveGateway) -> None:
         assert httpx.post(f"{guarded.url}/v1/chat/completions", content=b"{").status_code == 401
         head = "POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
