@@ -113,6 +113,12 @@ TOGETHER = Together(8, 0.021, 90.0, 100.0)
 RANKINGS = [Ranking("lift", 0, base=[(1, 0.9), (2, 0.5), (0, 0.1)], cocktail=[(0, 0.8), (1, 0.7), (2, 0.1)])]
 
 
+def test_in_a_file_too_a_heading_is_no_longer_than_a_screen():
+    screen = io.StringIO()
+    Narrator(Console(file=screen, width=10_000)).chat_task(STORY.chat)
+    assert 0 < max(map(len, screen.getvalue().splitlines())) <= 100
+
+
 def test_the_story_is_told():
     screen = io.StringIO()
     narrator = Narrator(Console(file=screen, width=200))

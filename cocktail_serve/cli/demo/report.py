@@ -8,6 +8,7 @@ from dataclasses import asdict
 from typing import Any
 
 from rich.console import Console, Group
+from rich.rule import Rule
 from rich.text import Text
 
 from cocktail_serve.cli.demo.pools import (
@@ -35,6 +36,8 @@ from cocktail_serve.cli.terminal import ResultTable, weighing_table
 
 NUM_QUESTIONS_SHOWN = 4
 NUM_DOCUMENTS_SHOWN = 3
+HEADING_WIDTH = 100
+"""Columns of a heading's line at most, also in a file, where lines are as long as they like."""
 
 
 class Narrator:
@@ -154,7 +157,8 @@ class Narrator:
 
     def _heading(self, text: str) -> None:
         self._console.print()
-        self._console.rule(f"[bold]{text}", align="left", style="dim")
+        rule = Rule(f"[bold]{text}", align="left", style="dim")
+        self._console.print(rule, width=min(self._console.width, HEADING_WIDTH))
 
 
 def as_json(
