@@ -102,7 +102,7 @@ class ServerClient:
             if not response.is_success:
                 response.read()
                 raise self._error(response)
-            for line in response.iter_lines():
+            for line in _lines(response):
                 data = line.removeprefix("data:").strip()
                 if not line.startswith("data:"):
                     continue
@@ -184,3 +184,14 @@ def _retry_after_s(response: httpx.Response) -> float:
         return float(response.headers["retry-after"])
     except (KeyError, ValueError):
         return 1.0
+
+
+def _lines(response: httpx.Response) -> Iterator[str]:
+    """The whole lines of an event stream, as they come.
+
+    Only a line feed ends one here: a model's text may hold the other characters that httpx's `iter_lines` cuts at.
+    """
+    rest = b""
+    for part in response.iter_bytes():
+        *whole, rest = (rest + part).split(b"\n")
+        yield from (line.decode() for line in whole)

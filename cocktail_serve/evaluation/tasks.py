@@ -250,7 +250,7 @@ def _encoder_task(path: Path, name: str | None, limit: int | None, max_documents
 
 def _qrels(file: Path) -> dict[str, dict[str, int]]:
     qrels: dict[str, dict[str, int]] = {}
-    for number, line in enumerate(_text(file).splitlines(), start=1):
+    for number, line in enumerate(_text(file).split("\n"), start=1):
         parts = line.split("\t")
         try:
             query, document, grade = parts[0], parts[1], int(parts[2])

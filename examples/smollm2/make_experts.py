@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from cocktail_serve.examples import read_jsonl
 from examples.smollm2.choices import make_rows
 
 SOURCES = ("banking", "intents", "sentences", "shell")
@@ -37,7 +38,7 @@ TRAINING = (
 
 def rows_of(file: Path) -> list[dict[str, Any]]:
     """Rows of a file as chat messages, drawn by the seed."""
-    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    rows = read_jsonl(file.read_text(encoding="utf-8"))
     short = [row for row in rows if len(row["input"]) + len(row["output"]) < MAX_CHARACTERS]
     random.Random(SEED).shuffle(short)
     return [

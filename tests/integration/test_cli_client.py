@@ -6,6 +6,7 @@ import io
 import json
 import sys
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -203,6 +204,22 @@ class TestChat:
         assert screen.getvalue() == whole["choices"][0]["message"]["content"] + "\n"
         assert len(written) > 6
         assert "cut off at the limit of tokens" in err
+
+    def test_a_token_may_be_what_ends_a_line_elsewhere(self, capsys: Capture, environ: pytest.MonkeyPatch) -> None:
+        """vLLM sends text as it is, in UTF-8: separators of lines too, which JSON need not escape."""
+        parts = ["a\u2028b", "\x85", "c\u2029", "é" * 9, "\x7f\r\n"]
+        chunks = [{"choices": [{"delta": {"content": part}, "finish_reason": None}]} for part in parts]
+        events = "".join(f"data: {json.dumps(chunk, ensure_ascii=False)}\r\n\r\n" for chunk in chunks).encode()
+        body = events + b"data: [DONE]\n\n"
+        pieces = [body[begin : begin + 7] for begin in range(0, len(body), 7)]  # also within a character
+
+        def answer_all(request: httpx.Request) -> httpx.Response:
+            return httpx.Response(200, headers={"content-type": "text/event-stream"}, content=iter(pieces))
+
+        client = partial(httpx.Client, transport=httpx.MockTransport(answer_all))
+        environ.setattr(httpx, "Client", client)
+        code, out, err = run(capsys, "chat", "flan", "hello")
+        assert (code, out) == (0, "".join(parts)), err
 
     def test_json_is_the_whole_answer(self, url: str, capsys: Capture) -> None:
         told = answer(capsys, "chat", "flan", "hello", "--max-tokens", 3, "--system", "be brief")
