@@ -21,6 +21,7 @@ from cocktail_serve.cli.demo import demo as demo_command
 from cocktail_serve.cli.doctor import doctor as doctor_command
 from cocktail_serve.cli.eval import evaluate as eval_command
 from cocktail_serve.cli.extract import extract as extract_command
+from cocktail_serve.cli.import_openai import import_openai as import_openai_command
 from cocktail_serve.cli.init import init as init_command
 from cocktail_serve.cli.inspect import inspect as inspect_command
 from cocktail_serve.cli.keys import keys as keys_commands
@@ -49,6 +50,7 @@ app.command("inspect")(inspect_command)
 app.command("eval")(eval_command)
 app.command("doctor")(doctor_command)
 app.command("demo")(demo_command)
+app.command("import-openai")(import_openai_command)
 app.command("usage")(usage_command)
 app.command("backup")(backup_command)
 app.command("list")(list_command)
