@@ -27,6 +27,7 @@ from cocktail_serve.progress import OnProgress
 from cocktail_serve.recipe import Recipe, one_hot, settings_of
 from cocktail_serve.scoring import contrastive, decoder
 from cocktail_serve.scoring.decoder import TokenizedExample, tokenize_examples
+from cocktail_serve.scoring.options import losses_with_transformers, tokenize_scored
 
 TEXTS_PER_CALL = 512
 """Texts embedded between two reports of progress."""
@@ -190,7 +191,11 @@ class InMemoryDecoders(_InMemory):
 
     def _measure(self, recipe: Recipe, examples: ExampleSet, rows: Sequence[int] | None) -> list[float]:
         asked = examples if rows is None else examples.subset(rows)
-        return [decoder.mean_loss(of_tokens) for of_tokens in self.log_probs(recipe, self._tokenized(asked))]
+        scored = tokenize_scored(
+            self.tokenizer, asked, max_tokens=self.max_tokens - 1, chat_template=self.pool.chat_template
+        )
+        with translated(self.pool), self._using(recipe) as model:
+            return losses_with_transformers(model, scored)
 
 
 class InMemoryEncoders(_InMemory):

@@ -27,11 +27,14 @@ import numpy as np
 
 from cocktail_serve.errors import InvalidRequestError
 from cocktail_serve.evaluation.backend import Backend, DecoderBackend, EncoderBackend, EnsemblePart
+from cocktail_serve.evaluation.calibration import brier_score, calibration_terms
 from cocktail_serve.evaluation.cells import CellStore
 from cocktail_serve.evaluation.metrics import (
     DECODER_METRICS,
     DEPTH,
     ENCODER_METRICS,
+    NOT_OF_CHOICES,
+    OF_CHOICES,
     TIES,
     Metric,
     answer_metrics,
@@ -42,6 +45,7 @@ from cocktail_serve.evaluation.tasks import DecoderRow, DecoderTask, EncoderTask
 from cocktail_serve.examples import ExampleSet, TextExample
 from cocktail_serve.recipe import Recipe
 from cocktail_serve.scoring.decoder import LOSS_VERSION, mean_loss, tokenize_examples
+from cocktail_serve.scoring.options import log_probabilities
 
 MAX_REMEMBERED = 12
 """Likelihoods or embeddings of a model on a task that are kept in memory: an ensemble's members at another temperature
@@ -124,8 +128,10 @@ class Measurer:
         self, contender: Contender, task: DecoderTask
     ) -> tuple[dict[Metric, list[float]], dict[str, Any]]:
         backend = cast(DecoderBackend, self._backend)
-        possible = tuple(m for m in DECODER_METRICS if (m in ("accuracy", "loss")) or not task.has_choices)
-        wanted = self._wanted(possible if task.has_choices else tuple(m for m in possible if m != "accuracy"), task)
+        by_likelihood = {*OF_CHOICES, "loss"}
+        wanted = self._wanted(
+            tuple(m for m in DECODER_METRICS if m in (by_likelihood if task.has_choices else NOT_OF_CHOICES)), task
+        )
         separator = self._how.example_separator
         rows = fitting_rows(backend, task, separator)
         prompts, num_shots = with_shots(
@@ -135,12 +141,13 @@ class Measurer:
         if num_shots is not None:
             about["num_shots"] = num_shots
         metrics: dict[Metric, list[float]] = {}
-        if {"accuracy", "loss"} & set(wanted):
+        if by_likelihood & set(wanted):
             norm = {
                 "choice_norm": self._how.choice_norm,
                 "end_token": False,
                 "losses": LOSS_VERSION,
                 "separator": separator,
+                "probabilities": "verbatim",
             }
             metrics |= self._kept(
                 contender, task, "likelihood", norm, lambda: self._likelihoods(contender, task, rows, prompts)
@@ -170,16 +177,27 @@ class Measurer:
         is_closed = iter([example.token_ids[-1] == eos for example in tokenized])
         right: list[float] = []
         losses: list[float] = []
+        probabilities: list[list[float]] = []
+        outputs: list[int] = []
         for row, of_row in zip(rows, candidates, strict=True):
             log_probs = [next(told) for _ in of_row]
             output = of_row.index(row.output)
+            outputs.append(output)
+            probabilities.append(np.exp(log_probabilities([math.fsum(values) for values in log_probs])).tolist())
             losses.append(mean_loss(log_probs[output]))
             scores = [
                 self._score(values[:-1] if next(is_closed) and len(values) > 1 else values, text)
                 for values, text in zip(log_probs, of_row, strict=True)
             ]
             right.append(float(scores.index(max(scores)) == output))
-        return {"accuracy": right, "loss": losses} if task.has_choices else {"loss": losses}
+        if not task.has_choices:
+            return {"loss": losses}
+        return {
+            "accuracy": right,
+            "loss": losses,
+            "brier": [brier_score(*of_row) for of_row in zip(probabilities, outputs, strict=True)],
+            "ece": calibration_terms(probabilities, outputs),
+        }
 
     def _score(self, log_probs: np.ndarray, text: str) -> float:
         total = math.fsum(log_probs)

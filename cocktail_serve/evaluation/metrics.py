@@ -15,12 +15,29 @@ from typing import Any, Literal
 
 from cocktail_serve.errors import ConfigError
 
-Metric = Literal["accuracy", "exact_match", "f1", "rouge_l", "loss", "ndcg@10", "mrr@10", "recall@10", "recall@100"]
+Metric = Literal[
+    "accuracy",
+    "exact_match",
+    "f1",
+    "rouge_l",
+    "loss",
+    "brier",
+    "ece",
+    "ndcg@10",
+    "mrr@10",
+    "recall@10",
+    "recall@100",
+]
 
-DECODER_METRICS: tuple[Metric, ...] = ("accuracy", "exact_match", "f1", "rouge_l", "loss")
+DECODER_METRICS: tuple[Metric, ...] = ("accuracy", "exact_match", "f1", "rouge_l", "loss", "brier", "ece")
+OF_CHOICES: tuple[Metric, ...] = ("accuracy", "brier", "ece")
+"""Of tasks whose rows have choices alone. Probabilities are those that `/v1/decisions` reads verbatim."""
 ENCODER_METRICS: tuple[Metric, ...] = ("ndcg@10", "mrr@10", "recall@10", "recall@100")
 
-SMALLER_IS_BETTER = frozenset({"loss"})
+NOT_OF_CHOICES = frozenset(DECODER_METRICS) - frozenset(OF_CHOICES)
+"""Of other tasks."""
+
+SMALLER_IS_BETTER = frozenset({"loss", "brier", "ece"})
 
 TELLS_MORE: Mapping[Metric, tuple[Metric, ...]] = {"exact_match": ("f1", "loss")}
 """What is shown beside a metric that may be the same for all systems: of free text an exact match is often none."""

@@ -176,7 +176,10 @@ def load_examples(
 
 
 _EXAMPLE_KEYS = frozenset({"input", "output", "prompt", "completion", "messages", "tools", "query", "pos", "neg"}) | {
-    "separator"
+    "separator",
+    "question",
+    "choices",
+    "answer",
 }
 
 

@@ -94,7 +94,7 @@ def test_metrics_follow_from_what_a_task_has(everything):
     result, _ = everything
     for cell in result.cells:
         if cell.task == "capitals":
-            assert list(cell.metrics) == ["accuracy", "loss"]
+            assert list(cell.metrics) == ["accuracy", "loss", "brier", "ece"]
         else:
             assert list(cell.metrics) == ["exact_match", "f1", "rouge_l", "loss"]
         assert {len(values) for values in cell.metrics.values()} == {8 if cell.task == "capitals" else 4}
