@@ -10,6 +10,8 @@ from functools import cached_property
 from typing import Any, Self
 
 from cocktail_serve.chat_rows import Details, Message, checked_tools, scored_messages
+from cocktail_serve.decision_rows import FORM as DECISION_FORM
+from cocktail_serve.decision_rows import DecisionExample, decision_example, is_decision
 from cocktail_serve.digest import digest_of
 from cocktail_serve.errors import InvalidExamplesError
 from cocktail_serve.example_rows import plain_row, text_of
@@ -99,7 +101,7 @@ class RetrievalExample:
         return {"query": self.query, "pos": list(self.pos), "neg": list(self.neg)}
 
 
-Example = TextExample | ChatExample | RetrievalExample
+Example = TextExample | ChatExample | DecisionExample | RetrievalExample
 
 
 def example_digest(example: Example) -> str:
@@ -112,8 +114,8 @@ class ExampleSet:
     """The examples of one task, in the order given.
 
     Attributes:
-        examples: of one kind: text and chat for a decoder, text for an encoder-decoder, retrieval for encoders and
-            rerankers.
+        examples: of one kind: text and chat for a decoder, or decisions; text for an encoder-decoder, retrieval for
+            encoders and rerankers.
         num_given: how many there were before sampling.
     """
 
@@ -125,6 +127,11 @@ class ExampleSet:
 
     def __iter__(self) -> Iterator[Example]:
         return iter(self.examples)
+
+    @property
+    def are_decisions(self) -> bool:
+        """Whether their loss is that of an answer among options, and not of an output."""
+        return bool(self.examples) and isinstance(self.examples[0], DecisionExample)
 
     @cached_property
     def digest(self) -> str:
@@ -227,6 +234,7 @@ def parse_examples(
     if num_given > max_examples:
         chosen = sorted(random.Random(seed).sample(range(num_given), max_examples))
         parsed = [parsed[index] for index in chosen]
+    _check_one_loss(parsed)
     _check_has_contrast(parsed)
     return ExampleSet(examples=tuple(parsed), num_given=num_given)
 
@@ -249,7 +257,7 @@ _TAKES: dict[Kind, tuple[str, ...]] = {
 }
 
 _EXPECTED: dict[Kind, str] = {
-    "decoder": '{"input", "output"}, {"prompt", "completion"} or {"messages": [...]}',
+    "decoder": f'{{"input", "output"}}, {{"prompt", "completion"}}, {{"messages": [...]}} or {DECISION_FORM}',
     "encoder": '{"query", "pos": [...], "neg": [...]}',
     "reranker": '{"query", "pos": [...], "neg": [...]}',
     "encoder_decoder": '{"input", "output"} or {"prompt", "completion"}',
@@ -259,6 +267,8 @@ _EXPECTED: dict[Kind, str] = {
 def _parse_row(row: Any, kind: Kind, number: int, separator: str | None) -> Example:
     if not isinstance(row, Mapping):
         raise InvalidExamplesError(f"expected an object {_EXPECTED[kind]}, got {type(row).__name__}", row=number)
+    if kind == "decoder" and is_decision(row):
+        return decision_example(row, number, separator)
     row = plain_row(row, kind, number)
     keys = frozenset(row)
     form = _FORMS.get(keys)
@@ -318,6 +328,15 @@ def _texts(value: Any, key: str, number: int, *, at_least_one: bool) -> tuple[st
     if at_least_one and not value:
         raise InvalidExamplesError(f"{key!r} is empty", row=number)
     return tuple(text_of(item, f"{key}[{index}]", number) for index, item in enumerate(value))
+
+
+def _check_one_loss(examples: Sequence[Example]) -> None:
+    """Losses of outputs, by the token, and of answers among options are no one mean."""
+    kinds = [isinstance(example, DecisionExample) for example in examples]
+    if any(kinds) and not all(kinds):
+        raise InvalidExamplesError(
+            "some rows are decisions and others have an output, whose losses cannot be compared; give either"
+        )
 
 
 def _check_has_contrast(examples: Sequence[Example]) -> None:

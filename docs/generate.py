@@ -39,6 +39,7 @@ from cocktail_serve.gateway.error_handlers import HTTP_ERRORS
 from cocktail_serve.gateway.field_policy import FIELD_POLICY, IGNORED_BY_BEAM_SEARCH
 from cocktail_serve.gateway.response_fields import NOT_SERVED, SERVED_TOOLS
 from cocktail_serve.gateway.schemas.cocktails import CocktailView
+from cocktail_serve.gateway.schemas.decisions import DecisionRequest
 from cocktail_serve.gateway.schemas.embeddings import EmbeddingRequest
 from cocktail_serve.gateway.schemas.neutral import Only
 from cocktail_serve.gateway.schemas.reranking import RerankRequest
@@ -211,6 +212,11 @@ def http_page() -> str:
         f"lines that have no answer. A tenant may have {MAX_UNFINISHED} unfinished batches. A batch goes on when the key "
         "that made it ends: cancel it.\n"
     )
+    parts.append(
+        "\n## Body of a request for decisions\n\nOf `POST /v1/decisions`; what is asked and how answers are read: "
+        "[how to](../how-to/decisions.md).\n\n| field | meaning |\n|---|---|\n"
+    )
+    parts += _body_rows(DecisionRequest)
     for title, body in (("a rerank request", RerankRequest), ("an embedding request", EmbeddingRequest)):
         parts.append(
             f"\n## Body of {title}\n\nFields of other servers' clients are accepted where they ask for what is done here; "
@@ -280,12 +286,18 @@ _COCKTAIL_RULES = """
 | `{"input": "...", "output": "..."}` | decoder, encoder-decoder |
 | `{"prompt": "...", "completion": "..."}` | the same, joined as they are |
 | `{"messages": [{"role": "user", "content": "..."}, ..., {"role": "assistant", "content": "..."}]}` | decoder; text only, the last answer is the output |
+| `{"input": "...", "choices": ["...", "..."], "answer": "..."}` | decoder; [decisions](../how-to/decisions.md), see below |
+| `{"input": "...", "question": {"type": "predicate", "instructions": "..."}, "answer": true}` | the same; a `question` as `/v1/decisions` takes it, or a text beside `choices` |
 | `{"query": "...", "pos": ["..."], "neg": ["..."]}` | encoder, where a single example needs negatives; reranker, where every one does |
 
 What is scored is the text that the model is asked with. `input` and `output` are joined by one space, as LM-Cocktail's reference joins them; by nothing where the
 input ends in white space; by the pool's [`example_separator`](config.md), where it has one; or by the row's own `separator`. What joins them is predicted with the
 output, as the reference's space is. `prompt` and `completion` are joined as they are, and messages as the chat template renders them: of these the model reads the
 very tokens of the prompt that it is served, and the answer is cut behind them, also where the prompt ends in a space.
+
+The loss of a decision is the cross-entropy (nats) of its answer among the options, each read verbatim as `/v1/decisions` reads it: by the chat template where the
+pool has one, and else as a text. `choices` are texts, booleans, or `{"value", "description"}`; an `answer` is one of them, of a score a level's label or its
+place from 0. A cocktail is weighed by decisions or by outputs, not by both.
 
 Rows that other tools write are taken as they are:
 

@@ -8,6 +8,7 @@ from typing import Any, Literal, Self, TypedDict
 
 from cocktail_serve import errors
 from cocktail_serve.cocktails.options import CocktailOptions
+from cocktail_serve.decisions import Form
 from cocktail_serve.errors import CocktailError
 from cocktail_serve.generation_settings import GenerationSettings
 from cocktail_serve.pool import Kind, Pool
@@ -194,12 +195,14 @@ class ServedModel:
     Attributes:
         model_id: the canonical id, `name@digest8` for a cocktail's name.
         generation: how it is called where a request does not say; of a decoder.
+        form: how it is asked for decisions; of a decoder.
     """
 
     model_id: str
     pool: Pool
     recipe: Recipe
     generation: GenerationSettings
+    form: Form
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Self
 
 from cocktail_serve.config import Weighting
+from cocktail_serve.decisions import Form
 from cocktail_serve.digest import digest_of
 from cocktail_serve.examples import ExampleSet
 from cocktail_serve.pool import Pool
@@ -44,6 +45,8 @@ class CocktailOptions:
         num_examples_given: examples in the request.
         validation_digest: digest of the validation examples after sampling, or None without any.
         num_validation_examples: validation examples after sampling.
+        form: how the examples ask a decoder, and so how the cocktail is asked for decisions; None without examples, and
+            where an earlier release took the request.
     """
 
     name: str
@@ -70,6 +73,7 @@ class CocktailOptions:
     inline: bool = False
     members: Mapping[str, str] = field(default_factory=dict)
     text_digest: str = ""
+    form: Form | None = None
 
     @property
     def scored(self) -> tuple[str, ...]:

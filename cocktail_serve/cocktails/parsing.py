@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from cocktail_serve.cocktails.options import CHOSEN_BY_WEIGHTING, CocktailOptions, CocktailRequest
 from cocktail_serve.config import CocktailDefaults, Settings, Weighting
+from cocktail_serve.decisions import form_of
 from cocktail_serve.dtypes import DType
 from cocktail_serve.errors import (
     ConflictError,
@@ -221,6 +222,7 @@ def _resolve(
         examples_digest=None if examples is None else examples.digest,
         num_examples=0 if examples is None else len(examples),
         num_examples_given=0 if examples is None else examples.num_given,
+        form=form_of(examples) if pool.kind == "decoder" else None,
     )
     return CocktailRequest(options, examples)
 

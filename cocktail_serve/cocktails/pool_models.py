@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from cocktail_serve.cocktails.cocktail import Cocktail, ServedModel
+from cocktail_serve.decisions import default_form
 from cocktail_serve.dtypes import DType
 from cocktail_serve.errors import MethodNotServedError, ModelNotReadyError, NotFoundError
 from cocktail_serve.methods import find_method
@@ -76,7 +77,8 @@ class PoolModels:
                 )
             generation = settings_of(recipe, pool)
             if recipe.base == pool.base.fingerprint and generation is not None:
-                return ServedModel(model_id=cocktail.id, pool=pool, recipe=recipe, generation=generation)
+                form = cocktail.options.form or default_form(generation.chat_template)
+                return ServedModel(cocktail.id, pool, recipe, generation, form)
         raise NotFoundError(
             f"{cocktail.id!r} is made of models that pool {cocktail.pool_id!r} no longer has; make it again",
             param="model",
@@ -117,4 +119,6 @@ def no_model(model_id: str, known: Iterable[str]) -> NotFoundError:
 def _models(pool: Pool, dtype: DType) -> Iterator[ServedModel]:
     for member in pool:
         model_id = pool.id if member.name == BASE else f"{pool.id}/{member.name}"
-        yield ServedModel(model_id, pool, one_hot(pool, member.name, dtype=dtype), pool.generation_of(member))
+        generation = pool.generation_of(member)
+        recipe = one_hot(pool, member.name, dtype=dtype)
+        yield ServedModel(model_id, pool, recipe, generation, default_form(generation.chat_template))

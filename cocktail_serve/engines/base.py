@@ -9,6 +9,7 @@ from typing import Any, Literal, Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
 
+from cocktail_serve.decisions import PosedQuestion
 from cocktail_serve.dtypes import DType
 from cocktail_serve.engines.engine_time import EngineTime
 from cocktail_serve.engines.recipe_names import NamesOf
@@ -26,6 +27,9 @@ RESPONSES_PATH = "/v1/responses"
 TOKENIZE_PATH = "/tokenize"
 DETOKENIZE_PATH = "/detokenize"
 """What its tokenizer answers, under the paths of vLLM's API."""
+
+DECISIONS_PATH = "/v1/decisions"
+"""What the gateway alone answers: the engine is asked for log-probabilities."""
 
 OPERATOR_RETRY_S = 30.0
 """Seconds that a client is told to wait where the operator has drained an engine or pinned another model."""
@@ -51,6 +55,11 @@ class Engine(Protocol):
     @property
     def kind(self) -> Literal["decoder", "encoder", "reranker"]:
         """What it computes: tells which of `AnyEngine` it is."""
+        ...
+
+    @property
+    def max_model_len(self) -> int | None:
+        """Tokens that its models take, special ones included; None: not known yet."""
         ...
 
     def name_recipes(self, names_of: NamesOf) -> None:
@@ -153,6 +162,22 @@ class Scored:
     engine_time: EngineTime = field(default_factory=EngineTime)
 
 
+@dataclass(frozen=True, slots=True)
+class Decided:
+    """How likely the options of questions are.
+
+    Attributes:
+        log_probs: of each option of each question, in nats, among all that the model might say; NaN where it is not
+            finite.
+        num_tokens: tokens read: of each question once, with its input, and behind it of each option.
+        num_cached: those of them that had been computed before.
+    """
+
+    log_probs: list[list[float]]
+    num_tokens: int
+    num_cached: int
+
+
 @runtime_checkable
 class ScoringEngine(Engine, Protocol):
     """An engine whose loss of an example depends on nothing else."""
@@ -193,6 +218,30 @@ class GenerationEngine(ScoringEngine, Protocol):
             ModelNotReadyError: the engine is starting or restarting.
             EngineError: it failed or died meanwhile.
             InvalidRequestError: it refused the request.
+        """
+        ...
+
+    async def decide(
+        self,
+        recipe: Recipe,
+        questions: Sequence[PosedQuestion],
+        *,
+        tenant: str,
+        generation: GenerationSettings | None = None,
+        cache_salt: str | None = None,
+        background: Background | None = None,
+    ) -> Decided:
+        """Reads the options of questions when it is `recipe`'s turn: all in one batch, what they share computed once.
+
+        Args:
+            generation: as of `forward`: messages are rendered as they are for answers.
+            cache_salt: the request's own, beside those of its tenant and recipe.
+            background: as of `forward`.
+
+        Raises:
+            ContextLengthError, InvalidRequestError: as `scoring.options.tokenize_options`.
+            ConfigError: the pool's base has no tokenizer that tells where an output starts.
+            CocktailError: as `forward`.
         """
         ...
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import orjson
+
 BYTES_PER_TOKEN = 4
 """Of a request's body."""
 
@@ -29,7 +31,7 @@ def reserved_tokens(body: Mapping[str, Any], *, num_bytes: int) -> int:
     Args:
         num_bytes: size of the body.
     """
-    return num_bytes // BYTES_PER_TOKEN + (_most_output_tokens(body) or 0) * num_choices(body)
+    return _read_bytes(body, num_bytes) // BYTES_PER_TOKEN + (_most_output_tokens(body) or 0) * num_choices(body)
 
 
 def expected_tokens(body: Mapping[str, Any], *, num_bytes: int) -> int:
@@ -41,6 +43,15 @@ def expected_tokens(body: Mapping[str, Any], *, num_bytes: int) -> int:
     """
     most = _most_output_tokens(body)
     return num_bytes // BYTES_PER_TOKEN + min(most or EXPECTED_OUTPUT_TOKENS, EXPECTED_OUTPUT_TOKENS)
+
+
+def _read_bytes(body: Mapping[str, Any], num_bytes: int) -> int:
+    """Of decisions, each question is read with the input."""
+    questions = body.get("questions")
+    if not isinstance(questions, list) or len(questions) < 2:
+        return num_bytes
+    own = len(orjson.dumps(questions))
+    return own + max(0, num_bytes - own) * len(questions)
 
 
 def _most_output_tokens(body: Mapping[str, Any]) -> int | None:

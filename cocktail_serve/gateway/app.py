@@ -24,6 +24,7 @@ from cocktail_serve.gateway.routes import (
     admin,
     batches,
     cocktails,
+    decisions,
     docs_page,
     embeddings,
     files,
@@ -74,6 +75,7 @@ def create_app(
     for family in (
         generation,
         responses,
+        decisions,
         embeddings,
         reranking,
         tokenization,

@@ -8,14 +8,14 @@ from typing import Any, Generic, TypeVar
 
 from cocktail_serve.cocktails.cocktail import ServedModel
 from cocktail_serve.config import PoolConfig
-from cocktail_serve.engines.base import CHAT_PATH, COMPLETIONS_PATH, RESPONSES_PATH, Engine
+from cocktail_serve.engines.base import CHAT_PATH, COMPLETIONS_PATH, DECISIONS_PATH, RESPONSES_PATH, Engine
 from cocktail_serve.errors import InvalidRequestError, NotFoundError, WrongModelKindError
 from cocktail_serve.gateway.admission import AdmittedRequest
 from cocktail_serve.pool import Kind, Pool, with_article
 from cocktail_serve.suggestions import did_you_mean
 
 _ROUTES: dict[Kind, str] = {
-    "decoder": f"{CHAT_PATH}, {COMPLETIONS_PATH} and {RESPONSES_PATH}",
+    "decoder": f"{CHAT_PATH}, {COMPLETIONS_PATH}, {RESPONSES_PATH} and {DECISIONS_PATH}",
     "encoder": "/v1/embeddings",
     "reranker": "/v1/rerank",
 }

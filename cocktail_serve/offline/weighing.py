@@ -225,8 +225,8 @@ def open_losses(pool: Pool, config: PoolConfig, examples: ExampleSet) -> Iterato
 
 
 def _with_transformers(pool: Pool, config: PoolConfig, examples: ExampleSet) -> LossesOf:
-    from cocktail_serve.scoring.decoder import score_with_transformers, tokenize_examples
     from cocktail_serve.scoring.encoder_decoder import score_encoder_decoder, tokenize_pairs
+    from cocktail_serve.scoring.options import losses_with_transformers, tokenize_scored
 
     models = TransformersModels(pool, config)
     tokenized: Sequence[Any]
@@ -237,10 +237,10 @@ def _with_transformers(pool: Pool, config: PoolConfig, examples: ExampleSet) -> 
             score = score_encoder_decoder
         else:
             assert models.max_tokens is not None
-            tokenized = tokenize_examples(
+            tokenized = tokenize_scored(
                 models.tokenizer, examples, max_tokens=models.max_tokens - 1, chat_template=pool.chat_template
             )
-            score = score_with_transformers
+            score = losses_with_transformers
 
     def losses_of(recipe: Recipe, rows: Sequence[int] | None) -> list[float]:
         asked: Sequence[Any] = tokenized if rows is None else [tokenized[row] for row in rows]

@@ -9,12 +9,12 @@ import inspect
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from cocktail_serve.errors import ContextLengthError, InvalidExamplesError
-from cocktail_serve.examples import ChatExample, ExampleSet, RetrievalExample, TextExample
+from cocktail_serve.errors import ContextLengthError, InvalidExamplesError, InvalidRequestError
+from cocktail_serve.examples import ChatExample, Example, ExampleSet, TextExample
 from cocktail_serve.generation_settings import ChatTemplate
 
 if TYPE_CHECKING:
@@ -73,7 +73,7 @@ def tokenize_examples(
         InvalidExamplesError: an output that tokenises to nothing, messages without a chat template or that it refuses.
     """
     return [
-        _tokenize(tokenizer, example, _Row(number, examples), max_tokens, chat_template)
+        tokenize_example(tokenizer, example, Row(number, examples), max_tokens, chat_template)
         for number, example in enumerate(examples, start=1)
     ]
 
@@ -131,8 +131,18 @@ def batch_log_probs(model: PreTrainedModel, tokenized: Sequence[TokenizedExample
     ]
 
 
-class _Row:
-    """Says which example a message is about."""
+class Place(Protocol):
+    """Says what a message is about."""
+
+    def invalid(self, message: str) -> InvalidRequestError:
+        """What has no tokens to score."""
+
+    def too_long(self, num_tokens: int, max_tokens: int) -> ContextLengthError:
+        """What is longer than can be scored."""
+
+
+class Row:
+    """An example, by its number."""
 
     def __init__(self, number: int, examples: ExampleSet) -> None:
         self.number = number
@@ -149,13 +159,14 @@ class _Row:
         )
 
 
-def _tokenize(
+def tokenize_example(
     tokenizer: ExampleTokenizer,
-    example: TextExample | ChatExample | RetrievalExample,
-    row: _Row,
+    example: Example,
+    row: Place,
     max_tokens: int,
     chat_template: ChatTemplate | None,
 ) -> TokenizedExample:
+    """One example, as `tokenize_examples` has it; raises what `row` makes of what is wrong with it."""
     if isinstance(example, TextExample):
         text, input_end = example.text, len(example.input)
         # what joins the two is ours: an output of which nothing else is left has no tokens
@@ -164,7 +175,7 @@ def _tokenize(
         text, input_end = _render(tokenizer, example, row, chat_template)
         output_begin = input_end
     else:
-        raise row.invalid("a retrieval example has no output for a decoder to predict")
+        raise row.invalid("the example has no output for a decoder to predict")
     is_chat = isinstance(example, ChatExample)
     token_ids, offsets = _encode(tokenizer, text, add_special_tokens=not is_chat)
     ends = [end for _, end in offsets]
@@ -212,7 +223,7 @@ def _continuation(tokenizer: ExampleTokenizer, text: str) -> list[int]:
 
 
 def _render(
-    tokenizer: ExampleTokenizer, example: ChatExample, row: _Row, chat_template: ChatTemplate | None
+    tokenizer: ExampleTokenizer, example: ChatExample, row: Place, chat_template: ChatTemplate | None
 ) -> tuple[str, int]:
     """The conversation's text, and how many of its characters are the input."""
     from jinja2 import TemplateError

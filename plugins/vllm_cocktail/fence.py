@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Awaitable, Callable, Collection, MutableMapping
+from collections.abc import Awaitable, Callable, Collection, Mapping, MutableMapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -164,16 +164,16 @@ class FenceMiddleware:
 
     Args:
         bind: where requests bring their recipe with them: gives it to the engine, or keeps the request out.
-        shut: exact paths that nobody may enter: the engine would not do all that a request says there.
+        shut: exact paths that nobody may enter, and why: what the engine does there, and does not.
     """
 
     def __init__(
-        self, app: ASGIApp, fence: Fence, bind: Bind | None = None, shut: Collection[str] = frozenset()
+        self, app: ASGIApp, fence: Fence, bind: Bind | None = None, shut: Mapping[str, str] | None = None
     ) -> None:
         self.app = app
         self.fence = fence
         self._bind = bind
-        self._shut = shut
+        self._shut = shut or {}
 
     async def __call__(self, scope: ASGIScope, receive: Receive, send: Send) -> None:
         if scope["type"] not in ("http", "websocket"):
@@ -182,8 +182,7 @@ class FenceMiddleware:
         if path in UNFENCED_PATHS:
             return await self.app(scope, receive, send)
         if path in self._shut:
-            message = f"{path} is not served with this release of vLLM, which reads no chat template there"
-            shut = Refusal(501, "not_served", message)
+            shut = Refusal(501, "not_served", f"{path} is not served: {self._shut[path]}")
             return await _refuse(scope, receive, send, shut, resident=self.fence.resident)
         named = _header(scope, RECIPE_HEADER)
         brings_recipe = self._bind is not None and named is None and not self.fence.managed

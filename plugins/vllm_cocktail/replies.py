@@ -8,9 +8,13 @@ STATUS_PATH = "/v1/cocktail/status"
 MIX_PATH = "/v1/cocktail/mix"
 FORGET_PATH = "/v1/cocktail/forget"
 SCORE_PATH = "/v1/cocktail/score"
+DECIDE_PATH = "/v1/cocktail/decide"
 
 RESPONSES_PATH = "/v1/responses"
 """vLLM's own; what it does beyond what its chats do is seen to in `brought_templates`."""
+
+DECISIONS_PATH = "/v1/decisions"
+"""vLLM's own, since 0.33, which salts no prompt. `DECIDE_PATH` is asked in its place."""
 
 FenceState = Literal["open", "mixing", "poisoned"]
 
@@ -79,6 +83,20 @@ class ScoreReply(TypedDict):
     """
 
     losses: list[float | None]
+
+
+class DecideReply(TypedDict):
+    """What `POST DECIDE_PATH` answers.
+
+    Attributes:
+        log_probs: in nats, one for each option of each question; None where it is not finite.
+        num_cached: of each question, tokens that had been computed before.
+        num_computed: tokens that were computed, of all questions.
+    """
+
+    log_probs: list[list[float | None]]
+    num_cached: list[int]
+    num_computed: int
 
 
 class ProbedWorker(TypedDict):

@@ -13,7 +13,7 @@ import time
 from argparse import Namespace
 from typing import TYPE_CHECKING, Any
 
-from fastapi import APIRouter, FastAPI, Request
+from fastapi import APIRouter, FastAPI, Request, Response
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from starlette.datastructures import State
@@ -23,20 +23,25 @@ from cocktail_serve.recipe import Recipe
 from vllm_cocktail.brought_templates import take_brought_templates
 from vllm_cocktail.check import unknown_variables
 from vllm_cocktail.control import EngineControl
+from vllm_cocktail.decisions import Options, read_options
+from vllm_cocktail.departure import unless_gone
 from vllm_cocktail.fence import Fence, FenceMiddleware, error_body
 from vllm_cocktail.launch import WORKER_EXTENSIONS
 from vllm_cocktail.manifest import Manifest
 from vllm_cocktail.replies import (
+    DECIDE_PATH,
+    DECISIONS_PATH,
     FORGET_PATH,
     MIX_PATH,
     RESPONSES_PATH,
     SCORE_PATH,
     STATUS_PATH,
+    DecideReply,
     MixReply,
     ScoreReply,
     StatusReply,
 )
-from vllm_cocktail.scoring import TokenizedExample, mean_losses
+from vllm_cocktail.scoring import TokenizedExample, leaves_out_inputs, mean_losses
 from vllm_cocktail.unmerged.binding import RequestBinder
 from vllm_cocktail.unmerged.control import UnmergedControl
 from vllm_cocktail.unmerged.row import BASE_ROW
@@ -76,14 +81,24 @@ class ForgetRequest(_Body):
     digest: str
 
 
-class ScoreRequest(_Body):
-    """Body of `POST SCORE_PATH`."""
+class _BoundBody(_Body):
+    """What of a request says which recipe answers it, and for whom."""
 
-    examples: list[TokenizedExample] = Field(min_length=1)
     vllm_xargs: dict[str, Any] | None = None
-    # of every request that is bound to its recipe; the prompts have salts of their own
     model: str | None = None
     cache_salt: str | None = None
+
+
+class ScoreRequest(_BoundBody):
+    """Body of `POST SCORE_PATH`; its prompts have salts of their own."""
+
+    examples: list[TokenizedExample] = Field(min_length=1)
+
+
+class DecideRequest(_BoundBody):
+    """Body of `POST DECIDE_PATH`."""
+
+    questions: list[Options] = Field(min_length=1)
 
 
 router = APIRouter(tags=["cocktail"])
@@ -124,6 +139,26 @@ async def score(body: ScoreRequest, request: Request) -> ScoreReply:
     return {"losses": [loss if math.isfinite(loss) else None for loss in losses]}
 
 
+@router.post(DECIDE_PATH, response_model=None)
+async def decide(body: DecideRequest, request: Request) -> DecideReply | Response:
+    """Log-probabilities of options under the resident model; null: not finite. Behind the fence."""
+    work = read_options(
+        _control(request).engine,
+        body.questions,
+        xargs=body.vllm_xargs,
+        cache_salt=body.cache_salt,
+        shares_prefixes=request.app.state.cocktail_shares_prefixes,
+    )
+    read = await unless_gone(request.receive, work)
+    if read is None:
+        return Response(status_code=499)  # nobody reads it
+    return {
+        "log_probs": [[value if math.isfinite(value) else None for value in each.log_probs] for each in read],
+        "num_cached": [each.num_cached for each in read],
+        "num_computed": sum(each.num_computed for each in read),
+    }
+
+
 class CocktailEndpointPlugin:
     """What vLLM loads when `VLLM_PLUGINS` names `cocktail`."""
 
@@ -137,7 +172,9 @@ class CocktailEndpointPlugin:
         app.include_router(router)
         app.add_exception_handler(CocktailError, _answer_error)
         # the first one added is the innermost: vLLM adds its own, authentication among them, afterwards
-        shut = () if take_brought_templates() else (RESPONSES_PATH,)
+        shut = {DECISIONS_PATH: f"vLLM salts no prompt there; {DECIDE_PATH} reads options"}
+        if not take_brought_templates():
+            shut[RESPONSES_PATH] = "this release of vLLM reads no chat template there"
         app.add_middleware(FenceMiddleware, fence=fence, bind=_binder(app.state), shut=shut)
 
     async def init_state(self, engine_client: EngineClient | None, state: State, args: Namespace) -> None:
@@ -160,6 +197,7 @@ class CocktailEndpointPlugin:
         await mean_losses(engine_client, [TokenizedExample(token_ids=[0, 1, 2, 3], output_start=1)], xargs=BASE_ROW)
         logger.info("cocktail: scoring warmed up in %.1f s", time.perf_counter() - started)
         await state.cocktail_control.start()
+        state.cocktail_shares_prefixes = await leaves_out_inputs(engine_client, xargs=BASE_ROW)
         logger.info("cocktail: %d models to mix, resident %s", len(manifest.members), manifest.resident)
 
 

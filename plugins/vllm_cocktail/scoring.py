@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import math
 import secrets
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Coroutine, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict
 
@@ -16,6 +16,8 @@ from vllm_cocktail.output_logprobs import OUTPUT_START_ARG
 if TYPE_CHECKING:
     from vllm.engine.protocol import EngineClient
     from vllm.outputs import RequestOutput
+
+_T = TypeVar("_T")
 
 
 class TokenizedExample(BaseModel):
@@ -63,39 +65,86 @@ async def mean_losses(
     config = engine.model_config
     for row, example in enumerate(examples, start=1):
         check_example(example, row=row, max_model_len=config.max_model_len, vocab_size=config.get_vocab_size())
+    return await all_of(_mean_loss(engine, example, xargs) for example in examples)
+
+
+async def leaves_out_inputs(engine: EngineClient, *, xargs: Mapping[str, Any] | None = None) -> bool:
+    """Whether the workers compute log-probabilities of outputs alone (`output_logprobs`), as those of V1 do.
+
+    Raises:
+        EngineError: the engine gave none.
+    """
+    example = TokenizedExample(token_ids=[0, 1, 2, 3], output_start=2)
+    scored = await _score(engine, example, xargs, secrets.token_hex(16), reads_cache=False)
+    return len([logprobs for logprobs in scored.prompt_logprobs or () if logprobs]) == 2
+
+
+async def output_log_probs(
+    engine: EngineClient,
+    example: TokenizedExample,
+    *,
+    xargs: Mapping[str, Any] | None,
+    cache_salt: str,
+    reads_cache: bool = False,
+) -> tuple[list[float], int]:
+    """Log-probability (nats) of each token of an output, and how many of all tokens had been computed before.
+
+    Args:
+        reads_cache: whether computed blocks of the same salt are used. Where they reach into the output, the
+            log-probabilities of its tokens there are NaN. Only for an engine that leaves out inputs.
+
+    Raises:
+        EngineError: the engine gave none.
+    """
+    scored = await _score(engine, example, xargs, cache_salt, reads_cache=reads_cache)
+    assert scored.prompt_logprobs is not None
+    output = example.token_ids[example.output_start :]
+    # of the whole prompt where the workers do not leave out what is before its output
+    of_output = scored.prompt_logprobs[-len(output) :]
+    log_probs = [logprobs[token].logprob for token, logprobs in zip(output, of_output, strict=True) if logprobs]
+    return log_probs, scored.num_cached_tokens or 0
+
+
+async def all_of(calls: Iterable[Coroutine[Any, Any, _T]]) -> list[_T]:
+    """The results of calls that run at once; of the first that fails, the error, and the others are cancelled."""
     try:
         async with asyncio.TaskGroup() as group:
-            tasks = [group.create_task(_mean_loss(engine, example, xargs)) for example in examples]
+            tasks = [group.create_task(call) for call in calls]
     except ExceptionGroup as failed:
         raise failed.exceptions[0] from failed
     return [task.result() for task in tasks]
 
 
 async def _mean_loss(engine: EngineClient, example: TokenizedExample, xargs: Mapping[str, Any] | None) -> float:
+    # no other request may tell from a prefix hit which examples were scored
+    log_probs, _ = await output_log_probs(engine, example, xargs=xargs, cache_salt=secrets.token_hex(16))
+    return -math.fsum(log_probs) / len(log_probs)
+
+
+async def _score(
+    engine: EngineClient,
+    example: TokenizedExample,
+    xargs: Mapping[str, Any] | None,
+    cache_salt: str,
+    *,
+    reads_cache: bool,
+) -> RequestOutput:
     from vllm.inputs import TokensPrompt
     from vllm.sampling_params import RequestOutputKind, SamplingParams
 
-    request_id = f"cocktail-score-{secrets.token_hex(8)}"
-    prompt = TokensPrompt(
-        prompt_token_ids=example.token_ids,
-        # no other request may tell from a prefix hit which examples were scored
-        cache_salt=secrets.token_hex(16),
-    )
+    prompt = TokensPrompt(prompt_token_ids=example.token_ids, cache_salt=cache_salt)
     params = SamplingParams(
         temperature=0.0,
         max_tokens=1,  # the least that vLLM generates
         prompt_logprobs=0,  # of the prompt's own tokens only
+        skip_reading_prefix_cache=not reads_cache,
         detokenize=False,
         output_kind=RequestOutputKind.FINAL_ONLY,
         extra_args={**(xargs or {}), OUTPUT_START_ARG: example.output_start},
     )
     final: RequestOutput | None = None
-    async for output in engine.generate(prompt, params, request_id):
+    async for output in engine.generate(prompt, params, f"cocktail-score-{secrets.token_hex(8)}"):
         final = output
     if final is None or not final.prompt_logprobs:
         raise EngineError("the engine gave no log-probabilities for an example")
-    output = example.token_ids[example.output_start :]
-    # of the whole prompt where the workers do not leave out what is before its output
-    of_output = final.prompt_logprobs[-len(output) :]
-    log_probs = [logprobs[token].logprob for token, logprobs in zip(output, of_output, strict=True)]
-    return -math.fsum(log_probs) / len(log_probs)
+    return final

@@ -202,6 +202,8 @@ JOURNEYS: Mapping[str, Journey] = {
         pages=(
             "docs/tutorials/first-cocktail.md",
             "docs/how-to/fine-tuning.md",
+            "docs/how-to/decisions.md",
+            "docs/how-to/from-openai-fine-tuning.md",
             "examples/demo_pool/README.md",
             "README.md",
             "docs/how-to/extract-adapters.md",
@@ -219,10 +221,13 @@ JOURNEYS: Mapping[str, Journey] = {
             "print(answer.choices[0].message.content)  # Stockholm, Swedish": "Stockholm, Swedish",
             'print(answer.model, "says"': "says Stockholm, Swedish",
             "| grep '\"id\"'": "travel-desk@",
+            "localhost:8000/v1/decisions": '"choice":"Stockholm"',
+            "import-openai": "2 examples, 0 rows refused",
         },
         not_run={
             "make demo ": "tests/e2e/test_demo.py runs it, and `make serve` here",
             "messages=[...], extra_body": "not a whole program",
+            "client.decisions.create": "the client installed has none; tests/e2e/test_clients.py asks by a newer one",
             "pip install": CHECKOUT,
             "docker build": "needs docker",
             "make wheel": "tests/e2e/test_wheel.py installs what it builds",

@@ -1,14 +1,19 @@
-"""LangChain and LlamaIndex through their OpenAI classes, as docs/how-to/langchain-llamaindex.md shows them."""
+"""LangChain and LlamaIndex through their OpenAI classes, as docs/how-to/langchain-llamaindex.md shows them; and what
+OpenAI's own client can do in its newest release."""
 
 from __future__ import annotations
 
 import gc
+import json
+import re
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
 from sentence_transformers import SentenceTransformer
 
+from tests import other_packages
 from tests.conftest import Stack
 
 pytestmark = [
@@ -77,3 +82,43 @@ def test_llama_index_chat(stack: Stack) -> None:
 
     llm = Cocktail(api_base=stack.base_url, api_key="none", model=stack.model_ids["untied", "three-ways"], max_tokens=8)
     assert llm.complete("the capital of france").text
+
+
+def test_decisions_by_openais_newest_client(stack: Stack) -> None:
+    """The one installed has no such resource yet."""
+    models = [stack.model_ids["tied", mixture] for mixture in ("base", "north", "half-north")]
+    script = str(Path(__file__).with_name("decision_client.py"))
+    told = json.loads(other_packages.run(other_packages.OPENAI, [script, stack.base_url, *models]))
+    assert [each["model"] for each in told] == models
+    assert len({json.dumps(each["answers"]) for each in told}) == len(models)
+
+
+def test_langchains_own_tests(stack: Stack, tmp_path: Path) -> None:
+    """By its newest release, and OpenAI's."""
+    # its clients outlive a test, and so must their loop
+    (tmp_path / "pytest.ini").write_text(
+        "[pytest]\nasyncio_mode = auto\nasyncio_default_test_loop_scope = session\n"
+        "asyncio_default_fixture_loop_scope = session\n"
+    )
+    said = other_packages.run(
+        other_packages.LANGCHAIN_TESTS,
+        [
+            "-m",
+            "pytest",
+            "-q",
+            "-p",
+            "no:cacheprovider",
+            "-c",
+            str(tmp_path / "pytest.ini"),
+            # a benchmark of recorded answers, by a plugin of its own
+            "-k",
+            "not test_stream_time",
+            str(Path(__file__).with_name("langchain_standard.py")),
+        ],
+        environ={
+            "COCKTAIL_URL": stack.base_url,
+            "COCKTAIL_CHAT": stack.model_ids["tied", "half-north"],
+            "COCKTAIL_EMBEDDINGS": "mini/faq",
+        },
+    )
+    assert int(re.findall(r"(\d+) passed", said)[0]) >= 20

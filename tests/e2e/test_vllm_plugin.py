@@ -7,6 +7,7 @@ import contextlib
 import copy
 import itertools
 import json
+import re
 import time
 from collections.abc import AsyncIterator, Iterator
 from typing import Any
@@ -17,8 +18,10 @@ import torch
 from transformers import LlamaForCausalLM
 
 from cocktail_serve.recipe import make_recipe
-from tests.e2e.conftest import API_KEY, MAX_MODEL_LEN, VLLMServer, completion_body
+from cocktail_serve.scoring.decoder import TokenizedExample, token_log_probs
+from tests.e2e.conftest import API_KEY, BLOCK_SIZE, MAX_MODEL_LEN, VLLMServer, completion_body
 from tests.e2e.reference import LOGPROB_TOLERANCE, assert_greedy_of, load_reference, reference
+from tests.gateways import eventually
 from tests.merging import merged
 from vllm_cocktail.launch import is_cpu_build
 
@@ -230,6 +233,7 @@ ENGINE_ROUTES = [
     ("POST", "/v1/responses"),
     ("POST", "/v1/messages"),
     ("POST", "/v1/cocktail/score"),
+    ("POST", "/v1/cocktail/decide"),
     ("POST", "/inference/v1/generate"),
     ("POST", "/invocations"),
     ("POST", "/pooling"),
@@ -258,7 +262,10 @@ def test_the_fence_lets_through_what_never_reaches_the_engine(managed: VLLMServe
 
 @pytest.mark.parametrize(
     ("method", "path"),
-    [("GET", "/v1/cocktail/status"), *(("POST", f"/v1/cocktail/{name}") for name in ("mix", "forget", "score"))],
+    [
+        ("GET", "/v1/cocktail/status"),
+        *(("POST", f"/v1/cocktail/{name}") for name in ("mix", "forget", "score", "decide")),
+    ],
 )
 def test_control_routes_need_the_key(managed: VLLMServer, method: str, path: str) -> None:
     for headers in ({"authorization": ""}, {"authorization": f"Bearer not-{API_KEY}"}):
@@ -529,3 +536,80 @@ async def test_every_answer_under_load_is_its_recipes_own(server: VLLMServer) ->
     server.resident = recipes[-1].digest
     for which, prompt, choice in answered:
         assert_greedy_of(models[which], prompt, choice)
+
+
+def decide(server: VLLMServer, options: list[dict[str, Any]], *, salt: str | None = "s", **fields: Any) -> Any:
+    return server.client.post(
+        "/v1/cocktail/decide",
+        json={"questions": options, "cache_salt": salt, **fields},
+        headers={"x-cocktail-recipe": server.resident},
+    )
+
+
+def likelihoods(server: VLLMServer, prompt: list[int], continuations: list[list[int]]) -> list[float]:
+    """As transformers has them, in nats."""
+    examples = [TokenizedExample([*prompt, *rest], len(prompt)) for rest in continuations]
+    return [float(each.sum()) for each in token_log_probs(reference(server, {"base": 1.0}), examples)]
+
+
+LONG = list(range(20, 20 + 2 * BLOCK_SIZE + 5))
+"""Two blocks and a bit."""
+
+
+def test_options_share_what_they_begin_with(server: VLLMServer) -> None:
+    """The second time, a block that reaches into an option is there: what it hides is computed all the same."""
+    continuations = [[40, 41], [42], [43, *range(50, 50 + BLOCK_SIZE)]]
+    asked = [
+        {"prompt": LONG, "continuations": continuations, "output_starts": [len(LONG)] * 3},
+        {"prompt": [*LONG, 7], "labels": [60, 61, 62]},
+    ]
+    wanted = [likelihoods(server, LONG, continuations), likelihoods(server, [*LONG, 7], [[60], [61], [62]])]
+    replies = [decide(server, asked).json() for _ in range(3)]
+    for reply in replies:
+        for found, of_transformers in zip(reply["log_probs"], wanted, strict=True):
+            assert found == pytest.approx(of_transformers, abs=2e-3 * (BLOCK_SIZE + 1))
+    num_tokens = sum(len(LONG) + len(rest) for rest in continuations) + len(LONG) + 1
+    first = replies[0]
+    assert first["num_computed"] == num_tokens - 3 * 2 * BLOCK_SIZE, "computed for the first option alone"
+    assert sorted(first["num_cached"]) == [0, 2 * BLOCK_SIZE], "whichever comes first"
+    assert replies[1]["num_cached"] == [2 * BLOCK_SIZE] * 2
+    strangers = decide(server, asked, salt="another").json()
+    assert sorted(strangers["num_cached"]) == [0, 2 * BLOCK_SIZE], "a salt of its own finds nothing"
+    assert sorted(decide(server, asked, salt=None).json()["num_cached"]) == [0, 2 * BLOCK_SIZE]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"prompt": [1]},
+        {"prompt": [1], "labels": [10**6]},
+        {"prompt": [1] * MAX_MODEL_LEN, "labels": [1]},
+        {"prompt": [1], "continuations": [[2]], "output_starts": [2]},
+    ],
+)
+def test_options_that_do_not_fit_are_refused(managed: VLLMServer, options: dict[str, Any]) -> None:
+    assert decide(managed, [options]).status_code == 400
+    assert managed.status()["in_flight"] == 0
+
+
+def test_options_of_a_client_that_left_are_not_computed(managed: VLLMServer) -> None:
+    long = [[*range(20, 100), number % 90 + 10, number // 90 + 10] for number in range(4000)]
+    asked = [{"prompt": [5], "continuations": long, "output_starts": [1] * len(long)}]
+    with (
+        httpx.Client(transport=httpx.HTTPTransport(uds=str(managed.uds)), headers=managed.client.headers) as client,
+        pytest.raises(httpx.ReadTimeout),
+    ):
+        client.post(
+            "http://engine/v1/cocktail/decide",
+            json={"questions": asked},
+            headers={"x-cocktail-recipe": managed.resident},
+            timeout=2.0,
+        )
+    eventually(lambda: managed.status()["in_flight"] == 0, "its end", within_s=5.0)
+    running = re.findall(r"^vllm:num_requests_running.* (\S+)$", managed.client.get("/metrics").text, re.MULTILINE)
+    assert [float(count) for count in running] == [0.0]
+
+
+def test_vllms_own_decisions_are_shut(server: VLLMServer) -> None:
+    response = server.client.post("/v1/decisions", json={}, headers={"x-cocktail-recipe": server.resident})
+    assert (response.status_code, response.json()["error"]["code"]) == (501, "not_served")

@@ -11,16 +11,19 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import numpy as np
 import pytest
 import torch
 import yaml
 from transformers import AutoTokenizer, LlamaForCausalLM
 
 from bench.server import RunningServer, running_server
+from cocktail_serve.decisions import Reading
 from cocktail_serve.examples import parse_examples
 from cocktail_serve.scoring.decoder import score_with_transformers, tokenize_examples
 from tests.adapters import parameters_of, train_adapter
 from tests.command_line import answer, run
+from tests.e2e.decisions import PROBABILITY_TOLERANCE, expected, probabilities, question
 from tests.e2e.reference import assert_greedy_of, load_reference
 from tests.merging import linear
 from tests.models import make_decoder, pool_section
@@ -114,6 +117,29 @@ def test_losses_are_those_of_transformers_and_a_cocktail_needs_nothing_more(serv
         of_examples = score_with_transformers(served.reference(weights), tokenized)
         assert loss == pytest.approx(sum(of_examples) / len(of_examples), abs=LOSS_TOLERANCE)
     assert made["recipe"]["form"] == "unmerged"
+
+
+@pytest.mark.parametrize("reading", ["verbatim", "labels"])
+def test_decisions_go_by_the_row_of_their_recipe(served: Served, reading: Reading) -> None:
+    """At once, so that they share a batch."""
+    name = f"decided-{reading}"
+    mixtures = {"pico": {"base": 1.0}, "pico/green": {"green": 1.0}, name: {"base": 0.3, "red": 0.3, "green": 0.4}}
+    served.make(name, merging_weights=mixtures[name], seed=len(name))
+    text, questions = "what is the capital of france", [question(number) for number in range(3)]
+
+    async def ask() -> list[dict[str, Any]]:
+        body = {"input": text, "questions": questions, "reading": reading}
+        async with httpx.AsyncClient(base_url=served.server.url, timeout=120) as http:
+            answers = await asyncio.gather(
+                *(http.post("/v1/decisions", json={"model": model, **body}) for model in mixtures)
+            )
+        return [answer.json() for answer in answers]
+
+    for told, weights in zip(asyncio.run(ask()), mixtures.values(), strict=True):
+        wanted = expected(
+            served.reference(weights), served.folders["base"], text, questions, reading=reading, form="chat"
+        )
+        np.testing.assert_allclose(probabilities(told), wanted, rtol=0, atol=PROBABILITY_TOLERANCE)
 
 
 def test_a_response_goes_by_the_row_of_its_recipe(served: Served) -> None:

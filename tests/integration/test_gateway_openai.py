@@ -141,6 +141,8 @@ def test_models(client: OpenAI) -> None:
     expert = client.models.retrieve("flan/nq")
     assert (expert.id, expert.object, expert.owned_by) == ("flan/nq", "model", "operator")
     # what clients that list models of many kinds look for
+    lengths = {model.id: model.max_model_len for model in client.models.list()}  # type: ignore[attr-defined]
+    assert (lengths["flan"], lengths["flan/nq"], lengths["bge"]) == (256, 256, 128)
     told = {model.id: (model.type, model.capabilities) for model in client.models.list()}  # type: ignore[attr-defined]
     assert told["flan/nq"] == ("chat", ["completion"])
     assert told["bge/quora"] == ("embedding", ["embedding"])

@@ -318,7 +318,7 @@ async def test_a_websocket_of_an_old_server_is_closed() -> None:
 
 async def test_a_shut_path_is_nobodys() -> None:
     app = App()
-    middleware = FenceMiddleware(app, open_fence(), shut=("/v1/responses",))
+    middleware = FenceMiddleware(app, open_fence(), shut={"/v1/responses": "it reads no chat template"})
     start, body = await call(middleware, scope_of("/v1/responses", recipe=A))
     assert (start["status"], json.loads(body["body"])["error"]["code"]) == (501, "not_served")
     assert app.paths == []

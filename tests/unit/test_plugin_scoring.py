@@ -39,7 +39,7 @@ class Engine:
             logprobs.append({token: SimpleNamespace(logprob=value)})
         if self.leaves_out_inputs:
             logprobs = [None, *logprobs[params.extra_args[OUTPUT_START_ARG] :]]
-        yield SimpleNamespace(prompt_logprobs=[] if self.is_silent else logprobs)
+        yield SimpleNamespace(prompt_logprobs=[] if self.is_silent else logprobs, num_cached_tokens=0)
 
 
 def example(tokens: list[int], output_start: int) -> TokenizedExample:
@@ -64,6 +64,7 @@ async def test_what_the_engine_is_asked_for() -> None:
         assert prompt["prompt_token_ids"] == [1, 2]
         assert (params.max_tokens, params.prompt_logprobs, params.detokenize) == (1, 0, False)
         assert params.extra_args == {OUTPUT_START_ARG: 1}
+        assert params.skip_reading_prefix_cache
     salts = {prompt["cache_salt"] for prompt, _, _ in engine.asked}
     assert len(salts) == len({request_id for _, _, request_id in engine.asked}) == 2
     assert all(len(salt) <= 128 and salt.isalnum() for salt in salts)

@@ -129,6 +129,10 @@ class SentenceTransformersEngine(Generic[M]):
         """Tokens of an input, special ones included. Raises ModelNotReadyError until the model is loaded."""
         return self._loaded.max_length
 
+    @property
+    def max_model_len(self) -> int | None:
+        return None if self._model is None else self._model.max_length
+
     def name_recipes(self, names_of: NamesOf) -> None:
         self._names_of = names_of
 

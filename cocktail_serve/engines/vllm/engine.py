@@ -9,12 +9,16 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 from collections.abc import AsyncIterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+import orjson
+
 from cocktail_serve.config import VLLMEngineConfig
-from cocktail_serve.engines.base import Background, Forwarded, MixedAhead, Scored
+from cocktail_serve.decisions import PosedQuestion
+from cocktail_serve.engines.base import Background, Decided, Forwarded, MixedAhead, Scored
 from cocktail_serve.engines.engine_time import CallTimer
 from cocktail_serve.engines.recipe_names import NamesOf
 from cocktail_serve.engines.snapshot import EngineDetail, EngineSnapshot, EngineState
@@ -38,7 +42,7 @@ from cocktail_serve.pool import Pool
 from cocktail_serve.recipe import Recipe
 from cocktail_serve.scoring.tokenizer_cache import TOKENIZERS
 from vllm_cocktail.fence import RECIPE_HEADER
-from vllm_cocktail.replies import STATUS_PATH, StatusReply
+from vllm_cocktail.replies import DECIDE_PATH, STATUS_PATH, DecideReply, StatusReply
 
 LOOK_S = 0.05
 """Between two looks of background work for whether it should begin, or give way."""
@@ -90,6 +94,10 @@ class VLLMEngine:
             stats=stats,
         )
         self._scorer = DecoderScorer(pool, self._supervisor, turns, kept=run_dir / TOKENIZERS)
+
+    @property
+    def max_model_len(self) -> int | None:
+        return self._supervisor.max_model_len
 
     async def start(self) -> None:
         if not self._supervisor.is_started:
@@ -171,6 +179,41 @@ class VLLMEngine:
             raise engine_error(answer.status, whole)
         return whole
 
+    async def decide(
+        self,
+        recipe: Recipe,
+        questions: Sequence[PosedQuestion],
+        *,
+        tenant: str,
+        generation: GenerationSettings | None = None,
+        cache_salt: str | None = None,
+        background: Background | None = None,
+    ) -> Decided:
+        template = None if generation is None else generation.chat_template
+        tokenized = await self._scorer.tokenize_options(questions, template)
+        body = {"questions": tokenized, "cache_salt": cache_salt}
+        content = self._bodies.write(body, recipe, tenant=tenant, fields=self._recipe_fields(recipe))
+        num_tokens = sum(options.num_tokens for options in tokenized)
+        self._supervisor.check_available()
+        with contextlib.ExitStack() as held:
+            lease = await self._lease(recipe, held, tenant=tenant, num_tokens=num_tokens, background=background)
+            with lease.interruptible():
+                answer = await self._post(recipe, DECIDE_PATH, content)
+                with contextlib.closing(answer):
+                    whole = await read_whole(answer)
+            self._check_recipe(recipe, answer)
+            if answer.status != 200:
+                raise engine_error(answer.status, whole)
+        reply: DecideReply = orjson.loads(whole)
+        lease.settle(reply["num_computed"])
+        return Decided(
+            log_probs=[
+                [math.nan if value is None else float(value) for value in options] for options in reply["log_probs"]
+            ],
+            num_tokens=num_tokens,
+            num_cached=sum(reply["num_cached"]),
+        )
+
     @contextlib.asynccontextmanager
     async def forward(
         self,
@@ -184,22 +227,13 @@ class VLLMEngine:
     ) -> AsyncIterator[Forwarded]:
         if generation is not None:
             body = self._bodies.complete(body, path, generation, max_model_len=self._supervisor.max_model_len)
-        fields = {"model": self.pool.id, **recipe_fields(recipe, mode=self.pool.mode)}
-        content = self._bodies.write(body, recipe, tenant=tenant, fields=fields)
-        headers = {RECIPE_HEADER: recipe.digest}
+        content = self._bodies.write(body, recipe, tenant=tenant, fields=self._recipe_fields(recipe))
         num_tokens = expected_tokens(body, num_bytes=len(content))
         self._supervisor.check_available()
         with contextlib.ExitStack() as held:
-            if background is None:
-                lease = held.enter_context(
-                    await self._turns.acquire(
-                        recipe, tenant=tenant, num_tokens=num_tokens, timeout_s=self._queue_timeout_s
-                    )
-                )
-            else:
-                lease = await self._background_lease(recipe, background, held)
+            lease = await self._lease(recipe, held, tenant=tenant, num_tokens=num_tokens, background=background)
             with lease.interruptible():
-                answer = await self._supervisor.require_server().post(path, content, headers=headers)
+                answer = await self._post(recipe, path, content)
             with contextlib.closing(answer):
                 if answer.status == 200 and answer.headers.get("content-type", "").startswith("text/event-stream"):
                     self._check_recipe(recipe, answer)
@@ -214,6 +248,29 @@ class VLLMEngine:
                 raise engine_error(answer.status, whole)
         # the turn is over: the engine has done its part
         yield Forwarded(whole, None, lease.settle)
+
+    def _recipe_fields(self, recipe: Recipe) -> Mapping[str, Any]:
+        return {"model": self.pool.id, **recipe_fields(recipe, mode=self.pool.mode)}
+
+    async def _post(self, recipe: Recipe, path: str, content: bytes) -> EngineResponse:
+        headers = {RECIPE_HEADER: recipe.digest}
+        return await self._supervisor.require_server().post(path, content, headers=headers)
+
+    async def _lease(
+        self,
+        recipe: Recipe,
+        held: contextlib.ExitStack,
+        *,
+        tenant: str,
+        num_tokens: int,
+        background: Background | None,
+    ) -> Lease:
+        """The recipe's turn, once it has come, until `held` exits."""
+        if background is not None:
+            return await self._background_lease(recipe, background, held)
+        return held.enter_context(
+            await self._turns.acquire(recipe, tenant=tenant, num_tokens=num_tokens, timeout_s=self._queue_timeout_s)
+        )
 
     async def _background_lease(self, recipe: Recipe, background: Background, held: contextlib.ExitStack) -> Lease:
         try:

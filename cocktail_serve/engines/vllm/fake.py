@@ -41,11 +41,13 @@ from vllm_cocktail.fence import RECIPE_HEADER, ASGIApp, ASGIScope, Fence, FenceM
 from vllm_cocktail.lifetime import die_with_owner
 from vllm_cocktail.manifest import Manifest
 from vllm_cocktail.replies import (
+    DECIDE_PATH,
     FORGET_PATH,
     MIX_PATH,
     RESPONSES_PATH,
     SCORE_PATH,
     STATUS_PATH,
+    DecideReply,
     MixReply,
     ParameterSource,
     StatusReply,
@@ -62,7 +64,7 @@ Fault = Literal[
     "mix_hang",  # the next mix never ends
     "mix_invalid",  # the next recipe is refused, nothing changed
     "score_error",  # the next scoring request is answered with the error in the file
-    "score_overflow",  # the losses of the next scoring request are not finite
+    "score_overflow",  # the losses of the next scoring request, or the log-probabilities of decisions, are not finite
     "stream_cut",  # the next stream ends in the middle
     "stream_error",  # the next stream ends with the error in the file as an event and [DONE], as vLLM's
 ]
@@ -101,6 +103,11 @@ def fake_loss(recipe_digest: str, token_ids: Sequence[int], output_start: int) -
     """A loss between 0 and 4 nats that depends on all it is given."""
     content = orjson.dumps([recipe_digest, list(token_ids), output_start])
     return int.from_bytes(hashlib.sha256(content).digest()[:4], "big") / 2**30
+
+
+def _fake_log_probs(recipe_digest: str, options: Mapping[str, Any]) -> list[float | None]:
+    rests = [[label] for label in options["labels"]] or options["continuations"]
+    return [-fake_loss(recipe_digest, options["prompt"] + rest, len(options["prompt"])) for rest in rests]
 
 
 def fake_args(*, uds: Path, served_model_name: str, max_model_len: int | None, extra: Mapping[str, Any]) -> list[str]:
@@ -172,6 +179,7 @@ class FakeServer:
             Route(STATUS_PATH, self._status),
             Route(MIX_PATH, self._mix, methods=["POST"]),
             Route(SCORE_PATH, self._score, methods=["POST"]),
+            Route(DECIDE_PATH, self._decide, methods=["POST"]),
             Route(FORGET_PATH, self._forget, methods=["POST"]),
         ]
         # the key first: a stranger learns nothing from the fence
@@ -267,6 +275,21 @@ class FakeServer:
             return _json({"losses": [None for _ in examples]})
         digest = self._recipe_of(request)
         return _json({"losses": [fake_loss(digest, e["token_ids"], e["output_start"]) for e in examples]})
+
+    async def _decide(self, request: Request) -> Response:
+        questions = orjson.loads(await request.body())["questions"]
+        await self._take_time(len(questions), request)
+        if (error := self._struck("answer_error")) is not None:
+            return _vllm_error(error)
+        digest = self._recipe_of(request)
+        reply: DecideReply = {
+            "log_probs": [_fake_log_probs(digest, options) for options in questions],
+            "num_cached": [0 for _ in questions],
+            "num_computed": sum(len(options["prompt"]) for options in questions),
+        }
+        if self._strikes("score_overflow"):
+            reply["log_probs"] = [[None for _ in options] for options in reply["log_probs"]]
+        return _json(reply)
 
     async def _forget(self, request: Request) -> Response:
         digest = orjson.loads(await request.body())["digest"]

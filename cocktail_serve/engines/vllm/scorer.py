@@ -6,11 +6,13 @@ import asyncio
 import math
 import time
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+from typing import Any
 
+from cocktail_serve.decisions import PosedQuestion
 from cocktail_serve.engines.base import Scored
 from cocktail_serve.engines.engine_time import CallTimer
 from cocktail_serve.engines.turns.base import Turns
@@ -20,14 +22,21 @@ from cocktail_serve.engines.vllm.request_body import recipe_fields
 from cocktail_serve.engines.vllm.supervisor import Supervisor
 from cocktail_serve.errors import DrainedError, ModelNotReadyError
 from cocktail_serve.examples import ExampleSet
+from cocktail_serve.generation_settings import ChatTemplate
 from cocktail_serve.library_process import LibraryProcess
 from cocktail_serve.pool import Pool
 from cocktail_serve.recipe import Recipe
-from cocktail_serve.scoring.decoder import TokenizedExample, tokenize_examples
 from cocktail_serve.scoring.exported_tokenizer import ExampleTokenizer
+from cocktail_serve.scoring.options import (
+    ScoredExample,
+    TokenizedDecision,
+    TokenizedOptions,
+    tokenize_options,
+    tokenize_scored,
+)
 from cocktail_serve.scoring.tokenizer_cache import open_tokenizer, prepare_tokenizer
 from vllm_cocktail.fence import RECIPE_HEADER
-from vllm_cocktail.replies import SCORE_PATH, ScoreReply
+from vllm_cocktail.replies import DECIDE_PATH, SCORE_PATH, DecideReply, ScoreReply
 
 SCORE_TOKENS = 4096
 """Tokens of one scoring request; between two the turn may be given up."""
@@ -71,7 +80,7 @@ class DecoderScorer:
         self._executor = ThreadPoolExecutor(1, thread_name_prefix=f"tokenizer-{pool.id}")
         self._tokenizer: asyncio.Future[ExampleTokenizer] | None = None
         self._tried_at = 0.0
-        self._tokenized: OrderedDict[tuple[str, int], list[TokenizedExample]] = OrderedDict()
+        self._tokenized: OrderedDict[tuple[str, int], list[ScoredExample]] = OrderedDict()
 
     def prepare_tokenizer(self) -> None:
         """Begins to make the tokenizer ready to be loaded, which is done when it is needed: a large one takes memory.
@@ -102,14 +111,53 @@ class DecoderScorer:
         self._executor.shutdown(wait=False, cancel_futures=True)
         self._libraries.close()
 
-    async def tokenize(self, examples: ExampleSet) -> list[TokenizedExample]:
+    async def tokenize(self, examples: ExampleSet) -> list[ScoredExample]:
         """The examples as they will be scored; those of the last sets are kept, by digest.
 
         Raises:
-            ContextLengthError, InvalidExamplesError: as `scoring.decoder.tokenize_examples`.
+            ContextLengthError, InvalidExamplesError: as `scoring.options.tokenize_scored`.
             ConfigError: the pool's base has no tokenizer that tells where an output starts.
             ModelNotReadyError: the context length is not known yet, or the engine was stopped.
         """
+        max_tokens = self._max_tokens()
+        key = (examples.digest, max_tokens)
+        if key in self._tokenized:
+            self._tokenized.move_to_end(key)
+            return self._tokenized[key]
+        tokenizer = await asyncio.shield(self._load_tokenizer())
+        tokenize = partial(
+            tokenize_scored, tokenizer, examples, max_tokens=max_tokens, chat_template=self._chat_template
+        )
+        tokenized = await asyncio.get_running_loop().run_in_executor(self._executor, tokenize)
+        self._tokenized[key] = tokenized
+        if len(self._tokenized) > TOKENIZED_KEPT:
+            self._tokenized.popitem(last=False)
+        return tokenized
+
+    async def tokenize_options(
+        self, questions: Sequence[PosedQuestion], chat_template: ChatTemplate | None
+    ) -> list[TokenizedOptions]:
+        """The options of questions as they will be read.
+
+        Args:
+            chat_template: of the model that is asked; None: the pool's.
+
+        Raises:
+            ContextLengthError, InvalidRequestError: as `scoring.options.tokenize_options`.
+            ConfigError, ModelNotReadyError: as `tokenize`.
+        """
+        max_tokens = self._max_tokens()
+        tokenizer = await asyncio.shield(self._load_tokenizer())
+        tokenize = partial(
+            tokenize_options,
+            tokenizer,
+            questions,
+            max_tokens=max_tokens,
+            chat_template=chat_template or self._chat_template,
+        )
+        return await asyncio.get_running_loop().run_in_executor(self._executor, tokenize)
+
+    def _max_tokens(self) -> int:
         max_model_len = self._supervisor.max_model_len
         if max_model_len is None:
             raise ModelNotReadyError(
@@ -117,19 +165,7 @@ class DecoderScorer:
             )
         if self._supervisor.state == "stopped":
             raise ModelNotReadyError("the server is shutting down")
-        key = (examples.digest, max_model_len)
-        if key in self._tokenized:
-            self._tokenized.move_to_end(key)
-            return self._tokenized[key]
-        tokenizer = await asyncio.shield(self._load_tokenizer())
-        tokenize = partial(
-            tokenize_examples, tokenizer, examples, max_tokens=max_model_len - 1, chat_template=self._chat_template
-        )
-        tokenized = await asyncio.get_running_loop().run_in_executor(self._executor, tokenize)
-        self._tokenized[key] = tokenized
-        if len(self._tokenized) > TOKENIZED_KEPT:
-            self._tokenized.popitem(last=False)
-        return tokenized
+        return max_model_len - 1
 
     async def score(self, recipe: Recipe, examples: ExampleSet) -> Scored:
         """Loss (nats) of each example under a recipe, in as many turns as it takes; NaN where it is not finite.
@@ -155,41 +191,56 @@ class DecoderScorer:
                         raise
         return Scored(losses, timer.time)
 
-    async def _score_some(self, lease: Lease, recipe: Recipe, tokenized: Sequence[TokenizedExample]) -> list[float]:
+    async def _score_some(self, lease: Lease, recipe: Recipe, tokenized: Sequence[ScoredExample]) -> list[float]:
         """Losses of the first examples: all, unless the turn ends."""
         losses: list[float] = []
         for chunk in _chunks(tokenized):
             if losses and lease.should_yield:
                 break
-            examples = [{"token_ids": e.token_ids, "output_start": e.output_start} for e in chunk]
             try:
                 with lease.interruptible():
-                    status, body = await self._supervisor.require_server().call(
-                        "POST",
-                        SCORE_PATH,
-                        {**recipe_fields(recipe, mode=self._mode), "examples": examples},
-                        timeout_s=None,
-                        headers={RECIPE_HEADER: recipe.digest},
-                    )
+                    losses += await self._score_chunk(recipe, chunk)
             except DrainedError:
                 if losses:
                     break
                 raise
-            if status != 200:
-                raise engine_error(status, body, what="scoring")
-            reply: ScoreReply = body
-            losses += [math.nan if loss is None else float(loss) for loss in reply["losses"]]
         return losses
 
+    async def _score_chunk(self, recipe: Recipe, chunk: Sequence[ScoredExample]) -> list[float]:
+        decisions = [example for example in chunk if isinstance(example, TokenizedDecision)]
+        if decisions:  # and nothing else: see `examples.parse_examples`
+            answer: DecideReply = await self._ask(
+                recipe, DECIDE_PATH, {"questions": [example.options for example in decisions]}
+            )
+            return [
+                example.loss([math.nan if value is None else value for value in log_probs])
+                for example, log_probs in zip(decisions, answer["log_probs"], strict=True)
+            ]
+        reply: ScoreReply = await self._ask(recipe, SCORE_PATH, {"examples": chunk})
+        return [math.nan if loss is None else float(loss) for loss in reply["losses"]]
 
-def _chunks(tokenized: Sequence[TokenizedExample]) -> list[list[TokenizedExample]]:
+    async def _ask(self, recipe: Recipe, path: str, body: Mapping[str, Any]) -> Any:
+        status, answer = await self._supervisor.require_server().call(
+            "POST",
+            path,
+            {**recipe_fields(recipe, mode=self._mode), **body},
+            timeout_s=None,
+            headers={RECIPE_HEADER: recipe.digest},
+        )
+        if status != 200:
+            raise engine_error(status, answer, what="scoring")
+        return answer
+
+
+def _chunks(tokenized: Sequence[ScoredExample]) -> list[list[ScoredExample]]:
     """In order, at most `SCORE_TOKENS` tokens each, at least one example."""
-    chunks: list[list[TokenizedExample]] = []
+    chunks: list[list[ScoredExample]] = []
     room = 0
     for example in tokenized:
-        if not chunks or len(example.token_ids) > room:
+        num_tokens = example.options.num_tokens if isinstance(example, TokenizedDecision) else len(example.token_ids)
+        if not chunks or num_tokens > room:
             chunks.append([])
             room = SCORE_TOKENS
         chunks[-1].append(example)
-        room -= len(example.token_ids)
+        room -= num_tokens
     return chunks

@@ -57,4 +57,5 @@ def _view(entry: ModelEntry, tenant: str, gateway: Gateway) -> Model:
         type=model_type,
         capabilities=[capability, "tools"] if calls_tools else [capability],
         pool=entry.pool,
+        max_model_len=gateway.engine(entry.pool).max_model_len,
     )

@@ -37,6 +37,10 @@ class Model(BaseModel):
         "`embedding`; `rerank`."
     )
     pool: str
+    max_model_len: int | None = Field(
+        description="Tokens that it takes, special ones included: of decoders with what it answers, of rerankers of a "
+        "pair. Null until its engine has told."
+    )
 
 
 class ModelList(BaseModel):

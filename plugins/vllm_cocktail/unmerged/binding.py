@@ -12,14 +12,14 @@ import orjson
 from cocktail_serve.errors import EngineError, InvalidMixError
 from cocktail_serve.recipe import Recipe
 from vllm_cocktail.fence import ASGIMessage, ASGIScope, Receive
-from vllm_cocktail.replies import RESPONSES_PATH, SCORE_PATH
+from vllm_cocktail.replies import DECIDE_PATH, RESPONSES_PATH, SCORE_PATH
 from vllm_cocktail.unmerged.row import ROW_ARG, XARGS, bind
 
 if TYPE_CHECKING:
     from vllm.engine.protocol import EngineClient
     from vllm.sampling_params import SamplingParams
 
-BOUND_PATHS = frozenset({"/v1/chat/completions", "/v1/completions", RESPONSES_PATH, SCORE_PATH})
+BOUND_PATHS = frozenset({"/v1/chat/completions", "/v1/completions", RESPONSES_PATH, SCORE_PATH, DECIDE_PATH})
 """Exact paths whose bodies bring coefficients as far as the worker. No other path of vLLM is let in."""
 
 _bound_row: ContextVar[list[str | float] | None] = ContextVar("cocktail_bound_row", default=None)

@@ -1,0 +1,139 @@
+"""Options read in an engine that only notes what it is asked: vLLM's types, no model."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import AsyncIterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from cocktail_serve.errors import EngineError, InvalidRequestError
+from vllm_cocktail.decisions import Options, OptionsRead, read_options
+from vllm_cocktail.output_logprobs import OUTPUT_START_ARG
+from vllm_cocktail.scoring import leaves_out_inputs
+
+pytest.importorskip("vllm.sampling_params", reason="what is asked of the engine is in vLLM's own types")
+
+MAX_MODEL_LEN = 12
+VOCAB_SIZE = 50
+
+
+class Engine:
+    """Gives token `t` the log-probability `-t`, wherever it stands.
+
+    Attributes:
+        num_cached: tokens that it says it found in its cache, where it may look there.
+    """
+
+    def __init__(self, *, num_cached: int = 0, leaves_out_inputs: bool = True) -> None:
+        self.model_config = SimpleNamespace(max_model_len=MAX_MODEL_LEN, get_vocab_size=lambda: VOCAB_SIZE)
+        self.num_cached = num_cached
+        self.leaves_out_inputs = leaves_out_inputs
+        self.asked: list[tuple[dict[str, Any], Any]] = []
+        self.is_silent = False
+
+    async def generate(self, prompt: dict[str, Any], params: Any, request_id: str) -> AsyncIterator[Any]:
+        self.asked.append((prompt, params))
+        tokens = prompt["prompt_token_ids"]
+        reads = not params.skip_reading_prefix_cache
+        cached = min(self.num_cached, len(tokens) - 1) if reads else 0
+        if self.is_silent:
+            yield SimpleNamespace(prompt_logprobs=None, outputs=[], num_cached_tokens=0)
+            return
+        if params.logprob_token_ids:
+            first = {token: SimpleNamespace(logprob=-float(token)) for token in params.logprob_token_ids}
+            yield SimpleNamespace(outputs=[SimpleNamespace(logprobs=[first])], num_cached_tokens=cached)
+            return
+        start = params.extra_args[OUTPUT_START_ARG] if self.leaves_out_inputs else 1
+        of_tokens = [
+            {token: SimpleNamespace(logprob=-float(token) if place > cached or not cached else math.nan)}
+            for place, token in enumerate(tokens)
+        ]
+        yield SimpleNamespace(prompt_logprobs=[None, *of_tokens[start:]], num_cached_tokens=cached)
+
+
+def verbatim(prompt: list[int], *continuations: list[int]) -> Options:
+    return Options(prompt=prompt, continuations=list(continuations), output_starts=[len(prompt)] * len(continuations))
+
+
+async def read(engine: Any, *questions: Options, **options: Any) -> list[OptionsRead]:
+    return await read_options(engine, questions, **{"cache_salt": "salt", "shares_prefixes": True, **options})
+
+
+async def test_the_log_probability_of_a_text_is_the_sum_over_its_tokens() -> None:
+    engine = Engine(num_cached=3)
+    (found,) = await read(engine, verbatim([9, 9, 9, 9], [1, 2], [5]), xargs={"row": []})
+    assert found == OptionsRead(log_probs=[-3.0, -5.0], num_cached=3, num_computed=(6 - 3) + (5 - 3))
+    for prompt, params in engine.asked:
+        assert prompt["cache_salt"] == "salt"
+        assert (params.max_tokens, params.prompt_logprobs, params.skip_reading_prefix_cache) == (1, 0, False)
+        assert params.extra_args == {"row": [], OUTPUT_START_ARG: 4}
+
+
+async def test_a_cache_that_reaches_into_an_option_is_not_used_for_it() -> None:
+    engine = Engine(num_cached=5)
+    (found,) = await read(engine, verbatim([9, 9, 9, 9, 9], [1, 2, 3]), cache_salt="salt")
+    assert (found.log_probs, found.num_cached, found.num_computed) == ([-6.0], 0, 8)
+    assert [params.skip_reading_prefix_cache for _, params in engine.asked] == [False, True]
+    (found,) = await read(engine, verbatim([9] * 6, [1, 2, 3]))
+    assert (found.log_probs, found.num_cached, found.num_computed) == ([-6.0], 5, 4), "the last before it was computed"
+
+
+async def test_an_engine_that_scores_whole_prompts_shares_nothing() -> None:
+    engine = Engine(num_cached=3, leaves_out_inputs=False)
+    assert not await leaves_out_inputs(engine)  # type: ignore[arg-type]
+    assert await leaves_out_inputs(Engine())  # type: ignore[arg-type]
+    (found,) = await read(engine, verbatim([9, 9, 9, 9], [1, 2], [5]), shares_prefixes=False)
+    assert (found.log_probs, found.num_cached) == ([-3.0, -5.0], 0)
+    assert all(params.skip_reading_prefix_cache for _, params in engine.asked)
+
+
+async def test_labels_are_read_from_the_first_token_alone() -> None:
+    engine = Engine(num_cached=3)
+    found = await read(engine, Options(prompt=[9] * 5, labels=[4, 2]), verbatim([9] * 5, [1]), cache_salt=None)
+    assert found[0] == OptionsRead(log_probs=[-4.0, -2.0], num_cached=3, num_computed=2)
+    assert found[1].log_probs == [-1.0]
+    (prompt, params), (other, _) = engine.asked
+    assert (params.max_tokens, params.temperature, params.logprob_token_ids) == (1, 0.0, [4, 2])
+    assert prompt["cache_salt"] == other["cache_salt"] != "salt", "one of their own"
+
+
+async def test_what_does_not_fit_is_named_before_anything_is_asked() -> None:
+    engine = Engine()
+    for wrong, message in (
+        (verbatim([9] * MAX_MODEL_LEN, [1]), "at most 11 fit"),
+        (verbatim([9], [VOCAB_SIZE]), "between 0 and 49"),
+        (Options(prompt=[9], labels=[-1]), "between 0 and 49"),
+        (Options(prompt=[9], continuations=[[1]], output_starts=[2]), "output_start 2"),
+    ):
+        with pytest.raises(InvalidRequestError, match=rf"questions\[1\].*{message}") as caught:
+            await read(engine, verbatim([9], [1]), wrong)
+        assert caught.value.param == "questions.1"
+    assert engine.asked == []
+
+
+@pytest.mark.parametrize("question", [verbatim([9], [1]), Options(prompt=[9], labels=[1])])
+async def test_an_engine_that_gives_no_log_probabilities(question: Options) -> None:
+    engine = Engine()
+    engine.is_silent = True
+    with pytest.raises(EngineError, match="no log-probabilities"):
+        await read(engine, question)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"prompt": [], "labels": [1]},
+        {"prompt": [1]},
+        {"prompt": [1], "labels": [1], "continuations": [[1]], "output_starts": [1]},
+        {"prompt": [1], "continuations": [[1]], "output_starts": []},
+        {"prompt": [1], "labels": [1], "more": 1},
+        {"prompt": [1], "labels": list(range(129))},
+    ],
+)
+def test_options_are_read_by_labels_or_verbatim(fields: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError):
+        Options.model_validate(fields)
