@@ -8,10 +8,12 @@ is a JSON object: `reason`, null where vLLM would go on and load the model; `war
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
+from importlib import import_module
 from typing import Any, NoReturn
 
 from pydantic import ValidationError
@@ -26,6 +28,9 @@ from vllm_cocktail.worker import require_mixable
 GIB = 1024**3
 
 _OWN_PREFIX = "VLLM_COCKTAIL_"
+
+_CLI_ARGS = ("common", "launchers", "openai")
+"""Where in `vllm.entrypoints` its command line is described: since 0.33, in 0.32, and before."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -64,22 +69,27 @@ def _check(argv: Sequence[str]) -> None:
     _check_kv_cache(config)
 
 
+def _cli_args() -> Any:
+    """vLLM's description of its command line; ConfigError where it has none that is known."""
+    for place in _CLI_ARGS:
+        with contextlib.suppress(ModuleNotFoundError):
+            return import_module(f"vllm.entrypoints.{place}.cli_args")
+    raise ConfigError("this release of vLLM describes its command line elsewhere, so engine.args cannot be checked")
+
+
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
     """Raises ConfigError with what vLLM's parser says, and the options that were meant."""
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-    try:
-        from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
-    except ImportError:  # where vLLM had them before 0.32
-        from vllm.entrypoints.openai.cli_args import make_arg_parser, validate_parsed_serve_args
+    cli_args = _cli_args()
 
     def refuse(message: str) -> NoReturn:
         raise ConfigError(with_options_meant(message, parser.format_usage()))
 
     parser = FlexibleArgumentParser(prog="vllm")
     parser.error = refuse  # which would end the process, with a page of usage
-    arguments: argparse.Namespace = make_arg_parser(parser).parse_args(list(argv))
-    validate_parsed_serve_args(arguments)
+    arguments: argparse.Namespace = cli_args.make_arg_parser(parser).parse_args(list(argv))
+    cli_args.validate_parsed_serve_args(arguments)
     return arguments
 
 

@@ -16,10 +16,12 @@ from typing import TYPE_CHECKING, Any, Self
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from cocktail_serve.errors import EngineError, InvalidExamplesError, InvalidRequestError
+from vllm_cocktail.output_logprobs import LABELS_ARG, OUTPUT_START_ARG
 from vllm_cocktail.scoring import TokenizedExample, all_of, check_example, output_log_probs
 
 if TYPE_CHECKING:
     from vllm.engine.protocol import EngineClient
+    from vllm.outputs import RequestOutput
 
 MAX_LABELS = 128
 """As many tokens as vLLM tells the log-probabilities of, beside the one that it samples."""
@@ -77,8 +79,8 @@ async def read_options(
     Args:
         xargs: as of `scoring.mean_losses`.
         cache_salt: of all prompts; None: one of their own, so that nobody else shares what is computed of them.
-        shares_prefixes: whether log-probabilities of a prompt's end are right where its beginning was computed before
-            (`output_logprobs`); else each option is computed from its beginning.
+        shares_prefixes: whether the workers compute log-probabilities of a prompt's end alone (`output_logprobs`), so
+            that its beginning may have been computed before; else each option is computed from its beginning.
 
     Raises:
         InvalidRequestError: options that do not fit; nothing was computed.
@@ -88,7 +90,7 @@ async def read_options(
     for index, question in enumerate(questions):
         _check(engine, question, index)
     return await all_of(
-        _read_labels(engine, question, xargs, salt)
+        _read_labels(engine, question, xargs, salt, shares_prefixes)
         if question.labels
         else _read_sequences(engine, question, xargs, salt, shares_prefixes)
         for question in questions
@@ -107,30 +109,44 @@ def _check(engine: EngineClient, question: Options, index: int) -> None:
 
 
 async def _read_labels(
-    engine: EngineClient, question: Options, xargs: Mapping[str, Any] | None, salt: str
+    engine: EngineClient, question: Options, xargs: Mapping[str, Any] | None, salt: str, shares_prefixes: bool
 ) -> OptionsRead:
     from vllm.inputs import TokensPrompt
     from vllm.sampling_params import RequestOutputKind, SamplingParams
 
+    asked: dict[str, Any] = {"logprob_token_ids": question.labels}
+    arguments = dict(xargs or {})
+    if shares_prefixes:
+        asked = {"prompt_logprobs": 0, "skip_reading_prefix_cache": False}
+        arguments |= {OUTPUT_START_ARG: len(question.prompt), LABELS_ARG: question.labels}
     params = SamplingParams(
         temperature=0.0,
         max_tokens=1,
-        logprob_token_ids=question.labels,
         detokenize=False,
         output_kind=RequestOutputKind.FINAL_ONLY,
-        extra_args=dict(xargs or {}),
+        extra_args=arguments,
+        **asked,
     )
     prompt = TokensPrompt(prompt_token_ids=question.prompt, cache_salt=salt)
-    final = None
+    final: RequestOutput | None = None
     async for output in engine.generate(prompt, params, f"cocktail-decide-{secrets.token_hex(8)}"):
         final = output
-    if final is None or not final.outputs or not final.outputs[0].logprobs:
+    of_labels = [] if final is None else _of_labels(final, question.labels, of_prompt=shares_prefixes)
+    if final is None or len(of_labels) != len(question.labels):
         raise EngineError("the engine gave no log-probabilities of a question's labels")
-    (first,) = final.outputs[0].logprobs
     num_cached = final.num_cached_tokens or 0
-    return OptionsRead(
-        [first[label].logprob for label in question.labels], num_cached, len(question.prompt) - num_cached
-    )
+    return OptionsRead(of_labels, num_cached, len(question.prompt) - num_cached)
+
+
+def _of_labels(final: RequestOutput, labels: Sequence[int], *, of_prompt: bool) -> list[float]:
+    """Log-probabilities of labels: behind a prompt, in the place of its own; else of the token that was sampled."""
+    if of_prompt:
+        told = [logprobs for logprobs in final.prompt_logprobs or () if logprobs]
+        return [logprobs[label].logprob for label, logprobs in zip(labels, told, strict=False)]
+    if not final.outputs or not final.outputs[0].logprobs:
+        return []
+    (first,) = final.outputs[0].logprobs
+    return [first[label].logprob for label in labels]
 
 
 async def _read_sequences(

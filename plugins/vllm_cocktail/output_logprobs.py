@@ -3,6 +3,10 @@
 vLLM computes the log-probabilities of a prompt for each of its tokens, one request after the other. A loss is of the
 output alone, which is the prompt's end: so a request that is scored says where it starts, and the output head computes
 the rows of those tokens only, of all such requests of a step in one product.
+
+Likewise a request may say which tokens may follow its prompt, and is told the log-probability of each. vLLM has a field
+for that (`logprob_token_ids`), by which V1 takes from all other requests of a step the log-probabilities that they ask
+for.
 """
 
 from __future__ import annotations
@@ -20,6 +24,9 @@ if TYPE_CHECKING:
 OUTPUT_START_ARG = "cocktail_output_start"
 """In a request's `extra_args`: index of the first token of its prompt whose log-probability is wanted."""
 
+LABELS_ARG = "cocktail_labels"
+"""In a request's `extra_args`, beside an output that starts where the prompt ends: the tokens that may follow it."""
+
 MAX_LOGITS = 2**24
 """Of one product: 64 MiB in float32, whatever the vocabulary."""
 
@@ -34,12 +41,14 @@ class _Part:
     Attributes:
         place: of the request in the step.
         begin: the first of the step's hidden states that predict a token that counts.
-        token_ids: the tokens that these and the following predict.
+        num_rows: how many of them do: one for each token, or one for all.
+        token_ids: the tokens that they predict.
         logprobs: where they go: a view of the request's own, `[len(token_ids)]`.
     """
 
     place: int
     begin: int
+    num_rows: int
     token_ids: Sequence[int]
     logprobs: Tensor
 
@@ -47,7 +56,8 @@ class _Part:
 class OutputLogprobs:
     """Computes the log-probabilities of requests that name an output; those of others are left to vLLM.
 
-    A request's answer holds a log-probability for each token of its output, in order, and for no other token.
+    A request's answer holds a log-probability for each token of its output, or for each of its labels, in order, and
+    for no other token.
 
     Args:
         runner: vLLM's model runner, of V1.
@@ -78,9 +88,20 @@ class OutputLogprobs:
         return get
 
     def _output_start(self, request_id: str) -> int | None:
-        params = self._runner.requests[request_id].sampling_params
-        start = ((params and params.extra_args) or {}).get(OUTPUT_START_ARG)
+        start = self._arguments(request_id).get(OUTPUT_START_ARG)
         return start if isinstance(start, int) else None
+
+    def _labels(self, request_id: str) -> Sequence[int]:
+        """Tokens that may follow; none where they are no tokens, as other clients of vLLM may send."""
+        labels = self._arguments(request_id).get(LABELS_ARG)
+        size = self._runner.input_batch.vocab_size
+        if isinstance(labels, list | tuple) and all(isinstance(each, int) and 0 <= each < size for each in labels):
+            return labels
+        return ()
+
+    def _arguments(self, request_id: str) -> Mapping[str, Any]:
+        params = self._runner.requests[request_id].sampling_params
+        return (params and params.extra_args) or {}
 
     def _compute(self, hidden_states: Tensor, num_scheduled_tokens: Mapping[str, int | None]) -> dict[str, Any]:
         """Computes what the step has of these requests; the log-probabilities of those whose prompts are read."""
@@ -100,6 +121,8 @@ class OutputLogprobs:
         return finished
 
     def _part(self, request_id: str, request: Any, num_tokens: int) -> _Part:
+        if labels := self._labels(request_id):
+            return self._part_of_labels(request_id, request, num_tokens, labels)
         token_ids = request.prompt_token_ids
         start = min(max(self._output_start(request_id) or 0, 1), len(token_ids))
         if request.in_progress_prompt_logprobs_cpu is None:
@@ -112,20 +135,37 @@ class OutputLogprobs:
         return _Part(
             place=place,
             begin=int(self._runner.query_start_loc.np[place]) + first - 1 - computed,
+            num_rows=end - first,
             token_ids=token_ids[first:end],
             logprobs=request.in_progress_prompt_logprobs_cpu.logprobs[first - start : end - start, 0],
+        )
+
+    def _part_of_labels(self, request_id: str, request: Any, num_tokens: int, labels: Sequence[int]) -> _Part:
+        """All of them where the step holds the prompt's last token, whose hidden state predicts each."""
+        if request.in_progress_prompt_logprobs_cpu is None:
+            request.in_progress_prompt_logprobs_cpu = _empty(labels)
+        place = self._runner.input_batch.req_id_to_index[request_id]
+        computed, last = request.num_computed_tokens, len(request.prompt_token_ids) - 1
+        is_here = computed <= last < computed + num_tokens
+        return _Part(
+            place=place,
+            begin=int(self._runner.query_start_loc.np[place]) + last - computed,
+            num_rows=int(is_here),
+            token_ids=labels if is_here else (),
+            logprobs=request.in_progress_prompt_logprobs_cpu.logprobs[:, 0],
         )
 
     def _fill(self, hidden_states: Tensor, parts: Sequence[_Part]) -> None:
         """Computes the log-probabilities of several requests, and writes them where they belong."""
         import torch
 
-        lengths = [len(part.token_ids) for part in parts]
-        rows = torch.from_numpy(
-            np.concatenate([np.arange(part.begin, part.begin + len(part.token_ids)) for part in parts])
-        )
+        lengths = np.array([len(part.token_ids) for part in parts])
+        heights = np.array([part.num_rows for part in parts])
+        rows = torch.from_numpy(np.concatenate([part.begin + np.arange(part.num_rows) for part in parts]))
         token_ids = torch.tensor([token for part in parts for token in part.token_ids])
-        owners = np.repeat(np.arange(len(parts)), lengths)
+        # of each token, which of the rows predicts it: ascending
+        row_of = np.repeat(np.arange(len(rows)), np.repeat(lengths // heights, heights))
+        owners = np.repeat(np.arange(len(parts)), heights)
         places = np.array([part.place for part in parts])
         model, sampler = self._runner.get_model(), self._runner.sampler
         found = []
@@ -137,8 +177,10 @@ class OutputLogprobs:
                 self._lay_out_samples(places, counts)
             logits = model.compute_logits(hidden_states[rows[chunk].to(hidden_states.device)])
             logprobs = sampler.compute_logprobs(logits)
-            found.append(logprobs.gather(-1, token_ids[chunk, None].to(logprobs.device))[:, 0].cpu())
-        for part, logprobs in zip(parts, torch.split(torch.cat(found), lengths), strict=True):
+            tokens = slice(*np.searchsorted(row_of, (begin, begin + most)))
+            of_tokens = torch.from_numpy(row_of[tokens] - begin).to(logprobs.device)
+            found.append(logprobs[of_tokens, token_ids[tokens].to(logprobs.device)].cpu())
+        for part, logprobs in zip(parts, torch.split(torch.cat(found), lengths.tolist()), strict=True):
             part.logprobs.copy_(logprobs)
 
 

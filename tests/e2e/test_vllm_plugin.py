@@ -10,6 +10,7 @@ import json
 import re
 import time
 from collections.abc import AsyncIterator, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import httpx
@@ -576,6 +577,26 @@ def test_options_share_what_they_begin_with(server: VLLMServer) -> None:
     strangers = decide(server, asked, salt="another").json()
     assert sorted(strangers["num_cached"]) == [0, 2 * BLOCK_SIZE], "a salt of its own finds nothing"
     assert sorted(decide(server, asked, salt=None).json()["num_cached"]) == [0, 2 * BLOCK_SIZE]
+
+
+def test_labels_take_nothing_from_who_shares_their_batch(managed: VLLMServer) -> None:
+    """Answers that ask for log-probabilities, alone and beside decisions."""
+
+    def top(answer: dict[str, Any]) -> list[dict[str, float]]:
+        found: list[dict[str, float]] = answer["logprobs"]["top_logprobs"]
+        return found
+
+    alone = top(managed.complete(PROMPTS[1], logprobs=5))
+    labels = [{"prompt": [number + 10, *PROMPTS[1]], "labels": [60, 61, 62]} for number in range(40)]
+    with ThreadPoolExecutor(2) as executor:
+        for _ in range(5):
+            deciding = executor.submit(decide, managed, labels, salt=str(time.time()))
+            answers = [top(managed.complete(PROMPTS[1], logprobs=5)) for _ in range(3)]
+            assert deciding.result().status_code == 200
+            for answer in answers:
+                assert [set(each) for each in answer] == [set(each) for each in alone]
+                for each, before in zip(answer, alone, strict=True):
+                    assert each == pytest.approx(before, abs=LOGPROB_TOLERANCE)
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,8 @@ from types import ModuleType
 
 import pytest
 
-from vllm_cocktail.check import unknown_variables
+from cocktail_serve.errors import ConfigError
+from vllm_cocktail.check import _cli_args, unknown_variables
 
 
 @pytest.fixture
@@ -30,3 +31,15 @@ def test_variables_that_vllm_does_not_read() -> None:
         "Did you mean 'VLLM_CPU_KVCACHE_SPACE'?"
     )
     assert unlike.startswith("vLLM reads no variable 'VLLM_X' (")
+
+
+@pytest.mark.parametrize("place", ["common", "launchers", "openai"])
+def test_the_command_line_is_found_where_a_release_has_it(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for other in ("common", "launchers", "openai"):
+        monkeypatch.setitem(sys.modules, f"vllm.entrypoints.{other}.cli_args", None)
+    with pytest.raises(ConfigError, match="elsewhere"):
+        _cli_args()
+    there = ModuleType("cli_args")
+    monkeypatch.setitem(sys.modules, f"vllm.entrypoints.{place}.cli_args", there)
+    monkeypatch.setitem(sys.modules, f"vllm.entrypoints.{place}", ModuleType(place))
+    assert _cli_args() is there

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from cocktail_serve.errors import EngineError, InvalidRequestError
 from vllm_cocktail.decisions import Options, OptionsRead, read_options
-from vllm_cocktail.output_logprobs import OUTPUT_START_ARG
+from vllm_cocktail.output_logprobs import LABELS_ARG, OUTPUT_START_ARG
 from vllm_cocktail.scoring import leaves_out_inputs
 
 pytest.importorskip("vllm.sampling_params", reason="what is asked of the engine is in vLLM's own types")
@@ -46,6 +46,10 @@ class Engine:
         if params.logprob_token_ids:
             first = {token: SimpleNamespace(logprob=-float(token)) for token in params.logprob_token_ids}
             yield SimpleNamespace(outputs=[SimpleNamespace(logprobs=[first])], num_cached_tokens=cached)
+            return
+        if labels := params.extra_args.get(LABELS_ARG):
+            told = [{token: SimpleNamespace(logprob=-float(token))} for token in labels]
+            yield SimpleNamespace(prompt_logprobs=[None, *told], num_cached_tokens=cached)
             return
         start = params.extra_args[OUTPUT_START_ARG] if self.leaves_out_inputs else 1
         of_tokens = [
@@ -97,8 +101,19 @@ async def test_labels_are_read_from_the_first_token_alone() -> None:
     assert found[0] == OptionsRead(log_probs=[-4.0, -2.0], num_cached=3, num_computed=2)
     assert found[1].log_probs == [-1.0]
     (prompt, params), (other, _) = engine.asked
-    assert (params.max_tokens, params.temperature, params.logprob_token_ids) == (1, 0.0, [4, 2])
+    assert (params.max_tokens, params.prompt_logprobs, params.skip_reading_prefix_cache) == (1, 0, False)
+    assert params.extra_args == {OUTPUT_START_ARG: 5, LABELS_ARG: [4, 2]}
     assert prompt["cache_salt"] == other["cache_salt"] != "salt", "one of their own"
+
+
+async def test_labels_of_v1_are_asked_for_in_no_way_that_touches_other_requests() -> None:
+    """There, `logprob_token_ids` of one request take from all others of a step what they ask for."""
+    engine = Engine()
+    await read(engine, Options(prompt=[9] * 5, labels=[4, 2]))
+    assert [params.logprob_token_ids for _, params in engine.asked] == [None]
+    (found,) = await read(engine, Options(prompt=[9] * 5, labels=[4, 2]), shares_prefixes=False)
+    assert found.log_probs == [-4.0, -2.0]
+    assert engine.asked[-1][1].logprob_token_ids == [4, 2], "of V2, which keeps them apart"
 
 
 async def test_what_does_not_fit_is_named_before_anything_is_asked() -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from vllm_cocktail import output_logprobs
-from vllm_cocktail.output_logprobs import OUTPUT_START_ARG, OutputLogprobs
+from vllm_cocktail.output_logprobs import LABELS_ARG, OUTPUT_START_ARG, OutputLogprobs
 
 # before a test runs: vLLM asks the machine by processes while it is imported
 pytest.importorskip("vllm.v1.outputs", reason="what is found is in vLLM's own types")
@@ -164,6 +164,37 @@ def test_what_others_ask_of_their_prompts_is_left_to_vllm(runner: Runner) -> Non
     assert found == {"short": "vLLM's", "other": "vLLM's"}
     assert runner.left_to_vllm == [{"short": 0, "other": 0}]
     assert sorted(runner.num_prompt_logprobs) == sorted(PROMPTS), "none is finished, or taken from vLLM"
+
+
+LABELS = [9, 0, 4]
+
+
+@pytest.mark.parametrize("most", [1, 2, 100])
+@pytest.mark.parametrize("size", [1, 5, 12])
+def test_labels_are_what_may_follow_a_prompt(
+    runner: Runner, monkeypatch: pytest.MonkeyPatch, size: int, most: int
+) -> None:
+    """One row of the head for all of them, beside outputs and beside what vLLM computes."""
+    monkeypatch.setattr(output_logprobs, "MAX_LOGITS", most * VOCAB_SIZE)
+    runner.begin("long", {OUTPUT_START_ARG: 12, LABELS_ARG: LABELS})
+    runner.begin("short", {OUTPUT_START_ARG: 1})
+    runner.begin("other", {OUTPUT_START_ARG: 5, LABELS_ARG: LABELS[:2]})
+    finished: dict[str, Any] = {}
+    while len(finished) < len(PROMPTS):
+        left = {name: len(PROMPTS[name]) - runner.requests[name].num_computed_tokens for name in PROMPTS}
+        finished |= runner.step([(name, min(size, count)) for name, count in left.items() if count])
+    runner.assert_right("short", finished["short"])
+    for name, labels in (("long", LABELS), ("other", LABELS[:2])):
+        logits = (runner.states[name][-1] @ runner.head) * runner.scales[name]
+        assert finished[name].logprob_token_ids[:, 0].tolist() == labels
+        torch.testing.assert_close(finished[name].logprobs[:, 0], logits.log_softmax(-1)[labels])
+    assert sum(runner.computed) == 3, "a row each"
+
+
+@pytest.mark.parametrize("labels", [[VOCAB_SIZE], [-1], ["1"], 3, [None]])
+def test_labels_that_are_no_tokens_are_none(runner: Runner, labels: Any) -> None:
+    runner.begin("long", {OUTPUT_START_ARG: 7, LABELS_ARG: labels})
+    runner.assert_right("long", runner.step([("long", 12)])["long"])
 
 
 def test_where_all_rows_have_the_same_parameters_nothing_is_laid_out() -> None:
