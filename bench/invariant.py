@@ -8,6 +8,8 @@ compared, token for token, with transformers on parameters merged apart, by plai
 With `--mode unmerged` the experts are LoRA adapters, as many cocktails as `--cocktails` says share every batch, and the
 reference is what peft folds. Some streams are broken off after their first token.
 
+With `--replicas` each pool has so many engines, of which one is killed half-way: what it held is lost, and counted.
+
 A position may differ only where the reference's two best logits are closer than `EPSILON`: batch shapes change the
 rounding of float32 sums, and near a tie that may turn the choice. Such answers are counted, and compared up to there.
 
@@ -24,12 +26,14 @@ import random
 import statistics
 import tempfile
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
+import psutil
 import yaml
-from openai import AsyncOpenAI
+from openai import APIError, AsyncOpenAI
 
 from bench.machine import describe_machine
 from bench.server import RunningServer, running_server
@@ -42,6 +46,7 @@ EPSILON = 1e-3
 """Least distance of the reference's two best logits at which the choice must be the same."""
 
 EXPERTS = ("north", "east", "south")
+POOLS = ("tied", "untied")
 MAX_TOKENS = 12
 
 BROKEN_OFF = 0.05
@@ -71,6 +76,8 @@ class Outcome:
     tokens: int = 0
     near_ties: int = 0
     swaps: int = 0
+    lost: int = 0
+    may_lose: bool = False
     wrong: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     seconds: list[float] = dataclasses.field(default_factory=list)
 
@@ -109,6 +116,7 @@ def write_config(
     *,
     slice_s: float,
     mode: Mode = "merged",
+    replicas: int = 1,
     more_pools: Sequence[Any] = (),
 ) -> Path:
     """A configuration that serves the pools in float32, whatever `more_pools` adds, and its path."""
@@ -119,6 +127,7 @@ def write_config(
         "max_model_len": 256,
         "slice_s": slice_s,
         "queue_timeout_s": 300,
+        "replicas": replicas,
         "args": {"enforce-eager": True, "max-num-seqs": 16},
         "env": {"VLLM_CPU_KVCACHE_SPACE": "1"},
     }
@@ -230,20 +239,34 @@ async def load(
     clients: int,
     seed: int,
     model_ids: Mapping[tuple[str, str], str],
+    half_way: Callable[[], object] | None = None,
 ) -> Outcome:
-    """Asks `answers` random questions from `clients` concurrent clients and compares each answer."""
+    """Asks `answers` random questions from `clients` concurrent clients and compares each answer.
+
+    Args:
+        half_way: called once half of the questions were asked; from then on a request may be lost.
+    """
     pick = random.Random(seed)
     questions = [(pool, *key) for pool, table in expected.items() for key in table]
-    plan = iter([(*pick.choice(questions), pick.random() < 0.5) for _ in range(answers)])
+    plan = enumerate([(*pick.choice(questions), pick.random() < 0.5) for _ in range(answers)])
     outcome = Outcome()
     async with AsyncOpenAI(base_url=base_url, api_key="none", max_retries=0, timeout=300) as client:
 
         async def work() -> None:
-            for pool, mixture, prompt, stream in plan:
-                if pick.random() < BROKEN_OFF:
-                    await break_off(client, model_ids[pool, mixture], prompt)
+            for number, (pool, mixture, prompt, stream) in plan:
+                if half_way is not None and number == answers // 2:
+                    outcome.may_lose = True
+                    half_way()
                 started = time.perf_counter()
-                tokens = await ask(client, model_ids[pool, mixture], prompt, stream=stream)
+                try:
+                    if pick.random() < BROKEN_OFF:
+                        await break_off(client, model_ids[pool, mixture], prompt)
+                    tokens = await ask(client, model_ids[pool, mixture], prompt, stream=stream)
+                except APIError:
+                    if not outcome.may_lose:
+                        raise
+                    outcome.lost += 1
+                    continue
                 outcome.seconds.append(time.perf_counter() - started)
                 right, excused = compare(expected[pool][mixture, prompt], tokens)
                 outcome.answers += 1
@@ -280,6 +303,20 @@ def create_cocktails(
     return model_ids
 
 
+def until_all_replicas_ready(server: RunningServer) -> None:
+    """`/ready` is 200 as soon as one of each pool answers."""
+    while any(
+        state != "ready" for pool in server.http.get("/ready").json()["pools"].values() for state in pool["replicas"]
+    ):
+        time.sleep(1)
+
+
+def kill_an_engine(server: RunningServer) -> None:
+    """SIGKILL for the server of one replica, the first that was started."""
+    engines = [each for each in psutil.Process(server.process.pid).children() if "vllm" in " ".join(each.cmdline())]
+    min(engines, key=lambda each: each.pid).kill()
+
+
 def run(
     folder: Path,
     *,
@@ -290,18 +327,29 @@ def run(
     mode: Mode = "merged",
     num_cocktails: int = len(COCKTAILS),
     seed: int = 0,
+    replicas: int = 1,
+    pool_ids: Sequence[str] = POOLS,
 ) -> Outcome:
     """Builds everything in `folder`, serves it, loads it, and says what came out."""
-    pools = make_pools(folder, mode)
+    pools = {pool_id: models for pool_id, models in make_pools(folder, mode).items() if pool_id in pool_ids}
     prompts = make_prompts(num_prompts, seed)
     cocktails = make_cocktails(num_cocktails, seed)
     expected = {pool: references(models, MODELS | cocktails, prompts) for pool, models in pools.items()}
-    config = write_config(folder, pools, slice_s=slice_s, mode=mode)
+    config = write_config(folder, pools, slice_s=slice_s, mode=mode, replicas=replicas)
     with running_server(config, log=folder / "server.log") as server:
         model_ids = create_cocktails(server, pools, cocktails)
-        base_url = f"{server.url}/v1"
+        until_all_replicas_ready(server)
+        half_way = partial(kill_an_engine, server) if replicas > 1 else None
         outcome = asyncio.run(
-            load(base_url, expected, answers=answers, clients=clients, seed=seed, model_ids=model_ids)
+            load(
+                f"{server.url}/v1",
+                expected,
+                answers=answers,
+                clients=clients,
+                seed=seed,
+                model_ids=model_ids,
+                half_way=half_way,
+            )
         )
         outcome.swaps = int(server.metric_sum("cocktail_swaps_total"))
     return outcome
@@ -314,6 +362,7 @@ def main() -> None:
     parser.add_argument("--slice-s", type=float, default=0.5)
     parser.add_argument("--prompts", type=int, default=24)
     parser.add_argument("--mode", choices=get_args(Mode), default="merged")
+    parser.add_argument("--replicas", type=int, default=1)
     parser.add_argument("--cocktails", type=int, default=len(COCKTAILS), help="of each pool")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="invariant-") as folder:
@@ -326,6 +375,7 @@ def main() -> None:
             num_prompts=arguments.prompts,
             mode=arguments.mode,
             num_cocktails=arguments.cocktails,
+            replicas=arguments.replicas,
         )
         print(
             json.dumps(
@@ -339,6 +389,7 @@ def main() -> None:
                     "near_ties": outcome.near_ties,
                     "epsilon": EPSILON,
                     "swaps": outcome.swaps,
+                    "lost": outcome.lost,
                     "median_s": round(statistics.median(outcome.seconds), 3),
                     "wall_s": round(time.perf_counter() - started, 1),
                 },

@@ -7,7 +7,7 @@ import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 import yaml
 from platformdirs import user_data_path
@@ -32,6 +32,15 @@ from cocktail_serve.request_schema import fields_beside
 from cocktail_serve.suggestions import did_you_mean
 
 ENV_PREFIX = "COCKTAIL_"
+
+MAX_REPLICAS = 64
+"""Engines of one pool that one gateway starts and feeds."""
+
+DEVICE_VARIABLES: Mapping[Literal["gpu", "cpu"], str] = {
+    "gpu": "CUDA_VISIBLE_DEVICES",
+    "cpu": "VLLM_CPU_OMP_THREADS_BIND",
+}
+"""What tells a server what it computes on."""
 
 
 def _check_name(name: str) -> str:
@@ -156,6 +165,28 @@ class VLLMEngineConfig(_EngineBase):
         "A chat-template or generation-config that is a path may be relative to the configuration file.",
     )
     env: dict[str, str] = Field(default_factory=dict, description="Environment variables of the server process.")
+    replicas: int = Field(
+        1,
+        ge=1,
+        le=MAX_REPLICAS,
+        description="Servers of this pool on this machine, each with parameters, KV cache and caches of its own: what "
+        "is set here of memory and of requests is set for each.",
+    )
+    devices: list[str] = Field(
+        default_factory=list,
+        description="What each replica computes on, one entry for each: GPUs as CUDA_VISIBLE_DEVICES names them (`0`, "
+        "or `0,1` with tensor-parallel-size 2), or of vLLM's build for CPUs the cores (`0-15`), as "
+        "VLLM_CPU_OMP_THREADS_BIND has them. Omitted: all that there is, for all of them.",
+    )
+
+    @model_validator(mode="after")
+    def _each_replica_has_its_devices(self) -> Self:
+        if self.devices and len(self.devices) != self.replicas:
+            raise ValueError(f"devices has {len(self.devices)} entries for {self.replicas} replicas: give one for each")
+        taken = sorted(set(DEVICE_VARIABLES.values()) & self.env.keys())
+        if self.devices and taken:
+            raise ValueError(f"env sets {taken[0]}, which devices sets for each replica: leave one of them out")
+        return self
 
     def argument(self, name: str) -> Any:
         """One of `args`, however its name is written there; None where it is not given."""
@@ -241,6 +272,16 @@ class SentenceTransformersEngineConfig(_EngineBase):
         ByteSize(1024**3), description="Mixed state dicts kept in memory, least recently used go first."
     )
     queue_timeout_s: float = Field(60.0, gt=0, le=600, description="How long a request waits for a batch, seconds.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _is_one(cls, data: Any) -> Any:
+        if isinstance(data, dict) and {"replicas", "devices"} & data.keys():
+            raise ValueError(
+                "replicas and devices are of vllm: encoders and rerankers compute inside the gateway's process, on all "
+                "of its cores or one GPU (concurrent_passes, device); for more, run several gateways on one store"
+            )
+        return data
 
 
 class OfflineEngineConfig(_EngineBase):

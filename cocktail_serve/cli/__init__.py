@@ -17,6 +17,7 @@ from cocktail_serve.cli.client.cocktails import pin as pin_command
 from cocktail_serve.cli.client.cocktails import report as report_command
 from cocktail_serve.cli.client.cocktails import show as show_command
 from cocktail_serve.cli.client.create import create as create_command
+from cocktail_serve.cli.client.restart import restart as restart_command
 from cocktail_serve.cli.demo import demo as demo_command
 from cocktail_serve.cli.doctor import doctor as doctor_command
 from cocktail_serve.cli.eval import evaluate as eval_command
@@ -61,6 +62,7 @@ app.command("report")(report_command)
 app.command("export")(export_command)
 app.command("pin")(pin_command)
 app.command("delete")(delete_command)
+app.command("restart")(restart_command)
 app.add_typer(keys_commands)
 app.add_typer(limits_commands)
 

@@ -40,6 +40,6 @@ def build_engine(pool: Pool, config: PoolConfig, *, run_dir: Path) -> AnyEngine:
             from cocktail_serve.engines.in_process.reranker_engine import RerankerEngine
 
         return RerankerEngine(pool, config) if config.kind == "reranker" else EncoderEngine(pool, config)
-    from cocktail_serve.engines.vllm.build import build_vllm_engine
+    from cocktail_serve.engines.vllm.build import build_decoder_engine
 
-    return build_vllm_engine(pool, engine, run_dir=run_dir)
+    return build_decoder_engine(pool, engine, run_dir=run_dir)

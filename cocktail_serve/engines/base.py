@@ -101,15 +101,26 @@ class Engine(Protocol):
         """Frees cached parameters of a recipe once nothing in flight uses them."""
         ...
 
-    def drain(self, is_drained: bool) -> None:
-        """Lets what is in flight finish and nobody in (ModelNotReadyError); or lets requests in again."""
+    def drain(self, is_drained: bool, *, replica: int | None = None) -> None:
+        """Lets what is in flight finish and nobody in (ModelNotReadyError); or lets requests in again.
+
+        Args:
+            replica: the number of the one that is meant, while requests go to the others; None: all.
+
+        Raises:
+            NotFoundError: there is no such replica.
+        """
         ...
 
-    def pin(self, recipe: Recipe | None) -> None:
+    def pin(self, recipe: Recipe | None, *, replica: int | None = None) -> None:
         """Keeps a recipe resident and sends requests for others away; None: no longer.
+
+        Args:
+            replica: as of `drain`.
 
         Raises:
             InvalidRequestError: the engine's recipes do not take turns.
+            NotFoundError: there is no such replica.
         """
         ...
 
@@ -199,9 +210,23 @@ class GenerationEngine(ScoringEngine, Protocol):
     @property
     def kind(self) -> Literal["decoder"]: ...
 
-    async def server_metrics(self, *, deadline_s: float) -> Mapping[str, float]:
-        """What its server counts itself, by the server's names, those of counters ending in `_total`; empty where it
-        does not answer in time. Never raises."""
+    async def server_metrics(self, *, deadline_s: float) -> Sequence[Mapping[str, float]]:
+        """What the server of each replica counts itself, by the server's names, those of counters ending in `_total`;
+        empty where it does not answer in time. Never raises."""
+        ...
+
+    def begin_restart(self, *, drain_s: float) -> None:
+        """Begins to start its servers again, one after the other, while the others answer; `snapshot` tells how far it
+        is.
+
+        Args:
+            drain_s: how long what a server has in flight may take before it is ended with `DrainedError`, seconds.
+
+        Raises:
+            InvalidRequestError: there is only one: nobody would answer meanwhile.
+            ConflictError: that goes on already.
+            ModelNotReadyError: the operator has drained them.
+        """
         ...
 
     async def ask_tokenizer(

@@ -38,6 +38,23 @@ class EngineDetail(TypedDict, total=False):
 
 
 @dataclass(frozen=True, slots=True)
+class RestartProgress:
+    """How far the last restart of a pool's engines is, one after the other.
+
+    Attributes:
+        num_done: engines that were started again.
+        num_total: engines of the pool.
+        replica: number of the one that is being restarted; None: it has ended.
+        error: why it was given up; None: it was not.
+    """
+
+    num_done: int
+    num_total: int
+    replica: int | None = None
+    error: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class EngineSnapshot:
     """What an engine said of itself before a deadline, and what its owner knows of it, in plain values of its own.
 
@@ -49,6 +66,9 @@ class EngineSnapshot:
         num_queued: requests that wait for their turn; of an engine without turns, inputs.
         scheduler: what it does, and who waits.
         counters: since the gateway started.
+        node: name of the machine that it runs on; empty: the gateway's own process.
+        replicas: each of the engines that serve the pool together; empty where it is one.
+        restart: of these engines; None: there was none.
     """
 
     state: EngineState
@@ -57,3 +77,11 @@ class EngineSnapshot:
     detail: EngineDetail = field(default_factory=EngineDetail)
     scheduler: SchedulerSnapshot = field(default_factory=lambda: SchedulerSnapshot(phase=None, num_in_flight=0))
     counters: EngineStats = field(default_factory=EngineStats)
+    node: str = ""
+    replicas: tuple[EngineSnapshot, ...] = ()
+    restart: RestartProgress | None = None
+
+    @property
+    def each(self) -> tuple[EngineSnapshot, ...]:
+        """The engines one by one, in the order of their numbers."""
+        return self.replicas or (self,)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from bisect import bisect_left
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Self
 
@@ -35,6 +36,11 @@ class Histogram:
     @property
     def count(self) -> int:
         return sum(self.counts)
+
+    def add(self, other: Histogram) -> None:
+        """Counts what another of the same bounds has observed too."""
+        self.counts = [mine + more for mine, more in zip(self.counts, other.counts, strict=True)]
+        self.total += other.total
 
 
 @dataclass(slots=True)
@@ -73,6 +79,24 @@ class EngineStats:
         """Counts the mixing alone, and where its parameters came from."""
         self.mix.observe(seconds)
         self.num_swaps_by_source[source] = self.num_swaps_by_source.get(source, 0) + 1
+
+    @classmethod
+    def sum_of(cls, each: Iterable[EngineStats]) -> Self:
+        """What several engines counted, together; of `last_swap_s` any of them."""
+        whole = cls()
+        for stats in each:
+            whole.wait.add(stats.wait)
+            whole.swap.add(stats.swap)
+            whole.mix.add(stats.mix)
+            whole.last_swap_s = stats.last_swap_s if whole.last_swap_s is None else whole.last_swap_s
+            whole.num_cache_hits += stats.num_cache_hits
+            whole.num_cache_misses += stats.num_cache_misses
+            for source, number in stats.num_swaps_by_source.items():
+                whole.num_swaps_by_source[source] = whole.num_swaps_by_source.get(source, 0) + number
+            whole.num_drained += stats.num_drained
+            whole.num_queue_timeouts += stats.num_queue_timeouts
+            whole.num_restarts += stats.num_restarts
+        return whole
 
     def copy(self) -> Self:
         """The counters as they are now, which do not grow any more."""

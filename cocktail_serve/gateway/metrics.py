@@ -1,8 +1,9 @@
-"""What `/metrics` shows. Labels are bounded: routes by template, pools by configuration, never a model or a tenant."""
+"""What `/metrics` shows. Labels are bounded: routes by template, pools and replicas by configuration, never a model or
+a tenant."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, Info, ProcessCollector, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
@@ -14,6 +15,12 @@ from cocktail_serve.engines.snapshot import EngineSnapshot
 from cocktail_serve.engines.stats import Histogram as PlainHistogram
 
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0)
+
+_ENGINE = ["pool", "replica"]
+
+RESIDENT_DIGITS = 13
+"""Of a recipe's digest, as the number in `cocktail_resident`: as many as a float holds exactly, so that a router that
+knows the digest finds the replica, and no label grows with the recipes."""
 
 
 class GatewayMetrics:
@@ -76,7 +83,7 @@ class GatewayMetrics:
         engines: Mapping[str, EngineSnapshot],
         jobs: Mapping[Status, int],
         *,
-        server_metrics: Mapping[str, Mapping[str, float]],
+        server_metrics: Mapping[str, Sequence[Mapping[str, float]]],
     ) -> bytes:
         """The text exposition format.
 
@@ -97,7 +104,7 @@ class _SnapshotCollector(Collector):
     def __init__(self) -> None:
         self.engines: Mapping[str, EngineSnapshot] = {}
         self.jobs: Mapping[Status, int] = {}
-        self.server_metrics: Mapping[str, Mapping[str, float]] = {}
+        self.server_metrics: Mapping[str, Sequence[Mapping[str, float]]] = {}
 
     def collect(self) -> Iterable[Metric]:
         yield from self._counted()
@@ -108,78 +115,96 @@ class _SnapshotCollector(Collector):
             jobs.add_metric([status], number)
         yield jobs
 
+    def _each(self) -> Iterator[tuple[list[str], EngineSnapshot]]:
+        """Each engine with its labels."""
+        for pool, engine in self.engines.items():
+            for number, replica in enumerate(engine.each):
+                yield [pool, str(number)], replica
+
     def _counted(self) -> Iterator[Metric]:
         wait = HistogramMetricFamily(
-            "cocktail_queue_wait_seconds", "From a request's arrival to its recipe's turn.", labels=["pool"]
+            "cocktail_queue_wait_seconds", "From a request's arrival to its recipe's turn.", labels=_ENGINE
         )
         swap = HistogramMetricFamily(
-            "cocktail_swap_seconds", "Each mix that made another recipe resident.", labels=["pool"]
+            "cocktail_swap_seconds", "Each mix that made another recipe resident.", labels=_ENGINE
         )
         mix = HistogramMetricFamily(
-            "cocktail_mix_seconds", "The mixing alone, of each mix that the engine reports.", labels=["pool"]
+            "cocktail_mix_seconds", "The mixing alone, of each mix that the engine reports.", labels=_ENGINE
         )
         lookups = CounterMetricFamily(
-            "cocktail_cache_lookups", "Parameters of a mixture found in memory or not.", labels=["pool", "result"]
+            "cocktail_cache_lookups", "Parameters of a mixture found in memory or not.", labels=[*_ENGINE, "result"]
         )
         swaps = CounterMetricFamily(
-            "cocktail_swaps", "Mixes, by where parameters came from.", labels=["pool", "source"]
+            "cocktail_swaps", "Mixes, by where parameters came from.", labels=[*_ENGINE, "source"]
         )
-        drained = CounterMetricFamily("cocktail_drained", "Streams that outlived drain_s.", labels=["pool"])
+        drained = CounterMetricFamily("cocktail_drained", "Streams that outlived drain_s.", labels=_ENGINE)
         timeouts = CounterMetricFamily(
-            "cocktail_queue_timeouts", "Requests whose recipe's turn did not come in time.", labels=["pool"]
+            "cocktail_queue_timeouts", "Requests whose recipe's turn did not come in time.", labels=_ENGINE
         )
-        restarts = CounterMetricFamily("cocktail_engine_restarts", "Engines lost and started again.", labels=["pool"])
-        for pool, engine in self.engines.items():
+        restarts = CounterMetricFamily("cocktail_engine_restarts", "Engines lost and started again.", labels=_ENGINE)
+        for labels, engine in self._each():
             stats = engine.counters
-            wait.add_metric([pool], _buckets(stats.wait), sum_value=stats.wait.total)
-            swap.add_metric([pool], _buckets(stats.swap), sum_value=stats.swap.total)
-            mix.add_metric([pool], _buckets(stats.mix), sum_value=stats.mix.total)
-            lookups.add_metric([pool, "hit"], stats.num_cache_hits)
-            lookups.add_metric([pool, "miss"], stats.num_cache_misses)
+            wait.add_metric(labels, _buckets(stats.wait), sum_value=stats.wait.total)
+            swap.add_metric(labels, _buckets(stats.swap), sum_value=stats.swap.total)
+            mix.add_metric(labels, _buckets(stats.mix), sum_value=stats.mix.total)
+            lookups.add_metric([*labels, "hit"], stats.num_cache_hits)
+            lookups.add_metric([*labels, "miss"], stats.num_cache_misses)
             for source, number in stats.num_swaps_by_source.items():
-                swaps.add_metric([pool, source], number)
-            drained.add_metric([pool], stats.num_drained)
-            timeouts.add_metric([pool], stats.num_queue_timeouts)
-            restarts.add_metric([pool], stats.num_restarts)
+                swaps.add_metric([*labels, source], number)
+            drained.add_metric(labels, stats.num_drained)
+            timeouts.add_metric(labels, stats.num_queue_timeouts)
+            restarts.add_metric(labels, stats.num_restarts)
         yield from (wait, swap, mix, lookups, swaps, drained, timeouts, restarts)
 
     def _held(self) -> Iterator[Metric]:
-        is_ready = GaugeMetricFamily("cocktail_engine_ready", "1 where the engine answers.", labels=["pool"])
-        queued = GaugeMetricFamily("cocktail_queued_requests", "Requests that wait for their turn.", labels=["pool"])
-        cached = GaugeMetricFamily("cocktail_cached_recipes", "Mixtures kept in memory.", labels=["pool"])
-        cached_bytes = GaugeMetricFamily("cocktail_cache_bytes", "Size of the mixtures in memory.", labels=["pool"])
+        is_ready = GaugeMetricFamily("cocktail_engine_ready", "1 where the engine answers.", labels=_ENGINE)
+        queued = GaugeMetricFamily("cocktail_queued_requests", "Requests that wait for their turn.", labels=_ENGINE)
+        cached = GaugeMetricFamily("cocktail_cached_recipes", "Mixtures kept in memory.", labels=_ENGINE)
+        cached_bytes = GaugeMetricFamily("cocktail_cache_bytes", "Size of the mixtures in memory.", labels=_ENGINE)
         captured = GaugeMetricFamily(
-            "cocktail_captured_experts", "Models kept in the engine's layout, to be mixed in place.", labels=["pool"]
+            "cocktail_captured_experts", "Models kept in the engine's layout, to be mixed in place.", labels=_ENGINE
         )
         mixing = GaugeMetricFamily(
             "cocktail_mixing_path",
             "1 for how parameters reach the engine, and what merges them.",
-            labels=["pool", "path", "kernel"],
+            labels=[*_ENGINE, "path", "kernel"],
         )
-        for pool, engine in self.engines.items():
-            is_ready.add_metric([pool], engine.state == "ready")
-            queued.add_metric([pool], engine.num_queued)
+        resident = GaugeMetricFamily(
+            "cocktail_resident",
+            "The recipe whose parameters are in the engine: the first 13 hexadecimal digits of its digest as a number.",
+            labels=_ENGINE,
+        )
+        for labels, engine in self._each():
+            if engine.resident is not None:
+                resident.add_metric(labels, int(engine.resident[:RESIDENT_DIGITS], 16))
+            is_ready.add_metric(labels, engine.state == "ready")
+            queued.add_metric(labels, engine.num_queued)
             if "cached" in engine.detail:
-                cached.add_metric([pool], len(engine.detail["cached"]))
+                cached.add_metric(labels, len(engine.detail["cached"]))
             if "cached_bytes" in engine.detail:
-                cached_bytes.add_metric([pool], engine.detail["cached_bytes"])
+                cached_bytes.add_metric(labels, engine.detail["cached_bytes"])
             if "captured" in engine.detail:
-                captured.add_metric([pool], len(engine.detail["captured"]))
+                captured.add_metric(labels, len(engine.detail["captured"]))
             if "mixing_kernel" in engine.detail:
-                mixing.add_metric([pool, engine.detail["mixing_path"], engine.detail["mixing_kernel"]], 1)
-        yield from (is_ready, queued, cached, cached_bytes, captured, mixing)
+                mixing.add_metric([*labels, engine.detail["mixing_path"], engine.detail["mixing_kernel"]], 1)
+        yield from (is_ready, resident, queued, cached, cached_bytes, captured, mixing)
 
     def _of_servers(self) -> Iterator[Metric]:
         """Under the names that the servers give them, and vLLM's label `model_name`, which is the pool: what is drawn
         for vLLM draws these."""
         families: dict[str, CounterMetricFamily | GaugeMetricFamily] = {}
-        for pool, values in self.server_metrics.items():
-            for name, value in values.items():
-                family = CounterMetricFamily if name.endswith("_total") else GaugeMetricFamily
-                if name not in families:
-                    families[name] = family(name, "As the pool's own server says.", labels=["pool", "model_name"])
-                families[name].add_metric([pool, pool], value)
+        for labels, name, value in self._server_values():
+            family = CounterMetricFamily if name.endswith("_total") else GaugeMetricFamily
+            if name not in families:
+                families[name] = family(name, "As the pool's own server says.", labels=[*_ENGINE, "model_name"])
+            families[name].add_metric(labels, value)
         yield from families.values()
+
+    def _server_values(self) -> Iterator[tuple[list[str], str, float]]:
+        for pool, replicas in self.server_metrics.items():
+            for number, values in enumerate(replicas):
+                for name, value in values.items():
+                    yield [pool, str(number), pool], name, value
 
 
 def _label(name: str) -> str:

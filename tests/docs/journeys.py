@@ -42,6 +42,8 @@ class Journey:
 
 
 NOT_WALKED: Mapping[str, str] = {
+    "docs/how-to/deploy.md": "installs into the reader's machine; tests/integration/test_monitoring.py checks what it "
+    "names",
     "docs/how-to/container.md": "tests/container builds and runs the image, without Docker",
     "docs/how-to/gpu.md": "needs a GPU",
     "docs/how-to/litellm.md": "tests/integration/test_litellm.py runs it, in an environment of its own",
@@ -114,7 +116,7 @@ def flan_pool() -> dict[str, Any]:
         "kind": "decoder",
         "base": "models/base",
         "experts": {"ag-news": "models/ag-news", "nq": "models/nq"},
-        "engine": {"type": "fake", "max_model_len": 1024, "dtype": "float32"},
+        "engine": {"type": "fake", "max_model_len": 1024, "dtype": "float32", "replicas": 2},
     }
 
 
@@ -243,6 +245,7 @@ JOURNEYS: Mapping[str, Journey] = {
             "docs/how-to/keys.md",
             "docs/how-to/limits.md",
             "docs/how-to/operate.md",
+            "docs/how-to/replicas.md",
             "docs/how-to/command-line.md",
         ),
         prepare=prepare_guarded,

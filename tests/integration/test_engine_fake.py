@@ -162,10 +162,10 @@ async def test_what_its_server_counts(pool: Pool, tmp_path: Path, faults: Path) 
         begun = asyncio.Event()
         open_one = asyncio.create_task(stream(engine, mixture(pool, 0.5), "hello", max_tokens=50, first=begun))
         await begun.wait()
-        assert (await engine.server_metrics(deadline_s=5))["vllm:num_requests_running"] == 1
+        assert (await engine.server_metrics(deadline_s=5))[0]["vllm:num_requests_running"] == 1
         await open_one
-        assert (await engine.server_metrics(deadline_s=5))["vllm:num_requests_running"] == 0
-    assert await engine.server_metrics(deadline_s=5) == {}
+        assert (await engine.server_metrics(deadline_s=5))[0]["vllm:num_requests_running"] == 0
+    assert await engine.server_metrics(deadline_s=5) == [{}]
 
 
 async def test_concurrent_requests_for_many_recipes_never_cross(pool: Pool, tmp_path: Path, faults: Path) -> None:

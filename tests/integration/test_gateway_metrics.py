@@ -27,6 +27,7 @@ WANTED = {
     "cocktail_cache_bytes",
     "cocktail_jobs",
     "cocktail_engine_ready",
+    "cocktail_resident",
     "cocktail_queued_requests",
     "cocktail_build_info",
     "process_resident_memory_bytes",
@@ -75,18 +76,19 @@ def test_all_of_it_is_there_and_counts(http: httpx.Client) -> None:
     assert grown("cocktail_request_latency_seconds_count", pool="flan") == 1
     first_token_s = grown("cocktail_time_to_first_token_seconds_sum", pool="flan")
     assert grown("cocktail_request_latency_seconds_sum", pool="flan") >= first_token_s
-    assert grown("cocktail_queue_wait_seconds_count", pool="flan") == 1
-    assert grown("cocktail_swap_seconds_count", pool="flan") >= 1
-    assert grown("cocktail_mix_seconds_count", pool="flan") >= 1
+    assert grown("cocktail_queue_wait_seconds_count", pool="flan", replica="0") == 1
+    assert grown("cocktail_swap_seconds_count", pool="flan", replica="0") >= 1
+    assert grown("cocktail_mix_seconds_count", pool="flan", replica="0") >= 1
     # a hit where another test on this gateway mixed the same recipe before
-    assert sum(grown("cocktail_cache_lookups_total", pool="flan", result=result) for result in ("hit", "miss")) >= 1
+    engine = {"pool": "flan", "replica": "0"}
+    assert sum(grown("cocktail_cache_lookups_total", result=result, **engine) for result in ("hit", "miss")) >= 1
     assert grown("cocktail_jobs", status="ready") >= 1
 
 
 def test_what_an_engines_server_counts_is_passed_on_by_its_pool(http: httpx.Client) -> None:
     """Under vLLM's own names and label, so that what is drawn for vLLM draws it; the encoder has no server."""
     of_servers = {labels for name, labels in samples(http) if name.startswith("vllm:")}
-    assert of_servers == {(("model_name", "flan"), ("pool", "flan"))}
+    assert of_servers == {(("model_name", "flan"), ("pool", "flan"), ("replica", "0"))}
 
 
 def test_it_says_which_build_it_is(http: httpx.Client) -> None:

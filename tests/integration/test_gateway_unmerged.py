@@ -105,4 +105,4 @@ def test_the_operator_sees_how_and_why_and_pins_nothing(http: httpx.Client) -> N
     assert http.post("/admin/engines/flan", json={"drain": False}).json()["drained"] is False
     assert ask(http, "flan/nq", "hello")
     metrics = http.get("/metrics").text
-    assert 'cocktail_mixing_path{kernel="none",path="unmerged",pool="flan"} 1.0' in metrics
+    assert 'cocktail_mixing_path{kernel="none",path="unmerged",pool="flan",replica="0"} 1.0' in metrics

@@ -28,7 +28,7 @@ from cocktail_serve.config import FakeEngineConfig, PoolConfig
 from cocktail_serve.engines.in_process.encoder_engine import EncoderEngine
 from cocktail_serve.engines.in_process.encoder_model import Encoder
 from cocktail_serve.engines.in_process.packing import Packing
-from cocktail_serve.engines.vllm import scorer as decoder_scorer
+from cocktail_serve.engines.vllm import example_tokens
 from cocktail_serve.engines.vllm.build import build_vllm_engine
 from cocktail_serve.errors import ConfigError, EngineError, ModelNotReadyError
 from cocktail_serve.examples import parse_examples
@@ -80,7 +80,7 @@ def test_two_threads_need_transformers_at_once(tmp_path: Path) -> None:
 async def test_a_tokenizer_that_was_not_there_is_loaded_when_it_is(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(decoder_scorer, "TOKENIZER_RETRY_S", 0.5)
+    monkeypatch.setattr(example_tokens, "TOKENIZER_RETRY_S", 0.5)
     pool = make_fake_pool(tmp_path / "pool")
     shutil.move(tmp_path / "pool", tmp_path / "away")
     (tmp_path / "pool").mkdir()

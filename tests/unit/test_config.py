@@ -251,3 +251,25 @@ def test_paths_in_engine_arguments_are_relative_to_the_file(load: Load, tmp_path
         engine = load(with_pool(engine={"type": "vllm", "args": {"chat-template": template}})).pools[0].engine
         assert isinstance(engine, VLLMEngineConfig)
         assert engine.argument("chat-template") == template
+
+
+def test_replicas_have_a_device_each_or_share_all(load: Load) -> None:
+    def engine(**more: Any) -> Any:
+        return load({"pools": [POOL | {"engine": POOL["engine"] | more}]}).pools[0].engine
+
+    assert (engine().replicas, engine().devices) == (1, [])
+    assert engine(replicas=2).devices == []
+    assert engine(replicas=2, devices=["0", "1,2"]).devices == ["0", "1,2"]
+    with pytest.raises(ConfigError, match="1 entries for 2 replicas"):
+        engine(replicas=2, devices=["0"])
+    with pytest.raises(ConfigError, match="env sets CUDA_VISIBLE_DEVICES, which devices sets"):
+        engine(devices=["0"], env={"CUDA_VISIBLE_DEVICES": "1"})
+    with pytest.raises(ConfigError, match=r"engine\.vllm\.replicas"):
+        engine(replicas=0)
+
+
+@pytest.mark.parametrize("kind", ["encoder", "reranker"])
+def test_models_in_the_gateways_process_have_no_replicas(load: Load, kind: Kind) -> None:
+    pool = POOL | {"kind": kind, "engine": {"type": "sentence_transformers", "replicas": 2}}
+    with pytest.raises(ConfigError, match=r"compute inside the gateway's process.*run several gateways"):
+        load({"pools": [pool]})

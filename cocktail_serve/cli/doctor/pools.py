@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from cocktail_serve.cli.doctor.finding import Check, tried
-from cocktail_serve.config import PoolConfig, Settings
+from cocktail_serve.config import PoolConfig, Settings, VLLMEngineConfig
 from cocktail_serve.pool import Pool
 from cocktail_serve.progress import OnProgress
 
@@ -26,6 +26,10 @@ def check_pool(settings: Settings, config: PoolConfig, report: OnProgress, pools
         yield Check(name, "warning", warning)
     if pool is not None and (reason := config.engine.reason_of_mode(pool)) is not None:
         yield Check(f"{name}: mode", "ok", f"{pool.mode}: {reason}{_held(pool)}")
+    if pool is not None and isinstance(config.engine, VLLMEngineConfig) and config.engine.type == "vllm":
+        from cocktail_serve.cli.doctor.replicas import check_replicas
+
+        yield from check_replicas(pool, config.engine)
     if pool is not None and pool.kind in ("decoder", "encoder_decoder"):
         scored = tried(f"{name}: examples", lambda: _check_tokenizer(pool), status="warning")
         if scored.status != "ok":

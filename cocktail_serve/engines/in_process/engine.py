@@ -27,6 +27,7 @@ from cocktail_serve.engines.in_process.parameter_cache import CachedMixture, Par
 from cocktail_serve.engines.in_process.pipeline import ModelJob, Pipeline, give_way
 from cocktail_serve.engines.in_process.swappable import SwappableModel
 from cocktail_serve.engines.recipe_names import NamesOf, named_recipe, no_names
+from cocktail_serve.engines.replica_numbers import check_replica
 from cocktail_serve.engines.scheduler_snapshot import SchedulerSnapshot
 from cocktail_serve.engines.snapshot import EngineDetail, EngineSnapshot, EngineState
 from cocktail_serve.engines.start_failures import REMEDY
@@ -172,10 +173,12 @@ class SentenceTransformersEngine(Generic[M]):
             counters=self.stats.copy(),
         )
 
-    def drain(self, is_drained: bool) -> None:
+    def drain(self, is_drained: bool, *, replica: int | None = None) -> None:
+        check_replica(replica)
         self._is_drained = is_drained
 
-    def pin(self, recipe: Recipe | None) -> None:
+    def pin(self, recipe: Recipe | None, *, replica: int | None = None) -> None:
+        check_replica(replica)
         if recipe is not None:
             raise InvalidRequestError(
                 f"pool {self.pool.id!r} serves its recipes side by side: there are no turns to pin one in", param="pin"

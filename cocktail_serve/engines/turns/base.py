@@ -6,6 +6,8 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from typing import NoReturn, Protocol
 
+from cocktail_serve.engines.line_place import LinePlace
+from cocktail_serve.engines.load import EngineLoad
 from cocktail_serve.engines.scheduler_snapshot import SchedulerSnapshot
 from cocktail_serve.engines.turns.lease import Lease
 from cocktail_serve.errors import CocktailError
@@ -53,6 +55,7 @@ class Turns(Protocol):
         num_tokens: int = 0,
         background: bool = False,
         timeout_s: float | None = None,
+        place: LinePlace | None = None,
     ) -> Lease:
         """Waits until the engine may be used by a recipe.
 
@@ -61,8 +64,10 @@ class Turns(Protocol):
             num_tokens: what its answer is expected to take; settle what it took with the lease.
             background: give way to those who are not.
             timeout_s: None: waits as long as it takes.
+            place: by which it can be called out of the line; what it waited in others counts.
 
         Raises:
+            RecalledError: it was called away.
             QueueTimeoutError: it was not let in within that time.
             ModelNotReadyError: the operator drains the engine or keeps another recipe in it, or the engine was down at
                 the end of that time.
@@ -101,8 +106,16 @@ class Turns(Protocol):
         """Lets nobody in from now on, and sends requests in line away; or lets them in again."""
         ...
 
+    def end_in_flight(self, error: Callable[[], CocktailError]) -> None:
+        """Takes their leases from all who hold one."""
+        ...
+
     def snapshot(self) -> SchedulerSnapshot:
         """What the engine does now, and who waits for it."""
+        ...
+
+    def load(self) -> EngineLoad:
+        """How full it is, for who chooses between engines."""
         ...
 
 

@@ -25,6 +25,8 @@ from collections.abc import Callable
 from typing import NoReturn
 
 from cocktail_serve.engines.fairness import ServedTokensByTenant
+from cocktail_serve.engines.line_place import LinePlace
+from cocktail_serve.engines.load import EngineLoad
 from cocktail_serve.engines.scheduler_snapshot import Phase, SchedulerSnapshot, WaitReason
 from cocktail_serve.engines.stats import EngineStats
 from cocktail_serve.engines.turns.base import Mix, loop_time
@@ -85,6 +87,7 @@ class ExclusiveTurns:
         self._queues = WaitQueues()
         self._phase: Phase = "closed"
         self._resident: str | None = None
+        self._mixed: str | None = None  # digest of the recipe that is being made resident
         self._turn_started = 0.0
         self._last_mix_s, self._last_mixed_at = 0.0, -math.inf
         self._is_after_background = False
@@ -124,6 +127,7 @@ class ExclusiveTurns:
         num_tokens: int = 0,
         background: bool = False,
         timeout_s: float | None = None,
+        place: LinePlace | None = None,
     ) -> Lease:
         now = loop_time()
         is_open = recipe.digest == self._open_to
@@ -133,7 +137,7 @@ class ExclusiveTurns:
         else:
             self._hold.check_admits(recipe.digest)
             if is_open and recipe.digest not in self._queues.requests and self._slots.has_one_for(tenant, now):
-                self.stats.wait.observe(0.0)
+                self.stats.wait.observe(0.0 if place is None else now - place.asked_at)
                 return self._in_flight.admit(self, tenant=tenant, num_tokens=num_tokens)
         try:
             with self._queues.joined(
@@ -145,6 +149,7 @@ class ExclusiveTurns:
                 delay_s=self._background_delay_s if background else 0.0,
                 timeout_s=timeout_s,
                 expire=self._expire,
+                place=place,
             ) as waiter:
                 if is_open:
                     self._fill_slots(recipe.digest)
@@ -205,6 +210,27 @@ class ExclusiveTurns:
             pinned=self._hold.pinned_digest,
             is_drained=self._hold.is_drained,
             queues=self._queues.snapshot(now, reason=self._why_waits),
+        )
+
+    def end_in_flight(self, error: Callable[[], CocktailError]) -> None:
+        self._in_flight.end_all(error)
+        self._changed.set()
+
+    def load(self) -> EngineLoad:
+        swap = self.stats.swap
+        return EngineLoad(
+            is_up=self._phase != "closed",
+            num_slots=self._slots.max_in_flight,
+            num_in_flight=self._slots.num_taken,
+            waiting=self._queues.requests.num_by_recipe(),
+            num_background=self._in_flight.num_background,
+            background=self._queues.background.num_by_recipe(),
+            is_drained=self._hold.is_drained,
+            pinned=self._hold.pinned_digest,
+            # a turn that ends is no reason to come here
+            resident={"open": self._resident, "mixing": self._mixed}.get(self._phase),
+            turn_left_s=max(0.0, self._turn_started + self._slice_s - loop_time()) if self._phase == "open" else 0.0,
+            swap_s=swap.total / swap.count if swap.count else None,
         )
 
     def give_back(self, lease: Lease) -> None:
@@ -302,7 +328,7 @@ class ExclusiveTurns:
 
     async def _swap(self, claim: Claim, mixing: Mixing) -> None:
         before, self._resident = self._resident, None
-        self._phase = "mixing"
+        self._phase, self._mixed = "mixing", claim.recipe.digest
         started = loop_time()
         mix_s = await mixing.make_resident(claim.recipe)
         if mix_s is None:

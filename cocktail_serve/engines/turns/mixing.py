@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 
+from cocktail_serve.engines.engine_gone import EngineGoneError
 from cocktail_serve.engines.turns.base import Mix
 from cocktail_serve.engines.turns.hold import OperatorHold
 from cocktail_serve.engines.turns.wait_queue import WaitQueues
@@ -59,9 +60,14 @@ class Mixing:
             self._queues.fail(waiter, error)
 
     def _count_loss(self, digest: str, error: BaseException) -> None:
-        """Sends those away who saw the engine lost in a mix of their recipe before: the recipe may be the cause."""
+        """Sends those away who saw an engine lost in a mix of their recipe before: the recipe may be the cause, but not
+        where the engine was gone before it was asked."""
+        if isinstance(error, EngineGoneError):
+            return
         for waiter in self._queues.of(digest):
             waiter.num_lost_mixes += 1
+            if waiter.place is not None:
+                waiter.place.num_lost_mixes = waiter.num_lost_mixes
             if waiter.num_lost_mixes == MAX_LOST_MIXES:
                 self._queues.fail(
                     waiter,

@@ -19,6 +19,8 @@ from collections.abc import Callable
 from typing import NoReturn
 
 from cocktail_serve.engines.fairness import ServedTokensByTenant
+from cocktail_serve.engines.line_place import LinePlace
+from cocktail_serve.engines.load import EngineLoad
 from cocktail_serve.engines.scheduler_snapshot import SchedulerSnapshot, WaitReason
 from cocktail_serve.engines.stats import EngineStats
 from cocktail_serve.engines.turns.base import Mix, loop_time
@@ -107,6 +109,7 @@ class SharedTurns:
         num_tokens: int = 0,
         background: bool = False,
         timeout_s: float | None = None,
+        place: LinePlace | None = None,
     ) -> Lease:
         now = loop_time()
         if background:
@@ -115,7 +118,7 @@ class SharedTurns:
         else:
             self._hold.check_admits(recipe.digest)
             if self._is_open and not self._queues.requests and self._slots.has_one_for(tenant, now):
-                self.stats.wait.observe(0.0)
+                self.stats.wait.observe(0.0 if place is None else now - place.asked_at)
                 return self._in_flight.admit(self, tenant=tenant, num_tokens=num_tokens)
         try:
             with self._queues.joined(
@@ -126,6 +129,7 @@ class SharedTurns:
                 now=now,
                 timeout_s=timeout_s,
                 expire=self._expire,
+                place=place,
             ) as waiter:
                 self._admit_waiting()
                 return await waiter.lease()
@@ -169,6 +173,20 @@ class SharedTurns:
             num_in_flight=len(self._in_flight),
             is_drained=self._hold.is_drained,
             queues=self._queues.snapshot(loop_time(), reason=lambda _: self._why_wait),
+        )
+
+    def end_in_flight(self, error: Callable[[], CocktailError]) -> None:
+        self._in_flight.end_all(error)
+
+    def load(self) -> EngineLoad:
+        return EngineLoad(
+            is_up=self._is_up,
+            num_slots=self._slots.max_in_flight,
+            num_in_flight=self._slots.num_taken,
+            waiting=self._queues.requests.num_by_recipe(),
+            num_background=self._in_flight.num_background,
+            background=self._queues.background.num_by_recipe(),
+            is_drained=self._hold.is_drained,
         )
 
     def give_back(self, lease: Lease) -> None:

@@ -62,6 +62,7 @@ class Slots:
             one more than all others together. None: no bound but the shares.
 
     Attributes:
+        max_in_flight: how many there are.
         num_taken: slots in use.
     """
 
@@ -78,7 +79,7 @@ class Slots:
         self._num_unshared = num_unshared
         self._max_beside = max_beside or sys.maxsize
         self._served_tokens = served_tokens
-        self._max_in_flight = max_in_flight or sys.maxsize
+        self.max_in_flight = max_in_flight or sys.maxsize
         self._gap_s = gap_s
         self._tenants: dict[str, Presence] = {}
         self._sharing: dict[str, Presence] = {}  # of those who have a share, or had one a moment ago
@@ -101,7 +102,7 @@ class Slots:
 
     def has_one_for(self, tenant: str, now: float) -> bool:
         """Whether a tenant may have one more request in the engine."""
-        if self.num_taken >= self._max_in_flight:
+        if self.num_taken >= self.max_in_flight:
             return False
         num_in_flight = self.of(tenant).num_in_flight
         if num_in_flight >= self._max_beside and self._crowds(tenant, now):
@@ -156,7 +157,7 @@ class Slots:
 
     @property
     def _slots_each(self) -> int:
-        return self._max_in_flight // (len(self._sharing) or 1)
+        return self.max_in_flight // (len(self._sharing) or 1)
 
     def _drop_idle(self, now: float) -> None:
         self._tenants = {

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Literal
 
+from cocktail_serve.engines.line_place import LinePlace
 from cocktail_serve.engines.scheduler_snapshot import Queue, WaitReason
 from cocktail_serve.engines.turns.lease import Lease
 from cocktail_serve.errors import CocktailError, ModelNotReadyError
@@ -44,9 +46,11 @@ class Waiter(Claim):
 
     Attributes:
         granted: what it is given.
+        place: by which it can be called away; None: it waits for this engine alone.
     """
 
     granted: asyncio.Future[Lease]
+    place: LinePlace | None = None
 
     @property
     def is_answered(self) -> bool:
@@ -90,7 +94,7 @@ class WaitQueue:
             if not by_tenant:
                 del self._by_recipe[digest]
 
-    def fail(self, waiter: Waiter, error: CocktailError) -> None:
+    def fail(self, waiter: Waiter, error: Exception) -> None:
         """Sends one away."""
         self.discard(waiter)
         if not waiter.is_answered:
@@ -109,6 +113,10 @@ class WaitQueue:
     def firsts_of(self, digest: str) -> list[Waiter]:
         """The first in line of each tenant for a recipe."""
         return [next(iter(waiters)) for waiters in self._by_recipe.get(digest, {}).values()]
+
+    def num_by_recipe(self) -> dict[str, int]:
+        """How many wait for each recipe that anybody waits for."""
+        return {digest: sum(map(len, by_tenant.values())) for digest, by_tenant in self._by_recipe.items()}
 
     def firsts(self, *, other_than: str | None) -> list[Waiter]:
         """The first in line of each tenant for each recipe but one."""
@@ -162,6 +170,7 @@ class WaitQueues:
         delay_s: float = 0.0,
         timeout_s: float | None,
         expire: Callable[[Waiter, float], None],
+        place: LinePlace | None = None,
     ) -> Iterator[Waiter]:
         """One more in line, until the block ends.
 
@@ -170,22 +179,28 @@ class WaitQueues:
             delay_s: how much later than now its time in line counts from.
             timeout_s: None: waits as long as it takes.
             expire: is to send it away, told how long it has waited.
+            place: where it waits, if it could wait elsewhere; its time in line began with that.
         """
         loop = asyncio.get_running_loop()
+        made_at = now if place is None else place.asked_at
         waiter = Waiter(
             recipe=recipe,
-            made_at=now,
-            ranked_from=now + delay_s,
+            made_at=made_at,
+            ranked_from=made_at + delay_s,
             claimant="background" if background else "tenant",
             tenant="" if background else tenant,
             num_tokens=num_tokens,
             granted=loop.create_future(),
+            place=place,
+            num_lost_mixes=0 if place is None else place.num_lost_mixes,
         )
         queue = self.holding(waiter)
         queue.add(waiter)
-        timer = None if timeout_s is None else loop.call_later(timeout_s, expire, waiter, timeout_s)
+        timer = None if timeout_s is None else loop.call_at(made_at + timeout_s, expire, waiter, timeout_s)
+        may_leave = nullcontext() if place is None else place.held(partial(self.fail, waiter))
         try:
-            yield waiter
+            with may_leave:
+                yield waiter
         finally:
             queue.discard(waiter)
             if timer is not None:
@@ -199,7 +214,7 @@ class WaitQueues:
         """All who wait for a recipe."""
         return [*self.requests.of(digest), *self.background.of(digest)]
 
-    def fail(self, waiter: Waiter, error: CocktailError) -> None:
+    def fail(self, waiter: Waiter, error: Exception) -> None:
         """Sends one away."""
         self.holding(waiter).fail(waiter, error)
 

@@ -1,18 +1,23 @@
-"""The engine of a decoder pool with its turns: whether its recipes take them, and by which numbers."""
+"""The engine of a decoder pool with its turns: whether its recipes take them, by which numbers, and how many it is."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from cocktail_serve.config import VLLMEngineConfig
+from cocktail_serve.config import DEVICE_VARIABLES, VLLMEngineConfig
+from cocktail_serve.engines.base import GenerationEngine
 from cocktail_serve.engines.fairness import ServedTokensByTenant
+from cocktail_serve.engines.replicas.engine import ReplicatedEngine
+from cocktail_serve.engines.replicas.placement import ResidentPlacement, SharedPlacement
 from cocktail_serve.engines.stats import EngineStats
 from cocktail_serve.engines.turns.base import Turns
 from cocktail_serve.engines.turns.exclusive import PATIENCE_SLICES, ExclusiveTurns
 from cocktail_serve.engines.turns.shared import SharedTurns
 from cocktail_serve.engines.vllm.engine import VLLMEngine
+from cocktail_serve.engines.vllm.example_tokens import ExampleTokens
 from cocktail_serve.errors import ConfigError
 from cocktail_serve.pool import Pool
+from cocktail_serve.scoring.tokenizer_cache import TOKENIZERS
 from vllm_cocktail.launch import is_cpu_build
 
 BACKGROUND_DELAY_SLICES = 2.0
@@ -31,14 +36,48 @@ MAX_BESIDE_CPU = 5
 for all; `bench.rows` measures what more and fewer cost (docs/benchmarks.md)."""
 
 
+def build_decoder_engine(pool: Pool, config: VLLMEngineConfig, *, run_dir: Path) -> GenerationEngine:
+    """The engine of a decoder pool: one, or as many as its configuration says behind one; nothing is started.
+
+    Each of several has a folder of its own, `{pool}.{number}` in `run_dir`; they share the tokenizer of examples, and
+    what they know of tenants: fairness is over all of them.
+
+    Raises:
+        ConfigError: as `build_vllm_engine`.
+    """
+    if config.replicas == 1:
+        return build_vllm_engine(pool, _on_its_devices(config, 0), run_dir=run_dir)
+    served_tokens = ServedTokensByTenant()
+    tokens = ExampleTokens(pool, kept=run_dir / TOKENIZERS)
+    replicas = [
+        build_vllm_engine(
+            pool,
+            _on_its_devices(config, number),
+            run_dir=run_dir / f"{pool.id}.{number}",
+            served_tokens=served_tokens,
+            tokens=tokens,
+            replica=number,
+        )
+        for number in range(config.replicas)
+    ]
+    shares_batch = pool.mode == "unmerged"
+    return ReplicatedEngine(replicas, SharedPlacement() if shares_batch else ResidentPlacement(slice_s=config.slice_s))
+
+
 def build_vllm_engine(
-    pool: Pool, config: VLLMEngineConfig, *, run_dir: Path, served_tokens: ServedTokensByTenant | None = None
+    pool: Pool,
+    config: VLLMEngineConfig,
+    *,
+    run_dir: Path,
+    served_tokens: ServedTokensByTenant | None = None,
+    tokens: ExampleTokens | None = None,
+    replica: int | None = None,
 ) -> VLLMEngine:
     """An engine whose recipes share a batch where the pool is served unmerged, and take turns otherwise; nothing is
     started.
 
     Args:
-        pool, config, run_dir: as `VLLMEngine`.
+        pool, config, run_dir, tokens, replica: as `VLLMEngine`.
         served_tokens: what tenants were served, where several engines are to treat them alike.
 
     Raises:
@@ -63,7 +102,15 @@ def build_vllm_engine(
             served_tokens=served_tokens,
             stats=stats,
         )
-    return VLLMEngine(pool, config, turns=turns, stats=stats, run_dir=run_dir)
+    return VLLMEngine(pool, config, turns=turns, stats=stats, run_dir=run_dir, tokens=tokens, replica=replica)
+
+
+def _on_its_devices(config: VLLMEngineConfig, number: int) -> VLLMEngineConfig:
+    """What the configuration says of one replica."""
+    if not config.devices:
+        return config
+    variable = DEVICE_VARIABLES["cpu" if is_cpu_build() else "gpu"]
+    return config.model_copy(update={"env": {**config.env, variable: config.devices[number]}})
 
 
 def _max_in_flight(config: VLLMEngineConfig) -> int:

@@ -10,7 +10,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import math
-from collections.abc import AsyncIterator, Mapping, Sequence
+import platform
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -19,8 +21,12 @@ import orjson
 from cocktail_serve.config import VLLMEngineConfig
 from cocktail_serve.decisions import PosedQuestion
 from cocktail_serve.engines.base import Background, Decided, Forwarded, MixedAhead, Scored
+from cocktail_serve.engines.engine_gone import EngineGoneError
 from cocktail_serve.engines.engine_time import CallTimer
+from cocktail_serve.engines.line_place import LinePlace, RecalledError
+from cocktail_serve.engines.load import EngineLoad
 from cocktail_serve.engines.recipe_names import NamesOf
+from cocktail_serve.engines.replica_numbers import check_replica
 from cocktail_serve.engines.snapshot import EngineDetail, EngineSnapshot, EngineState
 from cocktail_serve.engines.stats import EngineStats
 from cocktail_serve.engines.token_estimates import expected_tokens
@@ -29,13 +35,14 @@ from cocktail_serve.engines.turns.lease import Lease
 from cocktail_serve.engines.vllm import server_metrics
 from cocktail_serve.engines.vllm.connections import EngineResponse
 from cocktail_serve.engines.vllm.errors import engine_error, is_error
+from cocktail_serve.engines.vllm.example_tokens import ExampleTokens
 from cocktail_serve.engines.vllm.launcher import Launcher
 from cocktail_serve.engines.vllm.request_body import BodyWriter, recipe_fields
 from cocktail_serve.engines.vllm.responses import iter_events, read_whole
 from cocktail_serve.engines.vllm.scorer import DecoderScorer
 from cocktail_serve.engines.vllm.server_mixer import ServerMixer
 from cocktail_serve.engines.vllm.supervisor import Supervisor
-from cocktail_serve.errors import CocktailError, DrainedError, EngineError, ModelNotReadyError
+from cocktail_serve.errors import CocktailError, DrainedError, EngineError, InvalidRequestError, ModelNotReadyError
 from cocktail_serve.examples import ExampleSet
 from cocktail_serve.generation_settings import GenerationSettings
 from cocktail_serve.pool import Pool
@@ -45,7 +52,7 @@ from vllm_cocktail.fence import RECIPE_HEADER
 from vllm_cocktail.replies import DECIDE_PATH, STATUS_PATH, DecideReply, StatusReply
 
 LOOK_S = 0.05
-"""Between two looks of background work for whether it should begin, or give way."""
+"""Between two looks for whether background work should begin or give way, or a restart."""
 
 
 class VLLMEngine:
@@ -58,7 +65,9 @@ class VLLMEngine:
         config: `type: fake` starts the fake server instead of vLLM; all else is the same.
         turns: who is let in, and when; what a turn of another recipe begins with is offered to them.
         stats: restarts and mixes are counted here, beside what turns count.
-        run_dir: folder for the manifest, the server's log and the tokenizer.
+        run_dir: folder for the manifest and the server's log, and the tokenizer where no `tokens` are given.
+        tokens: of the pool's examples, where several engines share them.
+        replica: its number among the engines of its pool, as its log lines have it; None: it is the only one.
 
     Raises:
         ConfigError: `args` or `env` set what is set here.
@@ -74,13 +83,16 @@ class VLLMEngine:
         turns: Turns,
         stats: EngineStats,
         run_dir: Path,
+        tokens: ExampleTokens | None = None,
+        replica: int | None = None,
     ) -> None:
         self.pool = pool
         self.dtype = config.dtype_over(pool.base)
         self.stats = stats
         self._turns = turns
         self._queue_timeout_s = config.queue_timeout_s
-        self._mixer = ServerMixer(pool.id, swap_timeout_s=config.swap_timeout_s, stats=stats)
+        name = pool.id if replica is None else f"{pool.id}.{replica}"
+        self._mixer = ServerMixer(name, swap_timeout_s=config.swap_timeout_s, stats=stats)
         self._bodies = BodyWriter(own=pool.base.generation)
         self._num_background = 0
         self._launcher = Launcher(pool, config, dtype=self.dtype, run_dir=run_dir)
@@ -92,8 +104,10 @@ class VLLMEngine:
             start_timeout_s=config.start_timeout_s,
             max_model_len=config.max_model_len,
             stats=stats,
+            name=name,
         )
-        self._scorer = DecoderScorer(pool, self._supervisor, turns, kept=run_dir / TOKENIZERS)
+        self._tokens = tokens or ExampleTokens(pool, kept=run_dir / TOKENIZERS)
+        self._scorer = DecoderScorer(pool, self._supervisor, turns, self._tokens)
 
     @property
     def max_model_len(self) -> int | None:
@@ -103,7 +117,7 @@ class VLLMEngine:
         if not self._supervisor.is_started:
             self._launcher.write_manifest(self.pool)
             self._supervisor.start()
-            self._scorer.prepare_tokenizer()
+            self._tokens.prepare()
 
     def check_start(self) -> Sequence[str]:
         return self._launcher.check(self.pool)
@@ -111,7 +125,7 @@ class VLLMEngine:
     async def stop(self) -> None:
         await self._supervisor.stop()
         self._mixer.close()
-        self._scorer.close()
+        self._tokens.close()
 
     async def snapshot(self, *, deadline_s: float) -> EngineSnapshot:
         state, resident, detail = await self._ask(deadline_s)
@@ -122,25 +136,33 @@ class VLLMEngine:
             detail=detail,
             scheduler=self._turns.snapshot(),
             counters=self.stats.copy(),
+            node=platform.node(),
         )
 
-    async def server_metrics(self, *, deadline_s: float) -> Mapping[str, float]:
+    def load(self) -> EngineLoad:
+        load, state = self._turns.load(), self._supervisor.state
+        # lost a moment ago, it would look idle
+        return replace(load, is_up=load.is_up and state == "ready", is_failed=state in ("failed", "stopped"))
+
+    async def server_metrics(self, *, deadline_s: float) -> Sequence[Mapping[str, float]]:
         server = self._supervisor.server
         if server is None:
-            return {}
+            return [{}]
         try:
             status, content = await server.read(server_metrics.PATH, timeout_s=deadline_s)
         except CocktailError:
-            return {}
-        return server_metrics.parse_server_metrics(content.decode()) if status == 200 else {}
+            return [{}]
+        return [server_metrics.parse_server_metrics(content.decode()) if status == 200 else {}]
 
     def name_recipes(self, names_of: NamesOf) -> None:
         self._mixer.name_recipes(names_of)
 
-    def drain(self, is_drained: bool) -> None:
+    def drain(self, is_drained: bool, *, replica: int | None = None) -> None:
+        check_replica(replica)
         self._turns.drain(is_drained)
 
-    def pin(self, recipe: Recipe | None) -> None:
+    def pin(self, recipe: Recipe | None, *, replica: int | None = None) -> None:
+        check_replica(replica)
         self._turns.pin(recipe)
 
     async def change_pool(self, pool: Pool) -> None:
@@ -151,13 +173,13 @@ class VLLMEngine:
     async def check_examples(self, examples: ExampleSet) -> None:
         await self._scorer.tokenize(examples)
 
-    async def score(self, recipe: Recipe, examples: ExampleSet) -> Scored:
-        return await self._scorer.score(recipe, examples)
+    async def score(self, recipe: Recipe, examples: ExampleSet, *, place: LinePlace | None = None) -> Scored:
+        return await self._scorer.score(recipe, examples, place=place)
 
-    async def mix_ahead(self, recipe: Recipe) -> MixedAhead:
+    async def mix_ahead(self, recipe: Recipe, *, place: LinePlace | None = None) -> MixedAhead:
         self._supervisor.check_available()
         # its turn comes, and with it the mix; resident once is enough, since the worker keeps what it merged
-        with CallTimer() as timer, await self._turns.acquire(recipe, background=True) as lease:
+        with CallTimer() as timer, await self._turns.acquire(recipe, background=True, place=place) as lease:
             timer.add(mixing_s=lease.mixing_s)
         return MixedAhead(timer.time)
 
@@ -188,6 +210,7 @@ class VLLMEngine:
         generation: GenerationSettings | None = None,
         cache_salt: str | None = None,
         background: Background | None = None,
+        place: LinePlace | None = None,
     ) -> Decided:
         template = None if generation is None else generation.chat_template
         tokenized = await self._scorer.tokenize_options(questions, template)
@@ -196,8 +219,10 @@ class VLLMEngine:
         num_tokens = sum(options.num_tokens for options in tokenized)
         self._supervisor.check_available()
         with contextlib.ExitStack() as held:
-            lease = await self._lease(recipe, held, tenant=tenant, num_tokens=num_tokens, background=background)
-            with lease.interruptible():
+            lease = await self._lease(
+                recipe, held, tenant=tenant, num_tokens=num_tokens, background=background, place=place
+            )
+            with lease.interruptible(), self._reached(place):
                 answer = await self._post(recipe, DECIDE_PATH, content)
                 with contextlib.closing(answer):
                     whole = await read_whole(answer)
@@ -224,6 +249,7 @@ class VLLMEngine:
         tenant: str,
         generation: GenerationSettings | None = None,
         background: Background | None = None,
+        place: LinePlace | None = None,
     ) -> AsyncIterator[Forwarded]:
         if generation is not None:
             body = self._bodies.complete(body, path, generation, max_model_len=self._supervisor.max_model_len)
@@ -231,8 +257,10 @@ class VLLMEngine:
         num_tokens = expected_tokens(body, num_bytes=len(content))
         self._supervisor.check_available()
         with contextlib.ExitStack() as held:
-            lease = await self._lease(recipe, held, tenant=tenant, num_tokens=num_tokens, background=background)
-            with lease.interruptible():
+            lease = await self._lease(
+                recipe, held, tenant=tenant, num_tokens=num_tokens, background=background, place=place
+            )
+            with lease.interruptible(), self._reached(place):
                 answer = await self._post(recipe, path, content)
             with contextlib.closing(answer):
                 if answer.status == 200 and answer.headers.get("content-type", "").startswith("text/event-stream"):
@@ -264,15 +292,20 @@ class VLLMEngine:
         tenant: str,
         num_tokens: int,
         background: Background | None,
+        place: LinePlace | None,
     ) -> Lease:
         """The recipe's turn, once it has come, until `held` exits."""
         if background is not None:
-            return await self._background_lease(recipe, background, held)
+            return await self._background_lease(recipe, background, held, place)
         return held.enter_context(
-            await self._turns.acquire(recipe, tenant=tenant, num_tokens=num_tokens, timeout_s=self._queue_timeout_s)
+            await self._turns.acquire(
+                recipe, tenant=tenant, num_tokens=num_tokens, timeout_s=self._queue_timeout_s, place=place
+            )
         )
 
-    async def _background_lease(self, recipe: Recipe, background: Background, held: contextlib.ExitStack) -> Lease:
+    async def _background_lease(
+        self, recipe: Recipe, background: Background, held: contextlib.ExitStack, place: LinePlace | None
+    ) -> Lease:
         try:
             async with asyncio.timeout(self._queue_timeout_s):
                 # whoever asks knows nothing of this
@@ -280,7 +313,7 @@ class VLLMEngine:
                     await asyncio.sleep(LOOK_S)
                 self._num_background += 1
                 held.callback(self._end_background)
-                lease = held.enter_context(await self._turns.acquire(recipe, background=True))
+                lease = held.enter_context(await self._turns.acquire(recipe, background=True, place=place))
         except TimeoutError:
             # elsewhere there may be time for others, whose place it holds
             raise ModelNotReadyError(
@@ -289,6 +322,21 @@ class VLLMEngine:
         if background.is_broken_off:
             held.callback(asyncio.create_task(self._give_way(lease)).cancel)
         return lease
+
+    def begin_restart(self, *, drain_s: float) -> None:
+        raise InvalidRequestError(
+            f"pool {self.pool.id!r} has one engine: nobody would answer while it is restarted; set engine.replicas to "
+            "2 or more, or restart the server"
+        )
+
+    async def restart(self, *, drain_s: float) -> None:
+        deadline = asyncio.get_running_loop().time() + drain_s
+        while self._turns.num_in_flight and asyncio.get_running_loop().time() < deadline:  # noqa: ASYNC110
+            await asyncio.sleep(LOOK_S)
+        self._turns.end_in_flight(
+            lambda: DrainedError(f"the request ran for more than {drain_s:g} s after its engine was to be restarted")
+        )
+        await self._supervisor.renew()
 
     def _end_background(self) -> None:
         self._num_background -= 1
@@ -330,6 +378,17 @@ class VLLMEngine:
         if "mode" in reply:
             detail["mode"] = reply["mode"]
         return "ready", reply["resident"], detail
+
+    @contextlib.contextmanager
+    def _reached(self, place: LinePlace | None) -> Iterator[None]:
+        """A request that does not reach the server goes to another, if there may be one; so will all that follow."""
+        try:
+            yield
+        except EngineGoneError as error:
+            self._supervisor.lose(error.message)
+            if place is not None:
+                raise RecalledError from error
+            raise
 
     def _check_recipe(self, recipe: Recipe, answer: EngineResponse) -> None:
         """Lets only answers through that this recipe gave.

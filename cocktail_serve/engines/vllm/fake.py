@@ -200,7 +200,9 @@ class FakeServer:
             f"vllm:num_requests_running{{{labels}}} {float(self.fence.in_flight)}\n"
             f"vllm:num_requests_waiting{{{labels}}} 0.0\n"
             f"vllm:kv_cache_usage_perc{{{labels}}} 0.0\n"
-            f"vllm:num_preemptions_total{{{labels}}} 0.0\n",
+            f"vllm:num_preemptions_total{{{labels}}} 0.0\n"
+            f"vllm:prefix_cache_queries_total{{{labels}}} 0.0\n"
+            f"vllm:prefix_cache_hits_total{{{labels}}} 0.0\n",
             media_type="text/plain",
         )
 

@@ -15,6 +15,7 @@ from typing import Any, Self
 
 import orjson
 
+from cocktail_serve.engines.engine_gone import EngineGoneError
 from cocktail_serve.engines.start_failures import Exit, reason_in
 from cocktail_serve.engines.vllm.connections import Connections, EngineResponse
 from cocktail_serve.engines.vllm.process import ProcessGroup
@@ -34,9 +35,15 @@ Launch = Callable[[Path, str], tuple[list[str], dict[str, str]]]
 """Command line and whole environment of a server that listens on this Unix socket and is guarded by this key."""
 
 
+def _engine_error(message: str, error: OSError) -> EngineError:
+    is_gone = isinstance(error, ConnectionRefusedError | FileNotFoundError)
+    return EngineGoneError(message) if is_gone else EngineError(message)
+
+
 def sweep_sockets(run_dir: Path) -> None:
     """Removes the folders of sockets that a killed process left behind, and its notes of them in `run_dir`."""
-    for link in run_dir.glob(f"{_SOCKET_PREFIX}*"):
+    # those of replicas lie in folders of their own
+    for link in [*run_dir.glob(f"{_SOCKET_PREFIX}*"), *run_dir.glob(f"*/{_SOCKET_PREFIX}*")]:
         if link.is_symlink():
             shutil.rmtree(link.readlink(), ignore_errors=True)
             link.unlink()
@@ -131,12 +138,12 @@ class EngineServer:
             headers: names in lower case.
 
         Raises:
-            EngineError: the connection failed.
+            EngineError: the connection failed; an `EngineGoneError` where there was none.
         """
         try:
             return await self._running_connections.send("POST", path, content, headers=headers)
         except OSError as error:
-            raise EngineError(f"the engine did not answer: {error!r}") from error
+            raise _engine_error(f"the engine did not answer: {error!r}", error) from error
 
     async def call(
         self,
@@ -175,7 +182,7 @@ class EngineServer:
         except TimeoutError as error:
             raise EngineTimeoutError(f"the engine did not answer {method} {path} within {timeout_s:g} s") from error
         except OSError as error:
-            raise EngineError(f"the engine did not answer {method} {path}: {error!r}") from error
+            raise _engine_error(f"the engine did not answer {method} {path}: {error!r}", error) from error
 
     async def _until_ready(self, group: ProcessGroup) -> None:
         exited = asyncio.ensure_future(group.wait())

@@ -31,6 +31,9 @@ gave the same reason every time, and it lies in what the server was given.
 An engine that becomes ready and dies soon is another matter: who waits for it has a good chance to be served.
 """
 
+_RENEWED_S = 0.1
+"""Between two looks for whether a server that was started again is ready."""
+
 HEARTBEAT_S = 10.0
 HANG_S = 120.0
 """An engine that has not answered through its workers for so long, outside of a mix, is killed."""
@@ -40,11 +43,12 @@ class Supervisor:
     """Keeps one server alive, and gives turns on it while it is ready.
 
     Args:
-        pool_id: names the engine in logs and errors.
+        pool_id: names the engine in errors.
         turns: given during each life of the server.
         mixer: what a turn of another recipe begins with.
         max_model_len: the configured context length; None: known once the server was ready.
         stats: its restarts are counted here.
+        name: names the engine in logs.
 
     Attributes:
         failure: why the last life ended; empty while the server is ready.
@@ -64,6 +68,7 @@ class Supervisor:
         start_timeout_s: float,
         max_model_len: int | None,
         stats: EngineStats,
+        name: str,
     ) -> None:
         self.state: EngineState = "starting"
         self.failure = ""
@@ -72,6 +77,7 @@ class Supervisor:
         self.max_model_len = max_model_len
         self.server: EngineServer | None = None
         self._pool_id = pool_id
+        self._name = name
         self._launcher = launcher
         self._turns = turns
         self._mixer = mixer
@@ -79,6 +85,7 @@ class Supervisor:
         self._stats = stats
         self._lost: asyncio.Future[NoReturn] | None = None
         self._task: asyncio.Task[None] | None = None
+        self._is_renewed = False
 
     @property
     def is_started(self) -> bool:
@@ -96,8 +103,8 @@ class Supervisor:
         return self.server
 
     def start(self) -> None:
-        """Begins the first life in the background. Called once."""
-        self._task = asyncio.create_task(self._supervise(), name=f"engine-{self._pool_id}")
+        """Begins the first life in the background."""
+        self._task = asyncio.create_task(self._supervise(), name=f"engine-{self._name}")
 
     async def stop(self) -> None:
         """Sends those in line away and ends the server. May be called twice, and before the start."""
@@ -108,9 +115,29 @@ class Supervisor:
             await asyncio.gather(self._task, return_exceptions=True)
 
     def lose(self, reason: str) -> None:
-        """Ends the server's life: it is not what we think it is."""
+        """Ends the server's life: it is not what we think it is, or not there."""
         if self._lost is not None and not self._lost.done():
+            self.state = "restarting" if self.state == "ready" else self.state
             self._lost.set_exception(EngineError(reason))
+
+    async def renew(self) -> None:
+        """Ends the server's life, begins the next at once and waits until it is ready; it counts as no loss.
+
+        One that is down is waited for as it is, and one that was given up is started.
+
+        Raises:
+            EngineError: it did not become ready in several starts, or was stopped.
+        """
+        if self.is_given_up:
+            self.is_given_up, self.state = False, "restarting"
+            self.start()
+        elif self.server is not None:
+            self._is_renewed = True
+            self.lose("the operator restarts it")
+        while self.state in ("starting", "restarting"):  # noqa: ASYNC110  # minutes: nobody is told of each change
+            await asyncio.sleep(_RENEWED_S)
+        if self.state != "ready":
+            raise EngineError(f"the engine of pool {self._pool_id!r} did not come back ({self.state}): {self.failure}")
 
     def check_available(self) -> None:
         """Says that nobody should wait for the server.
@@ -139,13 +166,17 @@ class Supervisor:
                 async with server:
                     ready_at = loop.time()
                     for warning in server.warnings:
-                        logger.warning("%s: %s", self._pool_id, warning)
+                        logger.warning("%s: %s", self._name, warning)
                     await self._live(server)
             except CocktailError as error:
                 self.failure = error.message
             except Exception:
                 self.failure = "an error in cocktail-serve itself; see its log"
-                logger.exception("%s: the engine's supervisor failed", self._pool_id)
+                logger.exception("%s: the engine's supervisor failed", self._name)
+            if self._is_renewed:
+                self._is_renewed, num_failures, failed_starts = False, 0, []
+                logger.info("%s: the engine is started again", self._name)
+                continue
             self.failed_start_log = () if ready_at is not None else server.last_lines()
             was_stable = ready_at is not None and loop.time() - ready_at > STABLE_S
             num_failures = 1 if was_stable else num_failures + 1
@@ -154,7 +185,7 @@ class Supervisor:
                 self._give_up(hopeless)
                 return
             pause_s = backoff_s(num_failures)
-            logger.error("%s: engine lost, next start in %g s: %s", self._pool_id, pause_s, self.failure)
+            logger.error("%s: engine lost, next start in %g s: %s", self._name, pause_s, self.failure)
             self._stats.num_restarts += 1
             self.state = "restarting"
             if len(failed_starts) == MAX_FAILED_STARTS:
@@ -165,7 +196,7 @@ class Supervisor:
             await asyncio.sleep(pause_s)
 
     def _give_up(self, last: Exit) -> None:
-        logger.error("%s: the engine cannot start, and is given up: %s", self._pool_id, self.failure)
+        logger.error("%s: the engine cannot start, and is given up: %s", self._name, self.failure)
         self.is_given_up = True
         self.state = "failed"
         self.failure = f"{last.reason}; {REMEDY}"

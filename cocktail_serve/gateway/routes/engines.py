@@ -19,6 +19,7 @@ from cocktail_serve.gateway.schemas.engines import (
     ExpertBody,
     ExpertList,
     ExpertView,
+    RestartBody,
 )
 from cocktail_serve.request_schema import parse_as
 
@@ -49,9 +50,26 @@ async def operate_engine(gateway: GatewayDep, engine_id: str, body: JSONObject) 
             if served.pool.id != engine_id:
                 raise InvalidRequestError(f"{wanted.pin!r} is a model of pool {served.pool.id!r}", param="pin")
             recipe = served.recipe
-        engine.pin(recipe)
+        engine.pin(recipe, replica=wanted.replica)
     if wanted.drain is not None:
-        engine.drain(wanted.drain)
+        engine.drain(wanted.drain, replica=wanted.replica)
+    return await _view(gateway, engine_id)
+
+
+@router.post(
+    "/engines/{engine_id}/restart",
+    status_code=202,
+    responses=error_responses(404, 409, 413, 503),
+    openapi_extra=json_request(RestartBody),
+)
+async def restart_engine(gateway: GatewayDep, engine_id: str, body: JSONObject) -> EngineView:
+    """Begins to start the replicas of a decoder pool again, one after the other, while the others answer; `restart` in
+    the answers of `GET` says how far it is."""
+    wanted = parse_as(RestartBody, body)
+    engine = gateway.engine(engine_id)
+    if engine.kind != "decoder":
+        raise InvalidRequestError(f"pool {engine_id!r} computes in the server's own process: restart the server")
+    engine.begin_restart(drain_s=wanted.drain_s)
     return await _view(gateway, engine_id)
 
 
@@ -92,8 +110,9 @@ async def remove_expert(
 
 async def _view(gateway: Gateway, engine_id: str) -> EngineView:
     snapshot = await gateway.engine(engine_id).snapshot(deadline_s=gateway.settings.server.ready_deadline_s)
-    scheduler = snapshot.scheduler
-    digests = {queue.recipe_digest for queue in scheduler.queues} | {scheduler.resident, scheduler.pinned}
-    names = gateway.service.catalog.named(engine_id, {digest for digest in digests if digest is not None})
+    schedulers = [snapshot.scheduler, *(replica.scheduler for replica in snapshot.replicas)]
+    digests = {queue.recipe_digest for scheduler in schedulers for queue in scheduler.queues}
+    digests |= {digest for scheduler in schedulers for digest in (scheduler.resident, scheduler.pinned) if digest}
+    names = gateway.service.catalog.named(engine_id, digests)
     config = gateway.settings.pool(engine_id).engine
     return EngineView.of(gateway.pools[engine_id], config, snapshot=snapshot, names=names)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from fastapi import APIRouter, Response
 
@@ -74,7 +74,7 @@ async def _snapshots(gateway: Gateway, *, deadline_s: float) -> dict[str, Engine
     return dict(zip(gateway.engines, snapshots, strict=True))
 
 
-async def _server_metrics(gateway: Gateway, *, deadline_s: float) -> dict[str, Mapping[str, float]]:
+async def _server_metrics(gateway: Gateway, *, deadline_s: float) -> dict[str, Sequence[Mapping[str, float]]]:
     engines = gateway.decoders
     counted = await asyncio.gather(*(engine.server_metrics(deadline_s=deadline_s) for engine in engines.values()))
     return dict(zip(engines, counted, strict=True))

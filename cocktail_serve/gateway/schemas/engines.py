@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from cocktail_serve.cocktails.experts import Added
 from cocktail_serve.config import EngineConfig
 from cocktail_serve.engines.scheduler_snapshot import Phase, Queue, WaitReason
-from cocktail_serve.engines.snapshot import EngineSnapshot, EngineState
+from cocktail_serve.engines.snapshot import EngineSnapshot, EngineState, RestartProgress
 from cocktail_serve.pool import Kind, Member, Mode, Pool
 from cocktail_serve.tenants.keys import DEFAULT_TENANT
 
@@ -31,6 +31,20 @@ class EngineBody(BaseModel):
         description="Model id of the pool that keeps its turn, while requests for others get 503; null: turns again.",
     )
     tenant: str = Field(DEFAULT_TENANT, description="Whose cocktail `pin` names.")
+    replica: int | None = Field(None, ge=0, description="Number of the one replica that is meant; omitted: all.")
+
+
+class RestartBody(BaseModel):
+    """Body of `POST /admin/engines/{id}/restart`."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    drain_s: float = Field(
+        600.0,
+        ge=0,
+        le=86_400,
+        description="How long what a replica has in flight may take before it is ended with an error, seconds.",
+    )
 
 
 class ExpertBody(BaseModel):
@@ -76,18 +90,14 @@ class QueueView(EngineRecipeView):
         )
 
 
-class EngineView(BaseModel):
-    object: Literal["engine"] = "engine"
-    id: str = Field(description="Id of its pool.")
-    kind: Kind
-    type: str
-    mode: Mode = Field(description="How mixtures reach it: merged, one recipe at a time, or unmerged, in one batch.")
-    mode_reason: str | None = Field(description="Why it is this one; null where there is no other.")
+class EngineActivity(BaseModel):
+    """What one engine does, or all engines of a pool together."""
+
     state: EngineState
     detail: dict[str, Any] = Field(
         description="Why it is not ready, with the last lines of a server that did not start; or its mixing path."
     )
-    phase: Phase | None = Field(description="Of the turn; null where recipes do not take turns.")
+    phase: Phase | None = Field(description="Of the turn; null where recipes take none, or each replica has its own.")
     resident: EngineRecipeView | None = Field(
         description="What is in the engine now, where it holds one recipe at a time."
     )
@@ -100,27 +110,68 @@ class EngineView(BaseModel):
     last_swap_s: float | None = Field(description="Seconds of the last of them.")
     restarts: int = Field(description="Times that it was lost and started again.")
 
+    @staticmethod
+    def fields_of(snapshot: EngineSnapshot, names: Names) -> dict[str, Any]:
+        scheduler, counters = snapshot.scheduler, snapshot.counters
+        return {
+            "state": snapshot.state,
+            "detail": dict(snapshot.detail),
+            "phase": scheduler.phase,
+            "resident": None if scheduler.resident is None else EngineRecipeView.of(scheduler.resident, names),
+            "turn_s": None if scheduler.turn_s is None else round(scheduler.turn_s, 3),
+            "in_flight": scheduler.num_in_flight,
+            "queues": [QueueView.of_queue(queue, names) for queue in scheduler.queues],
+            "pinned": None if scheduler.pinned is None else EngineRecipeView.of(scheduler.pinned, names),
+            "drained": scheduler.is_drained,
+            "swaps": counters.swap.count,
+            "last_swap_s": counters.last_swap_s,
+            "restarts": counters.num_restarts,
+        }
+
+
+class ReplicaView(EngineActivity):
+    replica: int = Field(description="Its number, from 0.")
+    node: str = Field(description="Name of its machine; empty: it computes in the gateway's process.")
+
+    @classmethod
+    def of(cls, number: int, snapshot: EngineSnapshot, names: Names) -> Self:
+        return cls(replica=number, node=snapshot.node, **cls.fields_of(snapshot, names))
+
+
+class RestartView(BaseModel):
+    """How far the last restart is."""
+
+    done: int = Field(description="Replicas that were started again.")
+    total: int
+    replica: int | None = Field(description="The one that is being restarted; null: it has ended.")
+    error: str | None = Field(description="Why it was given up; null: it was not.")
+
+    @classmethod
+    def of(cls, progress: RestartProgress) -> Self:
+        return cls(done=progress.num_done, total=progress.num_total, replica=progress.replica, error=progress.error)
+
+
+class EngineView(EngineActivity):
+    object: Literal["engine"] = "engine"
+    id: str = Field(description="Id of its pool.")
+    kind: Kind
+    type: str
+    mode: Mode = Field(description="How mixtures reach it: merged, one recipe at a time, or unmerged, in one batch.")
+    mode_reason: str | None = Field(description="Why it is this one; null where there is no other.")
+    replicas: list[ReplicaView] = Field(description="Each engine of the pool; what is said above is of all together.")
+    restart: RestartView | None = Field(description="Of the replicas, one after the other; null: there was none.")
+
     @classmethod
     def of(cls, pool: Pool, config: EngineConfig, *, snapshot: EngineSnapshot, names: Names) -> Self:
-        scheduler, counters = snapshot.scheduler, snapshot.counters
         return cls(
             id=pool.id,
             kind=pool.kind,
             type=config.type,
             mode=pool.mode,
             mode_reason=config.reason_of_mode(pool),
-            state=snapshot.state,
-            detail=dict(snapshot.detail),
-            phase=scheduler.phase,
-            resident=None if scheduler.resident is None else EngineRecipeView.of(scheduler.resident, names),
-            turn_s=None if scheduler.turn_s is None else round(scheduler.turn_s, 3),
-            in_flight=scheduler.num_in_flight,
-            queues=[QueueView.of_queue(queue, names) for queue in scheduler.queues],
-            pinned=None if scheduler.pinned is None else EngineRecipeView.of(scheduler.pinned, names),
-            drained=scheduler.is_drained,
-            swaps=counters.swap.count,
-            last_swap_s=counters.last_swap_s,
-            restarts=counters.num_restarts,
+            replicas=[ReplicaView.of(number, one, names) for number, one in enumerate(snapshot.each)],
+            restart=None if snapshot.restart is None else RestartView.of(snapshot.restart),
+            **cls.fields_of(snapshot, names),
         )
 
 

@@ -17,6 +17,7 @@ class Health(BaseModel):
 class EngineReadiness(BaseModel):
     state: EngineState
     resident: str | None = Field(description="Digest of the recipe whose parameters are in the engine now.")
+    replicas: list[EngineState] = Field(description="State of each of its engines; one that is ready answers.")
     queued: int = Field(description="Requests that wait for their recipe's turn.")
     detail: dict[str, Any] = Field(
         description="Why it is not ready, or which mixing path it took. The last lines of a server that did not start, "
@@ -27,7 +28,13 @@ class EngineReadiness(BaseModel):
     def of(cls, engine: EngineSnapshot, *, with_log: bool) -> EngineReadiness:
         """What anybody may read; with the log of a server that did not start where everybody is the operator."""
         detail: dict[str, Any] = {name: value for name, value in engine.detail.items() if with_log or name != "log"}
-        return cls(state=engine.state, resident=engine.resident, queued=engine.num_queued, detail=detail)
+        return cls(
+            state=engine.state,
+            resident=engine.resident,
+            replicas=[one.state for one in engine.each],
+            queued=engine.num_queued,
+            detail=detail,
+        )
 
 
 class Readiness(BaseModel):
