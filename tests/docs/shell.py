@@ -16,10 +16,10 @@ from typing import Self
 from tests.docs.pages import ROOT
 
 COMMAND_S = 600.0
+INSTALL_S = 900.0
 STOP_S = 30.0
 
-_IN_A_SECOND_TERMINAL = f"""#!{sys.executable}
-'''`cocktail-serve`; what stays in the foreground is left running, and this ends when it answers.'''
+_IN_A_SECOND_TERMINAL = """'''`cocktail-serve`; ends when what stays in the foreground, left running, answers.'''
 import os, subprocess, sys, time
 import httpx
 
@@ -28,24 +28,24 @@ command = [sys.executable, "-m", "cocktail_serve.cli", *words]
 is_demo = words[:1] == ["demo"] and "--serve" in words
 if words[:1] != ["serve"] and not is_demo:
     os.execv(sys.executable, command)
-subprocess.run([f"{{walk}}/bin/stop-server"], check=True)
-with open(f"{{walk}}/server.log", "wb") as log:
+subprocess.run([f"{walk}/bin/stop-server"], check=True)
+with open(f"{walk}/server.log", "wb") as log:
     server = subprocess.Popen(
         [*command, "--port", port], stdout=log, stderr=log, stdin=subprocess.DEVNULL, start_new_session=True
     )
-with open(f"{{walk}}/server.pid", "w") as file:
+with open(f"{walk}/server.pid", "w") as file:
     file.write(str(server.pid))
 end = time.monotonic() + 540
 while server.poll() is None and time.monotonic() < end:
     time.sleep(0.2)
-    log = open(f"{{walk}}/server.log", errors="replace").read()
+    log = open(f"{walk}/server.log", errors="replace").read()
     try:
-        if httpx.get(f"http://127.0.0.1:{{port}}/ready").status_code == 200 and (not is_demo or "; Ctrl-C ends" in log):
+        if httpx.get(f"http://127.0.0.1:{port}/ready").status_code == 200 and (not is_demo or "; Ctrl-C ends" in log):
             print(log)
             sys.exit()
     except httpx.TransportError:
         pass
-sys.exit("it did not become ready:\\n" + open(f"{{walk}}/server.log", errors="replace").read()[-5000:])
+sys.exit("it did not become ready:\\n" + open(f"{walk}/server.log", errors="replace").read()[-5000:])
 """
 
 _STOP = """#!/bin/bash
@@ -62,14 +62,25 @@ exec /usr/bin/env -i PATH=/usr/local/bin:/usr/bin:/bin curl --fail-with-body --s
 """
 
 
+def install(folder: Path) -> Path:
+    """A virtual environment in an empty folder, made as a reader's first command makes it, in a home of its own."""
+    environment, home = folder / "environment", folder / "home"
+    home.mkdir()
+    command = ["make", "install", f"VENV={environment}", f"PYTHON={sys.executable}"]
+    subprocess.run(command, cwd=ROOT, env={**os.environ, "HOME": str(home)}, check=True, timeout=INSTALL_S)
+    return environment
+
+
 class Shell:
     """One bash for the commands of a journey, in the folder of a checkout.
 
     Args:
         folder: empty; the checkout is linked into it, so that what commands write is not written into the checkout.
+        environment: a virtual environment, as `install` makes one.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, environment: Path) -> None:
+        python = environment / "bin" / "python"
         self.folder = folder / "checkout"
         self.walk = folder / "walk"
         home, binaries = folder / "home", self.walk / "bin"
@@ -81,10 +92,10 @@ class Shell:
         with socket.create_server(("127.0.0.1", 0)) as listener:
             self.port = listener.getsockname()[1]
         for name, text in (
-            ("cocktail-serve", _IN_A_SECOND_TERMINAL),
+            ("cocktail-serve", f"#!{python}\n{_IN_A_SECOND_TERMINAL}"),
             ("stop-server", _STOP),
             ("curl", _CURL),
-            *((name, f'#!/bin/bash\nexec {sys.executable} "$@"\n') for name in ("python", "python3")),
+            *((name, f'#!/bin/bash\nexec {python} "$@"\n') for name in ("python", "python3")),
         ):
             (binaries / name).write_text(text)
             (binaries / name).chmod(0o755)
@@ -97,7 +108,6 @@ class Shell:
             "HOME": str(home),
             "PATH": f"{binaries}:/usr/local/bin:/usr/bin:/bin",
             "LANG": "C.UTF-8",
-            "PYTHONPATH": f"{ROOT}:{ROOT / 'plugins'}",
             "HF_HUB_OFFLINE": "1",
             "OMP_WAIT_POLICY": "passive",
             "WALK": str(self.walk),

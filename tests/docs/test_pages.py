@@ -1,4 +1,4 @@
-"""Every command of every page is typed, in a fresh home, or it is said why not: a page cannot rot."""
+"""Every command of every page is typed, in a fresh home and environment, or it is said why not: a page cannot rot."""
 
 from __future__ import annotations
 
@@ -9,15 +9,20 @@ import pytest
 
 from tests.docs.journeys import _FUNCTIONS, JOURNEYS, Journey
 from tests.docs.pages import RUN, blocks
-from tests.docs.shell import Shell
+from tests.docs.shell import Shell, install
 
-pytestmark = [pytest.mark.full, pytest.mark.slow, pytest.mark.vllm, pytest.mark.timeout(1500)]
+pytestmark = [pytest.mark.full, pytest.mark.slow, pytest.mark.vllm, pytest.mark.timeout(2400)]
+
+
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return install(tmp_path_factory.mktemp("installed"))
 
 
 @pytest.mark.parametrize("name", JOURNEYS)
-def test_a_reader_gets_through(name: str, tmp_path: Path) -> None:
+def test_a_reader_gets_through(name: str, environment: Path, tmp_path: Path) -> None:
     journey = JOURNEYS[name]
-    journey_prepare(journey, shell := Shell(tmp_path))
+    journey_prepare(journey, shell := Shell(tmp_path, environment))
     with shell:
         typed(shell, f"{_FUNCTIONS}\nexport SERVER=http://127.0.0.1:8000", "the setup")
         for command in journey.first:
