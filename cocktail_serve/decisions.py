@@ -20,7 +20,7 @@ Form = Literal["chat", "text"]
 """How a model is asked: in turns that its chat template renders, or by a text that it goes on from."""
 
 DEFAULT_READING: Reading = "verbatim"
-"""What a model's examples are weighed by, and what measured better of every pool that was tried: see docs."""
+"""What a model's examples are weighed by, and what was right more often where it was measured: docs/benchmarks.md."""
 
 LABELS = string.ascii_uppercase
 """The letters that options stand under, in their order."""

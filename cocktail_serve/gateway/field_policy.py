@@ -53,6 +53,12 @@ FIELD_POLICY: tuple[FieldRule, ...] = (
     FieldRule("request_id", "refuse", "ids inside the engine are the server's; send the header x-request-id instead"),
     FieldRule("kv_transfer_params", "refuse", "KV blocks never leave the engine that computed them"),
     FieldRule("ec_transfer_params", "refuse", "encoder caches never leave the engine that computed them"),
+    FieldRule(
+        "logprob_token_ids",
+        "refuse",
+        "vLLM would tell other requests of the batch these log-probabilities in place of their own; ask for the "
+        "likeliest (`top_logprobs`), or for decisions (`/v1/decisions`)",
+    ),
     FieldRule("vllm_xargs", "refuse", "it reaches extensions of the engine that know nothing of tenants"),
     FieldRule(
         "chat_template",

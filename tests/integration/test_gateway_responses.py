@@ -159,6 +159,7 @@ def test_routes_of_what_is_kept_are_501(http: httpx.Client, method: str, path: s
     ("fields", "param"),
     [
         ({"vllm_xargs": {"cocktail_recipe": "{}"}}, "vllm_xargs"),
+        ({"logprob_token_ids": [1]}, "logprob_token_ids"),
         ({"vllm_xargs": {"cocktail_row": ["x", 1.0]}}, "vllm_xargs"),
         ({"priority": -1}, "priority"),
         ({"request_id": "resp_mine"}, "request_id"),
