@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, StrictStr, WithJsonSchema
 
 from cocktail_serve.cocktails.cocktail import Cocktail, Status, WeightingResult
+from cocktail_serve.decisions import Form
 from cocktail_serve.gateway.error_handlers import error_body
 from cocktail_serve.gateway.schemas.errors import ErrorDetail
 from cocktail_serve.gateway.schemas.generation_settings import GenerationView
@@ -90,6 +91,10 @@ class CocktailView(Listed):
     max_experts: int | None = Field(description="How many experts keep their weights, where some are left out.")
     seed: int
     num_examples: int = Field(description="Examples used, after sampling.")
+    form: Form | None = Field(
+        description="How the examples ask the models, and so how the cocktail is asked for decisions: by its chat "
+        "template, or as a text; null: by the chat template, where there is one."
+    )
     losses: dict[str, float] = Field(description="Loss (nats) by model, as far as measured; the base is `base`.")
     merging_weights: dict[str, float] | None = Field(description="Coefficients by model; null until weighed.")
     entropy: float | None = Field(description="Entropy (nats) of the merging weights.")
@@ -131,6 +136,7 @@ class CocktailView(Listed):
             max_experts=options.max_experts,
             seed=options.seed,
             num_examples=options.num_examples,
+            form=options.form,
             losses=dict(cocktail.losses),
             merging_weights=None if cocktail.merging_weights is None else dict(cocktail.merging_weights),
             entropy=cocktail.entropy,
