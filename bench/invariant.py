@@ -313,8 +313,12 @@ def until_all_replicas_ready(server: RunningServer) -> None:
 
 def kill_an_engine(server: RunningServer) -> None:
     """SIGKILL for the server of one replica, the first that was started."""
-    engines = [each for each in psutil.Process(server.process.pid).children() if "vllm" in " ".join(each.cmdline())]
-    min(engines, key=lambda each: each.pid).kill()
+    min(engines_of(server), key=lambda each: each.pid).kill()
+
+
+def engines_of(server: RunningServer) -> list[psutil.Process]:
+    """The first process of each engine's server."""
+    return [each for each in psutil.Process(server.process.pid).children() if "vllm" in " ".join(each.cmdline())]
 
 
 def run(

@@ -26,6 +26,8 @@ TURNS = tuple(
     for name in ("exclusive", "hold", "in_flight", "lease", "mixing", "policy", "shared", "slots", "wait_queue")
 )
 
+REPLICAS = tuple(f"cocktail_serve/engines/replicas/{name}.py" for name in ("dispatcher", "placement"))
+
 PARTS: dict[str, tuple[str, *tuple[str, ...]]] = {
     "cocktail_serve/weighting": ("cocktail_serve/weighting/", "tests/unit/weighting"),
     "cocktail_serve/recipe.py": (
@@ -36,6 +38,7 @@ PARTS: dict[str, tuple[str, *tuple[str, ...]]] = {
     "cocktail_serve/tenants/limits.py": ("cocktail_serve/tenants/limits.py", "tests/unit/tenants/test_limits.py"),
     "plugins/vllm_cocktail/fence.py": ("vllm_cocktail/fence.py", "tests/unit/test_fence.py"),
     **{part: (part, "tests/unit/engines/turns") for part in TURNS},
+    **{part: (part, "tests/unit/engines/replicas") for part in REPLICAS},
 }
 """What is changed, as it lies in the copy, and the tests that must notice, by what it is called here."""
 
