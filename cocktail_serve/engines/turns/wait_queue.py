@@ -179,10 +179,11 @@ class WaitQueues:
             delay_s: how much later than now its time in line counts from.
             timeout_s: None: waits as long as it takes.
             expire: is to send it away, told how long it has waited.
-            place: where it waits, if it could wait elsewhere; its time in line began with that.
+            place: where it waits, if it could wait elsewhere. A request's time in line began with that; background
+                work, which comes back for one turn after the other, waits for each anew.
         """
         loop = asyncio.get_running_loop()
-        made_at = now if place is None else place.asked_at
+        made_at = now if place is None or background else place.asked_at
         waiter = Waiter(
             recipe=recipe,
             made_at=made_at,

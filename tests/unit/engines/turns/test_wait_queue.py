@@ -6,10 +6,12 @@ import asyncio
 
 import pytest
 
+from cocktail_serve.engines.line_place import LinePlace, RecalledError
 from cocktail_serve.engines.scheduler_snapshot import Queue
 from cocktail_serve.engines.turns.wait_queue import Claimant, Waiter, WaitQueues
 from cocktail_serve.errors import ModelNotReadyError
 from cocktail_serve.recipe import Recipe
+from tests.jumping_clock import pause, run
 
 A, B = (Recipe(base="base", coefficients=((name, 1.0),), dtype="float32") for name in ("a", "b"))
 
@@ -72,3 +74,73 @@ async def test_a_cancellation_in_the_moment_of_being_sent_away_stays_one() -> No
     task.cancel()
     await asyncio.wait({task})
     assert task.cancelled()
+
+
+def never(waiter: Waiter, timeout_s: float) -> None:
+    raise AssertionError("nobody waits that long here")
+
+
+@pytest.mark.parametrize("background", [False, True])
+def test_a_requests_time_in_other_lines_counts_and_a_visit_waits_anew(background: bool) -> None:
+    async def scene() -> None:
+        queues, place = WaitQueues(), LinePlace()
+        place.num_lost_mixes = 1
+        await pause(7)
+        with queues.joined(
+            A,
+            tenant="t",
+            num_tokens=0,
+            background=background,
+            now=7.0,
+            delay_s=2.0,
+            timeout_s=None,
+            expire=never,
+            place=place,
+        ) as waiter:
+            came = 7.0 if background else 0.0
+            assert (waiter.made_at, waiter.ranked_from, waiter.num_lost_mixes) == (came, came + 2.0, 1)
+            assert place.is_in_line
+        assert (place.is_in_line, place.asked_at, place.let_in_at) == (False, 0.0, 7.0)
+
+    run(scene())
+
+
+def test_a_line_is_left_in_time_whatever_was_waited_elsewhere() -> None:
+    async def scene() -> None:
+        queues, place, expired = WaitQueues(), LinePlace(), list[float]()
+        await pause(7)
+        with queues.joined(
+            A,
+            tenant="t",
+            num_tokens=0,
+            background=False,
+            now=7.0,
+            timeout_s=10.0,
+            expire=lambda _, timeout_s: expired.append(timeout_s),
+            place=place,
+        ):
+            await pause(2.9)
+            assert expired == []
+            await pause(0.2)
+            assert expired == [10.0]
+
+    run(scene())
+
+
+async def test_who_waits_is_called_away_and_who_is_answered_is_not() -> None:
+    queues, place = WaitQueues(), LinePlace()
+    place.recall()  # it is nowhere yet
+    with queues.joined(
+        A, tenant="t", num_tokens=0, background=False, now=0.0, timeout_s=None, expire=never, place=place
+    ) as waiter:
+        place.recall()
+        with pytest.raises(RecalledError):
+            await waiter.lease()
+        assert len(queues.requests) == 0
+    with queues.joined(
+        A, tenant="t", num_tokens=0, background=False, now=0.0, timeout_s=None, expire=never, place=place
+    ) as waiter:
+        waiter.granted.set_exception(ModelNotReadyError("it was sent away"))
+        place.recall()
+        with pytest.raises(ModelNotReadyError):
+            await waiter.lease()
