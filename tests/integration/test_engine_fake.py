@@ -23,6 +23,7 @@ from cocktail_serve.engines.engine_time import EngineTimeTotal
 from cocktail_serve.engines.vllm.build import build_vllm_engine
 from cocktail_serve.engines.vllm.engine import VLLMEngine
 from cocktail_serve.engines.vllm.fake import Fault, fake_loss, fake_text
+from cocktail_serve.engines.vllm.server import EngineServer
 from cocktail_serve.errors import (
     ConfigError,
     ContextLengthError,
@@ -448,6 +449,26 @@ async def test_a_killed_server_comes_back(pool: Pool, tmp_path: Path, faults: Pa
         assert await waiting == expected(mixture(pool, 0.2), "hello")
         assert await ask(engine, recipe, "hello") == expected(recipe, "hello")
         assert not any(is_alive(process) for process in before)
+
+
+async def test_one_that_is_stopped_while_a_lost_server_is_ended_waits_for_that_end(
+    pool: Pool, tmp_path: Path, faults: Path
+) -> None:
+    async with running(pool, tmp_path) as engine:
+        server = engine._supervisor.server
+        assert server is not None
+        group = server._group
+        assert group is not None
+        engine._supervisor.lose("it is not what we think it is")
+        await eventually(lambda: has_no_connections(server))
+        assert group.returncode is None, "too late to see it"
+        await engine.stop()
+        assert group.returncode is not None
+
+
+async def has_no_connections(server: EngineServer) -> bool:
+    """Its end has begun."""
+    return server._connections is None
 
 
 async def test_an_engine_that_dies_often_is_still_waited_for(

@@ -214,8 +214,13 @@ class EngineServer:
         raise EngineError(f"the engine's server {why}; {self._log_end()}")
 
     async def _end(self) -> None:
-        # shielded: whoever cancels us wants the processes gone, not the killing stopped half-way
-        await asyncio.shield(asyncio.ensure_future(self._end_all()))
+        # shielded, and waited for: whoever cancels us wants the processes gone, not the killing stopped half-way
+        ending = asyncio.ensure_future(self._end_all())
+        try:
+            await asyncio.shield(ending)
+        except asyncio.CancelledError:
+            await ending
+            raise
 
     async def _end_all(self) -> None:
         connections, self._connections = self._connections, None
