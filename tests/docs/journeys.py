@@ -261,6 +261,10 @@ JOURNEYS: Mapping[str, Journey] = {
             '{"pin": "bank-intents"': (
                 "cocktail-serve create bank-intents --pool flan --examples examples.jsonl --key $KEY --server $SERVER"
             ),
+            # operate.md drains all
+            "cocktail-serve restart flan": (
+                'curl -H "$AUTH" -H "$JSON" localhost:8000/admin/engines/flan -d \'{"drain": false}\''
+            ),
             "cocktail-serve list --models": (
                 'curl -H "$AUTH" -H "$JSON" localhost:8000/admin/engines/flan -d \'{"pin": null, "drain": false}\' && '
                 # `mix` knows the experts of the configuration

@@ -387,6 +387,27 @@ async def test_a_restart_that_fails_leaves_the_others_as_they_are(
         assert await ask(engine, mixture(pool, 0.5), "hello") == expected(mixture(pool, 0.5), "hello")
 
 
+async def test_the_last_that_answers_is_not_restarted_while_the_others_are_drained(
+    pool: Pool, tmp_path: Path, faults: Path
+) -> None:
+    async with replicated(pool, tmp_path) as engine:
+        before = pids(engine)
+        engine.drain(True)
+        with pytest.raises(ModelNotReadyError, match="all engines of this pool are drained"):
+            engine.begin_restart(drain_s=1)
+        engine.drain(False, replica=1)
+        engine.begin_restart(drain_s=1)
+
+        async def has_failed() -> bool:
+            progress = (await engine.snapshot(deadline_s=5)).restart
+            return progress is not None and progress.error is not None and "drains all the others" in progress.error
+
+        await eventually(has_failed)
+        assert pids(engine)[0] != before[0], "another answered in its place"
+        assert pids(engine)[1] == before[1]
+        assert [one.scheduler.is_drained for one in await each_of(engine)] == [True, False]
+
+
 async def test_a_pool_of_one_engine_is_not_restarted_under_its_requests(
     pool: Pool, tmp_path: Path, faults: Path
 ) -> None:

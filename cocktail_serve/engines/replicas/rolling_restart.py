@@ -87,7 +87,9 @@ class RollingRestart:
         others = [engine for other, engine in self._engines.items() if other != name]
         try:
             async with asyncio.timeout(OTHERS_S):
-                while not any(_answers(engine) for engine in others):  # noqa: ASYNC110  # minutes: looked at
+                while not any(_answers(engine) for engine in others):
+                    if all(engine.load().is_drained for engine in others):
+                        raise EngineError("the operator drains all the others: nobody would answer in its place")
                     await asyncio.sleep(POLL_S)
         except TimeoutError:
             raise EngineError(f"no other replica was ready to answer in the place of {name}") from None
