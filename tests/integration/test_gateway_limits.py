@@ -58,7 +58,7 @@ def stream(http: httpx.Client, **fields: Any) -> Any:
 def num_begun(tenants: Tenants) -> float:
     """Requests to the decoder whose turn has come."""
     shown = httpx.get(f"{tenants.live.url}/metrics").text
-    found = re.search(r'^cocktail_queue_wait_seconds_count\{pool="flan"\} (\S+)$', shown, re.MULTILINE)
+    found = re.search(r'^cocktail_queue_wait_seconds_count\{pool="flan",replica="0"\} (\S+)$', shown, re.MULTILINE)
     return float(found[1]) if found else 0.0
 
 

@@ -107,7 +107,7 @@ def test_a_client_that_leaves_ends_its_stream_in_the_engine(http: httpx.Client) 
     # the turn is free too: nobody has to be drained for another recipe's sake
     answer = http.post("/v1/chat/completions", json=BODY | {"model": "flan/ag-news", "max_tokens": 1})
     assert answer.status_code == 200
-    assert 'cocktail_drained_total{pool="flan"} 0.0' in http.get("/metrics").text
+    assert 'cocktail_drained_total{pool="flan",replica="0"} 0.0' in http.get("/metrics").text
 
 
 def test_a_client_that_leaves_shows_in_the_metrics(http: httpx.Client) -> None:
