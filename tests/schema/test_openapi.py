@@ -50,10 +50,11 @@ NOT_SERVED = {
 """What needs responses that were kept: 501, as documented."""
 
 NEVER_RIGHT = NOT_SERVED | {
+    "POST /admin/engines/{engine_id}/restart",
     "POST /v1/fine_tuning/jobs/{job_id}/pause",
     "POST /v1/fine_tuning/jobs/{job_id}/resume",
 }
-"""And what jobs of seconds do not offer: 400, as documented."""
+"""And what jobs of seconds, and pools of one engine, do not offer: 400, as documented."""
 
 REQUEST_TIMEOUT_S = 90
 
