@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+import httpx
 import pytest
 
 from tests.gateways import LiveGateway, live_gateway
@@ -14,6 +15,12 @@ from tests.gateways import LiveGateway, live_gateway
 def gateway(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveGateway]:
     with live_gateway(tmp_path_factory.mktemp("gateway")) as live:
         yield live
+
+
+@pytest.fixture(scope="module")
+def http(gateway: LiveGateway) -> Iterator[httpx.Client]:
+    with httpx.Client(base_url=gateway.url, timeout=60) as client:
+        yield client
 
 
 @pytest.fixture

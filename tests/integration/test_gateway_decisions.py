@@ -12,7 +12,7 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.gateways import EXAMPLES, LiveGateway, eventually, live_gateway
+from tests.gateways import EXAMPLES, eventually, live_gateway
 from tests.tenants import Tenants, code_of, guarded_gateway, make
 
 INLINE = {"examples": EXAMPLES}
@@ -25,12 +25,6 @@ QUESTIONS = [
         "levels": [{"label": "green"}, {"label": "red"}, {"label": "brown"}],
     },
 ]
-
-
-@pytest.fixture(scope="module")
-def http(gateway: LiveGateway) -> Iterator[httpx.Client]:
-    with httpx.Client(base_url=gateway.url, timeout=60) as client:
-        yield client
 
 
 @pytest.fixture(scope="module")

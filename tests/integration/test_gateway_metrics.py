@@ -5,14 +5,11 @@ from __future__ import annotations
 import platform
 import random
 import string
-from collections.abc import Iterator
 
 import httpx
-import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from cocktail_serve.loading import version_of
-from tests.gateways import LiveGateway
 
 WANTED = {
     "cocktail_requests_total",
@@ -37,12 +34,6 @@ WANTED = {
     "vllm:kv_cache_usage_perc",
     "vllm:num_preemptions_total",
 }
-
-
-@pytest.fixture(scope="module")
-def http(gateway: LiveGateway) -> Iterator[httpx.Client]:
-    with httpx.Client(base_url=gateway.url, timeout=60) as client:
-        yield client
 
 
 def samples(http: httpx.Client) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:

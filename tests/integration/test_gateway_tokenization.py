@@ -11,17 +11,11 @@ import httpx
 import pytest
 from transformers import AutoTokenizer
 
-from tests.gateways import EXAMPLES, LiveGateway, live_gateway
+from tests.gateways import EXAMPLES, live_gateway
 from tests.tenants import MESSAGES, Tenants, code_of, guarded_gateway, make
 
 TEXT = "what is the capital of france"
 INLINE = {"examples": EXAMPLES}
-
-
-@pytest.fixture(scope="module")
-def http(gateway: LiveGateway) -> Iterator[httpx.Client]:
-    with httpx.Client(base_url=gateway.url, timeout=60) as client:
-        yield client
 
 
 @pytest.fixture(scope="module")
