@@ -32,15 +32,34 @@ _LEAD_TO_LABEL = "\nAnswer:"
 
 @dataclass(frozen=True, slots=True)
 class PosedQuestion:
-    """A question as a model is asked it.
+    """A question about an input, as a model is asked it.
 
     Attributes:
-        examples: one of each option, in their order: the same input, and as its output the option's text, or its
-            letter.
+        turns: the input; roles `system`, `developer`, `user` and `assistant`.
+        separator: as of `examples.parse_examples`, of a text.
     """
 
+    turns: tuple[Message, ...]
+    question: Question
     reading: Reading
-    examples: tuple[TextExample | ChatExample, ...]
+    form: Form
+    separator: str | None = None
+
+    @property
+    def examples(self) -> tuple[TextExample | ChatExample, ...]:
+        """One of each option, in their order: the same input, and as its output the option's text, or its letter.
+
+        Written anew each time: each question has the whole input in its examples, and a request has many questions.
+        """
+        labelled = self.reading == "labels"
+        options = self.question.options
+        asked = _labelled(self.question) if labelled else _plain(self.question)
+        outputs = LABELS[: len(options)] if labelled else [option.text for option in options]
+        if self.form == "chat":
+            asking = _asking(self.turns, asked)
+            return tuple(ChatExample((*asking, ("assistant", output))) for output in outputs)
+        text = "\n\n".join(filter(None, [_as_text(self.turns), asked])) + (_LEAD_TO_LABEL if labelled else "")
+        return tuple(TextExample.joined(text, output, self.separator) for output in outputs)
 
 
 def form_of(examples: ExampleSet | None) -> Form | None:
@@ -63,22 +82,14 @@ def pose(
     A text whose question is empty is the input alone: what an example's input and output make of the same text.
 
     Args:
-        turns: the input; roles `system`, `developer`, `user` and `assistant`.
-        separator: as of `examples.parse_examples`, of a text.
+        turns, separator: as of `PosedQuestion`.
 
     Raises:
         ValueError: there are more options than letters to read them by.
     """
     if reading == "labels" and len(question.options) > len(LABELS):
         raise ValueError(f"{len(question.options)} options, and {len(LABELS)} letters to read them by")
-    labelled = reading == "labels"
-    asked = _labelled(question) if labelled else _plain(question)
-    outputs = LABELS[: len(question.options)] if labelled else [option.text for option in question.options]
-    if form == "chat":
-        asking = _asking(turns, asked)
-        return PosedQuestion(reading, tuple(ChatExample((*asking, ("assistant", output))) for output in outputs))
-    text = "\n\n".join(filter(None, [_as_text(turns), asked])) + (_LEAD_TO_LABEL if labelled else "")
-    return PosedQuestion(reading, tuple(TextExample.joined(text, output, separator) for output in outputs))
+    return PosedQuestion(tuple(turns), question, reading, form, separator)
 
 
 def _labelled(question: Question) -> str:

@@ -54,28 +54,27 @@ class TokenizedOptions:
 
 def tokenize_options(
     tokenizer: ExampleTokenizer,
-    questions: Sequence[PosedQuestion],
+    question: PosedQuestion,
     *,
+    index: int,
     max_tokens: int,
     chat_template: ChatTemplate | None = None,
-) -> list[TokenizedOptions]:
-    """Turns the options of questions into tokens, as `tokenize_examples` does with their examples.
+) -> TokenizedOptions:
+    """Turns the options of a question into tokens, as `tokenize_examples` does with their examples.
 
     Args:
+        index: of the question in its request.
         max_tokens, chat_template: as of `tokenize_examples`.
 
     Raises:
         ContextLengthError: an option is too long with what it answers; `param` is `questions.{index}`.
         InvalidRequestError: as `tokenize_examples`; or the letters are not told apart by one token each.
     """
-    tokenized = []
-    for index, question in enumerate(questions):
-        place = _Place(index)
-        sequences = [
-            tokenize_example(tokenizer, example, place, max_tokens, chat_template) for example in question.examples
-        ]
-        tokenized.append(_by_labels(sequences, place) if question.reading == "labels" else _verbatim(sequences))
-    return tokenized
+    place = _Place(index)
+    sequences = [
+        tokenize_example(tokenizer, example, place, max_tokens, chat_template) for example in question.examples
+    ]
+    return _by_labels(sequences, place) if question.reading == "labels" else _verbatim(sequences)
 
 
 @dataclass(frozen=True, slots=True)

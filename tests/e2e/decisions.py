@@ -46,7 +46,10 @@ def expected(
         )
         for each in questions
     ]
-    tokenized = tokenize_options(AutoTokenizer.from_pretrained(tokenizer_of), posed, max_tokens=MAX_TOKENS)
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_of)
+    tokenized = [
+        tokenize_options(tokenizer, each, index=index, max_tokens=MAX_TOKENS) for index, each in enumerate(posed)
+    ]
     return [np.exp(log_probabilities(log_likelihoods(model, options))) for options in tokenized]
 
 

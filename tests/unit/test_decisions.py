@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import tracemalloc
+
 import pytest
 
-from cocktail_serve.decisions import default_form, form_of, pose
+from cocktail_serve.decisions import Form, default_form, form_of, pose
 from cocktail_serve.examples import ChatExample, TextExample, parse_examples
 from cocktail_serve.generation_settings import ChatTemplate
 from cocktail_serve.questions import Option, Question
@@ -60,6 +62,19 @@ def test_several_turns_are_one_text_that_says_whose_they_are() -> None:
     turns = (("system", "be brief"), ("user", "hello"))
     (first, _) = pose(turns, SENTIMENT, reading="verbatim", form="text").examples
     assert first == TextExample(f"system: be brief\n\nuser: hello\n\n{SENTIMENT.instructions}", "good")
+
+
+@pytest.mark.parametrize("form", ["text", "chat"])
+def test_questions_that_wait_hold_the_input_once(form: Form) -> None:
+    """A request may have 400 of them about a text of megabytes."""
+    turns = (("user", "word " * 50_000),)
+    tracemalloc.start()
+    try:
+        posed = [pose(turns, SENTIMENT, reading="verbatim", form=form) for _ in range(100)]
+        most = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert most < len(turns[0][1]) < sum(len(str(each.to_json())) for one in posed for each in one.examples)
 
 
 def test_there_are_no_more_labels_than_letters() -> None:

@@ -87,7 +87,8 @@ class ExampleTokens:
     async def options_of(
         self, questions: Sequence[PosedQuestion], chat_template: ChatTemplate | None, *, max_tokens: int
     ) -> list[TokenizedOptions]:
-        """The options of questions as they will be read.
+        """The options of questions as they will be read, one question after another: between two, others have the
+        tokenizer, and whoever does not wait any more is rid of the rest.
 
         Args:
             chat_template: of the model that is asked; None: the pool's.
@@ -98,14 +99,18 @@ class ExampleTokens:
             ConfigError: as `of`.
         """
         tokenizer = await asyncio.shield(self._load())
-        tokenize = partial(
-            tokenize_options,
-            tokenizer,
-            questions,
-            max_tokens=max_tokens,
-            chat_template=chat_template or self._chat_template,
-        )
-        return await asyncio.get_running_loop().run_in_executor(self._executor, tokenize)
+        tokenized = []
+        for index, question in enumerate(questions):
+            tokenize = partial(
+                tokenize_options,
+                tokenizer,
+                question,
+                index=index,
+                max_tokens=max_tokens,
+                chat_template=chat_template or self._chat_template,
+            )
+            tokenized.append(await asyncio.get_running_loop().run_in_executor(self._executor, tokenize))
+        return tokenized
 
     def _load(self) -> asyncio.Future[ExampleTokenizer]:
         """Begins to load the tokenizer, unless that has begun; the future fails with ConfigError where there is none.

@@ -39,7 +39,10 @@ def posed(*options: str, reading: Reading = "verbatim", **how: Any) -> PosedQues
 def tokenized(
     tokenizer: PreTrainedTokenizerFast, *questions: PosedQuestion, max_tokens: int = 255, **options: Any
 ) -> list[TokenizedOptions]:
-    return tokenize_options(tokenizer, questions, max_tokens=max_tokens, **options)
+    return [
+        tokenize_options(tokenizer, question, index=index, max_tokens=max_tokens, **options)
+        for index, question in enumerate(questions)
+    ]
 
 
 @pytest.mark.parametrize("form", ["text", "chat"])
@@ -78,7 +81,7 @@ def test_letters_that_are_no_tokens_are_refused(tokenizer: PreTrainedTokenizerFa
 
     question = posed("good", "bad", reading="labels")
     with pytest.raises(InvalidRequestError, match=r"questions\[1\].*letters AB.*verbatim") as caught:
-        tokenize_options(Lower(), [posed("a", "?"), question], max_tokens=255)  # type: ignore[arg-type]
+        tokenize_options(Lower(), question, index=1, max_tokens=255)  # type: ignore[arg-type]
     assert caught.value.param == "questions.1"
 
 
