@@ -153,7 +153,10 @@ def test_the_options_of_all_questions_are_bounded() -> None:
     question = choices(*map(str, range(MAX_OPTIONS)))
     checked(*[question] * most)
     with pytest.raises(InvalidRequestError, match="send several requests"):
-        checked(*[question] * (most + 1))
+        parse_decisions(body(*[question] * (most + 1)))
+    with pytest.raises(InvalidRequestError, match=f"at most {MAX_OPTIONS}") as caught:
+        parse_decisions(body(choices(*map(str, range(MAX_OPTIONS_IN_ALL + 1)))))
+    assert caught.value.param == "questions.0.choices"
 
 
 def test_answers() -> None:
