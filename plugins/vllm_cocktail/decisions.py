@@ -7,6 +7,7 @@ it finds there none are computed. Here only those of an option count, which is t
 
 from __future__ import annotations
 
+import asyncio
 import math
 import secrets
 from collections.abc import Mapping, Sequence
@@ -17,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from cocktail_serve.errors import EngineError, InvalidExamplesError, InvalidRequestError
 from vllm_cocktail.output_logprobs import LABELS_ARG, OUTPUT_START_ARG
-from vllm_cocktail.scoring import TokenizedExample, all_of, check_example, output_log_probs
+from vllm_cocktail.scoring import TokenizedExample, all_of, check_extent, check_token_ids, output_log_probs
 
 if TYPE_CHECKING:
     from vllm.engine.protocol import EngineClient
@@ -25,6 +26,11 @@ if TYPE_CHECKING:
 
 MAX_LABELS = 128
 """As many tokens as vLLM tells the log-probabilities of, beside the one that it samples."""
+
+
+MAX_AT_ONCE = 256
+"""Sequences of one request in the engine: as many as vLLM has in a batch, unless told otherwise. A request may have
+thousands, each with the whole input."""
 
 
 class Options(BaseModel):
@@ -44,11 +50,11 @@ class Options(BaseModel):
         return self
 
     @property
-    def sequences(self) -> list[TokenizedExample]:
-        """What the model may have said of each option, its label or its text."""
-        labelled = (([label], len(self.prompt)) for label in self.labels)
-        pairs = labelled if self.labels else zip(self.continuations, self.output_starts, strict=True)
-        return [TokenizedExample(token_ids=self.prompt + rest, output_start=start) for rest, start in pairs]
+    def endings(self) -> list[tuple[list[int], int]]:
+        """What each option puts behind the prompt, its label or its text, and where it starts."""
+        if self.labels:
+            return [([label], len(self.prompt)) for label in self.labels]
+        return list(zip(self.continuations, self.output_starts, strict=True))
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +80,8 @@ async def read_options(
     cache_salt: str | None = None,
     shares_prefixes: bool,
 ) -> list[OptionsRead]:
-    """Log-probabilities of the options of questions. All are in the engine at once, which batches them.
+    """Log-probabilities of the options of questions. The engine has `MAX_AT_ONCE` together, which it batches: others
+    come in between, and a prompt is written out when its turn comes.
 
     Args:
         xargs: as of `scoring.mean_losses`.
@@ -89,35 +96,48 @@ async def read_options(
     salt = cache_salt or secrets.token_hex(16)
     for index, question in enumerate(questions):
         _check(engine, question, index)
+    asked = _Asked(engine, xargs, salt, shares_prefixes, asyncio.Semaphore(MAX_AT_ONCE))
     return await all_of(
-        _read_labels(engine, question, xargs, salt, shares_prefixes)
-        if question.labels
-        else _read_sequences(engine, question, xargs, salt, shares_prefixes)
-        for question in questions
+        _read_labels(asked, question) if question.labels else _read_sequences(asked, question) for question in questions
     )
+
+
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """What all questions of a request have in common.
+
+    Attributes:
+        room: for a sequence in the engine.
+    """
+
+    engine: EngineClient
+    xargs: Mapping[str, Any] | None
+    salt: str
+    shares_prefixes: bool
+    room: asyncio.Semaphore
 
 
 def _check(engine: EngineClient, question: Options, index: int) -> None:
     config = engine.model_config
-    for sequence in question.sequences:
-        try:
-            check_example(
-                sequence, row=index + 1, max_model_len=config.max_model_len, vocab_size=config.get_vocab_size()
-            )
-        except InvalidExamplesError as error:
-            raise InvalidRequestError(f"questions[{index}]: {error.message}", param=f"questions.{index}") from error
+    row, vocab_size = index + 1, config.get_vocab_size()
+    try:
+        # once, and not with each option: there may be thousands of tokens, and hundreds of options
+        check_token_ids(question.prompt, row=row, vocab_size=vocab_size)
+        for rest, start in question.endings:
+            check_extent(len(question.prompt) + len(rest), start, row=row, max_model_len=config.max_model_len)
+            check_token_ids(rest, row=row, vocab_size=vocab_size)
+    except InvalidExamplesError as error:
+        raise InvalidRequestError(f"questions[{index}]: {error.message}", param=f"questions.{index}") from error
 
 
-async def _read_labels(
-    engine: EngineClient, question: Options, xargs: Mapping[str, Any] | None, salt: str, shares_prefixes: bool
-) -> OptionsRead:
+async def _read_labels(asked: _Asked, question: Options) -> OptionsRead:
     from vllm.inputs import TokensPrompt
     from vllm.sampling_params import RequestOutputKind, SamplingParams
 
-    asked: dict[str, Any] = {"logprob_token_ids": question.labels}
-    arguments = dict(xargs or {})
-    if shares_prefixes:
-        asked = {"prompt_logprobs": 0, "skip_reading_prefix_cache": False}
+    wanted: dict[str, Any] = {"logprob_token_ids": question.labels}
+    arguments = dict(asked.xargs or {})
+    if asked.shares_prefixes:
+        wanted = {"prompt_logprobs": 0, "skip_reading_prefix_cache": False}
         arguments |= {OUTPUT_START_ARG: len(question.prompt), LABELS_ARG: question.labels}
     params = SamplingParams(
         temperature=0.0,
@@ -125,13 +145,14 @@ async def _read_labels(
         detokenize=False,
         output_kind=RequestOutputKind.FINAL_ONLY,
         extra_args=arguments,
-        **asked,
+        **wanted,
     )
-    prompt = TokensPrompt(prompt_token_ids=question.prompt, cache_salt=salt)
+    prompt = TokensPrompt(prompt_token_ids=question.prompt, cache_salt=asked.salt)
     final: RequestOutput | None = None
-    async for output in engine.generate(prompt, params, f"cocktail-decide-{secrets.token_hex(8)}"):
-        final = output
-    of_labels = [] if final is None else _of_labels(final, question.labels, of_prompt=shares_prefixes)
+    async with asked.room:
+        async for output in asked.engine.generate(prompt, params, f"cocktail-decide-{secrets.token_hex(8)}"):
+            final = output
+    of_labels = [] if final is None else _of_labels(final, question.labels, of_prompt=asked.shares_prefixes)
     if final is None or len(of_labels) != len(question.labels):
         raise EngineError("the engine gave no log-probabilities of a question's labels")
     num_cached = final.num_cached_tokens or 0
@@ -149,33 +170,48 @@ def _of_labels(final: RequestOutput, labels: Sequence[int], *, of_prompt: bool) 
     return [first[label].logprob for label in labels]
 
 
-async def _read_sequences(
-    engine: EngineClient, question: Options, xargs: Mapping[str, Any] | None, salt: str, shares_prefixes: bool
-) -> OptionsRead:
-    sequences = question.sequences
-    reads = await all_of(_read_sequence(engine, sequence, xargs, salt, shares_prefixes) for sequence in sequences)
+async def _read_sequences(asked: _Asked, question: Options) -> OptionsRead:
+    count = len(question.continuations)
+    reads = await all_of(
+        _read_sequence(asked, question, index, reads_cache=asked.shares_prefixes) for index in range(count)
+    )
+    if asked.shares_prefixes:
+        _fill_in_common(question, reads)
+        # the cache held a part of the option itself: what comes of it is computed here
+        hidden = [index for index, (log_probs, _) in enumerate(reads) if any(map(math.isnan, log_probs))]
+        again = await all_of(_read_sequence(asked, question, index, reads_cache=False) for index in hidden)
+        for index, read in zip(hidden, again, strict=True):
+            reads[index] = read
     return OptionsRead(
-        log_probs=[log_prob for log_prob, _ in reads],
+        log_probs=[math.fsum(log_probs) for log_probs, _ in reads],
         # of the first, which is the question's own: the others find it
         num_cached=min(reads[0][1], len(question.prompt)),
         num_computed=sum(
-            len(sequence.token_ids) - num_cached for sequence, (_, num_cached) in zip(sequences, reads, strict=True)
+            len(question.prompt) + len(rest) - num_cached
+            for rest, (_, num_cached) in zip(question.continuations, reads, strict=True)
         ),
     )
 
 
-async def _read_sequence(
-    engine: EngineClient,
-    sequence: TokenizedExample,
-    xargs: Mapping[str, Any] | None,
-    salt: str,
-    shares_prefixes: bool,
-) -> tuple[float, int]:
-    """Log-probability (nats) of an option, and how many of its tokens were cached."""
-    log_probs, num_cached = await output_log_probs(
-        engine, sequence, xargs=xargs, cache_salt=salt, reads_cache=shares_prefixes
-    )
-    if shares_prefixes and any(map(math.isnan, log_probs)):
-        # the cache held a part of the option too: what comes of it is computed here
-        log_probs, num_cached = await output_log_probs(engine, sequence, xargs=xargs, cache_salt=salt)
-    return math.fsum(log_probs), num_cached
+async def _read_sequence(asked: _Asked, question: Options, index: int, *, reads_cache: bool) -> tuple[list[float], int]:
+    """Log-probability (nats) of each token of an option, and how many of all its tokens were cached."""
+    async with asked.room:
+        token_ids = question.prompt + question.continuations[index]
+        sequence = TokenizedExample(token_ids=token_ids, output_start=question.output_starts[index])
+        return await output_log_probs(
+            asked.engine, sequence, xargs=asked.xargs, cache_salt=asked.salt, reads_cache=reads_cache
+        )
+
+
+def _fill_in_common(question: Options, reads: Sequence[tuple[list[float], int]]) -> None:
+    """Options that begin alike find each other's beginning in the cache, where no log-probabilities are computed of it:
+    they are those that were computed for another."""
+    num_common, starts = len(question.prompt), question.output_starts
+    known: dict[int, float] = {}
+    for start, (log_probs, _) in zip(starts, reads, strict=True):
+        of_common = zip(range(start, num_common), log_probs, strict=False)
+        known |= {place: value for place, value in of_common if not math.isnan(value)}
+    for start, (log_probs, _) in zip(starts, reads, strict=True):
+        for place in range(start, num_common):
+            if math.isnan(log_probs[place - start]):
+                log_probs[place - start] = known.get(place, math.nan)

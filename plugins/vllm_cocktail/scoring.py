@@ -35,16 +35,25 @@ def check_example(example: TokenizedExample, *, row: int, max_model_len: int, vo
     Raises:
         InvalidExamplesError: with the row number, from 1.
     """
-    num_tokens = len(example.token_ids)
+    check_extent(len(example.token_ids), example.output_start, row=row, max_model_len=max_model_len)
+    check_token_ids(example.token_ids, row=row, vocab_size=vocab_size)
+
+
+def check_extent(num_tokens: int, output_start: int, *, row: int, max_model_len: int) -> None:
+    """Of `check_example`, what does not look at the tokens."""
     if num_tokens >= max_model_len:
         raise InvalidExamplesError(
             f"{num_tokens} tokens; at most {max_model_len - 1} fit, since vLLM generates one more", row=row
         )
-    if not 1 <= example.output_start < num_tokens:
+    if not 1 <= output_start < num_tokens:
         raise InvalidExamplesError(
-            f"output_start {example.output_start} must lie between 1 and {num_tokens - 1}, inside the tokens", row=row
+            f"output_start {output_start} must lie between 1 and {num_tokens - 1}, inside the tokens", row=row
         )
-    if not all(0 <= token < vocab_size for token in example.token_ids):
+
+
+def check_token_ids(token_ids: Sequence[int], *, row: int, vocab_size: int) -> None:
+    """Of `check_example`, what looks at each token."""
+    if not all(0 <= token < vocab_size for token in token_ids):
         raise InvalidExamplesError(f"token ids must lie between 0 and {vocab_size - 1}", row=row)
 
 

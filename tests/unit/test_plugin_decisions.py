@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
 from collections.abc import AsyncIterator
 from types import SimpleNamespace
@@ -11,6 +12,7 @@ import pytest
 from pydantic import ValidationError
 
 from cocktail_serve.errors import EngineError, InvalidRequestError
+from vllm_cocktail import decisions
 from vllm_cocktail.decisions import Options, OptionsRead, read_options
 from vllm_cocktail.output_logprobs import LABELS_ARG, OUTPUT_START_ARG
 from vllm_cocktail.scoring import leaves_out_inputs
@@ -114,6 +116,57 @@ async def test_labels_of_v1_are_asked_for_in_no_way_that_touches_other_requests(
     (found,) = await read(engine, Options(prompt=[9] * 5, labels=[4, 2]), shares_prefixes=False)
     assert found.log_probs == [-4.0, -2.0]
     assert engine.asked[-1][1].logprob_token_ids == [4, 2], "of V2, which keeps them apart"
+
+
+async def test_options_that_begin_alike_are_not_computed_twice() -> None:
+    """The first of them puts its beginning into the cache; what the others find there reaches into them."""
+
+    class Warming(Engine):
+        async def generate(self, prompt: dict[str, Any], params: Any, request_id: str) -> AsyncIterator[Any]:
+            self.num_cached = 6 if self.asked else 3
+            async for output in super().generate(prompt, params, request_id):
+                yield output
+
+    engine = Warming()
+    question = Options(prompt=[9, 9, 9, 9, 1, 2, 4], continuations=[[5], [6], [7, 8]], output_starts=[4] * 3)
+    (found,) = await read(engine, question)
+    assert found.log_probs == [-12.0, -13.0, -22.0]
+    assert [params.skip_reading_prefix_cache for _, params in engine.asked] == [False] * 3
+    assert (found.num_cached, found.num_computed) == (3, (8 - 3) + (8 - 6) + (9 - 6))
+
+
+async def test_many_options_are_in_the_engine_in_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decisions, "MAX_AT_ONCE", 5)
+
+    class Busy(Engine):
+        inside = most = 0
+
+        async def generate(self, prompt: dict[str, Any], params: Any, request_id: str) -> AsyncIterator[Any]:
+            self.inside += 1
+            self.most = max(self.most, self.inside)
+            await asyncio.sleep(0)
+            async for output in super().generate(prompt, params, request_id):
+                yield output
+            self.inside -= 1
+
+    engine = Busy()
+    labelled = Options(prompt=[9] * 5, labels=[4, 2])
+    found = await read(engine, *[verbatim([9, 9], *([token] for token in range(1, 9))), labelled] * 3)
+    assert [options.log_probs for options in found] == [[-float(token) for token in range(1, 9)], [-4.0, -2.0]] * 3
+    assert (engine.most, len(engine.asked)) == (5, 3 * 9)
+
+
+async def test_the_tokens_of_a_prompt_are_checked_once_for_all_options() -> None:
+    class Token(int):
+        num_checks = 0
+
+        def __ge__(self, other: int) -> bool:
+            Token.num_checks += 1
+            return int(self) >= other
+
+    question = Options.model_construct(prompt=[Token(9)] * 5, labels=[], continuations=[[1], [2]], output_starts=[5, 5])
+    await read(Engine(), question)
+    assert Token.num_checks == 5
 
 
 async def test_what_does_not_fit_is_named_before_anything_is_asked() -> None:
