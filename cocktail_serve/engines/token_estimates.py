@@ -50,8 +50,8 @@ def _read_bytes(body: Mapping[str, Any], num_bytes: int) -> int:
     questions = body.get("questions")
     if not isinstance(questions, list) or len(questions) < 2:
         return num_bytes
-    own = len(orjson.dumps(questions))
-    return own + max(0, num_bytes - own) * len(questions)
+    # nothing else is read again: a cocktail that comes with the request may be larger than all
+    return num_bytes + len(orjson.dumps(body.get("input"))) * (len(questions) - 1)
 
 
 def _most_output_tokens(body: Mapping[str, Any]) -> int | None:

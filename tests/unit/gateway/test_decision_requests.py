@@ -195,3 +195,8 @@ def test_each_question_is_reserved_with_the_input() -> None:
     several = body(*[PREDICATE] * 10, input="x" * 4000)
     assert reserved_tokens(one, num_bytes=len(json.dumps(one))) == pytest.approx(1030, abs=20)
     assert reserved_tokens(several, num_bytes=len(json.dumps(several))) == pytest.approx(10 * 1020, rel=0.03)
+    inline = {**several, "cocktail": {"examples": [{"input": "y" * 40_000, "output": "z"}]}}
+    more = reserved_tokens(inline, num_bytes=len(json.dumps(inline))) - reserved_tokens(
+        several, num_bytes=len(json.dumps(several))
+    )
+    assert more == pytest.approx(10_000, abs=50), "its examples are not asked about"
