@@ -26,7 +26,7 @@ from pydantic_core import ErrorDetails
 
 from cocktail_serve.dtypes import DType
 from cocktail_serve.errors import ConfigError
-from cocktail_serve.examples import MAX_SEPARATOR
+from cocktail_serve.example_rows import MAX_SEPARATOR
 from cocktail_serve.pool import BASE, NAME_PATTERN, Kind, Member, Mode, Pool, with_article
 from cocktail_serve.request_schema import fields_beside
 from cocktail_serve.suggestions import did_you_mean

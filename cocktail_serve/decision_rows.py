@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 from cocktail_serve.errors import InvalidExamplesError
-from cocktail_serve.example_rows import text_of
+from cocktail_serve.example_rows import separator_of, text_of
 from cocktail_serve.questions import MAX_OPTIONS, TRUTH, Question, QuestionType, fault_of_values, make_question
 
 _OPTIONS: Mapping[str, tuple[str, str]] = {"choice": ("choices", "value"), "score": ("levels", "label")}
@@ -78,9 +78,7 @@ def decision_example(row: Mapping[str, Any], number: int, separator: str | None)
     if not 2 <= len(values) <= MAX_OPTIONS:
         raise InvalidExamplesError(f"a question has 2 to {MAX_OPTIONS} options, this one {len(values)}", row=number)
     text = text_of(row["input"], "input", number, may_be_empty=bool(instructions))
-    own = row.get("separator", separator)
-    if own is not None and not isinstance(own, str):
-        raise InvalidExamplesError(f"'separator' must be a string, got {own!r:.40}", row=number)
+    own = separator if row.get("separator") is None else separator_of(row, number)
     answer = _answer(row["answer"], kind, values, number)
     return DecisionExample(text, kind, instructions, values, descriptions, answer, own)
 
@@ -93,7 +91,8 @@ def _question(row: Mapping[str, Any], number: int) -> tuple[QuestionType, str, t
                 "'question' is a text, so 'choices' must say what may be answered; or give it as /v1/decisions does",
                 row=number,
             )
-        return ("choice", asked, *_options(row["choices"], "choice", "choices", number))
+        instructions = text_of(asked, "question", number, may_be_empty=True)
+        return ("choice", instructions, *_options(row["choices"], "choice", "choices", number))
     kind = asked.get("type") if isinstance(asked, Mapping) else None
     if kind not in ("predicate", "choice", "score") or "choices" in row:
         raise InvalidExamplesError(

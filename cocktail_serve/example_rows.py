@@ -9,6 +9,9 @@ from typing import Any
 from cocktail_serve.errors import InvalidExamplesError
 from cocktail_serve.pool import Kind
 
+MAX_SEPARATOR = 16
+"""Characters between input and output: more belongs to one of the two."""
+
 
 def plain_row(row: Mapping[str, Any], kind: Kind, number: int) -> Mapping[str, Any]:
     """The row with nothing beside what its form holds; one of no known form is returned as it is.
@@ -162,6 +165,20 @@ def _prompt(row: Mapping[str, Any], key: str, number: int) -> str:
 def _prompted(prompt: str, text: Any) -> Any:
     """An empty text stays one, to be found as such."""
     return f"{prompt}{text}" if isinstance(text, str) and text.strip() else text
+
+
+def separator_of(row: Mapping[str, Any], number: int) -> str:
+    """What a row has between its input and what comes behind it.
+
+    Raises:
+        InvalidExamplesError: no string, too long for one, or what no tokenizer takes.
+    """
+    separator = row["separator"]
+    if not isinstance(separator, str) or len(separator) > MAX_SEPARATOR:
+        raise InvalidExamplesError(
+            f"'separator' must be a string of at most {MAX_SEPARATOR} characters, got {separator!r:.40}", row=number
+        )
+    return text_of(separator, "separator", number) if separator.strip() else separator
 
 
 def text_of(value: Any, key: str, number: int, *, may_be_empty: bool = False) -> str:

@@ -14,14 +14,11 @@ from cocktail_serve.decision_rows import FORM as DECISION_FORM
 from cocktail_serve.decision_rows import DecisionExample, decision_example, is_decision
 from cocktail_serve.digest import digest_of
 from cocktail_serve.errors import InvalidExamplesError
-from cocktail_serve.example_rows import plain_row, text_of
+from cocktail_serve.example_rows import plain_row, separator_of, text_of
 from cocktail_serve.pool import Kind, with_article
 
 ONE_SPACE = " "
 """What LM-Cocktail's reference joins input and output by."""
-
-MAX_SEPARATOR = 16
-"""Characters between input and output: more belongs to one of the two."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -230,11 +227,11 @@ def parse_examples(
     parsed = [_parse_row(row, kind, number, separator) for number, row in enumerate(rows, start=1)]
     if not parsed:
         raise InvalidExamplesError("there are no examples; give at least one, five are enough")
+    _check_one_loss(parsed)
     num_given = len(parsed)
     if num_given > max_examples:
         chosen = sorted(random.Random(seed).sample(range(num_given), max_examples))
         parsed = [parsed[index] for index in chosen]
-    _check_one_loss(parsed)
     _check_has_contrast(parsed)
     return ExampleSet(examples=tuple(parsed), num_given=num_given)
 
@@ -290,13 +287,7 @@ def _text(row: Mapping[str, Any], kind: Kind, number: int, separator: str | None
     if source == "prompt":
         separator = ""
     elif "separator" in row:
-        separator = row["separator"]
-        if not isinstance(separator, str) or len(separator) > MAX_SEPARATOR:
-            raise InvalidExamplesError(
-                f"'separator' must be a string of at most {MAX_SEPARATOR} characters, got {separator!r:.40}", row=number
-            )
-        if separator.strip():
-            text_of(separator, "separator", number)
+        separator = separator_of(row, number)
     return TextExample.joined(
         # a decoder can be asked for the loss of a text alone, if its tokenizer begins with a token to predict it from
         text_of(row[source], source, number, may_be_empty=kind == "decoder"),

@@ -82,6 +82,9 @@ def test_choices_beside_an_output_decide_nothing() -> None:
         ({**CHOICES, "output": "good"}, r"this row has \['output'\] too"),
         ({**CHOICES, "input": ""}, "'input' is empty"),
         ({**CHOICES, "separator": 1}, "'separator' must be a string"),
+        ({**CHOICES, "separator": "-" * 17}, "'separator' must be a string of at most 16 characters"),
+        ({**CHOICES, "separator": "\ud800"}, "'separator' holds a lone surrogate"),
+        ({**CHOICES, "question": "\ud800"}, "'question' holds a lone surrogate"),
         ({"input": TEXT, "question": "good?", "answer": "a"}, "'choices' must say"),
         ({"input": TEXT, "question": {"type": "rank"}, "answer": "a"}, "type predicate, choice or score"),
         ({**CHOICES, "question": SCORE}, "'question' must be a text beside 'choices'"),
@@ -99,6 +102,13 @@ def test_what_is_no_decision_names_its_row(row: dict[str, Any], message: str) ->
 def test_losses_of_two_kinds_are_no_mean() -> None:
     with pytest.raises(InvalidExamplesError, match="give either"):
         parse_examples([CHOICES, {"input": "a", "output": "b"}], "decoder")
+
+
+def test_whether_rows_have_one_loss_hangs_on_no_sample() -> None:
+    rows = [CHOICES, *({"input": f"{number}", "output": "b"} for number in range(20))]
+    for seed in range(5):
+        with pytest.raises(InvalidExamplesError, match="give either"):
+            parse_examples(rows, "decoder", max_examples=2, seed=seed)
 
 
 @pytest.mark.parametrize("kind", ["encoder", "reranker", "encoder_decoder"])
