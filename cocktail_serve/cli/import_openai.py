@@ -13,6 +13,7 @@ import typer
 
 from cocktail_serve.cli.options import AsJSON
 from cocktail_serve.cli.terminal import print_json, print_warnings, stderr, stdout
+from cocktail_serve.decision_rows import DecisionExample
 from cocktail_serve.errors import InvalidExamplesError, InvalidRequestError
 from cocktail_serve.examples import ChatExample, Example, jsonl_lines, parse_examples, parse_line
 
@@ -107,9 +108,10 @@ def _told(example: Example) -> str:
         calls = "" if not example.details or not example.details[-1].get("tool_calls") else " and calls of tools"
         tools = f" with {len(example.tools)} tools" if example.tools else ""
         return f"chat ({roles}){tools} -> {_short(output)}{calls}"
+    if isinstance(example, DecisionExample):
+        return f"decision -> {_short(example.question.options[example.answer].text)}"
     row = example.to_json()
-    said = row.get("output") or row.get("completion") or row.get("answer")
-    return f"text -> {_short(str(said))}"
+    return f"text -> {_short(row['output'] if 'output' in row else row['completion'])}"
 
 
 def _short(text: str) -> str:
@@ -118,7 +120,8 @@ def _short(text: str) -> str:
 
 def _notes(row: Any, example: Example) -> Iterator[str]:
     """What OpenAI's training reads of a row and is not in the example."""
-    if not isinstance(row, Mapping) or not isinstance(example, ChatExample):
+    # chats of other tools say theirs elsewhere
+    if not isinstance(row, Mapping) or not isinstance(example, ChatExample) or "messages" not in row:
         return
     messages = row["messages"]
     answers = [message for message in messages if message.get("role") == "assistant"]

@@ -53,6 +53,15 @@ def test_each_row_is_told(file: Path, capsys: pytest.CaptureFixture[str]) -> Non
     ]
 
 
+def test_rows_of_other_tools_and_decisions_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [
+        {"conversations": [{"from": "human", "value": "the capital?"}, {"from": "gpt", "value": "paris"}]},
+        {"input": "my card", "question": {"type": "predicate", "instructions": "it is lost"}, "answer": False},
+    ]
+    code, out, _ = run(capsys, "import-openai", write(tmp_path / "rows.jsonl", rows))
+    assert (code, out.splitlines()[:2]) == (0, ["line 1: chat (user) -> 'paris'", "line 3: decision -> 'false'"])
+
+
 def test_examples_are_written_as_they_are_scored(
     file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
