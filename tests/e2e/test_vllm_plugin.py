@@ -579,6 +579,17 @@ def test_options_share_what_they_begin_with(server: VLLMServer) -> None:
     assert sorted(decide(server, asked, salt=None).json()["num_cached"]) == [0, 2 * BLOCK_SIZE]
 
 
+def test_options_that_begin_alike_are_read_through_the_cache(server: VLLMServer) -> None:
+    """A block that the first computes reaches into all: what it hides of the others is what it had of the first."""
+    begin, endings = list(range(50, 50 + BLOCK_SIZE)), [[40], [41], [42, 43]]
+    asked = {"prompt": [*LONG, *begin], "continuations": endings, "output_starts": [len(LONG)] * 3}
+    reply = decide(server, [asked], salt="alike").json()
+    wanted = likelihoods(server, LONG, [[*begin, *rest] for rest in endings])
+    assert reply["log_probs"] == [pytest.approx(wanted, abs=2e-3 * (BLOCK_SIZE + 2))]
+    num_tokens = sum(len(LONG) + len(begin) + len(rest) for rest in endings)
+    assert reply["num_computed"] == num_tokens - 2 * 3 * BLOCK_SIZE, "none of them again"
+
+
 def test_labels_take_nothing_from_who_shares_their_batch(managed: VLLMServer) -> None:
     """Answers that ask for log-probabilities, alone and beside decisions."""
 
