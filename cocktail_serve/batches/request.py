@@ -14,7 +14,7 @@ from cocktail_serve.digest import digest_of
 from cocktail_serve.errors import InvalidRequestError
 from cocktail_serve.storable_text import check_text
 
-ENDPOINTS = ("/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/responses")
+ENDPOINTS = ("/v1/chat/completions", "/v1/completions", "/v1/decisions", "/v1/embeddings", "/v1/responses")
 
 WINDOW_S = 86_400.0
 """`24h`: how long a batch may take."""

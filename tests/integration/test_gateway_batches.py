@@ -70,6 +70,10 @@ BODIES: dict[str, dict[str, Any]] = {
     "/v1/chat/completions": {"messages": MESSAGES, "max_tokens": 4},
     "/v1/completions": {"prompt": "what is the capital of france", "max_tokens": 4},
     "/v1/responses": {"input": "what is the capital of france", "max_output_tokens": 4},
+    "/v1/decisions": {
+        "input": "an apple",
+        "questions": [{"type": "choice", "instructions": "", "choices": [{"value": "is red"}, {"value": "is blue"}]}],
+    },
     "/v1/embeddings": {"input": ["paris", "berlin"]},
 }
 
@@ -97,7 +101,7 @@ def test_the_whole_journey(client: OpenAI, gateway: LiveGateway, endpoint: str) 
         assert answer["response"]["body"]["model"] == body["model"]
         alone = httpx.post(f"{gateway.url}{endpoint}", json=body, timeout=60).json()
         told = answer["response"]["body"]
-        for field in ("choices", "usage"):
+        for field in ("answers", "choices", "usage"):
             assert told.get(field) == alone.get(field)
         for one, other in zip(told.get("data", ()), alone.get("data", ()), strict=True):
             assert one["embedding"] == pytest.approx(other["embedding"], abs=1e-5)

@@ -212,12 +212,12 @@ class VLLMEngine:
         background: Background | None = None,
         place: LinePlace | None = None,
     ) -> Decided:
+        self._supervisor.check_available()
         template = None if generation is None else generation.chat_template
         tokenized = await self._scorer.tokenize_options(questions, template)
         body = {"questions": tokenized, "cache_salt": cache_salt}
         content = self._bodies.write(body, recipe, tenant=tenant, fields=self._recipe_fields(recipe))
         num_tokens = sum(options.num_tokens for options in tokenized)
-        self._supervisor.check_available()
         with contextlib.ExitStack() as held:
             lease = await self._lease(
                 recipe, held, tenant=tenant, num_tokens=num_tokens, background=background, place=place
